@@ -1,0 +1,310 @@
+"""Every knob of a run on one page: a frozen, typed tree.
+
+The command line (``tyro``), Ray Tune and the tests all change it the same way, through
+`with_overrides`; the resolved tree travels as JSON with every run, checkpoint and model version.
+Units are in the names (``_seconds``, ``_bytes``); sizes are pixels unless said otherwise.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, field, fields, is_dataclass
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataConfig:
+    """Where the images are."""
+
+    uri: str = "s3://efae-data/openmoji-32/train"
+    """Shard set to train on (a folder with index.json, made by data_pipelines.build_shards)."""
+    held_out_uri: str = "s3://efae-data/openmoji-32/held_out"
+    """Shard set to measure on; never trained on."""
+    resolution: int = 32
+    """Height and width of the images, pixels."""
+    channels: int = 3
+    """Colour channels: 1 or 3."""
+    cache_bytes: int = 20 * 2**30
+    """Upper bound of the node-local shard cache, bytes; shared by the ranks of a node."""
+    decode_threads: int = 2
+    """Decoder threads per worker."""
+
+    def __post_init__(self):
+        _require(self.channels in (1, 3), f"data.channels={self.channels}: use 1 (grey) or 3 (RGB)")
+        _require_positive("data", self, "resolution", "cache_bytes", "decode_threads")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RepresentationConfig:
+    """How a group element acts on the latent's channels (DESIGN: five multiplicities)."""
+
+    dim: int = 32
+    """Latent channels."""
+    rotation_dims: int = 16
+    """Channels that turn as planes under quarter turns (irrep E, two channels a plane): even."""
+    chirality_split: float = 0.5
+    """Share of the other channels that change sign under some element (A2, B1, B2); in [0, 1]."""
+    multiplicities: tuple[int, int, int, int, int] | None = None
+    """Copies of (A1, A2, B1, B2, E), instead of the two knobs above; dim must match."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelConfig:
+    """Encoder and decoder."""
+
+    level: Literal["none", "objective", "exact"] = "exact"
+    """Equivariance: exact by construction; objective = dense layers, trained on (gx | gz) pairs;
+    none = dense layers, no group (the ablation)."""
+    hidden_size: int = 128
+    """Width of the decoder's tokens; a multiple of 8 * num_heads."""
+    depth: int = 4
+    """Transformer blocks of the decoder."""
+    num_heads: int = 4
+    """Attention heads of encoder and decoder."""
+    patch_size: int = 4
+    """Side of a decoder token, pixels; divides downsampling."""
+    mlp_ratio: int = 3
+    """Hidden width of a block's MLP over hidden_size."""
+    encoder_hidden_size: int = 128
+    """Width of the encoder's tokens; a multiple of 8 * num_heads."""
+    encoder_depth: int = 1
+    """Encoder blocks at each grid size, from the patch grid down to the latent grid."""
+    downsampling: int = 8
+    """Pixels per latent cell; equal to the resolution for a 1x1 (vector) latent."""
+    latent_noise: float = 0.05
+    """Standard deviation of Gaussian noise on the unit-scale latent in training."""
+
+    def __post_init__(self):
+        _require_positive(
+            "model",
+            self,
+            *("hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio"),
+            *("encoder_hidden_size", "encoder_depth", "downsampling"),
+        )
+        for name in ("hidden_size", "encoder_hidden_size"):
+            _require(
+                getattr(self, name) % (8 * self.num_heads) == 0,
+                f"model.{name}={getattr(self, name)}: must be a multiple of"
+                f" 8 * model.num_heads = {8 * self.num_heads}",
+            )
+        ratio, rest = divmod(self.downsampling, self.patch_size)
+        _require(
+            rest == 0 and ratio & (ratio - 1) == 0 and ratio > 0,
+            f"model.downsampling={self.downsampling}: must be model.patch_size"
+            f" ({self.patch_size}) times a power of two",
+        )
+        _require(self.latent_noise >= 0, f"model.latent_noise={self.latent_noise}: must be >= 0")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class FlowConfig:
+    """Rectified flow: x_t = (1 - t) * image + t * noise; t = 1 is noise."""
+
+    prediction: Literal["image", "velocity"] = "image"
+    """What the network's output means; the loss is always on the velocity."""
+    time_law: Literal["logit_normal", "uniform"] = "logit_normal"
+    """Law of t in training."""
+    time_mean: float = 0.0
+    """Mean of logit(t); positive values put more weight on noisy images."""
+    time_std: float = 1.0
+    """Standard deviation of logit(t)."""
+    sampler_steps: int = 8
+    """Euler steps when decoding, unless the caller says otherwise."""
+
+    def __post_init__(self):
+        _require_positive("flow", self, "sampler_steps", "time_std")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = 6e-3
+    """Peak learning rate."""
+    final_learning_rate_fraction: float = 0.01
+    """Learning rate at the last step over the peak."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    beta2: float = 0.99
+    """Decay of AdamW's second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm."""
+    ema_decay: float = 0.999
+    """Decay of the weights' moving average per step, itself warmed up as (1 + step) / (10 + step)."""
+
+    def __post_init__(self):
+        _require_positive("optimizer", self, "learning_rate", "max_grad_norm")
+        for name in ("beta1", "beta2", "ema_decay", "final_learning_rate_fraction"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name}={value}: must be in [0, 1)")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainingConfig:
+    """Length, batch, precision and intervals of a run."""
+
+    steps: int = 4000
+    """Optimizer updates."""
+    global_batch_size: int = 128
+    """Images per step over all workers; the number of workers divides it."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """fp32, or autocast to bf16 or to fp16 with a gradient scaler; weights stay fp32."""
+    seed: int = 0
+    """Every random draw is a function of (seed, step, rank)."""
+    log_interval: int = 25
+    """Steps between two points of the training curves."""
+    evaluation_interval: int = 1000
+    """Steps between two looks at held-out reconstructions."""
+    checkpoint_interval: int = 250
+    """Steps between two checkpoints."""
+    held_out_images: int = 512
+    """Held-out images of the final evaluation, at most."""
+
+    def __post_init__(self):
+        _require_positive(
+            "training",
+            self,
+            *("steps", "global_batch_size", "log_interval", "evaluation_interval"),
+            *("checkpoint_interval", "held_out_images"),
+        )
+        _require(self.seed >= 0, f"training.seed={self.seed}: must be >= 0")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RayConfig:
+    """What the run asks of the Ray cluster."""
+
+    num_workers: int = 2
+    """Training processes; one GPU each where use_gpu."""
+    use_gpu: bool = False
+    """Train on GPUs."""
+    cpus_per_worker: int = 1
+    """CPUs reserved for each worker."""
+    storage_uri: str = "s3://efae-runs/ray"
+    """Where checkpoints go; every node must reach it."""
+    max_failures: int = 3
+    """Worker failures that a run survives."""
+    checkpoints_to_keep: int = 2
+    """Newest checkpoints kept in storage."""
+
+    def __post_init__(self):
+        _require_positive("ray", self, "num_workers", "cpus_per_worker", "checkpoints_to_keep")
+        _require(self.max_failures >= 0, f"ray.max_failures={self.max_failures}: must be >= 0")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrackingConfig:
+    """Names in MLflow; the server's address is MLFLOW_TRACKING_URI in the environment."""
+
+    experiment: str = "efae"
+    """MLflow experiment."""
+    run_name: str = ""
+    """Name of the run; empty makes one from the preset and the time. The same name resumes."""
+    registered_model: str = "efae"
+    """Name of the registered model."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Config:
+    """One experiment."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    representation: RepresentationConfig = field(default_factory=RepresentationConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self):
+        _require(
+            self.data.resolution % self.model.downsampling == 0,
+            f"data.resolution={self.data.resolution}: the latent grid does not divide it; use a"
+            f" multiple of model.downsampling={self.model.downsampling}",
+        )
+        _require(
+            self.training.global_batch_size % self.ray.num_workers == 0,
+            f"training.global_batch_size={self.training.global_batch_size}: the"
+            f" {self.ray.num_workers} workers of ray.num_workers do not divide it; use a multiple",
+        )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{section}.{name}={value}: must be positive")
+
+
+def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """A copy of `config` with dotted keys replaced, e.g. ``{"optimizer.learning_rate": 3e-4}``.
+
+    Raises:
+        ValueError: a key that does not exist (the nearest one is named) or a value that is
+            not allowed.
+    """
+    tree = asdict(config)
+    for key, value in overrides.items():
+        *sections, leaf = key.split(".")
+        branch: Any = tree
+        for section in sections:
+            branch = branch.get(section) if isinstance(branch, dict) else None
+        if not isinstance(branch, dict) or leaf not in branch or isinstance(branch[leaf], dict):
+            known = list(flatten(config))
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; the keys are {', '.join(known)}"
+            raise ValueError(f"unknown configuration key {key!r}{hint}")
+        branch[leaf] = value
+    return from_dict(tree)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The tree as dotted keys, in the order of this page."""
+    return dict(_flatten(config, ""))
+
+
+def _flatten(node: Any, prefix: str):
+    for entry in fields(node):
+        value = getattr(node, entry.name)
+        if is_dataclass(value):
+            yield from _flatten(value, f"{prefix}{entry.name}.")
+        else:
+            yield f"{prefix}{entry.name}", value
+
+
+def from_dict(tree: Mapping[str, Any]) -> Config:
+    """The inverse of ``dataclasses.asdict``; values are validated, unknown keys refused."""
+    return TypeAdapter(Config).validate_python(tree)
+
+
+def to_json(config: Config) -> str:
+    """The resolved configuration as JSON, two-space indented, in the order of this page."""
+    return json.dumps(asdict(config), indent=2)
+
+
+def from_json(text: str) -> Config:
+    """The inverse of `to_json`."""
+    return from_dict(json.loads(text))
+
+
+def digest(config: Config) -> str:
+    """A hash of everything that decides the weights: all but the names in tracking and ray."""
+    tree = asdict(config)
+    tree.pop("tracking")
+    tree.pop("ray")
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
