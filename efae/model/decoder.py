@@ -1,0 +1,103 @@
+"""(x_t, t, latent) to the network's prediction: a diffusion transformer (Peebles & Xie 2023).
+
+The latent enters twice: every token gets its part of its latent cell, and the invariants of the
+mean latent join t in the conditioning of adaLN. All layers commute with the group.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from efae.model.encoder import Positions, patchify, unpatchify
+from efae.model.octic import (
+    Block,
+    Lift,
+    Resample,
+    embed_invariant,
+    gains_per_channel,
+    latent_action,
+    layout_of,
+    normalize,
+    patch_action,
+    spread_gains,
+    take_invariant,
+)
+from efae.symmetry.group import Group
+from efae.symmetry.representation import Representation
+
+
+def embed_time(t: Float[Tensor, "b"], size: int) -> Float[Tensor, "b size"]:
+    """Sinusoids of 1000 t with periods from 2 pi to 2 pi * 10^4."""
+    frequencies = torch.exp(
+        -math.log(10_000) * torch.arange(size // 2, device=t.device) / (size // 2)
+    )
+    angles = 1000 * t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+class Decoder(nn.Module):
+    """(x_t (b, c, h, w), t (b,) in [0, 1], latent (b, dim, h / f, w / f)) -> (b, c, h, w)."""
+
+    def __init__(
+        self,
+        group: Group,
+        representation: Representation,
+        *,
+        resolution: int,
+        channels: int,
+        patch_size: int,
+        downsampling: int,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: int,
+    ):
+        super().__init__()
+        self.patch_size = patch_size
+        self.layout = layout_of(group)
+        m = hidden_size // len(group)
+        ratio = downsampling // patch_size
+        patch = patch_action(group, patch_size, channels)
+        rho = latent_action(group, representation)
+        self.patches = Lift(group, *patch, m, fan_in=patch[0].shape[1])
+        self.positions = Positions(group, resolution // patch_size, m)
+        self.latent = Lift(group, *rho, m * ratio**2, fan_in=representation.dim)
+        self.resample = Resample(group, ratio)
+        self.pooled = Lift(group, *rho, m, fan_in=representation.dim)
+        self.pooled_condition = nn.Linear(m, hidden_size)
+        self.time_condition = nn.Sequential(
+            nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        self.blocks = nn.ModuleList(
+            Block(group, m, num_heads, mlp_ratio, conditioning=hidden_size) for _ in range(depth)
+        )
+        self.sizes = [gains_per_channel(group) * m, m]
+        self.modulation = nn.Linear(hidden_size, sum(self.sizes))
+        self.output = Lift(group, *patch, m, fan_in=len(group) * m)
+        # The first prediction is zero, the mean of images in [-1, 1].
+        nn.init.zeros_(self.output.coefficient)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        t: Float[Tensor, "b"],
+        latent: Float[Tensor, "b dim latent_h latent_w"],
+    ) -> Float[Tensor, "b c h w"]:
+        height, width = x_t.shape[-2:]
+        grid = (height // self.patch_size, width // self.patch_size)
+        cells = self.latent(latent.flatten(2).mT)  # (slot, b, cell, ratio^2 m coset)
+        x = self.patches(patchify(x_t, self.patch_size)) + self.positions()
+        x = x + self.resample.split(cells, *grid)  # (slot, b, token, m coset)
+        invariants = take_invariant(self.layout, self.pooled(latent.mean((2, 3))))
+        time = self.time_condition(embed_time(t, self.pooled_condition.out_features).to(x_t.dtype))
+        condition = nn.functional.silu(time + self.pooled_condition(invariants))
+        for block in self.blocks:
+            x = block(x, condition)
+        scale, shift = self.modulation(condition).split(self.sizes, -1)
+        x = normalize(x) * (1 + spread_gains(self.layout, scale))
+        x = x + embed_invariant(self.layout, shift)[:, :, None]
+        return unpatchify(self.output.back(x), self.patch_size, height, width)

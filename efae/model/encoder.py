@@ -1,0 +1,123 @@
+"""Image to latent: an octic patch transformer beside a linear path.
+
+Patches are lifted to tokens; blocks alternate with 2 x 2 merges down to the latent grid; the last
+tokens are mapped to the representation of the latent. An equivariant linear map of each cell's
+pixels is added: without it narrow group networks lose colour (15 dB on photographs).
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from efae.model.octic import (
+    Block,
+    Lift,
+    Linear,
+    Resample,
+    latent_action,
+    normalize,
+    patch_action,
+)
+from efae.symmetry.group import Group, grid_sources
+from efae.symmetry.representation import Representation
+
+
+def patchify(image: Tensor, side: int) -> Tensor:
+    """(b, c, h, w) -> (b, h w / side^2, c side^2), each patch as (channel, row, column)."""
+    b, c, h, w = image.shape
+    patches = image.view(b, c, h // side, side, w // side, side)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * side * side)
+
+
+def unpatchify(patches: Tensor, side: int, height: int, width: int) -> Tensor:
+    """The inverse of `patchify`."""
+    grid = patches.view(len(patches), height // side, width // side, -1, side, side)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), -1, height, width)
+
+
+class Positions(nn.Module):
+    """A learned embedding of the token grid that turns with it."""
+
+    def __init__(self, group: Group, side: int, m: int):
+        super().__init__()
+        source = grid_sources(group, side, side)
+        self.lift = Lift(group, source, torch.ones(source.shape), m, fan_in=1)
+        nn.init.normal_(self.lift.coefficient, std=0.2)
+
+    def forward(self) -> Tensor:
+        """(slot, 1, token, m * coset)."""
+        return self.lift.weight()[:, None]
+
+
+class LinearPath(nn.Module):
+    """Every equivariant linear map from the pixels of a cell to the latent: a group average."""
+
+    def __init__(self, group: Group, representation: Representation, side: int, channels: int):
+        super().__init__()
+        self.side = side
+        latent_source, latent_sign = latent_action(group, representation)
+        pixel_source, pixel_sign = patch_action(group, side, channels)
+        self.register_buffer("rows", latent_source[:, :, None], persistent=False)
+        self.register_buffer("columns", pixel_source[:, None], persistent=False)
+        signs = latent_sign[:, :, None] * pixel_sign[:, None] / len(group)
+        self.register_buffer("signs", signs, persistent=False)
+        fan_in = channels * side * side
+        # Averaging over the group shrinks a random matrix by sqrt(len(group)).
+        bound = math.sqrt(3 * len(group) / fan_in)
+        self.free = nn.Parameter(torch.empty(representation.dim, fan_in).uniform_(-bound, bound))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, cell, dim)."""
+        weight = (self.free[self.rows, self.columns] * self.signs).sum(0)
+        patches = patchify(image, self.side)
+        return patches @ weight.t().to(patches.dtype)
+
+
+class Encoder(nn.Module):
+    """Image (b, c, h, w) in [-1, 1] to a latent (b, dim, h / f, w / f), not yet normalised."""
+
+    def __init__(
+        self,
+        group: Group,
+        representation: Representation,
+        *,
+        resolution: int,
+        channels: int,
+        patch_size: int,
+        downsampling: int,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: int,
+    ):
+        super().__init__()
+        self.patch_size, self.downsampling = patch_size, downsampling
+        m = hidden_size // len(group)
+        patch = patch_action(group, patch_size, channels)
+        self.patches = Lift(group, *patch, m, fan_in=patch[0].shape[1])
+        self.positions = Positions(group, resolution // patch_size, m)
+        stages = int(math.log2(downsampling // patch_size)) + 1
+        self.stages = nn.ModuleList(
+            nn.ModuleList(Block(group, m, num_heads, mlp_ratio) for _ in range(depth))
+            for _ in range(stages)
+        )
+        self.resample = Resample(group, 2)
+        self.merges = nn.ModuleList(Linear(group, 4 * m, m) for _ in range(stages - 1))
+        self.latent = Lift(group, *latent_action(group, representation), m, fan_in=len(group) * m)
+        self.linear_path = LinearPath(group, representation, downsampling, channels)
+
+    def forward(
+        self, image: Float[Tensor, "b c h w"]
+    ) -> Float[Tensor, "b dim latent_h latent_w"]:
+        height, width = (size // self.patch_size for size in image.shape[-2:])
+        x = self.patches(patchify(image, self.patch_size)) + self.positions()
+        for i, blocks in enumerate(self.stages):
+            if i:
+                x = self.merges[i - 1](self.resample.merge(x, height, width))
+                height, width = height // 2, width // 2
+            for block in blocks:
+                x = block(x)
+        latent = self.latent.back(normalize(x)) + self.linear_path(image)  # (b, cell, dim)
+        return latent.mT.unflatten(-1, (height, width))

@@ -1,0 +1,322 @@
+"""Layers that commute with a group of flips and quarter turns: octic layers.
+
+A token carries m copies of the group's regular representation, that is one number per channel and
+group element. Written in the basis of the characters of its flips {e, rot180, flip_h, flip_v}
+every group element only signs and permutes, and a linear map falls into four blocks. So tokens
+are one tensor (slot, batch, token, m * coset), the coset fastest; for D4 there are 4 slots and
+2 cosets (0: the flips, 1: the flips times transpose):
+
+    slot 0 = (A1, B1)   slot 1 = (B2, A2)   slots 2, 3 = the two axes of E
+
+With the trivial group (1 slot, 1 coset) the same classes are ordinary dense layers; that is how
+the dense twins of encoder and decoder are made. Source: Octic Vision Transformers (Nordström,
+Edstedt, Kahl, Bökman 2025, arXiv:2505.15441); this slot layout is ours.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from efae.symmetry.group import D4, Group, grid_sources
+from efae.symmetry.representation import Representation
+
+_FLIPS = ("identity", "rot180", "flip_h", "flip_v")
+_CHARACTERS = [[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How regular features of a group are laid out in slots and cosets.
+
+    Attributes:
+        group: the group.
+        slots: blocks of a linear map.
+        cosets: copies that a block mixes.
+        fourier: (slots * cosets, len(group)), orthogonal: regular basis -> slots.
+        ties: (coefficients, slots * cosets * cosets): the free numbers of a linear map, spread
+            over its blocks.
+    """
+
+    group: Group
+    slots: int
+    cosets: int
+    fourier: Tensor
+    ties: Tensor
+
+
+@functools.cache
+def layout_of(group: Group) -> Layout:
+    """The layout of D4 or of the trivial group."""
+    if len(group) == 1:
+        return Layout(group, 1, 1, torch.ones(1, 1), torch.ones(1, 1))
+    assert group is D4
+    fourier = torch.zeros(4, 2, 8)
+    for slot, character in enumerate(_CHARACTERS):
+        for value, flip in zip(character, _FLIPS, strict=True):
+            for coset, representative in enumerate((D4.identity, D4["transpose"])):
+                fourier[slot, coset, D4.index(D4[flip] @ representative)] = value / 2
+    # transpose swaps the cosets and slots 2 and 3, so an entry is tied to its image under that;
+    # flips sign whole slots and tie nothing.
+    ties, seen = [], set()
+    for slot in range(4):
+        for row in range(2):
+            for column in range(2):
+                image = ((0, 1, 3, 2)[slot], 1 - row, 1 - column)
+                if (slot, row, column) not in seen:
+                    tie = torch.zeros(4, 2, 2)
+                    tie[slot, row, column] = tie[image] = 1
+                    ties.append(tie.flatten())
+                    seen |= {(slot, row, column), image}
+    return Layout(D4, 4, 2, fourier.view(8, 8), torch.stack(ties))
+
+
+class Linear(nn.Module):
+    """Every equivariant linear map between tokens: 8 coefficients per channel pair for D4.
+
+    (slot, ..., m_in * coset) -> (slot, ..., m_out * coset); the bias is on A1 alone.
+    """
+
+    def __init__(self, group: Group, m_in: int, m_out: int, bias: bool = True, gain: float = 1.0):
+        super().__init__()
+        self.layout = layout_of(group)
+        self.m_in, self.m_out = m_in, m_out
+        self.register_buffer("ties", self.layout.ties, persistent=False)
+        self.coefficient = nn.Parameter(torch.empty(len(self.ties), m_in, m_out))
+        self.bias = nn.Parameter(torch.zeros(m_out)) if bias else None
+        # An output sums over `cosets` copies of m_in channels, not over the whole token.
+        bound = gain / math.sqrt(self.layout.cosets * m_in)
+        nn.init.uniform_(self.coefficient, -bound, bound)
+
+    def weight(self) -> Tensor:
+        """The blocks, (slot, m_in * coset, m_out * coset)."""
+        slots, cosets = self.layout.slots, self.layout.cosets
+        blocks = (self.ties.t() @ self.coefficient.flatten(1)).view(
+            slots, cosets, cosets, self.m_in, self.m_out
+        )
+        return blocks.permute(0, 3, 1, 4, 2).reshape(
+            slots, self.m_in * cosets, self.m_out * cosets
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(1, -2)
+        if self.bias is None:
+            y = torch.bmm(flat, self.weight().to(flat.dtype))
+        else:
+            bias = embed_invariant(self.layout, self.bias)[:, None]  # (slot, 1, m_out * coset)
+            y = torch.baddbmm(bias.to(flat.dtype), flat, self.weight().to(flat.dtype))
+        return y.view(*x.shape[:-1], -1)
+
+
+class Lift(nn.Module):
+    """Every equivariant linear map between a signed permutation representation R and tokens.
+
+    The weight w has one row per channel; component g of the regular feature is w R(g)^-1, so
+    one class serves patches (R permutes pixels), latents (R = rho) and positions.
+
+    Args:
+        group: the group.
+        source: (len(group), n), with (R(g) x)[i] = sign[g, i] * x[source[g, i]].
+        sign: (len(group), n).
+        m: channels of the token.
+        fan_in: how many terms an output sums, for initialisation.
+    """
+
+    def __init__(self, group: Group, source: Tensor, sign: Tensor, m: int, fan_in: int):
+        super().__init__()
+        self.layout = layout_of(group)
+        self.register_buffer("source", source, persistent=False)
+        self.register_buffer("sign", sign, persistent=False)
+        self.register_buffer("fourier", self.layout.fourier, persistent=False)
+        self.coefficient = nn.Parameter(torch.empty(m, source.shape[1]))
+        nn.init.uniform_(self.coefficient, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    def weight(self) -> Tensor:
+        """(slot, n, m * coset)."""
+        m, n = self.coefficient.shape
+        regular = self.coefficient[:, self.source] * self.sign  # (m, element, n)
+        slots = torch.einsum("sg,mgn->snm", self.fourier, regular)
+        slots = slots.view(self.layout.slots, self.layout.cosets, n, m)
+        return slots.permute(0, 2, 3, 1).reshape(self.layout.slots, n, m * self.layout.cosets)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) -> (slot, ..., m * coset)."""
+        weight = self.weight().to(x.dtype)
+        return torch.matmul(x.flatten(0, -2), weight).view(len(weight), *x.shape[:-1], -1)
+
+    def back(self, x: Tensor) -> Tensor:
+        """The transposed map, (slot, ..., m * coset) -> (..., n)."""
+        weight = self.weight().to(x.dtype)
+        return torch.bmm(x.flatten(1, -2), weight.mT).sum(0).view(*x.shape[1:-1], -1)
+
+
+def embed_invariant(layout: Layout, values: Tensor) -> Tensor:
+    """Invariants (..., m) as tokens (slot, ..., m * coset): all in A1."""
+    spread = values[..., None].expand(*values.shape, layout.cosets).flatten(-2)
+    return F.pad(spread[None], (0, 0) * values.ndim + (0, layout.slots - 1))
+
+
+def take_invariant(layout: Layout, x: Tensor) -> Tensor:
+    """The A1 part (..., m) of tokens (slot, ..., m * coset)."""
+    return x[0].unflatten(-1, (-1, layout.cosets)).sum(-1) / math.sqrt(layout.cosets)
+
+
+def spread_gains(layout: Layout, gains: Tensor) -> Tensor:
+    """Invariant gains (batch, n_gains * m) as factors (slot, batch, 1, m * coset).
+
+    A factor must be shared by what an element exchanges: the two cosets of slots 0 and 1, and
+    slots 2 and 3 with their cosets swapped.
+    """
+    if layout.slots == 1:
+        return gains[None, :, None]
+    invariant, sign, plane0, plane1 = gains.chunk(4, -1)
+    pairs = [(invariant, invariant), (sign, sign), (plane0, plane1), (plane1, plane0)]
+    return torch.stack([torch.stack(pair, -1).flatten(-2) for pair in pairs])[:, :, None]
+
+
+def gains_per_channel(group: Group) -> int:
+    """How many free gains a channel has."""
+    return 1 if len(group) == 1 else 4
+
+
+def normalize(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """RMS norm over the whole token: the action is orthogonal, so the norm is invariant."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    square = wide.square().mean((0, -1), keepdim=True)
+    return x * torch.rsqrt(square + eps).to(x.dtype)
+
+
+class Nonlinearity(nn.Module):
+    """GELU in the regular basis, where the group permutes: Hadamard, pointwise, Hadamard."""
+
+    def __init__(self, group: Group):
+        super().__init__()
+        self.slots = layout_of(group).slots
+        hadamard = torch.tensor(_CHARACTERS, dtype=torch.float32) / 2
+        self.register_buffer("hadamard", hadamard, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.slots == 1:
+            return F.gelu(x, approximate="tanh")
+        hadamard = self.hadamard.to(x.dtype)
+        regular = F.gelu(hadamard @ x.flatten(1), approximate="tanh")
+        return (hadamard @ regular).view(x.shape)
+
+
+class Attention(nn.Module):
+    """Self-attention: heads split the channels; inner products of tokens are invariant."""
+
+    def __init__(self, group: Group, m: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.inward = Linear(group, m, 3 * m)
+        self.outward = Linear(group, m, m)
+
+    def forward(self, x: Tensor) -> Tensor:
+        slots, batch, tokens, width = x.shape
+        split = self.inward(x).view(slots, batch, tokens, 3, self.num_heads, -1)
+        query, key, value = split.permute(3, 1, 4, 2, 0, 5).flatten(-2)  # (batch, head, token, ·)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = mixed.unflatten(-1, (slots, -1)).permute(3, 0, 2, 1, 4)
+        return self.outward(mixed.reshape(slots, batch, tokens, width))
+
+
+class Block(nn.Module):
+    """A transformer block; with `conditioned`, scaled and gated by invariants (adaLN-Zero)."""
+
+    def __init__(self, group: Group, m: int, num_heads: int, mlp_ratio: int, conditioning: int = 0):
+        super().__init__()
+        self.layout = layout_of(group)
+        self.m = m
+        self.attention = Attention(group, m, num_heads)
+        self.mlp = nn.Sequential(
+            Linear(group, m, mlp_ratio * m), Nonlinearity(group), Linear(group, mlp_ratio * m, m)
+        )
+        self.modulation = None
+        if conditioning:
+            n_gains = gains_per_channel(group)
+            self.sizes = [n_gains * m, n_gains * m, m] * 2
+            self.modulation = nn.Linear(conditioning, sum(self.sizes))
+            # Zero gates make every block the identity at first (Peebles & Xie 2023, adaLN-Zero).
+            nn.init.zeros_(self.modulation.weight)
+            nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """x (slot, batch, token, m * coset), condition (batch, conditioning)."""
+        if self.modulation is None:
+            x = x + self.attention(normalize(x))
+            return x + self.mlp(normalize(x))
+        parts = self.modulation(condition).split(self.sizes, -1)
+        scale1, gate1, scale2, gate2 = (
+            spread_gains(self.layout, parts[i]) for i in (0, 1, 3, 4)
+        )
+        shift1, shift2 = (embed_invariant(self.layout, parts[i])[:, :, None] for i in (2, 5))
+        x = x + gate1 * self.attention(normalize(x) * (1 + scale1) + shift1)
+        return x + gate2 * self.mlp(normalize(x) * (1 + scale2) + shift2)
+
+
+def patch_action(group: Group, side: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Source and sign of the action on a side x side patch, flattened as (channel, row, column)."""
+    source = grid_sources(group, side, side)
+    offsets = torch.arange(channels)[:, None] * side * side
+    source = (source[:, None] + offsets).flatten(1)
+    return source, torch.ones(source.shape)
+
+
+def latent_action(group: Group, representation: Representation) -> tuple[Tensor, Tensor]:
+    """Source and sign of rho restricted to the elements of `group`."""
+    rows = [representation.group.index(element) for element in group]
+    return representation.source[rows], representation.sign[rows]
+
+
+class Resample(nn.Module):
+    """Merge ratio x ratio tokens into one (space to depth), or the reverse, equivariantly.
+
+    In the regular basis component g of a token at offset p is filed under the offset q with
+    p = g q; filed so, the ratio^2 tokens are ratio^2 * m plain regular channels.
+    """
+
+    def __init__(self, group: Group, ratio: int):
+        super().__init__()
+        self.ratio = ratio
+        self.layout = layout_of(group)
+        # act_on_grid moves the cell at source to p; g q is where the cell q goes.
+        goes_to = grid_sources(group, ratio, ratio).argsort(-1)
+        self.register_buffer("goes_to", goes_to, persistent=False)
+        self.register_buffer("fourier", self.layout.fourier, persistent=False)
+
+    def merge(self, x: Tensor, height: int, width: int) -> Tensor:
+        """(slot, batch, height * width, m * coset) -> (slot, batch, hw / ratio^2, ratio^2 m ·)."""
+        r, batch = self.ratio, x.shape[1]
+        grid = self._to_regular(x).view(
+            -1, batch, height // r, r, width // r, r, x.shape[-1] // self.layout.cosets
+        )
+        offsets = grid.permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5)  # (g, b, h, w, r * r, m)
+        filed = torch.stack([part[..., i, :] for part, i in zip(offsets, self.goes_to, strict=True)])
+        return self._from_regular(filed.flatten(-2).flatten(2, 3))
+
+    def split(self, x: Tensor, height: int, width: int) -> Tensor:
+        """The reverse of `merge`: height and width are those of the fine grid."""
+        r, batch = self.ratio, x.shape[1]
+        filed = self._to_regular(x).view(-1, batch, height // r, width // r, r * r, self._m(x))
+        sources = self.goes_to.argsort(-1)
+        offsets = torch.stack([part[..., i, :] for part, i in zip(filed, sources, strict=True)])
+        grid = offsets.unflatten(4, (r, r)).permute(0, 1, 2, 4, 3, 5, 6)
+        return self._from_regular(grid.reshape(-1, batch, height * width, self._m(x)))
+
+    def _m(self, x: Tensor) -> int:
+        return x.shape[-1] // self.layout.cosets // self.ratio**2
+
+    def _to_regular(self, x: Tensor) -> Tensor:
+        """(slot, ..., m * coset) -> (element, ..., m)."""
+        split = x.unflatten(-1, (-1, self.layout.cosets)).movedim(-1, 1).flatten(0, 1)
+        return (self.fourier.t().to(x.dtype) @ split.flatten(1)).view(split.shape)
+
+    def _from_regular(self, x: Tensor) -> Tensor:
+        slots = (self.fourier.to(x.dtype) @ x.flatten(1)).view(
+            self.layout.slots, self.layout.cosets, *x.shape[1:]
+        )
+        return slots.movedim(1, -1).flatten(-2)

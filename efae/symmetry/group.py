@@ -1,0 +1,155 @@
+"""The group D4 of flips and quarter turns, and how it acts on images.
+
+Every element is r^k h^j, reflection first: h = left-right mirror (``x.flip(-1)``), r = one
+counter-clockwise quarter turn (``torch.rot90(x, 1, (-2, -1))``). It is a left action, so
+``(a @ b).act_on_image(x) == a.act_on_image(b.act_on_image(x))``. The eight of them on a letter F:
+
+    identity   rot90      rot180     rot270     flip_h     flip_v     transpose  anti_transpose
+    # # #      # . .      . . #      . . .      # # #      # . .      # # #      . . .
+    # . .      # . #      . . #      # # #      . . #      # . .      # . #      # . #
+    # # .      # # #      . # #      # . #      . # #      # # .      # . .      # # #  (sketch; the
+    # . .                 # # #      . . #      . . #      # # #                         test draws it)
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+NAMES = {
+    (0, 0): "identity",
+    (1, 0): "rot90",
+    (2, 0): "rot180",
+    (3, 0): "rot270",
+    (0, 1): "flip_h",
+    (2, 1): "flip_v",
+    (1, 1): "transpose",
+    (3, 1): "anti_transpose",
+}
+
+
+@dataclass(frozen=True)
+class Element:
+    """r^quarter_turns h^mirrored, the reflection first."""
+
+    quarter_turns: int
+    mirrored: int
+
+    def __post_init__(self):
+        assert (self.quarter_turns, self.mirrored) in NAMES
+
+    @property
+    def name(self) -> str:
+        return NAMES[self.quarter_turns, self.mirrored]
+
+    @property
+    def inverse(self) -> "Element":
+        """r^k inverts to r^-k; a reflection is its own inverse."""
+        return self if self.mirrored else Element(-self.quarter_turns % 4, 0)
+
+    @property
+    def swaps_sides(self) -> bool:
+        """Whether height and width change places."""
+        return self.quarter_turns % 2 == 1
+
+    def __matmul__(self, other: "Element") -> "Element":
+        """The product: `other` first, then `self` (h r h = r^-1)."""
+        sign = -1 if self.mirrored else 1
+        return Element(
+            (self.quarter_turns + sign * other.quarter_turns) % 4, self.mirrored ^ other.mirrored
+        )
+
+    def act_on_image(self, image: Tensor) -> Tensor:
+        """A new tensor with g applied to the last two axes (..., height, width)."""
+        flipped = image.flip(-1) if self.mirrored else image
+        return torch.rot90(flipped, self.quarter_turns, (-2, -1)).clone(
+            memory_format=torch.contiguous_format
+        )
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class Group(Sequence[Element]):
+    """A group of flips and quarter turns, in a fixed order with the identity first."""
+
+    def __init__(self, name: str, elements: Sequence[Element]):
+        self.name = name
+        self.elements = tuple(elements)
+        assert self.elements[0].name == "identity"
+        assert all(a @ b in self.elements for a in self.elements for b in self.elements)
+
+    @property
+    def identity(self) -> Element:
+        return self.elements[0]
+
+    def __len__(self) -> int:
+        return len(self.elements)
+
+    def __getitem__(self, key):
+        """The element at a position, or of a name."""
+        if not isinstance(key, str):
+            return self.elements[key]
+        for element in self.elements:
+            if element.name == key:
+                return element
+        raise KeyError(f"{self.name} has no element {key!r}; it has {', '.join(map(repr, self))}")
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def index(self, value: Element, *args) -> int:
+        """The position of an element in the group's order."""
+        return self.elements.index(value, *args)
+
+    @property
+    def swaps_sides(self) -> bool:
+        """Whether some element exchanges height and width, so that images must be square."""
+        return any(element.swaps_sides for element in self.elements)
+
+    def indices(self, elements: "Element | Sequence[Element] | Tensor", count: int) -> Tensor:
+        """Positions (count,) in this group of one element, or of one element per example."""
+        if isinstance(elements, Tensor):
+            chosen = elements.long()
+        elif isinstance(elements, Element):
+            chosen = torch.tensor([self.index(elements)]).expand(count)
+        else:
+            chosen = torch.tensor([self.index(element) for element in elements])
+        if chosen.shape != (count,):
+            raise ValueError(f"{tuple(chosen.shape)} group elements for {count} examples")
+        return chosen
+
+
+D4 = Group("D4", [Element(k, j) for j in (0, 1) for k in range(4)])
+TRIVIAL = Group("trivial", [Element(0, 0)])
+
+
+@functools.cache
+def grid_sources(group: Group, height: int, width: int) -> Tensor:
+    """Where each cell comes from: (len(group), height * width) flat indices.
+
+    ``g.act_on_image(x).flatten(-2) == x.flatten(-2)[..., sources[g]]``.
+
+    Raises:
+        ValueError: the group turns by 90 degrees and the grid is not square.
+    """
+    if height != width and group.swaps_sides:
+        raise ValueError(
+            f"a grid of {height} x {width} is not square, but {group.name} holds quarter turns:"
+            " use square images"
+        )
+    cells = torch.arange(height * width).view(height, width)
+    return torch.stack([element.act_on_image(cells).flatten() for element in group])
+
+
+def act_on_grid(
+    group: Group, chosen: Int[Tensor, "batch"], grid: Float[Tensor, "batch channel height width"]
+) -> Float[Tensor, "batch channel height width"]:
+    """Apply element number chosen[i] of the group to example i, without a host sync."""
+    height, width = grid.shape[-2:]
+    sources = grid_sources(group, height, width).to(grid.device)[chosen.to(grid.device)]
+    flat = grid.flatten(2)  # (batch, channel, height * width)
+    return flat.gather(2, sources[:, None].expand(flat.shape)).view(grid.shape)

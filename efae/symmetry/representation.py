@@ -1,0 +1,172 @@
+"""Orthogonal representations of D4 on a latent's channels.
+
+Channels are complex fields of charge m: a turn by theta multiplies by e^{i m theta}, a mirror
+conjugates. Over D4 that gives the five irreps, and every real representation is a direct sum of
+them up to basis, so five multiplicities say everything:
+
+    irrep  dims   rot90   flip_h, flip_v   transpose, anti_transpose
+    A1     1      +       +                +      invariant
+    A2     1      +       -                -      changes sign under every mirror
+    B1     1      -       +                -      changes sign under a quarter turn
+    B2     1      -       -                +      changes sign under a quarter turn
+    E      2      turns the plane by 90 degrees; flip_h = diag(-1, 1), flip_v = diag(1, -1)
+
+A latent is a grid of such vectors: (g z)(p) = rho(g) z(g^-1 p). In this basis every rho(g) is a
+signed permutation, so the action is a gather and a sign.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from efae.symmetry.group import D4, Element, Group, act_on_grid
+
+IRREPS = ("a1", "a2", "b1", "b2", "e")
+_IRREP_DIMS = {"a1": 1, "a2": 1, "b1": 1, "b2": 1, "e": 2}
+
+
+def irrep_matrix(irrep: str, element: Element) -> Tensor:
+    """The matrix of one irrep, float64; see the table above."""
+    turns, mirrored = element.quarter_turns, element.mirrored
+    if irrep == "e":
+        quarter = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)
+        mirror = torch.diag(torch.tensor([-1.0, 1.0], dtype=torch.float64))
+        return torch.matrix_power(quarter, turns) @ torch.matrix_power(mirror, mirrored)
+    under_turn = -1.0 if irrep in ("b1", "b2") else 1.0
+    under_mirror = -1.0 if irrep in ("a2", "b2") else 1.0
+    return torch.tensor([[under_turn**turns * under_mirror**mirrored]], dtype=torch.float64)
+
+
+class Representation:
+    """A direct sum of irreps: channels in the order A1, A2, B1, B2, then E plane by plane."""
+
+    def __init__(self, group: Group = D4, *, a1=0, a2=0, b1=0, b2=0, e=0):
+        self.group = group
+        self.multiplicities = {"a1": a1, "a2": a2, "b1": b1, "b2": b2, "e": e}
+        for irrep, count in self.multiplicities.items():
+            if not isinstance(count, int) or count < 0:
+                raise ValueError(f"{irrep}={count!r}: a multiplicity is an integer >= 0")
+        if self.dim == 0:
+            raise ValueError("a representation needs at least one channel")
+        matrices = torch.stack([self.matrix(g) for g in group])  # (element, dim, dim)
+        # Signed permutation: (rho(g) z)[i] = sign[g, i] * z[source[g, i]].
+        self.source = matrices.abs().argmax(-1)
+        self.sign = matrices.gather(-1, self.source[..., None])[..., 0].float()
+
+    @classmethod
+    def from_split(
+        cls, *, group: Group = D4, dim: int, rotation_dims: int, chirality_split: float
+    ) -> "Representation":
+        """The representation that two knobs name.
+
+        Args:
+            group: the group.
+            dim: channels.
+            rotation_dims: channels that turn as planes; even, at most dim.
+            chirality_split: share in [0, 1] of the other channels that change sign, rounded to
+                whole channels and dealt to B1, B2, A2 in turn.
+
+        Raises:
+            ValueError: no representation has these numbers.
+        """
+        if not 0 <= rotation_dims <= dim or rotation_dims % 2:
+            raise ValueError(
+                f"rotation_dims={rotation_dims}: planes take two channels each, so use an even"
+                f" number from 0 to dim={dim}"
+            )
+        if not 0 <= chirality_split <= 1:
+            raise ValueError(f"chirality_split={chirality_split}: a share lies in [0, 1]")
+        others = dim - rotation_dims
+        chiral = round(others * chirality_split)
+        b1, b2, a2 = ((chiral + 2 - i) // 3 for i in range(3))
+        return cls(group, a1=others - chiral, a2=a2, b1=b1, b2=b2, e=rotation_dims // 2)
+
+    @property
+    def dim(self) -> int:
+        return sum(_IRREP_DIMS[irrep] * count for irrep, count in self.multiplicities.items())
+
+    @property
+    def blocks(self) -> dict[str, slice]:
+        """The channels of each irrep that occurs."""
+        blocks, start = {}, 0
+        for irrep, count in self.multiplicities.items():
+            stop = start + count * _IRREP_DIMS[irrep]
+            if stop > start:
+                blocks[irrep] = slice(start, stop)
+            start = stop
+        return blocks
+
+    def matrix(self, element: Element) -> Float[Tensor, "dim dim"]:
+        """rho(element), float64."""
+        parts = [
+            irrep_matrix(irrep, element)
+            for irrep, count in self.multiplicities.items()
+            for _ in range(count)
+        ]
+        return torch.block_diag(*parts)
+
+    def act(
+        self,
+        element: Element | Sequence[Element] | Tensor,
+        latent: Float[Tensor, "batch dim height width"],
+    ) -> Float[Tensor, "batch dim height width"]:
+        """(g z)(p) = rho(g) z(g^-1 p), out of place.
+
+        Args:
+            element: one for all, or one per example (as elements, or as positions in the group).
+            latent: grid of channel vectors.
+        """
+        if latent.ndim != 4 or latent.shape[1] != self.dim:
+            raise ValueError(
+                f"latent of shape {tuple(latent.shape)}: expected (batch, {self.dim}, h, w)"
+            )
+        chosen = self.group.indices(element, len(latent)).to(latent.device)
+        moved = act_on_grid(self.group, chosen, latent)
+        source = self.source.to(latent.device)[chosen]  # (batch, dim)
+        sign = self.sign.to(latent.device, latent.dtype)[chosen]
+        return sign[..., None, None] * moved.gather(
+            1, source[..., None, None].expand_as(moved)
+        )
+
+    def __repr__(self) -> str:
+        parts = "+".join(f"{n}{irrep.upper()}" for irrep, n in self.multiplicities.items() if n)
+        return f"Representation({self.group}, {parts})"
+
+
+def group_law_error(group: Group, matrices: Mapping[str, Tensor]) -> tuple[float, Element, Element]:
+    """The largest |rho(a b) - rho(a) rho(b)| entry, and the pair (a, b) where it occurs."""
+    worst = (-1.0, group.identity, group.identity)
+    for a in group:
+        for b in group:
+            difference = matrices[(a @ b).name] - matrices[a.name] @ matrices[b.name]
+            worst = max(worst, (float(difference.abs().max()), a, b), key=lambda entry: entry[0])
+    return worst
+
+
+def check_representation(
+    group: Group, matrices: Mapping[str, Tensor], tolerance: float = 1e-6
+) -> None:
+    """Raise unless the matrices, one per element name, are a representation of the group.
+
+    A sign flip beside a plane turned by R_theta that h leaves alone is the usual mistake: h r h
+    must be r^-1, so a mirror has to reflect every plane that a turn rotates.
+
+    Raises:
+        ValueError: an element is missing, or names the pair that breaks the law and by how much.
+    """
+    missing = [element.name for element in group if element.name not in matrices]
+    if missing:
+        raise ValueError(f"no matrix for {', '.join(missing)} of {group.name}")
+    matrices = {name: torch.as_tensor(m, dtype=torch.float64) for name, m in matrices.items()}
+    shapes = {tuple(matrix.shape) for matrix in matrices.values()}
+    if len(shapes) > 1 or any(len(shape) != 2 or shape[0] != shape[1] for shape in shapes):
+        raise ValueError(f"matrices of shapes {sorted(shapes)}: all must be (dim, dim)")
+    size, a, b = group_law_error(group, matrices)
+    if size > tolerance:
+        raise ValueError(
+            f"not a representation of {group.name}: rho({a} @ {b}) differs from"
+            f" rho({a}) rho({b}) by {size:.3g} (a mirror must reflect every plane that a quarter"
+            " turn rotates, since h r h = r^-1)"
+        )
