@@ -1,0 +1,21 @@
+"""Images -> shards -> batches. Importing this package is cheap: torch comes with first use."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data_pipelines.shard_cache import ShardError
+    from data_pipelines.shard_loader import ShardDataset
+
+__all__ = ["ShardDataset", "ShardError"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ShardDataset":
+        from data_pipelines.shard_loader import ShardDataset
+
+        return ShardDataset
+    if name == "ShardError":
+        from data_pipelines.shard_cache import ShardError
+
+        return ShardError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,276 @@
+"""What a shard set holds: the object ``index.json`` beside its tars, written last.
+
+The shards are plain WebDataset tars that any reader reads; the index adds sizes, checksums and the
+place of every member, so that a sample is sliced from its shard without parsing the tar. Columns,
+not one object per sample, keep it near 50 bytes a sample.
+"""
+
+import hashlib
+import json
+import mmap
+import tarfile
+import tempfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data_pipelines import storage
+from data_pipelines.image_codec import is_image, read_shape
+
+INDEX_NAME = "index.json"
+VERSION = 1
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Members:
+    """Where the members with one extension lie in a shard; one row per sample, -1 for none."""
+
+    offset: np.ndarray
+    size: np.ndarray
+    crc32: np.ndarray
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar."""
+
+    name: str
+    bytes: int
+    sha256: str
+    keys: list[str]
+    members: dict[str, Members]
+
+    def image_place(self) -> tuple[np.ndarray, np.ndarray]:
+        """(offset, size) of each sample's image: its first image extension in sorted order.
+
+        Raises:
+            ValueError: a sample without an image.
+        """
+        offset = np.full(len(self.keys), -1, np.int64)
+        size = np.full(len(self.keys), -1, np.int64)
+        for extension in sorted(filter(is_image, self.members)):
+            found = (offset < 0) & (self.members[extension].offset >= 0)
+            offset[found] = self.members[extension].offset[found]
+            size[found] = self.members[extension].size[found]
+        if (offset < 0).any():
+            key = self.keys[int(np.argmax(offset < 0))]
+            raise ValueError(f"sample {key!r} of {self.name} has no image member")
+        return offset, size
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """All shards of a set, in order."""
+
+    shards: tuple[Shard, ...]
+    image_shape: Shape | None
+    """(C, H, W) of every image, C the most channels of any; None when heights or widths differ."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Where the images came from: source, fingerprint, licence, credit."""
+
+    @property
+    def id(self) -> str:
+        """A hash of the content: the same bytes in the same shards have the same id."""
+        content = [[shard.name, shard.sha256, len(shard.keys)] for shard in self.shards]
+        return hashlib.sha256(json.dumps([VERSION, content]).encode()).hexdigest()[:16]
+
+
+class _StrictModel(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _MembersFile(_StrictModel):
+    offset: list[int]
+    size: list[int]
+    crc32: list[int]
+
+
+class _ShardFile(_StrictModel):
+    name: str
+    bytes: int
+    sha256: str
+    keys: list[str]
+    members: dict[str, _MembersFile]
+
+
+class _IndexFile(_StrictModel):
+    format: Literal["efae-shards"]
+    version: int
+    id: str
+    image_shape: list[int] | None
+    provenance: dict[str, Any]
+    shards: list[_ShardFile]
+
+
+def load_index(uri: str) -> ShardIndex:
+    """Read and check ``index.json`` of the shard set at `uri`.
+
+    Raises:
+        ValueError: none there, or not one that this version reads.
+    """
+    index_uri = storage.join(uri, INDEX_NAME)
+    try:
+        data = storage.read_bytes(index_uri)
+    except FileNotFoundError as error:
+        raise ValueError(_explain_missing(uri)) from error
+    return parse_index(data, index_uri)
+
+
+def parse_index(data: bytes, where: str) -> ShardIndex:
+    """The inverse of `dump_index`; `where` names the file in errors."""
+    try:
+        tree = json.loads(data)
+        version = tree.get("version") if isinstance(tree, dict) else None
+        if isinstance(version, int) and version != VERSION:
+            raise ValueError(
+                f"{where} has format version {version}; this package reads {VERSION}: install the"
+                " package that wrote it, or build the shards again"
+            )
+        file = _IndexFile.model_validate(tree)
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        detail = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            detail = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise ValueError(f"{where} is not a shard index ({detail}): build it again") from error
+    shards = tuple(_read_shard(shard, where) for shard in file.shards)
+    shape = file.image_shape
+    if shape is not None and (len(shape) != 3 or min(shape) < 1):
+        raise ValueError(f"{where}: image_shape {shape} is not (C, H, W)")
+    index = ShardIndex(shards, (shape[0], shape[1], shape[2]) if shape else None, file.provenance)
+    if index.id != file.id:
+        raise ValueError(f"{where}: id {file.id} does not match its shards ({index.id}): damaged")
+    return index
+
+
+def dump_index(index: ShardIndex) -> bytes:
+    """``index.json``, the same bytes for the same index."""
+    shards = [
+        {
+            "name": shard.name,
+            "bytes": shard.bytes,
+            "sha256": shard.sha256,
+            "keys": shard.keys,
+            "members": {
+                extension: {
+                    "offset": members.offset.tolist(),
+                    "size": members.size.tolist(),
+                    "crc32": members.crc32.tolist(),
+                }
+                for extension, members in sorted(shard.members.items())
+            },
+        }
+        for shard in index.shards
+    ]
+    tree = {
+        "format": "efae-shards",
+        "version": VERSION,
+        "id": index.id,
+        "image_shape": list(index.image_shape) if index.image_shape else None,
+        "provenance": index.provenance,
+        "shards": shards,
+    }
+    return json.dumps(tree, separators=(",", ":")).encode()
+
+
+def index_tar(path: Path, name: str) -> Shard:
+    """Read one tar's structure and checksums by WebDataset's convention: key, first dot, extension.
+
+    Raises:
+        ValueError: compressed, cut off, or a member that occurs twice.
+    """
+    rows: dict[str, dict[str, tuple[int, int, int]]] = {}
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"{name} is empty")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    if not member.isfile():
+                        continue
+                    folder, _, base = member.name.rpartition("/")
+                    stem, _, extension = base.partition(".")
+                    key = f"{folder}/{stem}" if folder else stem
+                    extension = extension.lower()
+                    if extension in rows.setdefault(key, {}):
+                        raise ValueError(f"{name} holds {member.name!r} twice")
+                    end = member.offset_data + member.size
+                    crc = zlib.crc32(content[member.offset_data : end])
+                    rows[key][extension] = (member.offset_data, member.size, crc)
+                rest = content[tar.offset :]  # tarfile takes a damaged header for the end
+        except tarfile.TarError as error:
+            raise ValueError(f"{name} is not a plain, whole tar ({error})") from error
+    if len(rest) < 512 or rest.strip(b"\0"):
+        raise ValueError(f"{name} is damaged or cut off after {len(rows)} samples")
+    extensions = sorted({extension for row in rows.values() for extension in row})
+    members = {}
+    for extension in extensions:
+        columns = np.array([row.get(extension, (-1, -1, -1)) for row in rows.values()], np.int64)
+        members[extension] = Members(*columns.T)
+    return Shard(name, size, sha256, list(rows), members)
+
+
+def make_index(uri: str, provenance: dict[str, Any] | None = None) -> ShardIndex:
+    """Index the tars at `uri`, which others wrote; `write_index` then makes them a shard set.
+
+    Raises:
+        ValueError: no tar there, or one that is damaged or holds a sample without an image.
+    """
+    names = [name for name in storage.list_files(uri) if name.endswith(".tar")]
+    if not names:
+        raise ValueError(f"{uri} holds no .tar file")
+    shards, shapes = [], set()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            path = Path(folder) / "shard.tar"
+            storage.download(storage.join(uri, name), path)
+            shard = index_tar(path, name)
+            data = path.read_bytes()
+            for offset, size in zip(*shard.image_place(), strict=True):
+                shapes.add(read_shape(data[offset : offset + size]))
+            shards.append(shard)
+    return ShardIndex(tuple(shards), common_shape(shapes), provenance or {"source": f"wds:{uri}"})
+
+
+def write_index(uri: str, index: ShardIndex) -> None:
+    """Write ``index.json``: from now on the set counts as complete."""
+    storage.write_bytes(storage.join(uri, INDEX_NAME), dump_index(index))
+
+
+def common_shape(shapes: set[Shape]) -> Shape | None:
+    """(C, H, W) of images of these shapes, C the most channels; None when H or W differ."""
+    if len({shape[1:] for shape in shapes}) != 1:
+        return None
+    return max(shapes)
+
+
+def _read_shard(file: _ShardFile, where: str) -> Shard:
+    members = {}
+    for extension, columns in file.members.items():
+        arrays = [np.array(column, np.int64) for column in columns.model_dump().values()]
+        if any(len(array) != len(file.keys) for array in arrays):
+            raise ValueError(f"{where}: {file.name}, {extension}: columns of unequal length")
+        if len(arrays[0]) and (arrays[0] + arrays[1]).max() > file.bytes:
+            raise ValueError(f"{where}: {file.name}, {extension}: members beyond the shard's end")
+        members[extension] = Members(*arrays)
+    if file.name.startswith("/") or ".." in file.name.split("/"):
+        raise ValueError(f"{where}: shard name {file.name!r} leaves the folder")
+    return Shard(file.name, file.bytes, file.sha256, file.keys, members)
+
+
+def _explain_missing(uri: str) -> str:
+    parts = [storage.join(uri, part) for part in ("train", "held_out")]
+    if all(storage.exists(storage.join(part, INDEX_NAME)) for part in parts):
+        return f"{uri} holds two shard sets: open {parts[0]} or {parts[1]}"
+    return (
+        f"{uri} holds no {INDEX_NAME}: check the URI, or build shards there with"
+        f" `python -m data_pipelines.build_shards --source SOURCE --output {uri}`"
+    )
