@@ -1,0 +1,227 @@
+"""The local stack: S3 (SeaweedFS), MLflow and a Ray head, on loopback, in one state folder.
+
+``python -m cluster.local_stack up|down|ui|status``. `up` starts what is not running, waits until
+each service has answered a real request and writes ``env`` for the shell's `source`; `down` ends
+exactly what `up` started. Data and secrets stay in the folder. Two stacks run side by side if
+EFAE_LOCAL_DIR and the ports EFAE_S3_PORT, EFAE_MLFLOW_PORT, EFAE_RAY_DASHBOARD_PORT differ.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from cluster import ports, processes
+from cluster.services import SERVICES, Service, address, client_environment
+from cluster.state import StackState, load, locked, state_folder, write_exports
+
+_POLL_SECONDS = 0.2
+_LOG_TAIL_LINES = 20
+
+
+class StackError(Exception):
+    """The stack cannot be had as asked; the message says which part, why and what to do."""
+
+
+def up(folder: Path) -> None:
+    """Starts what is not running and returns when every service has answered.
+
+    Raises:
+        ValueError: a port variable is no port, or two services would share one.
+        StackError: a port is taken, or a service did not start; nothing that this call started
+            is left running.
+    """
+    with locked(folder) as state:
+        dead = [service for service in SERVICES if not _is_running(state, service)]
+        for service in dead:
+            _stop(state, service)  # What a dead leader may have left behind.
+        _assign_ports(state, dead)
+        try:
+            for service in dead:
+                _start(state, service)
+            _wait_until_ready(state, dead)
+        except BaseException:
+            for service in dead:
+                _stop(state, service)
+            raise
+        write_exports(folder / "env", client_environment(state))
+    print(f"in a shell: source {_relative(folder / 'env')}")
+
+
+def down(folder: Path) -> None:
+    """Ends exactly the processes that `up` started."""
+    if not (folder / "stack.json").exists():
+        print(f"nothing to end: there is no stack in {_relative(folder)}")
+        return
+    with locked(folder) as state:
+        recorded = [service for service in SERVICES if service.name in state.processes]
+        if not recorded:
+            print("nothing to end: the stack is down")
+        for service in reversed(recorded):
+            count = _stop(state, service)
+            print(f"{service.title:<15} ended ({count} process{'' if count == 1 else 'es'})")
+
+
+def status(folder: Path) -> bool:
+    """Prints which services answer, and where; returns whether all do."""
+    state = load(folder)
+    faults = {service: _find_fault(state, service) for service in SERVICES}
+    for service, fault in faults.items():
+        print(f"{service.title:<15} {fault or address(state, service.name)}")
+    return not any(faults.values())
+
+
+def ui(folder: Path) -> None:
+    """Prints the addresses for a browser.
+
+    Raises:
+        StackError: the stack is not up.
+    """
+    if not status(folder):
+        raise StackError("the stack is not up: use `make up`")
+    print(f"the Ray dashboard asks for a token: it is in {_relative(load(folder).token_file)}")
+
+
+def _is_running(state: StackState, service: Service) -> bool:
+    record = state.processes.get(service.name)
+    return record is not None and processes.is_running(record)
+
+
+def _find_fault(state: StackState, service: Service) -> str:
+    """Why the service cannot be used now; empty if it can."""
+    if not _is_running(state, service):
+        return "down"
+    try:
+        service.check(state)
+    except (OSError, RuntimeError) as error:
+        return f"not ready: {error}"
+    return ""
+
+
+def _assign_ports(state: StackState, dead: Sequence[Service]) -> None:
+    """Settles every port of the stack; those of running services stay."""
+    chosen: dict[int, Service] = {}
+    for service in SERVICES:
+        asked = ports.read_port(service.variable)
+        if service in dead:
+            port = asked or service.default_port
+            if not ports.is_free(port):
+                raise StackError(
+                    f"port {port} of {service.title} is taken by another program: free it, or set"
+                    f" {service.variable} to another port"
+                )
+        else:
+            port = state.ports[service.name]
+            if asked not in (None, port):
+                raise StackError(
+                    f"{service.variable}={asked}, but {service.title} of this stack runs on port"
+                    f" {port}: use `make down` first, or another EFAE_LOCAL_DIR"
+                )
+        if port in chosen:
+            raise ValueError(
+                f"{service.title} and {chosen[port].title} cannot share port {port}: set"
+                f" {service.variable} or {chosen[port].variable}"
+            )
+        chosen[port] = service
+        state.ports[service.name] = port
+    for service in dead:
+        hidden = [f"{service.name}.{name}" for name in service.hidden_ports]
+        if not all(name in state.ports and ports.is_free(state.ports[name]) for name in hidden):
+            state.ports.update(zip(hidden, ports.pick_free(len(hidden)), strict=True))
+
+
+def _start(state: StackState, service: Service) -> None:
+    sockets = state.socket_folder
+    sockets.mkdir(mode=0o700, exist_ok=True)
+    if sockets.stat().st_uid != os.getuid():
+        raise StackError(f"{sockets} belongs to somebody else: use another EFAE_LOCAL_DIR")
+    if service.name == "ray":  # Old sessions: logs, spilled objects, unpacked working folders.
+        shutil.rmtree(sockets / "ray", ignore_errors=True)
+    for name in ("logs", "s3", "mlflow"):
+        (state.folder / name).mkdir(exist_ok=True)
+    state.save()  # The token file must exist when Ray starts.
+    state.processes[service.name] = processes.start(
+        service.command(state), service.environment(state), _log_file(state, service)
+    )
+    state.save()
+
+
+def _stop(state: StackState, service: Service) -> int:
+    record = state.processes.get(service.name)
+    if record is None:
+        return 0
+    count = processes.stop(record)
+    del state.processes[service.name]
+    state.save()
+    return count
+
+
+def _wait_until_ready(state: StackState, started: Sequence[Service]) -> None:
+    """Waits for all services at once; prints a line as each answers."""
+    given_up = threading.Event()
+
+    def wait(service: Service) -> tuple[Service, float, str]:
+        begin = time.monotonic()
+        while True:
+            running = _is_running(state, service)
+            fault = _find_fault(state, service)
+            seconds = time.monotonic() - begin
+            if not fault or not running or given_up.is_set() or seconds > service.start_seconds:
+                return service, seconds, fault
+            given_up.wait(_POLL_SECONDS)
+
+    with ThreadPoolExecutor(len(SERVICES)) as pool:
+        try:
+            for future in as_completed([pool.submit(wait, service) for service in SERVICES]):
+                service, seconds, fault = future.result()
+                if fault:
+                    raise StackError(_describe_failure(state, service, seconds, fault))
+                how = f"ready in {seconds:.1f} s" if service in started else "already up"
+                print(f"{service.title:<15} {address(state, service.name)}  {how}", flush=True)
+        finally:
+            given_up.set()
+
+
+def _describe_failure(state: StackState, service: Service, seconds: float, fault: str) -> str:
+    log = _log_file(state, service)
+    tail = log.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
+    return "\n".join(
+        [
+            f"{service.title} did not start: {fault} after {seconds:.0f} s;"
+            f" the end of {_relative(log)}:",
+            *(f"    {line}" for line in tail),
+        ]
+    )
+
+
+def _log_file(state: StackState, service: Service) -> Path:
+    return state.folder / "logs" / f"{service.name}.log"
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def main() -> int:
+    """Runs one command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="cluster.local_stack", description=__doc__)
+    parser.add_argument("command", choices=["up", "down", "ui", "status"])
+    command = parser.parse_args().command
+    folder = state_folder()
+    try:
+        if command == "status":
+            return 0 if status(folder) else 1
+        {"up": up, "down": down, "ui": ui}[command](folder)
+    except (StackError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

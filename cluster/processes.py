@@ -1,0 +1,123 @@
+"""Server processes that outlive the command that started them.
+
+A process is remembered by pid *and* start time, so that a recycled pid is never mistaken for it.
+Each is the leader of a session of its own: what it starts is found as its descendants or by the
+session, which a child keeps when its parent dies.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+_CLOCK_SLACK_SECONDS = 2.0
+
+
+class ProcessRecord(NamedTuple):
+    """One process that we started."""
+
+    pid: int
+    started: float
+    """Seconds since the epoch, as the kernel counts them."""
+
+
+def start(command: Sequence[str], environment: dict[str, str], log: Path) -> ProcessRecord:
+    """Starts a server in a new session; what it prints is appended to `log`."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            cwd=log.parent,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return ProcessRecord(process.pid, psutil.Process(process.pid).create_time())
+
+
+def is_running(record: ProcessRecord) -> bool:
+    """Whether that very process still runs."""
+    return _leader(record) is not None
+
+
+def stop(record: ProcessRecord, grace_seconds: float = 10.0) -> int:
+    """Ends the process and all that it started; returns how many processes that were.
+
+    The leader gets SIGTERM and `grace_seconds` to end its own children; what is left is killed.
+    """
+    owned = _family(record)
+    leader = _leader(record)
+    if leader is not None:
+        _signal(leader, signal.SIGTERM)
+    # Once more the family: a child may have been started while we waited.
+    alive = _wait(owned, grace_seconds) | _family(record)
+    for process in alive:
+        _signal(process, signal.SIGKILL)
+    _wait(alive, 5.0)
+    return len(owned | alive)
+
+
+def _wait(processes: set[psutil.Process], seconds: float) -> set[psutil.Process]:
+    """Waits for processes to end; returns those that did not (a zombie has ended)."""
+    deadline = time.monotonic() + seconds
+    alive = set(filter(_is_live, processes))
+    while alive and time.monotonic() < deadline:
+        time.sleep(0.05)
+        alive = set(filter(_is_live, alive))
+    return alive
+
+
+def _leader(record: ProcessRecord) -> psutil.Process | None:
+    try:
+        process = psutil.Process(record.pid)
+    except psutil.NoSuchProcess:
+        return None
+    ours = abs(process.create_time() - record.started) < _CLOCK_SLACK_SECONDS
+    return process if ours and _is_live(process) else None
+
+
+def _family(record: ProcessRecord) -> set[psutil.Process]:
+    leader = _leader(record)
+    if leader is None and psutil.pid_exists(record.pid) and not _is_zombie(record.pid):
+        return set()  # The pid is a stranger's now, and so is its session.
+    family = {leader, *leader.children(recursive=True)} if leader is not None else set()
+    for process in psutil.process_iter():
+        try:
+            in_session = os.getsid(process.pid) == record.pid
+        except (ProcessLookupError, PermissionError):
+            continue
+        if in_session and _is_live(process):
+            # Ray gives each job's driver a session of its own: take the members' children too.
+            family |= {process, *_children(process)}
+    return family
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _is_live(process: psutil.Process) -> bool:
+    return process.is_running() and not _is_zombie(process.pid)
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return

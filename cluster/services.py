@@ -1,0 +1,306 @@
+"""The three servers of the local stack: how each is started and how each is asked if it is ready.
+
+All listen on loopback only and send no telemetry. Ready means that a real request was answered as
+it should be, with credentials where there are any.
+"""
+
+import json
+import os
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.ports import LOOPBACK
+from cluster.state import StackState
+
+BUCKETS = ("efae-data", "efae-runs", "mlflow")
+_REQUEST_SECONDS = 5.0
+_OBJECT_STORE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Service:
+    """One server process of the stack."""
+
+    name: str
+    title: str
+    variable: str
+    """Environment variable that moves the public port."""
+    default_port: int
+    hidden_ports: tuple[str, ...]
+    """The other ports that it opens, picked free; in the state they are named ``service.port``."""
+    start_seconds: float
+    """How long it may take to be ready."""
+    command: Callable[[StackState], list[str]]
+    environment: Callable[[StackState], dict[str, str]]
+    check: Callable[[StackState], None]
+    """Raises OSError or RuntimeError, with the reason, while the service is not ready."""
+
+
+def client_environment(state: StackState) -> dict[str, str]:
+    """What a client of the stack needs in its environment; the contents of ``.local/env``."""
+    return {
+        **_s3_environment(state),
+        "MLFLOW_TRACKING_URI": address(state, "mlflow"),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        # The GCS address serves ray.init() and, by a look-up, `ray job submit`; the dashboard's
+        # serves only the latter, so it has a variable of its own.
+        "RAY_ADDRESS": f"{LOOPBACK}:{state.ports['ray.gcs']}",
+        "RAY_API_SERVER_ADDRESS": address(state, "ray"),
+        **_ray_environment(state),
+    }
+
+
+def address(state: StackState, name: str) -> str:
+    """The URL of a service."""
+    return f"http://{LOOPBACK}:{state.ports[name]}"
+
+
+def _s3_environment(state: StackState) -> dict[str, str]:
+    others = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
+    direct = ",".join(dict.fromkeys([LOOPBACK, "localhost", *filter(None, others.split(","))]))
+    return {
+        "AWS_ACCESS_KEY_ID": state.access_key,
+        "AWS_SECRET_ACCESS_KEY": state.secret_key,
+        "AWS_ENDPOINT_URL": address(state, "s3"),
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "NO_PROXY": direct,
+        "no_proxy": direct,
+    }
+
+
+def _ray_environment(state: StackState) -> dict[str, str]:
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(state.token_file),
+        # Despite its name: with 0 Ray leaves 127.0.0.1 as it is on Linux too, on servers and
+        # clients, instead of replacing it by the host's outward address.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+
+
+def _server_environment(extra: dict[str, str]) -> dict[str, str]:
+    """The caller's environment without its own cloud, Ray or MLflow settings."""
+    foreign = ("AWS_", "RAY_", "MLFLOW_", "EFAE_", "S3_")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{inherited.get('PATH', os.defpath)}"
+    return {**inherited, "PATH": programs, **extra}
+
+
+def _program(name: str) -> str:
+    """Absolute path of a program of this Python environment."""
+    program = shutil.which(name, path=str(Path(sys.executable).parent))
+    if program is None:
+        raise ValueError(f"{name} is not installed beside {sys.executable}: use `make up`")
+    return program
+
+
+def _get(url: str, token: str | None = None, body: dict | None = None) -> tuple[int, bytes]:
+    headers = {"Content-Type": "application/json"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, headers)
+    # No proxies: a proxy of the user's environment cannot reach our loopback.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=_REQUEST_SECONDS) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+
+
+def _s3_command(state: StackState) -> list[str]:
+    hidden = [
+        f"-{name.removeprefix('s3.')}={port}"
+        for name, port in state.ports.items()
+        if name.startswith("s3.")
+    ]
+    return [
+        _program("weed"),
+        "mini",
+        f"-dir={state.folder / 's3'}",
+        f"-ip={LOOPBACK}",
+        f"-ip.bind={LOOPBACK}",
+        f"-s3.port={state.ports['s3']}",
+        *hidden,
+        f"-filer.localSocket={state.socket_folder / 'filer.sock'}",
+        f"-s3.localSocket={state.socket_folder / 's3.sock'}",
+        f"-bucket={','.join(BUCKETS)}",
+        "-s3.autoCreateBucket=false",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        "-admin.ui=false",
+        "-webdav=false",
+        "-master.telemetry=false",
+    ]
+
+
+def _check_s3(state: StackState) -> None:
+    # Imported here: it takes longer than all else that `up` does on a running stack.
+    import botocore.exceptions
+    import botocore.session
+    from botocore.config import Config
+
+    client = botocore.session.Session().create_client(
+        "s3",
+        endpoint_url=address(state, "s3"),
+        region_name="us-east-1",
+        aws_access_key_id=state.access_key,
+        aws_secret_access_key=state.secret_key,
+        config=Config(
+            connect_timeout=_REQUEST_SECONDS,
+            read_timeout=_REQUEST_SECONDS,
+            retries={"total_max_attempts": 1},
+            proxies={},
+        ),
+    )
+    try:
+        found = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
+    except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
+        raise RuntimeError(f"listing the buckets failed: {error}") from error
+    if not found.issuperset(BUCKETS):
+        raise RuntimeError(f"buckets {sorted(found)}, wanted {BUCKETS}")
+
+
+def _mlflow_command(state: StackState) -> list[str]:
+    return [
+        _program("mlflow"),
+        "server",
+        f"--host={LOOPBACK}",
+        f"--port={state.ports['mlflow']}",
+        "--workers=1",
+        f"--backend-store-uri=sqlite:///{state.folder / 'mlflow' / 'mlflow.db'}",
+        "--artifacts-destination=s3://mlflow/artifacts",
+    ]
+
+
+def _mlflow_environment(state: StackState) -> dict[str, str]:
+    return _server_environment(
+        {
+            **_s3_environment(state),
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "DO_NOT_TRACK": "true",
+            # Runs of MLflow's own background jobs are no part of tracking; 240 MB.
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        }
+    )
+
+
+def _check_mlflow(state: StackState) -> None:
+    status, _ = _get(f"{address(state, 'mlflow')}/health")
+    if status == 200:
+        url = f"{address(state, 'mlflow')}/api/2.0/mlflow/experiments/search"
+        status, _ = _get(url, body={"max_results": 1})
+    if status != 200:
+        raise RuntimeError(f"answered {status}")
+
+
+def _ray_command(state: StackState) -> list[str]:
+    ports = state.ports
+    return [
+        _program("ray"),
+        "start",
+        "--head",
+        "--block",
+        f"--node-ip-address={LOOPBACK}",
+        f"--port={ports['ray.gcs']}",
+        f"--dashboard-host={LOOPBACK}",
+        f"--dashboard-port={ports['ray']}",
+        "--include-dashboard=true",
+        f"--dashboard-agent-listen-port={ports['ray.agent']}",
+        f"--ray-client-server-port={ports['ray.client']}",
+        # The kernel picks the workers' ports: Ray's default range is the same in every stack.
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        f"--num-cpus={max(2, os.cpu_count() or 2)}",
+        f"--object-store-memory={_OBJECT_STORE_BYTES}",
+        f"--temp-dir={state.socket_folder / 'ray'}",
+        "--disable-usage-stats",
+        "--log-color=false",
+    ]
+
+
+def _ray_head_environment(state: StackState) -> dict[str, str]:
+    """Jobs and workers inherit it: the clients' variables, less Ray's own address."""
+    client = client_environment(state)
+    del client["RAY_ADDRESS"], client["RAY_API_SERVER_ADDRESS"]
+    return _server_environment(
+        {
+            **client,
+            # train.report() takes one poll of the controller (default 2 s).
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+            # A lost worker comes back at once here or never: no node is being bought meanwhile.
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+            # Ray's defaults for these two are the same in every stack.
+            "AUTOSCALER_METRIC_PORT": str(state.ports["ray.autoscaler_metrics"]),
+            "DASHBOARD_METRIC_PORT": str(state.ports["ray.dashboard_metrics"]),
+            # `down` means down: do not wait for running jobs.
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        }
+    )
+
+
+def _check_ray(state: StackState) -> None:
+    jobs = f"{address(state, 'ray')}/api/jobs/"
+    status, _ = _get(jobs)
+    if status != 401:
+        raise RuntimeError(f"answered {status} to a request without token, wanted 401")
+    status, _ = _get(jobs, state.ray_token)
+    if status != 200:
+        raise RuntimeError(f"answered {status} to a request with token")
+    _, body = _get(f"{address(state, 'ray')}/nodes?view=summary", state.ray_token)
+    nodes = json.loads(body)["data"]["summary"]
+    if not any(node["raylet"].get("state") == "ALIVE" for node in nodes):
+        raise RuntimeError("the head node is not alive yet")
+
+
+SERVICES = (
+    Service(
+        name="s3",
+        title="S3 (SeaweedFS)",
+        variable="EFAE_S3_PORT",
+        default_port=8333,
+        # The names are those of weed's flags.
+        hidden_ports=(
+            *("s3.port.grpc", "master.port", "master.port.grpc", "volume.port"),
+            *("volume.port.grpc", "filer.port", "filer.port.grpc", "admin.port", "admin.port.grpc"),
+        ),
+        start_seconds=60,
+        command=_s3_command,
+        environment=lambda state: _server_environment(_s3_environment(state)),
+        check=_check_s3,
+    ),
+    Service(
+        name="mlflow",
+        title="MLflow",
+        variable="EFAE_MLFLOW_PORT",
+        default_port=5000,
+        hidden_ports=(),
+        start_seconds=180,
+        command=_mlflow_command,
+        environment=_mlflow_environment,
+        check=_check_mlflow,
+    ),
+    Service(
+        name="ray",
+        title="Ray dashboard",
+        variable="EFAE_RAY_DASHBOARD_PORT",
+        default_port=8265,
+        hidden_ports=("gcs", "agent", "client", "autoscaler_metrics", "dashboard_metrics"),
+        start_seconds=120,
+        command=_ray_command,
+        environment=_ray_head_environment,
+        check=_check_ray,
+    ),
+)

@@ -1,0 +1,97 @@
+"""What a local stack remembers in its state folder: ports, secrets, processes.
+
+`stack.json` is read and written under a lock file, so that two commands cannot start one stack
+twice. The secrets are random per stack and kept, because the S3 data belongs to them.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shlex
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from cluster.processes import ProcessRecord
+
+# A Unix socket's path holds 107 bytes; Ray appends up to 64 ("/session_.../sockets/plasma_store").
+_LONGEST_SOCKET_FOLDER = 38
+
+
+def state_folder() -> Path:
+    """Absolute path of the state folder: EFAE_LOCAL_DIR, or ``.local`` in the working folder."""
+    return Path(os.environ.get("EFAE_LOCAL_DIR") or ".local").absolute()
+
+
+@dataclass
+class StackState:
+    """The contents of `stack.json`; `folder` is where it lies."""
+
+    folder: Path
+    access_key: str = field(default_factory=lambda: secrets.token_hex(10))
+    secret_key: str = field(default_factory=lambda: secrets.token_hex(20))
+    ray_token: str = field(default_factory=lambda: secrets.token_hex(32))
+    ports: dict[str, int] = field(default_factory=dict)
+    processes: dict[str, ProcessRecord] = field(default_factory=dict)
+
+    @property
+    def token_file(self) -> Path:
+        """File with Ray's token, as RAY_AUTH_TOKEN_PATH wants it."""
+        return self.folder / "ray_token"
+
+    @property
+    def socket_folder(self) -> Path:
+        """A folder of this stack whose path is short enough for Unix sockets."""
+        if len(os.fsencode(self.folder)) <= _LONGEST_SOCKET_FOLDER:
+            return self.folder
+        name = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:12]
+        return Path(tempfile.gettempdir()) / f"efae-{name}"
+
+    def save(self) -> None:
+        """Writes `stack.json` and Ray's token, readable by their owner only."""
+        write_private(self.token_file, self.ray_token)
+        content = {name: value for name, value in asdict(self).items() if name != "folder"}
+        write_private(self.folder / "stack.json", json.dumps(content, indent=2))
+
+
+def load(folder: Path) -> StackState:
+    """The stack of a state folder; a new one with fresh secrets where there is none."""
+    file = folder / "stack.json"
+    if not file.exists():
+        return StackState(folder)
+    content = json.loads(file.read_text())
+    content["processes"] = {
+        name: ProcessRecord(*record) for name, record in content["processes"].items()
+    }
+    return StackState(folder, **content)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[StackState]:
+    """The stack of a state folder, with other commands kept waiting meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield load(folder)
+
+
+def write_exports(file: Path, environment: Mapping[str, str]) -> None:
+    """Writes a file for the shell's `source`, readable by its owner only."""
+    lines = [f"export {name}={shlex.quote(value)}\n" for name, value in environment.items()]
+    # A session token or profile of the user's own cloud would override the keys above.
+    lines.append("unset AWS_SESSION_TOKEN AWS_PROFILE\n")
+    write_private(file, "".join(lines))
+
+
+def write_private(file: Path, text: str) -> None:
+    """Writes a file with mode 600, whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.unlink(missing_ok=True)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as output:
+        output.write(text)
+    partial.replace(file)
