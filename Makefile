@@ -1,0 +1,51 @@
+# Every command prepares what it needs: the environment in .venv/, then the local stack in .local/.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+BIN := .venv/bin
+LOCAL := $(or $(EFAE_LOCAL_DIR),.local)
+# Names what is installed; another hash of pins, settings or place means another set-up.
+STAMP := .venv/installed-$(shell (pwd; cat constraints.txt pyproject.toml) | cksum | tr ' ' '-')
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+train: up ## train the quick-start model on the local stack and register it (ARGS="--training.steps 500")
+	@source "$(LOCAL)/env" && $(BIN)/python -m data_pipelines.build_shards --source openmoji \
+	    --output s3://efae-data/openmoji-32 --resolution 32 --held-out 512
+	@cluster/submit_job.sh "$(LOCAL)/env" jobs/train.py quickstart $(ARGS)
+
+test: $(STAMP) ## run every test that needs no GPU (ARGS="tests/unit -k latent")
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## check format, style, types and the direction of imports
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/pyright
+	@$(BIN)/lint-imports --no-logo
+
+format: $(STAMP) ## rewrite the code in the house format
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+up: $(STAMP) ## start the local stack: S3, MLflow, Ray head
+	@$(BIN)/python -m cluster.local_stack up
+
+down: ## end the local stack; its data stay
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m cluster.local_stack down; fi
+
+ui: up ## print the addresses of MLflow and the Ray dashboard
+	@$(BIN)/python -m cluster.local_stack ui
+
+clean: down ## end the stack, remove the environment and all caches; data in .local/ stay
+	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(STAMP):
+	@cluster/set_up.sh .venv
+	@rm -f .venv/installed-*
+	@touch $@
+
+.PHONY: help train test lint format up down ui clean
