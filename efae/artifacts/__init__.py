@@ -1,0 +1,1 @@
+"""What a run leaves behind: checkpoints, tracked metrics, registered models, the report card."""

@@ -1,0 +1,274 @@
+"""State <-> folder: safetensors and JSON, hashed, complete or absent. No pickle.
+
+A checkpoint is a folder ``step-00001234`` of six files. ``manifest.json`` holds the bytes and
+sha256 of the others and is written last, so a folder without it is half-written. A model is the
+same idea with the EMA weights alone; a checkpoint can be read as a model.
+
+Only the names below are ever read: what a manifest says never becomes a path.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from data_pipelines import storage
+from efae import config as configuration
+from efae.config import Config
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
+STATE, CONFIG, MANIFEST = "state.json", "config.json", "manifest.json"
+CHECKPOINT_FILES = (MODEL, EMA, OPTIMIZER, STATE, CONFIG)
+MODEL_FILES = (MODEL, CONFIG)
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(Exception):
+    """A checkpoint or model folder that must not be used, and why."""
+
+    def __init__(self, uri: str, reason: str):
+        super().__init__(f"{uri}: {reason}")
+        self.uri = uri
+        self.reason = reason
+
+    def __reduce__(self):  # Ray sends exceptions between processes
+        return CheckpointError, (self.uri, self.reason)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that a run needs to go on as if nothing had happened."""
+
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    metadata: dict[str, Any]
+    """JSON values; "step" is always there."""
+    config: Config
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of a checkpoint; names sort as steps do."""
+    return f"step-{step:08d}"
+
+
+def write_checkpoint(
+    directory: Path,
+    *,
+    model: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    config: Config,
+) -> None:
+    """Writes a checkpoint into `directory`; `metadata` is JSON and holds "step".
+
+    Equal state gives equal bytes. Tensors may be on any device but may not share memory.
+    """
+    contents = {
+        MODEL: _pack(model),
+        EMA: _pack(ema),
+        OPTIMIZER: _pack(optimizer),
+        STATE: json.dumps(dict(metadata), allow_nan=False).encode(),
+        CONFIG: configuration.to_json(config).encode(),
+    }
+    _write_folder(directory, contents, {"step": int(metadata["step"])})
+
+
+def read_checkpoint(uri: str | Path) -> Checkpoint:
+    """The checkpoint at a path or URI, after its bytes were checked against the manifest.
+
+    Raises:
+        CheckpointError: not a complete, undamaged checkpoint of this format.
+        StorageError: the storage refuses or does not answer.
+    """
+    uri = str(uri)
+    manifest = read_manifest(uri)
+    model, ema, optimizer, state, config = (
+        read_verified(uri, name, manifest) for name in CHECKPOINT_FILES
+    )
+    return Checkpoint(
+        model=_unpack(uri, MODEL, model),
+        ema=_unpack(uri, EMA, ema),
+        optimizer=_unpack(uri, OPTIMIZER, optimizer),
+        metadata=json.loads(state),
+        config=_parse_config(uri, config),
+    )
+
+
+def find_newest_checkpoint(run_uri: str) -> str | None:
+    """The newest complete checkpoint below `run_uri`: all files there, of the right size."""
+    return next((uri for uri, fault in _complete_checkpoints(run_uri) if fault is None), None)
+
+
+def read_newest_checkpoint(run_uri: str) -> tuple[str, Checkpoint] | None:
+    """The newest checkpoint that is undamaged, with its URI; None where there is none yet.
+
+    Raises:
+        CheckpointError: there are checkpoints and all are damaged; starting again from nothing
+            is the user's decision.
+    """
+    fault: CheckpointError | None = None
+    for uri, fault in _complete_checkpoints(run_uri):
+        if fault is None:
+            try:
+                return uri, read_checkpoint(uri)
+            except CheckpointError as error:
+                fault = error
+        logger.error("damaged checkpoint, falling back to the one before: %s", fault)
+    if fault is not None:
+        raise fault
+    return None
+
+
+def write_model(
+    directory: Path, weights: Mapping[str, Tensor], config: Config, card: Mapping[str, Any]
+) -> None:
+    """Writes a model: weights, configuration, and a manifest that also holds `card` (JSON)."""
+    contents = {MODEL: _pack(weights), CONFIG: configuration.to_json(config).encode()}
+    _write_folder(directory, contents, {"card": dict(card)})
+
+
+def read_model(uri: str | Path) -> tuple[dict[str, Tensor], Config]:
+    """Weights and configuration of a model, or the EMA weights of a checkpoint.
+
+    Raises:
+        CheckpointError: not complete, damaged, or of another format.
+    """
+    uri = str(uri)
+    manifest = read_manifest(uri)
+    weights_name, config_name = model_files(manifest)
+    weights = read_verified(uri, weights_name, manifest)
+    config = read_verified(uri, config_name, manifest)
+    return _unpack(uri, weights_name, weights), _parse_config(uri, config)
+
+
+def model_files(manifest: Mapping[str, Any]) -> tuple[str, str]:
+    """The names of weights and configuration in a folder with this manifest."""
+    return (EMA if EMA in manifest["files"] else MODEL), CONFIG
+
+
+def read_manifest(uri: str) -> dict[str, Any]:
+    """The manifest of a checkpoint or model folder, checked for format and file names."""
+    return parse_manifest(uri, _read(uri, MANIFEST))
+
+
+def parse_manifest(uri: str, data: bytes) -> dict[str, Any]:
+    """The manifest in `data`; `uri` is for messages.
+
+    Raises:
+        CheckpointError: not a manifest, or of another format.
+    """
+    try:
+        manifest = json.loads(data)
+        version, files = manifest["format_version"], manifest["files"]
+        names = set(files)
+        sizes_and_hashes = [(int(f["bytes"]), str(f["sha256"])) for f in files.values()]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(uri, f"{MANIFEST} is not a manifest") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            uri, f"format version {version!r}; this efae reads {FORMAT_VERSION}: use another efae"
+        )
+    if names not in (set(CHECKPOINT_FILES), set(MODEL_FILES)) or not sizes_and_hashes:
+        raise CheckpointError(uri, f"{MANIFEST} lists {sorted(names)}")
+    return manifest
+
+
+def read_verified(uri: str, name: str, manifest: Mapping[str, Any]) -> bytes:
+    """One file, after its bytes were compared with the manifest.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    if name not in manifest["files"]:
+        raise CheckpointError(
+            uri, f"holds no {name}: it is a model, not a checkpoint to go on from"
+        )
+    data = _read(uri, name)
+    check_file(uri, name, data, manifest)
+    return data
+
+
+def check_file(uri: str, name: str, data: bytes, manifest: Mapping[str, Any]) -> None:
+    """Compares size and sha256 of the file `name` with the manifest's.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    expected = manifest["files"][name]
+    if len(data) != expected["bytes"]:
+        raise CheckpointError(uri, f"{name} has {len(data)} bytes, not {expected['bytes']}")
+    if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+        raise CheckpointError(uri, f"{name} is damaged: its sha256 is not the manifest's")
+
+
+def _complete_checkpoints(run_uri: str) -> Iterator[tuple[str, CheckpointError | None]]:
+    """Complete checkpoints, newest first, with what is wrong with the manifest, if anything."""
+    folders: dict[int, dict[str, int]] = {}
+    for name, size in storage.list_files(run_uri).items():
+        folder, _, file = name.partition("/")
+        if match := _NAME.fullmatch(folder):
+            folders.setdefault(int(match[1]), {})[file] = size
+    for step in sorted(folders, reverse=True):
+        uri = storage.join(run_uri, checkpoint_name(step))
+        if MANIFEST not in folders[step]:
+            logger.warning("half-written checkpoint ignored (no %s): %s", MANIFEST, uri)
+            continue
+        try:
+            files = read_manifest(uri)["files"]
+        except CheckpointError as fault:
+            yield uri, fault
+            continue
+        wrong = [name for name in files if folders[step].get(name) != files[name]["bytes"]]
+        if wrong:
+            logger.warning("half-written checkpoint ignored (%s): %s", ", ".join(wrong), uri)
+            continue
+        yield uri, None
+
+
+def _write_folder(directory: Path, contents: Mapping[str, bytes], facts: dict[str, Any]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / MANIFEST).unlink(missing_ok=True)  # while we write, the folder is not complete
+    files = {}
+    for name, data in contents.items():
+        (directory / name).write_bytes(data)
+        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest = {"format_version": FORMAT_VERSION, **facts, "files": files}
+    storage.write_bytes(str(directory / MANIFEST), json.dumps(manifest, indent=2).encode())
+
+
+def _pack(tensors: Mapping[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def _unpack(uri: str, name: str, data: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise CheckpointError(uri, f"{name} is not a safetensors file ({error})") from error
+
+
+def _parse_config(uri: str, data: bytes) -> Config:
+    try:
+        return configuration.from_json(data.decode())
+    except ValueError as error:
+        raise CheckpointError(uri, f"{CONFIG} is not valid for this efae ({error})") from error
+
+
+def _read(uri: str, name: str) -> bytes:
+    try:
+        return storage.read_bytes(storage.join(uri, name))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(uri, f"{name} is missing") from error

@@ -1,0 +1,307 @@
+"""Tracking against a real MLflow server that goes away and comes back."""
+
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+
+from cluster import ports
+from efae import config as configuration
+from efae.artifacts import tracking
+from efae.artifacts.tracking import Tracker
+from efae.config import Config, DataConfig
+
+
+class MlflowServer:
+    """One server on its own database, which can be stopped and started again."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._port = ports.pick_free(1)[0]
+        self._process: subprocess.Popen | None = None
+        self.uri = f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        command = [
+            *(str(Path(sys.executable).parent / "mlflow"), "server", f"--port={self._port}"),
+            *("--workers=1", f"--backend-store-uri=sqlite:///{self._folder}/mlflow.db"),
+            f"--artifacts-destination={self._folder}/artifacts",
+        ]
+        environment = {
+            **os.environ,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        log_path = self._folder / "server.log"
+        with log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        if not wait_until(self._answers, 120):
+            raise RuntimeError(log_path.read_text()[-2000:])
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as response:
+                return response.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def stop(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)  # an outage is not polite
+            self._process.wait()
+            self._process = None
+
+
+def wait_until(condition, seconds: float) -> bool:
+    give_up_at = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > give_up_at:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _restore_request_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tracker makes MLflow impatient for its whole process; not for the tests after these."""
+    for name in ("TIMEOUT", "MAX_RETRIES"):
+        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", {"TIMEOUT": "5"}.get(name, "0"))
+
+
+@pytest.fixture
+def client(server: MlflowServer) -> MlflowClient:
+    return MlflowClient(server.uri)
+
+
+@pytest.fixture
+def run_id(server: MlflowServer, request: pytest.FixtureRequest) -> str:
+    return tracking.find_or_create_run(server.uri, "tests", request.node.name, {})[0]
+
+
+def read_history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
+
+
+def log_steps(tracker: Tracker, steps: range, sign: float = 1.0) -> None:
+    for step in steps:
+        tracker.log_metrics(step, {"loss": sign * step})
+
+
+def test_check_server_accepts_a_server(server):
+    tracking.check_server(server.uri)
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "file:///mlruns", "mlruns", ""])
+def test_check_server_refuses_what_other_nodes_cannot_reach(uri):
+    with pytest.raises(ValueError, match=r"other nodes.*make up.*MLFLOW_TRACKING_URI"):
+        tracking.check_server(uri)
+
+
+def test_check_server_names_address_and_remedy_when_nobody_listens():
+    uri = f"http://127.0.0.1:{ports.pick_free(1)[0]}"
+    with pytest.raises(ValueError, match=rf"{uri}.*Connection refused.*make up") as caught:
+        tracking.check_server(uri)
+    assert "\n" not in str(caught.value)
+
+
+def test_check_server_gives_up_on_silence_within_seconds_and_hides_the_password():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        start = time.monotonic()
+        with pytest.raises(ValueError, match="does not answer") as caught:
+            tracking.check_server(f"http://user:hunter2@127.0.0.1:{silent.getsockname()[1]}")
+        assert time.monotonic() - start < 10
+        assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", ["RUNNING", "FAILED", "KILLED"])
+def test_an_unfinished_run_is_continued(server, client, status):
+    name = f"continued-{status}"
+    first, existed = tracking.find_or_create_run(server.uri, "tests", name, {"preset": "p"})
+    assert not existed
+    assert client.get_run(first).data.tags["preset"] == "p"
+    if status != "RUNNING":
+        tracking.finish_run(server.uri, first, status)
+    assert tracking.find_or_create_run(server.uri, "tests", name, {}) == (first, True)
+    assert client.get_run(first).info.status == "RUNNING"
+
+
+def test_a_finished_run_is_left_alone_and_the_newest_decides(server):
+    first, _ = tracking.find_or_create_run(server.uri, "tests", "finished", {})
+    tracking.finish_run(server.uri, first, "FINISHED")
+    second, existed = tracking.find_or_create_run(server.uri, "tests", "finished", {})
+    assert second != first
+    assert not existed
+    assert tracking.find_or_create_run(server.uri, "tests", "finished", {}) == (second, True)
+
+
+def test_a_deleted_experiment_is_named(server, client):
+    client.delete_experiment(client.create_experiment("gone"))
+    with pytest.raises(ValueError, match=r"tracking\.experiment='gone'"):
+        tracking.find_or_create_run(server.uri, "gone", "run", {})
+
+
+def test_config_is_logged_once_and_may_differ_after_a_restart(server, client, run_id, tmp_path):
+    secret = "s3://AKIA:hunter2@bucket/train?secret_key=hunter2&region=here"
+    config = replace(Config(), data=DataConfig(uri=secret))
+    tracking.log_config(server.uri, run_id, config)
+    changed = configuration.with_overrides(config, {"ray.num_workers": 4})
+    tracking.log_config(server.uri, run_id, changed)
+    run = client.get_run(run_id)
+    assert run.data.params["ray.num_workers"] == "2"
+    assert run.data.params["representation.multiplicities"] == "None"
+    assert run.data.params.keys() == configuration.flatten(config).keys()
+    stored = Path(client.download_artifacts(run_id, "config.json", str(tmp_path))).read_text()
+    assert "hunter2" not in stored + json.dumps(run.data.params)
+    assert configuration.from_json(stored).data.uri == (
+        "s3://***@bucket/train?secret_key=***&region=here"
+    )
+    assert configuration.from_json(stored).ray.num_workers == 4
+
+
+def test_every_point_arrives_in_order_and_logging_takes_microseconds(
+    server, client, run_id, tmp_path
+):
+    tracker = Tracker(server.uri, run_id, tmp_path)
+    seconds = []
+    for step in range(500):
+        start = time.perf_counter()
+        tracker.log_metrics(step, {"loss": 1.0 / (step + 1), "rate": float(step)})
+        seconds.append(time.perf_counter() - start)
+    tracker.log_text("hello", "notes/hello.txt")
+    tracker.close()
+    assert read_history(client, run_id, "rate") == [(step, float(step)) for step in range(500)]
+    assert (tracker.dropped, tracker.spilled) == (0, 0)
+    assert [file.path for file in client.list_artifacts(run_id, "notes")] == ["notes/hello.txt"]
+    assert list(tmp_path.iterdir()) == []
+    assert statistics.median(seconds) < 2e-4
+
+
+def test_an_outage_delays_points_and_figures_but_loses_and_repeats_none(
+    server, client, run_id, tmp_path
+):
+    figure = tmp_path / "figure.png"
+    figure.write_bytes(b"not really a picture")
+    tracker = Tracker(server.uri, run_id, tmp_path / "spill", send_interval_seconds=0.2)
+    log_steps(tracker, range(100))
+    assert wait_until(lambda: len(read_history(client, run_id, "loss")) == 100, 20)
+    server.stop()
+    try:
+        slowest = 0.0
+        for step in range(100, 200):
+            start = time.perf_counter()
+            tracker.log_metrics(step, {"loss": float(step)})
+            slowest = max(slowest, time.perf_counter() - start)
+            time.sleep(0.01)
+        tracker.log_figure(figure, "figures/step-150.png")
+        figure.unlink()
+        assert wait_until(lambda: tracker.spilled == 100, 20)
+    finally:
+        server.start()
+    log_steps(tracker, range(200, 300))
+    assert wait_until(lambda: len(read_history(client, run_id, "loss")) == 300, 20)
+    tracker.close()
+    assert read_history(client, run_id, "loss") == [(step, float(step)) for step in range(300)]
+    found = [file.path for file in client.list_artifacts(run_id, "figures")]
+    assert found == ["figures/step-150.png"]
+    assert tracker.dropped == 0
+    assert slowest < 0.1
+    assert list((tmp_path / "spill").iterdir()) == []
+
+
+def test_a_restart_from_a_checkpoint_repeats_no_step(server, client, run_id, tmp_path):
+    first = Tracker(server.uri, run_id, tmp_path / "node-1")
+    log_steps(first, range(51))
+    first.log_metrics(50, {"held_out/psnr": 20.0})
+    first.close()
+    second = Tracker(server.uri, run_id, tmp_path / "node-2")
+    log_steps(second, range(41, 61), sign=-1.0)
+    second.log_metrics(60, {"held_out/psnr": 21.0})
+    second.close()
+    expected = [(step, float(step if step <= 50 else -step)) for step in range(61)]
+    assert read_history(client, run_id, "loss") == expected
+    assert read_history(client, run_id, "held_out/psnr") == [(50, 20.0), (60, 21.0)]
+
+
+def test_what_a_killed_worker_left_behind_is_sent_by_the_next(server, client, run_id, tmp_path):
+    nobody = f"http://127.0.0.1:{ports.pick_free(1)[0]}"
+    killed = Tracker(nobody, run_id, tmp_path, send_interval_seconds=0.1)
+    log_steps(killed, range(60))
+    killed.log_text("old", "old.txt")
+    killed.close()
+    assert killed.spilled == 60
+    with (tmp_path / f"{run_id}.jsonl").open("a") as file:
+        file.write('{"name": "loss", "st')  # killed in mid-line
+    log_steps(revived := Tracker(server.uri, run_id, tmp_path), range(41, 80))
+    revived.close()
+    assert read_history(client, run_id, "loss") == [(step, float(step)) for step in range(80)]
+    assert [file.path for file in client.list_artifacts(run_id)] == ["old.txt"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_point_that_the_server_has_is_stored_once(client, run_id):
+    """What sending again after an unclear failure relies on."""
+    points = [Metric("loss", float(step), 1000 + step, step) for step in range(10)]
+    client.log_batch(run_id, metrics=points, synchronous=True)
+    client.log_batch(run_id, metrics=points[5:], synchronous=True)
+    assert [step for step, _ in read_history(client, run_id, "loss")] == list(range(10))
+
+
+def test_one_bad_name_does_not_take_the_others_along(server, client, run_id, tmp_path):
+    tracker = Tracker(server.uri, run_id, tmp_path)
+    log_steps(tracker, range(5))
+    tracker.log_metrics(5, {"loss": 5.0, "bad\tname?": 1.0, "nan": float("nan")})
+    tracker.close()
+    assert tracker.dropped == 1
+    assert len(read_history(client, run_id, "loss")) == 6
+    assert [step for step, _ in read_history(client, run_id, "nan")] == [5]
+
+
+def test_a_full_queue_drops_and_counts_instead_of_blocking(server, client, run_id, tmp_path):
+    tracker = Tracker(server.uri, run_id, tmp_path, send_interval_seconds=60, queue_size=10)
+    log_steps(tracker, range(25))
+    tracker.close()
+    assert tracker.dropped == 15
+    assert len(read_history(client, run_id, "loss")) == 10
+
+
+def test_system_metrics_go_on_where_they_were_after_a_restart(server, client, run_id, tmp_path):
+    name = "system/cpu_utilization_percentage"
+
+    def count() -> int:
+        return len(client.get_metric_history(run_id, name))
+
+    for enough in (2, 4):
+        tracker = Tracker(
+            *(server.uri, run_id, tmp_path),
+            send_interval_seconds=0.1,
+            system_metrics_interval_seconds=0.2,
+        )
+        assert wait_until(lambda enough=enough: count() >= enough, 20)
+        tracker.close()
+    steps = [step for step, _ in read_history(client, run_id, name)]
+    assert steps == list(range(len(steps)))
