@@ -13,7 +13,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
-_GREY_MODES = ("1", "L")
+GREY_MODES = ("1", "L")
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L")
 
 
@@ -28,8 +28,8 @@ def read_shape(data: bytes) -> tuple[int, int, int]:
     Raises:
         ValueError: not an image that we read.
     """
-    with _open(data) as image:
-        return (1 if image.mode in _GREY_MODES else 3, image.height, image.width)
+    with open_image(data) as image:
+        return (1 if image.mode in GREY_MODES else 3, image.height, image.width)
 
 
 def decode_image(data: bytes, channels: int) -> np.ndarray:
@@ -47,7 +47,7 @@ def decode_image(data: bytes, channels: int) -> np.ndarray:
             ValueError
         ):  # CMYK, arithmetic coding: Pillow may still know it, or says what is wrong
             pass
-    with _open(data) as image:
+    with open_image(data) as image:
         pixels = as_grey_or_rgb(image, channels)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
@@ -71,7 +71,8 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _open(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
+    """The image, header read; raises ValueError where it is not one, or is a bomb."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

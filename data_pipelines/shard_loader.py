@@ -240,8 +240,8 @@ class ShardLoader:
         keys = []
         for row, sample in enumerate(samples.tolist()):
             key, data = self.dataset.read(sample, self._cache)
-            try:  # a wrong height or width does not fit the row, a ValueError too
-                images[row] = decode_image(data, self._shape[0])
+            try:
+                _decode_into(images[row], data)
             except ValueError as error:
                 shard = self.dataset.index.shards[self.dataset.place(sample)[0]]
                 uri = storage.join(self.dataset.uri, shard.name)
@@ -279,3 +279,10 @@ class ShardLoader:
             "shuffle": self._shuffle,
             "tail": self._tail,
         }
+
+
+def _decode_into(row: np.ndarray, data: bytes) -> None:
+    pixels = decode_image(data, row.shape[0])
+    if pixels.shape != row.shape:
+        raise ValueError(f"shape {pixels.shape}, the index says {row.shape}")
+    row[:] = pixels
