@@ -1,0 +1,259 @@
+"""The registry on the local stack: real MLflow, artifacts on real S3."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.models import Model
+
+import efae
+from data_pipelines import storage
+from efae import config as configuration
+from efae.artifacts import checkpoint, registry, tracking
+from efae.artifacts.checkpoint import CheckpointError
+from efae.artifacts.registry import RegisteredVersion
+from efae.config import Config
+from efae.model.autoencoder import Autoencoder
+
+pytestmark = pytest.mark.s3
+
+TINY = configuration.with_overrides(
+    Config(),
+    {
+        "data.resolution": 16,
+        "model.hidden_size": 32,
+        "model.encoder_hidden_size": 32,
+        "model.depth": 1,
+    },
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EFAE_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def tracking_uri(local_stack: dict[str, str]) -> str:
+    return local_stack["MLFLOW_TRACKING_URI"]
+
+
+@pytest.fixture
+def client(tracking_uri: str) -> MlflowClient:
+    return MlflowClient(tracking_uri)
+
+
+@pytest.fixture
+def run_id(tracking_uri: str, request: pytest.FixtureRequest) -> str:
+    return tracking.find_or_create_run(tracking_uri, "registry", request.node.name, {})[0]
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    return request.node.name.replace("[", "-").rstrip("]")
+
+
+def make_model(seed: int = 0) -> Autoencoder:
+    torch.manual_seed(seed)
+    return Autoencoder(TINY)
+
+
+def write_model(folder: Path, seed: int = 0) -> Path:
+    checkpoint.write_model(folder, make_model(seed).state_dict(), TINY, {})
+    return folder
+
+
+@pytest.fixture
+def register(tmp_path: Path, name: str, run_id: str, tracking_uri: str):
+    def register(seed: int = 0) -> RegisteredVersion:
+        folder = write_model(tmp_path / f"model-{seed}", seed)
+        metrics, tags = {"psnr": 24.125}, {"preset": "quickstart"}
+        return registry.register_model(folder, name, run_id, metrics, tags, tracking_uri)
+
+    return register
+
+
+def artifact_address(client: MlflowClient, run_id: str, path: str) -> str:
+    """Where the stack's MLflow keeps an artifact of a run."""
+    root = client.get_run(run_id).info.artifact_uri or ""
+    return root.replace("mlflow-artifacts:/", "s3://mlflow/artifacts/") + f"/{path}"
+
+
+def test_a_registered_model_gives_the_same_numbers_in_another_process(register, name):
+    register()
+    script = (
+        "import sys, torch, efae;"
+        f"model = efae.load('models:/{name}@champion');"
+        "assert not model.training;"
+        "print(model.encode(torch.linspace(-1, 1, 768).view(1, 3, 16, 16)).double().sum().item())"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
+    image = torch.linspace(-1, 1, 768).view(1, 3, 16, 16)
+    expected = make_model().eval().encode(image).double().sum().item()
+    assert float(output) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_first_version_becomes_the_champion_and_stays_it(register, client, name, run_id):
+    first, second = register(seed=0), register(seed=1)
+    assert (first, second) == (RegisteredVersion(name, 1), RegisteredVersion(name, 2))
+    assert first.uri == f"models:/{name}/1"
+    assert client.get_registered_model(name).aliases == {"champion": "1"}
+    version = client.get_model_version(name, "1")
+    assert version.run_id == run_id
+    assert version.status == "READY"
+    assert version.tags["metric.psnr"] == "24.125"
+    assert version.tags["preset"] == "quickstart"
+    assert version.tags["config_digest"] == configuration.digest(TINY)
+
+
+def test_weights_of_one_run_do_not_overwrite_each_other(register):
+    versions = [register(seed) for seed in (0, 1)]
+    for seed, version in enumerate(versions):
+        weights, _ = checkpoint.read_model(registry.pull(version.uri))
+        expected = make_model(seed).state_dict()
+        assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+def test_registering_twice_gives_one_version(register, client, name):
+    assert register() == register()
+    assert len(client.search_model_versions(f"name = '{name}'")) == 1
+
+
+def test_what_is_stored_is_data_that_mlflow_can_show(register, client, run_id, tmp_path):
+    register()
+    files = {file.path for file in client.list_artifacts(run_id, "model")}
+    stored = {"MLmodel", "config.json", "manifest.json", "model.safetensors"}
+    assert files == {f"model/{file}" for file in stored}
+    path = client.download_artifacts(run_id, "model/MLmodel", str(tmp_path))
+    assert list(Model.load(path).flavors) == ["efae"]
+
+
+def test_a_second_pull_downloads_nothing(register, client, run_id, cache):
+    version = register()
+    folder = registry.pull(version.uri)
+    assert folder.is_relative_to(cache)
+    storage.delete(artifact_address(client, run_id, "model"))
+    assert registry.pull(version.uri) == folder
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        registry.pull(version.uri)
+
+
+def test_a_damaged_cache_is_fetched_again(register):
+    version = register()
+    weights = registry.pull(version.uri) / "model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert (registry.pull(version.uri) / "model.safetensors").read_bytes() == good
+
+
+def test_weights_changed_in_the_store_are_refused(register, client, run_id, cache):
+    version = register()
+    address = artifact_address(client, run_id, "model/model.safetensors")
+    good = storage.read_bytes(address)
+    storage.write_bytes(address, good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        registry.pull(version.uri)
+    assert list((cache / "models").iterdir()) == []
+
+
+def test_weights_replaced_together_with_their_manifest_are_refused(
+    register, client, run_id, tmp_path
+):
+    version = register()
+    storage.upload_folder(
+        write_model(tmp_path / "other", seed=9), artifact_address(client, run_id, "model")
+    )
+    with pytest.raises(CheckpointError, match="not the one that was registered"):
+        registry.pull(version.uri)
+    registry.pull(f"runs:/{run_id}/model")  # a run promises nothing about its files
+
+
+def test_pull_copies_the_model_to_a_destination(register, tmp_path):
+    folder = registry.pull(register().uri, tmp_path / "mine")
+    assert folder == tmp_path / "mine"
+    assert {path.name for path in folder.iterdir()} == {*checkpoint.MODEL_FILES, "manifest.json"}
+    checkpoint.read_model(folder)
+
+
+def test_what_does_not_exist_is_named_beside_what_does(register, name, run_id):
+    register()
+    with pytest.raises(ValueError, match=f"{name}@best.*versions 1 and aliases champion \\(1\\)"):
+        registry.pull(f"models:/{name}@best")
+    with pytest.raises(ValueError, match=f"{name}/77.*versions 1 and"):
+        registry.pull(f"models:/{name}/77")
+    with pytest.raises(ValueError, match=f"other@champion'; registered models: .*{name}"):
+        registry.pull("models:/other@champion")
+    with pytest.raises(ValueError, match="no run '0123'"):
+        registry.pull("runs:/0123/model")
+    with pytest.raises(ValueError, match="no model at 'weights'; it has model"):
+        registry.pull(f"runs:/{run_id}/weights")
+    with pytest.raises(ValueError, match="use models:/NAME@ALIAS"):
+        registry.pull(f"models:/{name}")
+
+
+def test_without_a_server_pull_says_so_and_makes_no_database(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="MLFLOW_TRACKING_URI"):
+        registry.pull("models:/efae@champion")
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_run(run_uri: str, steps: tuple[int, ...], tmp_path: Path) -> None:
+    for step in steps:
+        weights, folder = make_model(seed=step).state_dict(), tmp_path / f"upload-{step}"
+        checkpoint.write_checkpoint(
+            folder,
+            model={"raw": torch.zeros(2)},
+            ema=weights,
+            optimizer={},
+            metadata={"step": step},
+            config=TINY,
+        )
+        storage.upload_folder(folder, storage.join(run_uri, checkpoint.checkpoint_name(step)))
+
+
+@pytest.mark.parametrize("where", ["s3", "folder"])
+def test_a_checkpoint_loads_as_a_model_of_its_ema(where, local_stack, tmp_path):
+    run_uri = "s3://efae-runs/registry/load" if where == "s3" else str(tmp_path / "run")
+    write_run(run_uri, (3, 7), tmp_path)
+    newest = checkpoint.find_newest_checkpoint(run_uri)
+    assert newest == f"{run_uri}/step-00000007"
+    model = efae.load(newest)
+    expected = make_model(seed=7).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"newest checkpoint is .*step-00000007"):
+        efae.load(run_uri)
+    with pytest.raises(ValueError, match=r"holds no manifest\.json"):
+        efae.load(f"{run_uri}/nothing")
+
+
+def test_only_what_a_model_needs_is_cached_of_a_checkpoint(local_stack, tmp_path):
+    write_run("s3://efae-runs/registry/cached", (5,), tmp_path)
+    folder = registry.pull("s3://efae-runs/registry/cached/step-00000005")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"ema.safetensors", "config.json", "manifest.json"}
+
+
+def test_a_half_uploaded_or_damaged_checkpoint_on_s3_gives_way_to_the_one_before(
+    local_stack, tmp_path, caplog
+):
+    run_uri = "s3://efae-runs/registry/damaged"
+    write_run(run_uri, (1, 2, 3), tmp_path)
+    storage.delete(f"{run_uri}/step-00000003/optimizer.safetensors")
+    manifest = json.loads(storage.read_bytes(f"{run_uri}/step-00000002/manifest.json"))
+    size = manifest["files"]["ema.safetensors"]["bytes"]
+    storage.write_bytes(f"{run_uri}/step-00000002/ema.safetensors", os.urandom(size))
+    found = checkpoint.read_newest_checkpoint(run_uri)
+    assert found is not None
+    assert found[0] == f"{run_uri}/step-00000001"
+    assert [record.levelname for record in caplog.records] == ["WARNING", "ERROR"]
