@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -212,6 +213,10 @@ class TrackingConfig:
     """Name of the run; empty makes one from the preset and the time. The same name resumes."""
     registered_model: str = "efae"
     """Name of the registered model."""
+    report_folder: str = ""
+    """Folder or URI that gets a copy of the report; MLflow always has one."""
+    commit: str = ""
+    """Commit of the code, recorded with the run."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -242,7 +247,8 @@ class Config:
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        # A ValueError that pydantic shows as it is, without its own boilerplate.
+        raise PydanticCustomError("configuration", "{message}", {"message": message})
 
 
 def _require_positive(section: str, config: Any, *names: str) -> None:

@@ -52,7 +52,8 @@ class Layout:
 def layout_of(group: Group) -> Layout:
     """The layout of D4 or of the trivial group."""
     if len(group) == 1:
-        return Layout(group, 1, 1, torch.ones(1, 1), torch.ones(1, 1))
+        one = torch.ones(1, 1)
+        return Layout(group, 1, 1, one, one)
     assert group is D4
     fourier = torch.zeros(4, 2, 8)
     for slot, character in enumerate(_CHARACTERS):
@@ -190,7 +191,7 @@ def normalize(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 class Nonlinearity(nn.Module):
-    """GELU in the regular basis, where the group permutes: Hadamard, pointwise, Hadamard."""
+    """ReLU in the regular basis, where the group permutes: Hadamard, pointwise, Hadamard."""
 
     def __init__(self, group: Group):
         super().__init__()
@@ -200,9 +201,9 @@ class Nonlinearity(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.slots == 1:
-            return F.gelu(x, approximate="tanh")
+            return F.relu(x)
         hadamard = self.hadamard.to(x.dtype)
-        regular = F.gelu(hadamard @ x.flatten(1), approximate="tanh")
+        regular = F.relu(hadamard @ x.flatten(1))
         return (hadamard @ regular).view(x.shape)
 
 
@@ -269,7 +270,8 @@ def patch_action(group: Group, side: int, channels: int) -> tuple[Tensor, Tensor
 def latent_action(group: Group, representation: Representation) -> tuple[Tensor, Tensor]:
     """Source and sign of rho restricted to the elements of `group`."""
     rows = [representation.group.index(element) for element in group]
-    return representation.source[rows], representation.sign[rows]
+    source, sign = representation.tables(torch.device("cpu"))
+    return source[rows], sign[rows]
 
 
 class Resample(nn.Module):

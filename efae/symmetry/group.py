@@ -4,11 +4,11 @@ Every element is r^k h^j, reflection first: h = left-right mirror (``x.flip(-1)`
 counter-clockwise quarter turn (``torch.rot90(x, 1, (-2, -1))``). It is a left action, so
 ``(a @ b).act_on_image(x) == a.act_on_image(b.act_on_image(x))``. The eight of them on a letter F:
 
-    identity   rot90      rot180     rot270     flip_h     flip_v     transpose  anti_transpose
-    # # #      # . .      . . #      . . .      # # #      # . .      # # #      . . .
-    # . .      # . #      . . #      # # #      . . #      # . .      # . #      # . #
-    # # .      # # #      . # #      # . #      . # #      # # .      # . .      # # #  (sketch; the
-    # . .                 # # #      . . #      . . #      # # #                         test draws it)
+    identity  rot90     rot180    rot270    flip_h    transpose  flip_v    anti_transpose
+    ####      #...      ...#      ####      ####      ####       #...      ...#
+    #...      #.#.      .###      .#.#      ...#      #.#.       ###.      .#.#
+    ###.      #.#.      ...#      .#.#      .###      #.#.       #...      .#.#
+    #...      ####      ####      ...#      ...#      #...       ####      ####
 """
 
 import functools
@@ -128,8 +128,10 @@ TRIVIAL = Group("trivial", [Element(0, 0)])
 
 
 @functools.cache
-def grid_sources(group: Group, height: int, width: int) -> Tensor:
-    """Where each cell comes from: (len(group), height * width) flat indices.
+def grid_sources(
+    group: Group, height: int, width: int, device: torch.device | str = "cpu"
+) -> Int[Tensor, "element cell"]:
+    """Where each cell comes from: (len(group), height * width) flat indices; do not modify.
 
     ``g.act_on_image(x).flatten(-2) == x.flatten(-2)[..., sources[g]]``.
 
@@ -142,7 +144,7 @@ def grid_sources(group: Group, height: int, width: int) -> Tensor:
             " use square images"
         )
     cells = torch.arange(height * width).view(height, width)
-    return torch.stack([element.act_on_image(cells).flatten() for element in group])
+    return torch.stack([element.act_on_image(cells).flatten() for element in group]).to(device)
 
 
 def act_on_grid(
@@ -150,6 +152,6 @@ def act_on_grid(
 ) -> Float[Tensor, "batch channel height width"]:
     """Apply element number chosen[i] of the group to example i, without a host sync."""
     height, width = grid.shape[-2:]
-    sources = grid_sources(group, height, width).to(grid.device)[chosen.to(grid.device)]
+    sources = grid_sources(group, height, width, grid.device)[chosen.to(grid.device)]
     flat = grid.flatten(2)  # (batch, channel, height * width)
     return flat.gather(2, sources[:, None].expand(flat.shape)).view(grid.shape)

@@ -27,16 +27,18 @@ IRREPS = ("a1", "a2", "b1", "b2", "e")
 _IRREP_DIMS = {"a1": 1, "a2": 1, "b1": 1, "b2": 1, "e": 2}
 
 
-def irrep_matrix(irrep: str, element: Element) -> Tensor:
+def irrep_matrix(irrep: str, element: Element) -> Float[Tensor, "d d"]:
     """The matrix of one irrep, float64; see the table above."""
     turns, mirrored = element.quarter_turns, element.mirrored
     if irrep == "e":
-        quarter = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)
-        mirror = torch.diag(torch.tensor([-1.0, 1.0], dtype=torch.float64))
-        return torch.matrix_power(quarter, turns) @ torch.matrix_power(mirror, mirrored)
-    under_turn = -1.0 if irrep in ("b1", "b2") else 1.0
-    under_mirror = -1.0 if irrep in ("a2", "b2") else 1.0
-    return torch.tensor([[under_turn**turns * under_mirror**mirrored]], dtype=torch.float64)
+        cosine, sine = [(1, 0), (0, 1), (-1, 0), (0, -1)][turns]
+        x = -1 if mirrored else 1  # the mirror comes first and negates x
+        entries = [[cosine * x, -sine], [sine * x, cosine]]
+    else:
+        under_turn = -1 if irrep in ("b1", "b2") else 1
+        under_mirror = -1 if irrep in ("a2", "b2") else 1
+        entries = [[under_turn**turns * under_mirror**mirrored]]
+    return torch.tensor(entries, dtype=torch.float64)
 
 
 class Representation:
@@ -51,9 +53,9 @@ class Representation:
         if self.dim == 0:
             raise ValueError("a representation needs at least one channel")
         matrices = torch.stack([self.matrix(g) for g in group])  # (element, dim, dim)
-        # Signed permutation: (rho(g) z)[i] = sign[g, i] * z[source[g, i]].
-        self.source = matrices.abs().argmax(-1)
-        self.sign = matrices.gather(-1, self.source[..., None])[..., 0].float()
+        source = matrices.abs().argmax(-1)
+        sign = matrices.gather(-1, source[..., None])[..., 0].float()
+        self._tables = {source.device: (source, sign)}
 
     @classmethod
     def from_split(
@@ -107,6 +109,13 @@ class Representation:
         ]
         return torch.block_diag(*parts)
 
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(source, sign), each (element, dim): (rho(g) z)[i] = sign[g, i] * z[source[g, i]]."""
+        if device not in self._tables:
+            source, sign = self._tables[torch.device("cpu")]
+            self._tables[device] = (source.to(device), sign.to(device))
+        return self._tables[device]
+
     def act(
         self,
         element: Element | Sequence[Element] | Tensor,
@@ -124,11 +133,9 @@ class Representation:
             )
         chosen = self.group.indices(element, len(latent)).to(latent.device)
         moved = act_on_grid(self.group, chosen, latent)
-        source = self.source.to(latent.device)[chosen]  # (batch, dim)
-        sign = self.sign.to(latent.device, latent.dtype)[chosen]
-        return sign[..., None, None] * moved.gather(
-            1, source[..., None, None].expand_as(moved)
-        )
+        source, sign = (table[chosen] for table in self.tables(latent.device))  # (batch, dim)
+        gathered = moved.gather(1, source[..., None, None].expand_as(moved))
+        return sign.to(latent.dtype)[..., None, None] * gathered
 
     def __repr__(self) -> str:
         parts = "+".join(f"{n}{irrep.upper()}" for irrep, n in self.multiplicities.items() if n)
