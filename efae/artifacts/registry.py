@@ -28,7 +28,7 @@ from data_pipelines import storage
 from efae import config as configuration
 from efae.artifacts import checkpoint
 from efae.artifacts.checkpoint import CONFIG, MANIFEST, MODEL, CheckpointError
-from efae.artifacts.tracking import check_server, request_limits
+from efae.artifacts.tracking import PATIENT, check_server, request_limits
 
 if TYPE_CHECKING:
     from efae.model.autoencoder import Autoencoder
@@ -36,11 +36,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHAMPION = "champion"
-_PATIENT = {  # weights are larger than metrics
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "120",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-}
 _MODEL_URI = re.compile(r"models:/+(?P<name>[^/@:]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 _RUN_URI = re.compile(r"runs:/+(?P<run_id>\w+)/(?P<path>.+?)/?")
 
@@ -82,7 +77,7 @@ def register_model(
     facts["config_digest"] = configuration.digest(config)
     facts["manifest_digest"] = _sha256((model_dir / MANIFEST).read_bytes())
     client = MlflowClient(tracking_uri)
-    with request_limits(_PATIENT):
+    with request_limits(PATIENT):
         _create_registered_model(client, name)
         found = _find_version(client, name, run_id, digest)
         if found is None:
@@ -186,7 +181,7 @@ def _pull_from_mlflow(uri: str) -> Path:
         )
 
     def read(name: str) -> bytes:
-        with tempfile.TemporaryDirectory() as folder, request_limits(_PATIENT):
+        with tempfile.TemporaryDirectory() as folder, request_limits(PATIENT):
             address = f"{source.rstrip('/')}/{name}"
             try:
                 path = download_artifacts(address, dst_path=folder, tracking_uri=tracking_uri)

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
@@ -38,6 +39,11 @@ _UNSENDABLE = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
 _QUICK = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+}
+PATIENT = {  # for whole files
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "120",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 
@@ -106,7 +112,10 @@ def _find_or_create_experiment(client: MlflowClient, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return client.create_experiment(name)
+            # The kind makes MLflow's pages open on runs and curves, not on GenAI traces.
+            return client.create_experiment(
+                name, tags={"mlflow.experimentKind": "custom_model_development"}
+            )
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -138,6 +147,26 @@ def log_config(tracking_uri: str, run_id: str, config: Config) -> None:
 def finish_run(tracking_uri: str, run_id: str, status: str) -> None:
     """Ends the run as FINISHED, FAILED or KILLED."""
     MlflowClient(tracking_uri).set_terminated(run_id, status)
+
+
+def log_report(tracking_uri: str, run_id: str, folder: Path, summary: Mapping[str, Any]) -> None:
+    """Stores the files as artifacts below report/, the numbers of `summary` as summary/ metrics."""
+    step, time_ms = int(summary["steps"]), time.time_ns() // 1_000_000
+    metrics = [
+        Metric(f"summary/{name}", float(value), time_ms, step)
+        for name, value in summary.items()
+        if isinstance(value, int | float)
+    ]
+    client = MlflowClient(tracking_uri)
+    with request_limits(PATIENT):
+        client.log_artifacts(run_id, str(folder), "report")
+        client.log_batch(run_id, metrics=metrics, synchronous=True)
+
+
+def read_curve(tracking_uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
+    """(step, value) of one metric, in order of steps; [] if it was never logged."""
+    history = MlflowClient(tracking_uri).get_metric_history(run_id, name)
+    return sorted((point.step, point.value) for point in history)
 
 
 def redact(text: str) -> str:

@@ -183,6 +183,22 @@ def test_config_is_logged_once_and_may_differ_after_a_restart(server, client, ru
     assert configuration.from_json(stored).ray.num_workers == 4
 
 
+def test_a_report_is_stored_with_the_numbers_of_its_summary(server, client, run_id, tmp_path):
+    (tmp_path / "report.html").write_text("<html></html>")
+    summary = {"steps": 300, "psnr": 24.5, "run_name": "r", "gap_db": {"rot90": 0.0}}
+    tracking.log_report(server.uri, run_id, tmp_path, summary)
+    assert [f.path for f in client.list_artifacts(run_id, "report")] == ["report/report.html"]
+    assert client.get_run(run_id).data.metrics == {"summary/steps": 300.0, "summary/psnr": 24.5}
+    assert read_history(client, run_id, "summary/psnr") == [(300, 24.5)]
+
+
+def test_a_curve_is_read_back_in_order(server, client, run_id):
+    assert tracking.read_curve(server.uri, run_id, "loss") == []
+    points = [Metric("loss", float(step), 1000 - step, step) for step in (20, 5, 10)]
+    client.log_batch(run_id, metrics=points, synchronous=True)
+    assert tracking.read_curve(server.uri, run_id, "loss") == [(5, 5.0), (10, 10.0), (20, 20.0)]
+
+
 def test_every_point_arrives_in_order_and_logging_takes_microseconds(
     server, client, run_id, tmp_path
 ):
@@ -229,7 +245,7 @@ def test_an_outage_delays_points_and_figures_but_loses_and_repeats_none(
     found = [file.path for file in client.list_artifacts(run_id, "figures")]
     assert found == ["figures/step-150.png"]
     assert tracker.dropped == 0
-    assert slowest < 0.1
+    assert slowest < 1.0  # a request would take 5
     assert list((tmp_path / "spill").iterdir()) == []
 
 
