@@ -1,0 +1,61 @@
+"""The configuration tree: round trip, overrides, refusals."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from efae import config as configuration
+from efae.config import Config, with_overrides
+from efae.presets import PRESETS
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_json_round_trip(preset):
+    config = PRESETS[preset][1]
+    assert configuration.from_json(configuration.to_json(config)) == config
+
+
+@given(
+    rate=st.floats(1e-6, 1.0),
+    steps=st.integers(1, 10**9),
+    split=st.floats(0, 1),
+    counts=st.none() | st.tuples(*[st.integers(0, 64)] * 5),
+)
+def test_overrides_are_found_again(rate, steps, split, counts):
+    overrides = {
+        "optimizer.learning_rate": rate,
+        "training.steps": steps,
+        "representation.chirality_split": split,
+        "representation.multiplicities": counts,
+    }
+    config = with_overrides(Config(), overrides)
+    flat = configuration.flatten(configuration.from_json(configuration.to_json(config)))
+    assert {key: flat[key] for key in overrides} == overrides
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("optimizer.learning_rat", 1.0, "did you mean 'optimizer.learning_rate'"),
+        ("optimizer", 1.0, "unknown configuration key 'optimizer'"),
+        ("training.steps", 0, "training.steps=0: must be positive"),
+        ("training.steps", "many", "training.steps"),
+        ("training.global_batch_size", 63, "global_batch_size=63.*2 workers"),
+        ("data.resolution", 30, "data.resolution=30.*multiple of model.downsampling=8"),
+        ("model.patch_size", 3, "model.downsampling=8: must be model.patch_size"),
+        ("model.num_heads", 3, "multiple of 8 \\* model.num_heads = 24"),
+        ("model.level", "exakt", "model.level"),
+        ("data.channels", 4, "data.channels=4"),
+    ],
+)
+def test_bad_values_name_key_value_and_remedy(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        with_overrides(Config(), {key: value})
+
+
+def test_digest_follows_what_decides_the_weights():
+    config = Config()
+    names = {"tracking.run_name": "other", "ray.storage_uri": "s3://other"}
+    assert configuration.digest(with_overrides(config, names)) == configuration.digest(config)
+    changed = with_overrides(config, {"training.seed": 1})
+    assert configuration.digest(changed) != configuration.digest(config)
