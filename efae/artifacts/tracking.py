@@ -112,10 +112,7 @@ def _find_or_create_experiment(client: MlflowClient, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            # The kind makes MLflow's pages open on runs and curves, not on GenAI traces.
-            return client.create_experiment(
-                name, tags={"mlflow.experimentKind": "custom_model_development"}
-            )
+            return client.create_experiment(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
