@@ -169,9 +169,9 @@ def test_exact_level_in_fp32_errs_by_rounding_only():
     sample = model.decode(z, steps=4, noise=noise)
     for g in D4:
         moved = model.decode(model.act(g, z), steps=4, noise=g.act_on_image(noise))
-        assert_close(moved, g.act_on_image(sample), 1e-5)
+        assert_close(moved, g.act_on_image(sample), 1e-4)
         with torch.no_grad():
-            assert_close(model.encode(g.act_on_image(x)), model.act(g, z), 1e-5)
+            assert_close(model.encode(g.act_on_image(x)), model.act(g, z), 1e-4)
 
 
 def test_dense_twin_has_the_interface_and_is_not_equivariant():
