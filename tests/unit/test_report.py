@@ -1,0 +1,215 @@
+"""The report card says what was measured, shows it, and stands alone."""
+
+import base64
+import io
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from efae.artifacts.figures import draw_orbit
+from efae.artifacts.report import draw_reconstructions, summarize, write_report
+from efae.config import Config, with_overrides
+from efae.model.autoencoder import Autoencoder
+from efae.symmetry import D4
+from efae.training.evaluation import evaluate
+
+# Written here once more on purpose: outside scripts rely on exactly these.
+SUMMARY = (
+    *("run_name", "mlflow_run_id", "model_uri", "steps", "images_seen", "images_per_second"),
+    *("data_wait_fraction", "psnr", "gap_db", "worst_gap_db", "group_law_error", "recoveries"),
+    *("world_size", "precision", "device", "wall_seconds"),
+)
+FIGURES = ("orbit", "reconstructions", "gap", "energy", "steps", "loss_by_time")
+FACTS = {
+    "run_name": "a <script>alert(1)</script> & b",
+    "mlflow_run_id": "1f2e3d",
+    "model_uri": "models:/efae/7",
+    "steps": 12,
+    "images_seen": 1536,
+    "images_per_second": 812.5,
+    "data_wait_fraction": 0.01,
+    "recoveries": 1,
+    "world_size": 2,
+    "precision": "fp32",
+    "device": "cpu",
+    "wall_seconds": 9.5,
+    "dataset_uri": "s3://user:hunter2@bucket/set",
+    "credits": ["OpenMoji <https://openmoji.org>, CC BY-SA 4.0"],
+}
+
+
+class Page(HTMLParser):
+    """Tags with attributes, and the text outside of style."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data if self.tags and self.tags[-1][0] != "style" else ""
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    sizes = {"data.resolution": 16, "model.hidden_size": 16, "model.num_heads": 2}
+    sizes |= {"model.depth": 1, "model.encoder_hidden_size": 16, "flow.sampler_steps": 2}
+    return with_overrides(Config(), sizes)
+
+
+@pytest.fixture(scope="module")
+def evaluation(config):
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8)
+    return evaluate(Autoencoder(config).eval(), images)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, config, evaluation) -> Path:
+    folder = tmp_path_factory.mktemp("report") / "made" / "here"
+    page = write_report(
+        folder,
+        numbers=evaluation.numbers(),
+        pictures=evaluation.pictures,
+        config=config,
+        facts=FACTS,
+        curves=[(step, 1 / (1 + step)) for step in range(100)],
+    )
+    assert page == folder / "report.html"
+    return folder
+
+
+def test_the_folder_holds_every_figure_and_nothing_unexpected(folder):
+    figures = {f"{name}.png" for name in (*FIGURES, "curves")}
+    assert {path.name for path in folder.iterdir()} == figures | {"report.html", "summary.json"}
+    for name in figures:
+        with Image.open(folder / name) as image:
+            assert image.format == "PNG"
+            assert image.convert("L").getextrema()[0] < 128  # something dark is drawn on white
+            assert image.getpixel((0, image.height - 1))[:3] == (255, 255, 255)
+
+
+def test_the_page_shows_the_very_figures_of_the_folder(folder):
+    page = Page((folder / "report.html").read_text())
+    sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    shown = [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in sources]
+    order = ("orbit", "gap", "reconstructions", "energy", "loss_by_time", "steps", "curves")
+    assert shown == [(folder / f"{name}.png").read_bytes() for name in order]
+    for data in shown:
+        Image.open(io.BytesIO(data)).verify()
+
+
+def test_the_page_loads_nothing_and_runs_nothing(folder):
+    html = (folder / "report.html").read_text()
+    page = Page(html)
+    for tag, attributes in page.tags:
+        assert tag not in {"script", "link", "iframe", "object", "embed", "base"}
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "srcset"):
+            assert (attributes.get(name) or "data:").startswith("data:")
+    assert "@import" not in html
+    assert "url(" not in html
+
+
+def test_text_is_escaped_and_passwords_are_left_out(folder):
+    html = (folder / "report.html").read_text()
+    page = Page(html)
+    assert FACTS["run_name"] in page.text
+    assert FACTS["credits"][0] in page.text
+    assert "https" not in [tag for tag, _ in page.tags]
+    assert "hunter2" not in html
+    assert "s3://***@bucket/set" in page.text
+
+
+def test_the_page_says_what_was_measured(folder, evaluation, config):
+    text = Page((folder / "report.html").read_text()).text
+    assert f"{evaluation.psnr:.2f} dB" in text
+    assert f"{evaluation.noise_floor_db:.2f}" in text
+    assert 'efae.load("models:/efae/7")' in text
+    assert "is g applied to x" in text  # a random octic model is exact already
+    for element in D4:
+        assert f"{evaluation.psnr_by_element[element.name]:.3f}" in text
+        assert element.name in text
+    assert "optimizer.learning_rate" in text
+    assert str(config.optimizer.learning_rate) in text
+
+
+def test_a_small_gap_alone_is_not_called_exact_and_facts_may_be_missing(
+    tmp_path, evaluation, config
+):
+    numbers = evaluation.numbers()
+    numbers["encoder_error"] = {**numbers["encoder_error"], "rot90": 0.5}
+    numbers["gap_db"] = dict.fromkeys(numbers["gap_db"], 0.0)
+    numbers["worst_gap_db"] = 0.0
+    numbers["psnr_by_steps"] = {str(k): v for k, v in numbers["psnr_by_steps"].items()}  # JSON's
+    pictures = SimpleNamespace(**vars(evaluation.pictures))  # taken by shape, not by class
+    page = write_report(tmp_path, numbers=numbers, pictures=pictures, config=config, facts={})
+    text = Page(page.read_text()).text
+    assert "is not exactly g applied to x" in text
+    assert not (tmp_path / "curves.png").exists()
+    assert "Data credits" not in text
+    assert "EFAE report card: one model" in text
+
+
+def test_summary_has_the_agreed_keys_and_values(folder, evaluation):
+    summary = json.loads((folder / "summary.json").read_text())
+    assert tuple(summary) == SUMMARY
+    for name in ("psnr", "gap_db", "worst_gap_db", "group_law_error"):
+        assert summary[name] == getattr(evaluation, name)
+    assert set(summary["gap_db"]) == {element.name for element in D4}
+    for name in set(SUMMARY) & set(FACTS):
+        assert summary[name] == FACTS[name]
+
+
+def test_summary_is_json_when_something_is_unknown_or_not_finite(evaluation):
+    numbers = evaluation.numbers() | {"psnr": float("nan"), "gap_db": {"rot90": float("inf")}}
+    summary = summarize(numbers, {"steps": 3})
+    assert summary["psnr"] is None
+    assert summary["gap_db"] == {"rot90": None}
+    assert (summary["steps"], summary["recoveries"]) == (3, None)
+    json.dumps(summary, allow_nan=False)
+
+
+def test_orbit_draws_the_pixels_it_was_given(tmp_path):
+    # One colour per column: they must stand from left to right in the order of the group.
+    colours = torch.linspace(-0.9, 0.9, 9)
+    plain = torch.ones(1, 3, 8, 8)
+    acted = {g.name: plain * colours[i + 1] for i, g in enumerate(D4)}
+    draw_orbit(plain * colours[0], acted, tmp_path / "orbit.png")
+    pixels = np.asarray(Image.open(tmp_path / "orbit.png").convert("RGB"))
+    row = pixels[150 + 80, :, 0]  # through the middle of the only row of tiles
+    seen = [int(value) for value in row[np.r_[True, row[1:] != row[:-1]]]]
+    expected = ((colours + 1) * 127.5).round().int().tolist()
+    assert [value for value in seen if value in expected] == expected
+
+
+def test_orbit_prefers_examples_that_the_group_changes(tmp_path):
+    symmetric = torch.full((1, 3, 8, 8), -0.5)
+    corner = -torch.ones(1, 3, 8, 8)
+    corner[..., :2, :5] = 1
+    drawn = []
+    for images in (torch.cat([symmetric, corner]), torch.cat([corner, symmetric]), corner):
+        acted = {g.name: g.act_on_image(images) for g in D4}
+        draw_orbit(images, acted, tmp_path / "orbit.png", examples=1)
+        drawn.append((tmp_path / "orbit.png").read_bytes())
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+@pytest.mark.parametrize(("count", "channels"), [(1, 1), (5, 3), (40, 3)])
+def test_training_pictures_of_any_count_and_colour(tmp_path, count, channels):
+    original = torch.rand(count, channels, 12, 12) * 2 - 1
+    draw_reconstructions(original, original.clone() * 3, tmp_path / "pictures.png")
+    draw_reconstructions(original, original.clamp(-1, 1), tmp_path / "equal.png")
+    with Image.open(tmp_path / "pictures.png") as image, Image.open(tmp_path / "equal.png") as same:
+        assert image.size == same.size
+        assert image.tobytes() != same.tobytes()
