@@ -77,12 +77,21 @@ def write_report(
         facts: about the run: the keys of summary.json that are not measured on the model,
             `credits` (text, or several) for the data, and any more, shown in their order.
         curves: (step, training loss), oldest first.
+
+    Raises:
+        ValueError: a number is not finite; summary.json is written nevertheless.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    representation = build_representation(config)
-    _draw_figures(directory, numbers, pictures, representation.blocks, curves)
     summary = json.dumps(summarize(numbers, facts), indent=2, allow_nan=False)
     (directory / "summary.json").write_text(redact(summary) + "\n")
+    broken = [name for name, value in numbers.items() if _finite(value) != value]
+    if broken:
+        raise ValueError(
+            f"the evaluation has values that are not finite in {', '.join(broken)}: there is"
+            " nothing to draw; evaluate an earlier checkpoint"
+        )
+    representation = build_representation(config)
+    _draw_figures(directory, numbers, pictures, representation.blocks, curves)
 
     side = config.data.resolution // config.model.downsampling
     environment = Environment(
@@ -113,7 +122,7 @@ def write_report(
         has_curves=bool(curves),
     )
     path = directory / "report.html"
-    path.write_text(redact(page))
+    path.write_text(redact(page), encoding="utf-8")
     return path
 
 
@@ -165,6 +174,8 @@ def _inline(path: Path) -> str:
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -100,7 +100,7 @@ def test_the_folder_holds_every_figure_and_nothing_unexpected(folder):
 
 
 def test_the_page_shows_the_very_figures_of_the_folder(folder):
-    page = Page((folder / "report.html").read_text())
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
     shown = [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in sources]
     order = ("orbit", "gap", "reconstructions", "energy", "loss_by_time", "steps", "curves")
@@ -110,7 +110,7 @@ def test_the_page_shows_the_very_figures_of_the_folder(folder):
 
 
 def test_the_page_loads_nothing_and_runs_nothing(folder):
-    html = (folder / "report.html").read_text()
+    html = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(html)
     for tag, attributes in page.tags:
         assert tag not in {"script", "link", "iframe", "object", "embed", "base"}
@@ -122,7 +122,7 @@ def test_the_page_loads_nothing_and_runs_nothing(folder):
 
 
 def test_text_is_escaped_and_passwords_are_left_out(folder):
-    html = (folder / "report.html").read_text()
+    html = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(html)
     assert FACTS["run_name"] in page.text
     assert FACTS["credits"][0] in page.text
@@ -132,7 +132,7 @@ def test_text_is_escaped_and_passwords_are_left_out(folder):
 
 
 def test_the_page_says_what_was_measured(folder, evaluation, config):
-    text = Page((folder / "report.html").read_text()).text
+    text = Page((folder / "report.html").read_text(encoding="utf-8")).text
     assert f"{evaluation.psnr:.2f} dB" in text
     assert f"{evaluation.noise_floor_db:.2f}" in text
     assert 'efae.load("models:/efae/7")' in text
@@ -154,7 +154,7 @@ def test_a_small_gap_alone_is_not_called_exact_and_facts_may_be_missing(
     numbers["psnr_by_steps"] = {str(k): v for k, v in numbers["psnr_by_steps"].items()}  # JSON's
     pictures = SimpleNamespace(**vars(evaluation.pictures))  # taken by shape, not by class
     page = write_report(tmp_path, numbers=numbers, pictures=pictures, config=config, facts={})
-    text = Page(page.read_text()).text
+    text = Page(page.read_text(encoding="utf-8")).text
     assert "is not exactly g applied to x" in text
     assert not (tmp_path / "curves.png").exists()
     assert "Data credits" not in text
@@ -178,6 +178,23 @@ def test_summary_is_json_when_something_is_unknown_or_not_finite(evaluation):
     assert summary["gap_db"] == {"rot90": None}
     assert (summary["steps"], summary["recoveries"]) == (3, None)
     json.dumps(summary, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"psnr": float("nan")},
+        {"gap_db": {"rot90": float("inf")}},
+        {"loss_by_time": [1, float("nan")]},
+    ],
+)
+def test_a_broken_model_is_named_before_anything_is_drawn(tmp_path, evaluation, config, broken):
+    numbers = evaluation.numbers() | broken
+    with pytest.raises(ValueError, match=f"not finite in {next(iter(broken))}:"):
+        write_report(
+            tmp_path, numbers=numbers, pictures=evaluation.pictures, config=config, facts={}
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
 def test_orbit_draws_the_pixels_it_was_given(tmp_path):
