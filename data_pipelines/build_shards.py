@@ -80,7 +80,7 @@ def build_shards(
     storage.check_writable(output)
     entries = origin.list_entries()
     check_keys(entries)
-    selections = _split(entries, held_out) if held_out else {"": entries}
+    selections = split_entries(entries, held_out) if held_out else {"": entries}
     sets = [
         _write_set(origin, _shuffle(selections[part]), uri, fingerprint)
         for part, uri in uris.items()
@@ -112,7 +112,7 @@ def _refuse_other(uri: str, found: dict[str, Any], wanted: dict[str, Any]) -> No
         )
 
 
-def _split(entries: Sequence[Entry], held_out: int) -> dict[str, list[Entry]]:
+def split_entries(entries: Sequence[Entry], held_out: int) -> dict[str, list[Entry]]:
     """`held_out` images, by a hash of their family, and the rest; families stay together."""
     if held_out >= len(entries):
         raise ValueError(f"--held-out {held_out}: the source has only {len(entries)} images")

@@ -220,7 +220,7 @@ class _Arrays:
 
 
 class IdxFile(_Arrays):
-    """The images of an idx3 file (MNIST's format), plain or gzipped; of a folder, its train file."""
+    """The images of an idx3 file (MNIST), plain or gzipped; of a folder, its train file."""
 
     def __init__(self, path: Path):
         if path.is_dir():

@@ -234,8 +234,11 @@ def make_index(uri: str, provenance: dict[str, Any] | None = None) -> ShardIndex
             storage.download(storage.join(uri, name), path)
             shard = index_tar(path, name)
             data = path.read_bytes()
-            for offset, size in zip(*shard.image_place(), strict=True):
-                shapes.add(read_shape(data[offset : offset + size]))
+            for key, offset, size in zip(shard.keys, *shard.image_place(), strict=True):
+                try:
+                    shapes.add(read_shape(data[offset : offset + size]))
+                except ValueError as error:
+                    raise ValueError(f"{uri}, {name}, sample {key!r}: {error}") from error
             shards.append(shard)
     return ShardIndex(tuple(shards), common_shape(shapes), provenance or {"source": f"wds:{uri}"})
 

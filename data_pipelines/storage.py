@@ -62,7 +62,7 @@ class StorageError(OSError):
 
 
 class _BadDownload(OSError):
-    """The bytes that arrived are not the bytes that were expected; worth another try."""
+    """The bytes that arrived are not the bytes that were expected."""
 
 
 def join(uri: str, *names: str) -> str:
@@ -327,14 +327,19 @@ def _retry(
 ) -> Result:
     """The result of `action`, tried again after transient errors until the deadline."""
     give_up_at = time.monotonic() + deadline_seconds
-    longest_wait = 0.2
+    longest_wait, bad_downloads = 0.2, 0
     while True:
         try:
             return action()
         except Exception as error:
             wait_seconds = random.uniform(0, longest_wait)
-            if not _is_transient(error) or time.monotonic() + wait_seconds > give_up_at:
-                raise _explain(uri, error) from error
+            bad_downloads += isinstance(error, _BadDownload)
+            if (
+                not _is_transient(error)
+                or bad_downloads == 3
+                or time.monotonic() + wait_seconds > give_up_at
+            ):
+                raise _explain(uri, error) from (None if "?" in uri else error)
         time.sleep(wait_seconds)
         longest_wait = min(2 * longest_wait, 10.0)
 
@@ -357,7 +362,8 @@ def _explain(uri: str, error: Exception) -> Exception:
     scheme, name, status = _split(uri)[0], type(error).__name__, getattr(error, "status", None)
     at = f" at {_endpoint()}" if scheme == "s3" and _endpoint() else ""
     keys = {"s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"}.get(scheme, "your credentials")
-    first_line = (str(error) or name).splitlines()[0]
+    # An HTTP client's text repeats the query, where a presigned URL carries its signature.
+    first_line = name if "?" in uri else (str(error) or name).splitlines()[0]
     if isinstance(error, _BadDownload):
         return StorageError(f"{_display(uri)}: {error}; the object is damaged: write it again")
     if isinstance(error, FileNotFoundError):

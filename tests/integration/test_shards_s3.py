@@ -3,9 +3,13 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from data_pipelines import storage
+from data_pipelines import ShardDataset, ShardError, storage
+from data_pipelines.build_shards import build_shards
+from data_pipelines.verify_shards import find_faults
 
 pytestmark = pytest.mark.s3
 BUCKET = "s3://efae-data"
@@ -53,6 +57,65 @@ def test_many_threads_share_the_client(s3_endpoint):
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda uri: storage.write_bytes(uri, uri.encode()), uris))
         assert list(threads.map(storage.read_bytes, uris)) == [uri.encode() for uri in uris]
+
+
+@pytest.fixture(scope="module")
+def shards(s3_endpoint, tmp_path_factory):
+    """40 images in 8 shards on S3; image n is all n."""
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(40):
+        Image.fromarray(np.full((8, 8), number, np.uint8)).save(folder / f"n{number:02d}.png")
+    uri = f"{BUCKET}/numbers"
+    build_shards(f"folder:{folder}", uri, samples_per_shard=5)
+    assert "nothing to do" in build_shards(f"folder:{folder}", uri, samples_per_shard=5)
+    return uri
+
+
+class TestShards:
+    def test_are_sound_and_leave_nothing_else(self, shards):
+        assert list(find_faults(shards)) == []
+        names = [f"shard-{number:06d}.tar" for number in range(8)]
+        assert list(storage.list_files(shards)) == ["index.json", *names]
+
+    def test_ranks_that_share_a_cache_see_every_image_once(self, shards, tmp_path):
+        dataset = ShardDataset.open(shards)
+
+        def read(rank):
+            loader = dataset.loader(8, rank, 4, cache_dir=tmp_path)
+            return [pair for batch in loader for pair in zip(batch.key, batch.image, strict=True)]
+
+        with ThreadPoolExecutor(4) as ranks:
+            pairs = [pair for rank in ranks.map(read, range(4)) for pair in rank]
+        assert sorted(key for key, _ in pairs) == sorted(dataset.keys)
+        assert all((image == int(key[1:])).all() for key, image in pairs)
+        cached = sorted(path.name for path in tmp_path.glob("*.tar"))
+        assert cached == sorted(f"{shard.sha256}.tar" for shard in dataset.index.shards)
+
+    def test_a_small_cache_stays_within_its_bound(self, shards, tmp_path):
+        dataset = ShardDataset.open(shards)
+        bound = 3 * max(shard.bytes for shard in dataset.index.shards)
+        keys = []
+        for batch in dataset.loader(2, cache_dir=tmp_path, cache_bytes=bound):
+            keys += batch.key
+            assert sum(path.stat().st_size for path in tmp_path.glob("*.tar")) <= bound
+        assert sorted(keys) == sorted(dataset.keys)
+        with pytest.raises(ValueError, match="cache_bytes=100 is less than the largest shard"):
+            dataset.loader(2, cache_dir=tmp_path, cache_bytes=100)
+
+    def test_damage_on_storage_is_noticed_and_named(self, shards, tmp_path):
+        copy = f"{BUCKET}/damaged"
+        storage.download_folder(shards, tmp_path / "set")
+        data = bytearray((tmp_path / "set/shard-000003.tar").read_bytes())
+        data[700] ^= 1
+        (tmp_path / "set/shard-000003.tar").write_bytes(data)
+        storage.upload_folder(tmp_path / "set", copy)
+        with pytest.raises(ShardError, match=r"damaged/shard-000003\.tar: .*sha256"):
+            list(ShardDataset.open(copy).loader(4, cache_dir=tmp_path / "cache"))
+        assert any("shard-000003.tar" in fault for fault in find_faults(copy))
+
+    def test_a_missing_set_says_what_to_do(self, s3_endpoint):
+        with pytest.raises(ValueError, match=r"build_shards --source SOURCE --output s3://"):
+            ShardDataset.open(f"{BUCKET}/nothing-here")
 
 
 class TestPreflight:
