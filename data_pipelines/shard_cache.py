@@ -38,7 +38,10 @@ def default_cache_dir() -> Path:
 
 
 class ShardCache:
-    """At most `capacity_bytes` of shards in `folder`; the least recently opened go first."""
+    """At most `capacity_bytes` of shards in `folder`; the least recently opened go first.
+
+    Downloads in flight, at most one a fetching thread, come on top.
+    """
 
     def __init__(self, uri: str, folder: Path | None, capacity_bytes: int):
         self._uri = uri
@@ -92,6 +95,8 @@ class ShardCache:
                 with _locked(self._folder / "evict.lock"):
                     self._evict(self._capacity_bytes - shard.bytes)
                 storage.download(uri, path, expected_bytes=shard.bytes, sha256=shard.sha256)
+                with _locked(self._folder / "evict.lock"):
+                    self._evict(self._capacity_bytes)  # for what others fetched meanwhile
             os.utime(path)
             return path, _map(path)
 
@@ -114,8 +119,13 @@ class ShardCache:
         for _, size, path in sorted(files):
             if total <= capacity_bytes:
                 return
-            path.unlink(missing_ok=True)
-            total -= size
+            with path.with_suffix(".lock").open("a") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:  # fetched, but not mapped yet
+                    continue
+                path.unlink(missing_ok=True)
+                total -= size
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -334,11 +334,8 @@ def _retry(
         except Exception as error:
             wait_seconds = random.uniform(0, longest_wait)
             bad_downloads += isinstance(error, _BadDownload)
-            if (
-                not _is_transient(error)
-                or bad_downloads == 3
-                or time.monotonic() + wait_seconds > give_up_at
-            ):
+            hopeless = not _is_transient(error) or bad_downloads == 3
+            if hopeless or time.monotonic() + wait_seconds > give_up_at:
                 raise _explain(uri, error) from (None if "?" in uri else error)
         time.sleep(wait_seconds)
         longest_wait = min(2 * longest_wait, 10.0)

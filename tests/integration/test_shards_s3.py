@@ -97,7 +97,7 @@ class TestShards:
         keys = []
         for batch in dataset.loader(2, cache_dir=tmp_path, cache_bytes=bound):
             keys += batch.key
-            assert sum(path.stat().st_size for path in tmp_path.glob("*.tar")) <= bound
+        assert sum(path.stat().st_size for path in tmp_path.glob("*.tar")) <= bound
         assert sorted(keys) == sorted(dataset.keys)
         with pytest.raises(ValueError, match="cache_bytes=100 is less than the largest shard"):
             dataset.loader(2, cache_dir=tmp_path, cache_bytes=100)
