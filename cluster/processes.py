@@ -38,6 +38,7 @@ def start(command: Sequence[str], environment: dict[str, str], log: Path) -> Pro
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    process.returncode = 0  # It shall outlive us: Popen must not warn that it still runs.
     return ProcessRecord(process.pid, psutil.Process(process.pid).create_time())
 
 
@@ -46,15 +47,21 @@ def is_running(record: ProcessRecord) -> bool:
     return _leader(record) is not None
 
 
+def is_live(process: psutil.Process) -> bool:
+    """Whether the process runs; a zombie, whose parent has not read its status, does not."""
+    return process.is_running() and not _is_zombie(process.pid)
+
+
 def stop(record: ProcessRecord, grace_seconds: float = 10.0) -> int:
     """Ends the process and all that it started; returns how many processes that were.
 
-    The leader gets SIGTERM and `grace_seconds` to end its own children; what is left is killed.
+    The leader gets SIGTERM and `grace_seconds` to end its own children (without a leader, they get
+    the signal themselves); what is left is killed.
     """
     owned = _family(record)
     leader = _leader(record)
-    if leader is not None:
-        _signal(leader, signal.SIGTERM)
+    for process in owned if leader is None else {leader}:
+        _signal(process, signal.SIGTERM)
     # Once more the family: a child may have been started while we waited.
     alive = _wait(owned, grace_seconds) | _family(record)
     for process in alive:
@@ -64,12 +71,12 @@ def stop(record: ProcessRecord, grace_seconds: float = 10.0) -> int:
 
 
 def _wait(processes: set[psutil.Process], seconds: float) -> set[psutil.Process]:
-    """Waits for processes to end; returns those that did not (a zombie has ended)."""
+    """Waits for processes to end; returns those that did not."""
     deadline = time.monotonic() + seconds
-    alive = set(filter(_is_live, processes))
+    alive = set(filter(is_live, processes))
     while alive and time.monotonic() < deadline:
         time.sleep(0.05)
-        alive = set(filter(_is_live, alive))
+        alive = set(filter(is_live, alive))
     return alive
 
 
@@ -79,7 +86,7 @@ def _leader(record: ProcessRecord) -> psutil.Process | None:
     except psutil.NoSuchProcess:
         return None
     ours = abs(process.create_time() - record.started) < _CLOCK_SLACK_SECONDS
-    return process if ours and _is_live(process) else None
+    return process if ours and is_live(process) else None
 
 
 def _family(record: ProcessRecord) -> set[psutil.Process]:
@@ -92,7 +99,7 @@ def _family(record: ProcessRecord) -> set[psutil.Process]:
             in_session = os.getsid(process.pid) == record.pid
         except (ProcessLookupError, PermissionError):
             continue
-        if in_session and _is_live(process):
+        if in_session and is_live(process):
             # Ray gives each job's driver a session of its own: take the members' children too.
             family |= {process, *_children(process)}
     return family
@@ -110,10 +117,6 @@ def _is_zombie(pid: int) -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
-
-
-def _is_live(process: psutil.Process) -> bool:
-    return process.is_running() and not _is_zombie(process.pid)
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:

@@ -1,0 +1,89 @@
+"""Real servers for the tests marked `s3` or `ray`: one local stack per session, on free ports."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cluster import ports
+from cluster.services import client_environment
+from cluster.state import load
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class RunningStack:
+    """A local stack in a folder of its own, driven as a user drives it: by its commands."""
+
+    folder: Path
+    variables: dict[str, str]
+    """EFAE_LOCAL_DIR and the three ports."""
+
+    def run(self, command: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        """Runs up, down, ui or status; `changes` replace variables."""
+        return subprocess.run(
+            [sys.executable, "-m", "cluster.local_stack", command],
+            env={**os.environ, **self.variables, **changes},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What `source env` exports."""
+        return client_environment(load(self.folder))
+
+
+def make_stack() -> RunningStack:
+    """A stack that is not started yet; its path is short because Unix sockets lie in it."""
+    folder = Path(tempfile.mkdtemp(prefix="efae-"))
+    s3, mlflow, ray = map(str, ports.pick_free(3))
+    return RunningStack(
+        folder,
+        {
+            "EFAE_LOCAL_DIR": str(folder),
+            "EFAE_S3_PORT": s3,
+            "EFAE_MLFLOW_PORT": mlflow,
+            "EFAE_RAY_DASHBOARD_PORT": ray,
+        },
+    )
+
+
+def end_stack(stack: RunningStack) -> None:
+    """Ends the stack and removes its folder."""
+    result = stack.run("down")
+    shutil.rmtree(stack.folder)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="session")
+def session_stack() -> Iterator[RunningStack]:
+    """The stack that all tests of the session share."""
+    stack = make_stack()
+    try:
+        result = stack.run("up")
+        assert result.returncode == 0, result.stdout + result.stderr
+        yield stack
+    finally:
+        end_stack(stack)
+
+
+@pytest.fixture(scope="session")
+def local_stack(session_stack: RunningStack) -> Iterator[dict[str, str]]:
+    """The clients' variables of the session's stack, also set in `os.environ`."""
+    environment = session_stack.environment
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE"):
+            patch.delenv(name, raising=False)
+        yield environment
