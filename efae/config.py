@@ -29,15 +29,14 @@ class DataConfig:
     """Shard set to measure on; never trained on."""
     resolution: int = 32
     """Height and width of the images, pixels."""
-    channels: int = 3
-    """Colour channels: 1 or 3."""
+    channels: Literal[1, 3] = 3
+    """Colour channels: 1 (grey) or 3 (RGB)."""
     cache_bytes: int = 20 * 2**30
     """Upper bound of the node-local shard cache, bytes; shared by the ranks of a node."""
     decode_threads: int = 2
     """Decoder threads per worker."""
 
     def __post_init__(self):
-        _require(self.channels in (1, 3), f"data.channels={self.channels}: use 1 (grey) or 3 (RGB)")
         _require_positive("data", self, "resolution", "cache_bytes", "decode_threads")
 
 
@@ -141,7 +140,7 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global norm."""
     ema_decay: float = 0.999
-    """Decay of the weights' moving average per step, itself warmed up as (1 + step) / (10 + step)."""
+    """Decay of the weights' moving average per step; starts lower, see training/ema.py."""
 
     def __post_init__(self):
         _require_positive("optimizer", self, "learning_rate", "max_grad_norm")

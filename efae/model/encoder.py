@@ -54,6 +54,10 @@ class Positions(nn.Module):
 class LinearPath(nn.Module):
     """Every equivariant linear map from the pixels of a cell to the latent: a group average."""
 
+    rows: Tensor
+    columns: Tensor
+    signs: Tensor
+
     def __init__(self, group: Group, representation: Representation, side: int, channels: int):
         super().__init__()
         self.side = side
@@ -100,7 +104,7 @@ class Encoder(nn.Module):
         self.positions = Positions(group, resolution // patch_size, m)
         stages = int(math.log2(downsampling // patch_size)) + 1
         self.stages = nn.ModuleList(
-            nn.ModuleList(Block(group, m, num_heads, mlp_ratio) for _ in range(depth))
+            nn.Sequential(*(Block(group, m, num_heads, mlp_ratio) for _ in range(depth)))
             for _ in range(stages)
         )
         self.resample = Resample(group, 2)
@@ -108,16 +112,13 @@ class Encoder(nn.Module):
         self.latent = Lift(group, *latent_action(group, representation), m, fan_in=len(group) * m)
         self.linear_path = LinearPath(group, representation, downsampling, channels)
 
-    def forward(
-        self, image: Float[Tensor, "b c h w"]
-    ) -> Float[Tensor, "b dim latent_h latent_w"]:
+    def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim latent_h latent_w"]:
         height, width = (size // self.patch_size for size in image.shape[-2:])
         x = self.patches(patchify(image, self.patch_size)) + self.positions()
-        for i, blocks in enumerate(self.stages):
+        for i, stage in enumerate(self.stages):
             if i:
                 x = self.merges[i - 1](self.resample.merge(x, height, width))
                 height, width = height // 2, width // 2
-            for block in blocks:
-                x = block(x)
+            x = stage(x)
         latent = self.latent.back(normalize(x)) + self.linear_path(image)  # (b, cell, dim)
         return latent.mT.unflatten(-1, (height, width))

@@ -22,7 +22,7 @@ SMALLEST_T = 0.05
 def draw_time(
     count: int, config: FlowConfig, generator: torch.Generator, device: torch.device | str
 ) -> Float[Tensor, "b"]:
-    """t in (0, 1): logit-normal (Esser et al. 2024, arXiv:2403.03206, eq. 19) or uniform."""
+    """T in (0, 1): logit-normal (Esser et al. 2024, arXiv:2403.03206, eq. 19) or uniform."""
     if config.time_law == "uniform":
         return torch.rand(count, generator=generator, device=device)
     logit = torch.randn(count, generator=generator, device=device)
@@ -47,9 +47,7 @@ def flow_loss(velocity: Tensor, image: Tensor, noise: Tensor) -> Float[Tensor, "
     return (velocity.float() - (noise - image)).square().mean((1, 2, 3))
 
 
-def sample_euler(
-    velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int
-) -> Tensor:
+def sample_euler(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int) -> Tensor:
     """Integrate dx/dt = velocity(x, t) from t = 1 (noise) to t = 0 in equal Euler steps."""
     if steps < 1:
         raise ValueError(f"steps={steps}: at least one")

@@ -81,6 +81,8 @@ class Linear(nn.Module):
     (slot, ..., m_in * coset) -> (slot, ..., m_out * coset); the bias is on A1 alone.
     """
 
+    ties: Tensor
+
     def __init__(self, group: Group, m_in: int, m_out: int, bias: bool = True, gain: float = 1.0):
         super().__init__()
         self.layout = layout_of(group)
@@ -98,9 +100,7 @@ class Linear(nn.Module):
         blocks = (self.ties.t() @ self.coefficient.flatten(1)).view(
             slots, cosets, cosets, self.m_in, self.m_out
         )
-        return blocks.permute(0, 3, 1, 4, 2).reshape(
-            slots, self.m_in * cosets, self.m_out * cosets
-        )
+        return blocks.permute(0, 3, 1, 4, 2).reshape(slots, self.m_in * cosets, self.m_out * cosets)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(1, -2)
@@ -125,6 +125,10 @@ class Lift(nn.Module):
         m: channels of the token.
         fan_in: how many terms an output sums, for initialisation.
     """
+
+    source: Tensor
+    sign: Tensor
+    fourier: Tensor
 
     def __init__(self, group: Group, source: Tensor, sign: Tensor, m: int, fan_in: int):
         super().__init__()
@@ -193,6 +197,8 @@ def normalize(x: Tensor, eps: float = 1e-5) -> Tensor:
 class Nonlinearity(nn.Module):
     """ReLU in the regular basis, where the group permutes: Hadamard, pointwise, Hadamard."""
 
+    hadamard: Tensor
+
     def __init__(self, group: Group):
         super().__init__()
         self.slots = layout_of(group).slots
@@ -246,14 +252,12 @@ class Block(nn.Module):
             nn.init.zeros_(self.modulation.bias)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """x (slot, batch, token, m * coset), condition (batch, conditioning)."""
+        """X (slot, batch, token, m * coset), condition (batch, conditioning)."""
         if self.modulation is None:
             x = x + self.attention(normalize(x))
             return x + self.mlp(normalize(x))
         parts = self.modulation(condition).split(self.sizes, -1)
-        scale1, gate1, scale2, gate2 = (
-            spread_gains(self.layout, parts[i]) for i in (0, 1, 3, 4)
-        )
+        scale1, gate1, scale2, gate2 = (spread_gains(self.layout, parts[i]) for i in (0, 1, 3, 4))
         shift1, shift2 = (embed_invariant(self.layout, parts[i])[:, :, None] for i in (2, 5))
         x = x + gate1 * self.attention(normalize(x) * (1 + scale1) + shift1)
         return x + gate2 * self.mlp(normalize(x) * (1 + scale2) + shift2)
@@ -281,6 +285,9 @@ class Resample(nn.Module):
     p = g q; filed so, the ratio^2 tokens are ratio^2 * m plain regular channels.
     """
 
+    goes_to: Tensor
+    fourier: Tensor
+
     def __init__(self, group: Group, ratio: int):
         super().__init__()
         self.ratio = ratio
@@ -297,7 +304,9 @@ class Resample(nn.Module):
             -1, batch, height // r, r, width // r, r, x.shape[-1] // self.layout.cosets
         )
         offsets = grid.permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5)  # (g, b, h, w, r * r, m)
-        filed = torch.stack([part[..., i, :] for part, i in zip(offsets, self.goes_to, strict=True)])
+        filed = torch.stack(
+            [part[..., i, :] for part, i in zip(offsets, self.goes_to, strict=True)]
+        )
         return self._from_regular(filed.flatten(-2).flatten(2, 3))
 
     def split(self, x: Tensor, height: int, width: int) -> Tensor:

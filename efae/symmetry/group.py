@@ -12,7 +12,7 @@ counter-clockwise quarter turn (``torch.rot90(x, 1, (-2, -1))``). It is a left a
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +73,7 @@ class Element:
         return self.name
 
 
-class Group(Sequence[Element]):
+class Group:
     """A group of flips and quarter turns, in a fixed order with the identity first."""
 
     def __init__(self, name: str, elements: Sequence[Element]):
@@ -89,9 +89,12 @@ class Group(Sequence[Element]):
     def __len__(self) -> int:
         return len(self.elements)
 
-    def __getitem__(self, key):
+    def __iter__(self) -> Iterator[Element]:
+        return iter(self.elements)
+
+    def __getitem__(self, key: int | str) -> Element:
         """The element at a position, or of a name."""
-        if not isinstance(key, str):
+        if isinstance(key, int):
             return self.elements[key]
         for element in self.elements:
             if element.name == key:
@@ -101,9 +104,9 @@ class Group(Sequence[Element]):
     def __repr__(self) -> str:
         return self.name
 
-    def index(self, value: Element, *args) -> int:
+    def index(self, element: Element) -> int:
         """The position of an element in the group's order."""
-        return self.elements.index(value, *args)
+        return self.elements.index(element)
 
     @property
     def swaps_sides(self) -> bool:

@@ -27,8 +27,7 @@ def randomize(module):
 
 
 def act_on_tokens(g, x):
-    """g on regular features (slot, ..., m * coset), from the definition: component u becomes
-    component g u."""
+    """Regular features (slot, ..., m * coset), acted on by the definition: u becomes g u."""
     layout = octic.layout_of(D4)
     fourier = layout.fourier.double()
     shift = torch.zeros(8, 8, dtype=torch.float64)
@@ -52,7 +51,9 @@ def assert_close(a, b, tolerance=1e-10):
 def test_fourier_is_orthogonal_and_elements_only_sign_and_permute():
     fourier = octic.layout_of(D4).fourier
     assert_close(fourier @ fourier.T, torch.eye(8), 1e-6)
-    x = torch.eye(8, dtype=torch.float64).view(4, 2, 1, 8).permute(0, 3, 2, 1)  # (slot, 8, 1, coset)
+    x = (
+        torch.eye(8, dtype=torch.float64).view(4, 2, 1, 8).permute(0, 3, 2, 1)
+    )  # (slot, 8, 1, coset)
     for g in D4:
         moved = act_on_tokens(g, x)
         assert set(moved.round(decimals=9).abs().unique().tolist()) == {0.0, 1.0}

@@ -45,7 +45,7 @@ def test_overrides_are_found_again(rate, steps, split, counts):
         ("model.patch_size", 3, "model.downsampling=8: must be model.patch_size"),
         ("model.num_heads", 3, "multiple of 8 \\* model.num_heads = 24"),
         ("model.level", "exakt", "model.level"),
-        ("data.channels", 4, "data.channels=4"),
+        ("data.channels", 4, "data.channels"),
     ],
 )
 def test_bad_values_name_key_value_and_remedy(key, value, message):

@@ -1,0 +1,88 @@
+"""Named, complete experiments. Each says its source, cost, expected score and command."""
+
+from efae.config import (
+    Config,
+    DataConfig,
+    FlowConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RayConfig,
+    RepresentationConfig,
+    TrainingConfig,
+)
+
+QUICKSTART = Config(
+    model=ModelConfig(
+        hidden_size=128,
+        depth=4,
+        num_heads=4,
+        patch_size=8,
+        encoder_hidden_size=128,
+        encoder_depth=2,
+    ),
+    # From pure noise the decoder must draw the image out of the latent alone: train it there.
+    flow=FlowConfig(time_mean=1.0),
+    training=TrainingConfig(steps=6000, global_batch_size=64, precision="fp32"),
+)
+
+FASHION_MNIST = Config(
+    data=DataConfig(
+        uri="s3://efae-data/fashion-mnist-32/train",
+        held_out_uri="s3://efae-data/fashion-mnist-32/held_out",
+        channels=1,
+    ),
+    representation=RepresentationConfig(dim=16, rotation_dims=8),
+    model=QUICKSTART.model,
+    flow=QUICKSTART.flow,
+    training=TrainingConfig(steps=3000, global_batch_size=64, precision="fp32"),
+)
+
+IMAGENET_256 = Config(
+    data=DataConfig(
+        uri="s3://efae-data/imagenet-256/train",
+        held_out_uri="s3://efae-data/imagenet-256/held_out",
+        resolution=256,
+        cache_bytes=200 * 2**30,
+        decode_threads=8,
+    ),
+    representation=RepresentationConfig(dim=32, rotation_dims=16),
+    model=ModelConfig(
+        hidden_size=1024,
+        depth=16,
+        num_heads=16,
+        patch_size=8,
+        encoder_hidden_size=1024,
+        encoder_depth=8,
+    ),
+    flow=FlowConfig(time_mean=1.0),
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2000, ema_decay=0.9999),
+    training=TrainingConfig(
+        steps=200_000,
+        global_batch_size=512,
+        precision="bf16",
+        log_interval=100,
+        evaluation_interval=5000,
+        checkpoint_interval=1000,
+        held_out_images=2048,
+    ),
+    ray=RayConfig(num_workers=8, use_gpu=True, cpus_per_worker=10, max_failures=20),
+)
+
+PRESETS: dict[str, tuple[str, Config]] = {
+    "quickstart": (
+        "OpenMoji drawings at 32 px, two CPU workers, about ten minutes; needs `make up` and the"
+        " shards, both done by `make train`.",
+        QUICKSTART,
+    ),
+    "fashion_mnist": (
+        "Fashion-MNIST padded to 32 px, two CPU workers, about five minutes. Shards:"
+        " build_shards --source idx:PATH --resolution 32 --held-out 512.",
+        FASHION_MNIST,
+    ),
+    "imagenet_256": (
+        "Photographs at 256 px on eight GPUs. Sizes follow DiT-L (Peebles & Xie 2023); not run by"
+        " us yet, so no score is promised. Shards: build_shards --source folder:PATH"
+        " --resolution 256 --held-out 5000.",
+        IMAGENET_256,
+    ),
+}

@@ -1,0 +1,47 @@
+"""Training curves: sums on the device, one host sync and one all-reduce per log interval."""
+
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from efae.training.evaluation import TIME_BINS
+
+
+class Meter:
+    """Loss overall and by bin of t, images per second and the share of time spent on data."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums = torch.zeros(2, TIME_BINS, dtype=torch.float64, device=self.device)
+        self.wait_seconds = 0.0
+        self.started = time.monotonic()
+
+    def add(self, loss: Tensor, t: Tensor) -> None:
+        """Count the loss per example (b,) of each t (b,)."""
+        bins = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+        values = torch.stack([loss.detach().double(), torch.ones_like(loss, dtype=torch.float64)])
+        self.sums.index_add_(1, bins, values)
+
+    def read(self) -> dict[str, float]:
+        """The metrics since the last read, over all ranks."""
+        elapsed = max(time.monotonic() - self.started, 1e-9)
+        row = torch.cat([self.sums.flatten(), self.sums.new_tensor([self.wait_seconds, elapsed])])
+        if dist.is_initialized():
+            dist.all_reduce(row)
+        (losses, counts), (waited, lasted) = row[:-2].view(2, -1).cpu(), row[-2:].tolist()
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        metrics = {
+            "loss": float(losses.sum() / counts.sum()),
+            "images_per_second": float(counts.sum()) * world_size / lasted,
+            "data_wait_fraction": waited / lasted,
+        }
+        for i in range(TIME_BINS):
+            if counts[i]:
+                metrics[f"loss_by_t/{i / TIME_BINS:.1f}"] = float(losses[i] / counts[i])
+        self.reset()
+        return metrics

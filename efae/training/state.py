@@ -1,0 +1,86 @@
+"""Everything that the next step depends on, and its way into and out of a checkpoint.
+
+Randomness needs no state: every draw is a function of (seed, step, rank).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efae.artifacts.checkpoint import Checkpoint
+from efae.config import Config
+from efae.model.autoencoder import Autoencoder
+from efae.training.ema import MovingAverage
+from efae.training.optimizer import build_optimizer
+
+
+@dataclass
+class TrainState:
+    """The weights and what drives them."""
+
+    model: Autoencoder
+    average: MovingAverage
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    """Optimizer updates done."""
+
+    @classmethod
+    def create(cls, config: Config, device: torch.device) -> "TrainState":
+        """The state before the first step; the weights are a function of training.seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.training.seed)
+            model = Autoencoder(config)
+        model.to(device)
+        return cls(
+            model=model,
+            average=MovingAverage(model, config.optimizer.ema_decay),
+            optimizer=build_optimizer(model, config.optimizer),
+            scaler=torch.amp.GradScaler(device.type, enabled=config.training.precision == "fp16"),
+        )
+
+    def snapshot(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Host copies of all tensors by file, and the JSON-able rest."""
+        names = [name for name, _ in self.model.named_parameters()]
+        states = self.optimizer.state
+        optimizer = {
+            f"{name}.{key}": value
+            for name, parameter in zip(names, self.model.parameters(), strict=True)
+            for key, value in states[parameter].items()
+        }
+        tensors = {
+            "model": {name: p.detach() for name, p in self.model.named_parameters()},
+            "ema": self.average.weights,
+            "optimizer": optimizer,
+        }
+        host = {
+            kind: {name: tensor.to("cpu", copy=True) for name, tensor in part.items()}
+            for kind, part in tensors.items()
+        }
+        return host, {"step": self.step, "scaler": self.scaler.state_dict()}
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Become the state that the checkpoint was taken of."""
+        self.model.load_state_dict(checkpoint.model)
+        self.average.load(checkpoint.ema)
+        for name, parameter in self.model.named_parameters():
+            self.optimizer.state[parameter] = {
+                # AdamW keeps its step count on the host unless it is fused.
+                key: value.to(parameter.device)
+                if value.ndim or parameter.is_cuda
+                else value.clone()
+                for key, value in _strip_prefix(checkpoint.optimizer, f"{name}.").items()
+            }
+        self.scaler.load_state_dict(checkpoint.metadata["scaler"])
+        self.step = checkpoint.metadata["step"]
+
+
+def _strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix) and "." not in name.removeprefix(prefix)
+    }

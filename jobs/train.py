@@ -1,0 +1,78 @@
+"""Train an equivariant flow autoencoder and register it.
+
+    python jobs/train.py quickstart
+    python jobs/train.py quickstart --optimizer.learning-rate 3e-3 --training.steps 2000
+    ray job submit --working-dir . -- python jobs/train.py quickstart
+
+Addresses come from the environment (`source .local/env` for the local stack): RAY_ADDRESS,
+MLFLOW_TRACKING_URI, AWS_*. The same --tracking.run-name goes on where that run stopped.
+"""
+
+import dataclasses
+import logging
+import os
+import sys
+import time
+
+import tyro
+
+from efae.config import Config
+from efae.presets import PRESETS
+
+
+def parse_arguments(arguments: list[str]) -> Config:
+    """The preset with the command line's overrides; exits with status 2 and a message if wrong."""
+    config = tyro.extras.overridable_config_cli(
+        PRESETS, description=__doc__, args=arguments, prog="jobs/train.py"
+    )
+    if config.tracking.run_name:
+        return config
+    preset = next((a for a in arguments if a in PRESETS), "run")
+    name = f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, run_name=name))
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status 0 only if a model was trained and registered."""
+    config = parse_arguments(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # Importing the platform takes seconds; a mistyped option should not.
+    from efae.artifacts.checkpoint import CheckpointError
+    from efae.experiment import run_experiment
+
+    try:
+        summary = run_experiment(
+            config,
+            os.environ.get("MLFLOW_TRACKING_URI", ""),
+            say=lambda line: print(line, flush=True),
+        )
+    except (ValueError, OSError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print_summary(summary)
+    return 0
+
+
+def print_summary(summary: dict) -> None:
+    """What happened, and what to do next."""
+    server = os.environ.get("MLFLOW_TRACKING_URI", "")
+    print(
+        f"""
+{summary["run_name"]}: {summary["steps"]} steps, {summary["images_seen"]} images in\
+ {summary["wall_seconds"] / 60:.1f} minutes, {summary["images_per_second"]:.0f} images/s\
+ (data wait {summary["data_wait_fraction"]:.1%}), recoveries: {summary["recoveries"]}
+  held-out PSNR      {summary["psnr"]:.2f} dB
+  worst gap          {summary["worst_gap_db"]:.1e} dB over the eight flips and quarter turns
+  group-law error    {summary["group_law_error"]:.1e}
+  registered         {summary["model_uri"]}
+
+next:
+  look      {server} (experiment runs: curves, reconstructions, report/report.html)
+  load      efae.load("{summary["model_uri"]}")
+""",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
