@@ -74,10 +74,10 @@ def build_shards(
     }
     parts = [HELD_OUT, TRAIN] if held_out else [""]
     uris = {part: storage.join(output, part) if part else output for part in parts}
+    storage.check_writable(output)
     if _find_finished(output, uris, fingerprint):
         sets = [load_index(uri) for uri in uris.values()]
         return f"{_summarize(sets, uris)} were complete: nothing to do"
-    storage.check_writable(output)
     entries = origin.list_entries()
     check_keys(entries)
     selections = split_entries(entries, held_out) if held_out else {"": entries}

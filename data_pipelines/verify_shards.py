@@ -91,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("uri", help="a shard set, or a folder with the sets train/ and held_out/")
     uri = parser.parse_args(arguments).uri
     try:
+        storage.check_readable(uri)
         parts = [storage.join(uri, part) for part in ("train", "held_out")]
         split = [part for part in parts if storage.exists(storage.join(part, INDEX_NAME))]
         faults = 0

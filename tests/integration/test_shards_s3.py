@@ -9,10 +9,20 @@ from PIL import Image
 
 from data_pipelines import ShardDataset, ShardError, storage
 from data_pipelines.build_shards import build_shards
+from data_pipelines.build_shards import main as build
 from data_pipelines.verify_shards import find_faults
+from data_pipelines.verify_shards import main as verify
 
 pytestmark = pytest.mark.s3
 BUCKET = "s3://efae-data"
+
+
+@pytest.fixture(scope="module")
+def s3_endpoint(local_stack):
+    """The S3 server's URL; clients find it, and their keys, in the environment."""
+    yield local_stack["AWS_ENDPOINT_URL"]
+    for folder in ("numbers", "damaged", "damaged.bin", "threads", "preflight"):
+        storage.delete(f"{BUCKET}/{folder}")
 
 
 def test_every_operation_round_trips(s3_endpoint, tmp_path):
@@ -116,6 +126,20 @@ class TestShards:
     def test_a_missing_set_says_what_to_do(self, s3_endpoint):
         with pytest.raises(ValueError, match=r"build_shards --source SOURCE --output s3://"):
             ShardDataset.open(f"{BUCKET}/nothing-here")
+
+
+def test_the_commands_give_up_within_seconds(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+    started = time.monotonic()
+    for command, arguments in (
+        (build, ["--source", "mnist", "--output", f"{BUCKET}/x"]),
+        (verify, [f"{BUCKET}/x"]),
+    ):
+        with pytest.raises(SystemExit, match="is AWS_ENDPOINT_URL right"):
+            command(arguments)
+    assert time.monotonic() - started < 16
 
 
 class TestPreflight:
