@@ -79,7 +79,11 @@ def session_stack() -> Iterator[RunningStack]:
 
 @pytest.fixture(scope="session")
 def local_stack(session_stack: RunningStack) -> Iterator[dict[str, str]]:
-    """The clients' variables of the session's stack, also set in `os.environ`."""
+    """The clients' variables of the session's stack, also set in `os.environ`.
+
+    Ray reads its own when it is imported, which is before any fixture: a test runs a Ray driver in
+    a child process, as users do.
+    """
     environment = session_stack.environment
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
