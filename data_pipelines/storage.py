@@ -245,7 +245,8 @@ def check_readable(uri: str) -> None:
     try:
         _retry(uri, lambda: filesystem.info(uri, timeout=PREFLIGHT_SECONDS), PREFLIGHT_SECONDS / 2)
     except FileNotFoundError as error:
-        raise StorageError(_missing(uri)) from error
+        remedy = "or write shards there with python -m data_pipelines.build_shards"
+        raise StorageError(f"{_missing(uri)}, {remedy}") from error
 
 
 def check_writable(uri: str) -> None:

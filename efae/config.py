@@ -213,7 +213,7 @@ class TrackingConfig:
     registered_model: str = "efae"
     """Name of the registered model."""
     report_folder: str = ""
-    """Folder or URI that gets a copy of the report; MLflow always has one."""
+    """Folder or URI that gets a copy of the report, below the run's name; MLflow always has one."""
     commit: str = ""
     """Commit of the code, recorded with the run."""
 

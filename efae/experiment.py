@@ -53,7 +53,9 @@ def run_experiment(config: Config, tracking_uri: str, say: Callable[[str], None]
             f"tracking.run_name={config.tracking.run_name!r}: that run is finished (step"
             f" {resumed_step}); choose another name to train again"
         )
-    say(f"ok  run {config.tracking.run_name}" + (f", from {resumed_step}" if resumed_step else ""))
+    say(f"ok  run {config.tracking.run_name}: {tracking.find_run_url(tracking_uri, run_id)}")
+    if resumed_step:
+        say(f"    goes on from step {resumed_step}")
     tracking.log_config(tracking_uri, run_id, config)
     try:
         totals = run_training(config, run_id, tracking_uri)
@@ -149,5 +151,6 @@ def publish(
         summary = json.loads((report_folder / "summary.json").read_text())
         tracking.log_report(tracking_uri, run_id, report_folder, summary)
         if config.tracking.report_folder:
-            storage.upload_folder(report_folder, config.tracking.report_folder)
+            copy = storage.join(config.tracking.report_folder, config.tracking.run_name)
+            storage.upload_folder(report_folder, copy)
     return summary

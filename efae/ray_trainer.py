@@ -6,6 +6,7 @@ loss of a worker, of the driver or of the whole cluster.
 """
 
 import json
+import logging
 import os
 import tempfile
 import time
@@ -16,7 +17,13 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+)
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
@@ -31,10 +38,12 @@ from efae.training.held_out import read_held_out
 from efae.training.loop import train
 
 PREVIEW_IMAGES = 16
-# Ray's own defaults suit hours-long runs: a report costs one poll, a lost node this timeout.
-_TRAIN_ENVIRONMENT = {
+_RAY_ENVIRONMENT = {
+    # A report costs one poll; Ray's own interval, 2 s, suits hours-long runs.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    # Ray would print every line of a worker twice, and in colour also where nobody sees it.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_COLOR_PREFIX": "0",
 }
 
 
@@ -44,7 +53,7 @@ def connect(config: Config) -> None:
     Raises:
         ValueError: the cluster has fewer CPUs or GPUs than the workers ask for.
     """
-    for name, value in _TRAIN_ENVIRONMENT.items():
+    for name, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS") or "local", log_to_driver=True)
@@ -91,6 +100,7 @@ def run_training(config: Config, run_id: str, tracking_uri: str) -> dict[str, An
             storage_path=config.ray.storage_uri,
             failure_config=FailureConfig(max_failures=config.ray.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.ray.checkpoints_to_keep),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     result = trainer.fit()
@@ -103,6 +113,8 @@ def _train_on_worker(settings: dict[str, str]) -> None:
     rank, device = context.get_world_rank(), get_device()
     if device.type == "cpu":
         torch.set_num_threads(config.ray.cpus_per_worker)
+    for name in ("aiobotocore", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     newest, tracker, preview = None, None, None
     if rank == 0:
         record_attempt(run_uri(config))
@@ -117,7 +129,7 @@ def _train_on_worker(settings: dict[str, str]) -> None:
     uri = broadcast_from_rank_zero(newest[0] if newest else None)
     checkpoint = newest[1] if newest else (read_checkpoint(uri) if uri else None)
     if rank == 0 and checkpoint:
-        print(f"going on from step {checkpoint.metadata['step']}, {uri}", flush=True)
+        _say(f"going on from step {checkpoint.metadata['step']}, {uri}")
     try:
         train(
             config,
@@ -130,18 +142,22 @@ def _train_on_worker(settings: dict[str, str]) -> None:
             wrap=_make_parallel,
             tracker=tracker,
             preview=preview,
-            say=lambda line: print(line, flush=True),
+            say=_say if rank == 0 else lambda line: None,
         )
     finally:
         if tracker:
             tracker.close()
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 def _make_parallel(model: torch.nn.Module) -> torch.nn.Module:
     # The model's buffers are constants: nothing to broadcast.
     return prepare_model(
         model,
-        parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True},
+        parallel_strategy_kwargs={"forward_sync_buffers": False, "gradient_as_bucket_view": True},
     )
 
 
@@ -171,15 +187,13 @@ def count_recoveries(config: Config) -> int:
 def evaluate_on_cluster(model_uri: str, config: Config) -> Evaluation:
     """Measure the model at `model_uri` on the run's held-out images, in a Ray task."""
     task = ray.remote(_evaluate).options(
-        num_cpus=config.ray.cpus_per_worker * config.ray.num_workers,
-        num_gpus=1 if config.ray.use_gpu else 0,
+        num_cpus=config.ray.cpus_per_worker, num_gpus=1 if config.ray.use_gpu else 0
     )
     return ray.get(task.remote(model_uri, configuration.to_json(config)))
 
 
 def _evaluate(model_uri: str, text: str) -> Evaluation:
     config = configuration.from_json(text)
-    if not config.ray.use_gpu:
-        torch.set_num_threads(config.ray.cpus_per_worker * config.ray.num_workers)
+    torch.set_num_threads(config.ray.cpus_per_worker)
     model = load(model_uri, device="cuda" if config.ray.use_gpu else "cpu")
     return evaluate(model, read_held_out(config.data, config.training.held_out_images))

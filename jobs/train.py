@@ -35,6 +35,7 @@ def parse_arguments(arguments: list[str]) -> Config:
 def main(arguments: list[str]) -> int:
     """Exit status 0 only if a model was trained and registered."""
     config = parse_arguments(arguments)
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Importing the platform takes seconds; a mistyped option should not.
     from efae.artifacts.checkpoint import CheckpointError
@@ -49,13 +50,15 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print_summary(summary)
+    print_summary(summary, config.tracking.report_folder)
     return 0
 
 
-def print_summary(summary: dict) -> None:
+def print_summary(summary: dict, report_folder: str) -> None:
     """What happened, and what to do next."""
-    server = os.environ.get("MLFLOW_TRACKING_URI", "")
+    copy = f"{report_folder}/{summary['run_name']}/report.html, and in MLflow: " * bool(
+        report_folder
+    )
     print(
         f"""
 {summary["run_name"]}: {summary["steps"]} steps, {summary["images_seen"]} images in\
@@ -67,8 +70,8 @@ def print_summary(summary: dict) -> None:
   registered         {summary["model_uri"]}
 
 next:
-  look      {server} (experiment runs: curves, reconstructions, report/report.html)
-  load      efae.load("{summary["model_uri"]}")
+  look at the report card: {copy}report/report.html among the run's artifacts
+  use the model:           efae.load("{summary["model_uri"]}") with MLFLOW_TRACKING_URI set
 """,
         flush=True,
     )

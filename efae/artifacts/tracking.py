@@ -124,6 +124,12 @@ def _find_or_create_experiment(client: MlflowClient, name: str) -> str:
     return found.experiment_id
 
 
+def find_run_url(tracking_uri: str, run_id: str) -> str:
+    """Where a browser shows the run."""
+    experiment_id = MlflowClient(tracking_uri).get_run(run_id).info.experiment_id
+    return f"{tracking_uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+
+
 def log_config(tracking_uri: str, run_id: str, config: Config) -> None:
     """Logs the tree as dotted parameters and as the artifact config.json, without secrets.
 
