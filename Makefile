@@ -15,7 +15,9 @@ help: ## list the targets
 train: up ## train the quick-start model on the local stack and register it (ARGS="--training.steps 500")
 	@source "$(LOCAL)/env" && $(BIN)/python -m data_pipelines.build_shards --source openmoji \
 	    --output s3://efae-data/openmoji-32 --resolution 32 --held-out 512
-	@cluster/submit_job.sh "$(LOCAL)/env" jobs/train.py quickstart $(ARGS)
+	@cluster/submit_job.sh "$(LOCAL)/env" jobs/train.py quickstart \
+	    --tracking.report-folder "$(abspath $(LOCAL))/reports" \
+	    --tracking.commit "$(shell git rev-parse --short HEAD 2>/dev/null)" $(ARGS)
 
 test: $(STAMP) ## run every test that needs no GPU (ARGS="tests/unit -k latent")
 	@$(BIN)/python -m pytest $(ARGS)

@@ -19,7 +19,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
-        fused=parameters[0].is_cuda,
+        fused=True,
     )
 
 

@@ -68,10 +68,7 @@ class TrainState:
         self.average.load(checkpoint.ema)
         for name, parameter in self.model.named_parameters():
             self.optimizer.state[parameter] = {
-                # AdamW keeps its step count on the host unless it is fused.
-                key: value.to(parameter.device)
-                if value.ndim or parameter.is_cuda
-                else value.clone()
+                key: value.to(parameter.device, copy=True)
                 for key, value in _strip_prefix(checkpoint.optimizer, f"{name}.").items()
             }
         self.scaler.load_state_dict(checkpoint.metadata["scaler"])
