@@ -10,7 +10,7 @@ from efae.model.autoencoder import Autoencoder
 
 def list_checks(config: Config, tracking_uri: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """(what it is about, check) pairs, the cheap ones first; a check raises ValueError."""
-    yield "configuration", lambda: check_model(config)
+    yield "configuration", lambda: check_configuration(config)
     yield f"MLflow at {tracking_uri or '(unset)'}", lambda: check_server(tracking_uri)
     yield f"images at {config.data.uri}", lambda: check_images(config, config.data.uri)
     yield (
@@ -23,9 +23,15 @@ def list_checks(config: Config, tracking_uri: str) -> Iterator[tuple[str, Callab
     )
 
 
-def check_model(config: Config) -> None:
-    """Build the model and forget it, which raises what is wrong with its sizes."""
-    Autoencoder(config)
+def check_configuration(config: Config) -> None:
+    """What one page of settings cannot see by itself: addresses, names, the model's sizes."""
+    for uri in (config.data.uri, config.data.held_out_uri, config.ray.storage_uri):
+        storage.check_uri(uri)
+    for name in ("run_name", "registered_model", "experiment"):
+        value = getattr(config.tracking, name)
+        if not value or set(value) & set("/:'\"%"):
+            raise ValueError(f"tracking.{name}={value!r}: use a name without / : ' \" %")
+    Autoencoder(config)  # raises what is wrong with the sizes
 
 
 def check_images(config: Config, uri: str) -> None:

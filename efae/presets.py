@@ -23,7 +23,9 @@ QUICKSTART = Config(
     # Sampling starts from pure noise, where the image must come out of the latent alone: training
     # there pays (24.0, 25.0, 25.6 dB at mean 0, 1, 2 after 100 CPU seconds).
     flow=FlowConfig(time_mean=2.0),
-    training=TrainingConfig(steps=6000, global_batch_size=64, precision="fp32"),
+    training=TrainingConfig(
+        steps=3000, global_batch_size=64, precision="fp32", evaluation_interval=500
+    ),
 )
 
 FASHION_MNIST = Config(
@@ -71,7 +73,7 @@ IMAGENET_256 = Config(
 
 PRESETS: dict[str, tuple[str, Config]] = {
     "quickstart": (
-        "OpenMoji drawings at 32 px, two CPU workers, about ten minutes; needs `make up` and the"
+        "OpenMoji drawings at 32 px, two CPU workers, about seven minutes; needs `make up` and the"
         " shards, both done by `make train`.",
         QUICKSTART,
     ),

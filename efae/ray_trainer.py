@@ -47,6 +47,10 @@ _RAY_ENVIRONMENT = {
 }
 
 
+class TrainingFailed(RuntimeError):
+    """The workers failed more often than the run survives."""
+
+
 def connect(config: Config) -> None:
     """Join the cluster that RAY_ADDRESS names (or start one here) and see that the run fits.
 
@@ -78,7 +82,7 @@ def run_training(config: Config, run_id: str, tracking_uri: str) -> dict[str, An
     """Train on the connected cluster; returns the last metrics that rank 0 reported.
 
     Raises:
-        ray.train.TrainingFailedError: the workers failed more often than ray.max_failures.
+        TrainingFailed: the workers failed more often than ray.max_failures.
     """
     trainer = TorchTrainer(
         _train_on_worker,
@@ -103,8 +107,14 @@ def run_training(config: Config, run_id: str, tracking_uri: str) -> dict[str, An
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    result = trainer.fit()
-    return result.metrics or {}
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        causes = getattr(error, "worker_failures", {}) or {0: error}
+        rank, cause = next(iter(causes.items()))
+        raise TrainingFailed(f"training failed, first on rank {rank}: {cause}") from error
+    assert result.metrics is not None
+    return result.metrics
 
 
 def _train_on_worker(settings: dict[str, str]) -> None:

@@ -40,6 +40,7 @@ def main(arguments: list[str]) -> int:
     # Importing the platform takes seconds; a mistyped option should not.
     from efae.artifacts.checkpoint import CheckpointError
     from efae.experiment import run_experiment
+    from efae.ray_trainer import TrainingFailed
 
     try:
         summary = run_experiment(
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> int:
             os.environ.get("MLFLOW_TRACKING_URI", ""),
             say=lambda line: print(line, flush=True),
         )
-    except (ValueError, OSError, CheckpointError) as error:
+    except (ValueError, OSError, CheckpointError, TrainingFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print_summary(summary, config.tracking.report_folder)
@@ -56,9 +57,9 @@ def main(arguments: list[str]) -> int:
 
 def print_summary(summary: dict, report_folder: str) -> None:
     """What happened, and what to do next."""
-    copy = f"{report_folder}/{summary['run_name']}/report.html, and in MLflow: " * bool(
-        report_folder
-    )
+    report = "report/report.html among the run's artifacts in MLflow"
+    if report_folder:
+        report = f"{report_folder}/{summary['run_name']}/report.html"
     print(
         f"""
 {summary["run_name"]}: {summary["steps"]} steps, {summary["images_seen"]} images in\
@@ -70,8 +71,8 @@ def print_summary(summary: dict, report_folder: str) -> None:
   registered         {summary["model_uri"]}
 
 next:
-  look at the report card: {copy}report/report.html among the run's artifacts
-  use the model:           efae.load("{summary["model_uri"]}") with MLFLOW_TRACKING_URI set
+  look at    {report}
+  use        efae.load("{summary["model_uri"]}")
 """,
         flush=True,
     )

@@ -117,13 +117,13 @@ def pull(uri: str, destination: Path | None = None) -> Path:
 
 
 def load(uri: str, device: str = "cpu") -> "Autoencoder":
-    """The model at `uri` (see `pull`) on `device`, in evaluation mode."""
+    """The model at `uri` (see `pull`) on `device`, for inference: no gradients."""
     from efae.model.autoencoder import Autoencoder
 
     weights, config = checkpoint.read_model(pull(uri))
     model = Autoencoder(config)
     model.load_state_dict(weights, strict=True)
-    return model.to(device).eval()
+    return model.to(device).eval().requires_grad_(False)
 
 
 def _create_registered_model(client: MlflowClient, name: str) -> None:

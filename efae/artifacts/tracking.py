@@ -148,8 +148,11 @@ def log_config(tracking_uri: str, run_id: str, config: Config) -> None:
 
 
 def finish_run(tracking_uri: str, run_id: str, status: str) -> None:
-    """Ends the run as FINISHED, FAILED or KILLED."""
-    MlflowClient(tracking_uri).set_terminated(run_id, status)
+    """Ends the run as FINISHED, FAILED or KILLED; warns where MLflow cannot be told."""
+    try:
+        MlflowClient(tracking_uri).set_terminated(run_id, status)
+    except MlflowException as error:
+        logger.warning("run %s could not be marked %s: %s", run_id, status, _reason(error))
 
 
 def log_report(tracking_uri: str, run_id: str, folder: Path, summary: Mapping[str, Any]) -> None:
