@@ -1,11 +1,11 @@
 """Levels of equivariance at one budget of CPU seconds: exact, objective, none.
 
-    python -m benchmarks.compare_levels --train URI --held-out URI --cpu-seconds 400
+    python -m benchmarks.compare_levels --preset quickstart --cpu-seconds 400
 
 Each level trains a preset in one process on one thread; the number of steps is set so that the
 training takes the budget, from the speed of the first steps. Dense levels may be given another
 width and learning rate, since an octic layer of equal width has an eighth of the weights. Writes
-benchmarks/results/NAME.json and prints a table.
+benchmarks/results/levels-PRESET-LEVELS.json and prints a table.
 """
 
 import json
@@ -34,20 +34,23 @@ PROBE_STEPS = 40
 class Arguments:
     """What to compare on what."""
 
-    train: str
-    """Shards to train on."""
-    held_out: str
-    """Shards to measure on."""
-    name: str
-    """Of the result file."""
     preset: str = "quickstart"
-    """Experiment to start from."""
+    """Experiment to start from; names the result file."""
+    train: str = ""
+    """Shards to train on, instead of the preset's."""
+    held_out: str = ""
+    """Shards to measure on, instead of the preset's."""
     cpu_seconds: float = 400.0
     """Training budget of each level."""
     levels: tuple[str, ...] = ("exact", "objective", "none")
     """Levels to compare."""
     overrides: dict[str, str] = field(default_factory=dict)
     """Dotted configuration keys and values, for every level."""
+
+
+def discard_checkpoint(metrics: dict, folder: Path | None) -> None:
+    if folder:
+        shutil.rmtree(folder)
 
 
 def train_for(config: Config, steps: int):
@@ -60,7 +63,7 @@ def train_for(config: Config, steps: int):
         config,
         ShardDataset.open(config.data.uri),
         device=torch.device("cpu"),
-        report=lambda metrics, folder: shutil.rmtree(folder),
+        report=discard_checkpoint,
         say=lambda line: print(f"  {line}", flush=True),
     )
     return state, time.process_time() - started
@@ -88,15 +91,12 @@ def main() -> None:
     """Measure each level, write the results, print the table."""
     arguments = tyro.cli(Arguments, description=__doc__)
     torch.set_num_threads(1)
-    base = with_overrides(
-        PRESETS[arguments.preset][1],
-        {
-            "data.uri": arguments.train,
-            "data.held_out_uri": arguments.held_out,
-            "ray.num_workers": 1,
-            **arguments.overrides,
-        },
-    )
+    overrides = {"ray.num_workers": 1, **arguments.overrides}
+    if arguments.train:
+        overrides["data.uri"] = arguments.train
+    if arguments.held_out:
+        overrides["data.held_out_uri"] = arguments.held_out
+    base = with_overrides(PRESETS[arguments.preset][1], overrides)
     rows = {}
     for level in arguments.levels:
         print(f"{level}: {arguments.cpu_seconds:.0f} CPU seconds", flush=True)
@@ -109,7 +109,8 @@ def main() -> None:
         "levels": rows,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{arguments.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    path = RESULTS / f"levels-{arguments.preset}-{'-'.join(arguments.levels)}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
     print("| level | CPU s | images | parameters | PSNR dB | worst gap dB |")
     print("|---|---|---|---|---|---|")
     for level, row in rows.items():

@@ -44,6 +44,8 @@ _RAY_ENVIRONMENT = {
     # Ray would print every line of a worker twice, and in colour also where nobody sees it.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_COLOR_PREFIX": "0",
+    # Nothing here acts on preemption notices; the watcher costs a process and logs an error.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 
 
@@ -123,7 +125,7 @@ def _train_on_worker(settings: dict[str, str]) -> None:
     rank, device = context.get_world_rank(), get_device()
     if device.type == "cpu":
         torch.set_num_threads(config.ray.cpus_per_worker)
-    for name in ("aiobotocore", "mlflow"):
+    for name in ("", "mlflow"):  # Ray, botocore and MLflow chat at INFO
         logging.getLogger(name).setLevel(logging.WARNING)
     newest, tracker, preview = None, None, None
     if rank == 0:
