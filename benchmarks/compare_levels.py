@@ -27,7 +27,7 @@ from efae.training.held_out import read_held_out
 from efae.training.loop import train
 
 RESULTS = Path(__file__).parent / "results"
-PROBE_STEPS = 40
+PROBE_STEPS = 60
 
 
 @dataclass

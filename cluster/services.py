@@ -240,8 +240,6 @@ def _ray_head_environment(state: StackState) -> dict[str, str]:
             **client,
             # train.report() takes one poll of the controller (default 2 s).
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-            # A lost worker comes back at once here or never: no node is being bought meanwhile.
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
             # Ray's defaults for these two are the same in every stack.
             "AUTOSCALER_METRIC_PORT": str(state.ports["ray.autoscaler_metrics"]),
             "DASHBOARD_METRIC_PORT": str(state.ports["ray.dashboard_metrics"]),

@@ -119,6 +119,18 @@ def test_training_lowers_the_loss(shards, reports):
     assert read_loss(lines[-1]) < 0.7 * read_loss(untrained[-1])
 
 
+def test_golden_loss_curve(shards, reports):
+    """A change of these numbers is a change of what training does: say so in the CHANGELOG."""
+    losses = []
+    run(
+        shards,
+        reports,
+        say=lambda line: losses.append(float(line.split("loss ")[1].split()[0])),
+        **{"training.steps": 20, "training.log_interval": 20},
+    )
+    assert losses == pytest.approx([3.8115], rel=0.005)
+
+
 def test_gradient_that_is_not_finite_stops_before_the_update(shards, reports):
     with pytest.raises(TrainingDiverged, match=r"step \d+ is not finite.*learning_rate"):
         run(shards, reports, **{"optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0})
