@@ -45,8 +45,9 @@ class Evaluation:
     psnr_by_element: dict[str, float]
     gap_db: dict[str, float]
     worst_gap_db: float
+    """The largest |gap|."""
     symmetric_worst_gap_db: float
-    """The same on the held-out images made mirror-symmetric."""
+    """The same on a batch of the images made mirror-symmetric."""
     noise_floor_db: float
     """PSNR between two decodes of one latent from different noise."""
     encoder_error: dict[str, float]
@@ -162,7 +163,7 @@ def evaluate(
         ),
         psnr_by_element=psnr_by_element,
         gap_db=gaps,
-        worst_gap_db=max(gaps.values(), key=abs),
+        worst_gap_db=max(map(abs, gaps.values())),
         symmetric_worst_gap_db=_symmetric_gap(model, batches[0]),
         noise_floor_db=float(psnr(plain[0], other).mean()),
         encoder_error=encoder_error,
@@ -207,7 +208,7 @@ def _symmetric_gap(model: Autoencoder, batch: tuple[Tensor, Tensor]) -> float:
         return float(_clamped_psnr(sample, g.act_on_image(image)).mean())
 
     base = score(D4.identity)
-    return max((base - score(g) for g in D4), key=abs)
+    return max(abs(base - score(g)) for g in D4)
 
 
 def _measure_steps(
