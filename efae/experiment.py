@@ -94,9 +94,9 @@ def find_resumed_step(config: Config) -> int:
     newest = checkpoint.find_newest_checkpoint(run_uri(config))
     if newest is None:
         return 0
-    found = checkpoint.read_checkpoint(newest)
-    if configuration.digest(found.config) != configuration.digest(config):
-        before, now = configuration.flatten(found.config), configuration.flatten(config)
+    metadata, found = checkpoint.read_origin(newest)
+    if configuration.digest(found) != configuration.digest(config):
+        before, now = configuration.flatten(found), configuration.flatten(config)
         changed = [
             f"{key}: {before[key]!r} -> {now[key]!r}"
             for key in now
@@ -106,7 +106,7 @@ def find_resumed_step(config: Config) -> int:
             f"tracking.run_name={config.tracking.run_name!r}: that run has another configuration"
             f" ({'; '.join(changed)}); choose another name, or the settings it began with"
         )
-    return found.metadata["step"]
+    return metadata["step"]
 
 
 def describe_data(config: Config) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def publish(
     run_id = facts["mlflow_run_id"]
     with tempfile.TemporaryDirectory() as folder:
         model_folder, report_folder = Path(folder) / "model", Path(folder) / "report"
-        weights = checkpoint.read_checkpoint(final).ema
+        weights, _ = checkpoint.read_model(final)
         checkpoint.write_model(model_folder, weights, config, card=evaluation.numbers())
         version = registry.register_model(
             model_folder,

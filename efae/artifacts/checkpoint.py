@@ -107,6 +107,17 @@ def read_checkpoint(uri: str | Path) -> Checkpoint:
     )
 
 
+def read_origin(uri: str) -> tuple[dict[str, Any], Config]:
+    """Metadata and configuration of a checkpoint, without its tensors.
+
+    Raises:
+        CheckpointError: not complete, damaged, or of another format.
+    """
+    manifest = read_manifest(uri)
+    state, config = (read_verified(uri, name, manifest) for name in (STATE, CONFIG))
+    return json.loads(state), _parse_config(uri, config)
+
+
 def find_newest_checkpoint(run_uri: str) -> str | None:
     """The newest complete checkpoint below `run_uri`: all files there, of the right size."""
     return next((uri for uri, fault in _complete_checkpoints(run_uri) if fault is None), None)

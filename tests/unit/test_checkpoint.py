@@ -53,6 +53,7 @@ def test_every_bit_of_the_state_comes_back(tmp_path):
             assert torch.equal(tensors[name], tensor)
     assert found.metadata == state["metadata"]
     assert found.config == CONFIG
+    assert checkpoint.read_origin(str(tmp_path)) == (state["metadata"], CONFIG)
 
 
 def test_equal_state_gives_equal_bytes(tmp_path):
