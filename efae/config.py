@@ -44,6 +44,9 @@ class DataConfig:
 class RepresentationConfig:
     """How a group element acts on the latent's channels (DESIGN: five multiplicities)."""
 
+    group: Literal["D4", "C4", "flips", "mirror", "trivial"] = "D4"
+    """Flips and quarter turns that act: all eight (D4), turns (C4), {e, h, v, r^2} (flips),
+    {e, h} (mirror), none (trivial)."""
     dim: int = 32
     """Latent channels."""
     rotation_dims: int = 16

@@ -15,7 +15,7 @@ from efae.config import Config
 from efae.model import flow
 from efae.model.decoder import Decoder
 from efae.model.encoder import Encoder
-from efae.symmetry import D4, TRIVIAL, Element, Representation
+from efae.symmetry import GROUPS, TRIVIAL, Element, Representation
 from efae.symmetry.group import act_on_grid
 
 
@@ -27,9 +27,10 @@ def build_representation(config: Config) -> Representation:
             image has colours.
     """
     knobs, colours = config.representation, config.data.channels
+    group = GROUPS[knobs.group]
     if knobs.multiplicities is not None:
         representation = Representation(
-            D4, **dict(zip(("a1", "a2", "b1", "b2", "e"), knobs.multiplicities, strict=True))
+            group, **dict(zip(("a1", "a2", "b1", "b2", "e"), knobs.multiplicities, strict=True))
         )
         if representation.dim != knobs.dim:
             raise ValueError(
@@ -38,7 +39,7 @@ def build_representation(config: Config) -> Representation:
             )
     else:
         representation = Representation.from_split(
-            group=D4,
+            group=group,
             dim=knobs.dim,
             rotation_dims=knobs.rotation_dims,
             chirality_split=knobs.chirality_split,
@@ -64,9 +65,9 @@ class Autoencoder(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.group = D4
         self.representation = build_representation(config)
-        layers = D4 if config.model.level == "exact" else TRIVIAL
+        self.group = self.representation.group
+        layers = self.group if config.model.level == "exact" else TRIVIAL
         sizes = {
             "resolution": config.data.resolution,
             "channels": config.data.channels,
@@ -153,9 +154,9 @@ class Autoencoder(nn.Module):
         noise = torch.randn(image.shape, generator=generator, device=device)
         latent = self.encode(image)
         if self.config.model.level == "objective":
-            chosen = torch.randint(len(D4), (count,), generator=generator, device=device)
+            chosen = torch.randint(len(self.group), (count,), generator=generator, device=device)
             latent = self.act(chosen, latent)
-            image = act_on_grid(D4, chosen, image)
+            image = act_on_grid(self.group, chosen, image)
         jitter = torch.randn(latent.shape, generator=generator, device=device)
         latent = latent + self.config.model.latent_noise * jitter
         x_t = flow.interpolate(image, noise, t)

@@ -16,7 +16,6 @@ from efae.model.octic import (
     Lift,
     Resample,
     embed_invariant,
-    gains_per_channel,
     latent_action,
     layout_of,
     normalize,
@@ -73,7 +72,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(group, m, num_heads, mlp_ratio, conditioning=hidden_size) for _ in range(depth)
         )
-        self.sizes = [gains_per_channel(group) * m, m]
+        self.sizes = [self.layout.gains * m, m]
         self.modulation = nn.Linear(hidden_size, sum(self.sizes))
         self.output = Lift(group, *patch, m, fan_in=len(group) * m)
         # The first prediction is zero, the mean of images in [-1, 1].

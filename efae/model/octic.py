@@ -1,10 +1,11 @@
 """Layers that commute with a group of flips and quarter turns: octic layers.
 
 A token carries m copies of the group's regular representation, that is one number per channel and
-group element. Written in the basis of the characters of its flips {e, rot180, flip_h, flip_v}
-every group element only signs and permutes, and a linear map falls into four blocks. So tokens
-are one tensor (slot, batch, token, m * coset), the coset fastest; for D4 there are 4 slots and
-2 cosets (0: the flips, 1: the flips times transpose):
+group element. Written in the basis of the characters of its flips (its part of {e, rot180, flip_h,
+flip_v}) every group element only signs and permutes, and a linear map falls into blocks. So tokens
+are one tensor (slot, batch, token, m * coset): a slot per character, a coset per coset of the
+flips, the coset fastest. For D4 there are 4 slots and 2 cosets (the flips, and the flips times
+transpose):
 
     slot 0 = (A1, B1)   slot 1 = (B2, A2)   slots 2, 3 = the two axes of E
 
@@ -21,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from efae.symmetry.group import D4, Group, grid_sources
+from efae.symmetry.group import D4, FLIPS, Element, Group, grid_sources
 from efae.symmetry.representation import Representation
 
-_FLIPS = ("identity", "rot180", "flip_h", "flip_v")
-_CHARACTERS = [[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]
+# By row, the characters of {identity, rot180, flip_h, flip_v}: each is +-1 and multiplicative.
+_FLIP_NAMES = ("identity", "rot180", "flip_h", "flip_v")
+_CHARACTERS = ((1, 1, 1, 1), (1, 1, -1, -1), (1, -1, 1, -1), (1, -1, -1, 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,45 +36,84 @@ class Layout:
 
     Attributes:
         group: the group.
-        slots: blocks of a linear map.
-        cosets: copies that a block mixes.
+        slots: blocks of a linear map, one per character of the group's flips.
+        cosets: copies that a block mixes, one per coset of the flips.
+        hadamard: (slots, slots), orthogonal and symmetric: slots <-> flips.
         fourier: (slots * cosets, len(group)), orthogonal: regular basis -> slots.
         ties: (coefficients, slots * cosets * cosets): the free numbers of a linear map, spread
-            over its blocks.
+            over its blocks with their signs.
+        gain_of: (slots, cosets), which free gain scales a feature.
     """
 
     group: Group
     slots: int
     cosets: int
+    hadamard: Tensor
     fourier: Tensor
     ties: Tensor
+    gain_of: Tensor
+
+    @property
+    def gains(self) -> int:
+        """Free gains per channel."""
+        return int(self.gain_of.max()) + 1
 
 
 @functools.cache
 def layout_of(group: Group) -> Layout:
-    """The layout of D4 or of the trivial group."""
-    if len(group) == 1:
-        one = torch.ones(1, 1)
-        return Layout(group, 1, 1, one, one)
-    assert group is D4
-    fourier = torch.zeros(4, 2, 8)
-    for slot, character in enumerate(_CHARACTERS):
-        for value, flip in zip(character, _FLIPS, strict=True):
-            for coset, representative in enumerate((D4.identity, D4["transpose"])):
-                fourier[slot, coset, D4.index(D4[flip] @ representative)] = value / 2
-    # transpose swaps the cosets and slots 2 and 3, so an entry is tied to its image under that;
-    # flips sign whole slots and tie nothing.
-    ties, seen = [], set()
-    for slot in range(4):
-        for row in range(2):
-            for column in range(2):
-                image = ((0, 1, 3, 2)[slot], 1 - row, 1 - column)
-                if (slot, row, column) not in seen:
-                    tie = torch.zeros(4, 2, 2)
-                    tie[slot, row, column] = tie[image] = 1
-                    ties.append(tie.flatten())
-                    seen |= {(slot, row, column), image}
-    return Layout(D4, 4, 2, fourier.view(8, 8), torch.stack(ties))
+    """The layout of a group, with the maps that commute with it found by averaging over it."""
+    flips = [D4[name] for name in _FLIP_NAMES if any(D4[name] == g for g in group)]
+    columns = [_FLIP_NAMES.index(g.name) for g in flips]
+    characters = list(dict.fromkeys(tuple(row[i] for i in columns) for row in _CHARACTERS))
+    turns = [g for g in group if g not in list(FLIPS)]
+    # transpose, where there is one, is its own inverse and so moves features without a sign.
+    cosets = [group.identity, *sorted(turns, key=lambda g: g.name != "transpose")[:1]]
+    slots, hadamard = len(flips), torch.tensor(characters) / math.sqrt(len(flips))
+    fourier = torch.zeros(slots, len(cosets), len(group))
+    for coset, representative in enumerate(cosets):
+        for row, flip in enumerate(flips):
+            fourier[:, coset, group.index(flip @ representative)] = hadamard[:, row]
+    fourier = fourier.flatten(0, 1)
+    actions = torch.stack([fourier @ _regular_matrix(group, g) @ fourier.T for g in group])
+    block = torch.eye(slots).repeat_interleave(len(cosets), 0).repeat_interleave(len(cosets), 1)
+    ties = _find_commuting(actions, [(i, j) for i, j in block.nonzero().tolist()])
+    gains = _find_commuting(actions, [(i, i) for i in range(len(group))])
+    ties = ties.view(-1, slots, len(cosets), slots, len(cosets)).diagonal(dim1=1, dim2=3)
+    return Layout(
+        group,
+        slots,
+        len(cosets),
+        hadamard,
+        fourier,
+        ties.movedim(-1, 1).flatten(1),
+        gains.diagonal(dim1=1, dim2=2).argmax(0).view(slots, len(cosets)),
+    )
+
+
+def _regular_matrix(group: Group, g: Element) -> Tensor:
+    """The action of g on the regular basis: component u becomes component g u."""
+    matrix = torch.zeros(len(group), len(group))
+    for column, u in enumerate(group):
+        matrix[group.index(g @ u), column] = 1
+    return matrix
+
+
+def _find_commuting(actions: Tensor, entries: list[tuple[int, int]]) -> Tensor:
+    """Matrices (n, d, d) of entries 0 and +-1 that commute with the actions and span such entries.
+
+    The actions are signed permutations, so the average of A E A^T for an elementary matrix E has
+    all its non-zero entries of one size, and two averages have the same ones or none in common.
+    """
+    found: list[Tensor] = []
+    for i, j in entries:
+        if any(tie[i, j] for tie in found):
+            continue
+        elementary = torch.zeros(actions.shape[1:])
+        elementary[i, j] = 1
+        average = (actions @ elementary @ actions.mT).mean(0)
+        if average[i, j] > 1e-6:
+            found.append((average / average[i, j]).round())
+    return torch.stack(found)
 
 
 class Linear(nn.Module):
@@ -170,21 +211,13 @@ def take_invariant(layout: Layout, x: Tensor) -> Tensor:
 
 
 def spread_gains(layout: Layout, gains: Tensor) -> Tensor:
-    """Invariant gains (batch, n_gains * m) as factors (slot, batch, 1, m * coset).
+    """Invariant gains (batch, gains * m) as factors (slot, batch, 1, m * coset).
 
-    A factor must be shared by what an element exchanges: the two cosets of slots 0 and 1, and
-    slots 2 and 3 with their cosets swapped.
+    What an element exchanges shares a gain: for D4 the two cosets of slots 0 and 1, and slots 2
+    and 3 with their cosets swapped.
     """
-    if layout.slots == 1:
-        return gains[None, :, None]
-    invariant, sign, plane0, plane1 = gains.chunk(4, -1)
-    pairs = [(invariant, invariant), (sign, sign), (plane0, plane1), (plane1, plane0)]
-    return torch.stack([torch.stack(pair, -1).flatten(-2) for pair in pairs])[:, :, None]
-
-
-def gains_per_channel(group: Group) -> int:
-    """How many free gains a channel has."""
-    return 1 if len(group) == 1 else 4
+    spread = gains.unflatten(-1, (layout.gains, -1))[:, layout.gain_of]  # (b, slot, coset, m)
+    return spread.permute(1, 0, 3, 2).flatten(2)[:, :, None]
 
 
 def normalize(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -201,16 +234,13 @@ class Nonlinearity(nn.Module):
 
     def __init__(self, group: Group):
         super().__init__()
-        self.slots = layout_of(group).slots
-        hadamard = torch.tensor(_CHARACTERS, dtype=torch.float32) / 2
-        self.register_buffer("hadamard", hadamard, persistent=False)
+        self.register_buffer("hadamard", layout_of(group).hadamard, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.slots == 1:
+        if len(self.hadamard) == 1:
             return F.relu(x)
         hadamard = self.hadamard.to(x.dtype)
-        regular = F.relu(hadamard @ x.flatten(1))
-        return (hadamard @ regular).view(x.shape)
+        return (hadamard @ F.relu(hadamard @ x.flatten(1))).view(x.shape)
 
 
 class Attention(nn.Module):
@@ -244,8 +274,7 @@ class Block(nn.Module):
         )
         self.modulation = None
         if conditioning:
-            n_gains = gains_per_channel(group)
-            self.sizes = [n_gains * m, n_gains * m, m] * 2
+            self.sizes = [self.layout.gains * m, self.layout.gains * m, m] * 2
             self.modulation = nn.Linear(conditioning, sum(self.sizes))
             # Zero gates make every block the identity at first (Peebles & Xie 2023, adaLN-Zero).
             nn.init.zeros_(self.modulation.weight)

@@ -113,6 +113,11 @@ class Group:
         """Whether some element exchanges height and width, so that images must be square."""
         return any(element.swaps_sides for element in self.elements)
 
+    @property
+    def turns(self) -> bool:
+        """Whether some element turns the plane, by a half or a quarter."""
+        return any(element.quarter_turns and not element.mirrored for element in self)
+
     def indices(self, elements: "Element | Sequence[Element] | Tensor", count: int) -> Tensor:
         """Positions (count,) in this group of one element, or of one element per example."""
         if isinstance(elements, Tensor):
@@ -127,7 +132,11 @@ class Group:
 
 
 D4 = Group("D4", [Element(k, j) for j in (0, 1) for k in range(4)])
-TRIVIAL = Group("trivial", [Element(0, 0)])
+C4 = Group("C4", [g for g in D4 if not g.mirrored])
+FLIPS = Group("flips", [g for g in D4 if not g.swaps_sides])
+MIRROR = Group("mirror", [D4["identity"], D4["flip_h"]])
+TRIVIAL = Group("trivial", [D4["identity"]])
+GROUPS = {group.name: group for group in (D4, C4, FLIPS, MIRROR, TRIVIAL)}
 
 
 @functools.cache

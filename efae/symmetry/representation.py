@@ -25,6 +25,14 @@ from efae.symmetry.group import D4, Element, Group, act_on_grid
 
 IRREPS = ("a1", "a2", "b1", "b2", "e")
 _IRREP_DIMS = {"a1": 1, "a2": 1, "b1": 1, "b2": 1, "e": 2}
+# Irreps with signs that are not equal, nor trivial, when restricted to the group.
+_CHIRAL = {
+    "D4": ("b1", "b2", "a2"),
+    "C4": ("b1",),
+    "flips": ("a2",),
+    "mirror": ("a2",),
+    "trivial": (),
+}
 
 
 def irrep_matrix(irrep: str, element: Element) -> Float[Tensor, "d d"]:
@@ -68,11 +76,12 @@ class Representation:
             dim: channels.
             rotation_dims: channels that turn as planes; even, at most dim.
             chirality_split: share in [0, 1] of the other channels that change sign, rounded to
-                whole channels and dealt to B1, B2, A2 in turn.
+                whole channels and dealt in turn to those of B1, B2, A2 that differ under the group.
 
         Raises:
             ValueError: no representation has these numbers.
         """
+        chiral_irreps = _CHIRAL[group.name]
         if not 0 <= rotation_dims <= dim or rotation_dims % 2:
             raise ValueError(
                 f"rotation_dims={rotation_dims}: planes take two channels each, so use an even"
@@ -82,8 +91,19 @@ class Representation:
             raise ValueError(f"chirality_split={chirality_split}: a share lies in [0, 1]")
         others = dim - rotation_dims
         chiral = round(others * chirality_split)
-        b1, b2, a2 = ((chiral + 2 - i) // 3 for i in range(3))
-        return cls(group, a1=others - chiral, a2=a2, b1=b1, b2=b2, e=rotation_dims // 2)
+        if rotation_dims and not group.turns:
+            raise ValueError(
+                f"rotation_dims={rotation_dims}: no element of {group} rotates a plane, use 0"
+            )
+        if chiral and not chiral_irreps:
+            raise ValueError(
+                f"chirality_split={chirality_split}: no element of {group} changes a sign, use 0"
+            )
+        dealt = {
+            irrep: (chiral + len(chiral_irreps) - 1 - i) // len(chiral_irreps)
+            for i, irrep in enumerate(chiral_irreps)
+        }
+        return cls(group, a1=others - chiral, e=rotation_dims // 2, **dealt)
 
     @property
     def dim(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from efae.model import flow
 from efae.model.autoencoder import Autoencoder
-from efae.symmetry.group import D4, Element
+from efae.symmetry.group import Element
 from efae.symmetry.representation import group_law_error
 
 STEP_COUNTS = (1, 2, 4, 8, 16, 32)
@@ -136,11 +136,11 @@ def evaluate(
     # One variance for all elements; over images, as the mean latent carries no information.
     spread = torch.cat(latents).var(0).mean()
     pictures: dict[str, Tensor] = {}
-    for g in progress(D4, "elements"):
+    for g in progress(model.group, "elements"):
         scores, agreements, errors = [], [], []
         for (image, noise), latent, reference in zip(batches, latents, plain, strict=True):
             sample = reference
-            if g != D4.identity:
+            if g != model.group.identity:
                 sample = model.decode(model.act(g, latent), noise=g.act_on_image(noise))
             pictures.setdefault(g.name, sample.clamp(-1, 1).cpu())
             scores.append(_clamped_psnr(sample, g.act_on_image(image)))
@@ -168,9 +168,9 @@ def evaluate(
         noise_floor_db=float(psnr(plain[0], other).mean()),
         encoder_error=encoder_error,
         decoder_error_db=decoder_error,
-        group_law_error=group_law_error(D4, {g.name: model.representation.matrix(g) for g in D4})[
-            0
-        ],
+        group_law_error=group_law_error(
+            model.group, {g.name: model.representation.matrix(g) for g in model.group}
+        )[0],
         energy_by_irrep=_energy(model, torch.cat(latents)),
         psnr_by_steps={count: score for count, (score, _) in by_steps.items()},
         sharpness_by_steps={count: sharpness for count, (_, sharpness) in by_steps.items()},
@@ -207,8 +207,8 @@ def _symmetric_gap(model: Autoencoder, batch: tuple[Tensor, Tensor]) -> float:
         sample = model.decode(model.act(g, latent), noise=g.act_on_image(noise))
         return float(_clamped_psnr(sample, g.act_on_image(image)).mean())
 
-    base = score(D4.identity)
-    return max(abs(base - score(g)) for g in D4)
+    base = score(model.group.identity)
+    return max(abs(base - score(g)) for g in model.group)
 
 
 def _measure_steps(

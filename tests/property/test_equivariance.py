@@ -10,7 +10,7 @@ from torch import nn
 from efae.config import Config, with_overrides
 from efae.model import octic
 from efae.model.autoencoder import Autoencoder
-from efae.symmetry import D4, Representation
+from efae.symmetry import D4, GROUPS, Representation
 
 M = 6
 GENERATOR = torch.Generator().manual_seed(0)
@@ -26,21 +26,26 @@ def randomize(module):
     return module.double().eval()
 
 
-def act_on_tokens(g, x):
+def act_on_tokens(g, x, group=D4):
     """Regular features (slot, ..., m * coset), acted on by the definition: u becomes g u."""
-    layout = octic.layout_of(D4)
-    fourier = layout.fourier.double()
-    shift = torch.zeros(8, 8, dtype=torch.float64)
-    for i, u in enumerate(D4):
-        shift[D4.index(g @ u), i] = 1
-    features = x.unflatten(-1, (-1, 2)).movedim(-1, 1).flatten(0, 1)
+    layout = octic.layout_of(group)
+    fourier = layout.fourier.double() / layout.fourier.double().norm(dim=1, keepdim=True)
+    shift = torch.zeros(len(group), len(group), dtype=torch.float64)
+    for i, u in enumerate(group):
+        shift[group.index(g @ u), i] = 1
+    features = x.unflatten(-1, (-1, layout.cosets)).movedim(-1, 1).flatten(0, 1)
     moved = torch.tensordot(fourier @ shift @ fourier.T, features, 1)
-    return moved.unflatten(0, (4, 2)).movedim(1, -1).flatten(-2)
+    return moved.unflatten(0, (layout.slots, layout.cosets)).movedim(1, -1).flatten(-2)
 
 
-def act_on_token_grid(g, x, side):
-    moved = act_on_tokens(g, x).unflatten(2, (side, side))
+def act_on_token_grid(g, x, side, group=D4):
+    moved = act_on_tokens(g, x, group).unflatten(2, (side, side))
     return g.act_on_image(moved.movedim(-1, 2)).movedim(2, -1).flatten(2, 3)
+
+
+def draw_tokens(group, batch, tokens, m=M):
+    layout = octic.layout_of(group)
+    return draw(layout.slots, batch, tokens, layout.cosets * m)
 
 
 def assert_close(a, b, tolerance=1e-10):
@@ -48,36 +53,42 @@ def assert_close(a, b, tolerance=1e-10):
     assert (a - b).norm() <= tolerance * (1 + b.norm())
 
 
-def test_fourier_is_orthogonal_and_elements_only_sign_and_permute():
-    fourier = octic.layout_of(D4).fourier
-    assert_close(fourier @ fourier.T, torch.eye(8), 1e-6)
-    x = (
-        torch.eye(8, dtype=torch.float64).view(4, 2, 1, 8).permute(0, 3, 2, 1)
-    )  # (slot, 8, 1, coset)
-    for g in D4:
-        moved = act_on_tokens(g, x)
-        assert set(moved.round(decimals=9).abs().unique().tolist()) == {0.0, 1.0}
+every_group = pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
 
 
-def test_linear_holds_every_equivariant_map():
-    """The commutant of the regular representation has dimension 8, and so have the ties."""
-    assert torch.linalg.matrix_rank(octic.layout_of(D4).ties) == 8
+@every_group
+def test_fourier_is_orthogonal_and_elements_only_sign_and_permute(group):
+    layout = octic.layout_of(group)
+    assert_close(layout.fourier @ layout.fourier.T, torch.eye(len(group)), 1e-6)
+    basis = torch.eye(len(group), dtype=torch.float64)
+    x = basis.view(layout.slots, layout.cosets, 1, -1).permute(0, 3, 2, 1)
+    for g in group:
+        moved = act_on_tokens(g, x, group).abs()
+        assert set(moved.round(decimals=6).unique().tolist()) <= {0.0, 1.0}
+        assert moved.sum() == pytest.approx(len(group))
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        octic.Linear(D4, M, 2 * M),
-        octic.Linear(D4, M, M, bias=False),
-        octic.Nonlinearity(D4),
-        octic.Block(D4, M, num_heads=2, mlp_ratio=2),
-    ],
-    ids=["linear", "linear without bias", "nonlinearity", "block"],
-)
-def test_layers_commute_with_the_group(layer):
-    layer, x = randomize(layer), draw(4, 3, 16, 2 * M)
-    for g in D4:
-        assert_close(layer(act_on_token_grid(g, x, 4)), act_on_token_grid(g, layer(x), 4))
+@every_group
+def test_linear_holds_every_equivariant_map(group):
+    """The commutant of a regular representation has the group's order as dimension."""
+    assert torch.linalg.matrix_rank(octic.layout_of(group).ties) == len(group)
+
+
+LAYERS = {
+    "linear": lambda group: octic.Linear(group, M, 2 * M),
+    "linear without bias": lambda group: octic.Linear(group, M, M, bias=False),
+    "nonlinearity": octic.Nonlinearity,
+    "block": lambda group: octic.Block(group, M, num_heads=2, mlp_ratio=2),
+}
+
+
+@every_group
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_commute_with_the_group(group, layer):
+    layer, x = randomize(LAYERS[layer](group)), draw_tokens(group, 3, 16)
+    for g in group:
+        moved = layer(act_on_token_grid(g, x, 4, group))
+        assert_close(moved, act_on_token_grid(g, layer(x), 4, group))
 
 
 def test_the_nonlinearity_is_not_linear():
@@ -85,44 +96,46 @@ def test_the_nonlinearity_is_not_linear():
     assert (layer(-x) + layer(x)).abs().max() > 0.1
 
 
-def test_conditioned_block_commutes():
-    block = randomize(octic.Block(D4, M, num_heads=2, mlp_ratio=2, conditioning=5))
-    x, condition = draw(4, 3, 16, 2 * M), draw(3, 5)
-    for g in D4:
-        moved = block(act_on_token_grid(g, x, 4), condition)
-        assert_close(moved, act_on_token_grid(g, block(x, condition), 4))
+@every_group
+def test_conditioned_block_commutes(group):
+    block = randomize(octic.Block(group, M, num_heads=2, mlp_ratio=2, conditioning=5))
+    x, condition = draw_tokens(group, 3, 16), draw(3, 5)
+    for g in group:
+        moved = block(act_on_token_grid(g, x, 4, group), condition)
+        assert_close(moved, act_on_token_grid(g, block(x, condition), 4, group))
 
 
-def test_lift_and_back_intertwine():
-    rho = Representation(D4, a1=2, a2=1, b1=1, b2=1, e=2)
-    lift = randomize(octic.Lift(D4, *octic.latent_action(D4, rho), M, fan_in=rho.dim))
-    z, x = draw(3, 5, rho.dim), draw(4, 3, 5, 2 * M)
-    for g in D4:
+@every_group
+def test_lift_and_back_intertwine(group):
+    rho = Representation(group, a1=2, a2=1, b1=1, b2=1, e=2)
+    lift = randomize(octic.Lift(group, *octic.latent_action(group, rho), M, fan_in=rho.dim))
+    z, x = draw(3, 5, rho.dim), draw_tokens(group, 3, 5)
+    for g in group:
         matrix = rho.matrix(g)
-        assert_close(lift(z @ matrix.T), act_on_tokens(g, lift(z)))
-        assert_close(lift.back(act_on_tokens(g, x)), lift.back(x) @ matrix.T)
+        assert_close(lift(z @ matrix.T), act_on_tokens(g, lift(z), group))
+        assert_close(lift.back(act_on_tokens(g, x, group)), lift.back(x) @ matrix.T)
 
 
+@every_group
 @pytest.mark.parametrize("ratio", [1, 2, 4])
-def test_resample_commutes_and_inverts(ratio):
-    resample, x = octic.Resample(D4, ratio).double(), draw(4, 2, 64, 2 * M)
+def test_resample_commutes_and_inverts(group, ratio):
+    resample, x = octic.Resample(group, ratio).double(), draw_tokens(group, 2, 64)
     merged = resample.merge(x, 8, 8)
-    assert merged.shape == (4, 2, 64 // ratio**2, 2 * M * ratio**2)
+    assert merged.shape == (*x.shape[:2], 64 // ratio**2, x.shape[-1] * ratio**2)
     assert_close(resample.split(merged, 8, 8), x, 1e-6)
-    for g in D4:
-        moved = resample.merge(act_on_token_grid(g, x, 8), 8, 8)
-        assert_close(moved, act_on_token_grid(g, merged, 8 // ratio), 1e-6)
+    for g in group:
+        moved = resample.merge(act_on_token_grid(g, x, 8, group), 8, 8)
+        assert_close(moved, act_on_token_grid(g, merged, 8 // ratio, group), 1e-6)
 
 
-def test_invariants_survive():
-    x = draw(4, 3, 2 * M)
-    layout = octic.layout_of(D4)
-    values = draw(3, M)
-    for g in D4:
-        acted = octic.take_invariant(layout, act_on_tokens(g, x))
+@every_group
+def test_invariants_survive(group):
+    layout, x, values = octic.layout_of(group), draw_tokens(group, 3, 1)[:, :, 0], draw(3, M)
+    for g in group:
+        acted = octic.take_invariant(layout, act_on_tokens(g, x, group))
         assert_close(acted, octic.take_invariant(layout, x))
         embedded = octic.embed_invariant(layout, values)
-        assert_close(act_on_tokens(g, embedded), embedded)
+        assert_close(act_on_tokens(g, embedded, group), embedded)
 
 
 SIZES = {
@@ -149,19 +162,39 @@ IMAGES = {
 }
 
 
-@pytest.mark.parametrize("downsampling", [4, 8, 32], ids=["8x8", "4x4", "vector"])
-@pytest.mark.parametrize("kind", IMAGES)
-def test_exact_level_is_exact(downsampling, kind):
-    model = build(**{"model.downsampling": downsampling})
-    x, noise, t = IMAGES[kind], draw(2, 3, 32, 32), torch.tensor([0.3, 0.9]).double()
+def assert_exact(model, x):
+    noise, t = draw(2, 3, 32, 32), torch.tensor([0.3, 0.9]).double()
     with torch.no_grad():
         z = model.encode(x)
-        assert z.shape == (2, 12, 32 // downsampling, 32 // downsampling)
         velocity = model.velocity(noise, t, z)
-        for g in D4:
+        for g in model.group:
             assert_close(model.encode(g.act_on_image(x)), model.act(g, z))
             moved = model.velocity(g.act_on_image(noise), t, model.act(g, z))
             assert_close(moved, g.act_on_image(velocity))
+    return z
+
+
+@pytest.mark.parametrize("downsampling", [4, 8, 32], ids=["8x8", "4x4", "vector"])
+@pytest.mark.parametrize("kind", IMAGES)
+def test_exact_level_is_exact(downsampling, kind):
+    z = assert_exact(build(**{"model.downsampling": downsampling}), IMAGES[kind])
+    assert z.shape == (2, 12, 32 // downsampling, 32 // downsampling)
+
+
+@pytest.mark.parametrize(
+    ("group", "rotation_dims"), [("C4", 4), ("flips", 4), ("mirror", 0), ("trivial", 0)]
+)
+def test_exact_level_is_exact_for_subgroups_and_no_more(group, rotation_dims):
+    split = 0.0 if group == "trivial" else 0.5
+    knobs = {"group": group, "rotation_dims": rotation_dims, "chirality_split": split}
+    model = build(**{f"representation.{name}": value for name, value in knobs.items()})
+    assert model.group is GROUPS[group]
+    z = assert_exact(model, IMAGES["generic"])
+    outside = next(g for g in D4 if g not in list(model.group))
+    whole = Representation(D4, **model.representation.multiplicities)
+    with torch.no_grad():
+        error = model.encode(outside.act_on_image(IMAGES["generic"])) - whole.act(outside, z)
+    assert error.norm() > 0.1 * z.norm()
 
 
 def test_exact_level_in_fp32_errs_by_rounding_only():

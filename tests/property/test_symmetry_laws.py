@@ -5,7 +5,14 @@ import itertools
 import pytest
 import torch
 
-from efae.symmetry import D4, TRIVIAL, Representation, check_representation, group
+from efae.symmetry import (
+    D4,
+    FLIPS,
+    GROUPS,
+    Representation,
+    check_representation,
+    group,
+)
 from efae.symmetry.group import act_on_grid, grid_sources
 from efae.symmetry.representation import IRREPS
 
@@ -20,6 +27,51 @@ def test_group_axioms():
         assert a @ a.inverse == a.inverse @ a == D4.identity
         assert a @ D4.identity == D4.identity @ a == a
     assert len(D4) == len({g.name for g in D4}) == 8
+
+
+def test_subgroups_are_closed_and_named():
+    assert {name: [g.name for g in GROUPS[name]] for name in GROUPS} == {
+        "D4": [g.name for g in D4],
+        "C4": ["identity", "rot90", "rot180", "rot270"],
+        "flips": ["identity", "rot180", "flip_h", "flip_v"],
+        "mirror": ["identity", "flip_h"],
+        "trivial": ["identity"],
+    }
+    for subgroup in GROUPS.values():
+        for a, b in itertools.product(subgroup, subgroup):
+            assert a @ b in list(subgroup)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_splits_of_subgroups_name_distinct_irreps(name):
+    """The irreps that a split deals out have different characters on the group."""
+    subgroup = GROUPS[name]
+    rotation_dims = 4 if subgroup.turns else 0
+    split = 0.5 if len(subgroup) > 1 else 0.0
+    rho = Representation.from_split(
+        group=subgroup, dim=16, rotation_dims=rotation_dims, chirality_split=split
+    )
+    assert rho.dim == 16
+    check_representation(subgroup, {g.name: rho.matrix(g) for g in subgroup}, tolerance=1e-12)
+    used = [irrep for irrep, count in rho.multiplicities.items() if count]
+    characters = {
+        tuple(float(Representation(subgroup, **{irrep: 1}).matrix(g).trace()) for g in subgroup)
+        for irrep in used
+    }
+    assert len(characters) == len(used)
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "message"),
+    [
+        ("mirror", {"rotation_dims": 4}, "rotation_dims=4: no element of mirror rotates"),
+        ("trivial", {"chirality_split": 0.5}, "no element of trivial changes a sign"),
+    ],
+)
+def test_splits_that_a_subgroup_cannot_have(name, knobs, message):
+    given = {"dim": 16, "rotation_dims": 0, "chirality_split": 0.0} | knobs
+    with pytest.raises(ValueError, match=message):
+        Representation.from_split(group=GROUPS[name], **given)
 
 
 def test_elements_are_torch_operations():
@@ -157,7 +209,9 @@ def test_the_sketch_is_refused_with_the_reason():
 def test_non_square_grids_need_a_group_without_quarter_turns():
     with pytest.raises(ValueError, match="4 x 6 is not square"):
         grid_sources(D4, 4, 6)
-    assert grid_sources(TRIVIAL, 4, 6).tolist() == [list(range(24))]
+    x = torch.randn(1, 2, 4, 6)
+    for i, g in enumerate(FLIPS):
+        assert torch.equal(act_on_grid(FLIPS, torch.tensor([i]), x), g.act_on_image(x))
 
 
 def test_bad_requests_name_the_value():
