@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,4 +209,12 @@ def _evaluate(model_uri: str, text: str) -> Evaluation:
     config = configuration.from_json(text)
     torch.set_num_threads(config.ray.cpus_per_worker)
     model = load(model_uri, device="cuda" if config.ray.use_gpu else "cpu")
-    return evaluate(model, read_held_out(config.data, config.training.held_out_images))
+    images = read_held_out(config.data, config.training.held_out_images)
+    return evaluate(model, images, progress=_say_progress)
+
+
+def _say_progress(items: Iterable[Any], what: str) -> Iterator[Any]:
+    items = list(items)
+    for done, item in enumerate(items, start=1):
+        yield item
+        _say(f"evaluating: {what} {done}/{len(items)}")

@@ -98,6 +98,27 @@ def test_resumed_equals_uninterrupted_bit_for_bit(shards, reports, precision, le
     assert not torch.equal(next(other.model.parameters()), next(whole.model.parameters()))
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model.downsampling": 16},
+        {"flow.prediction": "velocity", "flow.time_law": "uniform"},
+        {
+            "model.level": "none",
+            "data.channels": 1,
+            "representation.multiplicities": (1, 0, 0, 0, 0),
+        }
+        | {"representation.dim": 1},
+        {"representation.group": "C4"},
+    ],
+    ids=["vector latent", "velocity", "grey", "turns only"],
+)
+def test_every_kind_of_model_trains(shards, reports, overrides):
+    state = run(shards, reports, **{"training.steps": 3} | overrides)
+    assert state.step == 3
+    assert all(torch.isfinite(p).all() for p in state.model.parameters())
+
+
 def test_global_random_state_changes_nothing(shards, reports):
     torch.manual_seed(1)
     first = run(shards, reports)
