@@ -27,8 +27,8 @@ class DataConfig:
     """Shard set to train on (a folder with index.json, made by data_pipelines.build_shards)."""
     held_out_uri: str = "s3://efae-data/openmoji-32/held_out"
     """Shard set to measure on; never trained on."""
-    resolution: int = 32
-    """Height and width of the images, pixels."""
+    resolution: int | tuple[int, int] = 32
+    """Side of square images, or their height and width; pixels."""
     channels: Literal[1, 3] = 3
     """Colour channels: 1 (grey) or 3 (RGB)."""
     cache_bytes: int = 20 * 2**30
@@ -37,7 +37,15 @@ class DataConfig:
     """Decoder threads per worker."""
 
     def __post_init__(self):
-        _require_positive("data", self, "resolution", "cache_bytes", "decode_threads")
+        _require_positive("data", self, "cache_bytes", "decode_threads")
+        _require(min(self.image_size) > 0, f"data.resolution={self.resolution}: must be positive")
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width."""
+        if isinstance(self.resolution, int):
+            return self.resolution, self.resolution
+        return self.resolution
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -236,7 +244,7 @@ class Config:
 
     def __post_init__(self):
         _require(
-            self.data.resolution % self.model.downsampling == 0,
+            all(side % self.model.downsampling == 0 for side in self.data.image_size),
             f"data.resolution={self.data.resolution}: the latent grid does not divide it; use a"
             f" multiple of model.downsampling={self.model.downsampling}",
         )

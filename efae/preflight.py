@@ -6,6 +6,7 @@ from data_pipelines import ShardDataset, storage
 from efae.artifacts.tracking import check_server
 from efae.config import Config
 from efae.model.autoencoder import Autoencoder
+from efae.symmetry import GROUPS
 
 
 def list_checks(config: Config, tracking_uri: str) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -38,19 +39,23 @@ def check_images(config: Config, uri: str) -> None:
     """The shard set answers and its images are what the model takes."""
     storage.check_readable(uri)
     shape = ShardDataset.open(uri).image_shape
-    side = config.data.resolution
+    wanted = config.data.image_size
     if shape is None:
         raise ValueError(
-            f"{uri}: its images differ in size; build the shards with --resolution {side}"
+            f"{uri}: its images differ in size; build the shards with --resolution {wanted[0]}"
         )
-    height, width = shape[1:]
-    if height != width:
+    height, width = found = shape[1:]
+    if found == wanted:
+        return
+    if height != width and GROUPS[config.representation.group].swaps_sides:
         raise ValueError(
-            f"{uri}: its images are {height} x {width}, but quarter turns (group D4) need square"
-            f" images; build the shards with --resolution {side}"
+            f"{uri}: its images are {height} x {width}, not square, but group"
+            f" {config.representation.group} holds quarter turns; build the shards with"
+            f" --resolution {wanted[0]}, or set --data.resolution {height} {width}"
+            " --representation.group flips"
         )
-    if height != side:
-        raise ValueError(
-            f"{uri}: its images are {height} x {width}, but data.resolution={side}: set"
-            f" --data.resolution {height}, or build the shards with --resolution {side}"
-        )
+    raise ValueError(
+        f"{uri}: its images are {height} x {width}, but data.resolution="
+        f"{config.data.resolution}: set --data.resolution to theirs, or build the shards with"
+        f" --resolution {wanted[0]}"
+    )

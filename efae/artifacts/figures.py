@@ -55,7 +55,7 @@ def draw_reconstructions(
     columns, count = 8, min(16, len(original))
     chosen = torch.linspace(0, len(original) - 1, count).long()
     original, reconstruction = original[chosen], reconstruction[chosen]
-    tile = _tile(original.shape[-1], 128)
+    tile = _tile(max(original.shape[-2:]), 128)
     step, left, row = tile + 10, 200, tile + 6
     block = 3 * row + 52
     blocks = -(-count // columns)
@@ -96,10 +96,11 @@ def draw_orbit(
         for element in elements
         if element != D4.identity
     ]
-    change = torch.stack(changes).amin(0) / (original.flatten(1).var(1) + 1e-3)
+    smallest = torch.stack(changes).amin(0) if changes else original.new_zeros(len(original))
+    change = smallest / (original.flatten(1).var(1) + 1e-3)
     runs = torch.arange(len(original)).tensor_split(min(examples, len(original)))
     chosen = [int(run[change[run].argmax()]) for run in runs]
-    tile = _tile(original.shape[-1], 160)
+    tile = _tile(max(original.shape[-2:]), 160)
     step, header, gutter = tile + 10, 150, 30
     figure = _canvas((1 + len(elements)) * step + gutter, header + len(chosen) * step + 66)
     _write(figure, tile / 2, header - 44, "original", size=18, bold=True)

@@ -93,7 +93,7 @@ def write_report(
     representation = build_representation(config)
     _draw_figures(directory, numbers, pictures, representation.blocks, curves)
 
-    side = config.data.resolution // config.model.downsampling
+    height, width = config.data.image_size
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -106,7 +106,12 @@ def write_report(
         numbers=numbers,
         config=config,
         representation=representation,
-        latent_shape=(representation.dim, side, side),
+        image_size=(height, width),
+        latent_shape=(
+            representation.dim,
+            height // config.model.downsampling,
+            width // config.model.downsampling,
+        ),
         compression=config.data.channels * config.model.downsampling**2 / representation.dim,
         facts={name: value for name, value in facts.items() if name != "credits"},
         credits=_listed(facts.get("credits")),

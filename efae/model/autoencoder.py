@@ -67,9 +67,15 @@ class Autoencoder(nn.Module):
         self.config = config
         self.representation = build_representation(config)
         self.group = self.representation.group
+        height, width = config.data.image_size
+        if height != width and self.group.swaps_sides:
+            raise ValueError(
+                f"data.resolution={height, width}: not square, but representation.group="
+                f"{self.group} holds quarter turns; use square images, or group flips or mirror"
+            )
         layers = self.group if config.model.level == "exact" else TRIVIAL
         sizes = {
-            "resolution": config.data.resolution,
+            "image_size": config.data.image_size,
             "channels": config.data.channels,
             "patch_size": config.model.patch_size,
             "downsampling": config.model.downsampling,
@@ -96,7 +102,7 @@ class Autoencoder(nn.Module):
 
         One scale for all channels and cells commutes with the orthogonal action.
         """
-        expected = (self.config.data.channels, *[self.config.data.resolution] * 2)
+        expected = (self.config.data.channels, *self.config.data.image_size)
         if image.ndim != 4 or tuple(image.shape[1:]) != expected:
             raise ValueError(
                 f"image of shape {tuple(image.shape)}: this model takes (batch, {expected[0]},"
@@ -135,7 +141,7 @@ class Autoencoder(nn.Module):
             raise ValueError("decode needs either noise or seed, so that it can be repeated")
         if noise is None:
             data = self.config.data
-            shape = (len(latent), data.channels, data.resolution, data.resolution)
+            shape = (len(latent), data.channels, *data.image_size)
             generator = torch.Generator().manual_seed(seed)  # type: ignore[arg-type]
             noise = torch.randn(shape, generator=generator).to(latent.device)
         return flow.sample_euler(

@@ -44,7 +44,7 @@ class Decoder(nn.Module):
         group: Group,
         representation: Representation,
         *,
-        resolution: int,
+        image_size: tuple[int, int],
         channels: int,
         patch_size: int,
         downsampling: int,
@@ -61,7 +61,8 @@ class Decoder(nn.Module):
         patch = patch_action(group, patch_size, channels)
         rho = latent_action(group, representation)
         self.patches = Lift(group, *patch, m, fan_in=patch[0].shape[1])
-        self.positions = Positions(group, resolution // patch_size, m)
+        height, width = (side // patch_size for side in image_size)
+        self.positions = Positions(group, height, width, m)
         self.latent = Lift(group, *rho, m * ratio**2, fan_in=representation.dim)
         self.resample = Resample(group, ratio)
         self.pooled = Lift(group, *rho, m, fan_in=representation.dim)

@@ -40,9 +40,9 @@ def unpatchify(patches: Tensor, side: int, height: int, width: int) -> Tensor:
 class Positions(nn.Module):
     """A learned embedding of the token grid that turns with it."""
 
-    def __init__(self, group: Group, side: int, m: int):
+    def __init__(self, group: Group, height: int, width: int, m: int):
         super().__init__()
-        source = grid_sources(group, side, side)
+        source = grid_sources(group, height, width)
         self.lift = Lift(group, source, torch.ones(source.shape), m, fan_in=1)
         nn.init.normal_(self.lift.coefficient, std=0.2)
 
@@ -87,7 +87,7 @@ class Encoder(nn.Module):
         group: Group,
         representation: Representation,
         *,
-        resolution: int,
+        image_size: tuple[int, int],
         channels: int,
         patch_size: int,
         downsampling: int,
@@ -101,7 +101,8 @@ class Encoder(nn.Module):
         m = hidden_size // len(group)
         patch = patch_action(group, patch_size, channels)
         self.patches = Lift(group, *patch, m, fan_in=patch[0].shape[1])
-        self.positions = Positions(group, resolution // patch_size, m)
+        height, width = (side // patch_size for side in image_size)
+        self.positions = Positions(group, height, width, m)
         stages = int(math.log2(downsampling // patch_size)) + 1
         self.stages = nn.ModuleList(
             nn.Sequential(*(Block(group, m, num_heads, mlp_ratio) for _ in range(depth)))

@@ -85,7 +85,10 @@ def test_mlflow_down(local_stack):
 
 @pytest.mark.parametrize(
     ("shape", "parts"),
-    [((32, 48), ["32 x 48", "square"]), ((16, 16), ["16 x 16", "data.resolution=32"])],
+    [
+        ((32, 48), ["32 x 48, not square", "group D4", "--representation.group flips"]),
+        ((16, 16), ["16 x 16", "data.resolution=32"]),
+    ],
     ids=["not square", "other size"],
 )
 def test_images_that_do_not_fit(local_stack, tmp_path, shape, parts):

@@ -163,7 +163,7 @@ IMAGES = {
 
 
 def assert_exact(model, x):
-    noise, t = draw(2, 3, 32, 32), torch.tensor([0.3, 0.9]).double()
+    noise, t = draw(*x.shape), torch.tensor([0.3, 0.9]).double()
     with torch.no_grad():
         z = model.encode(x)
         velocity = model.velocity(noise, t, z)
@@ -195,6 +195,18 @@ def test_exact_level_is_exact_for_subgroups_and_no_more(group, rotation_dims):
     with torch.no_grad():
         error = model.encode(outside.act_on_image(IMAGES["generic"])) - whole.act(outside, z)
     assert error.norm() > 0.1 * z.norm()
+
+
+@pytest.mark.parametrize("group", ["flips", "mirror"])
+def test_exact_level_is_exact_on_images_that_are_not_square(group):
+    knobs = {"representation.group": group, "data.resolution": (16, 48)}
+    model = build(**knobs | {"representation.rotation_dims": 0})
+    assert assert_exact(model, draw(2, 3, 16, 48)).shape == (2, 12, 2, 6)
+
+
+def test_quarter_turns_need_square_images():
+    with pytest.raises(ValueError, match=r"resolution=\(16, 48\): not square.*D4.*flips"):
+        build(**{"data.resolution": (16, 48)})
 
 
 def test_exact_level_in_fp32_errs_by_rounding_only():
