@@ -9,15 +9,20 @@ LOCAL := $(or $(EFAE_LOCAL_DIR),.local)
 # Names what is installed; another hash of pins, settings or place means another set-up.
 STAMP := .venv/installed-$(shell (pwd; cat constraints.txt pyproject.toml) | cksum | tr ' ' '-')
 
+OPENMOJI := $(BIN)/python -m data_pipelines.build_shards --source openmoji \
+    --output s3://efae-data/openmoji-32 --resolution 32 --held-out 512
+
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: up ## train the quick-start model on the local stack and register it (ARGS="--training.steps 500")
-	@source "$(LOCAL)/env" && $(BIN)/python -m data_pipelines.build_shards --source openmoji \
-	    --output s3://efae-data/openmoji-32 --resolution 32 --held-out 512
+	@source "$(LOCAL)/env" && $(OPENMOJI)
 	@cluster/submit_job.sh "$(LOCAL)/env" jobs/train.py quickstart \
 	    --tracking.report-folder "$(abspath $(LOCAL))/reports" \
 	    --tracking.commit "$(shell git rev-parse --short HEAD 2>/dev/null)" $(ARGS)
+
+bench: up ## compare the levels of equivariance at one budget (ARGS="--cpu-seconds 100")
+	@source "$(LOCAL)/env" && $(OPENMOJI) && $(BIN)/python -m benchmarks.compare_levels $(ARGS)
 
 test: $(STAMP) ## run every test that needs no GPU (ARGS="tests/unit -k latent")
 	@$(BIN)/python -m pytest $(ARGS)
@@ -50,4 +55,4 @@ $(STAMP):
 	@rm -f .venv/installed-*
 	@touch $@
 
-.PHONY: help train test lint format up down ui clean
+.PHONY: help train bench test lint format up down ui clean

@@ -27,7 +27,7 @@ from efae.training.held_out import read_held_out
 from efae.training.loop import train
 
 RESULTS = Path(__file__).parent / "results"
-PROBE_STEPS = 60
+PROBE_STEPS = 100
 
 
 @dataclass
@@ -71,9 +71,9 @@ def train_for(config: Config, steps: int):
 
 def measure(config: Config, cpu_seconds: float) -> dict:
     """Train for the budget, then evaluate the averaged weights."""
-    _, warm = train_for(config, PROBE_STEPS)
-    _, probe = train_for(config, 2 * PROBE_STEPS)
-    steps = int(cpu_seconds / max(probe - warm, 1e-3) * PROBE_STEPS)
+    train_for(config, PROBE_STEPS)  # the first steps of a process are slower
+    _, probe = train_for(config, PROBE_STEPS)
+    steps = int(cpu_seconds / probe * PROBE_STEPS)
     state, spent = train_for(config, steps)
     state.average.copy_to(state.model)
     images = read_held_out(config.data, config.training.held_out_images)
