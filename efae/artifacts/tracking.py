@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -210,6 +210,8 @@ class Tracker:
         self._spill = Spill(spill_folder / f"{run_id}.jsonl")
         self._outbox = spill_folder / run_id
         self._queue: deque[tuple[int, int, dict[str, float]]] = deque()
+        self._in_flight: list[Point] = []
+        self._handing_over = threading.Lock()
         self._queue_size = queue_size
         self._last_steps: dict[str, int] | None = None
         self._away = False
@@ -226,9 +228,30 @@ class Tracker:
         if len(self._queue) >= self._queue_size:
             self.dropped += len(metrics)
             return
-        self._queue.append((step, time.time_ns() // 1_000_000, dict(metrics)))
+        values = {}
+        for name, value in metrics.items():
+            try:
+                values[name] = float(value)
+            except (TypeError, ValueError) as error:
+                self.dropped += 1
+                logger.warning("metric %s=%r is not logged: %s", name, value, error)
+        self._queue.append((int(step), time.time_ns() // 1_000_000, values))
         if len(self._queue) >= 100:
             self._wake.set()
+
+    def unsent(self) -> list[Point]:
+        """What MLflow may not have yet, for a checkpoint: if this process is killed, it is lost.
+
+        Points that an outage left in the spill folder are safe there, and not among them.
+        """
+        with self._handing_over:
+            points = [*self._in_flight, *_split_points(list(self._queue))]
+        return [point for point in points if not point.name.startswith("system/")]
+
+    def resend(self, points: Iterable[Sequence[Any]]) -> None:
+        """Queues what `unsent` gave to another tracker of the run; what arrived is skipped."""
+        for name, step, time_ms, value in points:
+            self._queue.append((step, time_ms, {name: value}))
 
     def log_figure(self, path: Path, name: str) -> None:
         """Queues a copy of the file `path` as the artifact `name`, such as figures/step-100.png."""
@@ -276,12 +299,17 @@ class Tracker:
             self._wake.wait(self._send_interval_seconds)
             self._wake.clear()
             last_round = self._closing.is_set()
-            points = self._take_points()
+            with self._handing_over:
+                self._in_flight = _split_points(
+                    self._queue.popleft() for _ in range(len(self._queue))
+                )
             try:
-                self._deliver(points)
+                self._deliver(self._in_flight)
             except OSError as error:  # the local disk is full or gone; training goes on
-                self.dropped += len(points)
-                logger.warning("run %s: %d points are lost: %s", self._run_id, len(points), error)
+                lost = len(self._in_flight)
+                self.dropped += lost
+                logger.warning("run %s: %d points are lost: %s", self._run_id, lost, error)
+            self._in_flight = []
 
     def _deliver(self, points: list[Point]) -> None:
         if not self._spill.is_empty() or not self._send(points):
@@ -290,18 +318,6 @@ class Tracker:
             self._spill.drain(self._send)
         if not self._away:
             self._send_letters()
-
-    def _take_points(self) -> list[Point]:
-        points = []
-        while self._queue:
-            step, time_ms, metrics = self._queue.popleft()
-            for name, value in metrics.items():
-                try:
-                    points.append(Point(name, int(step), time_ms, float(value)))
-                except (TypeError, ValueError) as error:
-                    self.dropped += 1
-                    logger.warning("metric %s=%r is not logged: %s", name, value, error)
-        return points
 
     def _send(self, points: list[Point]) -> bool:
         """Sends points that the run does not have yet; False if the server is away."""
@@ -365,6 +381,14 @@ class Tracker:
                 logger.info("artifact %s waits: %s", path.name, _reason(error))
                 return
             path.unlink()
+
+
+def _split_points(queued: Iterable[tuple[int, int, dict[str, float]]]) -> list[Point]:
+    return [
+        Point(name, step, time_ms, value)
+        for step, time_ms, metrics in queued
+        for name, value in metrics.items()
+    ]
 
 
 class _SystemMetrics(SystemMetricsMonitor):

@@ -82,6 +82,8 @@ def train(
     if checkpoint is not None:
         state.restore(checkpoint)
         loader.load_state_dict(checkpoint.metadata["position"])
+        if tracker:
+            tracker.resend(checkpoint.metadata["unsent_metrics"])
     model = wrap(state.model)
     generator = torch.Generator(device)
     autocast = AUTOCAST[training.precision]
@@ -124,7 +126,12 @@ def train(
         if state.step % training.checkpoint_interval == 0 or state.step == training.steps:
             metrics = {"step": state.step, "device": describe_device(device)}
             metrics |= clock.totals(state.step, loader.wait_seconds)
-            report_checkpoint(state, config, loader.state_dict(), rank, report, metrics)
+            extra = {
+                "position": loader.state_dict(),
+                "images_seen": state.step * training.global_batch_size,
+                "unsent_metrics": tracker.unsent() if tracker else [],
+            }
+            report_checkpoint(state, config, extra, rank, report, metrics)
     return state
 
 
@@ -152,7 +159,7 @@ def require_finite(norm: Tensor, step: int) -> None:
 def report_checkpoint(
     state: TrainState,
     config: Config,
-    position: dict[str, Any],
+    extra: dict[str, Any],
     rank: int,
     report: Callable[[dict[str, Any], Path | None], None],
     metrics: dict[str, Any],
@@ -161,10 +168,8 @@ def report_checkpoint(
     folder = None
     if rank == 0:
         tensors, metadata = state.snapshot()
-        metadata["position"] = position
-        metadata["images_seen"] = state.step * config.training.global_batch_size
         folder = Path(tempfile.mkdtemp(prefix="efae-checkpoint-"))
-        write_checkpoint(folder, **tensors, metadata=metadata, config=config)
+        write_checkpoint(folder, **tensors, metadata=metadata | extra, config=config)
     report(metrics, folder)
 
 

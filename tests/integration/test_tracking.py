@@ -321,3 +321,16 @@ def test_system_metrics_go_on_where_they_were_after_a_restart(server, client, ru
         tracker.close()
     steps = [step for step, _ in read_history(client, run_id, name)]
     assert steps == list(range(len(steps)))
+
+
+def test_a_checkpoint_carries_what_a_killed_process_had_not_sent(server, client, run_id, tmp_path):
+    before = Tracker(server.uri, run_id, tmp_path / "a", send_interval_seconds=3600)
+    for step in range(3):
+        before.log_metrics(step, {"loss": step / 10, "system/cpu": 1.0})
+    saved = json.loads(json.dumps(before.unsent()))
+    assert [(name, step) for name, step, *_ in saved] == [("loss", step) for step in range(3)]
+    for node in ("b", "c"):  # two more lives, on other nodes; what arrived comes only once
+        after = Tracker(server.uri, run_id, tmp_path / node)
+        after.resend(saved)
+        after.close()
+    assert read_history(client, run_id, "loss") == [(0, 0.0), (1, 0.1), (2, 0.2)]

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -12,6 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from data_pipelines.build_shards import build_shards
+from efae.artifacts import checkpoint
 
 pytestmark = [pytest.mark.s3, pytest.mark.ray]
 ROOT = Path(__file__).parents[2]
@@ -28,11 +30,11 @@ OPTIONS = [
     "--model.num-heads=2",
     "--model.encoder-hidden-size=64",
     "--model.depth=2",
-    "--training.steps=240",
+    "--training.steps=600",
     "--training.global-batch-size=32",
     "--training.log-interval=10",
     "--training.checkpoint-interval=40",
-    "--training.evaluation-interval=120",
+    "--training.evaluation-interval=300",
     "--training.held-out-images=64",
 ]
 
@@ -67,34 +69,36 @@ def find_workers(environment):
     return found
 
 
-def kill_a_worker_at(step, job, environment):
-    """SIGKILL one worker once the job has printed that it reached `step`; returns the output."""
-    output = []
-    for line in job.stdout:
-        output.append(line)
-        if "] step " in line and int(line.split("] step ")[1].split("/")[0]) >= step:
-            find_workers(environment)[0].send_signal(signal.SIGKILL)
-            break
-    return "".join(output) + job.stdout.read()
+def kill_a_worker_after(step, job, environment):
+    """SIGKILL one worker once the run has a checkpoint of `step` or later."""
+    newest = None
+    while newest is None or newest < checkpoint.checkpoint_name(step):
+        assert job.poll() is None, "the job ended before a worker could be killed"
+        time.sleep(0.2)
+        found = checkpoint.find_newest_checkpoint("s3://efae-runs/ray/killed")
+        newest = found and found.rpartition("/")[2]
+    find_workers(environment)[0].send_signal(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
-def killed_run(local_stack, shards):
+def killed_run(local_stack, shards, tmp_path_factory):
+    log = tmp_path_factory.mktemp("killed") / "log"
     command = [
         *(str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", str(ROOT)),
         *("--", "python", "jobs/train.py", *OPTIONS, "--tracking.run-name=killed"),
     ]
-    with subprocess.Popen(
-        command,
-        env=os.environ,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as job:
-        output = kill_a_worker_at(80, job, local_stack)
-    assert job.returncode == 0, output
-    return find_run("killed"), output
+    with log.open("w") as output:
+        job = subprocess.Popen(
+            command, env=os.environ, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            kill_a_worker_after(80, job, local_stack)
+            status = job.wait(timeout=280)
+        finally:
+            job.kill()
+            job.wait()
+    assert status == 0, log.read_text()
+    return find_run("killed"), log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -148,20 +152,20 @@ def test_one_run_without_duplicate_steps(killed_run):
     for name in ("loss", "images_per_second", "loss_by_t/0.5", "gradient_norm"):
         steps = [point.step for point in client.get_metric_history(run.info.run_id, name)]
         assert steps == sorted(set(steps)), name
-        assert set(steps) <= set(range(10, 241, 10))
+        assert set(steps) <= set(range(10, 601, 10))
     losses = client.get_metric_history(run.info.run_id, "loss")
-    assert [point.step for point in losses] == list(range(10, 241, 10))
+    assert [point.step for point in losses] == list(range(10, 601, 10))
     assert losses[-1].value < 0.5 * losses[0].value
     assert any(name.startswith("system/") for name in run.data.metrics)
     assert run.data.params["model.level"] == "exact"
-    assert {"step-00000120.png", "step-00000240.png"} <= list_artifacts(run, "reconstructions")
+    assert {"step-00000300.png", "step-00000600.png"} <= list_artifacts(run, "reconstructions")
     assert {"report.html", "summary.json", "orbit.png"} <= list_artifacts(run, "report")
 
 
 def test_summary_says_what_the_contract_lists(whole_run):
     summary = read_summary(whole_run)
-    assert summary["steps"] == 240
-    assert summary["images_seen"] == 240 * 32
+    assert summary["steps"] == 600
+    assert summary["images_seen"] == 600 * 32
     assert summary["world_size"] == 2
     assert summary["device"] == "cpu"
     assert summary["precision"] == "fp32"
