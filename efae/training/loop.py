@@ -90,6 +90,8 @@ def train(
     meter = Meter(device)
     clock = Clock(state.step, training.steps, training.global_batch_size)
     batches: Iterator[Any] = iter(loader)
+    if checkpoint is not None and state.step >= training.steps:
+        report(checkpoint.metadata["totals"], None)  # only what comes after training is missing
 
     while state.step < training.steps:
         waited = loader.wait_seconds
@@ -130,6 +132,7 @@ def train(
                 "position": loader.state_dict(),
                 "images_seen": state.step * training.global_batch_size,
                 "unsent_metrics": tracker.unsent() if tracker else [],
+                "totals": metrics,
             }
             report_checkpoint(state, config, extra, rank, report, metrics)
     return state

@@ -198,3 +198,15 @@ def test_a_finished_run_says_so(whole_run):
     assert result.returncode == 1
     assert "run_name='whole'" in result.stderr
     assert "finished" in result.stderr
+
+
+def test_a_driver_lost_after_training_goes_on_where_it_was(whole_run):
+    """Not finished in MLflow, trained to the end in storage: evaluated and registered once."""
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    client.set_terminated(whole_run.info.run_id, "FAILED")
+    before = {v.version for v in client.search_model_versions("name = 'efae'")}
+    result = run_job("train", *OPTIONS, "--tracking.run-name=whole")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert find_run("whole").info.status == "FINISHED"
+    assert {v.version for v in client.search_model_versions("name = 'efae'")} == before
+    assert read_summary(whole_run)["images_per_second"] > 0

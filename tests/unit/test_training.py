@@ -98,6 +98,14 @@ def test_resumed_equals_uninterrupted_bit_for_bit(shards, reports, precision, le
     assert not torch.equal(next(other.model.parameters()), next(whole.model.parameters()))
 
 
+def test_a_run_that_was_trained_to_the_end_reports_its_totals_again(shards, reports):
+    run(shards, reports)
+    again = Reports()
+    state = run(shards, again, checkpoint=read_checkpoint(reports[-1][1]))
+    assert state.step == 8
+    assert again == [(reports[-1][0], None)]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
