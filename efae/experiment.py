@@ -41,18 +41,20 @@ def run_experiment(config: Config, tracking_uri: str, say: Callable[[str], None]
         say(f"ok  {name}")
     connect(config)
     resumed_step = find_resumed_step(config)
-    run_id, existed = tracking.find_or_create_run(
+    experiment, run_name = config.tracking.experiment, config.tracking.run_name
+    if resumed_step == config.training.steps and not tracking.find_unfinished_run(
+        tracking_uri, experiment, run_name
+    ):
+        raise ValueError(
+            f"tracking.run_name={run_name!r}: that run is finished (step {resumed_step}); choose"
+            " another name to train again"
+        )
+    run_id, _ = tracking.find_or_create_run(
         tracking_uri,
-        config.tracking.experiment,
-        config.tracking.run_name,
+        experiment,
+        run_name,
         {"efae.commit": config.tracking.commit, "efae.config": configuration.digest(config)},
     )
-    if resumed_step == config.training.steps and not existed:
-        tracking.finish_run(tracking_uri, run_id, "KILLED")
-        raise ValueError(
-            f"tracking.run_name={config.tracking.run_name!r}: that run is finished (step"
-            f" {resumed_step}); choose another name to train again"
-        )
     say(f"ok  run {config.tracking.run_name}: {tracking.find_run_url(tracking_uri, run_id)}")
     if resumed_step:
         say(f"    goes on from step {resumed_step}")

@@ -93,19 +93,25 @@ def find_or_create_run(
     if "'" in run_name or not run_name:
         raise ValueError(f"tracking.run_name={run_name!r}: use a name without single quotes")
     client = MlflowClient(tracking_uri)
+    run_id = find_unfinished_run(tracking_uri, experiment, run_name)
+    if run_id is not None:
+        client.update_run(run_id, status="RUNNING")
+        return run_id, True
     experiment_id = _find_or_create_experiment(client, experiment)
+    run = client.create_run(experiment_id, run_name=run_name, tags=dict(tags))
+    return run.info.run_id, False
+
+
+def find_unfinished_run(tracking_uri: str, experiment: str, run_name: str) -> str | None:
+    """The newest run of that name, if there is one and it is not FINISHED."""
+    client = MlflowClient(tracking_uri)
     newest = client.search_runs(
-        [experiment_id],
+        [_find_or_create_experiment(client, experiment)],
         filter_string=f"attributes.run_name = '{run_name}'",
         order_by=["attributes.start_time DESC"],
         max_results=1,
     )
-    if newest and newest[0].info.status != "FINISHED":
-        run_id = newest[0].info.run_id
-        client.update_run(run_id, status="RUNNING")
-        return run_id, True
-    run = client.create_run(experiment_id, run_name=run_name, tags=dict(tags))
-    return run.info.run_id, False
+    return newest[0].info.run_id if newest and newest[0].info.status != "FINISHED" else None
 
 
 def _find_or_create_experiment(client: MlflowClient, name: str) -> str:
