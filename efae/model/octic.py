@@ -76,8 +76,9 @@ def layout_of(group: Group) -> Layout:
     fourier = fourier.flatten(0, 1)
     actions = torch.stack([fourier @ _regular_matrix(group, g) @ fourier.T for g in group])
     block = torch.eye(slots).repeat_interleave(len(cosets), 0).repeat_interleave(len(cosets), 1)
-    ties = _find_commuting(actions, [(i, j) for i, j in block.nonzero().tolist()])
-    gains = _find_commuting(actions, [(i, i) for i in range(len(group))])
+    numbers = range(len(group))
+    ties = _find_commuting(actions, [(i, j) for i in numbers for j in numbers if block[i, j]])
+    gains = _find_commuting(actions, [(i, i) for i in numbers])
     ties = ties.view(-1, slots, len(cosets), slots, len(cosets)).diagonal(dim1=1, dim2=3)
     return Layout(
         group,
@@ -207,7 +208,7 @@ def embed_invariant(layout: Layout, values: Tensor) -> Tensor:
 
 def take_invariant(layout: Layout, x: Tensor) -> Tensor:
     """The A1 part (..., m) of tokens (slot, ..., m * coset)."""
-    return x[0].unflatten(-1, (-1, layout.cosets)).sum(-1) / math.sqrt(layout.cosets)
+    return torch.unflatten(x[0], -1, (-1, layout.cosets)).sum(-1) / math.sqrt(layout.cosets)
 
 
 def spread_gains(layout: Layout, gains: Tensor) -> Tensor:
@@ -216,7 +217,8 @@ def spread_gains(layout: Layout, gains: Tensor) -> Tensor:
     What an element exchanges shares a gain: for D4 the two cosets of slots 0 and 1, and slots 2
     and 3 with their cosets swapped.
     """
-    spread = gains.unflatten(-1, (layout.gains, -1))[:, layout.gain_of]  # (b, slot, coset, m)
+    by_gain = torch.unflatten(gains, -1, (layout.gains, -1))
+    spread = by_gain[:, layout.gain_of]  # (b, slot, coset, m)
     return spread.permute(1, 0, 3, 2).flatten(2)[:, :, None]
 
 
@@ -257,7 +259,7 @@ class Attention(nn.Module):
         split = self.inward(x).view(slots, batch, tokens, 3, self.num_heads, -1)
         query, key, value = split.permute(3, 1, 4, 2, 0, 5).flatten(-2)  # (batch, head, token, ·)
         mixed = F.scaled_dot_product_attention(query, key, value)
-        mixed = mixed.unflatten(-1, (slots, -1)).permute(3, 0, 2, 1, 4)
+        mixed = torch.unflatten(mixed, -1, (slots, -1)).permute(3, 0, 2, 1, 4)
         return self.outward(mixed.reshape(slots, batch, tokens, width))
 
 
@@ -344,7 +346,7 @@ class Resample(nn.Module):
         filed = self._to_regular(x).view(-1, batch, height // r, width // r, r * r, self._m(x))
         sources = self.goes_to.argsort(-1)
         offsets = torch.stack([part[..., i, :] for part, i in zip(filed, sources, strict=True)])
-        grid = offsets.unflatten(4, (r, r)).permute(0, 1, 2, 4, 3, 5, 6)
+        grid = torch.unflatten(offsets, 4, (r, r)).permute(0, 1, 2, 4, 3, 5, 6)
         return self._from_regular(grid.reshape(-1, batch, height * width, self._m(x)))
 
     def _m(self, x: Tensor) -> int:
@@ -352,7 +354,7 @@ class Resample(nn.Module):
 
     def _to_regular(self, x: Tensor) -> Tensor:
         """(slot, ..., m * coset) -> (element, ..., m)."""
-        split = x.unflatten(-1, (-1, self.layout.cosets)).movedim(-1, 1).flatten(0, 1)
+        split = torch.unflatten(x, -1, (-1, self.layout.cosets)).movedim(-1, 1).flatten(0, 1)
         return (self.fourier.t().to(x.dtype) @ split.flatten(1)).view(split.shape)
 
     def _from_regular(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 NAMES = {
@@ -33,7 +33,12 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Element:
-    """r^quarter_turns h^mirrored, the reflection first."""
+    """r^quarter_turns h^mirrored, the reflection first.
+
+    Attributes:
+        quarter_turns: counter-clockwise, 0 to 3.
+        mirrored: 0 or 1.
+    """
 
     quarter_turns: int
     mirrored: int
@@ -43,6 +48,7 @@ class Element:
 
     @property
     def name(self) -> str:
+        """As in the table above, such as "rot90"."""
         return NAMES[self.quarter_turns, self.mirrored]
 
     @property
@@ -62,8 +68,13 @@ class Element:
             (self.quarter_turns + sign * other.quarter_turns) % 4, self.mirrored ^ other.mirrored
         )
 
-    def act_on_image(self, image: Tensor) -> Tensor:
-        """A new tensor with g applied to the last two axes (..., height, width)."""
+    def act_on_image(
+        self, image: Shaped[Tensor, "*axes height width"]
+    ) -> Shaped[Tensor, "*axes rows columns"]:
+        """A new, contiguous tensor with g applied to the last two axes.
+
+        Height and width change places if `swaps_sides`; values of any kind and range only move.
+        """
         flipped = image.flip(-1) if self.mirrored else image
         return torch.rot90(flipped, self.quarter_turns, (-2, -1)).clone(
             memory_format=torch.contiguous_format
@@ -74,7 +85,12 @@ class Element:
 
 
 class Group:
-    """A group of flips and quarter turns, in a fixed order with the identity first."""
+    """A group of flips and quarter turns, in a fixed order with the identity first.
+
+    Attributes:
+        name: its key in `GROUPS`.
+        elements: in the order that tensors over the group follow.
+    """
 
     def __init__(self, name: str, elements: Sequence[Element]):
         self.name = name
@@ -84,6 +100,7 @@ class Group:
 
     @property
     def identity(self) -> Element:
+        """The element that changes nothing, always the first."""
         return self.elements[0]
 
     def __len__(self) -> int:
@@ -93,7 +110,12 @@ class Group:
         return iter(self.elements)
 
     def __getitem__(self, key: int | str) -> Element:
-        """The element at a position, or of a name."""
+        """The element at a position, or of a name.
+
+        Raises:
+            IndexError: no such position.
+            KeyError: no such name; the message lists the names.
+        """
         if isinstance(key, int):
             return self.elements[key]
         for element in self.elements:
@@ -105,7 +127,11 @@ class Group:
         return self.name
 
     def index(self, element: Element) -> int:
-        """The position of an element in the group's order."""
+        """The position of an element in the group's order.
+
+        Raises:
+            ValueError: the element is not in the group.
+        """
         return self.elements.index(element)
 
     @property
@@ -118,8 +144,19 @@ class Group:
         """Whether some element turns the plane, by a half or a quarter."""
         return any(element.quarter_turns and not element.mirrored for element in self)
 
-    def indices(self, elements: "Element | Sequence[Element] | Tensor", count: int) -> Tensor:
-        """Positions (count,) in this group of one element, or of one element per example."""
+    def indices(
+        self, elements: Element | Sequence[Element] | Int[Tensor, "count"], count: int
+    ) -> Int[Tensor, "count"]:
+        """Positions in this group of one element for all `count` examples, or of one per example.
+
+        Args:
+            elements: one; or `count` of them, as elements or as positions in [0, len(group)),
+                which are not checked since that would wait for the device.
+            count: examples.
+
+        Raises:
+            ValueError: an element is not in the group, or there are not `count`.
+        """
         if isinstance(elements, Tensor):
             chosen = elements.long()
         elif isinstance(elements, Element):
@@ -136,16 +173,16 @@ C4 = Group("C4", [g for g in D4 if not g.mirrored])
 FLIPS = Group("flips", [g for g in D4 if not g.swaps_sides])
 MIRROR = Group("mirror", [D4["identity"], D4["flip_h"]])
 TRIVIAL = Group("trivial", [D4["identity"]])
-GROUPS = {group.name: group for group in (D4, C4, FLIPS, MIRROR, TRIVIAL)}
+GROUPS: dict[str, Group] = {group.name: group for group in (D4, C4, FLIPS, MIRROR, TRIVIAL)}
 
 
 @functools.cache
 def grid_sources(
     group: Group, height: int, width: int, device: torch.device | str = "cpu"
 ) -> Int[Tensor, "element cell"]:
-    """Where each cell comes from: (len(group), height * width) flat indices; do not modify.
+    """Where each cell comes from, as flat indices; cached, so do not modify.
 
-    ``g.act_on_image(x).flatten(-2) == x.flatten(-2)[..., sources[g]]``.
+    ``g.act_on_image(x).flatten(-2) == x.flatten(-2)[..., sources[g]]``, for g by its position.
 
     Raises:
         ValueError: the group turns by 90 degrees and the grid is not square.
@@ -160,9 +197,20 @@ def grid_sources(
 
 
 def act_on_grid(
-    group: Group, chosen: Int[Tensor, "batch"], grid: Float[Tensor, "batch channel height width"]
-) -> Float[Tensor, "batch channel height width"]:
-    """Apply element number chosen[i] of the group to example i, without a host sync."""
+    group: Group, chosen: Int[Tensor, "batch"], grid: Shaped[Tensor, "batch channel height width"]
+) -> Shaped[Tensor, "batch channel height width"]:
+    """Move the cells of example i by element number chosen[i] of the group.
+
+    No host sync, and channels are only moved: an action on them is `Representation.act`.
+
+    Args:
+        group: the group.
+        chosen: positions in the group, in [0, len(group)).
+        grid: images or feature maps, of any kind and range.
+
+    Raises:
+        ValueError: the group turns by 90 degrees and the grid is not square.
+    """
     height, width = grid.shape[-2:]
     sources = grid_sources(group, height, width, grid.device)[chosen.to(grid.device)]
     flat = grid.flatten(2)  # (batch, channel, height * width)

@@ -18,7 +18,7 @@ signed permutation, so the action is a gather and a sign.
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from efae.symmetry.group import D4, Element, Group, act_on_grid
@@ -36,7 +36,7 @@ _CHIRAL = {
 
 
 def irrep_matrix(irrep: str, element: Element) -> Float[Tensor, "d d"]:
-    """The matrix of one irrep, float64; see the table above."""
+    """The matrix of one irrep of `IRREPS` (d = 2 for "e", else 1), float64; the table above."""
     turns, mirrored = element.quarter_turns, element.mirrored
     if irrep == "e":
         cosine, sine = [(1, 0), (0, 1), (-1, 0), (0, -1)][turns]
@@ -50,13 +50,31 @@ def irrep_matrix(irrep: str, element: Element) -> Float[Tensor, "d d"]:
 
 
 class Representation:
-    """A direct sum of irreps: channels in the order A1, A2, B1, B2, then E plane by plane."""
+    """A direct sum of irreps: channels in the order A1, A2, B1, B2, then E plane by plane.
 
-    def __init__(self, group: Group = D4, *, a1=0, a2=0, b1=0, b2=0, e=0):
+    Args:
+        group: the elements that act; irreps of D4 are restricted to them.
+        a1: how often A1 occurs, one channel each.
+        a2: of A2.
+        b1: of B1.
+        b2: of B2.
+        e: of E, two channels each.
+
+    Attributes:
+        group: as given.
+        multiplicities: by the names in `IRREPS`, zeros included.
+
+    Raises:
+        ValueError: a multiplicity is not an integer >= 0, or all are 0.
+    """
+
+    def __init__(
+        self, group: Group = D4, *, a1: int = 0, a2: int = 0, b1: int = 0, b2: int = 0, e: int = 0
+    ):
         self.group = group
         self.multiplicities = {"a1": a1, "a2": a2, "b1": b1, "b2": b2, "e": e}
         for irrep, count in self.multiplicities.items():
-            if not isinstance(count, int) or count < 0:
+            if type(count) is not int or count < 0:
                 raise ValueError(f"{irrep}={count!r}: a multiplicity is an integer >= 0")
         if self.dim == 0:
             raise ValueError("a representation needs at least one channel")
@@ -107,12 +125,14 @@ class Representation:
 
     @property
     def dim(self) -> int:
+        """Channels of the latent."""
         return sum(_IRREP_DIMS[irrep] * count for irrep, count in self.multiplicities.items())
 
     @property
     def blocks(self) -> dict[str, slice]:
         """The channels of each irrep that occurs."""
-        blocks, start = {}, 0
+        blocks: dict[str, slice] = {}
+        start = 0
         for irrep, count in self.multiplicities.items():
             stop = start + count * _IRREP_DIMS[irrep]
             if stop > start:
@@ -122,15 +142,20 @@ class Representation:
 
     def matrix(self, element: Element) -> Float[Tensor, "dim dim"]:
         """rho(element), float64."""
-        parts = [
-            irrep_matrix(irrep, element)
-            for irrep, count in self.multiplicities.items()
-            for _ in range(count)
-        ]
-        return torch.block_diag(*parts)
+        whole = torch.zeros(self.dim, self.dim, dtype=torch.float64)
+        for irrep, channels in self.blocks.items():
+            copies = torch.eye(self.multiplicities[irrep], dtype=torch.float64)
+            whole[channels, channels] = torch.kron(copies, irrep_matrix(irrep, element))
+        return whole
 
-    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(source, sign), each (element, dim): (rho(g) z)[i] = sign[g, i] * z[source[g, i]]."""
+    def tables(
+        self, device: torch.device
+    ) -> tuple[Int[Tensor, "element dim"], Float[Tensor, "element dim"]]:
+        """(source, sign) of every rho(g): (rho(g) z)[i] = sign[g, i] * z[source[g, i]].
+
+        The first axis follows the order of the group; signs are +-1, float32. Cached by device:
+        do not modify.
+        """
         if device not in self._tables:
             source, sign = self._tables[torch.device("cpu")]
             self._tables[device] = (source.to(device), sign.to(device))
@@ -138,14 +163,18 @@ class Representation:
 
     def act(
         self,
-        element: Element | Sequence[Element] | Tensor,
+        element: Element | Sequence[Element] | Int[Tensor, "batch"],
         latent: Float[Tensor, "batch dim height width"],
     ) -> Float[Tensor, "batch dim height width"]:
         """(g z)(p) = rho(g) z(g^-1 p), out of place.
 
         Args:
             element: one for all, or one per example (as elements, or as positions in the group).
-            latent: grid of channel vectors.
+            latent: grid of channel vectors, of any range.
+
+        Raises:
+            ValueError: the latent has not `dim` channels, an element is not in the group or not
+                one per example, or the group turns by 90 degrees and the grid is not square.
         """
         if latent.ndim != 4 or latent.shape[1] != self.dim:
             raise ValueError(
@@ -162,8 +191,18 @@ class Representation:
         return f"Representation({self.group}, {parts})"
 
 
-def group_law_error(group: Group, matrices: Mapping[str, Tensor]) -> tuple[float, Element, Element]:
-    """The largest |rho(a b) - rho(a) rho(b)| entry, and the pair (a, b) where it occurs."""
+def group_law_error(
+    group: Group, matrices: Mapping[str, Float[Tensor, "dim dim"]]
+) -> tuple[float, Element, Element]:
+    """The largest |rho(a b) - rho(a) rho(b)| entry, and the pair (a, b) where it occurs.
+
+    Args:
+        group: the group.
+        matrices: by element name, one for each element of the group.
+
+    Raises:
+        KeyError: an element has no matrix.
+    """
     worst = (-1.0, group.identity, group.identity)
     for a in group:
         for b in group:
@@ -173,15 +212,21 @@ def group_law_error(group: Group, matrices: Mapping[str, Tensor]) -> tuple[float
 
 
 def check_representation(
-    group: Group, matrices: Mapping[str, Tensor], tolerance: float = 1e-6
+    group: Group, matrices: Mapping[str, Float[Tensor, "dim dim"]], tolerance: float = 1e-6
 ) -> None:
     """Raise unless the matrices, one per element name, are a representation of the group.
 
     A sign flip beside a plane turned by R_theta that h leaves alone is the usual mistake: h r h
     must be r^-1, so a mirror has to reflect every plane that a turn rotates.
 
+    Args:
+        group: the group.
+        matrices: by element name, all of one size.
+        tolerance: the largest error of an entry of a product that passes.
+
     Raises:
-        ValueError: an element is missing, or names the pair that breaks the law and by how much.
+        ValueError: a matrix is missing or not square, their sizes differ, or the law is broken;
+            the message names the pair that breaks it most, and by how much.
     """
     missing = [element.name for element in group if element.name not in matrices]
     if missing:

@@ -1,14 +1,24 @@
 """Held-out images as one tensor: what previews and the evaluation look at."""
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
 from data_pipelines import ShardDataset
 from efae.config import DataConfig
 
 
-def read_held_out(data: DataConfig, count: int) -> Tensor:
-    """The first `count` held-out images in the order of their shards, uint8 (n, c, h, w)."""
+def read_held_out(data: DataConfig, count: int) -> UInt8[Tensor, "n c h w"]:
+    """The first `count` held-out images in the order of their shards, or all where there are fewer.
+
+    Returns:
+        uint8 in [0, 255].
+
+    Raises:
+        ValueError: the address is refused, the set is empty, or its images differ in size.
+        ShardError: a shard or an image in it cannot be read.
+        StorageError: the storage refuses or does not answer.
+    """
     dataset = ShardDataset.open(data.held_out_uri)
     loader = dataset.loader(
         global_batch_size=min(count, 256, len(dataset)),
@@ -17,7 +27,8 @@ def read_held_out(data: DataConfig, count: int) -> Tensor:
         decode_threads=data.decode_threads,
         cache_bytes=data.cache_bytes,
     )
-    parts, found = [], 0
+    parts: list[Tensor] = []
+    found = 0
     for batch in loader:
         parts.append(batch.image)
         found += len(batch.image)

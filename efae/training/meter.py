@@ -4,36 +4,57 @@ import time
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor
 
 from efae.training.evaluation import TIME_BINS
 
 
 class Meter:
-    """Loss overall and by bin of t, images per second and the share of time spent on data."""
+    """Loss overall and by bin of t, images per second and the share of time spent on data.
+
+    Args:
+        device: where the losses are summed; the training's, so that `add` never waits for it.
+
+    Attributes:
+        sums: float64 (2, TIME_BINS): summed losses and counts by bin of t, of this rank.
+        wait_seconds: time spent waiting for data since the last `reset`; the caller adds to it.
+        started: `time.monotonic()` at the last `reset`.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.reset()
 
     def reset(self) -> None:
+        """Start a new interval."""
         self.sums = torch.zeros(2, TIME_BINS, dtype=torch.float64, device=self.device)
         self.wait_seconds = 0.0
         self.started = time.monotonic()
 
-    def add(self, loss: Tensor, t: Tensor) -> None:
-        """Count the loss per example (b,) of each t (b,)."""
+    def add(self, loss: Float[Tensor, "batch"], t: Float[Tensor, "batch"]) -> None:
+        """Count the loss of each example and its flow time t in [0, 1]."""
         bins = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
         values = torch.stack([loss.detach().double(), torch.ones_like(loss, dtype=torch.float64)])
         self.sums.index_add_(1, bins, values)
 
     def read(self) -> dict[str, float]:
-        """The metrics since the last read, over all ranks."""
+        """The metrics since the last read, over all ranks; starts a new interval.
+
+        Every rank must call it, as the ranks sum. A bin that no t fell into is left out.
+
+        Returns:
+            "loss" (mean per example; nan if none was added), "images_per_second",
+            "data_wait_fraction" (in [0, 1], mean over ranks) and "loss_by_t/0.0" onwards, by the
+            lower edge of the bin.
+        """
         elapsed = max(time.monotonic() - self.started, 1e-9)
         row = torch.cat([self.sums.flatten(), self.sums.new_tensor([self.wait_seconds, elapsed])])
         if dist.is_initialized():
             dist.all_reduce(row)
-        (losses, counts), (waited, lasted) = row[:-2].view(2, -1).cpu(), row[-2:].tolist()
+        row = row.cpu()
+        losses, counts = row[:-2].view(2, -1)
+        waited, lasted = float(row[-2]), float(row[-1])
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         metrics = {
             "loss": float(losses.sum() / counts.sum()),

@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and cosine decay (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with linear warm-up and cosine decay."""
 
 import math
 
@@ -9,8 +9,11 @@ from efae.config import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Weight decay on matrices only: biases and gains set scales, not directions."""
-    parameters = list(model.parameters())
+    """AdamW over the parameters of `model`, as two groups: matrices first, then vectors.
+
+    Weight decay is on matrices only: biases and gains set scales, not directions.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -24,7 +27,16 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 def learning_rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
-    """The learning rate of update number `step` (from 0) of `steps`."""
+    """The learning rate of update number `step` of `steps`.
+
+    Linear from peak / warmup_steps up to the peak, then half a cosine down to
+    peak * final_learning_rate_fraction (Loshchilov & Hutter 2017, arXiv:1608.03983).
+
+    Args:
+        step: in [0, steps).
+        steps: of the whole training; the warm-up is no longer than that.
+        config: peak, warm-up and floor.
+    """
     warmup = min(config.warmup_steps, steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -34,5 +46,6 @@ def learning_rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Give every parameter group the learning rate `value`, from the next step on."""
     for group in optimizer.param_groups:
         group["lr"] = value

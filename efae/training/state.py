@@ -18,18 +18,29 @@ from efae.training.optimizer import build_optimizer
 
 @dataclass
 class TrainState:
-    """The weights and what drives them."""
+    """The weights and what drives them.
+
+    Attributes:
+        model: what is trained, on the device of training.
+        average: the moving average of its weights, on the same device.
+        optimizer: over all parameters of `model`.
+        scaler: of the loss; disabled unless training.precision is fp16.
+        step: optimizer updates done.
+    """
 
     model: Autoencoder
     average: MovingAverage
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     step: int = 0
-    """Optimizer updates done."""
 
     @classmethod
     def create(cls, config: Config, device: torch.device) -> "TrainState":
-        """The state before the first step; the weights are a function of training.seed."""
+        """The state before the first step; the weights are a function of training.seed.
+
+        Raises:
+            ValueError: the model's sizes do not fit together.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.training.seed)
             model = Autoencoder(config)
@@ -42,7 +53,13 @@ class TrainState:
         )
 
     def snapshot(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Host copies of all tensors by file, and the JSON-able rest."""
+        """Host copies of all tensors by file, and the JSON-able rest.
+
+        Returns:
+            The tensors as {"model" | "ema" | "optimizer": {name: tensor}}, where an entry of the
+            optimizer is named PARAMETER.KEY, KEY being "exp_avg", "exp_avg_sq" or "step"; and
+            {"step": int, "scaler": dict}.
+        """
         names = [name for name, _ in self.model.named_parameters()]
         states = self.optimizer.state
         optimizer = {
@@ -63,7 +80,12 @@ class TrainState:
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Become the state that the checkpoint was taken of."""
+        """Become the state that the checkpoint was taken of; its tensors are copied.
+
+        Raises:
+            RuntimeError: its weights are of another architecture.
+            KeyError: it lacks an averaged weight, or its metadata lacks "step" or "scaler".
+        """
         self.model.load_state_dict(checkpoint.model)
         self.average.load(checkpoint.ema)
         for name, parameter in self.model.named_parameters():
