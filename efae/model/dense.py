@@ -1,0 +1,208 @@
+"""An octic model as plain dense layers: the same function, with the symmetry no longer built in.
+
+The dense twins are the same classes over the trivial group. Their weights are found by feeding the
+identity through the octic layers, with a token flattened into one vector: by channel, then slot,
+then coset. In this order heads are contiguous, norms are unchanged and adaLN gains stay diagonal.
+Between the two Linears of an MLP the features are regular ones, where the nonlinearity is
+pointwise: its Hadamards are folded into the Linears. So is the filing of `Resample` into its
+neighbours.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Collection
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from efae.config import with_overrides
+from efae.model.autoencoder import Autoencoder
+from efae.model.decoder import Decoder
+from efae.model.encoder import Encoder, LinearPath
+from efae.model.octic import (
+    Block,
+    Layout,
+    Lift,
+    Linear,
+    embed_invariant,
+    spread_gains,
+    take_invariant,
+)
+
+
+def to_dense(model: Autoencoder) -> Autoencoder:
+    """A dense model that encodes and decodes as `model` does, up to rounding.
+
+    Its configuration is that of `model` at level `objective`, and its device, dtype and mode are
+    those of `model`. It is computed in float64 and shares no memory with `model`. Each of its
+    weights is free, so further training at level `objective` may break the symmetry.
+
+    Raises:
+        ValueError: the model is not of level `exact`.
+    """
+    level = model.config.model.level
+    if level != "exact":
+        raise ValueError(
+            f"model.level={level!r}: its layers are dense already; to_dense takes a model of level"
+            " 'exact'"
+        )
+    exact = copy.deepcopy(model).double().cpu()
+    with torch.no_grad():
+        # What no rule below replaces is not octic, and stays as it is.
+        state = exact.state_dict() | _dense_weights(exact)
+    dense = Autoencoder(with_overrides(model.config, {"model.level": "objective"}))
+    dense = dense.to(next(model.parameters())).train(model.training)
+    dense.load_state_dict(state)  # strict: every weight is set, each of the right shape
+    return dense
+
+
+def _dense_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a module's dense twin, by name, where they differ from its own."""
+    weights = {
+        f"{name}.{key}": weight
+        for name, child in module.named_children()
+        for key, weight in _dense_weights(child).items()
+    }
+    # Where a module folds something into a child, its word replaces the child's.
+    match module:
+        case Linear():
+            return weights | _of_linear(module)
+        case Lift():
+            return weights | _of_lift(module)
+        case LinearPath():
+            return weights | _of_linear_path(module)
+        case Block():
+            return weights | _of_block(module)
+        case Encoder():
+            return weights | _of_encoder(module)
+        case Decoder():
+            return weights | _of_decoder(module)
+        case _:
+            return weights
+
+
+def _flatten(layout: Layout, x: Tensor) -> Tensor:
+    """Tokens (slot, ..., m * coset) as vectors (..., m * slot * coset)."""
+    return torch.unflatten(x, -1, (-1, layout.cosets)).movedim(0, -2).flatten(-3)
+
+
+def _unflatten(layout: Layout, x: Tensor) -> Tensor:
+    """The inverse of `_flatten`."""
+    split = torch.unflatten(x, -1, (-1, layout.slots, layout.cosets))
+    return split.movedim(-2, 0).flatten(-2)
+
+
+def _probe(
+    layer: Callable[[Tensor], Tensor], inputs: int
+) -> tuple[Float[Tensor, "inputs outputs"], Float[Tensor, "outputs"]]:
+    """Matrix and bias of an affine map of row vectors."""
+    bias = layer(torch.zeros(1, inputs, dtype=torch.float64))
+    return layer(torch.eye(inputs, dtype=torch.float64)) - bias, bias[0]
+
+
+def _of_linear(linear: Linear) -> dict[str, Tensor]:
+    layout = linear.layout
+    matrix, bias = _probe(
+        lambda x: _flatten(layout, linear(_unflatten(layout, x))), linear.m_in * len(layout.group)
+    )
+    weights = {"coefficient": matrix[None]}
+    return weights if linear.bias is None else weights | {"bias": bias}
+
+
+def _of_lift(lift: Lift) -> dict[str, Tensor]:
+    matrix, _ = _probe(lambda x: _flatten(lift.layout, lift(x)), lift.coefficient.shape[1])
+    return {"coefficient": matrix.T}
+
+
+def _of_linear_path(path: LinearPath) -> dict[str, Tensor]:
+    inputs = path.free.shape[1]
+    matrix, _ = _probe(lambda x: path(x.view(len(x), -1, path.side, path.side))[:, 0], inputs)
+    return {"free": matrix.T}
+
+
+def _of_block(block: Block) -> dict[str, Tensor]:
+    layout = block.layout
+    inward, _, outward = block.mlp
+    assert isinstance(inward, Linear)
+    hadamard = layout.hadamard.double()
+
+    def change_basis(x: Tensor) -> Tensor:
+        return torch.einsum("fs,s...->f...", hadamard, x)
+
+    def into_regular(x: Tensor) -> Tensor:
+        return _flatten(layout, change_basis(inward(_unflatten(layout, x))))
+
+    def out_of_regular(x: Tensor) -> Tensor:
+        return _flatten(layout, outward(change_basis(_unflatten(layout, x))))
+
+    weights: dict[str, Tensor] = {}
+    for name, layer, m in (
+        ("mlp.0", into_regular, inward.m_in),
+        ("mlp.2", out_of_regular, inward.m_out),
+    ):
+        matrix, bias = _probe(layer, m * len(layout.group))
+        weights |= {f"{name}.coefficient": matrix[None], f"{name}.bias": bias}
+    if block.modulation is None:
+        return weights
+    return weights | _of_modulation(layout, block.modulation, block.sizes, shifts=(2, 5))
+
+
+def _of_modulation(
+    layout: Layout, modulation: nn.Linear, sizes: list[int], shifts: Collection[int]
+) -> dict[str, Tensor]:
+    """Rows for the invariants become rows for all the features that they scale or shift."""
+
+    def modulate(condition: Tensor) -> Tensor:
+        parts = modulation(condition).split(sizes, -1)
+        spread = [
+            embed_invariant(layout, part) if i in shifts else spread_gains(layout, part)[:, :, 0]
+            for i, part in enumerate(parts)
+        ]
+        return torch.cat([_flatten(layout, part) for part in spread], -1)
+
+    matrix, bias = _probe(modulate, modulation.in_features)
+    return {"modulation.weight": matrix.T, "modulation.bias": bias}
+
+
+def _of_encoder(encoder: Encoder) -> dict[str, Tensor]:
+    layout, m = encoder.patches.layout, len(encoder.patches.coefficient)
+
+    def matrix(linear: nn.Module) -> Tensor:
+        def merge(x: Tensor) -> Tensor:
+            """Four tokens (batch, 4 * features), by row and column, to one."""
+            tokens = _unflatten(layout, torch.unflatten(x, -1, (4, -1)))
+            return _flatten(layout, linear(encoder.resample.merge(tokens, 2, 2)))[:, 0]
+
+        return _probe(merge, 4 * m * len(layout.group))[0]
+
+    return {
+        f"merges.{i}.coefficient": matrix(linear)[None] for i, linear in enumerate(encoder.merges)
+    }
+
+
+def _of_decoder(decoder: Decoder) -> dict[str, Tensor]:
+    layout, ratio = decoder.layout, decoder.resample.ratio
+
+    def split(latent: Tensor) -> Tensor:
+        """Latent cells (batch, dim) to their tokens (batch, ratio^2 * features)."""
+        tokens = decoder.resample.split(decoder.latent(latent[:, None]), ratio, ratio)
+        return _flatten(layout, tokens).flatten(1)
+
+    def condition(x: Tensor) -> Tensor:
+        return decoder.pooled_condition(take_invariant(layout, _unflatten(layout, x)))
+
+    latent, _ = _probe(split, decoder.latent.coefficient.shape[1])
+    pooled, bias = _probe(condition, len(decoder.pooled.coefficient) * len(layout.group))
+    weights = {
+        "latent.coefficient": latent.T,
+        "pooled_condition.weight": pooled.T,
+        "pooled_condition.bias": bias,
+    }
+    if decoder.null_tokens is not None and decoder.null_pooled is not None:
+        null_tokens = embed_invariant(layout, decoder.null_tokens)
+        # Divided so that take_invariant, which sums over cosets, gives the same again.
+        null_pooled = embed_invariant(layout, decoder.null_pooled) / math.sqrt(layout.cosets)
+        weights["null_tokens"] = _flatten(layout, null_tokens)
+        weights["null_pooled"] = _flatten(layout, null_pooled)
+    return weights | _of_modulation(layout, decoder.modulation, decoder.sizes, shifts=(1,))
