@@ -32,8 +32,19 @@ def run_experiment(config: Config, tracking_uri: str, say: Callable[[str], None]
 
     A run of the same name that did not finish is continued from its newest checkpoint.
 
+    Args:
+        config: the experiment.
+        tracking_uri: of the MLflow server, as driver and workers reach it.
+        say: prints one line of progress.
+
+    Returns:
+        What summary.json of the report holds: the evaluation's numbers and the run's facts.
+
     Raises:
         ValueError: something that the user gave cannot work; before any work starts.
+        StorageError: the storage refuses or does not answer.
+        CheckpointError: the run's newest checkpoint is damaged.
+        TrainingFailed: the workers failed more often than ray.max_failures.
     """
     started = time.monotonic()
     for name, check in list_checks(config, tracking_uri):
@@ -91,7 +102,9 @@ def find_resumed_step(config: Config) -> int:
     """The step that the run goes on from; 0 when it is new.
 
     Raises:
-        ValueError: the run's checkpoints are of another configuration.
+        ValueError: the run's checkpoints are of another configuration; names the settings.
+        CheckpointError: the newest complete one is damaged.
+        StorageError: the storage refuses or does not answer.
     """
     newest = checkpoint.find_newest_checkpoint(run_uri(config))
     if newest is None:
@@ -112,8 +125,18 @@ def find_resumed_step(config: Config) -> int:
 
 
 def describe_data(config: Config) -> dict[str, Any]:
-    """Identity of the two image sets, and the credits that their licences ask for."""
-    described, credits = {}, {}
+    """Identity of the two image sets, and the credits that their licences ask for.
+
+    Returns:
+        "train_data" and "held_out_data", one line each, and "credits", a list of lines without
+        repetition.
+
+    Raises:
+        ValueError: an address is refused.
+        StorageError: the storage refuses or does not answer.
+    """
+    described: dict[str, Any] = {}
+    credits: dict[str, None] = {}  # a set in order
     for role, uri in (("train", config.data.uri), ("held_out", config.data.held_out_uri)):
         dataset = ShardDataset.open(uri)
         described[f"{role}_data"] = f"{uri} ({len(dataset)} images, id {dataset.id})"
@@ -128,7 +151,23 @@ def describe_data(config: Config) -> dict[str, Any]:
 def publish(
     config: Config, tracking_uri: str, final: str, evaluation: Evaluation, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """Register the averaged model, write the report card and send both to MLflow."""
+    """Register the averaged model, write the report card and send both to MLflow.
+
+    Args:
+        config: the experiment; names the registered model, and a folder for the report if any.
+        tracking_uri: of the MLflow server.
+        final: URI of the last checkpoint.
+        evaluation: of the model in it.
+        facts: JSON values for the report; "mlflow_run_id" and "steps" must be there.
+
+    Returns:
+        What summary.json of the report holds.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        StorageError: the storage refuses or does not answer.
+        MlflowException: the server refuses or does not answer.
+    """
     run_id = facts["mlflow_run_id"]
     with tempfile.TemporaryDirectory() as folder:
         model_folder, report_folder = Path(folder) / "model", Path(folder) / "report"

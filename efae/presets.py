@@ -71,6 +71,7 @@ IMAGENET_256 = Config(
     ray=RayConfig(num_workers=8, use_gpu=True, cpus_per_worker=10, max_failures=20),
 )
 
+# By name: what it is (images, machine, duration, shards), and the whole configuration.
 PRESETS: dict[str, tuple[str, Config]] = {
     "quickstart": (
         "OpenMoji drawings at 32 px, two CPU workers, about seven minutes; needs `make up` and the"

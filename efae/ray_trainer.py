@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.train
@@ -51,7 +51,7 @@ _RAY_ENVIRONMENT = {
 
 
 class TrainingFailed(RuntimeError):
-    """The workers failed more often than the run survives."""
+    """The workers failed more often than ray.max_failures; says the first cause and its rank."""
 
 
 def connect(config: Config) -> None:
@@ -64,7 +64,7 @@ def connect(config: Config) -> None:
         os.environ.setdefault(name, value)
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS") or "local", log_to_driver=True)
-    have = ray.cluster_resources()
+    have = cast(dict[str, float], ray.cluster_resources())  # Ray says dict[?, int]
     want = {"CPU": config.ray.cpus_per_worker, "GPU": 1 if config.ray.use_gpu else 0}
     for resource, each in want.items():
         total = each * config.ray.num_workers
@@ -77,12 +77,20 @@ def connect(config: Config) -> None:
 
 
 def run_uri(config: Config) -> str:
-    """Where the checkpoints of the run are."""
+    """Where the checkpoints of the run are: a folder named after it in ray.storage_uri."""
     return storage.join(config.ray.storage_uri, config.tracking.run_name)
 
 
 def run_training(config: Config, run_id: str, tracking_uri: str) -> dict[str, Any]:
-    """Train on the connected cluster; returns the last metrics that rank 0 reported.
+    """Train on the connected cluster, from the newest checkpoint of the run if there is one.
+
+    Args:
+        config: the experiment.
+        run_id: the MLflow run that rank 0 logs to.
+        tracking_uri: of the MLflow server, as the workers reach it.
+
+    Returns:
+        The last metrics that rank 0 reported, see `efae.training.loop`.
 
     Raises:
         TrainingFailed: the workers failed more often than ray.max_failures.
@@ -185,20 +193,39 @@ def _report(metrics: dict[str, Any], folder: Path | None) -> None:
 
 
 def record_attempt(uri: str) -> None:
-    """Leave a mark that a group of workers started on this run."""
+    """Leave a mark that a group of workers started on this run; inside a worker only.
+
+    Args:
+        uri: the run's, see `run_uri`.
+
+    Raises:
+        StorageError: the storage refuses or does not answer.
+    """
     mark = {"started": time.time(), "world_size": ray.train.get_context().get_world_size()}
     name = f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json"
     storage.write_bytes(storage.join(uri, "attempts", name), json.dumps(mark).encode())
 
 
 def count_recoveries(config: Config) -> int:
-    """How often workers started again on this run."""
+    """How often workers started again on this run: 0 when nothing failed.
+
+    Raises:
+        StorageError: the storage refuses or does not answer.
+    """
     marks = storage.list_files(storage.join(run_uri(config), "attempts"))
     return max(0, len(marks) - 1)
 
 
 def evaluate_on_cluster(model_uri: str, config: Config) -> Evaluation:
-    """Measure the model at `model_uri` on the run's held-out images, in a Ray task."""
+    """Measure a model on the run's held-out images, in a Ray task.
+
+    Args:
+        model_uri: as `registry.load` takes it, reachable from the cluster's nodes.
+        config: which images, and the CPUs and GPU to use; the model brings its own.
+
+    Raises:
+        ray.exceptions.RayTaskError: the task failed; it is also an instance of its cause's class.
+    """
     task = ray.remote(_evaluate).options(
         num_cpus=config.ray.cpus_per_worker, num_gpus=1 if config.ray.use_gpu else 0
     )

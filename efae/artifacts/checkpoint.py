@@ -35,7 +35,12 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointError(Exception):
-    """A checkpoint or model folder that must not be used, and why."""
+    """A checkpoint or model folder that must not be used, and why.
+
+    Attributes:
+        uri: the folder.
+        reason: what is wrong with it.
+    """
 
     def __init__(self, uri: str, reason: str):
         super().__init__(f"{uri}: {reason}")
@@ -48,13 +53,20 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that a run needs to go on as if nothing had happened."""
+    """Everything that a run needs to go on as if nothing had happened.
+
+    Attributes:
+        model: the weights by parameter name, on the CPU.
+        ema: their moving average, by the same names.
+        optimizer: its state by PARAMETER.KEY.
+        metadata: JSON values; "step", the optimizer updates done, is always there.
+        config: of the run.
+    """
 
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     metadata: dict[str, Any]
-    """JSON values; "step" is always there."""
     config: Config
 
 
@@ -72,9 +84,21 @@ def write_checkpoint(
     metadata: Mapping[str, Any],
     config: Config,
 ) -> None:
-    """Writes a checkpoint into `directory`; `metadata` is JSON and holds "step".
+    """Writes a checkpoint into `directory`, which is made if need be.
 
     Equal state gives equal bytes. Tensors may be on any device but may not share memory.
+
+    Args:
+        directory: a local folder; a checkpoint in it is replaced.
+        model: as in `Checkpoint`, and so the others.
+        ema: the averaged weights.
+        optimizer: state by PARAMETER.KEY.
+        metadata: JSON values, "step" among them.
+        config: of the run.
+
+    Raises:
+        ValueError: the metadata are not finite JSON.
+        KeyError: "step" is not among them.
     """
     contents = {
         MODEL: _pack(model),
@@ -112,6 +136,7 @@ def read_origin(uri: str) -> tuple[dict[str, Any], Config]:
 
     Raises:
         CheckpointError: not complete, damaged, or of another format.
+        StorageError: the storage refuses or does not answer.
     """
     manifest = read_manifest(uri)
     state, config = (read_verified(uri, name, manifest) for name in (STATE, CONFIG))
@@ -119,7 +144,13 @@ def read_origin(uri: str) -> tuple[dict[str, Any], Config]:
 
 
 def find_newest_checkpoint(run_uri: str) -> str | None:
-    """The newest complete checkpoint below `run_uri`: all files there, of the right size."""
+    """The URI of the newest complete checkpoint below `run_uri`, or None.
+
+    Complete means all files are there and of the right size; they are not read.
+
+    Raises:
+        StorageError: the storage refuses or does not answer.
+    """
     return next((uri for uri, fault in _complete_checkpoints(run_uri) if fault is None), None)
 
 
@@ -129,6 +160,7 @@ def read_newest_checkpoint(run_uri: str) -> tuple[str, Checkpoint] | None:
     Raises:
         CheckpointError: there are checkpoints and all are damaged; starting again from nothing
             is the user's decision.
+        StorageError: the storage refuses or does not answer.
     """
     fault: CheckpointError | None = None
     for uri, fault in _complete_checkpoints(run_uri):
@@ -146,16 +178,24 @@ def read_newest_checkpoint(run_uri: str) -> tuple[str, Checkpoint] | None:
 def write_model(
     directory: Path, weights: Mapping[str, Tensor], config: Config, card: Mapping[str, Any]
 ) -> None:
-    """Writes a model: weights, configuration, and a manifest that also holds `card` (JSON)."""
+    """Writes a model into `directory`, which is made if need be.
+
+    Args:
+        directory: a local folder; a model in it is replaced.
+        weights: by parameter name.
+        config: what the model is built from.
+        card: JSON values that travel in the manifest.
+    """
     contents = {MODEL: _pack(weights), CONFIG: configuration.to_json(config).encode()}
     _write_folder(directory, contents, {"card": dict(card)})
 
 
 def read_model(uri: str | Path) -> tuple[dict[str, Tensor], Config]:
-    """Weights and configuration of a model, or the EMA weights of a checkpoint.
+    """Weights (on the CPU) and configuration of a model, or the EMA weights of a checkpoint.
 
     Raises:
         CheckpointError: not complete, damaged, or of another format.
+        StorageError: the storage refuses or does not answer.
     """
     uri = str(uri)
     manifest = read_manifest(uri)
@@ -171,12 +211,21 @@ def model_files(manifest: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def read_manifest(uri: str) -> dict[str, Any]:
-    """The manifest of a checkpoint or model folder, checked for format and file names."""
+    """The manifest of a checkpoint or model folder, checked for format and file names.
+
+    Returns:
+        {"format_version": int, "files": {name: {"bytes": int, "sha256": str}}} and the facts that
+        the writer added: "step", or "card".
+
+    Raises:
+        CheckpointError: there is none, it is not a manifest, or of another format.
+        StorageError: the storage refuses or does not answer.
+    """
     return parse_manifest(uri, _read(uri, MANIFEST))
 
 
 def parse_manifest(uri: str, data: bytes) -> dict[str, Any]:
-    """The manifest in `data`; `uri` is for messages.
+    """The manifest in `data`, as `read_manifest` gives it; `uri` is for messages.
 
     Raises:
         CheckpointError: not a manifest, or of another format.
@@ -202,6 +251,7 @@ def read_verified(uri: str, name: str, manifest: Mapping[str, Any]) -> bytes:
 
     Raises:
         CheckpointError: missing or damaged.
+        StorageError: the storage refuses or does not answer.
     """
     if name not in manifest["files"]:
         raise CheckpointError(
@@ -252,7 +302,7 @@ def _complete_checkpoints(run_uri: str) -> Iterator[tuple[str, CheckpointError |
 def _write_folder(directory: Path, contents: Mapping[str, bytes], facts: dict[str, Any]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MANIFEST).unlink(missing_ok=True)  # while we write, the folder is not complete
-    files = {}
+    files: dict[str, dict[str, int | str]] = {}
     for name, data in contents.items():
         (directory / name).write_bytes(data)
         files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

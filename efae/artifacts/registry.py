@@ -42,7 +42,12 @@ _RUN_URI = re.compile(r"runs:/+(?P<run_id>\w+)/(?P<path>.+?)/?")
 
 @dataclass(frozen=True)
 class RegisteredVersion:
-    """One version of a registered model."""
+    """One version of a registered model.
+
+    Attributes:
+        name: of the registered model.
+        version: counted from 1.
+    """
 
     name: str
     version: int
@@ -66,8 +71,17 @@ def register_model(
     The first version becomes the champion. Registering the same weights of the same run again
     gives the version that exists.
 
+    Args:
+        model_dir: a local folder.
+        name: of the registered model; made if there is none.
+        run_id: the MLflow run that the model came from; it stores the files.
+        metrics: numbers that become tags "metric.NAME" of the version.
+        tags: further tags of the version.
+        tracking_uri: of the MLflow server.
+
     Raises:
         CheckpointError: the folder is not an undamaged model.
+        MlflowException: the server refuses or does not answer, or there is no such run.
     """
     _, config = checkpoint.read_model(model_dir)
     manifest = checkpoint.read_manifest(str(model_dir))
@@ -100,8 +114,10 @@ def pull(uri: str, destination: Path | None = None) -> Path:
         destination: folder to copy the model to.
 
     Raises:
-        ValueError: there is no such model; the message says what exists.
+        ValueError: there is no such model, and the message says what exists; or MLflow does not
+            answer.
         CheckpointError: its files do not match their manifest.
+        StorageError: the storage refuses or does not answer.
     """
     if uri.startswith(("models:", "runs:")):
         folder = _pull_from_mlflow(uri)
@@ -117,7 +133,17 @@ def pull(uri: str, destination: Path | None = None) -> Path:
 
 
 def load(uri: str, device: str = "cpu") -> "Autoencoder":
-    """The model at `uri` (see `pull`) on `device`, for inference: no gradients."""
+    """The model at `uri` on `device`, for inference: evaluation mode, no gradients.
+
+    Args:
+        uri: as `pull` takes it.
+        device: as torch names devices.
+
+    Raises:
+        ValueError: there is no such model; the message says what exists.
+        CheckpointError: its files do not match their manifest.
+        StorageError: the storage refuses or does not answer.
+    """
     from efae.model.autoencoder import Autoencoder
 
     weights, config = checkpoint.read_model(pull(uri))
@@ -134,7 +160,7 @@ def _create_registered_model(client: MlflowClient, name: str) -> None:
             raise
 
 
-def _find_version(client: MlflowClient, name: str, run_id: str, digest: str) -> Any:
+def _find_version(client: MlflowClient, name: str, run_id: str, digest: str) -> ModelVersion | None:
     versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     return next((v for v in versions if v.tags.get("digest") == digest), None)
 
@@ -206,7 +232,7 @@ def _find_named_version(
         raise ValueError(f"no model {wanted!r}; {_what_exists(client, name)}") from error
 
 
-def _what_exists(client: MlflowClient, name: str) -> str:
+def _what_exists(client: Any, name: str) -> str:  # MLflow does not type what it answers here
     names = [model.name for model in client.search_registered_models(max_results=20)]
     if name not in names:
         return f"registered models: {', '.join(names) or 'none'}"

@@ -12,7 +12,14 @@ _POINTS_PER_CALL = 1000
 
 
 class Point(NamedTuple):
-    """One value of one metric."""
+    """One value of one metric.
+
+    Attributes:
+        name: of the metric.
+        step: of training (or the count of samples, for system metrics).
+        time_ms: when it was logged, milliseconds since 1970.
+        value: a number; may be nan or infinite.
+    """
 
     name: str
     step: int
@@ -21,7 +28,16 @@ class Point(NamedTuple):
 
 
 class Spill:
-    """Points that wait for the server, one JSON object a line, oldest first."""
+    """Points that wait for the server, one JSON object a line, oldest first.
+
+    One process writes at a time. What a killed one left behind is kept.
+
+    Args:
+        path: a local file; it exists only while points wait.
+
+    Raises:
+        OSError: the disk refuses, here and in the methods.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -31,16 +47,21 @@ class Spill:
                 file.write(b"\n")  # the last writer was killed in mid-line
 
     def is_empty(self) -> bool:
+        """Whether no point waits."""
         return not self.path.exists()
 
     def append(self, points: list[Point]) -> None:
+        """Adds points behind those that wait."""
         if points:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(point._asdict()) + "\n" for point in points)
 
     def drain(self, send: Callable[[list[Point]], bool]) -> None:
-        """Passes the points to `send` in order until it returns False or none is left."""
+        """Passes the points to `send` in order until it returns False or none is left.
+
+        Points that `send` took are not passed again by this object; after a crash they may be.
+        """
         while not self.is_empty():
             with self.path.open("rb") as file:
                 file.seek(self._sent_bytes)

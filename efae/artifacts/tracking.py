@@ -17,10 +17,10 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
@@ -48,8 +48,12 @@ PATIENT = {  # for whole files
 
 
 @contextmanager
-def request_limits(limits: Mapping[str, str]) -> Iterator[None]:
-    """MLflow's HTTP settings for a while; they exist only as environment of the process."""
+def request_limits(limits: Mapping[str, str]) -> Generator[None]:
+    """MLflow's HTTP settings for a while; they exist only as environment of the process.
+
+    Args:
+        limits: environment variables by name, such as `PATIENT`.
+    """
     before = {name: os.environ.get(name) for name in limits}
     os.environ.update(limits)
     try:
@@ -83,12 +87,19 @@ def check_server(tracking_uri: str) -> None:
 def find_or_create_run(
     tracking_uri: str, experiment: str, run_name: str, tags: Mapping[str, str]
 ) -> tuple[str, bool]:
-    """The run to log to, and whether it existed.
+    """The id of the run to log to, and whether it existed.
 
     The newest run of that name is continued unless it is FINISHED.
 
+    Args:
+        tracking_uri: of the MLflow server, here and in the functions below.
+        experiment: its name; made if there is none.
+        run_name: without single quotes.
+        tags: of a new run.
+
     Raises:
         ValueError: a deleted experiment, or a name that MLflow cannot search for.
+        MlflowException: the server refuses or does not answer, here and in the functions below.
     """
     if "'" in run_name or not run_name:
         raise ValueError(f"tracking.run_name={run_name!r}: use a name without single quotes")
@@ -103,7 +114,11 @@ def find_or_create_run(
 
 
 def find_unfinished_run(tracking_uri: str, experiment: str, run_name: str) -> str | None:
-    """The newest run of that name, if there is one and it is not FINISHED."""
+    """The id of the newest run of that name, if there is one and it is not FINISHED.
+
+    Raises:
+        ValueError: the experiment is deleted.
+    """
     client = MlflowClient(tracking_uri)
     newest = client.search_runs(
         [_find_or_create_experiment(client, experiment)],
@@ -154,7 +169,13 @@ def log_config(tracking_uri: str, run_id: str, config: Config) -> None:
 
 
 def finish_run(tracking_uri: str, run_id: str, status: str) -> None:
-    """Ends the run as FINISHED, FAILED or KILLED; warns where MLflow cannot be told."""
+    """Ends the run; warns where MLflow cannot be told.
+
+    Args:
+        tracking_uri: of the MLflow server.
+        run_id: the run.
+        status: "FINISHED", "FAILED" or "KILLED".
+    """
     try:
         MlflowClient(tracking_uri).set_terminated(run_id, status)
     except MlflowException as error:
@@ -162,7 +183,11 @@ def finish_run(tracking_uri: str, run_id: str, status: str) -> None:
 
 
 def log_report(tracking_uri: str, run_id: str, folder: Path, summary: Mapping[str, Any]) -> None:
-    """Stores the files as artifacts below report/, the numbers of `summary` as summary/ metrics."""
+    """Stores the files as artifacts below report/, the numbers of `summary` as summary/ metrics.
+
+    Raises:
+        KeyError: the summary lacks "steps", which the metrics are logged at.
+    """
     step, time_ms = int(summary["steps"]), time.time_ns() // 1_000_000
     metrics = [
         Metric(f"summary/{name}", float(value), time_ms, step)
@@ -192,8 +217,20 @@ class Tracker:
     """Sends metrics, figures and texts of one run from a background thread.
 
     `spill_folder` is local and outlives the process: what could not be sent waits there and is
-    sent by the next tracker of the run on this node. `spilled` counts points that had to wait,
-    `dropped` those that were lost (the queue was full, or MLflow refused them).
+    sent by the next tracker of the run on this node.
+
+    Args:
+        tracking_uri: of the MLflow server; it need not answer.
+        run_id: an existing run.
+        spill_folder: made if need be.
+        send_interval_seconds: longest wait between two rounds of sending.
+        queue_size: calls of `log_metrics` that may wait in memory.
+        system_metrics_interval_seconds: between two samples of CPU, memory, disk, network and
+            GPU; None takes none.
+
+    Attributes:
+        spilled: points that had to wait.
+        dropped: points that were lost (the queue was full, or MLflow refused them).
     """
 
     def __init__(
@@ -211,6 +248,7 @@ class Tracker:
         self.dropped = 0
         self.spilled = 0
         self._client = MlflowClient(tracking_uri)
+        self._tracking_uri = tracking_uri
         self._run_id = run_id
         self._address = redact(tracking_uri)
         self._spill = Spill(spill_folder / f"{run_id}.jsonl")
@@ -230,11 +268,14 @@ class Tracker:
         self._thread.start()
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Queues one value per name; returns at once and never raises."""
+        """Queues one value per name; returns at once and never raises.
+
+        What is not a number is dropped with a warning.
+        """
         if len(self._queue) >= self._queue_size:
             self.dropped += len(metrics)
             return
-        values = {}
+        values: dict[str, float] = {}
         for name, value in metrics.items():
             try:
                 values[name] = float(value)
@@ -329,7 +370,7 @@ class Tracker:
         """Sends points that the run does not have yet; False if the server is away."""
         try:
             last_steps = dict(self._connect())
-            fresh = []
+            fresh: list[Point] = []
             for point in points:
                 if point.step > last_steps.get(point.name, -1):
                     fresh.append(point)
@@ -371,7 +412,11 @@ class Tracker:
             self._last_steps = {metric.key: metric.step for metric in metrics}
             if self._system_metrics_interval_seconds is not None and not self._closing.is_set():
                 self._system_metrics = _SystemMetrics(
-                    self, self._system_metrics_interval_seconds, _next_system_step(self._last_steps)
+                    self,
+                    self._tracking_uri,
+                    self._run_id,
+                    self._system_metrics_interval_seconds,
+                    _next_system_step(self._last_steps),
                 )
                 self._system_metrics.start()
         return self._last_steps
@@ -403,8 +448,15 @@ class _SystemMetrics(SystemMetricsMonitor):
     MLflow's delivery ends for good at the first request that fails.
     """
 
-    def __init__(self, tracker: Tracker, interval_seconds: float, first_step: int):
-        super().__init__(tracker._run_id, tracking_uri=tracker._client.tracking_uri)
+    def __init__(
+        self,
+        tracker: Tracker,
+        tracking_uri: str,
+        run_id: str,
+        interval_seconds: float,
+        first_step: int,
+    ):
+        super().__init__(run_id, tracking_uri=tracking_uri)
         self._tracker = tracker
         self._interval_seconds = interval_seconds
         self._logging_step = first_step
@@ -412,7 +464,7 @@ class _SystemMetrics(SystemMetricsMonitor):
     def monitor(self) -> None:
         while not self._shutdown_event.wait(self._interval_seconds):
             self.collect_metrics()
-            metrics = self.aggregate_metrics()
+            metrics = cast(dict[str, float], self.aggregate_metrics())  # MLflow does not type it
             self._tracker.log_metrics(
                 self._logging_step, {f"system/{name}": value for name, value in metrics.items()}
             )

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from efae.symmetry.group import D4, FLIPS, Element, Group, grid_sources
@@ -61,7 +62,10 @@ class Layout:
 
 @functools.cache
 def layout_of(group: Group) -> Layout:
-    """The layout of a group, with the maps that commute with it found by averaging over it."""
+    """The layout of a group, with the maps that commute with it found by averaging over it.
+
+    Cached, on the CPU and in float32: do not modify its tensors.
+    """
     flips = [D4[name] for name in _FLIP_NAMES if any(D4[name] == g for g in group)]
     columns = [_FLIP_NAMES.index(g.name) for g in flips]
     characters = list(dict.fromkeys(tuple(row[i] for i in columns) for row in _CHARACTERS))
@@ -120,7 +124,13 @@ def _find_commuting(actions: Tensor, entries: list[tuple[int, int]]) -> Tensor:
 class Linear(nn.Module):
     """Every equivariant linear map between tokens: 8 coefficients per channel pair for D4.
 
-    (slot, ..., m_in * coset) -> (slot, ..., m_out * coset); the bias is on A1 alone.
+    Args:
+        group: the group.
+        m_in: channels of the tokens that come in.
+        m_out: channels of those that go out.
+        bias: whether to add a learned token, which can only be on A1.
+        gain: factor on the initial coefficients; 1 keeps about a third of the variance, as
+            `nn.Linear` does.
     """
 
     ties: Tensor
@@ -136,15 +146,18 @@ class Linear(nn.Module):
         bound = gain / math.sqrt(self.layout.cosets * m_in)
         nn.init.uniform_(self.coefficient, -bound, bound)
 
-    def weight(self) -> Tensor:
-        """The blocks, (slot, m_in * coset, m_out * coset)."""
+    def weight(self) -> Float[Tensor, "slot m_in*coset m_out*coset"]:
+        """The blocks, one per slot."""
         slots, cosets = self.layout.slots, self.layout.cosets
         blocks = (self.ties.t() @ self.coefficient.flatten(1)).view(
             slots, cosets, cosets, self.m_in, self.m_out
         )
         return blocks.permute(0, 3, 1, 4, 2).reshape(slots, self.m_in * cosets, self.m_out * cosets)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "slot *axes m_in*coset"]
+    ) -> Float[Tensor, "slot *axes m_out*coset"]:
+        """The map of every token, in the dtype of `x`."""
         flat = x.flatten(1, -2)
         if self.bias is None:
             y = torch.bmm(flat, self.weight().to(flat.dtype))
@@ -181,38 +194,44 @@ class Lift(nn.Module):
         self.coefficient = nn.Parameter(torch.empty(m, source.shape[1]))
         nn.init.uniform_(self.coefficient, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
-    def weight(self) -> Tensor:
-        """(slot, n, m * coset)."""
+    def weight(self) -> Float[Tensor, "slot n m*coset"]:
+        """The map as one matrix per slot."""
         m, n = self.coefficient.shape
         regular = self.coefficient[:, self.source] * self.sign  # (m, element, n)
         slots = torch.einsum("sg,mgn->snm", self.fourier, regular)
         slots = slots.view(self.layout.slots, self.layout.cosets, n, m)
         return slots.permute(0, 2, 3, 1).reshape(self.layout.slots, n, m * self.layout.cosets)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., n) -> (slot, ..., m * coset)."""
+    def forward(self, x: Float[Tensor, "*axes n"]) -> Float[Tensor, "slot *axes m*coset"]:
+        """Vectors on which R acts to tokens, in the dtype of `x`."""
         weight = self.weight().to(x.dtype)
         return torch.matmul(x.flatten(0, -2), weight).view(len(weight), *x.shape[:-1], -1)
 
-    def back(self, x: Tensor) -> Tensor:
-        """The transposed map, (slot, ..., m * coset) -> (..., n)."""
+    def back(self, x: Float[Tensor, "slot *axes m*coset"]) -> Float[Tensor, "*axes n"]:
+        """The transposed map."""
         weight = self.weight().to(x.dtype)
         return torch.bmm(x.flatten(1, -2), weight.mT).sum(0).view(*x.shape[1:-1], -1)
 
 
-def embed_invariant(layout: Layout, values: Tensor) -> Tensor:
-    """Invariants (..., m) as tokens (slot, ..., m * coset): all in A1."""
+def embed_invariant(
+    layout: Layout, values: Float[Tensor, "*axes m"]
+) -> Float[Tensor, "slot *axes m*coset"]:
+    """Invariants as tokens: all in A1, the same in each coset of slot 0."""
     spread = values[..., None].expand(*values.shape, layout.cosets).flatten(-2)
     return F.pad(spread[None], (0, 0) * values.ndim + (0, layout.slots - 1))
 
 
-def take_invariant(layout: Layout, x: Tensor) -> Tensor:
-    """The A1 part (..., m) of tokens (slot, ..., m * coset)."""
+def take_invariant(
+    layout: Layout, x: Float[Tensor, "slot *axes m*coset"]
+) -> Float[Tensor, "*axes m"]:
+    """The A1 part of tokens: what no element changes."""
     return torch.unflatten(x[0], -1, (-1, layout.cosets)).sum(-1) / math.sqrt(layout.cosets)
 
 
-def spread_gains(layout: Layout, gains: Tensor) -> Tensor:
-    """Invariant gains (batch, gains * m) as factors (slot, batch, 1, m * coset).
+def spread_gains(
+    layout: Layout, gains: Float[Tensor, "batch gains*m"]
+) -> Float[Tensor, "slot batch 1 m*coset"]:
+    """Invariant gains as factors on tokens.
 
     What an element exchanges shares a gain: for D4 the two cosets of slots 0 and 1, and slots 2
     and 3 with their cosets swapped.
@@ -222,8 +241,14 @@ def spread_gains(layout: Layout, gains: Tensor) -> Tensor:
     return spread.permute(1, 0, 3, 2).flatten(2)[:, :, None]
 
 
-def normalize(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """RMS norm over the whole token: the action is orthogonal, so the norm is invariant."""
+def normalize(
+    x: Float[Tensor, "slot *axes features"], eps: float = 1e-5
+) -> Float[Tensor, "slot *axes features"]:
+    """RMS norm over the whole token: the action is orthogonal, so the norm is invariant.
+
+    The norm is taken in float32 at least (Zhang & Sennrich 2019, arXiv:1910.07467, with no gain);
+    `eps` is added to the mean square, so a token of zeros stays one.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     square = wide.square().mean((0, -1), keepdim=True)
     return x * torch.rsqrt(square + eps).to(x.dtype)
@@ -238,7 +263,10 @@ class Nonlinearity(nn.Module):
         super().__init__()
         self.register_buffer("hadamard", layout_of(group).hadamard, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "slot *axes features"]
+    ) -> Float[Tensor, "slot *axes features"]:
+        """The nonlinearity of every token."""
         if len(self.hadamard) == 1:
             return F.relu(x)
         hadamard = self.hadamard.to(x.dtype)
@@ -246,7 +274,13 @@ class Nonlinearity(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention: heads split the channels; inner products of tokens are invariant."""
+    """Self-attention: heads split the channels; inner products of tokens are invariant.
+
+    Args:
+        group: the group.
+        m: channels of the tokens.
+        num_heads: divides m.
+    """
 
     def __init__(self, group: Group, m: int, num_heads: int):
         super().__init__()
@@ -254,7 +288,10 @@ class Attention(nn.Module):
         self.inward = Linear(group, m, 3 * m)
         self.outward = Linear(group, m, m)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "slot batch token m*coset"]
+    ) -> Float[Tensor, "slot batch token m*coset"]:
+        """Every token of an example looks at all of that example."""
         slots, batch, tokens, width = x.shape
         split = self.inward(x).view(slots, batch, tokens, 3, self.num_heads, -1)
         query, key, value = split.permute(3, 1, 4, 2, 0, 5).flatten(-2)  # (batch, head, token, ·)
@@ -264,7 +301,17 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block; with `conditioned`, scaled and gated by invariants (adaLN-Zero)."""
+    """A transformer block; with `conditioning`, scaled, shifted and gated by invariants.
+
+    Source: adaLN-Zero (Peebles & Xie 2023, arXiv:2212.09748).
+
+    Args:
+        group: the group.
+        m: channels of the tokens.
+        num_heads: of the attention; divides m.
+        mlp_ratio: hidden channels of the MLP over m.
+        conditioning: width of the condition; 0 for none.
+    """
 
     def __init__(self, group: Group, m: int, num_heads: int, mlp_ratio: int, conditioning: int = 0):
         super().__init__()
@@ -278,12 +325,16 @@ class Block(nn.Module):
         if conditioning:
             self.sizes = [self.layout.gains * m, self.layout.gains * m, m] * 2
             self.modulation = nn.Linear(conditioning, sum(self.sizes))
-            # Zero gates make every block the identity at first (Peebles & Xie 2023, adaLN-Zero).
+            # Zero gates make every block the identity at first.
             nn.init.zeros_(self.modulation.weight)
             nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """X (slot, batch, token, m * coset), condition (batch, conditioning)."""
+    def forward(
+        self,
+        x: Float[Tensor, "slot batch token m*coset"],
+        condition: Float[Tensor, "batch conditioning"] | None = None,
+    ) -> Float[Tensor, "slot batch token m*coset"]:
+        """One block; `condition` is needed if there is `conditioning`, and else ignored."""
         if self.modulation is None:
             x = x + self.attention(normalize(x))
             return x + self.mlp(normalize(x))
@@ -294,16 +345,27 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(normalize(x) * (1 + scale2) + shift2)
 
 
-def patch_action(group: Group, side: int, channels: int) -> tuple[Tensor, Tensor]:
-    """Source and sign of the action on a side x side patch, flattened as (channel, row, column)."""
+def patch_action(
+    group: Group, side: int, channels: int
+) -> tuple[Int[Tensor, "element n"], Float[Tensor, "element n"]]:
+    """Source and sign, as `Lift` takes them, of the action on a patch of pixels.
+
+    The patch is side x side and flattened as (channel, row, column); all signs are 1.
+    """
     source = grid_sources(group, side, side)
     offsets = torch.arange(channels)[:, None] * side * side
     source = (source[:, None] + offsets).flatten(1)
     return source, torch.ones(source.shape)
 
 
-def latent_action(group: Group, representation: Representation) -> tuple[Tensor, Tensor]:
-    """Source and sign of rho restricted to the elements of `group`."""
+def latent_action(
+    group: Group, representation: Representation
+) -> tuple[Int[Tensor, "element dim"], Float[Tensor, "element dim"]]:
+    """Source and sign, as `Lift` takes them, of rho restricted to the elements of `group`.
+
+    Raises:
+        ValueError: the group holds an element that the representation's group does not.
+    """
     rows = [representation.group.index(element) for element in group]
     source, sign = representation.tables(torch.device("cpu"))
     return source[rows], sign[rows]
@@ -314,6 +376,10 @@ class Resample(nn.Module):
 
     In the regular basis component g of a token at offset p is filed under the offset q with
     p = g q; filed so, the ratio^2 tokens are ratio^2 * m plain regular channels.
+
+    Args:
+        group: the group.
+        ratio: side of the square of tokens that become one.
     """
 
     goes_to: Tensor
@@ -328,8 +394,13 @@ class Resample(nn.Module):
         self.register_buffer("goes_to", goes_to, persistent=False)
         self.register_buffer("fourier", self.layout.fourier, persistent=False)
 
-    def merge(self, x: Tensor, height: int, width: int) -> Tensor:
-        """(slot, batch, height * width, m * coset) -> (slot, batch, hw / ratio^2, ratio^2 m ·)."""
+    def merge(
+        self, x: Float[Tensor, "slot batch token m*coset"], height: int, width: int
+    ) -> Float[Tensor, "slot batch token/ratio**2 ratio**2*m*coset"]:
+        """Tokens of a height x width grid, row by row, to those of the grid `ratio` times coarser.
+
+        `ratio` divides both sides.
+        """
         r, batch = self.ratio, x.shape[1]
         grid = self._to_regular(x).view(
             -1, batch, height // r, r, width // r, r, x.shape[-1] // self.layout.cosets
@@ -340,7 +411,12 @@ class Resample(nn.Module):
         )
         return self._from_regular(filed.flatten(-2).flatten(2, 3))
 
-    def split(self, x: Tensor, height: int, width: int) -> Tensor:
+    def split(
+        self,
+        x: Float[Tensor, "slot batch token/ratio**2 ratio**2*m*coset"],
+        height: int,
+        width: int,
+    ) -> Float[Tensor, "slot batch token m*coset"]:
         """The reverse of `merge`: height and width are those of the fine grid."""
         r, batch = self.ratio, x.shape[1]
         filed = self._to_regular(x).view(-1, batch, height // r, width // r, r * r, self._m(x))
