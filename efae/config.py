@@ -63,15 +63,17 @@ class RepresentationConfig:
     """Share of the other channels that change sign under some element (A2, B1, B2); in [0, 1]."""
     multiplicities: tuple[int, int, int, int, int] | None = None
     """Copies of (A1, A2, B1, B2, E), instead of the two knobs above; dim must match."""
+    learned_basis: bool = False
+    """Act by Q rho(g) Q^T with a learned orthogonal Q; not at level exact, which absorbs any Q."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelConfig:
     """Encoder and decoder."""
 
-    level: Literal["none", "objective", "exact"] = "exact"
+    level: Literal["none", "objective", "regularized", "exact"] = "exact"
     """Equivariance: exact by construction; objective = dense layers, trained on (gx | gz) pairs;
-    none = dense layers, no group (the ablation)."""
+    regularized = objective and a pair term on the encoder; none = dense layers, no group."""
     hidden_size: int = 128
     """Width of the decoder's tokens; a multiple of 8 * num_heads."""
     depth: int = 4
@@ -88,8 +90,11 @@ class ModelConfig:
     """Encoder blocks at each grid size, from the patch grid down to the latent grid."""
     downsampling: int = 8
     """Pixels per latent cell; equal to the resolution for a 1x1 (vector) latent."""
+    bottleneck: Literal["rms", "kl"] = "rms"
+    """What bounds the latent: one root mean square per example, or a Gaussian posterior with a
+    learned spread per irrep copy and loss.kl_weight."""
     latent_noise: float = 0.05
-    """Standard deviation of Gaussian noise on the unit-scale latent in training."""
+    """Standard deviation of Gaussian noise on the latent in training (bottleneck rms)."""
 
     def __post_init__(self):
         _require_positive(
@@ -119,17 +124,83 @@ class FlowConfig:
 
     prediction: Literal["image", "velocity"] = "image"
     """What the network's output means; the loss is always on the velocity."""
-    time_law: Literal["logit_normal", "uniform"] = "logit_normal"
-    """Law of t in training."""
+    time_law: Literal["logit_normal", "uniform", "mixture"] = "mixture"
+    """Law of t in training; mixture = logit-normal with a uniform share, so that no t starves."""
     time_mean: float = 0.0
     """Mean of logit(t); positive values put more weight on noisy images."""
     time_std: float = 1.0
     """Standard deviation of logit(t)."""
+    time_uniform: float = 0.1
+    """Uniform share of the mixture, in (0, 1)."""
+    stratified: bool = True
+    """One t per equal slice of the law in every batch, instead of independent draws."""
+    condition_drop: float = 0.0
+    """Share of training examples that see a learned null condition instead of their latent; needed
+    for guidance."""
+    sampler: Literal["euler", "midpoint", "heun"] = "euler"
+    """Solver of the decoding ODE, unless the caller says otherwise."""
     sampler_steps: int = 8
-    """Euler steps when decoding, unless the caller says otherwise."""
+    """Its steps."""
+    sampler_power: float = 1.0
+    """Above 1 for more of the steps near the image, below 1 near the noise."""
+    sampler_shift: float = 1.0
+    """Above 1 for more of the steps near the noise (SD3 uses 3), below 1 near the image."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance when decoding: 1 is none; others need condition_drop > 0."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """The t where guidance acts."""
 
     def __post_init__(self):
-        _require_positive("flow", self, "sampler_steps", "time_std")
+        _require_positive(
+            "flow", self, "sampler_steps", "sampler_power", "sampler_shift", "time_std"
+        )
+        _require(
+            0 < self.time_uniform < 1, f"flow.time_uniform={self.time_uniform}: must be in (0, 1)"
+        )
+        _require(
+            0 <= self.condition_drop < 1,
+            f"flow.condition_drop={self.condition_drop}: must be in [0, 1)",
+        )
+        _require(
+            self.guidance_scale == 1 or self.condition_drop > 0,
+            f"flow.guidance_scale={self.guidance_scale}: guidance compares with a null condition,"
+            " which flow.condition_drop=0 never trains; set it to 0.1, or the scale to 1",
+        )
+        low, high = self.guidance_interval
+        _require(
+            0 <= low < high <= 1,
+            f"flow.guidance_interval={self.guidance_interval}: must be 0 <= low < high <= 1",
+        )
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LossConfig:
+    """What the loss adds to the flow's velocity error."""
+
+    pair_weight: float = 0.1
+    """Weight of |E(gx) - rho(g) E(x)|^2 / Var E(x) at level regularized."""
+    kl_weight: float = 1e-4
+    """Weight of the posterior's KL divergence from N(0, 1) per pixel value (bottleneck kl)."""
+    scaling_probability: float = 0.0
+    """Share of steps whose images and latent grids are shrunk together (EQ-VAE)."""
+    rotation_probability: float = 0.0
+    """Share of examples turned by any angle, image and latent; the loss counts the disk."""
+    perceptual: str = ""
+    """A function "package.module:name" of (predicted image, image), each (b, c, h, w) in [-1, 1],
+    to a loss (b,), for instance LPIPS; on the one-step prediction of the image."""
+    perceptual_weight: float = 0.1
+    """Its weight."""
+
+    def __post_init__(self):
+        for name in ("pair_weight", "kl_weight", "perceptual_weight"):
+            _require(getattr(self, name) >= 0, f"loss.{name}={getattr(self, name)}: must be >= 0")
+        for name in ("scaling_probability", "rotation_probability"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"loss.{name}={value}: must be in [0, 1]")
+        _require(
+            not self.perceptual or ":" in self.perceptual,
+            f"loss.perceptual={self.perceptual!r}: must read package.module:function",
+        )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -237,6 +308,7 @@ class Config:
     representation: RepresentationConfig = field(default_factory=RepresentationConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     ray: RayConfig = field(default_factory=RayConfig)
@@ -252,6 +324,19 @@ class Config:
             self.training.global_batch_size % self.ray.num_workers == 0,
             f"training.global_batch_size={self.training.global_batch_size}: the"
             f" {self.ray.num_workers} workers of ray.num_workers do not divide it; use a multiple",
+        )
+        _require(
+            not self.representation.learned_basis
+            or self.model.level in ("objective", "regularized"),
+            f"representation.learned_basis=True at model.level={self.model.level}: a basis is"
+            " learned where the decoder is trained on act(g, latent), and level exact absorbs any"
+            " into its first and last maps; use level objective or regularized, or leave it off",
+        )
+        _require(
+            self.loss.scaling_probability == 0
+            or max(self.data.image_size) > self.model.downsampling,
+            f"loss.scaling_probability={self.loss.scaling_probability}: a latent of 1 x 1 cannot be"
+            " scaled; lower model.downsampling, or set 0",
         )
 
 

@@ -2,15 +2,26 @@
 
 from collections.abc import Callable, Iterator
 
+import torch
+
 from data_pipelines import ShardDataset, storage
 from efae.artifacts.tracking import check_server
 from efae.config import Config
 from efae.model.autoencoder import Autoencoder
 from efae.symmetry import GROUPS
+from efae.training.perceptual import load_perceptual
 
 
 def list_checks(config: Config, tracking_uri: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(what it is about, check) pairs, the cheap ones first; a check raises ValueError."""
+    """(what it is about, check) pairs, the cheap ones first.
+
+    Args:
+        config: the experiment.
+        tracking_uri: of the MLflow server; "" where none is set.
+
+    Returns:
+        Checks that return nothing, or raise ValueError or StorageError.
+    """
     yield "configuration", lambda: check_configuration(config)
     yield f"MLflow at {tracking_uri or '(unset)'}", lambda: check_server(tracking_uri)
     yield f"images at {config.data.uri}", lambda: check_images(config, config.data.uri)
@@ -25,7 +36,11 @@ def list_checks(config: Config, tracking_uri: str) -> Iterator[tuple[str, Callab
 
 
 def check_configuration(config: Config) -> None:
-    """What one page of settings cannot see by itself: addresses, names, the model's sizes."""
+    """What one page of settings cannot see by itself: addresses, names, the model's sizes.
+
+    Raises:
+        ValueError: one of them cannot work.
+    """
     for uri in (config.data.uri, config.data.held_out_uri, config.ray.storage_uri):
         storage.check_uri(uri)
     for name in ("run_name", "registered_model", "experiment"):
@@ -33,10 +48,21 @@ def check_configuration(config: Config) -> None:
         if not value or set(value) & set("/:'\"%"):
             raise ValueError(f"tracking.{name}={value!r}: use a name without / : ' \" %")
     Autoencoder(config)  # raises what is wrong with the sizes
+    if config.loss.perceptual:
+        load_perceptual(config.loss.perceptual, torch.device("cpu"))
 
 
 def check_images(config: Config, uri: str) -> None:
-    """The shard set answers and its images are what the model takes."""
+    """The shard set answers and its images are what the model takes.
+
+    Args:
+        config: says the size of images and the group that acts on them.
+        uri: of the shard set.
+
+    Raises:
+        ValueError: images of another size, of several, or not square where they must be.
+        StorageError: nothing can be read there.
+    """
     storage.check_readable(uri)
     shape = ShardDataset.open(uri).image_shape
     wanted = config.data.image_size

@@ -1,11 +1,10 @@
 """The equivariant flow autoencoder: encode, act, decode, training loss.
 
-z = E(x); the decoder's flow models p(x | z). The training loss draws a group element g per
-example and fits p(gx | rho(g) z); at level `exact` every layer commutes with the group, so g would
-change nothing and is not drawn.
+z = E(x); the decoder's flow models p(x | z); a group element acts on both. Latents are handed out
+in the basis of the irreps and at unit scale per irrep, whatever the network works with inside.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -13,10 +12,13 @@ from torch import Tensor, nn
 
 from efae.config import Config
 from efae.model import flow
+from efae.model.bottleneck import Bottleneck
 from efae.model.decoder import Decoder
 from efae.model.encoder import Encoder
+from efae.model.objective import training_loss
+from efae.model.sampler import Field, Method, guide, integrate, time_grid
 from efae.symmetry import GROUPS, TRIVIAL, Element, Representation
-from efae.symmetry.group import act_on_grid
+from efae.symmetry.basis import Basis
 
 
 def build_representation(config: Config) -> Representation:
@@ -58,6 +60,12 @@ def build_representation(config: Config) -> Representation:
 class Autoencoder(nn.Module):
     """Encoder and decoder of one configuration.
 
+    Attributes:
+        config: all of it.
+        group: the group that acts.
+        representation: how it acts on latents.
+        perceptual: (predicted image, image) to a loss (b,), added in training; set by the loop.
+
     Raises:
         ValueError: the configuration cannot be built.
     """
@@ -94,13 +102,22 @@ class Autoencoder(nn.Module):
             self.representation,
             hidden_size=config.model.hidden_size,
             depth=config.model.depth,
+            null_condition=config.flow.condition_drop > 0,
             **sizes,
         )
+        self.bottleneck = Bottleneck(
+            self.representation, config.model.bottleneck, config.model.latent_noise
+        )
+        self.basis = None
+        if config.representation.learned_basis:
+            self.basis = Basis(self.representation.dim)
+        self.perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def encode(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
-        """Image in [-1, 1] to its latent, at unit root mean square per example.
+        """Image in [-1, 1] to its latent, at unit root mean square per irrep over the training set.
 
-        One scale for all channels and cells commutes with the orthogonal action.
+        Raises:
+            ValueError: the image has another shape than the model was built for.
         """
         expected = (self.config.data.channels, *self.config.data.image_size)
         if image.ndim != 4 or tuple(image.shape[1:]) != expected:
@@ -108,17 +125,37 @@ class Autoencoder(nn.Module):
                 f"image of shape {tuple(image.shape)}: this model takes (batch, {expected[0]},"
                 f" {expected[1]}, {expected[2]}) in [-1, 1]; resize it"
             )
-        latent = self.encoder(image)
-        latent = latent.to(torch.promote_types(latent.dtype, torch.float32))
-        return latent * torch.rsqrt(latent.square().mean((1, 2, 3), keepdim=True) + 1e-6)
+        return self.bottleneck.hand_out(self.bounded(image))
 
-    def act(self, element: Element | Sequence[Element] | Tensor, latent: Tensor) -> Tensor:
+    def act(
+        self, element: Element | Sequence[Element] | Tensor, latent: Float[Tensor, "b dim lh lw"]
+    ) -> Float[Tensor, "b dim lh lw"]:
         """rho(g) on channels and grid; one element, or one per example."""
         return self.representation.act(element, latent)
 
-    def velocity(self, x_t: Tensor, t: Float[Tensor, "b"], latent: Tensor) -> Tensor:
-        """dx_t / dt at (x_t, t) given the latent."""
-        output = self.decoder(x_t, t, latent)
+    def velocity(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        t: Float[Tensor, "b"],
+        latent: Float[Tensor, "b dim lh lw"] | None,
+    ) -> Float[Tensor, "b c h w"]:
+        """dx_t / dt at (x_t, t in (0, 1]) given the latent, or under the null condition for None.
+
+        Raises:
+            ValueError: no null condition was trained.
+        """
+        keep = None
+        if latent is None:
+            if self.config.flow.condition_drop == 0:
+                raise ValueError(
+                    "flow.condition_drop=0: this model has no null condition to guide with; train"
+                    " one with flow.condition_drop=0.1"
+                )
+            f, dim = self.config.model.downsampling, self.representation.dim
+            latent = x_t.new_zeros(len(x_t), dim, x_t.shape[-2] // f, x_t.shape[-1] // f)
+            keep = torch.zeros(len(x_t), dtype=torch.bool, device=x_t.device)
+        bounded = self.from_irreps(self.bottleneck.take_in(latent))
+        output = self.decoder(x_t, t, bounded, keep)
         return flow.velocity_from(output, x_t, t, self.config.flow.prediction)
 
     @torch.no_grad()
@@ -128,42 +165,65 @@ class Autoencoder(nn.Module):
         steps: int | None = None,
         noise: Float[Tensor, "b c h w"] | None = None,
         seed: int | None = None,
+        *,
+        sampler: Method | None = None,
+        times: Float[Tensor, "points"] | Sequence[float] | None = None,
+        guidance_scale: float | None = None,
+        visit: Callable[[float, Tensor], None] | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """A sample of p(image | latent).
+        """A sample of p(image | latent); what is not given is as the configuration's flow says.
 
         Args:
-            latent: from `encode`, acted on or not.
-            steps: Euler steps; flow.sampler_steps of the configuration when not given.
+            latent: from `encode`, acted on or not, or any grid (b, dim, h / f, w / f).
+            steps: of the sampler.
             noise: where the flow starts; standard normal.
             seed: draw the noise from this seed instead.
+            sampler: "euler", "midpoint" or "heun".
+            times: of the sampler, falling from 1 to 0, instead of `steps`.
+            guidance_scale: of classifier-free guidance; 1 is none.
+            visit: is shown (t, x_t) along the way.
+
+        Raises:
+            ValueError: neither or both of noise and seed are given, or a value out of range.
         """
         if (noise is None) == (seed is None):
             raise ValueError("decode needs either noise or seed, so that it can be repeated")
         if noise is None:
-            data = self.config.data
-            shape = (len(latent), data.channels, *data.image_size)
+            f = self.config.model.downsampling
+            sides = (latent.shape[-2] * f, latent.shape[-1] * f)
             generator = torch.Generator().manual_seed(seed)  # type: ignore[arg-type]
-            noise = torch.randn(shape, generator=generator).to(latent.device)
-        return flow.sample_euler(
-            lambda x, t: self.velocity(x, t, latent), noise, steps or self.config.flow.sampler_steps
-        )
+            noise = torch.randn(
+                (len(latent), self.config.data.channels, *sides), generator=generator
+            ).to(latent.device)
+        knobs = self.config.flow
+        if times is None:
+            times = time_grid(
+                knobs.sampler_steps if steps is None else steps,
+                power=knobs.sampler_power,
+                shift=knobs.sampler_shift,
+            )
+
+        def given(latent: Tensor | None) -> Field:
+            return lambda x, t: self.velocity(x, x.new_full((len(x),), t), latent)
+
+        scale = knobs.guidance_scale if guidance_scale is None else guidance_scale
+        field = guide(given(latent), given(None), scale, knobs.guidance_interval)
+        return integrate(field, noise, times, sampler or knobs.sampler, visit)
 
     def forward(
         self, image: Float[Tensor, "b c h w"], generator: torch.Generator
     ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
-        """The training loss per example, and the t of each.
+        """The training loss per example, and the t of each; see efae/model/objective.py."""
+        return training_loss(self, image, generator)
 
-        Per example it draws t, noise, latent noise and, at level `objective`, a group element.
-        """
-        count, device = len(image), image.device
-        t = flow.draw_time(count, self.config.flow, generator, device)
-        noise = torch.randn(image.shape, generator=generator, device=device)
-        latent = self.encode(image)
-        if self.config.model.level == "objective":
-            chosen = torch.randint(len(self.group), (count,), generator=generator, device=device)
-            latent = self.act(chosen, latent)
-            image = act_on_grid(self.group, chosen, image)
-        jitter = torch.randn(latent.shape, generator=generator, device=device)
-        latent = latent + self.config.model.latent_noise * jitter
-        x_t = flow.interpolate(image, noise, t)
-        return flow.flow_loss(self.velocity(x_t, t, latent), image, noise), t
+    def bounded(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
+        """The latent at the scale that the network works with, in the basis of the irreps."""
+        return self.bottleneck.bound(self.to_irreps(self.encoder(image)))
+
+    def to_irreps(self, latent: Tensor) -> Tensor:
+        """From the basis that the networks work in."""
+        return latent if self.basis is None else self.basis.to_irreps(latent)
+
+    def from_irreps(self, latent: Tensor) -> Tensor:
+        """The inverse of `to_irreps`."""
+        return latent if self.basis is None else self.basis.from_irreps(latent)

@@ -1,13 +1,15 @@
 """(x_t, t, latent) to the network's prediction: a diffusion transformer (Peebles & Xie 2023).
 
 The latent enters twice: every token gets its part of its latent cell, and the invariants of the
-mean latent join t in the conditioning of adaLN. All layers commute with the group.
+mean latent join t in the conditioning of adaLN. All layers commute with the group. A null condition
+(Ho & Salimans 2022, arXiv:2207.12598) is learned beside it, since a latent of zeros is the code of
+a symmetric image; it is invariant, so that dropping the latent keeps the symmetry.
 """
 
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from efae.model.encoder import Positions, patchify, unpatchify
@@ -37,7 +39,11 @@ def embed_time(t: Float[Tensor, "b"], size: int) -> Float[Tensor, "b size"]:
 
 
 class Decoder(nn.Module):
-    """(x_t (b, c, h, w), t (b,) in [0, 1], latent (b, dim, h / f, w / f)) -> (b, c, h, w)."""
+    """(x_t (b, c, h, w), t (b,) in [0, 1], latent (b, dim, h / f, w / f)) -> (b, c, h, w).
+
+    Images and latents of another size than `image_size` are taken too: the position embedding is
+    resampled.
+    """
 
     def __init__(
         self,
@@ -52,6 +58,7 @@ class Decoder(nn.Module):
         depth: int,
         num_heads: int,
         mlp_ratio: int,
+        null_condition: bool,
     ):
         super().__init__()
         self.patch_size = patch_size
@@ -67,6 +74,8 @@ class Decoder(nn.Module):
         self.resample = Resample(group, ratio)
         self.pooled = Lift(group, *rho, m, fan_in=representation.dim)
         self.pooled_condition = nn.Linear(m, hidden_size)
+        self.null_tokens = nn.Parameter(torch.zeros(m)) if null_condition else None
+        self.null_pooled = nn.Parameter(torch.zeros(m)) if null_condition else None
         self.time_condition = nn.Sequential(
             nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
@@ -86,13 +95,22 @@ class Decoder(nn.Module):
         x_t: Float[Tensor, "b c h w"],
         t: Float[Tensor, "b"],
         latent: Float[Tensor, "b dim latent_h latent_w"],
+        keep: Bool[Tensor, "b"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
+        """The network's output; where `keep` is false the null condition replaces the latent."""
         height, width = x_t.shape[-2:]
         grid = (height // self.patch_size, width // self.patch_size)
         cells = self.latent(latent.flatten(2).mT)  # (slot, b, cell, ratio^2 m coset)
-        x = self.patches(patchify(x_t, self.patch_size)) + self.positions()
-        x = x + self.resample.split(cells, *grid)  # (slot, b, token, m coset)
+        tokens = self.resample.split(cells, *grid)  # (slot, b, token, m coset)
         invariants = take_invariant(self.layout, self.pooled(latent.mean((2, 3))))
+        if keep is not None:
+            assert self.null_tokens is not None
+            assert self.null_pooled is not None
+            null = embed_invariant(self.layout, self.null_tokens)[:, None, None]
+            tokens = torch.where(keep[:, None, None], tokens, null.to(tokens.dtype))
+            null = self.null_pooled.to(invariants.dtype)
+            invariants = torch.where(keep[:, None], invariants, null)
+        x = self.patches(patchify(x_t, self.patch_size)) + self.positions(*grid) + tokens
         time = self.time_condition(embed_time(t, self.pooled_condition.out_features).to(x_t.dtype))
         condition = nn.functional.silu(time + self.pooled_condition(invariants))
         for block in self.blocks:

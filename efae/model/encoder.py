@@ -8,6 +8,7 @@ pixels is added: without it narrow group networks lose colour (15 dB on photogra
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -42,13 +43,22 @@ class Positions(nn.Module):
 
     def __init__(self, group: Group, height: int, width: int, m: int):
         super().__init__()
+        self.size = (height, width)
         source = grid_sources(group, height, width)
         self.lift = Lift(group, source, torch.ones(source.shape), m, fan_in=1)
         nn.init.normal_(self.lift.coefficient, std=0.2)
 
-    def forward(self) -> Tensor:
-        """(slot, 1, token, m * coset)."""
-        return self.lift.weight()[:, None]
+    def forward(self, height: int, width: int) -> Tensor:
+        """(slot, 1, height * width, m * coset), resampled for another grid than its own.
+
+        Bilinear weights have the grid's symmetries, so a resampled embedding still turns with it.
+        """
+        weight = self.lift.weight()
+        if (height, width) != self.size:
+            grid = weight.mT.unflatten(-1, self.size)
+            resized = F.interpolate(grid, (height, width), mode="bilinear", antialias=True)
+            weight = resized.flatten(-2).mT
+        return weight[:, None]
 
 
 class LinearPath(nn.Module):
@@ -115,7 +125,7 @@ class Encoder(nn.Module):
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim latent_h latent_w"]:
         height, width = (size // self.patch_size for size in image.shape[-2:])
-        x = self.patches(patchify(image, self.patch_size)) + self.positions()
+        x = self.patches(patchify(image, self.patch_size)) + self.positions(height, width)
         for i, stage in enumerate(self.stages):
             if i:
                 x = self.merges[i - 1](self.resample.merge(x, height, width))

@@ -25,6 +25,7 @@ from efae.config import Config
 from efae.training.evaluation import psnr, to_float
 from efae.training.meter import Meter
 from efae.training.optimizer import learning_rate_at, set_learning_rate
+from efae.training.perceptual import load_perceptual
 from efae.training.state import TrainState
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,6 +70,8 @@ def train(
     training, optimization = config.training, config.optimizer
     state = TrainState.create(config, device)
     state.model.train()
+    if config.loss.perceptual:
+        state.model.perceptual = load_perceptual(config.loss.perceptual, device)
     loader = dataset.loader(
         global_batch_size=training.global_batch_size,
         rank=rank,

