@@ -8,7 +8,7 @@ Units are in the names (``_seconds``, ``_bytes``); sizes are pixels unless said 
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, field, fields, is_dataclass
 from typing import Any, Literal
 
@@ -362,14 +362,14 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     tree = asdict(config)
     for key, value in overrides.items():
         *sections, leaf = key.split(".")
-        branch: Any = tree
-        for section in sections:
-            branch = branch.get(section) if isinstance(branch, dict) else None
-        if not isinstance(branch, dict) or leaf not in branch or isinstance(branch[leaf], dict):
-            known = list(flatten(config))
+        known = list(flatten(config))
+        if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; the keys are {', '.join(known)}"
             raise ValueError(f"unknown configuration key {key!r}{hint}")
+        branch = tree
+        for section in sections:
+            branch = branch[section]
         branch[leaf] = value
     return from_dict(tree)
 
@@ -379,7 +379,7 @@ def flatten(config: Config) -> dict[str, Any]:
     return dict(_flatten(config, ""))
 
 
-def _flatten(node: Any, prefix: str):
+def _flatten(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     for entry in fields(node):
         value = getattr(node, entry.name)
         if is_dataclass(value):

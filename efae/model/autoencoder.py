@@ -19,6 +19,7 @@ from efae.model.objective import training_loss
 from efae.model.sampler import Field, Method, guide, integrate, time_grid
 from efae.symmetry import GROUPS, TRIVIAL, Element, Representation
 from efae.symmetry.basis import Basis
+from efae.symmetry.rotation import check_turns_by_any_angle
 
 
 def build_representation(config: Config) -> Representation:
@@ -81,29 +82,16 @@ class Autoencoder(nn.Module):
                 f"data.resolution={height, width}: not square, but representation.group="
                 f"{self.group} holds quarter turns; use square images, or group flips or mirror"
             )
+        if config.loss.rotation_probability:
+            check_turns_by_any_angle(self.representation)
         layers = self.group if config.model.level == "exact" else TRIVIAL
-        sizes = {
-            "image_size": config.data.image_size,
-            "channels": config.data.channels,
-            "patch_size": config.model.patch_size,
-            "downsampling": config.model.downsampling,
-            "num_heads": config.model.num_heads,
-            "mlp_ratio": config.model.mlp_ratio,
-        }
-        self.encoder = Encoder(
-            layers,
-            self.representation,
-            hidden_size=config.model.encoder_hidden_size,
-            depth=config.model.encoder_depth,
-            **sizes,
-        )
+        self.encoder = Encoder(layers, self.representation, config.data, config.model)
         self.decoder = Decoder(
             layers,
             self.representation,
-            hidden_size=config.model.hidden_size,
-            depth=config.model.depth,
+            config.data,
+            config.model,
             null_condition=config.flow.condition_drop > 0,
-            **sizes,
         )
         self.bottleneck = Bottleneck(
             self.representation, config.model.bottleneck, config.model.latent_noise

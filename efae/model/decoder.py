@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from efae.config import DataConfig, ModelConfig
 from efae.model.encoder import Positions, patchify, unpatchify
 from efae.model.octic import (
     Block,
@@ -41,7 +42,7 @@ def embed_time(t: Float[Tensor, "b"], size: int) -> Float[Tensor, "b size"]:
 class Decoder(nn.Module):
     """(x_t (b, c, h, w), t (b,) in [0, 1], latent (b, dim, h / f, w / f)) -> (b, c, h, w).
 
-    Images and latents of another size than `image_size` are taken too: the position embedding is
+    Images and latents of another size than data.image_size are taken too: the position embedding is
     resampled.
     """
 
@@ -49,26 +50,20 @@ class Decoder(nn.Module):
         self,
         group: Group,
         representation: Representation,
+        data: DataConfig,
+        model: ModelConfig,
         *,
-        image_size: tuple[int, int],
-        channels: int,
-        patch_size: int,
-        downsampling: int,
-        hidden_size: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: int,
         null_condition: bool,
     ):
         super().__init__()
-        self.patch_size = patch_size
+        self.patch_size, hidden_size = model.patch_size, model.hidden_size
         self.layout = layout_of(group)
         m = hidden_size // len(group)
-        ratio = downsampling // patch_size
-        patch = patch_action(group, patch_size, channels)
+        ratio = model.downsampling // model.patch_size
+        patch = patch_action(group, model.patch_size, data.channels)
         rho = latent_action(group, representation)
         self.patches = Lift(group, *patch, m, fan_in=patch[0].shape[1])
-        height, width = (side // patch_size for side in image_size)
+        height, width = (side // model.patch_size for side in data.image_size)
         self.positions = Positions(group, height, width, m)
         self.latent = Lift(group, *rho, m * ratio**2, fan_in=representation.dim)
         self.resample = Resample(group, ratio)
@@ -80,7 +75,8 @@ class Decoder(nn.Module):
             nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
         self.blocks = nn.ModuleList(
-            Block(group, m, num_heads, mlp_ratio, conditioning=hidden_size) for _ in range(depth)
+            Block(group, m, model.num_heads, model.mlp_ratio, conditioning=hidden_size)
+            for _ in range(model.depth)
         )
         self.sizes = [self.layout.gains * m, m]
         self.modulation = nn.Linear(hidden_size, sum(self.sizes))

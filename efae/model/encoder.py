@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from efae.config import DataConfig, ModelConfig
 from efae.model.octic import (
     Block,
     Lift,
@@ -55,7 +56,7 @@ class Positions(nn.Module):
         """
         weight = self.lift.weight()
         if (height, width) != self.size:
-            grid = weight.mT.unflatten(-1, self.size)
+            grid = torch.unflatten(weight.mT, -1, self.size)
             resized = F.interpolate(grid, (height, width), mode="bilinear", antialias=True)
             weight = resized.flatten(-2).mT
         return weight[:, None]
@@ -93,35 +94,29 @@ class Encoder(nn.Module):
     """Image (b, c, h, w) in [-1, 1] to a latent (b, dim, h / f, w / f), not yet normalised."""
 
     def __init__(
-        self,
-        group: Group,
-        representation: Representation,
-        *,
-        image_size: tuple[int, int],
-        channels: int,
-        patch_size: int,
-        downsampling: int,
-        hidden_size: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: int,
+        self, group: Group, representation: Representation, data: DataConfig, model: ModelConfig
     ):
         super().__init__()
-        self.patch_size, self.downsampling = patch_size, downsampling
-        m = hidden_size // len(group)
-        patch = patch_action(group, patch_size, channels)
+        self.patch_size, self.downsampling = model.patch_size, model.downsampling
+        m = model.encoder_hidden_size // len(group)
+        patch = patch_action(group, model.patch_size, data.channels)
         self.patches = Lift(group, *patch, m, fan_in=patch[0].shape[1])
-        height, width = (side // patch_size for side in image_size)
+        height, width = (side // model.patch_size for side in data.image_size)
         self.positions = Positions(group, height, width, m)
-        stages = int(math.log2(downsampling // patch_size)) + 1
+        stages = int(math.log2(model.downsampling // model.patch_size)) + 1
         self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(group, m, num_heads, mlp_ratio) for _ in range(depth)))
+            nn.Sequential(
+                *(
+                    Block(group, m, model.num_heads, model.mlp_ratio)
+                    for _ in range(model.encoder_depth)
+                )
+            )
             for _ in range(stages)
         )
         self.resample = Resample(group, 2)
         self.merges = nn.ModuleList(Linear(group, 4 * m, m) for _ in range(stages - 1))
         self.latent = Lift(group, *latent_action(group, representation), m, fan_in=len(group) * m)
-        self.linear_path = LinearPath(group, representation, downsampling, channels)
+        self.linear_path = LinearPath(group, representation, model.downsampling, data.channels)
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim latent_h latent_w"]:
         height, width = (size // self.patch_size for size in image.shape[-2:])

@@ -7,6 +7,9 @@ The one sign convention, that of minRF, SD3, FLUX and diffusers' FlowMatch sched
 t = 1 is noise; sampling integrates from t = 1 down to t = 0 (efae/model/sampler.py).
 """
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,6 +19,7 @@ from efae.config import FlowConfig
 # An error of the image prediction counts as a velocity error, that is divided by t; below this t
 # the division is by it, in the loss, since the noise that is left there is invisible.
 SMALLEST_T = 0.05
+_ndtri = cast(Callable[[Tensor], Tensor], torch.special.ndtri)  # untyped in torch
 
 
 def draw_time(
@@ -40,7 +44,7 @@ def quantile_of_time(u: Float[Tensor, "b"], config: FlowConfig) -> Float[Tensor,
         return u
     share = config.time_uniform if config.time_law == "mixture" else 0.0
     normal = ((u - share) / (1 - share)).clamp(1e-6, 1 - 1e-6)
-    t = torch.sigmoid(config.time_mean + config.time_std * torch.special.ndtri(normal))
+    t = torch.sigmoid(config.time_mean + config.time_std * _ndtri(normal))
     return torch.where(u < share, u / max(share, 1e-6), t)
 
 

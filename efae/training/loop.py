@@ -157,7 +157,7 @@ def require_finite(norm: Tensor, step: int) -> None:
         " optimizer.learning_rate, or look at the batch"
     )
     if norm.is_cuda:
-        torch._assert_async(torch.isfinite(norm), message)  # pyright: ignore[reportPrivateImportUsage]
+        torch._assert_async(torch.isfinite(norm), message)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
     elif not torch.isfinite(norm):
         raise TrainingDiverged(message)
 
