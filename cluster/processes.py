@@ -73,7 +73,7 @@ def stop(record: ProcessRecord, grace_seconds: float = 10.0) -> int:
 def _wait(processes: set[psutil.Process], seconds: float) -> set[psutil.Process]:
     """Waits for processes to end; returns those that did not."""
     deadline = time.monotonic() + seconds
-    alive = set(filter(is_live, processes))
+    alive: set[psutil.Process] = set(filter(is_live, processes))
     while alive and time.monotonic() < deadline:
         time.sleep(0.05)
         alive = set(filter(is_live, alive))
@@ -93,7 +93,9 @@ def _family(record: ProcessRecord) -> set[psutil.Process]:
     leader = _leader(record)
     if leader is None and psutil.pid_exists(record.pid) and not _is_zombie(record.pid):
         return set()  # The pid is a stranger's now, and so is its session.
-    family = {leader, *leader.children(recursive=True)} if leader is not None else set()
+    family: set[psutil.Process] = set()
+    if leader is not None:
+        family = {leader, *leader.children(recursive=True)}
     for process in psutil.process_iter():
         try:
             in_session = os.getsid(process.pid) == record.pid

@@ -10,9 +10,10 @@ import shutil
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from cluster.ports import LOOPBACK
 from cluster.state import StackState
@@ -104,7 +105,9 @@ def _program(name: str) -> str:
     return program
 
 
-def _get(url: str, token: str | None = None, body: dict | None = None) -> tuple[int, bytes]:
+def _get(
+    url: str, token: str | None = None, body: Mapping[str, Any] | None = None
+) -> tuple[int, bytes]:
     headers = {"Content-Type": "application/json"}
     if token:
         headers["Authorization"] = f"Bearer {token}"
@@ -148,17 +151,15 @@ def _s3_command(state: StackState) -> list[str]:
 
 def _check_s3(state: StackState) -> None:
     # Imported here: it takes longer than all else that `up` does on a running stack.
-    import botocore.exceptions
-    import botocore.session
-    from botocore.config import Config
+    from botocore import config, exceptions, session  # pyright: ignore[reportMissingTypeStubs]
 
-    client = botocore.session.Session().create_client(
+    client = session.Session().create_client(
         "s3",
         endpoint_url=address(state, "s3"),
         region_name="us-east-1",
         aws_access_key_id=state.access_key,
         aws_secret_access_key=state.secret_key,
-        config=Config(
+        config=config.Config(
             connect_timeout=_REQUEST_SECONDS,
             read_timeout=_REQUEST_SECONDS,
             retries={"total_max_attempts": 1},
@@ -166,9 +167,10 @@ def _check_s3(state: StackState) -> None:
         ),
     )
     try:
-        found = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
-    except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
+        answer = cast(dict[str, Any], client.list_buckets())
+    except (exceptions.BotoCoreError, exceptions.ClientError) as error:
         raise RuntimeError(f"listing the buckets failed: {error}") from error
+    found = {bucket["Name"] for bucket in answer["Buckets"]}
     if not found.issuperset(BUCKETS):
         raise RuntimeError(f"buckets {sorted(found)}, wanted {BUCKETS}")
 

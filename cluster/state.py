@@ -11,7 +11,7 @@ import os
 import secrets
 import shlex
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,8 +35,8 @@ class StackState:
     access_key: str = field(default_factory=lambda: secrets.token_hex(10))
     secret_key: str = field(default_factory=lambda: secrets.token_hex(20))
     ray_token: str = field(default_factory=lambda: secrets.token_hex(32))
-    ports: dict[str, int] = field(default_factory=dict)
-    processes: dict[str, ProcessRecord] = field(default_factory=dict)
+    ports: dict[str, int] = field(default_factory=dict[str, int])
+    processes: dict[str, ProcessRecord] = field(default_factory=dict[str, ProcessRecord])
 
     @property
     def token_file(self) -> Path:
@@ -71,7 +71,7 @@ def load(folder: Path) -> StackState:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[StackState]:
+def locked(folder: Path) -> Generator[StackState]:
     """The stack of a state folder, with other commands kept waiting meanwhile."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (folder / "lock").open("w") as lock:

@@ -13,10 +13,11 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from data_pipelines import storage
+from data_pipelines import storage, uris
 from data_pipelines.image_sources import (
     SOURCES,
     EncodedImage,
@@ -27,6 +28,7 @@ from data_pipelines.image_sources import (
 )
 from data_pipelines.shard_index import (
     INDEX_NAME,
+    Shape,
     ShardIndex,
     common_shape,
     dump_index,
@@ -63,7 +65,7 @@ def build_shards(
     ):
         if value is not None and value < least:
             raise ValueError(f"--{name} {value}: must be at least {least}")
-    storage.check_uri(output)
+    uris.check_uri(output)
     origin = open_source(source)
     fingerprint = {
         "source": source,
@@ -73,30 +75,30 @@ def build_shards(
         **origin.describe(),
     }
     parts = [HELD_OUT, TRAIN] if held_out else [""]
-    uris = {part: storage.join(output, part) if part else output for part in parts}
+    outputs = {part: uris.join(output, part) if part else output for part in parts}
     storage.check_writable(output)
-    if _find_finished(output, uris, fingerprint):
-        sets = [load_index(uri) for uri in uris.values()]
-        return f"{_summarize(sets, uris)} were complete: nothing to do"
+    if _find_finished(output, outputs, fingerprint):
+        sets = [load_index(uri) for uri in outputs.values()]
+        return f"{_summarize(sets, outputs)} were complete: nothing to do"
     entries = origin.list_entries()
     check_keys(entries)
     selections = split_entries(entries, held_out) if held_out else {"": entries}
     sets = [
         _write_set(origin, _shuffle(selections[part]), uri, fingerprint)
-        for part, uri in uris.items()
+        for part, uri in outputs.items()
     ]
-    return f"{_summarize(sets, uris)} written"
+    return f"{_summarize(sets, outputs)} written"
 
 
-def _find_finished(output: str, uris: dict[str, str], fingerprint: dict[str, Any]) -> bool:
+def _find_finished(output: str, outputs: dict[str, str], fingerprint: dict[str, Any]) -> bool:
     """Whether every set is there; refuses an output that holds anything else."""
-    finished = set()
+    finished: set[str] = set()
     for part in ("", HELD_OUT, TRAIN):
-        uri = storage.join(output, part) if part else output
-        if storage.exists(storage.join(uri, INDEX_NAME)):
+        uri = uris.join(output, part) if part else output
+        if storage.exists(uris.join(uri, INDEX_NAME)):
             _refuse_other(uri, load_index(uri).provenance.get("fingerprint", {}), fingerprint)
             finished.add(part)
-    return finished == set(uris)
+    return finished == set(outputs)
 
 
 def _refuse_other(uri: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -157,12 +159,10 @@ def _write_set(
             name = f"shard-{first // per_shard:06d}.tar"
             record = _read_record(uri, name, there)
             if record is None:
-                images = threads.map(
-                    lambda entry: source.load(entry, fingerprint["resolution"]), chunk
-                )
+                images = threads.map(source.load, chunk, repeat(fingerprint["resolution"]))
                 record = _write_shard(Path(folder) / name, chunk, images)
-                storage.upload(Path(folder) / name, storage.join(uri, name))
-                storage.write_bytes(storage.join(uri, _record(name)), dump_index(record))
+                storage.upload(Path(folder) / name, uris.join(uri, name))
+                storage.write_bytes(uris.join(uri, _record(name)), dump_index(record))
                 (Path(folder) / name).unlink()
             records.append(record)
             progress.update(len(chunk))
@@ -174,7 +174,7 @@ def _write_set(
         {"fingerprint": fingerprint, **source.describe()},
     )
     write_index(uri, index)
-    storage.delete(storage.join(uri, UNFINISHED))
+    storage.delete(uris.join(uri, UNFINISHED))
     return index
 
 
@@ -182,7 +182,7 @@ def _claim(uri: str, there: Mapping[str, int], fingerprint: dict[str, Any]) -> N
     """Mark `uri` as being built from `fingerprint`, or see that it already is."""
     marker = f"{UNFINISHED}/build.json"
     if marker in there:
-        found = json.loads(storage.read_bytes(storage.join(uri, marker)))
+        found = json.loads(storage.read_bytes(uris.join(uri, marker)))
         _refuse_other(f"{uri} (unfinished)", found, fingerprint)
     elif any(name.endswith(".tar") and "/" not in name for name in there):
         raise ValueError(
@@ -190,7 +190,7 @@ def _claim(uri: str, there: Mapping[str, int], fingerprint: dict[str, Any]) -> N
             " --output"
         )
     else:
-        storage.write_bytes(storage.join(uri, marker), json.dumps(fingerprint).encode())
+        storage.write_bytes(uris.join(uri, marker), json.dumps(fingerprint).encode())
 
 
 def _record(name: str) -> str:
@@ -201,7 +201,7 @@ def _read_record(uri: str, name: str, there: Mapping[str, int]) -> ShardIndex | 
     """What an interrupted build noted of the shard, or None where it has to be written."""
     if _record(name) not in there:
         return None
-    record_uri = storage.join(uri, _record(name))
+    record_uri = uris.join(uri, _record(name))
     record = parse_index(storage.read_bytes(record_uri), record_uri)
     return record if there.get(name) == record.shards[0].bytes else None
 
@@ -210,7 +210,7 @@ def _write_shard(path: Path, entries: list[Entry], images: Iterable[EncodedImage
     """Write one tar to the local `path`; returns an index of it alone."""
     from webdataset.writer import TarWriter
 
-    shapes = set()
+    shapes: set[Shape] = set()
     with path.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
         for entry, image in zip(entries, images, strict=True):
             writer.write({"__key__": entry.key, image.extension: image.data})
@@ -218,9 +218,9 @@ def _write_shard(path: Path, entries: list[Entry], images: Iterable[EncodedImage
     return ShardIndex((index_tar(path, path.name),), common_shape(shapes))
 
 
-def _summarize(sets: Sequence[ShardIndex], uris: Mapping[str, str]) -> str:
-    texts = []
-    for index, uri in zip(sets, uris.values(), strict=True):
+def _summarize(sets: Sequence[ShardIndex], outputs: Mapping[str, str]) -> str:
+    texts: list[str] = []
+    for index, uri in zip(sets, outputs.values(), strict=True):
         images = sum(len(shard.keys) for shard in index.shards)
         megabytes = sum(shard.bytes for shard in index.shards) / 1e6
         texts.append(f"{images} images in {len(index.shards)} shards ({megabytes:.1f} MB) at {uri}")

@@ -75,7 +75,8 @@ def plan_batches(
     total = int(np.sum(counts))
     samples, lane = order_epoch(counts, seed, position.epoch, shuffle)
     while total and (tail == "carry" or position.consumed < total):
-        parts, missing = [], global_batch_size
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
+        missing = global_batch_size
         while missing:
             taken = slice(position.consumed, min(position.consumed + missing, total))
             parts.append((samples[taken], lane[taken]))

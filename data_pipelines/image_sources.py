@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_pipelines import storage
+from data_pipelines import storage, uris
 from data_pipelines.image_codec import (
     GREY_MODES,
     as_grey_or_rgb,
@@ -132,13 +132,13 @@ class ForeignTars:
         self._sizes = {n: s for n, s in storage.list_files(uri).items() if n.endswith(".tar")}
         if not self._sizes:
             raise ValueError(f"wds:{uri}: holds no .tar file")
-        self._copies: tempfile.TemporaryDirectory | None = None
+        self._copies: tempfile.TemporaryDirectory[str] | None = None
 
     def describe(self) -> dict[str, Any]:
         return {"files": _digest(self._sizes), "tars": len(self._sizes)}
 
     def list_entries(self) -> list[Entry]:
-        entries = []
+        entries: list[Entry] = []
         for name in self._sizes:
             path = self._fetch(name)
             shard = index_tar(path, f"{self._uri}/{name}")
@@ -155,13 +155,13 @@ class ForeignTars:
             return _encode_file(file.read(size), resolution, f"{path.name}, {entry.key}")
 
     def _fetch(self, name: str) -> Path:
-        local = storage.local_path(self._uri)
+        local = uris.local_path(self._uri)
         if local is not None:
             return local / name
         if self._copies is None:
             self._copies = tempfile.TemporaryDirectory()
         path = Path(self._copies.name) / f"{hashlib.sha256(name.encode()).hexdigest()}.tar"
-        storage.download(storage.join(self._uri, name), path, self._sizes[name])
+        storage.download(uris.join(self._uri, name), path, self._sizes[name])
         return path
 
 

@@ -12,10 +12,10 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
-from data_pipelines import storage
+from data_pipelines import storage, uris
 from data_pipelines.shard_index import Shard
 
 _ABANDONED_SECONDS = 3600.0
@@ -65,9 +65,9 @@ class ShardCache:
             with self._lock:
                 if shard.sha256 in self._maps:
                     return self._maps[shard.sha256][1]
-            uri = storage.join(self._uri, shard.name)
+            uri = uris.join(self._uri, shard.name)
             try:
-                path = storage.local_path(uri)
+                path = uris.local_path(uri)
                 mapped = self._map_local(path, shard) if path else self._map_remote(uri, shard)
             except (OSError, ValueError) as error:
                 raise ShardError(uri, None, str(error)) from error
@@ -107,7 +107,7 @@ class ShardCache:
 
     def _evict(self, capacity_bytes: int) -> None:
         """Delete the least recently opened shards, and downloads that a killed process left."""
-        files = []
+        files: list[tuple[float, int, Path]] = []
         for path in self._folder.iterdir():
             with contextlib.suppress(FileNotFoundError):
                 state = path.stat()
@@ -134,7 +134,7 @@ def _map(path: Path) -> mmap.mmap:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Generator[None]:
     """Hold a lock between processes; the kernel drops it when its holder dies."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -13,12 +13,12 @@ import tempfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data_pipelines import storage
+from data_pipelines import storage, uris
 from data_pipelines.image_codec import is_image, read_shape
 
 INDEX_NAME = "index.json"
@@ -70,7 +70,7 @@ class ShardIndex:
     shards: tuple[Shard, ...]
     image_shape: Shape | None
     """(C, H, W) of every image, C the most channels of any; None when heights or widths differ."""
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict[str, Any])
     """Where the images came from: source, fingerprint, licence, credit."""
 
     @property
@@ -113,7 +113,7 @@ def load_index(uri: str) -> ShardIndex:
     Raises:
         ValueError: none there, or not one that this version reads.
     """
-    index_uri = storage.join(uri, INDEX_NAME)
+    index_uri = uris.join(uri, INDEX_NAME)
     try:
         data = storage.read_bytes(index_uri)
     except FileNotFoundError as error:
@@ -125,7 +125,7 @@ def parse_index(data: bytes, where: str) -> ShardIndex:
     """The inverse of `dump_index`; `where` names the file in errors."""
     try:
         tree = json.loads(data)
-        version = tree.get("version") if isinstance(tree, dict) else None
+        version = cast(dict[str, Any], tree).get("version") if isinstance(tree, dict) else None
         if isinstance(version, int) and version != VERSION:
             raise ValueError(
                 f"{where} has format version {version}; this package reads {VERSION}: install the"
@@ -211,7 +211,7 @@ def index_tar(path: Path, name: str) -> Shard:
     if len(rest) < 512 or rest.strip(b"\0"):
         raise ValueError(f"{name} is damaged or cut off after {len(rows)} samples")
     extensions = sorted({extension for row in rows.values() for extension in row})
-    members = {}
+    members: dict[str, Members] = {}
     for extension in extensions:
         columns = np.array([row.get(extension, (-1, -1, -1)) for row in rows.values()], np.int64)
         members[extension] = Members(*columns.T)
@@ -227,11 +227,12 @@ def make_index(uri: str, provenance: dict[str, Any] | None = None) -> ShardIndex
     names = [name for name in storage.list_files(uri) if name.endswith(".tar")]
     if not names:
         raise ValueError(f"{uri} holds no .tar file")
-    shards, shapes = [], set()
+    shards: list[Shard] = []
+    shapes: set[Shape] = set()
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             path = Path(folder) / "shard.tar"
-            storage.download(storage.join(uri, name), path)
+            storage.download(uris.join(uri, name), path)
             shard = index_tar(path, name)
             data = path.read_bytes()
             for key, offset, size in zip(shard.keys, *shard.image_place(), strict=True):
@@ -245,7 +246,7 @@ def make_index(uri: str, provenance: dict[str, Any] | None = None) -> ShardIndex
 
 def write_index(uri: str, index: ShardIndex) -> None:
     """Write ``index.json``: from now on the set counts as complete."""
-    storage.write_bytes(storage.join(uri, INDEX_NAME), dump_index(index))
+    storage.write_bytes(uris.join(uri, INDEX_NAME), dump_index(index))
 
 
 def common_shape(shapes: set[Shape]) -> Shape | None:
@@ -256,7 +257,7 @@ def common_shape(shapes: set[Shape]) -> Shape | None:
 
 
 def _read_shard(file: _ShardFile, where: str) -> Shard:
-    members = {}
+    members: dict[str, Members] = {}
     for extension, columns in file.members.items():
         arrays = [np.array(column, np.int64) for column in columns.model_dump().values()]
         if any(len(array) != len(file.keys) for array in arrays):
@@ -270,8 +271,8 @@ def _read_shard(file: _ShardFile, where: str) -> Shard:
 
 
 def _explain_missing(uri: str) -> str:
-    parts = [storage.join(uri, part) for part in ("train", "held_out")]
-    if all(storage.exists(storage.join(part, INDEX_NAME)) for part in parts):
+    parts = [uris.join(uri, part) for part in ("train", "held_out")]
+    if all(storage.exists(uris.join(part, INDEX_NAME)) for part in parts):
         return f"{uri} holds two shard sets: open {parts[0]} or {parts[1]}"
     return (
         f"{uri} holds no {INDEX_NAME}: check the URI, or build shards there with"

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from data_pipelines import storage
+from data_pipelines import uris
 from data_pipelines.epoch_plan import Position, Tail, plan_batches
 from data_pipelines.image_codec import decode_image
 from data_pipelines.shard_cache import ShardCache, ShardError
@@ -142,7 +142,7 @@ class ShardDataset:
         if channels not in (None, 1, 3):
             raise ValueError(f"channels={channels}: use 1 (grey), 3 (RGB) or None")
         largest = max(shard.bytes for shard in self.index.shards)
-        if storage.local_path(self.uri) is None and cache_bytes < largest:
+        if uris.local_path(self.uri) is None and cache_bytes < largest:
             raise ValueError(
                 f"cache_bytes={cache_bytes} is less than the largest shard of {self.uri}"
                 f" ({largest}): raise it, or build smaller shards"
@@ -237,14 +237,14 @@ class ShardLoader:
 
     def _decode(self, samples: np.ndarray) -> Batch:
         images = np.empty((len(samples), *self._shape), np.uint8)
-        keys = []
+        keys: list[str] = []
         for row, sample in enumerate(samples.tolist()):
             key, data = self.dataset.read(sample, self._cache)
             try:
                 _decode_into(images[row], data)
             except ValueError as error:
                 shard = self.dataset.index.shards[self.dataset.place(sample)[0]]
-                uri = storage.join(self.dataset.uri, shard.name)
+                uri = uris.join(self.dataset.uri, shard.name)
                 raise ShardError(uri, key, str(error)) from error
             keys.append(key)
         return Batch(torch.from_numpy(images), keys)

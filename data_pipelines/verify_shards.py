@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines import storage
+from data_pipelines import storage, uris
 from data_pipelines.image_codec import decode_image
 from data_pipelines.shard_index import INDEX_NAME, Shard, ShardIndex, index_tar, load_index
 
@@ -30,18 +30,18 @@ def find_faults(uri: str) -> Iterator[str]:
     try:
         for name in storage.list_files(uri):
             if name.endswith(".tar") and name not in names:
-                yield f"{storage.join(uri, name)}: not in the index"
+                yield f"{uris.join(uri, name)}: not in the index"
     except ValueError:  # http cannot be listed
         pass
     with tempfile.TemporaryDirectory() as folder:
         for shard in index.shards:
-            yield from _find_shard_faults(storage.join(uri, shard.name), shard, index, folder)
+            yield from _find_shard_faults(uris.join(uri, shard.name), shard, index, folder)
 
 
 def _find_shard_faults(uri: str, shard: Shard, index: ShardIndex, folder: str) -> Iterator[str]:
-    path = storage.local_path(uri) or Path(folder) / "shard.tar"
+    path = uris.local_path(uri) or Path(folder) / "shard.tar"
     try:
-        if storage.local_path(uri) is None:
+        if uris.local_path(uri) is None:
             storage.download(uri, path)
         found = index_tar(path, uri)
     except (ValueError, OSError) as error:
@@ -92,8 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     uri = parser.parse_args(arguments).uri
     try:
         storage.check_readable(uri)
-        parts = [storage.join(uri, part) for part in ("train", "held_out")]
-        split = [part for part in parts if storage.exists(storage.join(part, INDEX_NAME))]
+        parts = [uris.join(uri, part) for part in ("train", "held_out")]
+        split = [part for part in parts if storage.exists(uris.join(part, INDEX_NAME))]
         faults = 0
         for part in split or [uri]:
             for fault in find_faults(part):

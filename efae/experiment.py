@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_pipelines import ShardDataset, storage
+from data_pipelines import ShardDataset, storage, uris
 from efae import config as configuration
 from efae.artifacts import checkpoint, registry, tracking
 from efae.artifacts.report import write_report
@@ -192,6 +192,6 @@ def publish(
         summary = json.loads((report_folder / "summary.json").read_text())
         tracking.log_report(tracking_uri, run_id, report_folder, summary)
         if config.tracking.report_folder:
-            copy = storage.join(config.tracking.report_folder, config.tracking.run_name)
+            copy = uris.join(config.tracking.report_folder, config.tracking.run_name)
             storage.upload_folder(report_folder, copy)
     return summary

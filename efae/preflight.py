@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from data_pipelines import ShardDataset, storage
+from data_pipelines import ShardDataset, storage, uris
 from efae.artifacts.tracking import check_server
 from efae.config import Config
 from efae.model.autoencoder import Autoencoder
@@ -42,7 +42,7 @@ def check_configuration(config: Config) -> None:
         ValueError: one of them cannot work.
     """
     for uri in (config.data.uri, config.data.held_out_uri, config.ray.storage_uri):
-        storage.check_uri(uri)
+        uris.check_uri(uri)
     for name in ("run_name", "registered_model", "experiment"):
         value = getattr(config.tracking, name)
         if not value or set(value) & set("/:'\"%"):

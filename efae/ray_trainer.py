@@ -28,7 +28,7 @@ from ray.train import (
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
-from data_pipelines import ShardDataset, storage
+from data_pipelines import ShardDataset, storage, uris
 from efae import config as configuration
 from efae.artifacts.checkpoint import checkpoint_name, read_checkpoint, read_newest_checkpoint
 from efae.artifacts.registry import load
@@ -78,7 +78,7 @@ def connect(config: Config) -> None:
 
 def run_uri(config: Config) -> str:
     """Where the checkpoints of the run are: a folder named after it in ray.storage_uri."""
-    return storage.join(config.ray.storage_uri, config.tracking.run_name)
+    return uris.join(config.ray.storage_uri, config.tracking.run_name)
 
 
 def run_training(config: Config, run_id: str, tracking_uri: str) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def record_attempt(uri: str) -> None:
     """
     mark = {"started": time.time(), "world_size": ray.train.get_context().get_world_size()}
     name = f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json"
-    storage.write_bytes(storage.join(uri, "attempts", name), json.dumps(mark).encode())
+    storage.write_bytes(uris.join(uri, "attempts", name), json.dumps(mark).encode())
 
 
 def count_recoveries(config: Config) -> int:
@@ -212,7 +212,7 @@ def count_recoveries(config: Config) -> int:
     Raises:
         StorageError: the storage refuses or does not answer.
     """
-    marks = storage.list_files(storage.join(run_uri(config), "attempts"))
+    marks = storage.list_files(uris.join(run_uri(config), "attempts"))
     return max(0, len(marks) - 1)
 
 

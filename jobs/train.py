@@ -13,6 +13,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import tyro
 
@@ -55,7 +57,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def print_summary(summary: dict, report_folder: str) -> None:
+def print_summary(summary: Mapping[str, Any], report_folder: str) -> None:
     """What happened, and what to do next."""
     report = "report/report.html among the run's artifacts in MLflow"
     if report_folder:

@@ -20,7 +20,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from data_pipelines import storage
+from data_pipelines import storage, uris
 from efae import config as configuration
 from efae.config import Config
 
@@ -283,7 +283,7 @@ def _complete_checkpoints(run_uri: str) -> Iterator[tuple[str, CheckpointError |
         if match := _NAME.fullmatch(folder):
             folders.setdefault(int(match[1]), {})[file] = size
     for step in sorted(folders, reverse=True):
-        uri = storage.join(run_uri, checkpoint_name(step))
+        uri = uris.join(run_uri, checkpoint_name(step))
         if MANIFEST not in folders[step]:
             logger.warning("half-written checkpoint ignored (no %s): %s", MANIFEST, uri)
             continue
@@ -330,6 +330,6 @@ def _parse_config(uri: str, data: bytes) -> Config:
 
 def _read(uri: str, name: str) -> bytes:
     try:
-        return storage.read_bytes(storage.join(uri, name))
+        return storage.read_bytes(uris.join(uri, name))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(uri, f"{name} is missing") from error

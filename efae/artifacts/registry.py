@@ -24,7 +24,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
-from data_pipelines import storage
+from data_pipelines import storage, uris
 from efae import config as configuration
 from efae.artifacts import checkpoint
 from efae.artifacts.checkpoint import CONFIG, MANIFEST, MODEL, CheckpointError
@@ -178,16 +178,16 @@ def _upload(client: MlflowClient, run_id: str, model_dir: Path, digest: str) -> 
 
 
 def _pull_from_storage(uri: str) -> Path:
-    manifest_uri = storage.join(uri, MANIFEST)
+    manifest_uri = uris.join(uri, MANIFEST)
     if not storage.exists(manifest_uri):
         newest = checkpoint.find_newest_checkpoint(uri)
         hint = f"its newest checkpoint is {newest}" if newest else f"it holds no {MANIFEST}"
         raise ValueError(f"no model or checkpoint at {uri!r}: {hint}")
-    path = storage.local_path(uri)
+    path = uris.local_path(uri)
     if path is not None:
         checkpoint.read_model(path)
         return path
-    return _fetch(uri, lambda name: storage.read_bytes(storage.join(uri, name)))
+    return _fetch(uri, lambda name: storage.read_bytes(uris.join(uri, name)))
 
 
 def _pull_from_mlflow(uri: str) -> Path:

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from mlflow.models import Model
 
 import efae
-from data_pipelines import storage
+from data_pipelines import storage, uris
 from efae import config as configuration
 from efae.artifacts import checkpoint, registry, tracking
 from efae.artifacts.checkpoint import CheckpointError
@@ -219,7 +219,7 @@ def write_run(run_uri: str, steps: tuple[int, ...], tmp_path: Path) -> None:
             metadata={"step": step},
             config=TINY,
         )
-        storage.upload_folder(folder, storage.join(run_uri, checkpoint.checkpoint_name(step)))
+        storage.upload_folder(folder, uris.join(run_uri, checkpoint.checkpoint_name(step)))
 
 
 @pytest.mark.parametrize("where", ["s3", "folder"])

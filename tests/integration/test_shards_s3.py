@@ -10,6 +10,7 @@ from PIL import Image
 from data_pipelines import ShardDataset, ShardError, storage
 from data_pipelines.build_shards import build_shards
 from data_pipelines.build_shards import main as build
+from data_pipelines.retries import StorageError
 from data_pipelines.verify_shards import find_faults
 from data_pipelines.verify_shards import main as verify
 
@@ -55,9 +56,9 @@ def test_every_operation_round_trips(s3_endpoint, tmp_path):
 def test_a_download_of_other_content_is_refused_and_leaves_no_file(s3_endpoint, tmp_path):
     uri = f"{BUCKET}/damaged.bin"
     storage.write_bytes(uri, b"other")
-    with pytest.raises(storage.StorageError, match="sha256 is"):
+    with pytest.raises(StorageError, match="sha256 is"):
         storage.download(uri, tmp_path / "x", sha256="0" * 64, deadline_seconds=0.5)
-    with pytest.raises(storage.StorageError, match="5 bytes arrived, 6 expected"):
+    with pytest.raises(StorageError, match="5 bytes arrived, 6 expected"):
         storage.download(uri, tmp_path / "x", expected_bytes=6, deadline_seconds=0.5)
     assert list(tmp_path.iterdir()) == []
 
@@ -178,7 +179,7 @@ class TestPreflight:
     @staticmethod
     def expect(check, uri, endpoint, remedy):
         started = time.monotonic()
-        with pytest.raises(storage.StorageError) as caught:
+        with pytest.raises(StorageError) as caught:
             check(uri)
         assert time.monotonic() - started < 8
         message = str(caught.value)

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import pytest
 
-from data_pipelines import storage
+from data_pipelines import storage, uris
+from data_pipelines.retries import StorageError
 
 
 @pytest.mark.parametrize("uri", ["pipe:cat /etc/passwd", "ftp://host/x", "memory://x", "S3X://b"])
@@ -30,12 +31,12 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(scheme):
 
 def test_local_files_round_trip(tmp_path):
     for root in (str(tmp_path / "plain"), f"file://{tmp_path}/scheme"):
-        uri = storage.join(root, "a/b.bin")
+        uri = uris.join(root, "a/b.bin")
         assert not storage.exists(uri)
         storage.write_bytes(uri, b"x")
         storage.write_bytes(uri, b"content")
         assert storage.read_bytes(uri) == b"content"
-        storage.write_bytes(storage.join(root, "c"), b"")
+        storage.write_bytes(uris.join(root, "c"), b"")
         assert storage.list_files(root) == {"a/b.bin": 7, "c": 0}
         storage.upload_folder(tmp_path / root.rsplit("/")[-1], f"{root}-copy")
         storage.download_folder(f"{root}-copy", tmp_path / "back")
@@ -61,7 +62,7 @@ def test_a_download_appears_whole_or_not_at_all(tmp_path):
     source, target = tmp_path / "source", tmp_path / "folder/target"
     source.write_bytes(b"content")
     for wrong in ({"expected_bytes": 8}, {"sha256": "0" * 64}):
-        with pytest.raises(storage.StorageError, match="expected"):
+        with pytest.raises(StorageError, match="expected"):
             storage.download(str(source), target, deadline_seconds=0.05, **wrong)
         assert list(target.parent.iterdir()) == []
     sha256 = hashlib.sha256(b"content").hexdigest()
@@ -73,7 +74,7 @@ def test_missing_things_are_named(tmp_path):
     missing = str(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match="missing"):
         storage.read_bytes(missing)
-    with pytest.raises(storage.StorageError, match="missing does not exist"):
+    with pytest.raises(StorageError, match="missing does not exist"):
         storage.check_readable(missing)
     with pytest.raises(FileNotFoundError, match="missing does not exist or is empty"):
         storage.download_folder(missing, tmp_path / "x")
@@ -81,7 +82,7 @@ def test_missing_things_are_named(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_not_writable(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(storage.StorageError, match="file/x cannot be written"):
+    with pytest.raises(StorageError, match="file/x cannot be written"):
         storage.check_writable(str(tmp_path / "file/x"))
 
 
@@ -132,7 +133,7 @@ def test_transient_errors_are_retried(flaky_server, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "error"), [("missing", FileNotFoundError), ("forbidden", storage.StorageError)]
+    ("name", "error"), [("missing", FileNotFoundError), ("forbidden", StorageError)]
 )
 def test_permanent_errors_are_not_retried(flaky_server, name, error):
     with pytest.raises(error, match=f"{flaky_server}/{name}"):
@@ -142,7 +143,7 @@ def test_permanent_errors_are_not_retried(flaky_server, name, error):
 
 def test_retries_end_with_the_deadline_and_hide_the_query(flaky_server, tmp_path):
     uri = f"{flaky_server}/down?signature=secret"
-    with pytest.raises(storage.StorageError, match="no answer") as error:
+    with pytest.raises(StorageError, match="no answer") as error:
         storage.download(uri, tmp_path / "x", deadline_seconds=0.5)
     assert len(_Handler.requests) > 1
     assert "secret" not in str(error.value)
