@@ -14,18 +14,9 @@ from torch import Tensor, nn
 
 from efae.config import DataConfig, ModelConfig
 from efae.model.encoder import Positions, patchify, unpatchify
-from efae.model.octic import (
-    Block,
-    Lift,
-    Resample,
-    embed_invariant,
-    latent_action,
-    layout_of,
-    normalize,
-    patch_action,
-    spread_gains,
-    take_invariant,
-)
+from efae.model.octic import Block, Lift, latent_action, normalize, patch_action
+from efae.model.octic_layout import embed_invariant, layout_of, spread_gains, take_invariant
+from efae.model.resample import Resample
 from efae.symmetry.group import Group
 from efae.symmetry.representation import Representation
 

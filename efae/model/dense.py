@@ -20,15 +20,8 @@ from efae.config import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.model.decoder import Decoder
 from efae.model.encoder import Encoder, LinearPath
-from efae.model.octic import (
-    Block,
-    Layout,
-    Lift,
-    Linear,
-    embed_invariant,
-    spread_gains,
-    take_invariant,
-)
+from efae.model.octic import Block, Lift, Linear
+from efae.model.octic_layout import Layout, embed_invariant, spread_gains, take_invariant
 
 
 def to_dense(model: Autoencoder) -> Autoencoder:

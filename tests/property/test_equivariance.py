@@ -10,6 +10,8 @@ from torch import nn
 from efae.config import Config, with_overrides
 from efae.model import octic
 from efae.model.autoencoder import Autoencoder
+from efae.model.octic_layout import embed_invariant, layout_of, take_invariant
+from efae.model.resample import Resample
 from efae.symmetry import D4, GROUPS, Representation
 
 M = 6
@@ -31,7 +33,7 @@ def randomize(module):
 
 def act_on_tokens(g, x, group=D4):
     """Regular features (slot, ..., m * coset), acted on by the definition: u becomes g u."""
-    layout = octic.layout_of(group)
+    layout = layout_of(group)
     fourier = layout.fourier.double() / layout.fourier.double().norm(dim=1, keepdim=True)
     shift = torch.zeros(len(group), len(group), dtype=torch.float64)
     for i, u in enumerate(group):
@@ -47,7 +49,7 @@ def act_on_token_grid(g, x, side, group=D4):
 
 
 def draw_tokens(group, batch, tokens, m=M):
-    layout = octic.layout_of(group)
+    layout = layout_of(group)
     return draw(layout.slots, batch, tokens, layout.cosets * m)
 
 
@@ -61,7 +63,7 @@ every_group = pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
 
 @every_group
 def test_fourier_is_orthogonal_and_elements_only_sign_and_permute(group):
-    layout = octic.layout_of(group)
+    layout = layout_of(group)
     assert_close(layout.fourier @ layout.fourier.T, torch.eye(len(group)), 1e-6)
     basis = torch.eye(len(group), dtype=torch.float64)
     x = basis.view(layout.slots, layout.cosets, 1, -1).permute(0, 3, 2, 1)
@@ -74,7 +76,7 @@ def test_fourier_is_orthogonal_and_elements_only_sign_and_permute(group):
 @every_group
 def test_linear_holds_every_equivariant_map(group):
     """The commutant of a regular representation has the group's order as dimension."""
-    assert torch.linalg.matrix_rank(octic.layout_of(group).ties) == len(group)
+    assert torch.linalg.matrix_rank(layout_of(group).ties) == len(group)
 
 
 LAYERS = {
@@ -122,7 +124,7 @@ def test_lift_and_back_intertwine(group):
 @every_group
 @pytest.mark.parametrize("ratio", [1, 2, 4])
 def test_resample_commutes_and_inverts(group, ratio):
-    resample, x = octic.Resample(group, ratio).double(), draw_tokens(group, 2, 64)
+    resample, x = Resample(group, ratio).double(), draw_tokens(group, 2, 64)
     merged = resample.merge(x, 8, 8)
     assert merged.shape == (*x.shape[:2], 64 // ratio**2, x.shape[-1] * ratio**2)
     assert_close(resample.split(merged, 8, 8), x, 1e-6)
@@ -133,11 +135,11 @@ def test_resample_commutes_and_inverts(group, ratio):
 
 @every_group
 def test_invariants_survive(group):
-    layout, x, values = octic.layout_of(group), draw_tokens(group, 3, 1)[:, :, 0], draw(3, M)
+    layout, x, values = layout_of(group), draw_tokens(group, 3, 1)[:, :, 0], draw(3, M)
     for g in group:
-        acted = octic.take_invariant(layout, act_on_tokens(g, x, group))
-        assert_close(acted, octic.take_invariant(layout, x))
-        embedded = octic.embed_invariant(layout, values)
+        acted = take_invariant(layout, act_on_tokens(g, x, group))
+        assert_close(acted, take_invariant(layout, x))
+        embedded = embed_invariant(layout, values)
         assert_close(act_on_tokens(g, embedded, group), embedded)
 
 

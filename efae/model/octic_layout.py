@@ -1,0 +1,147 @@
+"""How octic tokens lie in memory: slots and cosets, where linear maps fall into blocks.
+
+A token carries m copies of the group's regular representation, that is one number per channel and
+group element. Written in the basis of the characters of its flips (its part of {e, rot180, flip_h,
+flip_v}) every group element only signs and permutes, and a linear map falls into blocks. So tokens
+are one tensor (slot, batch, token, m * coset): a slot per character, a coset per coset of the
+flips, the coset fastest. For D4 there are 4 slots and 2 cosets (the flips, and the flips times
+transpose):
+
+    slot 0 = (A1, B1)   slot 1 = (B2, A2)   slots 2, 3 = the two axes of E
+
+The trivial group has 1 slot and 1 coset. Source of the blocks: Octic Vision Transformers
+(Nordström, Edstedt, Kahl, Bökman 2025, arXiv:2505.15441); this slot layout is ours.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from efae.symmetry.group import D4, FLIPS, Element, Group
+
+# By row, the characters of {identity, rot180, flip_h, flip_v}: each is +-1 and multiplicative.
+_FLIP_NAMES = ("identity", "rot180", "flip_h", "flip_v")
+_CHARACTERS = ((1, 1, 1, 1), (1, 1, -1, -1), (1, -1, 1, -1), (1, -1, -1, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How regular features of a group are laid out in slots and cosets.
+
+    Attributes:
+        group: the group.
+        slots: blocks of a linear map, one per character of the group's flips.
+        cosets: copies that a block mixes, one per coset of the flips.
+        hadamard: (slots, slots), orthogonal and symmetric: slots <-> flips.
+        fourier: (slots * cosets, len(group)), orthogonal: regular basis -> slots.
+        ties: (coefficients, slots * cosets * cosets): the free numbers of a linear map, spread
+            over its blocks with their signs.
+        gain_of: (slots, cosets), which free gain scales a feature.
+    """
+
+    group: Group
+    slots: int
+    cosets: int
+    hadamard: Tensor
+    fourier: Tensor
+    ties: Tensor
+    gain_of: Tensor
+
+    @property
+    def gains(self) -> int:
+        """Free gains per channel."""
+        return int(self.gain_of.max()) + 1
+
+
+@functools.cache
+def layout_of(group: Group) -> Layout:
+    """The layout of a group, with the maps that commute with it found by averaging over it.
+
+    Cached, on the CPU and in float32: do not modify its tensors.
+    """
+    flips = [D4[name] for name in _FLIP_NAMES if any(D4[name] == g for g in group)]
+    columns = [_FLIP_NAMES.index(g.name) for g in flips]
+    characters = list(dict.fromkeys(tuple(row[i] for i in columns) for row in _CHARACTERS))
+    turns = [g for g in group if g not in list(FLIPS)]
+    # transpose, where there is one, is its own inverse and so moves features without a sign.
+    cosets = [group.identity, *sorted(turns, key=lambda g: g.name != "transpose")[:1]]
+    slots, hadamard = len(flips), torch.tensor(characters) / math.sqrt(len(flips))
+    fourier = torch.zeros(slots, len(cosets), len(group))
+    for coset, representative in enumerate(cosets):
+        for row, flip in enumerate(flips):
+            fourier[:, coset, group.index(flip @ representative)] = hadamard[:, row]
+    fourier = fourier.flatten(0, 1)
+    actions = torch.stack([fourier @ _regular_matrix(group, g) @ fourier.T for g in group])
+    block = torch.eye(slots).repeat_interleave(len(cosets), 0).repeat_interleave(len(cosets), 1)
+    numbers = range(len(group))
+    ties = _find_commuting(actions, [(i, j) for i in numbers for j in numbers if block[i, j]])
+    gains = _find_commuting(actions, [(i, i) for i in numbers])
+    ties = ties.view(-1, slots, len(cosets), slots, len(cosets)).diagonal(dim1=1, dim2=3)
+    return Layout(
+        group,
+        slots,
+        len(cosets),
+        hadamard,
+        fourier,
+        ties.movedim(-1, 1).flatten(1),
+        gains.diagonal(dim1=1, dim2=2).argmax(0).view(slots, len(cosets)),
+    )
+
+
+def _regular_matrix(group: Group, g: Element) -> Tensor:
+    """The action of g on the regular basis: component u becomes component g u."""
+    matrix = torch.zeros(len(group), len(group))
+    for column, u in enumerate(group):
+        matrix[group.index(g @ u), column] = 1
+    return matrix
+
+
+def _find_commuting(actions: Tensor, entries: list[tuple[int, int]]) -> Tensor:
+    """Matrices (n, d, d) of entries 0 and +-1 that commute with the actions and span such entries.
+
+    The actions are signed permutations, so the average of A E A^T for an elementary matrix E has
+    all its non-zero entries of one size, and two averages have the same ones or none in common.
+    """
+    found: list[Tensor] = []
+    for i, j in entries:
+        if any(tie[i, j] for tie in found):
+            continue
+        elementary = torch.zeros(actions.shape[1:])
+        elementary[i, j] = 1
+        average = (actions @ elementary @ actions.mT).mean(0)
+        if average[i, j] > 1e-6:
+            found.append((average / average[i, j]).round())
+    return torch.stack(found)
+
+
+def embed_invariant(
+    layout: Layout, values: Float[Tensor, "*axes m"]
+) -> Float[Tensor, "slot *axes m*coset"]:
+    """Invariants as tokens: all in A1, the same in each coset of slot 0."""
+    spread = values[..., None].expand(*values.shape, layout.cosets).flatten(-2)
+    return F.pad(spread[None], (0, 0) * values.ndim + (0, layout.slots - 1))
+
+
+def take_invariant(
+    layout: Layout, x: Float[Tensor, "slot *axes m*coset"]
+) -> Float[Tensor, "*axes m"]:
+    """The A1 part of tokens: what no element changes."""
+    return torch.unflatten(x[0], -1, (-1, layout.cosets)).sum(-1) / math.sqrt(layout.cosets)
+
+
+def spread_gains(
+    layout: Layout, gains: Float[Tensor, "batch gains*m"]
+) -> Float[Tensor, "slot batch 1 m*coset"]:
+    """Invariant gains as factors on tokens.
+
+    What an element exchanges shares a gain: for D4 the two cosets of slots 0 and 1, and slots 2
+    and 3 with their cosets swapped.
+    """
+    by_gain = torch.unflatten(gains, -1, (layout.gains, -1))
+    spread = by_gain[:, layout.gain_of]  # (b, slot, coset, m)
+    return spread.permute(1, 0, 3, 2).flatten(2)[:, :, None]

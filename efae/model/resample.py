@@ -1,0 +1,77 @@
+"""Coarser and finer grids of octic tokens, with nothing lost between them."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from efae.model.octic_layout import layout_of
+from efae.symmetry.group import Group, grid_sources
+
+
+class Resample(nn.Module):
+    """Merge ratio x ratio tokens into one (space to depth), or the reverse, equivariantly.
+
+    In the regular basis component g of a token at offset p is filed under the offset q with
+    p = g q; filed so, the ratio^2 tokens are ratio^2 * m plain regular channels.
+
+    Args:
+        group: the group.
+        ratio: side of the square of tokens that become one.
+    """
+
+    goes_to: Tensor
+    fourier: Tensor
+
+    def __init__(self, group: Group, ratio: int):
+        super().__init__()
+        self.ratio = ratio
+        self.layout = layout_of(group)
+        # act_on_grid moves the cell at source to p; g q is where the cell q goes.
+        goes_to = grid_sources(group, ratio, ratio).argsort(-1)
+        self.register_buffer("goes_to", goes_to, persistent=False)
+        self.register_buffer("fourier", self.layout.fourier, persistent=False)
+
+    def merge(
+        self, x: Float[Tensor, "slot batch token m*coset"], height: int, width: int
+    ) -> Float[Tensor, "slot batch token/ratio**2 ratio**2*m*coset"]:
+        """Tokens of a height x width grid, row by row, to those of the grid `ratio` times coarser.
+
+        `ratio` divides both sides.
+        """
+        r, batch = self.ratio, x.shape[1]
+        grid = self._to_regular(x).view(
+            -1, batch, height // r, r, width // r, r, x.shape[-1] // self.layout.cosets
+        )
+        offsets = grid.permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5)  # (g, b, h, w, r * r, m)
+        filed = torch.stack(
+            [part[..., i, :] for part, i in zip(offsets, self.goes_to, strict=True)]
+        )
+        return self._from_regular(filed.flatten(-2).flatten(2, 3))
+
+    def split(
+        self,
+        x: Float[Tensor, "slot batch token/ratio**2 ratio**2*m*coset"],
+        height: int,
+        width: int,
+    ) -> Float[Tensor, "slot batch token m*coset"]:
+        """The reverse of `merge`: height and width are those of the fine grid."""
+        r, batch = self.ratio, x.shape[1]
+        filed = self._to_regular(x).view(-1, batch, height // r, width // r, r * r, self._m(x))
+        sources = self.goes_to.argsort(-1)
+        offsets = torch.stack([part[..., i, :] for part, i in zip(filed, sources, strict=True)])
+        grid = torch.unflatten(offsets, 4, (r, r)).permute(0, 1, 2, 4, 3, 5, 6)
+        return self._from_regular(grid.reshape(-1, batch, height * width, self._m(x)))
+
+    def _m(self, x: Tensor) -> int:
+        return x.shape[-1] // self.layout.cosets // self.ratio**2
+
+    def _to_regular(self, x: Tensor) -> Tensor:
+        """(slot, ..., m * coset) -> (element, ..., m)."""
+        split = torch.unflatten(x, -1, (-1, self.layout.cosets)).movedim(-1, 1).flatten(0, 1)
+        return (self.fourier.t().to(x.dtype) @ split.flatten(1)).view(split.shape)
+
+    def _from_regular(self, x: Tensor) -> Tensor:
+        slots = (self.fourier.to(x.dtype) @ x.flatten(1)).view(
+            self.layout.slots, self.layout.cosets, *x.shape[1:]
+        )
+        return slots.movedim(1, -1).flatten(-2)
