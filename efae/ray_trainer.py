@@ -32,7 +32,7 @@ from data_pipelines import ShardDataset, storage, uris
 from efae import config as configuration
 from efae.artifacts.checkpoint import checkpoint_name, read_checkpoint, read_newest_checkpoint
 from efae.artifacts.registry import load
-from efae.artifacts.tracking import Tracker
+from efae.artifacts.tracker import Tracker
 from efae.config import Config
 from efae.training.evaluation import Evaluation, evaluate
 from efae.training.held_out import read_held_out

@@ -28,7 +28,8 @@ from data_pipelines import storage, uris
 from efae import config as configuration
 from efae.artifacts import checkpoint
 from efae.artifacts.checkpoint import CONFIG, MANIFEST, MODEL, CheckpointError
-from efae.artifacts.tracking import PATIENT, check_server, request_limits
+from efae.artifacts.request_limits import PATIENT, request_limits
+from efae.artifacts.tracking import check_server
 
 if TYPE_CHECKING:
     from efae.model.autoencoder import Autoencoder

@@ -28,7 +28,7 @@ from efae.artifacts.figures import (
     draw_reconstructions,
     draw_steps,
 )
-from efae.artifacts.tracking import redact
+from efae.artifacts.redaction import redact
 from efae.config import Config
 from efae.model.autoencoder import build_representation
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from data_pipelines import ShardDataset
 from efae.artifacts.checkpoint import Checkpoint, write_checkpoint
 from efae.artifacts.report import draw_reconstructions
-from efae.artifacts.tracking import Tracker
+from efae.artifacts.tracker import Tracker
 from efae.config import Config
 from efae.training.evaluation import psnr, to_float
 from efae.training.meter import Meter

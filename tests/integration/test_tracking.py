@@ -21,7 +21,7 @@ from mlflow.entities import Metric
 from cluster import ports
 from efae import config as configuration
 from efae.artifacts import tracking
-from efae.artifacts.tracking import Tracker
+from efae.artifacts.tracker import Tracker
 from efae.config import Config, DataConfig
 
 
