@@ -17,8 +17,9 @@ from torch import Tensor
 from efae.config import FlowConfig
 
 # An error of the image prediction counts as a velocity error, that is divided by t; below this t
-# the division is by it, in the loss, since the noise that is left there is invisible.
-SMALLEST_T = 0.05
+# the loss divides by it. With 0.05 a tenth of uniform t ruled all gradients: 22 dB after 600 steps,
+# against 25.5 dB, and the same at 1 to 50 sampler steps, with 0.5.
+SMALLEST_T = 0.5
 _ndtri = cast(Callable[[Tensor], Tensor], torch.special.ndtri)  # untyped in torch
 
 
@@ -89,6 +90,8 @@ def flow_loss(
     mask: Float[Tensor, "b 1 h w"] | None = None,
 ) -> Float[Tensor, "b"]:
     """Mean squared error of the velocity over (channel, height, width), per example.
+
+    Of an image prediction it is that of the image over max(t, SMALLEST_T) squared.
 
     Args:
         output: of the network at x_t.

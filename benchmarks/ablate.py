@@ -1,0 +1,313 @@
+"""What each part is worth: variants of one experiment at one budget of CPU seconds.
+
+    python -m benchmarks.ablate --preset fashion_mnist --cpu-seconds 100
+    python -m benchmarks.ablate --preset quickstart --variants exact none --learning-rates 0.003
+
+Every variant trains on one thread for the number of steps that its cost per step, measured first,
+allows: equal compute, and the same steps for every seed. Each is tried at every learning rate with
+the first seed, then repeated with the other seeds at its best one. Finished runs are kept in
+benchmarks/results/ablation-PRESET-SECONDS.json and not repeated, so that an interrupted comparison
+goes on where it stopped. Prints a table in the end.
+"""
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from benchmarks.original_sketch import OriginalSketch
+from benchmarks.original_sketch import build_optimizer as build_sketch_optimizer
+from data_pipelines import ShardDataset
+from efae.config import Config, with_overrides
+from efae.presets import PRESETS
+from efae.symmetry import Element, Representation
+from efae.symmetry.representation import irrep_matrix
+from efae.training.held_out import read_held_out
+from efae.training.loop import seed_of
+from efae.training.measures import gradient_energy, psnr, ssim, to_float
+from efae.training.optimizer import learning_rate_at, set_learning_rate
+from efae.training.state import TrainState
+
+RESULTS = Path(__file__).parent / "results"
+IMAGES = 256
+NARROW = {"model.hidden_size": 96, "model.encoder_hidden_size": 64}
+DENSE = {"model.level": "none"}
+SKETCH_RATE = 2e-3
+SKETCH_STEPS = 50
+
+
+class NonRepresentation(Representation):
+    """The sketch's README: sign flips beside planes that turn but that no mirror reflects."""
+
+    def matrix(self, element: Element) -> Tensor:
+        """Not a representation: h r h = r^-1 fails on the planes."""
+        matrix, turn = super().matrix(element), Element(element.quarter_turns, 0)
+        planes = self.blocks["e"]
+        for start in range(planes.start, planes.stop, 2):
+            matrix[start : start + 2, start : start + 2] = irrep_matrix("e", turn)
+        return matrix
+
+
+def list_variants(base: Config) -> dict[str, dict[str, Any]]:
+    """Overrides by name; "sketch" and "non-representation" are built apart."""
+    dim, colours = base.representation.dim, base.data.channels
+    cells = (base.data.image_size[0] // base.model.downsampling) ** 2
+    eighth = dim // 8
+
+    def split(*multiplicities: int) -> dict[str, Any]:
+        return {"representation.multiplicities": multiplicities}
+
+    variants: dict[str, dict[str, Any]] = {
+        "exact": {},
+        "regularized": {"model.level": "regularized"},
+        "objective": {"model.level": "objective"},
+        "none": DENSE,
+        "none, half as wide": DENSE | NARROW,
+        "objective, half as wide": {"model.level": "objective"} | NARROW,
+        "objective, non-representation": {"model.level": "objective"},
+        "sketch": {},
+        "exact, all invariant": split(dim, 0, 0, 0, 0),
+        "exact, regular split": split(eighth, eighth, eighth, eighth, 2 * eighth),
+        "exact, no planes": split(dim - 3 * eighth, eighth, eighth, eighth, 0),
+        "exact, vector latent": {
+            "model.downsampling": base.data.image_size[0],
+            "representation.dim": dim * cells,
+            "representation.rotation_dims": base.representation.rotation_dims * cells,
+        },
+    }
+    if eighth < colours:
+        del variants["exact, regular split"]
+    return variants
+
+
+@dataclass
+class Arguments:
+    """What to compare on what."""
+
+    preset: str = "fashion_mnist"
+    """Experiment to start from."""
+    train: str = ""
+    """Shards to train on, instead of the preset's."""
+    held_out: str = ""
+    """Shards to measure on, instead of the preset's."""
+    cpu_seconds: float = 100.0
+    """Training budget of each run."""
+    variants: tuple[str, ...] = ()
+    """Variants to run; all when empty."""
+    learning_rates: tuple[float, ...] = (3e-3, 6e-3)
+    """Tried with the first seed."""
+    seeds: int = 3
+    """Seeds at the best learning rate."""
+
+
+class Trained:
+    """A variant's model and how it learns."""
+
+    def __init__(self, name: str, config: Config):
+        self.name, self.config = name, config
+        self.average = None
+        if name == "sketch":
+            torch.manual_seed(config.training.seed)
+            self.model: Any = OriginalSketch(config.data.channels, config.data.image_size[0])
+            self.optimizer: torch.optim.Optimizer = build_sketch_optimizer(self.model)
+            return
+        state = TrainState.create(config, torch.device("cpu"))
+        self.model, self.optimizer, self.average = state.model, state.optimizer, state.average
+        if name == "objective, non-representation":
+            rho = self.model.representation
+            self.model.representation = NonRepresentation(rho.group, **rho.multiplicities)
+
+    def update(self, image: Tensor, step: int, generator: torch.Generator) -> None:
+        """One step on a batch in [-1, 1]."""
+        config = self.config
+        generator.manual_seed(seed_of(config.training.seed, step, 0))
+        loss, _ = self.model(image, generator)
+        loss.mean().backward()
+        if self.average is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.max_grad_norm)
+            rate = learning_rate_at(step, config.training.steps, config.optimizer)
+            set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.model, step)
+
+    def decode(self, latent: Tensor, steps: int, noise: Tensor) -> Tensor:
+        """A sample, clamped to the range of images."""
+        return self.model.decode(latent, steps=steps, noise=noise).clamp(-1, 1)
+
+
+def train(name: str, config: Config, images: Tensor, steps: int) -> tuple[Trained, float]:
+    """Train and give the CPU seconds that it took."""
+    trained = Trained(name, with_overrides(config, {"training.steps": steps}))
+    trained.model.train()
+    batch = config.training.global_batch_size
+    generator, shuffle = torch.Generator(), torch.Generator().manual_seed(config.training.seed)
+    started, order = time.process_time(), torch.empty(0, dtype=torch.long)
+    for step in range(steps):
+        if len(order) < batch:
+            order = torch.randperm(len(images), generator=shuffle)
+        chosen, order = order[:batch], order[batch:]
+        trained.update(to_float(images[chosen]), step, generator)
+    spent = time.process_time() - started
+    if trained.average is not None:
+        trained.average.copy_to(trained.model)
+    trained.model.eval()
+    return trained, spent
+
+
+def measure_cost(name: str, config: Config, images: Tensor) -> float:
+    """CPU seconds of one step: the least of some stretches, since others share the machine."""
+    train(name, config, images, 10)  # the first steps of a process are slower
+    return min(train(name, config, images, 15)[1] for _ in range(5)) / 15
+
+
+@torch.no_grad()
+def measure(trained: Trained, images: Tensor) -> dict[str, Any]:
+    """Numbers of the averaged weights on held-out images, and by how symmetric they are."""
+    image = to_float(images)
+    usual = SKETCH_STEPS if trained.name == "sketch" else trained.config.flow.sampler_steps
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(1))
+    asymmetry = (image - image.flip(-1)).square().mean((1, 2, 3)) / image.var((1, 2, 3))
+    symmetric = asymmetry <= asymmetry.median()
+    latent = trained.model.encode(image)
+    row: dict[str, Any] = {"sampler_steps": usual, "psnr": {}, "ssim": {}, "sharpness": {}}
+    for steps in (1, 2, usual):
+        sample = trained.decode(latent, steps, noise)
+        scores = psnr(sample, image)
+        row["psnr"][steps] = float(scores.mean())
+        row["ssim"][steps] = float(ssim(sample, image).mean())
+        row["sharpness"][steps] = float(
+            gradient_energy(sample).mean() / gradient_energy(image).mean()
+        )
+        if steps == usual:
+            row["psnr_symmetric_half"] = float(scores[symmetric].mean())
+            row["psnr_asymmetric_half"] = float(scores[~symmetric].mean())
+    few = slice(0, 64)
+    base = psnr(trained.decode(latent[few], 4, noise[few]), image[few]).mean()
+    gaps: list[float] = []
+    for g in trained.model.group:
+        acted = trained.decode(trained.model.act(g, latent[few]), 4, g.act_on_image(noise[few]))
+        gaps.append(abs(float(base - psnr(acted, g.act_on_image(image[few])).mean())))
+    row["worst_gap_db"] = max(gaps)
+    return row
+
+
+def compare(arguments: Arguments, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run what is missing, and give all results."""
+    overrides: dict[str, Any] = {"ray.num_workers": 1}
+    if arguments.train:
+        overrides["data.uri"] = arguments.train
+    if arguments.held_out:
+        overrides["data.held_out_uri"] = arguments.held_out
+    base = with_overrides(PRESETS[arguments.preset][1], overrides)
+    variants = list_variants(base)
+    path = RESULTS / f"ablation-{arguments.preset}-{arguments.cpu_seconds:.0f}.json"
+    results = json.loads(path.read_text()) if path.exists() else {"variants": {}}
+    results |= {
+        "preset": arguments.preset,
+        "cpu_seconds": arguments.cpu_seconds,
+        "hardware": f"{platform.machine()}, 1 thread of {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip(),
+    }
+    images, held_out = read_all(base), read_held_out(base.data, IMAGES)
+
+    def run(name: str, rate: float, seed: int) -> None:
+        entry = results["variants"].setdefault(name, {"overrides": variants[name], "runs": []})
+        if any(r["learning_rate"] == rate and r["seed"] == seed for r in entry["runs"]):
+            return
+        config = with_overrides(
+            base,
+            variants[name] | {"optimizer.learning_rate": rate, "training.seed": seed},
+        )
+        if "seconds_per_step" not in entry:
+            entry["seconds_per_step"] = measure_cost(name, config, images)
+        steps = round(arguments.cpu_seconds / entry["seconds_per_step"])
+        trained, spent = train(name, config, images, steps)
+        entry["parameters"] = sum(p.numel() for p in trained.model.parameters())
+        entry["steps"] = steps
+        entry["images_seen"] = steps * config.training.global_batch_size
+        row = measure(trained, held_out)
+        entry["runs"].append({"learning_rate": rate, "seed": seed, "cpu_seconds": spent} | row)
+        RESULTS.mkdir(exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        say(
+            f"{name}, lr {rate:g}, seed {seed}: {steps} steps, {spent:.0f} CPU s, PSNR"
+            f" {score(row):.2f} dB"
+        )
+
+    chosen = arguments.variants or tuple(variants)
+    for name in chosen:
+        rates = (SKETCH_RATE,) if name == "sketch" else arguments.learning_rates
+        for rate in rates:
+            run(name, rate, 0)
+    for seed in range(1, arguments.seeds):
+        for name in chosen:
+            run(name, best_rate(results, name), seed)
+    return results
+
+
+def read_all(config: Config) -> Tensor:
+    """The training images in memory, uint8 (n, c, h, w)."""
+    dataset = ShardDataset.open(config.data.uri)
+    loader = dataset.loader(
+        global_batch_size=256, shuffle=False, channels=config.data.channels, decode_threads=1
+    )
+    return torch.cat([batch.image for batch in loader])
+
+
+def score(run: dict[str, Any]) -> float:
+    """PSNR at the usual sampler steps, also where JSON made the keys strings."""
+    return {int(steps): value for steps, value in run["psnr"].items()}[run["sampler_steps"]]
+
+
+def best_rate(results: dict[str, Any], name: str) -> float:
+    """The learning rate with the best PSNR at the first seed."""
+    runs = [run for run in results["variants"][name]["runs"] if run["seed"] == 0]
+    return max(runs, key=score)["learning_rate"]
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """Markdown: mean and standard deviation over seeds, at each variant's best learning rate."""
+    print("| variant | lr | parameters | images | PSNR dB | least / most symmetric half | gap dB |")
+    print("|---|---|---|---|---|---|---|")
+    for name, entry in results["variants"].items():
+        rate = best_rate(results, name)
+        runs = [run for run in entry["runs"] if run["learning_rate"] == rate]
+        scores = [score(run) for run in runs]
+        spread = statistics.stdev(scores) if len(scores) > 1 else math.nan
+        halves = [
+            statistics.mean(run[f"psnr_{half}_half"] for run in runs)
+            for half in ("asymmetric", "symmetric")
+        ]
+        gap = max(run["worst_gap_db"] for run in runs)
+        print(
+            f"| {name} | {rate:g} | {entry['parameters']:,} | {entry['images_seen']:,} |"
+            f" {statistics.mean(scores):.2f} ± {spread:.2f} ({len(scores)}) |"
+            f" {halves[0]:.2f} / {halves[1]:.2f} | {gap:.1g} |"
+        )
+
+
+def main() -> None:
+    """Compare and print the table."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    torch.set_num_threads(1)
+    print_table(compare(arguments, lambda line: print(line, flush=True)))
+
+
+if __name__ == "__main__":
+    main()
