@@ -1,83 +1,203 @@
-"""Measure a model on a shard set and write its report card.
+"""Measure tokenizers on a shard set and write their report card.
 
     python jobs/evaluate.py --model models:/efae@champion --data s3://efae-data/openmoji-32/held_out
+    python jobs/evaluate.py --model models:/efae@champion diffusers:/models/sd-vae --data ...
 
-Addresses come from the environment (`source .local/env` for the local stack).
+Several models are measured on the same images and shown side by side; each gets its own card in a
+folder below. Addresses come from the environment (`source .local/env` for the local stack).
 """
 
-import dataclasses
 import json
 import logging
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from efae.config import Config
+    from efae.model.tokenizer import Tokenizer
 
 
 @dataclass
 class Arguments:
     """What to measure on what."""
 
-    model: str
-    """models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint or a model folder, local or remote."""
+    model: tuple[str, ...]
+    """One or more of: models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint or a model folder,
+    local or remote; or diffusers:PATH, a local folder with an AutoencoderKL of diffusers
+    (config.json and diffusion_pytorch_model.safetensors; needs the package diffusers)."""
     data: str
-    """Shard set that the model was not trained on."""
+    """Shard set that no model was trained on."""
     output: Path = Path("report")
     """Folder for report.html, summary.json and the figures."""
     images: int = 512
     """Images to measure, at most."""
+    seed: int = 0
+    """Of the noise."""
+    batch_size: int = 64
+    """Images at a time."""
     device: str = "cpu"
     """cpu or cuda."""
+    lpips_weights: Path | None = None
+    """Measure LPIPS too: torchvision's AlexNet weights, alexnet-owt-7be5be79.pth."""
+    fid_weights: Path | None = None
+    """Measure FID too: torch-fidelity's Inception weights; needs the packages torch-fidelity and
+    torchvision."""
 
 
 def main(arguments: list[str]) -> int:
     """Exit status 0 only if the report was written."""
     chosen = tyro.cli(Arguments, description=__doc__, args=arguments, prog="jobs/evaluate.py")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    from tqdm import tqdm
-
-    import efae
     from efae.artifacts.checkpoint import CheckpointError
-    from efae.artifacts.report import write_report
-    from efae.preflight import check_images
-    from efae.training.evaluation import evaluate
-    from efae.training.held_out import read_held_out
 
-    started = time.monotonic()
     try:
-        model = efae.load(chosen.model, device=chosen.device)
-        data = dataclasses.replace(model.config.data, held_out_uri=chosen.data)
-        check_images(model.config, chosen.data)
-        images = read_held_out(data, chosen.images)
-        evaluation = evaluate(
-            model,
-            images,
-            progress=lambda items, what: tqdm(items, what, disable=not sys.stderr.isatty()),
-        )
-        report = write_report(
-            chosen.output,
-            numbers=evaluation.numbers(),
-            pictures=evaluation.pictures,
-            config=model.config,
-            facts={
-                "model_uri": chosen.model,
-                "data": chosen.data,
-                "device": chosen.device,
-                "precision": "fp32",
-                "wall_seconds": time.monotonic() - started,
-            },
-        )
+        report = _run(chosen)
     except (ValueError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    summary = json.loads((chosen.output / "summary.json").read_text())
-    print(
-        f"{chosen.model}: {summary['psnr']:.2f} dB PSNR on {len(images)} images, worst gap"
-        f" {summary['worst_gap_db']:.1e} dB\nlook at {report}"
-    )
+    _print_table(json.loads((chosen.output / "summary.json").read_text()))
+    print(f"look at {report}")
     return 0
+
+
+def _run(chosen: Arguments) -> Path:
+    """Check everything, measure every model, write the page.
+
+    Raises:
+        ValueError: something that the user gave cannot work.
+    """
+    from tqdm import tqdm
+
+    from efae.artifacts.report import Card, write_comparison, write_report
+    from efae.training.evaluation import evaluate
+    from efae.training.networks import Lpips, load_fid
+
+    if not chosen.model or len(set(chosen.model)) < len(chosen.model):
+        raise ValueError(f"--model {' '.join(chosen.model)}: name one or more, each once")
+    if chosen.images < 1 or chosen.batch_size < 1:
+        raise ValueError("--images and --batch-size must be positive")
+    lpips = Lpips(chosen.lpips_weights).to(chosen.device) if chosen.lpips_weights else None
+    if chosen.fid_weights:
+        load_fid(chosen.fid_weights)
+    shape, credits = _look_at(chosen.data)
+    if lpips is not None:
+        lpips.check_size(*shape[1:])
+    loaded = {uri: _load(uri, shape, chosen) for uri in chosen.model}
+    images = {channels: _read(chosen, channels) for _, _, channels in loaded.values()}
+
+    cards: dict[str, Card] = {}
+    for uri, (model, config, channels) in loaded.items():
+        started = time.monotonic()
+        evaluation = evaluate(
+            model,
+            images[channels],
+            seed=chosen.seed,
+            batch_size=chosen.batch_size,
+            lpips=lpips,
+            fid=load_fid(chosen.fid_weights, chosen.device) if chosen.fid_weights else None,
+            progress=lambda items, what: tqdm(items, what, disable=not sys.stderr.isatty()),
+        )
+        facts = {
+            "model_uri": uri.removeprefix("diffusers:"),
+            "data": chosen.data,
+            "device": chosen.device,
+            "precision": "fp32",
+            "wall_seconds": time.monotonic() - started,
+            "credits": credits,
+        }
+        cards[uri] = Card(evaluation.numbers(), evaluation.pictures, config, facts)
+    if len(cards) > 1:
+        return write_comparison(chosen.output, cards, {"data": chosen.data, "credits": credits})
+    (card,) = cards.values()
+    return write_report(
+        chosen.output,
+        numbers=card.numbers,
+        pictures=card.pictures,
+        config=card.config,
+        facts=card.facts,
+    )
+
+
+def _look_at(data: str) -> tuple[tuple[int, int, int], list[str]]:
+    """Shape of the images, and the credits that their licence asks for.
+
+    Raises:
+        ValueError: there is no such set, or its images differ in size.
+    """
+    from data_pipelines import ShardDataset, storage
+
+    storage.check_readable(data)
+    dataset = ShardDataset.open(data)
+    if dataset.image_shape is None:
+        raise ValueError(f"{data}: its images differ in size; build the shards with --resolution N")
+    provenance = dataset.index.provenance
+    if "credit" not in provenance:
+        return dataset.image_shape, []
+    return dataset.image_shape, [
+        f"{provenance['credit']} ({provenance.get('licence', 'licence unknown')})"
+    ]
+
+
+def _load(
+    uri: str, shape: tuple[int, int, int], chosen: Arguments
+) -> "tuple[Tokenizer, Config | None, Literal[1, 3]]":
+    """The model, its configuration if it is ours, and the colours that it takes.
+
+    Raises:
+        ValueError: there is no such model, or it does not take images of this shape.
+    """
+    import efae
+    from efae.model.foreign import load_diffusers
+    from efae.preflight import check_images
+    from efae.symmetry import D4, FLIPS
+
+    channels, height, width = shape
+    if uri.startswith("diffusers:"):
+        group = D4 if height == width else FLIPS
+        foreign = load_diffusers(uri.removeprefix("diffusers:"), group, chosen.device)
+        takes = foreign.channels
+        try:
+            foreign.check_images(takes, height, width)
+        except ValueError as error:
+            raise ValueError(f"{uri}: {error}") from error
+        model, config = foreign, None
+    else:
+        model = efae.load(uri, device=chosen.device)
+        config = model.config
+        check_images(config, chosen.data)
+        takes = config.data.channels
+    if takes not in (channels, 3) or takes not in (1, 3):
+        raise ValueError(
+            f"{uri} takes images of {takes} colours, but those of {chosen.data} have {channels}:"
+            " measure it on a set of its own kind"
+        )
+    return model, config, takes
+
+
+def _read(chosen: Arguments, channels: Literal[1, 3]) -> "Tensor":
+    """The images as uint8; grey ones repeated for a model that takes colour."""
+    from efae.config import DataConfig
+    from efae.training.held_out import read_held_out
+
+    return read_held_out(DataConfig(held_out_uri=chosen.data, channels=channels), chosen.images)
+
+
+def _print_table(summary: dict[str, Any]) -> None:
+    models = summary.get("models") or {summary["model_uri"]: summary}
+    width = max(map(len, models))
+    print(f"{'model':{width}}  {'PSNR':>8}  {'worst gap':>10}  {'group law':>9}")
+    for name, row in models.items():
+        print(
+            f"{name:{width}}  {row['psnr']:5.2f} dB  {row['worst_gap_db']:7.1e} dB"
+            f"  {row['group_law_error']:9.1e}"
+        )
 
 
 if __name__ == "__main__":

@@ -6,19 +6,20 @@ matplotlib's objects, never pyplot's: nothing global is opened, changed or left 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 from torch import Tensor
 
 from efae.symmetry import D4
 
+Axes = Any
+"""matplotlib's; its own types leave most arguments unknown."""
 IRREP_WORDS = {
     "a1": "A1: invariant",
     "a2": "A2: sign flips under\nevery mirror",
@@ -42,6 +43,7 @@ ERROR_LEVELS = 64
 """Error maps saturate at this many of 255 grey levels."""
 
 _BLUE, _ORANGE, _GREY = "#2f5d8a", "#c8642b", "#6b7280"
+_SERIES = (_BLUE, _ORANGE, "#5b8f5b", "#8a6fb0", "#b8963e")
 _LETTER = np.pad(
     [[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0], [1, 0, 0, 0]], ((1, 1), (2, 1))
 )
@@ -82,13 +84,14 @@ def draw_orbit(
     acted: Mapping[str, Float[Tensor, "n c h w"]],
     path: Path,
     examples: int = 6,
+    gap_db: Mapping[str, float] | None = None,
 ) -> None:
     """One row an example: the original, then decodes of act(g, latent) for every g.
 
     Of the n examples cut into equal runs, each row is the one of its run that looks least like any
     of its images under the group: on a symmetric drawing there would be nothing to see. Under each
     column stands the largest difference of any of the n examples, in grey levels of 255, to g
-    applied to the decode at the identity.
+    applied to the decode at the identity, and the gap of the element, where it is given.
     """
     elements = [element for element in D4 if element.name in acted]
     changes = [
@@ -102,13 +105,16 @@ def draw_orbit(
     chosen = [int(run[change[run].argmax()]) for run in runs]
     tile = _tile(max(original.shape[-2:]), 160)
     step, header, gutter = tile + 10, 150, 30
-    figure = _canvas((1 + len(elements)) * step + gutter, header + len(chosen) * step + 66)
+    lines = 66 if gap_db is None else 104
+    figure = _canvas((1 + len(elements)) * step + gutter, header + len(chosen) * step + lines)
     _write(figure, tile / 2, header - 44, "original", size=18, bold=True)
     for row, i in enumerate(chosen):
         _place(figure, _pixels(original[i]), 0, header + row * step, tile)
     foot = header + len(chosen) * step + 12
     _write(figure, tile / 2, foot + 12, "largest difference", size=17, colour=_GREY)
     _write(figure, tile / 2, foot + 36, "to g · decode(z)", size=17, colour=_GREY)
+    if gap_db is not None:
+        _write(figure, tile / 2, foot + 72, "PSNR lost to g", size=17, colour=_GREY)
     for column, element in enumerate(elements):
         x = (1 + column) * step + gutter
         letter = np.ascontiguousarray(np.rot90(_letter(element.mirrored), element.quarter_turns))
@@ -123,16 +129,23 @@ def draw_orbit(
             figure, x + tile / 2, foot + 12, f"{levels:.4f}" if levels < 0.1 else f"{levels:.1f}"
         )
         _write(figure, x + tile / 2, foot + 36, "of 255 levels", size=17, colour=_GREY)
+        if gap_db is not None:
+            gap = gap_db[element.name]
+            text = f"{gap:.1f} dB" if abs(gap) >= 0.05 else f"{abs(gap):.4f} dB"
+            _write(figure, x + tile / 2, foot + 72, text, bold=abs(gap) >= 0.05)
     _save(figure, path)
 
 
 def draw_gap(
     gap_db: Mapping[str, float],
     decoder_error_db: Mapping[str, float],
-    noise_floor_db: float,
+    noise_floor_db: float | None,
     path: Path,
 ) -> None:
-    """By element: the gap on a log scale, and the decoder's agreement beside the noise floor."""
+    """By element: the gap on a log scale, and the decoder's agreement beside the noise floor.
+
+    A deterministic decoder has no noise floor.
+    """
     figure, (left, right) = _charts(9.4, 3.5, 2)
     names = list(gap_db)
     smallest = 1e-9
@@ -149,11 +162,12 @@ def draw_gap(
     _name(left, "|gap| to the identity's PSNR, dB")
     agreement = [decoder_error_db[name] for name in names]
     right.barh(names, agreement, color=_BLUE)
-    right.axvline(noise_floor_db, color=_ORANGE, linewidth=1.5)
-    beside, align = (
-        (noise_floor_db + 1, "left") if noise_floor_db < 75 else (noise_floor_db - 1, "right")
-    )
-    right.text(beside, -0.62, f"noise floor {noise_floor_db:.1f}", color=_ORANGE, ha=align)
+    if noise_floor_db is not None:
+        right.axvline(noise_floor_db, color=_ORANGE, linewidth=1.5)
+        beside, align = (
+            (noise_floor_db + 1, "left") if noise_floor_db < 75 else (noise_floor_db - 1, "right")
+        )
+        right.text(beside, -0.62, f"noise floor {noise_floor_db:.1f}", color=_ORANGE, ha=align)
     for row, value in enumerate(agreement):
         text = f"≥ {SAME_DB:.0f}" if value >= SAME_DB else f"{value:.1f}"
         right.text(value + 1, row, text, va="center")
@@ -163,6 +177,29 @@ def draw_gap(
     for axes in (left, right):
         axes.set_ylim(len(names) - 0.5, -0.9)
         axes.tick_params(axis="y", length=0)
+    _save(figure, path)
+
+
+def draw_gaps(models: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Gaps by element on a log scale, one bar for each model."""
+    names = list(next(iter(models.values())))
+    figure, (axes,) = _charts(9.4, 0.8 + 0.16 * len(names) * (1 + len(models)), 1)
+    smallest, height = 1e-9, 0.8 / len(models)
+    for i, (model, gap_db) in enumerate(models.items()):
+        rows = [row + (i - (len(models) - 1) / 2) * height for row in range(len(names))]
+        sizes = [max(abs(gap_db[name]), smallest) for name in names]
+        axes.barh(rows, sizes, 0.9 * height, color=_SERIES[i % len(_SERIES)], label=model)
+        for row, name, size in zip(rows, names, sizes, strict=True):
+            axes.text(1.3 * size, row, f"{gap_db[name]:.2g}", va="center", fontsize=8)
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(smallest, 1e2)
+    axes.set_xticks([10.0**k for k in range(-9, 2, 2)])
+    axes.axvline(1e-3, color=_GREY, linestyle="--", linewidth=1)
+    figure.legend(loc="outside upper right", ncols=len(models), frameon=False, fontsize=9)
+    _name(axes, "|gap| to the identity's PSNR, dB")
     _save(figure, path)
 
 
@@ -177,7 +214,7 @@ def draw_energy(energy: Mapping[str, float], channels: Mapping[str, int], path: 
         axes.text(value + 0.01, row - 0.19, f"{value:.1%}", va="center", fontsize=9)
     axes.set_yticks(rows, [IRREP_WORDS[irrep] for irrep in energy])
     axes.set_xlim(0, 1.2 * max(*energy.values(), *share))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.invert_yaxis()
     axes.legend(frameon=False, loc="best")
     _name(axes, "share of each irrep")
@@ -185,21 +222,27 @@ def draw_energy(energy: Mapping[str, float], channels: Mapping[str, int], path: 
 
 
 def draw_steps(
-    psnr: Mapping[int, float], sharpness: Mapping[int, float], chosen: int, path: Path
+    psnr: Mapping[int, float],
+    ssim: Mapping[int, float],
+    sharpness: Mapping[int, float],
+    chosen: int | None,
+    path: Path,
 ) -> None:
-    """PSNR and sharpness against sampler steps; the model's own number of steps is marked."""
-    figure, (left, right) = _charts(9.4, 2.9, 2)
-    for axes, values in ((left, psnr), (right, sharpness)):
+    """PSNR, SSIM and sharpness against sampler steps; the model's own number is marked."""
+    figure, charts = _charts(9.4, 2.7, 3)
+    for axes, values in zip(charts, (psnr, ssim, sharpness), strict=True):
         counts = [int(count) for count in values]
         axes.plot(counts, [*values.values()], "o-", color=_BLUE)
-        axes.axvline(chosen, color=_GREY, linestyle=":", linewidth=1)
+        if chosen is not None:
+            axes.axvline(chosen, color=_GREY, linestyle=":", linewidth=1)
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(count) for count in counts])
-        axes.set_xlabel("sampler steps (dotted: this model's default)")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("sampler steps")
         axes.margins(y=0.15)
-    _name(left, "PSNR, dB")
-    _name(right, "sharpness of samples / images")
-    right.axhline(1, color=_ORANGE, linewidth=1)
+    for axes, name in zip(charts, ("PSNR, dB", "SSIM", "sharpness"), strict=True):
+        _name(axes, name)
+    charts[-1].axhline(1, color=_ORANGE, linewidth=1)
     _save(figure, path)
 
 
@@ -230,9 +273,9 @@ def draw_curves(curves: Sequence[tuple[int, float]], path: Path) -> None:
     _save(figure, path)
 
 
-def _charts(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
+def _charts(width: float, height: float, count: int) -> tuple[Any, list[Axes]]:
     """A row of charts; sizes in inches."""
-    figure = Figure((width, height), dpi=180, layout="constrained")
+    figure: Any = Figure((width, height), dpi=180, layout="constrained")
     row = [figure.add_subplot(1, count, i + 1) for i in range(count)]
     for axes in row:
         axes.spines[["top", "right"]].set_visible(False)
@@ -248,16 +291,16 @@ def _use_log(axes: Axes) -> None:
     """A log scale upwards, with plain numbers."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _canvas(width: int, height: int) -> Figure:
+def _canvas(width: int, height: int) -> Any:
     """A bare figure of width x height pixels; `_place` and `_write` count from its top left."""
     return Figure((width / 100, height / 100), dpi=100)
 
 
-def _place(figure: Figure, image: np.ndarray, x: float, y: float, side: int) -> None:
+def _place(figure: Any, image: np.ndarray, x: float, y: float, side: int) -> None:
     width, height = figure.get_size_inches() * 100
     axes = figure.add_axes((x / width, 1 - (y + side) / height, side / width, side / height))
     axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
@@ -266,7 +309,7 @@ def _place(figure: Figure, image: np.ndarray, x: float, y: float, side: int) -> 
 
 
 def _write(
-    figure: Figure,
+    figure: Any,
     x: float,
     y: float,
     text: str,
@@ -299,6 +342,6 @@ def _letter(mirrored: int) -> np.ndarray:
     return np.fliplr(letter) if mirrored else letter
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Any, path: Path) -> None:
     # Without the version of matplotlib in it, the same data give the same bytes.
     figure.savefig(path, facecolor="white", metadata={"Software": None})

@@ -1,16 +1,19 @@
 """The report card: pictures and numbers of one model, as one page that works offline.
 
 `write_report` takes numbers and pictures as `efae.training.evaluation.Evaluation` has them, and
-writes ``report.html`` (everything inline), ``summary.json`` for machines, and each figure as a PNG
-file. Every measure is explained in a sentence where it stands; the page is meant to be printed.
+writes ``report.html`` (everything inline), ``summary.json`` for machines, and each figure as a
+file. `write_comparison` puts several models side by side. Every measure is explained in a sentence
+where it stands; the page is meant to be printed.
 """
 
 import base64
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
@@ -23,16 +26,17 @@ from efae.artifacts.figures import (
     draw_curves,
     draw_energy,
     draw_gap,
+    draw_gaps,
     draw_loss_by_time,
     draw_orbit,
     draw_reconstructions,
     draw_steps,
 )
 from efae.artifacts.redaction import redact
+from efae.artifacts.trajectory import draw_filmstrip, draw_trajectory
 from efae.config import Config
-from efae.model.autoencoder import build_representation
 
-__all__ = ["draw_reconstructions", "summarize", "write_report"]
+__all__ = ["Card", "draw_reconstructions", "summarize", "write_comparison", "write_report"]
 
 _MEASURED = ("psnr", "gap_db", "worst_gap_db", "group_law_error")
 _SUMMARY = (
@@ -57,13 +61,33 @@ class Pictures(Protocol):
         """By element: decodes of act(g, latent)."""
         ...
 
+    @property
+    def states(self) -> Sequence[tuple[float, Tensor]]:
+        """(t, x_t) from noise to image; none of a decoder without a flow."""
+        ...
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known about one model."""
+
+    numbers: Mapping[str, Any]
+    """An evaluation's `numbers()`."""
+    pictures: Pictures
+    """The same evaluation's pictures."""
+    config: Config | None
+    """Of a model of ours."""
+    facts: Mapping[str, Any]
+    """About the run: the keys of summary.json that are not measured on the model, `credits` (text,
+    or several) for the data, and any more, shown in their order."""
+
 
 def write_report(
     directory: Path,
     *,
     numbers: Mapping[str, Any],
     pictures: Pictures,
-    config: Config,
+    config: Config | None,
     facts: Mapping[str, Any],
     curves: Sequence[tuple[int, float]] | None = None,
 ) -> Path:
@@ -71,29 +95,98 @@ def write_report(
 
     Args:
         directory: made if it does not exist.
-        numbers: an evaluation's `numbers()`.
-        pictures: the same evaluation's pictures.
-        config: of the model.
-        facts: about the run: the keys of summary.json that are not measured on the model,
-            `credits` (text, or several) for the data, and any more, shown in their order.
+        numbers: as in `Card`.
+        pictures: as in `Card`.
+        config: as in `Card`.
+        facts: as in `Card`.
         curves: (step, training loss), oldest first.
 
     Raises:
         ValueError: a number is not finite; summary.json is written nevertheless.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    summary = json.dumps(summarize(numbers, facts), indent=2, allow_nan=False)
-    (directory / "summary.json").write_text(redact(summary) + "\n")
+    _write_json(directory, summarize(numbers, facts))
     broken = [name for name, value in numbers.items() if _finite(value) != value]
     if broken:
         raise ValueError(
             f"the evaluation has values that are not finite in {', '.join(broken)}: there is"
             " nothing to draw; evaluate an earlier checkpoint"
         )
-    representation = build_representation(config)
-    _draw_figures(directory, numbers, pictures, representation.blocks, curves)
+    _draw_figures(directory, numbers, pictures, curves)
+    channels, height, width = numbers["image_shape"]
+    return _render(
+        directory,
+        "report.html.jinja",
+        title=facts.get("run_name", "one model"),
+        numbers=numbers,
+        config=config,
+        image_size=(height, width),
+        compression=channels * height * width / math.prod(numbers["latent_shape"]),
+        facts={name: value for name, value in facts.items() if name != "credits"},
+        credits=_listed(facts.get("credits")),
+        model_uri=json.dumps(facts.get("model_uri") or "models:/efae@champion"),
+        settings=configuration.flatten(config) if config else {},
+        exact=_is_exact(numbers),
+        example="rot90" if "rot90" in numbers["gap_db"] else list(numbers["gap_db"])[-1],
+        examples=len(pictures.original),
+        has_curves=bool(curves),
+        trajectory=bool(pictures.states),
+    )
 
-    height, width = config.data.image_size
+
+def write_comparison(directory: Path, cards: Mapping[str, Card], facts: Mapping[str, Any]) -> Path:
+    """One page with several models side by side; gives its path.
+
+    Each model's own report lies in a folder below, as `write_report` makes it; summary.json has
+    the summary of each by its name.
+
+    Args:
+        directory: made if it does not exist.
+        cards: by the models' names, measured on the same images.
+        facts: about the comparison, shown in their order; `credits` as in `Card`.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    folders = {name: f"{i + 1}-{_slug(name)}" for i, name in enumerate(cards)}
+    for name, card in cards.items():
+        own = {"run_name": name, **card.facts}
+        write_report(
+            directory / folders[name],
+            numbers=card.numbers,
+            pictures=card.pictures,
+            config=card.config,
+            facts=own,
+        )
+    _write_json(
+        directory,
+        {"models": {name: summarize(card.numbers, card.facts) for name, card in cards.items()}},
+    )
+    # A model has the elements of its own group; shared are those of all.
+    shared = [
+        g
+        for g in next(iter(cards.values())).numbers["gap_db"]
+        if all(g in card.numbers["gap_db"] for card in cards.values())
+    ]
+    draw_gaps(
+        {name: {g: card.numbers["gap_db"][g] for g in shared} for name, card in cards.items()},
+        directory / "gaps.png",
+    )
+    return _render(
+        directory,
+        "comparison.html.jinja",
+        title=" and ".join(cards),
+        cards=cards,
+        folders=folders,
+        exact={name: _is_exact(card.numbers) for name, card in cards.items()},
+        facts={name: value for name, value in facts.items() if name != "credits"},
+        credits=_listed(facts.get("credits")),
+        images=next(iter(cards.values())).numbers["images"],
+        examples=len(next(iter(cards.values())).pictures.original),
+    )
+
+
+def _render(directory: Path, template: str, **context: Any) -> Path:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -102,33 +195,30 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.filters["plain"] = _plain
-    page = environment.get_template("report.html.jinja").render(
-        numbers=numbers,
-        config=config,
-        representation=representation,
-        image_size=(height, width),
-        latent_shape=(
-            representation.dim,
-            height // config.model.downsampling,
-            width // config.model.downsampling,
-        ),
-        compression=config.data.channels * config.model.downsampling**2 / representation.dim,
-        facts={name: value for name, value in facts.items() if name != "credits"},
-        credits=_listed(facts.get("credits")),
-        model_uri=json.dumps(facts.get("model_uri") or "models:/efae@champion"),
-        settings=configuration.flatten(config),
-        exact=_is_exact(numbers),
+
+    def figure(name: str) -> str:
+        return _inline(directory / name)
+
+    page = environment.get_template(template).render(
         exact_db=_EXACT_DB,
         words=ELEMENT_WORDS,
         error_levels=ERROR_LEVELS,
         same_db=SAME_DB,
-        figure=lambda name: _inline(directory / f"{name}.png"),
-        examples=len(pictures.original),
-        has_curves=bool(curves),
+        figure=figure,
+        **context,
     )
     path = directory / "report.html"
     path.write_text(redact(page), encoding="utf-8")
     return path
+
+
+def _write_json(directory: Path, summary: Mapping[str, Any]) -> None:
+    text = redact(json.dumps(summary, indent=2, allow_nan=False))
+    (directory / "summary.json").write_text(text + "\n")
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[-40:]
 
 
 def summarize(numbers: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,37 +240,51 @@ def _draw_figures(
     directory: Path,
     numbers: Mapping[str, Any],
     pictures: Pictures,
-    blocks: Mapping[str, slice],
     curves: Sequence[tuple[int, float]] | None,
 ) -> None:
-    channels = {irrep: block.stop - block.start for irrep, block in blocks.items()}
-    floor = numbers["noise_floor_db"]
-    draw_orbit(pictures.original, pictures.acted, directory / "orbit.png")
+    draw_orbit(pictures.original, pictures.acted, directory / "orbit.png", gap_db=numbers["gap_db"])
     draw_reconstructions(
         pictures.original, pictures.reconstruction, directory / "reconstructions.png"
     )
-    draw_gap(numbers["gap_db"], numbers["decoder_error_db"], floor, directory / "gap.png")
-    draw_energy(numbers["energy_by_irrep"], channels, directory / "energy.png")
-    draw_steps(
-        numbers["psnr_by_steps"],
-        numbers["sharpness_by_steps"],
-        numbers["sampler_steps"],
-        directory / "steps.png",
+    draw_gap(
+        numbers["gap_db"],
+        numbers["decoder_error_db"],
+        numbers["noise_floor_db"],
+        directory / "gap.png",
     )
-    draw_loss_by_time(numbers["loss_by_time"], directory / "loss_by_time.png")
+    energy = numbers["energy_by_irrep"]
+    if len(energy) > 1:
+        channels = {
+            irrep: numbers["multiplicities"][irrep] * (2 if irrep == "e" else 1) for irrep in energy
+        }
+        draw_energy(energy, channels, directory / "energy.png")
+    if numbers["psnr_by_steps"]:
+        draw_steps(
+            numbers["psnr_by_steps"],
+            numbers["ssim_by_steps"],
+            numbers["sharpness_by_steps"],
+            numbers["sampler_steps"],
+            directory / "steps.png",
+        )
+    if numbers["loss_by_time"]:
+        draw_loss_by_time(numbers["loss_by_time"], directory / "loss_by_time.png")
+    if pictures.states:
+        draw_trajectory(pictures.states, directory / "trajectory.gif")
+        draw_filmstrip(pictures.states, directory / "filmstrip.png")
     if curves:
         draw_curves(curves, directory / "curves.png")
 
 
 def _inline(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    return f"data:image/{path.suffix[1:]};base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: _finite(entry) for name, entry in value.items()}
+        entries = cast(Mapping[str, Any], value)
+        return {name: _finite(entry) for name, entry in entries.items()}
     if isinstance(value, list):
-        return [_finite(entry) for entry in value]
+        return [_finite(entry) for entry in cast(list[Any], value)]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -197,14 +301,15 @@ def _plain(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        if value == 0 or not math.isfinite(value):
+        if not value or not math.isfinite(value):
             return f"{value:g}"
         if 1e-3 <= abs(value) < 1e6:
             return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa}e{int(exponent)}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name}: {_plain(entry)}" for name, entry in value.items())
+        entries = cast(Mapping[str, Any], value)
+        return ", ".join(f"{name}: {_plain(entry)}" for name, entry in entries.items())
     if isinstance(value, list | tuple):
-        return ", ".join(_plain(entry) for entry in value)
+        return ", ".join(_plain(entry) for entry in cast(Sequence[Any], value))
     return str(value)

@@ -1,27 +1,54 @@
-"""What is measured about a model: reconstruction, equivariance, and what its latent carries.
+"""What is measured about a tokenizer: reconstruction, equivariance, and what its latent carries.
 
-Images are in [-1, 1], so PSNR = 10 log10(4 / MSE) per example, clamped samples, then averaged.
-Element g is measured with coupled noise: D(rho(g) E(x); g eps) against g x. A small gap alone is
-worthless (a latent that cannot carry pose has gap 0), so it always stands beside PSNR.
+Element g is measured with coupled noise: D(rho(g) E(x); g eps), undone by g^-1, against x. A small
+gap alone is worthless (a latent that cannot carry pose has gap 0), so it always stands beside PSNR.
+What needs many decodes is measured on an even choice of CHOSEN images; `Evaluation.protocol` says
+how every number came about.
 """
 
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import UInt8
+from torch import Tensor, nn
 
 from efae.model import flow
 from efae.model.autoencoder import Autoencoder
-from efae.symmetry.group import Element
+from efae.model.tokenizer import FlowTokenizer, Tokenizer
 from efae.symmetry.representation import group_law_error
+from efae.training.measures import (
+    LARGEST_PSNR,
+    Totals,
+    draw_noise,
+    gather_json,
+    gradient_energy,
+    psnr,
+    ssim,
+    symmetric_images,
+    to_float,
+)
+from efae.training.networks import Fid, Lpips
 
-STEP_COUNTS = (1, 2, 4, 8, 16, 32)
+__all__ = [
+    "CHOSEN",
+    "STEP_COUNTS",
+    "TIME_BINS",
+    "Evaluation",
+    "Pictures",
+    "evaluate",
+    "psnr",
+    "ssim",
+    "to_float",
+]
+
+STEP_COUNTS = (1, 2, 4, 8, 16, 50)
 TIME_BINS = 10
+CHOSEN = 64
+"""Images, at most, for the measures that take many decodes."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +59,8 @@ class Pictures:
     reconstruction: Tensor
     acted: dict[str, Tensor]
     """By element: decodes of act(g, z)."""
+    states: list[tuple[float, Tensor]]
+    """(t, x_t) from noise to image of the first examples; none of a deterministic decoder."""
 
 
 @dataclass(frozen=True)
@@ -39,29 +68,51 @@ class Evaluation:
     """The numbers of one model on one held-out set; PSNR and gaps in dB."""
 
     images: int
-    sampler_steps: int
+    image_shape: tuple[int, ...]
+    latent_shape: tuple[int, ...]
+    representation: str
+    multiplicities: dict[str, int]
+    """By irrep."""
     psnr: float
     ssim: float
     psnr_by_element: dict[str, float]
+    ssim_by_element: dict[str, float]
     gap_db: dict[str, float]
     worst_gap_db: float
     """The largest |gap|."""
+    symmetric_gap_db: dict[str, float]
+    """The same on images made symmetric, by the kind of symmetry."""
     symmetric_worst_gap_db: float
-    """The same on a batch of the images made mirror-symmetric."""
-    noise_floor_db: float
-    """PSNR between two decodes of one latent from different noise."""
+    deterministic: bool
+    """Whether the noise changes nothing."""
+    noise_floor_db: float | None
+    """PSNR between two decodes of one latent from different noise; None of a deterministic one."""
     encoder_error: dict[str, float]
     """E |E(gx) - rho(g) E(x)|^2 / Var E(x), by element."""
+    encoder_error_by_irrep: dict[str, dict[str, float]]
+    """The same on the channels of one irrep alone, by irrep and element."""
     decoder_error_db: dict[str, float]
     """PSNR of D(rho(g) z; g eps) against g D(z; eps), by element."""
     group_law_error: float
     energy_by_irrep: dict[str, float]
     """Share of the latent's energy."""
+    sampler_steps: int | None
     psnr_by_steps: dict[int, float]
+    """Empty without a flow, as the two below."""
+    ssim_by_steps: dict[int, float]
     sharpness_by_steps: dict[int, float]
     """Gradient energy of the samples over that of the images."""
-    loss_by_time: list[float]
-    """Flow loss in equal bins of t over [0, 1]."""
+    loss_by_time: list[float] | None
+    """Flow loss in equal bins of t over [0, 1]; None without a flow."""
+    velocity_error_by_time: list[float] | None
+    """|v(g x_t, t, rho(g) z) - g v(x_t, t, z)|^2 / |v|^2 of the worst g, in the same bins."""
+    lpips: float | None
+    """Of reconstructions; None where no weights were given, as the two below."""
+    lpips_by_element: dict[str, float] | None
+    fid: float | None
+    """Of reconstructions against the images themselves."""
+    protocol: dict[str, Any]
+    """All that it takes to measure the same again."""
     seconds: float
     pictures: Pictures = field(repr=False)
 
@@ -70,182 +121,313 @@ class Evaluation:
         return {name: value for name, value in asdict(self).items() if name != "pictures"}
 
 
-def psnr(image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
-    """Peak signal to noise ratio per example, dB; the peak-to-peak range is 2."""
-    error = (image - other).square().mean((1, 2, 3))
-    return 10 * torch.log10(4 / error.clamp(min=1e-12))
-
-
-def ssim(image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
-    """Structural similarity per example (Wang et al. 2004), Gaussian window of 11, sigma 1.5."""
-    offsets = torch.arange(11, device=image.device) - 5.0
-    window = torch.exp(-(offsets**2) / (2 * 1.5**2))
-    kernel = torch.outer(window, window)
-    kernel = (kernel / kernel.sum()).expand(image.shape[1], 1, 11, 11)
-
-    def blur(x: Tensor) -> Tensor:
-        return F.conv2d(x, kernel, groups=x.shape[1])
-
-    mean_a, mean_b = blur(image), blur(other)
-    variance_a = blur(image.square()) - mean_a.square()
-    variance_b = blur(other.square()) - mean_b.square()
-    covariance = blur(image * other) - mean_a * mean_b
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    score = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / (
-        (mean_a.square() + mean_b.square() + c1) * (variance_a + variance_b + c2)
-    )
-    return score.mean((1, 2, 3))
-
-
-def to_float(image: Tensor) -> Tensor:
-    """uint8 pixels to float in [-1, 1]."""
-    return image.float() / 127.5 - 1
-
-
 @torch.no_grad()
 def evaluate(
-    model: Autoencoder,
-    images: Tensor,
+    model: Tokenizer,
+    images: UInt8[Tensor, "n c h w"],
     *,
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int = 64,
+    lpips: Lpips | None = None,
+    fid: Fid | None = None,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
 ) -> Evaluation:
     """Measure a model in fp32.
 
+    Where torch.distributed is initialised, every process calls this with its own images, and all
+    get the numbers of the whole set: the images of rank 0, then of rank 1, ... The pictures are of
+    a process's own images.
+
     Args:
-        model: in eval mode.
-        images: uint8 (n, c, h, w), held out from training.
-        seed: of the noise; example i always meets the same noise.
-        batch_size: images at a time.
+        model: in eval mode; velocity and sampler are measured where it has a `velocity`.
+        images: in [0, 255], held out from training.
+        seed: of the noise; image i of the set always meets the same noise.
+        batch_size: images at a time; changes no number beyond rounding.
+        lpips: measures LPIPS too.
+        fid: measures FID too.
         progress: wraps the long loops, given a description.
+
+    Raises:
+        ValueError: no images, or too small for `lpips`.
     """
     started = time.monotonic()
-    device = next(model.parameters()).device
-    steps = model.config.flow.sampler_steps
-    batches = [
-        (to_float(part.to(device)), _noise(part.shape, seed + i, device))
-        for i, part in enumerate(images.split(batch_size))
-    ]
-    latents = [model.encode(image) for image, _ in batches]
-    plain = [
-        model.decode(latent, noise=noise)
-        for latent, (_, noise) in zip(latents, progress(batches, "reconstruct"), strict=True)
-    ]
-    psnr_by_element, decoder_error, encoder_error = {}, {}, {}
-    # One variance for all elements; over images, as the mean latent carries no information.
-    spread = torch.cat(latents).var(0).mean()
-    pictures: dict[str, Tensor] = {}
-    for g in progress(model.group, "elements"):
-        scores, agreements, errors = [], [], []
-        for (image, noise), latent, reference in zip(batches, latents, plain, strict=True):
-            sample = reference
-            if g != model.group.identity:
-                sample = model.decode(model.act(g, latent), noise=g.act_on_image(noise))
-            pictures.setdefault(g.name, sample.clamp(-1, 1).cpu())
-            scores.append(_clamped_psnr(sample, g.act_on_image(image)))
-            agreements.append(psnr(sample, g.act_on_image(reference)))
-            difference = model.encode(g.act_on_image(image)) - model.act(g, latent)
-            errors.append(difference.square().mean((1, 2, 3)))
-        psnr_by_element[g.name] = _mean(scores)
-        decoder_error[g.name] = _mean(agreements)
-        encoder_error[g.name] = _mean(errors) / max(float(spread), 1e-12)
-    base = psnr_by_element["identity"]
-    gaps = {name: base - value for name, value in psnr_by_element.items()}
-    by_steps = _measure_steps(model, batches[0], latents[0])
-    other = model.decode(latents[0], seed=seed + 10_000)
-    return Evaluation(
-        images=len(images),
-        sampler_steps=steps,
-        psnr=base,
-        ssim=_mean(
-            [ssim(x.clamp(-1, 1), image) for x, (image, _) in zip(plain, batches, strict=True)]
-        ),
-        psnr_by_element=psnr_by_element,
-        gap_db=gaps,
-        worst_gap_db=max(map(abs, gaps.values())),
-        symmetric_worst_gap_db=_symmetric_gap(model, batches[0]),
-        noise_floor_db=float(psnr(plain[0], other).mean()),
-        encoder_error=encoder_error,
-        decoder_error_db=decoder_error,
-        group_law_error=group_law_error(
-            model.group, {g.name: model.representation.matrix(g) for g in model.group}
-        )[0],
-        energy_by_irrep=_energy(model, torch.cat(latents)),
-        psnr_by_steps={count: score for count, (score, _) in by_steps.items()},
-        sharpness_by_steps={count: sharpness for count, (_, sharpness) in by_steps.items()},
-        loss_by_time=_loss_by_time(model, batches, latents),
+    device = _device_of(model)
+    counts: list[int] = gather_json(len(images), device)
+    total = sum(counts)
+    if total == 0:
+        raise ValueError("no images to measure on")
+    if lpips is not None:
+        lpips.check_size(*images.shape[-2:])
+    first = sum(counts[: _rank(counts)])
+    stride = -(-total // CHOSEN)
+
+    totals = Totals()
+    pictures: Pictures | None = None
+    for start in progress(range(0, len(images), batch_size), "reconstruct and act"):
+        part = images[start : start + batch_size]
+        image = to_float(part.to(device))
+        positions = range(first + start, first + start + len(image))
+        noise = draw_noise(positions, tuple(image.shape[1:]), seed).to(device)
+        latent, acted = _measure_elements(model, image, noise, totals, lpips)
+        if isinstance(model, FlowTokenizer):
+            _measure_loss(model, image, noise, latent, totals)
+        if fid is not None:
+            fid.add(image, acted["identity"])
+        if pictures is None:
+            shown = {name: sample.clamp(-1, 1).cpu() for name, sample in acted.items()}
+            states = _follow(model, latent[:8], noise[:8])
+            pictures = Pictures(image.cpu(), shown["identity"], shown, states)
+    chosen = list(range(-first % stride, len(images), stride))
+    batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    for places in progress(batches, "few images, closer"):
+        image = to_float(images[places].to(device))
+        positions = [first + i for i in places]
+        noise, other = (
+            draw_noise(positions, tuple(image.shape[1:]), seed, stream).to(device)
+            for stream in (0, 1)
+        )
+        latent = model.encode(image)
+        _measure_law(model, latent, totals)
+        _measure_floor(model, latent, noise, other, totals)
+        _measure_symmetric(model, image, noise, totals)
+        if isinstance(model, FlowTokenizer):
+            _measure_steps(model, image, noise, latent, totals)
+            _measure_velocity(model, image, noise, latent, totals)
+    totals.gather(device)
+    return _summarize(
+        model,
+        totals,
+        image_shape=tuple(images.shape[1:]),
+        pictures=pictures or _no_pictures(images),
+        protocol=_protocol(model, totals, seed, lpips, fid),
+        fid=None if fid is None else fid.compute(),
         seconds=time.monotonic() - started,
-        pictures=Pictures(
-            original=batches[0][0].cpu(),
-            reconstruction=plain[0].clamp(-1, 1).cpu(),
-            acted=pictures,
-        ),
     )
 
 
-def _noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+def _device_of(model: Tokenizer) -> torch.device:
+    if isinstance(model, nn.Module):
+        return next(model.parameters()).device
+    return torch.device("cpu")
 
 
-def _mean(parts: list[Tensor]) -> float:
-    return float(torch.cat(parts).double().mean())
+def _rank(counts: list[int]) -> int:
+    return torch.distributed.get_rank() if len(counts) > 1 else 0
 
 
-def _clamped_psnr(sample: Tensor, image: Tensor) -> Tensor:
-    return psnr(sample.clamp(-1, 1), image)
+def _no_pictures(images: Tensor) -> Pictures:
+    """Of a process that has no images."""
+    return Pictures(to_float(images), to_float(images), {}, [])
 
 
-def _symmetric_gap(model: Autoencoder, batch: tuple[Tensor, Tensor]) -> float:
-    """The worst gap on images whose right half is the mirrored left half."""
-    image, noise = batch
-    left = image[..., : image.shape[-1] // 2]
-    image = torch.cat([left, left.flip(-1)], -1)
+def _measure_elements(
+    model: Tokenizer, image: Tensor, noise: Tensor, totals: Totals, lpips: Lpips | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Encoder, decoder and both together, element by element; returns latent and decodes."""
     latent = model.encode(image)
-
-    def score(g: Element) -> float:
+    totals.add("latent", latent)
+    totals.add("latent squared", latent.double().square())
+    acted: dict[str, Tensor] = {}
+    for g in model.group:
         sample = model.decode(model.act(g, latent), noise=g.act_on_image(noise))
-        return float(_clamped_psnr(sample, g.act_on_image(image)).mean())
+        acted[g.name] = sample
+        undone = g.inverse.act_on_image(sample)
+        clamped = undone.clamp(-1, 1)
+        totals.add(f"psnr {g}", psnr(clamped, image))
+        totals.add(f"ssim {g}", ssim(clamped, image))
+        totals.add(f"agreement {g}", psnr(undone, acted["identity"]))
+        if lpips is not None:
+            totals.add(f"lpips {g}", lpips(clamped, image))
+        difference = model.encode(g.act_on_image(image)) - model.act(g, latent)
+        totals.add(f"encoder {g}", difference.square().mean((2, 3)))
+    return latent, acted
 
-    base = score(model.group.identity)
-    return max(abs(base - score(g)) for g in model.group)
+
+def _measure_loss(
+    model: FlowTokenizer, image: Tensor, noise: Tensor, latent: Tensor, totals: Totals
+) -> None:
+    """The flow loss at the middle of each bin of t."""
+    for i in range(TIME_BINS):
+        t = torch.full((len(image),), (i + 0.5) / TIME_BINS, device=image.device)
+        velocity = model.velocity(flow.interpolate(image, noise, t), t, latent)
+        totals.add(f"loss {i}", flow.flow_loss(velocity, image, noise, t, "velocity"))
+
+
+def _measure_velocity(
+    model: FlowTokenizer, image: Tensor, noise: Tensor, latent: Tensor, totals: Totals
+) -> None:
+    """How far the velocity field is from commuting with each element, in each bin of t."""
+    for i in range(TIME_BINS):
+        t = torch.full((len(image),), (i + 0.5) / TIME_BINS, device=image.device)
+        x_t = flow.interpolate(image, noise, t)
+        velocity = model.velocity(x_t, t, latent)
+        totals.add(f"velocity {i}", velocity.square().mean((1, 2, 3)))
+        for g in model.group:
+            turned = model.velocity(g.act_on_image(x_t), t, model.act(g, latent))
+            error = (turned - g.act_on_image(velocity)).square().mean((1, 2, 3))
+            totals.add(f"velocity {i} {g}", error)
+
+
+def _measure_law(model: Tokenizer, latent: Tensor, totals: Totals) -> None:
+    """act(a, act(b, z)) against act(ab, z) for the worst pair."""
+    size = latent.square().sum((1, 2, 3)).clamp(min=1e-12)
+    worst = torch.zeros_like(size)
+    for b in model.group:
+        once = model.act(b, latent)
+        for a in model.group:
+            difference = model.act(a, once) - model.act(a @ b, latent)
+            worst = worst.maximum(difference.square().sum((1, 2, 3)) / size)
+    totals.add("law", worst.sqrt())
+
+
+def _measure_floor(
+    model: Tokenizer, latent: Tensor, noise: Tensor, other: Tensor, totals: Totals
+) -> None:
+    sample, again = model.decode(latent, noise=noise), model.decode(latent, noise=other)
+    totals.add("floor", psnr(sample, again))
+    totals.add("floor difference", (sample - again).square().mean((1, 2, 3)))
+
+
+def _measure_symmetric(model: Tokenizer, image: Tensor, noise: Tensor, totals: Totals) -> None:
+    """PSNR by element on images made symmetric: where an equivariant model is easiest broken."""
+    for kind, symmetric in symmetric_images(image).items():
+        latent = model.encode(symmetric)
+        for g in model.group:
+            sample = model.decode(model.act(g, latent), noise=g.act_on_image(noise))
+            undone = g.inverse.act_on_image(sample).clamp(-1, 1)
+            totals.add(f"symmetric {kind} {g}", psnr(undone, symmetric))
 
 
 def _measure_steps(
-    model: Autoencoder, batch: tuple[Tensor, Tensor], latent: Tensor
-) -> dict[int, tuple[float, float]]:
-    """PSNR and sharpness against sampler steps, on one batch."""
-    image, noise = batch
-    measured = {}
+    model: Tokenizer, image: Tensor, noise: Tensor, latent: Tensor, totals: Totals
+) -> None:
+    totals.add("gradient", gradient_energy(image))
     for count in STEP_COUNTS:
         sample = model.decode(latent, steps=count, noise=noise).clamp(-1, 1)
-        score = float(psnr(sample, image).mean())
-        measured[count] = (score, float(_gradient_energy(sample) / _gradient_energy(image)))
-    return measured
+        totals.add(f"steps psnr {count}", psnr(sample, image))
+        totals.add(f"steps ssim {count}", ssim(sample, image))
+        totals.add(f"steps gradient {count}", gradient_energy(sample))
 
 
-def _gradient_energy(image: Tensor) -> Tensor:
-    return image.diff(dim=-1).square().mean() + image.diff(dim=-2).square().mean()
+def _follow(model: Tokenizer, latent: Tensor, noise: Tensor) -> list[tuple[float, Tensor]]:
+    """What the sampler passes through."""
+    states: list[tuple[float, Tensor]] = []
+    if isinstance(model, Autoencoder):
+        model.decode(
+            latent, steps=16, noise=noise, visit=lambda t, x: states.append((t, x.clone().cpu()))
+        )
+    return states
 
 
-def _energy(model: Autoencoder, latent: Tensor) -> dict[str, float]:
-    total = latent.square().sum()
-    return {
-        irrep: float(latent[:, channels].square().sum() / total)
-        for irrep, channels in model.representation.blocks.items()
+def _summarize(
+    model: Tokenizer,
+    totals: Totals,
+    *,
+    image_shape: tuple[int, ...],
+    pictures: Pictures,
+    protocol: dict[str, Any],
+    fid: float | None,
+    seconds: float,
+) -> Evaluation:
+    names = [g.name for g in model.group]
+    blocks = model.representation.blocks
+
+    def mean(name: str) -> float:
+        return float(totals.mean(name))
+
+    count = totals.count("latent")
+    squared = totals.mean("latent squared")
+    # Over images, as the mean latent carries no information.
+    variance = (squared - totals.mean("latent").square()) * count / max(count - 1, 1)
+
+    def encoder_error(g: str, channels: slice) -> float:
+        spread = max(float(variance[channels].mean()), 1e-12)
+        return float(totals.mean(f"encoder {g}")[channels].mean()) / spread
+
+    psnr_by_element = {g: mean(f"psnr {g}") for g in names}
+    gaps = {g: psnr_by_element["identity"] - value for g, value in psnr_by_element.items()}
+    symmetric = {
+        kind: max(
+            abs(mean(f"symmetric {kind} identity") - mean(f"symmetric {kind} {g}")) for g in names
+        )
+        for kind in symmetric_images(torch.zeros(1, *image_shape))
     }
+    deterministic = mean("floor difference") == 0
+    has_flow = isinstance(model, FlowTokenizer)
+    steps = STEP_COUNTS if has_flow else ()
+    velocity_error = [
+        max(mean(f"velocity {i} {g}") for g in names) / max(mean(f"velocity {i}"), 1e-12)
+        for i in range(TIME_BINS if has_flow else 0)
+    ]
+    lpips = {g: mean(f"lpips {g}") for g in names if totals.count(f"lpips {g}")}
+    matrices = {g.name: model.representation.matrix(g) for g in model.group}
+    return Evaluation(
+        images=count,
+        image_shape=image_shape,
+        latent_shape=tuple(squared.shape),
+        representation=repr(model.representation),
+        multiplicities=dict(model.representation.multiplicities),
+        psnr=psnr_by_element["identity"],
+        ssim=mean("ssim identity"),
+        psnr_by_element=psnr_by_element,
+        ssim_by_element={g: mean(f"ssim {g}") for g in names},
+        gap_db=gaps,
+        worst_gap_db=max(map(abs, gaps.values())),
+        symmetric_gap_db=symmetric,
+        symmetric_worst_gap_db=max(symmetric.values()),
+        deterministic=deterministic,
+        noise_floor_db=None if deterministic else mean("floor"),
+        encoder_error={g: encoder_error(g, slice(None)) for g in names},
+        encoder_error_by_irrep={
+            irrep: {g: encoder_error(g, channels) for g in names}
+            for irrep, channels in blocks.items()
+        },
+        decoder_error_db={g: mean(f"agreement {g}") for g in names},
+        group_law_error=max(group_law_error(model.group, matrices)[0], mean("law")),
+        energy_by_irrep={
+            irrep: float(squared[channels].sum() / squared.sum())
+            for irrep, channels in blocks.items()
+        },
+        sampler_steps=protocol["sampler_steps"],
+        psnr_by_steps={n: mean(f"steps psnr {n}") for n in steps},
+        ssim_by_steps={n: mean(f"steps ssim {n}") for n in steps},
+        sharpness_by_steps={n: mean(f"steps gradient {n}") / mean("gradient") for n in steps},
+        loss_by_time=[mean(f"loss {i}") for i in range(TIME_BINS)] if has_flow else None,
+        velocity_error_by_time=velocity_error or None,
+        lpips=lpips.get("identity"),
+        lpips_by_element=lpips or None,
+        fid=fid,
+        protocol=protocol,
+        seconds=seconds,
+        pictures=pictures,
+    )
 
 
-def _loss_by_time(
-    model: Autoencoder, batches: list[tuple[Tensor, Tensor]], latents: list[Tensor]
-) -> list[float]:
-    """The flow loss at the middle of each bin of t."""
-    losses = []
-    for i in range(TIME_BINS):
-        parts = []
-        for (image, noise), latent in zip(batches, latents, strict=True):
-            t = torch.full((len(image),), (i + 0.5) / TIME_BINS, device=image.device)
-            x_t = flow.interpolate(image, noise, t)
-            parts.append(flow.flow_loss(model.velocity(x_t, t, latent), image, noise))
-        losses.append(_mean(parts))
-    return losses
+def _protocol(
+    model: Tokenizer, totals: Totals, seed: int, lpips: Lpips | None, fid: Fid | None
+) -> dict[str, Any]:
+    knobs = model.config.flow if isinstance(model, Autoencoder) else None
+    chosen = "group_law_error, noise_floor_db, symmetric_gap_db, *_by_steps, velocity_error_by_time"
+    return {
+        "images": totals.count("latent"),
+        "chosen_images": totals.count("law"),
+        "on_chosen_images": f"{chosen}: every k-th image, so that at most {CHOSEN} remain",
+        "data_range": 2.0,
+        "clamping": "decodes to [-1, 1], for all but the decoder's agreement and the noise floor",
+        "mean": f"per image, then over images; PSNR of an image is at most {LARGEST_PSNR} dB",
+        "psnr": "torchmetrics peak_signal_noise_ratio over channels, height and width",
+        "ssim": "torchmetrics structural_similarity_index_measure, Gaussian window 11, sigma 1.5,"
+        " k1 0.01, k2 0.03, reflected borders",
+        "elements": "g^-1 decode(act(g, encode(x)), g noise) against x",
+        "sampler": None if knobs is None else knobs.sampler,
+        "sampler_steps": None if knobs is None else knobs.sampler_steps,
+        "sampler_power": None if knobs is None else knobs.sampler_power,
+        "sampler_shift": None if knobs is None else knobs.sampler_shift,
+        "guidance_scale": None if knobs is None else knobs.guidance_scale,
+        "seed": seed,
+        "noise": "image i's from (seed, i)",
+        "precision": "fp32",
+        "lpips": None if lpips is None else lpips.protocol,
+        "fid": None if fid is None else fid.protocol,
+        "versions": {name: version(name) for name in ("torch", "torchmetrics")},
+    }

@@ -13,7 +13,13 @@ import torch
 from PIL import Image
 
 from efae.artifacts.figures import draw_orbit
-from efae.artifacts.report import draw_reconstructions, summarize, write_report
+from efae.artifacts.report import (
+    Card,
+    draw_reconstructions,
+    summarize,
+    write_comparison,
+    write_report,
+)
 from efae.config import Config, with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.symmetry import D4
@@ -91,7 +97,8 @@ def folder(tmp_path_factory, config, evaluation) -> Path:
 
 def test_the_folder_holds_every_figure_and_nothing_unexpected(folder):
     figures = {f"{name}.png" for name in (*FIGURES, "curves")}
-    assert {path.name for path in folder.iterdir()} == figures | {"report.html", "summary.json"}
+    others = {"report.html", "summary.json", "trajectory.gif", "filmstrip.png"}
+    assert {path.name for path in folder.iterdir()} == figures | others
     for name in figures:
         with Image.open(folder / name) as image:
             assert image.format == "PNG"
@@ -102,9 +109,12 @@ def test_the_folder_holds_every_figure_and_nothing_unexpected(folder):
 def test_the_page_shows_the_very_figures_of_the_folder(folder):
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
-    shown = [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in sources]
-    order = ("orbit", "gap", "reconstructions", "energy", "loss_by_time", "steps", "curves")
-    assert shown == [(folder / f"{name}.png").read_bytes() for name in order]
+    shown = [base64.b64decode(source.partition(";base64,")[2]) for source in sources]
+    order = ("orbit.png", "gap.png", "reconstructions.png", "trajectory.gif", "filmstrip.png")
+    order += ("energy.png", "loss_by_time.png", "steps.png", "curves.png")
+    assert shown == [(folder / name).read_bytes() for name in order]
+    kinds = [source.partition(";")[0] for source in sources]
+    assert kinds == [f"data:image/{name[-3:]}" for name in order]
     for data in shown:
         Image.open(io.BytesIO(data)).verify()
 
@@ -134,12 +144,15 @@ def test_text_is_escaped_and_passwords_are_left_out(folder):
 def test_the_page_says_what_was_measured(folder, evaluation, config):
     text = Page((folder / "report.html").read_text(encoding="utf-8")).text
     assert f"{evaluation.psnr:.2f} dB" in text
-    assert f"{evaluation.noise_floor_db:.2f}" in text
+    assert f"{evaluation.psnr_by_element['rot90']:.3f}" in text
     assert 'efae.load("models:/efae/7")' in text
     assert "is g applied to x" in text  # a random octic model is exact already
     for element in D4:
         assert f"{evaluation.psnr_by_element[element.name]:.3f}" in text
         assert element.name in text
+    assert "images made exactly symmetric" in text
+    assert "SSIM" in text
+    assert "Gaussian window 11" in text
     assert "optimizer.learning_rate" in text
     assert str(config.optimizer.learning_rate) in text
 
@@ -159,6 +172,65 @@ def test_a_small_gap_alone_is_not_called_exact_and_facts_may_be_missing(
     assert not (tmp_path / "curves.png").exists()
     assert "Data credits" not in text
     assert "EFAE report card: one model" in text
+
+
+@pytest.fixture(scope="module")
+def deterministic(evaluation):
+    """The numbers and pictures of a tokenizer without noise, flow or irreps."""
+    numbers = evaluation.numbers()
+    protocol = {k: v for k, v in numbers["protocol"].items() if not k.startswith("sampler")}
+    numbers |= {
+        **{
+            "protocol": protocol,
+            "deterministic": True,
+            "noise_floor_db": None,
+            "sampler_steps": None,
+        },
+        **{"psnr_by_steps": {}, "ssim_by_steps": {}, "sharpness_by_steps": {}},
+        **{"loss_by_time": None, "velocity_error_by_time": None},
+        **{"energy_by_irrep": {"a1": 1.0}, "worst_gap_db": 7.25},
+    }
+    pictures = SimpleNamespace(**vars(evaluation.pictures) | {"states": []})
+    return numbers, pictures
+
+
+def test_a_deterministic_tokenizer_has_no_empty_boxes(tmp_path, deterministic):
+    numbers, pictures = deterministic
+    facts = {"model_uri": "/models/vae"}
+    page = write_report(tmp_path, numbers=numbers, pictures=pictures, config=None, facts=facts)
+    read = Page(page.read_text(encoding="utf-8"))
+    drawn = {path.stem for path in tmp_path.iterdir() if path.suffix in {".png", ".gif"}}
+    assert drawn == {"orbit", "gap", "reconstructions"}
+    assert len([tag for tag, _ in read.tags if tag == "img"]) == 3
+    for absent in ("None", "unknown", "sampler steps", "Loss by time", "Noise floor"):
+        assert absent not in read.text
+    assert "Configuration" not in read.text
+    assert "this decoder draws no noise" in read.text
+    assert 'load_diffusers("/models/vae")' in read.text
+
+
+def test_several_models_stand_side_by_side(tmp_path, evaluation, deterministic, config):
+    numbers, pictures = deterministic
+    first = Card(evaluation.numbers(), evaluation.pictures, config, {"model_uri": "models:/a/1"})
+    second = Card(numbers, pictures, None, {"model_uri": "/models/vae"})
+    cards = {"models:/a/1": first, "diffusers:<vae>": second}
+    page = write_comparison(tmp_path, cards, {"data": "s3://set", "credits": FACTS["credits"]})
+    html = page.read_text(encoding="utf-8")
+    read = Page(html)
+    assert "diffusers:<vae>" in read.text
+    assert "<vae>" not in html
+    assert "7.25" in read.text
+    assert "deterministic" in read.text
+    assert FACTS["credits"][0] in read.text
+    sources = [attributes["src"] for tag, attributes in read.tags if tag == "img"]
+    shown = [base64.b64decode(source.partition(";base64,")[2]) for source in sources]
+    folders = ("1-models-a-1", "2-diffusers-vae")
+    order = ["gaps.png", *(f"{f}/{n}.png" for n in ("orbit", "reconstructions") for f in folders)]
+    assert shown == [(tmp_path / name).read_bytes() for name in order]
+    assert all((tmp_path / folder / "report.html").is_file() for folder in folders)
+    models = json.loads((tmp_path / "summary.json").read_text())["models"]
+    assert list(models) == list(cards)
+    assert models["diffusers:<vae>"]["worst_gap_db"] == 7.25
 
 
 def test_summary_has_the_agreed_keys_and_values(folder, evaluation):

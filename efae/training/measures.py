@@ -1,0 +1,166 @@
+"""The measures themselves, one definition each, and totals that many processes share.
+
+Images are in [-1, 1]: the range of PSNR and SSIM is 2. Both are torchmetrics', per image. Totals
+are sums over images, so neither the batch size nor the number of processes changes a result.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
+
+from efae.symmetry import D4, Element
+
+LARGEST_PSNR = 126.02
+"""Of images that are equal but for rounding: a mean squared error of 1e-12, dB."""
+_SYMMETRIC_UNDER = {
+    "mirror": ("flip_h",),
+    "half_turn": ("rot180",),
+    "diagonal": ("transpose",),
+    "all": ("transpose", "flip_h", "flip_v"),
+}
+
+
+def to_float(image: Tensor) -> Tensor:
+    """uint8 pixels to float in [-1, 1]."""
+    return image.float() / 127.5 - 1
+
+
+def psnr(image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
+    """Peak signal to noise ratio per image, dB, at most LARGEST_PSNR; the range is 2."""
+    ratio = peak_signal_noise_ratio(
+        image, other, data_range=2.0, reduction="none", dim=(1, 2, 3), base=10.0
+    )
+    return ratio.clamp(max=LARGEST_PSNR)
+
+
+def ssim(image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
+    """Structural similarity per image (Wang et al. 2004), Gaussian window of 11, sigma 1.5.
+
+    As torchmetrics has it: borders are reflected, so images may be as small as 6 pixels.
+    """
+    score = structural_similarity_index_measure(
+        image, other, gaussian_kernel=True, sigma=1.5, kernel_size=11, reduction="none",
+        data_range=2.0, k1=0.01, k2=0.03,
+    )  # fmt: skip
+    assert isinstance(score, Tensor)
+    return score.reshape(len(image))  # torchmetrics drops the axis of a single image
+
+
+def gradient_energy(image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
+    """Mean squared difference of neighbouring pixels, per image: its ratio is sharpness."""
+    return image.diff(dim=-1).square().mean((1, 2, 3)) + image.diff(dim=-2).square().mean((1, 2, 3))
+
+
+def draw_noise(
+    positions: Iterable[int], shape: tuple[int, ...], seed: int, stream: int = 0
+) -> Float[Tensor, "b c h w"]:
+    """Standard normal noise for images of a set; image i's depends on (seed, stream, i) only.
+
+    Args:
+        positions: of the images in the whole set.
+        shape: of one, (c, h, w).
+        seed: of all of it.
+        stream: another one is independent.
+    """
+    return torch.stack(
+        [torch.randn(shape, generator=_generator(seed, stream, i)) for i in positions]
+    )
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    # torch seeds its CPU generator by 32 bits.
+    mixed = np.random.SeedSequence(numbers).generate_state(1, np.uint32)
+    return torch.Generator().manual_seed(int(mixed[0]))
+
+
+def symmetric_images(image: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b c h w"]]:
+    """The images made exactly symmetric in each way that their shape allows, by its name.
+
+    One side is copied onto the other, pixel by pixel: under the left-right mirror, the half turn,
+    a diagonal, and all eight elements (or the four that keep a shape that is not square); and each
+    image's mean colour.
+    """
+    square = image.shape[-2] == image.shape[-1]
+    found: dict[str, Tensor] = {}
+    for kind, names in _SYMMETRIC_UNDER.items():
+        elements = [D4[name] for name in names if square or not D4[name].swaps_sides]
+        if elements:
+            found[kind] = image
+            for element in elements:
+                found[kind] = _fold(found[kind], element)
+    found["constant"] = image.mean((-2, -1), keepdim=True).expand_as(image).contiguous()
+    return found
+
+
+def _fold(image: Tensor, involution: Element) -> Tensor:
+    """Copy one half onto the other."""
+    place = torch.arange(image.shape[-2] * image.shape[-1], device=image.device)
+    place = place.view(image.shape[-2:])
+    keep = place <= involution.act_on_image(place)
+    return torch.where(keep, image, involution.act_on_image(image))
+
+
+class Totals:
+    """Sums over images by name, float64; the same on every process once gathered."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, values: Float[Tensor, "b *rest"]) -> None:
+        """Count one value per image."""
+        total = values.double().sum(0).cpu()
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._counts[name] = self._counts.get(name, 0) + len(values)
+
+    def mean(self, name: str) -> Float[Tensor, "*rest"]:
+        """Over all images that were counted."""
+        return self._sums[name] / self._counts[name]
+
+    def count(self, name: str) -> int:
+        """Images counted."""
+        return self._counts.get(name, 0)
+
+    def gather(self, device: torch.device) -> None:
+        """Where torch.distributed is initialised, add the other processes' totals to these."""
+        mine = {
+            name: [self._counts[name], cast(Any, total).tolist()]
+            for name, total in self._sums.items()
+        }
+        self._sums, self._counts = {}, {}
+        for theirs in gather_json(mine, device):
+            for name, (count, total) in theirs.items():
+                value = torch.tensor(total, dtype=torch.float64)
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
+                self._counts[name] = self._counts.get(name, 0) + count
+
+
+def gather_json(value: Any, device: torch.device) -> list[Any]:
+    """Every process's JSON value, in the order of the ranks; of one process, a list of one.
+
+    As text, since torch's own gathering of objects pickles them.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    gather = cast(Any, dist).all_gather
+    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    gather(sizes, torch.tensor([len(text)], device=device))
+    longest = max(int(size) for size in sizes)
+    padded = torch.cat([text, text.new_zeros(longest - len(text))])
+    texts = [torch.empty_like(padded) for _ in sizes]
+    gather(texts, padded)
+    return [
+        json.loads(text[: int(size)].cpu().numpy().tobytes())
+        for text, size in zip(texts, sizes, strict=True)
+    ]

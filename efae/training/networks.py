@@ -1,0 +1,200 @@
+"""Measures by trained networks, LPIPS and FID: the user brings the weights, nothing is downloaded.
+
+A weight file is read as tensors and names alone (safetensors, or torch's format with weights_only):
+it cannot run code.
+"""
+
+import hashlib
+import pickle
+import tempfile
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import torch
+import torchmetrics
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+_LPIPS_SMALLEST = 32
+_LPIPS_FILE = (
+    "LPIPS needs torchvision's AlexNet weights, alexnet-owt-7be5be79.pth: run"
+    ' torchvision.models.alexnet(weights="DEFAULT") once where there is a network, then take the'
+    " file from ~/.cache/torch/hub/checkpoints"
+)
+_FID_FILE = (
+    "FID needs torch-fidelity's Inception weights, weights-inception-2015-12-05-6726825d.pth, from"
+    " release v0.2.0 of github.com/toshas/torch-fidelity"
+)
+
+
+class Lpips(nn.Module):
+    """Learned perceptual image patch similarity (Zhang et al. 2018, arXiv:1801.03924) by AlexNet.
+
+    torchmetrics brings the linear heads but takes AlexNet from torchvision, which we do not depend
+    on: its five convolutions are built here, and the file has their weights.
+
+    Args:
+        weights: torchvision's AlexNet, as .pth or .safetensors.
+
+    Raises:
+        ValueError: no such file, or it holds something else.
+    """
+
+    def __init__(self, weights: Path):
+        super().__init__()
+        tensors, self.digest = _read_tensors(weights, _LPIPS_FILE)
+        relu = nn.ReLU()
+        self.stages = nn.ModuleList(
+            [
+                nn.Sequential(nn.Conv2d(3, 64, 11, 4, 2), relu),
+                nn.Sequential(nn.MaxPool2d(3, 2), nn.Conv2d(64, 192, 5, 1, 2), relu),
+                nn.Sequential(nn.MaxPool2d(3, 2), nn.Conv2d(192, 384, 3, 1, 1), relu),
+                nn.Sequential(nn.Conv2d(384, 256, 3, 1, 1), relu),
+                nn.Sequential(nn.Conv2d(256, 256, 3, 1, 1), relu),
+            ]
+        )
+        convolutions = [m for m in self.stages.modules() if isinstance(m, nn.Conv2d)]
+        for convolution, place in zip(convolutions, (0, 3, 6, 8, 10), strict=True):
+            for kind, parameter in convolution.named_parameters():
+                name = f"features.{place}.{kind}"
+                if name not in tensors or tensors[name].shape != parameter.shape:
+                    raise ValueError(
+                        f"{weights}: no {name} of shape {tuple(parameter.shape)}; {_LPIPS_FILE}"
+                    )
+                parameter.data.copy_(tensors[name])
+        heads = Path(torchmetrics.__file__).parent / "functional/image/lpips_models/alex.pth"
+        learned: dict[str, Tensor] = torch.load(heads, map_location="cpu", weights_only=True)
+        self.heads = nn.ParameterList(
+            [learned[f"lin{i}.model.1.weight"] for i in range(len(self.stages))]
+        )
+        # ImageNet's mean and deviation, for images in [-1, 1].
+        self.shift: Tensor
+        self.scale: Tensor
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
+        self.eval().requires_grad_(False)
+
+    @property
+    def protocol(self) -> dict[str, str]:
+        """How it was measured."""
+        return {
+            "network": "AlexNet, no resizing",
+            "weights_sha256": self.digest,
+            "heads": f"torchmetrics {version('torchmetrics')}",
+        }
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError for images that AlexNet has no place for."""
+        if min(height, width) < _LPIPS_SMALLEST:
+            raise ValueError(
+                f"images of {height} x {width} pixels: LPIPS needs"
+                f" {_LPIPS_SMALLEST} at least; leave its weights out"
+            )
+
+    def forward(
+        self, image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"]
+    ) -> Float[Tensor, "b"]:
+        """Distance per pair of images in [-1, 1], grey or RGB; 0 for equal ones."""
+        x, y = ((a.expand(-1, 3, -1, -1) - self.shift) / self.scale for a in (image, other))
+        distance = x.new_zeros(len(x))
+        for stage, head in zip(self.stages, self.heads, strict=True):
+            x, y = stage(x), stage(y)
+            difference = (_unit(x) - _unit(y)).square()
+            distance = distance + (head[0] * difference).sum(1).mean((1, 2))
+        return distance
+
+
+def _unit(features: Tensor) -> Tensor:
+    return features / (features.square().sum(1, keepdim=True) + 1e-8).sqrt()
+
+
+class Fid:
+    """Frechet distance of reconstructions to their images (Heusel et al. 2017, arXiv:1706.08500).
+
+    torchmetrics' with torch-fidelity's Inception network, antialiased resizing and covariances in
+    float64. It falls with the number of images: compare at equal numbers only.
+
+    Args:
+        metric: over uint8 RGB images; see `load_fid`.
+        digest: sha256 of its weights.
+    """
+
+    def __init__(self, metric: FrechetInceptionDistance, digest: str):
+        self.metric = metric
+        self.digest = digest
+
+    @property
+    def protocol(self) -> dict[str, str]:
+        """How it was measured."""
+        return {
+            "network": "Inception of torch-fidelity, 2048 features, antialiased to 299 pixels",
+            "weights_sha256": self.digest,
+            "reference": "the same images, as the model saw them",
+            "package": f"torchmetrics {version('torchmetrics')}",
+        }
+
+    def add(
+        self, image: Float[Tensor, "b c h w"], reconstruction: Float[Tensor, "b c h w"]
+    ) -> None:
+        """Count images and reconstructions in [-1, 1], grey or RGB."""
+        for pixels, real in ((image, True), (reconstruction, False)):
+            pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
+            self.metric.update(pixels.expand(-1, 3, -1, -1), real=real)
+
+    def compute(self) -> float:
+        """Over all images of all processes.
+
+        Raises:
+            ValueError: there are fewer than two.
+        """
+        if int(self.metric.real_features_num_samples) < 2:
+            raise ValueError("FID needs two images at least")
+        return float(self.metric.compute())
+
+
+def load_fid(weights: Path, device: str = "cpu") -> Fid:
+    """FID with Inception weights from a file.
+
+    Raises:
+        ValueError: a package or the file is missing, or it holds something else.
+    """
+    missing = [name for name in ("torch_fidelity", "torchvision") if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"FID needs the packages torch-fidelity and torchvision (missing:"
+            f" {', '.join(missing)}): pip install torch-fidelity, with the torchvision that goes"
+            f" with torch {torch.__version__}"
+        )
+    tensors, digest = _read_tensors(weights, _FID_FILE)
+    with tempfile.TemporaryDirectory() as folder:
+        # torch-fidelity unpickles what it is given; this copy holds only tensors.
+        copy = Path(folder) / "inception.pth"
+        torch.save(tensors, copy)
+        try:
+            metric = FrechetInceptionDistance(2048, feature_extractor_weights_path=str(copy))
+        except RuntimeError as error:
+            raise ValueError(f"{weights}: {str(error).splitlines()[0]}; {_FID_FILE}") from error
+    return Fid(metric.to(device), digest)
+
+
+def _read_tensors(path: Path, needed: str) -> tuple[dict[str, Tensor], str]:
+    """Tensors by name, and the file's sha256."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; {needed}")
+    try:
+        if path.suffix == ".safetensors":
+            found: Any = cast(Any, safetensors.torch).load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: not a file of weights; {needed}") from error
+    tensors = cast(dict[str, Any], found) if isinstance(found, dict) else {}
+    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{path}: not a file of named tensors; {needed}")
+    with path.open("rb") as file:
+        return tensors, hashlib.file_digest(file, "sha256").hexdigest()

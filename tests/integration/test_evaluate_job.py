@@ -1,0 +1,128 @@
+"""jobs/evaluate.py on shards in a folder: one model, two side by side, and what is refused."""
+
+import json
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_pipelines.build_shards import build_shards
+from efae.artifacts import checkpoint
+from efae.config import Config, with_overrides
+from efae.model.autoencoder import Autoencoder
+from jobs.evaluate import main
+
+OURS = {
+    "data.resolution": 16,
+    "representation.dim": 12,
+    "representation.rotation_dims": 4,
+    "model.hidden_size": 32,
+    "model.encoder_hidden_size": 32,
+    "model.num_heads": 2,
+    "model.depth": 1,
+    "flow.sampler_steps": 2,
+}
+
+
+def write_shards(folder, side: int, mode: str) -> str:
+    """Twelve images that are not symmetric."""
+    generator = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    for i in range(12):
+        coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.convert(mode).resize((side, side)).save(folder / "images" / f"{i}.png")
+    build_shards(f"folder:{folder / 'images'}", str(folder / "shards"))
+    return str(folder / "shards")
+
+
+def write_ours(folder, channels: int) -> str:
+    torch.manual_seed(0)
+    config = with_overrides(Config(), OURS | {"data.channels": channels})
+    checkpoint.write_model(folder, Autoencoder(config).state_dict(), config, card={})
+    return str(folder)
+
+
+def write_foreign(folder, channels: int) -> str:
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    ).save_pretrained(folder)
+    return f"diffusers:{folder}"
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("evaluate")
+    return {
+        "colour": write_shards(folder / "colour", 16, "RGB"),
+        "grey": write_shards(folder / "grey", 16, "L"),
+        "odd": write_shards(folder / "odd", 15, "RGB"),
+        "ours": write_ours(folder / "ours", 3),
+        "ours grey": write_ours(folder / "ours-grey", 1),
+        "foreign": write_foreign(folder / "foreign", 3),
+        "foreign grey": write_foreign(folder / "foreign-grey", 1),
+    }
+
+
+def test_one_model(paths, tmp_path, capsys):
+    arguments = [f"--model={paths['ours']}", f"--data={paths['colour']}", f"--output={tmp_path}"]
+    assert main([*arguments, "--images=8"]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["model_uri"] == paths["ours"]
+    assert f"{summary['psnr']:.2f} dB" in capsys.readouterr().out
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "measured on\n8 held-out images" in html
+    assert "an equivariant flow autoencoder" in html
+
+
+@pytest.mark.parametrize("data", ["colour", "grey"])
+def test_ours_beside_a_foreign_one(paths, tmp_path, capsys, data):
+    models = [paths["ours"], paths["foreign"]]
+    arguments = ["--model", *models, "--data", paths[data], "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    found = json.loads((tmp_path / "summary.json").read_text())["models"]
+    assert list(found) == models
+    assert found[models[0]]["worst_gap_db"] < 1e-3 < found[models[1]]["worst_gap_db"]
+    printed = capsys.readouterr().out
+    for model in models:
+        assert f"{found[model]['psnr']:.2f} dB" in printed
+    assert str(tmp_path / "report.html") in printed
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "options", "parts"),
+    [
+        ("foreign", "odd", [], ["foreign: images of 15 x 15 pixels", "multiples of 2"]),
+        ("ours", "odd", [], ["15 x 15", "data.resolution=16"]),
+        ("ours grey", "colour", [], ["takes images of 1 colours", "have 3"]),
+        ("foreign grey", "colour", [], ["takes images of 1 colours", "have 3"]),
+        ("ours", "colour", ["--lpips-weights=missing.pth"], ["alexnet-owt-7be5be79.pth"]),
+        ("ours", "colour", ["--fid-weights=missing.pth"], ["FID needs"]),
+        ("ours", "colour", ["--images=0"], ["--images", "positive"]),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(paths, tmp_path, capsys, model, data, options, parts):
+    output = tmp_path / "report"
+    arguments = [f"--model={paths[model]}", f"--data={paths[data]}", f"--output={output}"]
+    assert main([*arguments, *options]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    for part in parts:
+        assert part in said
+    assert not output.exists()
+
+
+def test_a_hub_name_and_a_model_named_twice_are_refused(paths, tmp_path, capsys):
+    rest = [f"--data={paths['colour']}", f"--output={tmp_path / 'report'}"]
+    assert main(["--model=diffusers:stabilityai/sd-vae-ft-mse", *rest]) == 1
+    assert "not downloaded" in capsys.readouterr().err
+    assert main(["--model", paths["ours"], paths["ours"], *rest]) == 1
+    assert "each once" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
