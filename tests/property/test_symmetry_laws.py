@@ -16,7 +16,6 @@ from efae.symmetry import (
 from efae.symmetry.group import act_on_grid, grid_sources
 from efae.symmetry.representation import IRREPS
 
-PAIRS = list(itertools.product(D4, D4))
 REGULAR = Representation(D4, a1=1, a2=1, b1=1, b2=1, e=2)
 
 
@@ -101,10 +100,139 @@ def test_the_docstring_draws_the_elements():
         assert drawn == ["".join("#" if cell else "." for cell in row) for row in acted], g
 
 
-@pytest.mark.parametrize(("a", "b"), PAIRS)
-def test_image_action_is_a_left_action(a, b):
-    x = torch.randn(1, 2, 5, 5)
-    assert torch.equal((a @ b).act_on_image(x), a.act_on_image(b.act_on_image(x)))
+def act_by_matrix(group, g, z):
+    """rho(g) on channels alone, by the matrix."""
+    matrix = all_irreps(group).matrix(g).to(z.dtype)
+    return torch.einsum("ij,bjhw->bihw", matrix, z)
+
+
+def act_on_cells(group, g, x):
+    return act_on_grid(group, torch.tensor([group.index(g)]), x)
+
+
+def all_irreps(group):
+    return Representation(group, a1=1, a2=1, b1=1, b2=1, e=1)
+
+
+# By name: the action, and the sides of the grid that it acts on.
+ACTIONS = {
+    "images": (lambda group, g, x: g.act_on_image(x), 5),
+    "images, one element per example": (act_on_cells, 4),
+    "channels, by matrix": (act_by_matrix, 1),
+    "channels": (lambda group, g, z: all_irreps(group).act(g, z), 1),
+    "latent grid": (lambda group, g, z: all_irreps(group).act(g, z), 3),
+}
+
+
+def broken_products(group, act, side):
+    """The products, of two and of three elements and of none, that an action gets wrong."""
+    x = 1.0 + torch.arange(6 * side * side).view(1, 6, side, side)  # no symmetry, exact sums
+    once = {g: act(group, g, x) for g in group}
+    twice = {(a, b): act(group, a, once[b]) for a, b in itertools.product(group, repeat=2)}
+    broken = [
+        pair for pair, found in twice.items() if not torch.equal(found, once[pair[0] @ pair[1]])
+    ]
+    for a, b, c in itertools.product(group, repeat=3):
+        if not torch.equal(act(group, a, twice[b, c]), once[a @ b @ c]):
+            broken.append((a, b, c))
+    return broken if torch.equal(once[group.identity], x) else [(), *broken]
+
+
+every_group = pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
+
+
+@every_group
+@pytest.mark.parametrize("name", ACTIONS)
+def test_products_of_two_and_three_elements_act_as_they_multiply(group, name):
+    act, side = ACTIONS[name]
+    assert broken_products(group, act, side) == []
+
+
+def mirror_last(group, g, x):
+    """The mirror after the turn, not before it."""
+    turned = torch.rot90(x, g.quarter_turns, (-2, -1))
+    return turned.flip(-1) if g.mirrored else turned
+
+
+def flip_signs_beside_planes(group, g, z):
+    """The original sketch's action: a mirror leaves the planes alone that a turn rotates."""
+    turned = act_by_matrix(group, D4[g.quarter_turns], z)
+    sign = torch.tensor([1, -1, 1, -1, 1, 1])[:, None, None]
+    return turned * sign if g.mirrored else turned
+
+
+def lose_a_sign(group, g, z):
+    acted = all_irreps(group).act(g, z)
+    return acted.abs() if g == D4["rot180"] else acted
+
+
+NOT_ACTIONS = {
+    "mirror after the turn": mirror_last,
+    "the inverse": lambda group, g, x: g.inverse.act_on_image(x),
+    "cells sent where they come from": lambda group, g, x: x.flatten(2)[
+        ..., grid_sources(group, *x.shape[-2:])[group.index(g)].argsort()
+    ].view(x.shape),
+    "the sketch": flip_signs_beside_planes,
+    "a lost sign": lose_a_sign,
+    "nothing kept": lambda group, g, x: torch.zeros_like(x),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ACTIONS)
+def test_the_check_of_products_refuses_what_is_no_action(name):
+    broken = broken_products(D4, NOT_ACTIONS[name], 4)
+    if name == "nothing kept":
+        assert broken == [()]  # every product holds, but the identity does not
+    else:
+        assert {len(product) for product in broken} == {2, 3}
+
+
+def take_moments(image):
+    """A steerable latent of 4 x 4 cells, by the definition of the irreps: moments of the pixels.
+
+    About a cell's centre 1 is A1, (x, y) is E, x^2 - y^2 is B1, xy is B2, and their product A2.
+    """
+    x = torch.tensor([-3.0, -1.0, 1.0, 3.0]).expand(4, 4)
+    y = -x.T  # rows run down
+    b1, b2 = x.square() - y.square(), x * y
+    basis = torch.stack([torch.ones(4, 4), b1 * b2, b1, b2, x, y])
+    return torch.nn.functional.conv2d(image, basis[:, None], stride=4)
+
+
+def wrong_elements(group, act):
+    """The elements whose action on a latent is not what becomes of the latent of the image."""
+    image = torch.randint(-9, 9, (2, 1, 16, 16), generator=torch.Generator().manual_seed(0)).float()
+    moments = take_moments(image)
+    return [
+        g
+        for g in group
+        if not torch.equal(act(group, g, moments), take_moments(g.act_on_image(image)))
+    ]
+
+
+@every_group
+def test_latents_follow_their_images(group):
+    assert wrong_elements(group, lambda group, g, z: all_irreps(group).act(g, z)) == []
+
+
+def with_channels(order):
+    """The action with two of its channels, or irreps, taken for each other."""
+    return lambda group, g, z: all_irreps(group).act(g, z[:, order])[:, order]
+
+
+# The group does act in each of these ways, but none is what happens to the latent of an image.
+ELSEWHERE = {
+    "channels only": act_by_matrix,
+    "cells only": act_on_cells,
+    "the other axis is mirrored": with_channels([0, 1, 2, 3, 5, 4]),
+    "B1 for B2": with_channels([0, 1, 3, 2, 4, 5]),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_the_check_of_latents_refuses_actions_that_are_not_theirs(name):
+    assert broken_products(D4, ELSEWHERE[name], 4) == []
+    assert wrong_elements(D4, ELSEWHERE[name])
 
 
 def test_image_action_is_out_of_place():
@@ -121,12 +249,6 @@ def test_irreps_are_representations(irrep):
     check_representation(D4, {g.name: rho.matrix(g) for g in D4}, tolerance=1e-12)
     for g in D4:
         assert torch.equal(rho.matrix(g) @ rho.matrix(g).T, torch.eye(rho.dim, dtype=torch.float64))
-
-
-@pytest.mark.parametrize(("a", "b"), PAIRS)
-def test_latent_action_composes(a, b):
-    z = torch.randn(2, REGULAR.dim, 3, 3)
-    assert torch.equal(REGULAR.act(a, REGULAR.act(b, z)), REGULAR.act(a @ b, z))
 
 
 def test_latent_action_is_matrix_and_grid():
