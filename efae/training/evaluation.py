@@ -7,7 +7,8 @@ how every number came about.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -121,6 +122,18 @@ class Evaluation:
         return {name: value for name, value in asdict(self).items() if name != "pictures"}
 
 
+@contextmanager
+def _full_precision() -> Generator[None]:
+    """By default, cuDNN rounds the factors of a convolution to ten bits."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+@_full_precision()
 @torch.no_grad()
 def evaluate(
     model: Tokenizer,
@@ -426,7 +439,7 @@ def _protocol(
         "guidance_scale": None if knobs is None else knobs.guidance_scale,
         "seed": seed,
         "noise": "image i's from (seed, i)",
-        "precision": "fp32",
+        "precision": "fp32, no TF32",
         "lpips": None if lpips is None else lpips.protocol,
         "fid": None if fid is None else fid.protocol,
         "versions": {name: version(name) for name in ("torch", "torchmetrics")},

@@ -26,7 +26,7 @@ _SYMMETRIC_UNDER = {
     "mirror": ("flip_h",),
     "half_turn": ("rot180",),
     "diagonal": ("transpose",),
-    "all": ("transpose", "flip_h", "flip_v"),
+    "all_elements": ("transpose", "flip_h", "flip_v"),
 }
 
 

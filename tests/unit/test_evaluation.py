@@ -31,7 +31,7 @@ FIXED_BY = {
     "mirror": ("flip_h",),
     "half_turn": ("rot180",),
     "diagonal": ("transpose",),
-    "all": tuple(g.name for g in D4),
+    "all_elements": tuple(g.name for g in D4),
     "constant": tuple(g.name for g in D4),
 }
 
@@ -98,8 +98,10 @@ def test_symmetric_images_are_exactly_symmetric_and_keep_what_they_can(side):
 
 def test_images_that_are_not_square_have_no_diagonal():
     found = symmetric_images(torch.rand(1, 1, 6, 8))
-    assert set(found) == {"mirror", "half_turn", "all", "constant"}
-    assert all(torch.equal(g.act_on_image(found["all"]), found["all"]) for g in FLIPS)
+    assert set(found) == {"mirror", "half_turn", "all_elements", "constant"}
+    assert all(
+        torch.equal(g.act_on_image(found["all_elements"]), found["all_elements"]) for g in FLIPS
+    )
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +200,29 @@ def test_the_closer_look_is_at_few_images_evenly_chosen(models):
     result = evaluate(models["objective"], draw_images(CHOSEN + 7), batch_size=64)
     assert result.protocol["chosen_images"] == (CHOSEN + 8) // 2
     assert result.protocol["images"] == CHOSEN + 7
+
+
+@pytest.mark.parametrize(
+    ("group", "planes", "chirality", "sides"),
+    [
+        ("C4", 4, 0.5, 16),
+        ("flips", 4, 0.5, (16, 24)),
+        ("mirror", 0, 0.5, 16),
+        ("trivial", 0, 0, 16),
+    ],
+)
+def test_every_group_is_measured(group, planes, chirality, sides):
+    changes = {"representation.group": group, "representation.rotation_dims": planes}
+    changes |= {"representation.chirality_split": chirality, "data.resolution": sides}
+    torch.manual_seed(0)
+    model = Autoencoder(with_overrides(Config(), SIZES | changes)).eval()
+    height, width = model.config.data.image_size
+    result = evaluate(model, torch.randint(0, 256, (4, 3, height, width), dtype=torch.uint8))
+    assert set(result.gap_db) == {g.name for g in model.group}
+    assert result.worst_gap_db < 1e-4
+    assert result.symmetric_worst_gap_db < 1e-4
+    assert max(result.encoder_error.values()) < 1e-9
+    assert ("diagonal" in result.symmetric_gap_db) == (height == width)
 
 
 def test_no_images_are_refused(models):
