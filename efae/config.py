@@ -139,7 +139,7 @@ class FlowConfig:
     for guidance."""
     sampler: Literal["euler", "midpoint", "heun"] = "euler"
     """Solver of the decoding ODE, unless the caller says otherwise."""
-    sampler_steps: int = 8
+    sampler_steps: int = 4
     """Its steps."""
     sampler_power: float = 1.0
     """Above 1 for more of the steps near the image, below 1 near the noise."""
