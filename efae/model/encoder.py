@@ -80,7 +80,14 @@ class LinearPath(nn.Module):
         """(b, c, h, w) -> (b, cell, dim)."""
         weight = (self.free[self.rows, self.columns] * self.signs).sum(0)
         patches = patchify(image, self.side)
-        return patches @ weight.t().to(patches.dtype)
+        # The mean of each colour goes apart: its terms cancel for most rows of the weight, which
+        # in fp32 would leave rounding where a constant image must give zero.
+        colours = torch.unflatten(patches, -1, (-1, self.side**2))  # (b, cell, c, side^2)
+        means = colours.mean(-1, keepdim=True)
+        totals = torch.unflatten(weight, -1, (-1, self.side**2)).sum(-1)  # (dim, c)
+        centred = (colours - means).flatten(-2)
+        dtype = patches.dtype
+        return centred @ weight.t().to(dtype) + means[..., 0] @ totals.t().to(dtype)
 
 
 class Encoder(nn.Module):
