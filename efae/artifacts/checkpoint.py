@@ -26,7 +26,7 @@ from efae.config import Config
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 STATE, CONFIG, MANIFEST = "state.json", "config.json", "manifest.json"
 CHECKPOINT_FILES = (MODEL, EMA, OPTIMIZER, STATE, CONFIG)

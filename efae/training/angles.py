@@ -1,58 +1,106 @@
-"""What rotations by any angle cost a tokenizer: encoder error and PSNR, angle by angle."""
+"""What rotations by any angle cost a tokenizer, angle by angle, inside the inscribed disk.
+
+Everything is as for the elements of the group, but for the noise: all angles start from the same,
+since interpolation would leave rotated noise neither white nor of unit variance.
+"""
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from efae.symmetry import Representation
-from efae.symmetry.rotation import act_by_angle, disk_mask, rotate_image
+from efae.model.autoencoder import Autoencoder
+from efae.model.tokenizer import Tokenizer
+from efae.symmetry.rotation import (
+    act_by_angle,
+    check_turns_by_any_angle,
+    disk_mask,
+    rotate_image,
+)
+from efae.training.measures import Totals, masked_psnr
+
+ANGLES = (15.0, 30.0, 45.0, 60.0, 75.0, 90.0)
+"""Degrees that are measured where a model was trained to be turned by any angle."""
 
 
-class Tokenizer(Protocol):
-    """What is measured; latents come in the basis of the representation's irreps."""
-
-    @property
-    def representation(self) -> Representation: ...
-
-    def encode(self, image: Tensor, /) -> Tensor: ...
-
-    def decode(self, latent: Tensor, /, *, noise: Tensor) -> Tensor: ...
-
-
-def masked_psnr(
-    image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"], mask: Float[Tensor, "h w"]
-) -> Float[Tensor, "b"]:
-    """Peak signal to noise ratio per example where the mask is, dB; the range is 2.
-
-    20 log10(2) - 10 log10(sum m d^2 / sum m), as EQ-R of StyleGAN3 (Karras et al. 2021,
-    arXiv:2106.12423) with the range fixed.
-    """
-    error = (mask * (image - other).square()).sum((1, 2, 3)) / (mask.sum() * image.shape[1])
-    return 10 * torch.log10(4 / error.clamp(min=1e-12))
-
-
-@torch.no_grad()
-def measure_rotations(
-    tokenizer: Tokenizer,
-    images: Float[Tensor, "n c h w"],
-    angles_degrees: Sequence[float] = (15, 30, 45, 60, 75),
-    *,
-    seed: int = 0,
-    batch_size: int = 128,
-) -> dict[float, dict[str, float]]:
-    """Measure R = rotation by each angle, inside the inscribed disk; 0 is always measured too.
+def choose_angles(model: Tokenizer, asked: Sequence[float] | None) -> tuple[float, ...]:
+    """The angles to measure, in degrees: 0 first, each once; none at all is ().
 
     Args:
-        tokenizer: in eval mode, with a representation that turns by any angle.
-        images: square, in [-1, 1], on the tokenizer's device.
+        model: with a configuration or without.
+        asked: degrees; None for ANGLES where the model was trained on them, and none elsewhere.
+    """
+    if asked is None:
+        trained = isinstance(model, Autoencoder) and model.config.loss.rotation_probability > 0
+        asked = ANGLES if trained else ()
+    return tuple(dict.fromkeys((0.0, *map(float, asked)))) if len(asked) else ()
+
+
+def check_angles(
+    model: Tokenizer, angles_degrees: Sequence[float], height: int, width: int
+) -> None:
+    """Raise unless the model can be measured at these angles on images of this size.
+
+    Raises:
+        ValueError: an angle is not a number, the images are not square, or the representation
+            does not extend to all rotations.
+    """
+    for angle in angles_degrees:
+        if not math.isfinite(angle):
+            raise ValueError(f"an angle of {angle}: angles are numbers of degrees")
+    if angles_degrees and height != width:
+        raise ValueError(
+            f"images of {height} x {width} pixels: only square ones can turn by any angle; measure"
+            " on square images, or ask for no angles"
+        )
+    if angles_degrees:
+        check_turns_by_any_angle(model.representation)
+
+
+def measure_rotations(
+    model: Tokenizer,
+    image: Float[Tensor, "b c s s"],
+    noise: Float[Tensor, "b c s s"],
+    latent: Float[Tensor, "b dim l l"],
+    angles_degrees: Sequence[float],
+    totals: Totals,
+) -> None:
+    """Count what `summarize_rotations` needs of one batch, for R = rotation by each angle.
+
+    Args:
+        model: in eval mode, with a representation that turns by any angle.
+        image: in [-1, 1].
+        noise: that decoding starts from.
+        latent: of the image.
         angles_degrees: counter-clockwise.
-        seed: of the noise that decoding starts from. All angles start from the same noise, not
-            from rotated noise: interpolation would leave it neither white nor of unit variance.
-        batch_size: images at a time.
+        totals: receives the sums.
+
+    Raises:
+        ValueError: the images are not square, or the representation does not extend.
+    """
+    mask = disk_mask(*image.shape[-2:], device=image.device)
+    for degrees in angles_degrees:
+        angle = math.radians(degrees)
+        turned = rotate_image(image, angle).clamp(-1, 1)
+        moved = act_by_angle(model.representation, angle, latent)
+        error = (model.encode(turned) - moved).square().mean(1)
+        sample = model.decode(moved, noise=noise).clamp(-1, 1)
+        back = rotate_image(turned, -angle).clamp(-1, 1)
+        totals.add(f"turned {degrees} encoder", error)
+        totals.add(f"turned {degrees} psnr", masked_psnr(sample, turned, mask))
+        totals.add(f"turned {degrees} floor", masked_psnr(back, image, mask))
+
+
+def summarize_rotations(
+    totals: Totals, angles_degrees: Sequence[float], variance: Float[Tensor, "dim l l"]
+) -> dict[float, dict[str, float]]:
+    """What was counted, angle by angle.
+
+    Args:
+        totals: of all images, from `measure_rotations`.
+        angles_degrees: the same; with 0.
+        variance: of the latent over images.
 
     Returns:
         For each angle in degrees:
@@ -60,41 +108,18 @@ def measure_rotations(
             psnr: of D(rho(R) E(x)) against Rx, dB, mean over images.
             gap_db: psnr at angle 0 minus this one.
             resampling_floor_db: psnr of R^-1 R x against x, what two resamplings alone cost.
-
-    Raises:
-        ValueError: the images are not square, or the representation does not extend.
     """
-    batches = torch.split(images, batch_size)
-    latents = [tokenizer.encode(image) for image in batches]
-    noises = [
-        torch.randn(image.shape, generator=torch.Generator().manual_seed(seed + i)).to(image.device)
-        for i, image in enumerate(batches)
-    ]
-    mask = disk_mask(images.shape[-2], images.shape[-1], device=images.device)
-    cells = disk_mask(latents[0].shape[-2], latents[0].shape[-1], device=images.device)
-    spread = (cells * torch.cat(latents).var(0)).sum()
-    measured: dict[float, dict[str, float]] = {}
-    for degrees in (0.0, *(float(angle) for angle in angles_degrees if angle != 0)):
-        angle = math.radians(degrees)
-        errors: list[Tensor] = []
-        scores: list[Tensor] = []
-        floors: list[Tensor] = []
-        for image, latent, noise in zip(batches, latents, noises, strict=True):
-            turned = rotate_image(image, angle).clamp(-1, 1)
-            moved = act_by_angle(tokenizer.representation, angle, latent)
-            difference = tokenizer.encode(turned) - moved
-            errors.append((cells * difference.square()).sum((1, 2, 3)))
-            sample = tokenizer.decode(moved, noise=noise).clamp(-1, 1)
-            scores.append(masked_psnr(sample, turned, mask))
-            floors.append(masked_psnr(rotate_image(turned, -angle).clamp(-1, 1), image, mask))
-        measured[degrees] = {
-            "encoder_error": _mean(errors) / max(float(spread), 1e-12),
-            "psnr": _mean(scores),
-            "resampling_floor_db": _mean(floors),
+    cells = disk_mask(*variance.shape[-2:]).to(variance.dtype)
+    spread = max(float((cells * variance.mean(0)).sum()), 1e-12)
+
+    def found(degrees: float) -> dict[str, float]:
+        error = totals.mean(f"turned {degrees} encoder")
+        score = totals.mean(f"turned {degrees} psnr")
+        return {
+            "encoder_error": float((cells * error).sum()) / spread,
+            "psnr": float(score),
+            "gap_db": float(totals.mean("turned 0.0 psnr") - score),
+            "resampling_floor_db": float(totals.mean(f"turned {degrees} floor")),
         }
-    base = measured[0.0]["psnr"]
-    return {angle: {**found, "gap_db": base - found["psnr"]} for angle, found in measured.items()}
 
-
-def _mean(parts: list[Tensor]) -> float:
-    return float(torch.cat(parts).double().mean())
+    return {degrees: found(degrees) for degrees in angles_degrees}

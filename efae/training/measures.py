@@ -43,6 +43,18 @@ def psnr(image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"]) -> Fl
     return ratio.clamp(max=LARGEST_PSNR)
 
 
+def masked_psnr(
+    image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"], mask: Float[Tensor, "h w"]
+) -> Float[Tensor, "b"]:
+    """`psnr` over the pixels where the mask is, weighed by it.
+
+    20 log10(2) - 10 log10(sum m d^2 / sum m), as EQ-R of StyleGAN3 (Karras et al. 2021,
+    arXiv:2106.12423) with the range fixed.
+    """
+    error = (mask * (image - other).square()).sum((1, 2, 3)) / (mask.sum() * image.shape[1])
+    return (10 * torch.log10(4 / error)).clamp(max=LARGEST_PSNR)
+
+
 def ssim(image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
     """Structural similarity per image (Wang et al. 2004), Gaussian window of 11, sigma 1.5.
 

@@ -14,7 +14,7 @@ from efae.symmetry.rotation import (
     disk_mask,
     rotate_image,
 )
-from efae.training.angles import masked_psnr
+from efae.training.measures import masked_psnr
 
 GENERATOR = torch.Generator().manual_seed(0)
 REPRESENTATIONS = [
