@@ -2,6 +2,7 @@
 
     python jobs/evaluate.py --model models:/efae@champion --data s3://efae-data/openmoji-32/held_out
     python jobs/evaluate.py --model models:/efae@champion diffusers:/models/sd-vae --data ...
+    python jobs/evaluate.py --model models:/efae@champion --data ... --angles 15 30 45
 
 Several models are measured on the same images and shown side by side; each gets its own card in a
 folder below. Addresses come from the environment (`source .local/env` for the local stack).
@@ -35,7 +36,7 @@ class Arguments:
     data: str
     """Shard set that no model was trained on."""
     output: Path = Path("report")
-    """Folder for report.html, summary.json and the figures."""
+    """Folder for report.html, summary.json, evaluation.json and the figures."""
     images: int = 512
     """Images to measure, at most."""
     seed: int = 0
@@ -44,6 +45,9 @@ class Arguments:
     """Images at a time."""
     device: str = "cpu"
     """cpu or cuda."""
+    angles: tuple[float, ...] = ()
+    """Measure rotations by these angles too, in degrees counter-clockwise; without any, a model
+    that was trained on rotations by any angle (loss.rotation_probability) brings its own."""
     lpips_weights: Path | None = None
     """Measure LPIPS too: torchvision's AlexNet weights, alexnet-owt-7be5be79.pth."""
     fid_weights: Path | None = None
@@ -76,6 +80,7 @@ def _run(chosen: Arguments) -> Path:
     from tqdm import tqdm
 
     from efae.artifacts.report import Card, write_comparison, write_report
+    from efae.training.angles import choose_angles
     from efae.training.evaluation import evaluate
     from efae.training.networks import Lpips, load_fid
 
@@ -90,6 +95,11 @@ def _run(chosen: Arguments) -> Path:
     if lpips is not None:
         lpips.check_size(*shape[1:])
     loaded = {uri: _load(uri, shape, chosen) for uri in chosen.model}
+    for uri, (model, _, _) in loaded.items():
+        try:
+            choose_angles(model, chosen.angles or None, *shape[1:])
+        except ValueError as error:
+            raise ValueError(f"--angles: {uri}: {error}") from error
     images = {channels: _read(chosen, channels) for _, _, channels in loaded.values()}
 
     cards: dict[str, Card] = {}
@@ -100,6 +110,7 @@ def _run(chosen: Arguments) -> Path:
             images[channels],
             seed=chosen.seed,
             batch_size=chosen.batch_size,
+            angles_degrees=chosen.angles or None,
             lpips=lpips,
             fid=load_fid(chosen.fid_weights, chosen.device) if chosen.fid_weights else None,
             progress=lambda items, what: tqdm(items, what, disable=not sys.stderr.isatty()),

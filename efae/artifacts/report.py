@@ -1,9 +1,9 @@
 """The report card: pictures and numbers of one model, as one page that works offline.
 
 `write_report` takes numbers and pictures as `efae.training.evaluation.Evaluation` has them, and
-writes ``report.html`` (everything inline), ``summary.json`` for machines, and each figure as a
-file. `write_comparison` puts several models side by side. Every measure is explained in a sentence
-where it stands; the page is meant to be printed.
+writes ``report.html`` (everything inline), for machines ``summary.json`` and all the numbers as
+``evaluation.json``, and each figure as a file. `write_comparison` puts several models side by side.
+Every measure is explained in a sentence where it stands; the page is meant to be printed.
 """
 
 import base64
@@ -19,19 +19,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
 from efae import config as configuration
-from efae.artifacts.figures import (
-    ELEMENT_WORDS,
-    ERROR_LEVELS,
+from efae.artifacts.charts import (
     SAME_DB,
     draw_curves,
     draw_energy,
     draw_gap,
     draw_gaps,
     draw_loss_by_time,
-    draw_orbit,
-    draw_reconstructions,
+    draw_rotations,
     draw_steps,
 )
+from efae.artifacts.figures import ELEMENT_WORDS, ERROR_LEVELS, draw_orbit, draw_reconstructions
 from efae.artifacts.redaction import redact
 from efae.artifacts.trajectory import draw_filmstrip, draw_trajectory
 from efae.config import Config
@@ -91,7 +89,7 @@ def write_report(
     facts: Mapping[str, Any],
     curves: Sequence[tuple[int, float]] | None = None,
 ) -> Path:
-    """Write report.html, summary.json and the figures into `directory`; gives the page's path.
+    """Write report.html, the JSON files and the figures into `directory`; gives the page's path.
 
     Args:
         directory: made if it does not exist.
@@ -105,13 +103,14 @@ def write_report(
         ValueError: a number is not finite; summary.json is written nevertheless.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory, summarize(numbers, facts))
+    _write_json(directory / "summary.json", summarize(numbers, facts))
     broken = [name for name, value in numbers.items() if _finite(value) != value]
     if broken:
         raise ValueError(
             f"the evaluation has values that are not finite in {', '.join(broken)}: there is"
             " nothing to draw; evaluate an earlier checkpoint"
         )
+    _write_json(directory / "evaluation.json", numbers)
     _draw_figures(directory, numbers, pictures, curves)
     channels, height, width = numbers["image_shape"]
     return _render(
@@ -159,7 +158,7 @@ def write_comparison(directory: Path, cards: Mapping[str, Card], facts: Mapping[
             facts=own,
         )
     _write_json(
-        directory,
+        directory / "summary.json",
         {"models": {name: summarize(card.numbers, card.facts) for name, card in cards.items()}},
     )
     # A model has the elements of its own group; shared are those of all.
@@ -172,12 +171,18 @@ def write_comparison(directory: Path, cards: Mapping[str, Card], facts: Mapping[
         {name: {g: card.numbers["gap_db"][g] for g in shared} for name, card in cards.items()},
         directory / "gaps.png",
     )
+    rotations = {
+        name: card.numbers["rotations"] for name, card in cards.items() if card.numbers["rotations"]
+    }
+    if rotations:
+        draw_rotations(rotations, directory / "rotations.png")
     return _render(
         directory,
         "comparison.html.jinja",
         title=" and ".join(cards),
         cards=cards,
         folders=folders,
+        rotations=rotations,
         exact={name: _is_exact(card.numbers) for name, card in cards.items()},
         facts={name: value for name, value in facts.items() if name != "credits"},
         credits=_listed(facts.get("credits")),
@@ -212,9 +217,8 @@ def _render(directory: Path, template: str, **context: Any) -> Path:
     return path
 
 
-def _write_json(directory: Path, summary: Mapping[str, Any]) -> None:
-    text = redact(json.dumps(summary, indent=2, allow_nan=False))
-    (directory / "summary.json").write_text(text + "\n")
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(redact(json.dumps(values, indent=2, allow_nan=False)) + "\n")
 
 
 def _slug(name: str) -> str:
@@ -268,6 +272,8 @@ def _draw_figures(
         )
     if numbers["loss_by_time"]:
         draw_loss_by_time(numbers["loss_by_time"], directory / "loss_by_time.png")
+    if numbers["rotations"]:
+        draw_rotations({"PSNR": numbers["rotations"]}, directory / "rotations.png")
     if pictures.states:
         draw_trajectory(pictures.states, directory / "trajectory.gif")
         draw_filmstrip(pictures.states, directory / "filmstrip.png")

@@ -24,38 +24,36 @@ ANGLES = (15.0, 30.0, 45.0, 60.0, 75.0, 90.0)
 """Degrees that are measured where a model was trained to be turned by any angle."""
 
 
-def choose_angles(model: Tokenizer, asked: Sequence[float] | None) -> tuple[float, ...]:
-    """The angles to measure, in degrees: 0 first, each once; none at all is ().
+def choose_angles(
+    model: Tokenizer, asked: Sequence[float] | None, height: int, width: int
+) -> tuple[float, ...]:
+    """The angles to measure, in degrees: 0 first, each once; () for none.
 
     Args:
-        model: with a configuration or without.
-        asked: degrees; None for ANGLES where the model was trained on them, and none elsewhere.
-    """
-    if asked is None:
-        trained = isinstance(model, Autoencoder) and model.config.loss.rotation_probability > 0
-        asked = ANGLES if trained else ()
-    return tuple(dict.fromkeys((0.0, *map(float, asked)))) if len(asked) else ()
-
-
-def check_angles(
-    model: Tokenizer, angles_degrees: Sequence[float], height: int, width: int
-) -> None:
-    """Raise unless the model can be measured at these angles on images of this size.
+        model: what is measured.
+        asked: degrees; None for ANGLES if the model was trained on rotations by any angle, and
+            for none otherwise.
+        height: of the images.
+        width: of the images.
 
     Raises:
         ValueError: an angle is not a number, the images are not square, or the representation
             does not extend to all rotations.
     """
-    for angle in angles_degrees:
-        if not math.isfinite(angle):
-            raise ValueError(f"an angle of {angle}: angles are numbers of degrees")
-    if angles_degrees and height != width:
+    if asked is None:
+        trained = isinstance(model, Autoencoder) and model.config.loss.rotation_probability > 0
+        asked = ANGLES if trained else ()
+    if not asked:
+        return ()
+    if not all(map(math.isfinite, asked)):
+        raise ValueError(f"angles {asked}: give numbers of degrees")
+    if height != width:
         raise ValueError(
             f"images of {height} x {width} pixels: only square ones can turn by any angle; measure"
-            " on square images, or ask for no angles"
+            " on square images, or without angles"
         )
-    if angles_degrees:
-        check_turns_by_any_angle(model.representation)
+    check_turns_by_any_angle(model.representation)
+    return tuple(dict.fromkeys((0.0, *map(float, asked))))
 
 
 def measure_rotations(

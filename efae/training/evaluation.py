@@ -7,8 +7,7 @@ how every number came about.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -17,16 +16,23 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from efae.model import flow
 from efae.model.autoencoder import Autoencoder
 from efae.model.tokenizer import FlowTokenizer, Tokenizer
 from efae.symmetry.representation import group_law_error
+from efae.training.angles import choose_angles, measure_rotations, summarize_rotations
+from efae.training.flow_measures import (
+    STEP_COUNTS,
+    TIME_BINS,
+    measure_loss,
+    measure_steps,
+    measure_velocity,
+)
 from efae.training.measures import (
     LARGEST_PSNR,
     Totals,
     draw_noise,
+    full_precision,
     gather_json,
-    gradient_energy,
     psnr,
     ssim,
     symmetric_images,
@@ -46,8 +52,6 @@ __all__ = [
     "to_float",
 ]
 
-STEP_COUNTS = (1, 2, 4, 8, 16, 50)
-TIME_BINS = 10
 CHOSEN = 64
 """Images, at most, for the measures that take many decodes."""
 
@@ -107,6 +111,8 @@ class Evaluation:
     """Flow loss in equal bins of t over [0, 1]; None without a flow."""
     velocity_error_by_time: list[float] | None
     """|v(g x_t, t, rho(g) z) - g v(x_t, t, z)|^2 / |v|^2 of the worst g, in the same bins."""
+    rotations: dict[float, dict[str, float]]
+    """By angle in degrees, see efae/training/angles.py; empty where not measured."""
     lpips: float | None
     """Of reconstructions; None where no weights were given, as the two below."""
     lpips_by_element: dict[str, float] | None
@@ -122,18 +128,7 @@ class Evaluation:
         return {name: value for name, value in asdict(self).items() if name != "pictures"}
 
 
-@contextmanager
-def _full_precision() -> Generator[None]:
-    """By default, cuDNN rounds the factors of a convolution to ten bits."""
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
-
-
-@_full_precision()
+@full_precision()
 @torch.no_grad()
 def evaluate(
     model: Tokenizer,
@@ -141,6 +136,7 @@ def evaluate(
     *,
     seed: int = 0,
     batch_size: int = 64,
+    angles_degrees: Sequence[float] | None = None,
     lpips: Lpips | None = None,
     fid: Fid | None = None,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
@@ -156,12 +152,15 @@ def evaluate(
         images: in [0, 255], held out from training.
         seed: of the noise; image i of the set always meets the same noise.
         batch_size: images at a time; changes no number beyond rounding.
+        angles_degrees: measures rotations by these angles too; None does so by ANGLES if the model
+            was trained on rotations by any angle.
         lpips: measures LPIPS too.
         fid: measures FID too.
         progress: wraps the long loops, given a description.
 
     Raises:
-        ValueError: no images, or too small for `lpips`.
+        ValueError: no images, too small for `lpips`, or model or images that cannot turn by any
+            angle.
     """
     started = time.monotonic()
     device = _device_of(model)
@@ -171,6 +170,7 @@ def evaluate(
         raise ValueError("no images to measure on")
     if lpips is not None:
         lpips.check_size(*images.shape[-2:])
+    angles = choose_angles(model, angles_degrees, *images.shape[-2:])
     first = sum(counts[: _rank(counts)])
     stride = -(-total // CHOSEN)
 
@@ -183,7 +183,7 @@ def evaluate(
         noise = draw_noise(positions, tuple(image.shape[1:]), seed).to(device)
         latent, acted = _measure_elements(model, image, noise, totals, lpips)
         if isinstance(model, FlowTokenizer):
-            _measure_loss(model, image, noise, latent, totals)
+            measure_loss(model, image, noise, latent, totals)
         if fid is not None:
             fid.add(image, acted["identity"])
         if pictures is None:
@@ -203,16 +203,18 @@ def evaluate(
         _measure_law(model, latent, totals)
         _measure_floor(model, latent, noise, other, totals)
         _measure_symmetric(model, image, noise, totals)
+        measure_rotations(model, image, noise, latent, angles, totals)
         if isinstance(model, FlowTokenizer):
-            _measure_steps(model, image, noise, latent, totals)
-            _measure_velocity(model, image, noise, latent, totals)
+            measure_steps(model, image, noise, latent, totals)
+            measure_velocity(model, image, noise, latent, totals)
     totals.gather(device)
     return _summarize(
         model,
         totals,
+        angles,
         image_shape=tuple(images.shape[1:]),
         pictures=pictures or _no_pictures(images),
-        protocol=_protocol(model, totals, seed, lpips, fid),
+        protocol=_protocol(model, totals, angles, seed, lpips, fid),
         fid=None if fid is None else fid.compute(),
         seconds=time.monotonic() - started,
     )
@@ -256,31 +258,6 @@ def _measure_elements(
     return latent, acted
 
 
-def _measure_loss(
-    model: FlowTokenizer, image: Tensor, noise: Tensor, latent: Tensor, totals: Totals
-) -> None:
-    """The flow loss at the middle of each bin of t."""
-    for i in range(TIME_BINS):
-        t = torch.full((len(image),), (i + 0.5) / TIME_BINS, device=image.device)
-        velocity = model.velocity(flow.interpolate(image, noise, t), t, latent)
-        totals.add(f"loss {i}", flow.flow_loss(velocity, image, noise, t, "velocity"))
-
-
-def _measure_velocity(
-    model: FlowTokenizer, image: Tensor, noise: Tensor, latent: Tensor, totals: Totals
-) -> None:
-    """How far the velocity field is from commuting with each element, in each bin of t."""
-    for i in range(TIME_BINS):
-        t = torch.full((len(image),), (i + 0.5) / TIME_BINS, device=image.device)
-        x_t = flow.interpolate(image, noise, t)
-        velocity = model.velocity(x_t, t, latent)
-        totals.add(f"velocity {i}", velocity.square().mean((1, 2, 3)))
-        for g in model.group:
-            turned = model.velocity(g.act_on_image(x_t), t, model.act(g, latent))
-            error = (turned - g.act_on_image(velocity)).square().mean((1, 2, 3))
-            totals.add(f"velocity {i} {g}", error)
-
-
 def _measure_law(model: Tokenizer, latent: Tensor, totals: Totals) -> None:
     """act(a, act(b, z)) against act(ab, z) for the worst pair."""
     size = latent.square().sum((1, 2, 3)).clamp(min=1e-12)
@@ -311,17 +288,6 @@ def _measure_symmetric(model: Tokenizer, image: Tensor, noise: Tensor, totals: T
             totals.add(f"symmetric {kind} {g}", psnr(undone, symmetric))
 
 
-def _measure_steps(
-    model: Tokenizer, image: Tensor, noise: Tensor, latent: Tensor, totals: Totals
-) -> None:
-    totals.add("gradient", gradient_energy(image))
-    for count in STEP_COUNTS:
-        sample = model.decode(latent, steps=count, noise=noise).clamp(-1, 1)
-        totals.add(f"steps psnr {count}", psnr(sample, image))
-        totals.add(f"steps ssim {count}", ssim(sample, image))
-        totals.add(f"steps gradient {count}", gradient_energy(sample))
-
-
 def _follow(model: Tokenizer, latent: Tensor, noise: Tensor) -> list[tuple[float, Tensor]]:
     """What the sampler passes through."""
     states: list[tuple[float, Tensor]] = []
@@ -335,6 +301,7 @@ def _follow(model: Tokenizer, latent: Tensor, noise: Tensor) -> list[tuple[float
 def _summarize(
     model: Tokenizer,
     totals: Totals,
+    angles: Sequence[float],
     *,
     image_shape: tuple[int, ...],
     pictures: Pictures,
@@ -407,6 +374,7 @@ def _summarize(
         sharpness_by_steps={n: mean(f"steps gradient {n}") / mean("gradient") for n in steps},
         loss_by_time=[mean(f"loss {i}") for i in range(TIME_BINS)] if has_flow else None,
         velocity_error_by_time=velocity_error or None,
+        rotations=summarize_rotations(totals, angles, variance),
         lpips=lpips.get("identity"),
         lpips_by_element=lpips or None,
         fid=fid,
@@ -417,10 +385,18 @@ def _summarize(
 
 
 def _protocol(
-    model: Tokenizer, totals: Totals, seed: int, lpips: Lpips | None, fid: Fid | None
+    model: Tokenizer,
+    totals: Totals,
+    angles: Sequence[float],
+    seed: int,
+    lpips: Lpips | None,
+    fid: Fid | None,
 ) -> dict[str, Any]:
     knobs = model.config.flow if isinstance(model, Autoencoder) else None
-    chosen = "group_law_error, noise_floor_db, symmetric_gap_db, *_by_steps, velocity_error_by_time"
+    chosen = (
+        "group_law_error, noise_floor_db, symmetric_gap_db, rotations, *_by_steps,"
+        " velocity_error_by_time"
+    )
     return {
         "images": totals.count("latent"),
         "chosen_images": totals.count("law"),
@@ -432,6 +408,10 @@ def _protocol(
         "ssim": "torchmetrics structural_similarity_index_measure, Gaussian window 11, sigma 1.5,"
         " k1 0.01, k2 0.03, reflected borders",
         "elements": "g^-1 decode(act(g, encode(x)), g noise) against x",
+        "rotations": None
+        if not angles
+        else "decode(act(R, encode(x)), noise) against R x in the"
+        " inscribed disk, from the same noise at all angles; resampling: band-limited, bicubic",
         "sampler": None if knobs is None else knobs.sampler,
         "sampler_steps": None if knobs is None else knobs.sampler_steps,
         "sampler_power": None if knobs is None else knobs.sampler_power,

@@ -5,7 +5,8 @@ are sums over images, so neither the batch size nor the number of processes chan
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -28,6 +29,17 @@ _SYMMETRIC_UNDER = {
     "diagonal": ("transpose",),
     "all_elements": ("transpose", "flip_h", "flip_v"),
 }
+
+
+@contextmanager
+def full_precision() -> Generator[None]:
+    """Convolutions in true fp32: by default, cuDNN rounds their factors to ten bits."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def to_float(image: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ from data_pipelines.build_shards import build_shards
 from efae.artifacts import checkpoint
 from efae.config import Config, with_overrides
 from efae.model.autoencoder import Autoencoder
+from efae.training.angles import ANGLES
 from jobs.evaluate import main
 
 OURS = {
     "data.resolution": 16,
     "representation.dim": 12,
-    "representation.rotation_dims": 4,
+    "representation.multiplicities": (4, 0, 2, 2, 2),
     "model.hidden_size": 32,
     "model.encoder_hidden_size": 32,
     "model.num_heads": 2,
@@ -26,20 +27,20 @@ OURS = {
 }
 
 
-def write_shards(folder, side: int, mode: str) -> str:
+def write_shards(folder, size: tuple[int, int], mode: str) -> str:
     """Twelve images that are not symmetric."""
     generator = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
     for i in range(12):
         coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        coarse.convert(mode).resize((side, side)).save(folder / "images" / f"{i}.png")
+        coarse.convert(mode).resize(size).save(folder / "images" / f"{i}.png")
     build_shards(f"folder:{folder / 'images'}", str(folder / "shards"))
     return str(folder / "shards")
 
 
-def write_ours(folder, channels: int) -> str:
+def write_ours(folder, channels: int, **changes) -> str:
     torch.manual_seed(0)
-    config = with_overrides(Config(), OURS | {"data.channels": channels})
+    config = with_overrides(Config(), OURS | {"data.channels": channels} | changes)
     checkpoint.write_model(folder, Autoencoder(config).state_dict(), config, card={})
     return str(folder)
 
@@ -61,11 +62,24 @@ def write_foreign(folder, channels: int) -> str:
 def paths(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("evaluate")
     return {
-        "colour": write_shards(folder / "colour", 16, "RGB"),
-        "grey": write_shards(folder / "grey", 16, "L"),
-        "odd": write_shards(folder / "odd", 15, "RGB"),
+        "colour": write_shards(folder / "colour", (16, 16), "RGB"),
+        "grey": write_shards(folder / "grey", (16, 16), "L"),
+        "odd": write_shards(folder / "odd", (15, 15), "RGB"),
         "ours": write_ours(folder / "ours", 3),
         "ours grey": write_ours(folder / "ours-grey", 1),
+        "unpaired": write_ours(
+            folder / "unpaired", 3, **{"representation.multiplicities": (4, 1, 2, 1, 2)}
+        ),
+        "wide": write_shards(folder / "wide", (24, 16), "RGB"),
+        "ours wide": write_ours(
+            folder / "ours-wide",
+            3,
+            **{
+                "data.resolution": (16, 24),
+                "representation.group": "flips",
+                "representation.multiplicities": (4, 4, 2, 2, 0),
+            },
+        ),
         "foreign": write_foreign(folder / "foreign", 3),
         "foreign grey": write_foreign(folder / "foreign-grey", 1),
     }
@@ -80,6 +94,27 @@ def test_one_model(paths, tmp_path, capsys):
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "measured on\n8 held-out images" in html
     assert "an equivariant flow autoencoder" in html
+
+
+def test_angles_are_measured_where_they_are_asked_for(paths, tmp_path):
+    models = [paths["ours"], paths["foreign"]]
+    rest = ["--data", paths["colour"], "--output", str(tmp_path)]
+    assert main(["--model", *models, *rest, "--angles", "15", "-30", "--images", "4"]) == 0
+    for folder in sorted(path for path in tmp_path.iterdir() if path.is_dir()):
+        numbers = json.loads((folder / "evaluation.json").read_text())
+        assert list(numbers["rotations"]) == ["0.0", "15.0", "-30.0"]
+        assert (folder / "rotations.png").exists()
+    assert "Rotations by any angle" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert main(["--model", models[0], *rest[:2], f"--output={tmp_path / 'none'}"]) == 0
+    assert json.loads((tmp_path / "none" / "evaluation.json").read_text())["rotations"] == {}
+
+
+def test_a_model_trained_on_angles_is_measured_at_them(paths, tmp_path):
+    trained = write_ours(tmp_path / "model", 3, **{"loss.rotation_probability": 0.5})
+    rest = ["--data", paths["colour"], "--images=4", f"--output={tmp_path / 'report'}"]
+    assert main(["--model", trained, *rest]) == 0
+    numbers = json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    assert list(map(float, numbers["rotations"])) == [0.0, *ANGLES]
 
 
 @pytest.mark.parametrize("data", ["colour", "grey"])
@@ -106,6 +141,9 @@ def test_ours_beside_a_foreign_one(paths, tmp_path, capsys, data):
         ("ours", "colour", ["--lpips-weights=missing.pth"], ["alexnet-owt-7be5be79.pth"]),
         ("ours", "colour", ["--fid-weights=missing.pth"], ["FID needs"]),
         ("ours", "colour", ["--images=0"], ["--images", "positive"]),
+        ("ours", "colour", ["--angles", "nan"], ["--angles", "numbers of degrees"]),
+        ("unpaired", "colour", ["--angles", "15"], ["unpaired: ", "b1=2 and b2=1", "as many B1"]),
+        ("ours wide", "wide", ["--angles", "15"], ["ours-wide: images of 16 x 24", "only square"]),
     ],
 )
 def test_what_cannot_be_measured_is_refused(paths, tmp_path, capsys, model, data, options, parts):

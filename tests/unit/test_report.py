@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from efae.artifacts.charts import draw_rotations
 from efae.artifacts.figures import draw_orbit
 from efae.artifacts.report import (
     Card,
@@ -31,7 +32,7 @@ SUMMARY = (
     *("data_wait_fraction", "psnr", "gap_db", "worst_gap_db", "group_law_error", "recoveries"),
     *("world_size", "precision", "device", "wall_seconds"),
 )
-FIGURES = ("orbit", "reconstructions", "gap", "energy", "steps", "loss_by_time")
+FIGURES = ("orbit", "reconstructions", "gap", "rotations", "energy", "steps", "loss_by_time")
 FACTS = {
     "run_name": "a <script>alert(1)</script> & b",
     "mlflow_run_id": "1f2e3d",
@@ -77,7 +78,7 @@ def config() -> Config:
 def evaluation(config):
     torch.manual_seed(0)
     images = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8)
-    return evaluate(Autoencoder(config).eval(), images)
+    return evaluate(Autoencoder(config).eval(), images, angles_degrees=(15, 45, 90))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def folder(tmp_path_factory, config, evaluation) -> Path:
 
 def test_the_folder_holds_every_figure_and_nothing_unexpected(folder):
     figures = {f"{name}.png" for name in (*FIGURES, "curves")}
-    others = {"report.html", "summary.json", "trajectory.gif", "filmstrip.png"}
+    others = {"report.html", "summary.json", "evaluation.json", "trajectory.gif", "filmstrip.png"}
     assert {path.name for path in folder.iterdir()} == figures | others
     for name in figures:
         with Image.open(folder / name) as image:
@@ -110,8 +111,8 @@ def test_the_page_shows_the_very_figures_of_the_folder(folder):
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
     shown = [base64.b64decode(source.partition(";base64,")[2]) for source in sources]
-    order = ("orbit.png", "gap.png", "reconstructions.png", "trajectory.gif", "filmstrip.png")
-    order += ("energy.png", "loss_by_time.png", "steps.png", "curves.png")
+    order = ("orbit.png", "gap.png", "rotations.png", "reconstructions.png", "trajectory.gif")
+    order += ("filmstrip.png", "energy.png", "loss_by_time.png", "steps.png", "curves.png")
     assert shown == [(folder / name).read_bytes() for name in order]
     kinds = [source.partition(";")[0] for source in sources]
     assert kinds == [f"data:image/{name[-3:]}" for name in order]
@@ -187,7 +188,7 @@ def deterministic(evaluation):
             "sampler_steps": None,
         },
         **{"psnr_by_steps": {}, "ssim_by_steps": {}, "sharpness_by_steps": {}},
-        **{"loss_by_time": None, "velocity_error_by_time": None},
+        **{"loss_by_time": None, "velocity_error_by_time": None, "rotations": {}},
         **{"energy_by_irrep": {"a1": 1.0}, "worst_gap_db": 7.25},
     }
     pictures = SimpleNamespace(**vars(evaluation.pictures) | {"states": []})
@@ -202,7 +203,8 @@ def test_a_deterministic_tokenizer_has_no_empty_boxes(tmp_path, deterministic):
     drawn = {path.stem for path in tmp_path.iterdir() if path.suffix in {".png", ".gif"}}
     assert drawn == {"orbit", "gap", "reconstructions"}
     assert len([tag for tag, _ in read.tags if tag == "img"]) == 3
-    for absent in ("None", "unknown", "sampler steps", "Loss by time", "Noise floor"):
+    absents = ("None", "unknown", "sampler steps", "Loss by time", "Noise floor", "any angle")
+    for absent in absents:
         assert absent not in read.text
     assert "Configuration" not in read.text
     assert "this decoder draws no noise" in read.text
@@ -221,16 +223,42 @@ def test_several_models_stand_side_by_side(tmp_path, evaluation, deterministic, 
     assert "<vae>" not in html
     assert "7.25" in read.text
     assert "deterministic" in read.text
+    assert f"{min(found['psnr'] for found in first.numbers['rotations'].values()):.2f}" in read.text
+    assert read.text.count("not measured") == 2  # the other one's angles
     assert FACTS["credits"][0] in read.text
     sources = [attributes["src"] for tag, attributes in read.tags if tag == "img"]
     shown = [base64.b64decode(source.partition(";base64,")[2]) for source in sources]
     folders = ("1-models-a-1", "2-diffusers-vae")
-    order = ["gaps.png", *(f"{f}/{n}.png" for n in ("orbit", "reconstructions") for f in folders)]
+    order = ["gaps.png", "rotations.png"]
+    order += [*(f"{f}/{n}.png" for n in ("orbit", "reconstructions") for f in folders)]
     assert shown == [(tmp_path / name).read_bytes() for name in order]
     assert all((tmp_path / folder / "report.html").is_file() for folder in folders)
     models = json.loads((tmp_path / "summary.json").read_text())["models"]
     assert list(models) == list(cards)
     assert models["diffusers:<vae>"]["worst_gap_db"] == 7.25
+
+
+def test_every_number_is_there_for_machines(folder, evaluation):
+    written = json.loads((folder / "evaluation.json").read_text())
+    assert written == json.loads(json.dumps(evaluation.numbers()))
+    assert list(written["rotations"]) == ["0.0", "15.0", "45.0", "90.0"]
+    assert written["rotations"]["45.0"]["psnr"] == evaluation.rotations[45.0]["psnr"]
+
+
+def test_the_card_shows_the_worst_angle(folder, evaluation):
+    text = Page((folder / "report.html").read_text(encoding="utf-8")).text
+    worst = min(found["psnr"] for found in evaluation.rotations.values())
+    assert f"At the worst angle\n{worst:.2f} dB" in text
+
+
+@pytest.mark.parametrize("angles", [(15.0, 90.0), ("0.0", "90.0")])
+def test_rotations_are_drawn_of_any_angles_and_models(tmp_path, angles):
+    found = dict(psnr=20.0, encoder_error=0.5, gap_db=0.0, resampling_floor_db=40.0)
+    rotations = dict.fromkeys(angles, found)
+    worse = dict.fromkeys(angles, found | {"psnr": 10.0})
+    for models in ({"one": rotations}, {"one": rotations, "two": rotations}, {"one": worse}):
+        draw_rotations(models, tmp_path / f"{len(list(tmp_path.iterdir()))}.png")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 3
 
 
 def test_summary_has_the_agreed_keys_and_values(folder, evaluation):
