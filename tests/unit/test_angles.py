@@ -133,3 +133,82 @@ def test_a_tokenizer_that_ignores_the_image_has_no_gap_and_poor_psnr():
     assert measured[45.0]["encoder_error"] < 0.05
 
 
+@pytest.mark.parametrize("downsampling", [8, 16], ids=["2x2", "vector"])
+def test_an_autoencoder_is_measured_and_quarter_turns_are_exact(downsampling):
+    model = build(**{"model.downsampling": downsampling})
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    pixels = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    measured = evaluate(model, pixels, batch_size=4, angles_degrees=(15, 90)).rotations
+    assert all(set(found) == NUMBERS for found in measured.values())
+    assert all(math.isfinite(value) for found in measured.values() for value in found.values())
+    assert measured[90.0]["encoder_error"] < 1e-7 < 1e-3 < measured[15.0]["encoder_error"]
+    images, noise = to_float(pixels), draw_noise(range(6), (3, 16, 16), seed=0)
+    acted = model.act(D4["rot90"], model.encode(images))
+    sample = model.decode(acted, noise=noise).clamp(-1, 1)
+    score = masked_psnr(sample, D4["rot90"].act_on_image(images), disk_mask(16, 16)).mean()
+    assert measured[90.0]["psnr"] == pytest.approx(float(score), abs=1e-2)
+
+
+def test_the_measurement_repeats_and_does_not_depend_on_the_batch():
+    images = draw_images(6, 3, 16)
+    first = measure(Pixels(), images, (20,))
+    assert first == measure(Pixels(), images, (20,))
+    parts = measure(Pixels(), images, (20,), batch_size=4)
+    assert parts[20.0] == pytest.approx(first[20.0], rel=1e-4)
+
+
+def test_angles_are_measured_by_default_where_they_were_trained():
+    plain, trained = build(), build(**{"loss.rotation_probability": 0.1})
+    assert choose_angles(plain, None, 16, 16) == ()
+    assert choose_angles(trained, None, 16, 16) == (0.0, *ANGLES)
+    assert choose_angles(trained, (), 16, 16) == ()
+    assert choose_angles(plain, (30, 0, 30, -45), 16, 16) == (0.0, 30.0, -45.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "angles", "shape", "message"),
+    [
+        ({}, (math.nan,), (16, 16), "give numbers of degrees"),
+        ({}, (15,), (16, 24), "images of 16 x 24 pixels: only square"),
+        ({"representation.group": "flips"}, (15,), (16, 16), "holds no quarter turns"),
+        ({"representation.multiplicities": (4, 0, 3, 1, 2)}, (15,), (16, 16), "b1=3 and b2=1"),
+    ],
+)
+def test_what_cannot_be_turned_by_any_angle_is_refused(changes, angles, shape, message):
+    if changes.get("representation.group") == "flips":
+        changes = changes | {"representation.multiplicities": (4, 4, 2, 2, 0)}
+    model = build(**changes)
+    with pytest.raises(ValueError, match=message):
+        choose_angles(model, angles, *shape)
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, torch.zeros(2, 3, *shape, dtype=torch.uint8), angles_degrees=angles)
+
+
+def read_digits() -> torch.Tensor:
+    pixels = torch.tensor(mnist_data()[0], dtype=torch.float32).view(-1, 1, 28, 28)
+    digits = torch.nn.functional.interpolate(pixels, (16, 16), mode="bilinear", antialias=True)
+    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
+    return digits[order] / 127.5 - 1
+
+
+def test_training_on_angles_helps_at_angles():
+    digits, found = read_digits(), {}
+    for probability in (0.0, 0.7):
+        changes = {"data.channels": 1, "loss.rotation_probability": probability}
+        model = build(**changes | {"optimizer.learning_rate": 4e-3}).train()
+        optimizer = build_optimizer(model, model.config.optimizer)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(150):
+            chosen = torch.randint(4900, (32,), generator=generator)
+            loss, _ = model(digits[chosen], generator)
+            loss.mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found[probability] = measure(model.eval(), digits[4936:], (45, 90))
+    without, trained = found[0.0], found[0.7]
+    assert trained[45.0]["psnr"] > without[45.0]["psnr"] + 1.5, found
+    assert trained[45.0]["encoder_error"] < 0.7 * without[45.0]["encoder_error"], found
+    assert max(run[90.0]["encoder_error"] for run in (without, trained)) < 1e-7
