@@ -21,8 +21,9 @@ train: up ## train the quick-start model on the local stack and register it (ARG
 	    --tracking.report-folder "$(abspath $(LOCAL))/reports" \
 	    --tracking.commit "$(shell git rev-parse --short HEAD 2>/dev/null)" $(ARGS)
 
-bench: up ## compare the levels of equivariance at one budget (ARGS="--cpu-seconds 100")
-	@source "$(LOCAL)/env" && $(OPENMOJI) && $(BIN)/python -m benchmarks.compare_levels $(ARGS)
+bench: up ## compare level exact with dense twins at one budget (ARGS="--cpu-seconds 30")
+	@source "$(LOCAL)/env" && $(OPENMOJI) && $(BIN)/python -m benchmarks.ablate --preset quickstart \
+	    --seeds 1 --variants exact none "none, half as wide" $(ARGS)
 
 test: $(STAMP) ## run every test that needs no GPU (ARGS="tests/unit -k latent")
 	@$(BIN)/python -m pytest $(ARGS)

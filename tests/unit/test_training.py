@@ -140,7 +140,8 @@ def test_training_lowers_the_loss(shards, reports):
     run(shards, reports, say=lines.append, **{"training.steps": 150, "training.log_interval": 10})
     assert "step 150/150" in lines[-1]
     untrained = []
-    run(shards, reports, say=untrained.append, **{"training.steps": 10, "training.log_interval": 10})
+    steps = {"training.steps": 10, "training.log_interval": 10}
+    run(shards, reports, say=untrained.append, **steps)
 
     def read_loss(line):
         return float(line.split("loss ")[1].split()[0])
