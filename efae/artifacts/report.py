@@ -273,7 +273,7 @@ def _draw_figures(
     if numbers["loss_by_time"]:
         draw_loss_by_time(numbers["loss_by_time"], directory / "loss_by_time.png")
     if numbers["rotations"]:
-        draw_rotations({"PSNR": numbers["rotations"]}, directory / "rotations.png")
+        draw_rotations({"this model": numbers["rotations"]}, directory / "rotations.png")
     if pictures.states:
         draw_trajectory(pictures.states, directory / "trajectory.gif")
         draw_filmstrip(pictures.states, directory / "filmstrip.png")

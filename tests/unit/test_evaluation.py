@@ -19,7 +19,7 @@ from efae.training.measures import LARGEST_PSNR, draw_noise, symmetric_images
 SIZES = {
     "data.resolution": 16,
     "representation.dim": 12,
-    "representation.rotation_dims": 4,
+    "representation.rotation_dims": 6,
     "model.hidden_size": 32,
     "model.encoder_hidden_size": 32,
     "model.num_heads": 2,
@@ -112,7 +112,8 @@ def models():
 @pytest.fixture(scope="module")
 def measured(models):
     return {
-        level: evaluate(model, draw_images(12), batch_size=8) for level, model in models.items()
+        level: evaluate(model, draw_images(12), batch_size=8, angles_degrees=(30,))
+        for level, model in models.items()
     }
 
 
@@ -160,6 +161,7 @@ def test_numbers_are_complete_and_consistent(measured):
         for name in ("psnr_by_steps", "ssim_by_steps", "sharpness_by_steps"):
             assert tuple(numbers[name]) == STEP_COUNTS
         assert (numbers["lpips"], numbers["fid"], numbers["deterministic"]) == (None, None, False)
+        assert list(numbers["rotations"]) == [0.0, 30.0]
         assert numbers["latent_shape"] == (12, 2, 2)
         assert set(result.pictures.acted) == {g.name for g in D4}
         times = [t for t, _ in result.pictures.states]
@@ -188,9 +190,10 @@ def flat(value) -> list:
 
 
 def test_evaluation_repeats_whatever_the_batch_size(models, measured):
-    again = evaluate(models["objective"], draw_images(12), batch_size=8).numbers()
+    model = models["objective"]
+    again = evaluate(model, draw_images(12), batch_size=8, angles_degrees=(30,)).numbers()
     assert again | {"seconds": 0} == measured["objective"].numbers() | {"seconds": 0}
-    other = evaluate(models["objective"], draw_images(12), batch_size=5).numbers()
+    other = evaluate(model, draw_images(12), batch_size=5, angles_degrees=(30,)).numbers()
     assert_same_numbers(other, again)
     reseeded = evaluate(models["objective"], draw_images(12), seed=1).numbers()
     assert reseeded["psnr"] != again["psnr"]
@@ -273,7 +276,8 @@ dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank
 for shares in SHARES:
     first = sum(shares[:rank])
     images = draw_images(sum(shares))[first : first + shares[rank]]
-    print(json.dumps(evaluate(build("objective"), images, batch_size=4).numbers()))
+    found = evaluate(build("objective"), images, batch_size=4, angles_degrees=(30,))
+    print(json.dumps(found.numbers()))
 dist.destroy_process_group()
 """
 
