@@ -42,7 +42,6 @@ from efae.training.state import TrainState
 RESULTS = Path(__file__).parent / "results"
 IMAGES = 256
 NARROW = {"model.hidden_size": 96, "model.encoder_hidden_size": 64}
-DENSE = {"model.level": "none"}
 SKETCH_RATE = 2e-3
 SKETCH_STEPS = 50
 
@@ -60,7 +59,7 @@ class NonRepresentation(Representation):
 
 
 def list_variants(base: Config) -> dict[str, dict[str, Any]]:
-    """Overrides by name; "sketch" and "non-representation" are built apart."""
+    """Overrides by name; narrow is half as wide, and the sketch has sizes of its own."""
     dim, colours = base.representation.dim, base.data.channels
     cells = (base.data.image_size[0] // base.model.downsampling) ** 2
     eighth = dim // 8
@@ -68,26 +67,24 @@ def list_variants(base: Config) -> dict[str, dict[str, Any]]:
     def split(*multiplicities: int) -> dict[str, Any]:
         return {"representation.multiplicities": multiplicities}
 
+    regular = split(eighth, eighth, eighth, eighth, 2 * eighth)
     variants: dict[str, dict[str, Any]] = {
         "exact": {},
-        "regularized": {"model.level": "regularized"},
-        "objective": {"model.level": "objective"},
-        "none": DENSE,
-        "none, half as wide": DENSE | NARROW,
-        "objective, half as wide": {"model.level": "objective"} | NARROW,
-        "objective, non-representation": {"model.level": "objective"},
+        "exact, narrow": NARROW,
+        "none": {"model.level": "none"},
+        "none, narrow": {"model.level": "none"} | NARROW,
+        "objective, narrow": {"model.level": "objective"} | NARROW,
+        "regularized, narrow": {"model.level": "regularized"} | NARROW,
         "sketch": {},
-        "exact, all invariant": split(dim, 0, 0, 0, 0),
-        "exact, regular split": split(eighth, eighth, eighth, eighth, 2 * eighth),
-        "exact, no planes": split(dim - 3 * eighth, eighth, eighth, eighth, 0),
-        "exact, vector latent": {
-            "model.downsampling": base.data.image_size[0],
-            "representation.dim": dim * cells,
-            "representation.rotation_dims": base.representation.rotation_dims * cells,
-        },
+        "objective, narrow, non-representation": {"model.level": "objective"} | NARROW,
+        "exact, narrow, all invariant": NARROW | split(dim, 0, 0, 0, 0),
+        "exact, narrow, no planes": NARROW | split(dim - 3 * eighth, eighth, eighth, eighth, 0),
+        "exact, narrow, regular split": NARROW | regular,
+        "exact, narrow, vector latent": NARROW
+        | {"model.downsampling": base.data.image_size[0], "representation.dim": dim * cells},
     }
     if eighth < colours:
-        del variants["exact, regular split"]
+        del variants["exact, narrow, regular split"]
     return variants
 
 
@@ -124,7 +121,7 @@ class Trained:
             return
         state = TrainState.create(config, torch.device("cpu"))
         self.model, self.optimizer, self.average = state.model, state.optimizer, state.average
-        if name == "objective, non-representation":
+        if name.endswith("non-representation"):
             rho = self.model.representation
             self.model.representation = NonRepresentation(rho.group, **rho.multiplicities)
 

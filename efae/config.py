@@ -57,10 +57,12 @@ class RepresentationConfig:
     {e, h} (mirror), none (trivial)."""
     dim: int = 32
     """Latent channels."""
-    rotation_dims: int = 16
-    """Channels that turn as planes under quarter turns (irrep E, two channels a plane): even."""
-    chirality_split: float = 0.5
-    """Share of the other channels that change sign under some element (A2, B1, B2); in [0, 1]."""
+    rotation_dims: int | None = None
+    """Channels that turn as planes under quarter turns (irrep E, two channels a plane): even. None:
+    about half, where the group turns, and as many invariant channels left as there are colours."""
+    chirality_split: float | None = None
+    """Share of the other channels that change sign under some element (A2, B1, B2); in [0, 1].
+    None: about half, with the same care."""
     multiplicities: tuple[int, int, int, int, int] | None = None
     """Copies of (A1, A2, B1, B2, E), instead of the two knobs above; dim must match."""
     learned_basis: bool = False

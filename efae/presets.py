@@ -34,7 +34,7 @@ FASHION_MNIST = Config(
         held_out_uri="s3://efae-data/fashion-mnist-32/held_out",
         channels=1,
     ),
-    representation=RepresentationConfig(dim=16, rotation_dims=8),
+    representation=RepresentationConfig(dim=16),
     model=QUICKSTART.model,
     flow=QUICKSTART.flow,
     training=TrainingConfig(steps=3000, global_batch_size=64, precision="fp32"),
@@ -48,7 +48,7 @@ IMAGENET_256 = Config(
         cache_bytes=200 * 2**30,
         decode_threads=8,
     ),
-    representation=RepresentationConfig(dim=32, rotation_dims=16),
+    representation=RepresentationConfig(dim=32),
     model=ModelConfig(
         hidden_size=1024,
         depth=16,

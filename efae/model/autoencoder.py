@@ -46,13 +46,14 @@ def build_representation(config: Config) -> Representation:
             dim=knobs.dim,
             rotation_dims=knobs.rotation_dims,
             chirality_split=knobs.chirality_split,
+            invariant=colours,
         )
     invariant = representation.multiplicities["a1"]
     if invariant < colours:
         raise ValueError(
             f"{representation} has {invariant} invariant channels (A1) for {colours} colours: a"
-            " flat patch is symmetric, so only A1 can carry its colour; lower"
-            f" representation.rotation_dims ({knobs.rotation_dims}) or"
+            " flat patch is symmetric, so only A1 can carry its colour; raise representation.dim"
+            f" ({knobs.dim}), or lower representation.rotation_dims ({knobs.rotation_dims}) or"
             f" representation.chirality_split ({knobs.chirality_split})"
         )
     return representation

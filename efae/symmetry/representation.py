@@ -85,9 +85,18 @@ class Representation:
 
     @classmethod
     def from_split(
-        cls, *, group: Group = D4, dim: int, rotation_dims: int, chirality_split: float
+        cls,
+        *,
+        group: Group = D4,
+        dim: int,
+        rotation_dims: int | None = None,
+        chirality_split: float | None = None,
+        invariant: int = 1,
     ) -> "Representation":
         """The representation that two knobs name.
+
+        What is left open is chosen like the group's action on pixels: half of the channels turn,
+        half of the others change sign, where the group does such a thing.
 
         Args:
             group: the group.
@@ -95,11 +104,20 @@ class Representation:
             rotation_dims: channels that turn as planes; even, at most dim.
             chirality_split: share in [0, 1] of the other channels that change sign, rounded to
                 whole channels and dealt in turn to those of B1, B2, A2 that differ under the group.
+            invariant: channels that what is left open leaves to A1, at least; as many as the
+                image has colours, since a flat patch is symmetric.
 
         Raises:
             ValueError: no representation has these numbers.
         """
         chiral_irreps = _CHIRAL[group.name]
+        if rotation_dims is None:
+            free = max(0, dim - invariant)
+            rotation_dims = 2 * min(dim // 4, free // 2) if group.turns else 0
+        if chirality_split is None:
+            others = dim - rotation_dims
+            chiral = min(others // 2, max(0, others - invariant)) if chiral_irreps else 0
+            chirality_split = chiral / max(1, others)
         if not 0 <= rotation_dims <= dim or rotation_dims % 2:
             raise ValueError(
                 f"rotation_dims={rotation_dims}: planes take two channels each, so use an even"

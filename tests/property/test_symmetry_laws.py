@@ -298,6 +298,27 @@ def test_measured_split_is_the_default_of_16():
     assert rho.multiplicities == {"a1": 4, "a2": 1, "b1": 2, "b2": 1, "e": 4}
 
 
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_default_split_is_like_pixels_and_leaves_room_for_colours(name):
+    group = GROUPS[name]
+    for dim in range(1, 40):
+        for colours in range(1, min(dim, 4) + 1):
+            rho = Representation.from_split(group=group, dim=dim, invariant=colours)
+            assert rho.dim == dim
+            assert rho.multiplicities["a1"] >= colours
+            check_representation(group, {g.name: rho.matrix(g) for g in group})
+    rho = Representation.from_split(group=group, dim=32, invariant=3)
+    faithful = {tuple(rho.matrix(g).flatten().tolist()) for g in group}
+    assert len(faithful) == len(group)  # no two elements act alike
+
+
+def test_the_default_split_of_d4():
+    rho = Representation.from_split(group=D4, dim=32, invariant=3)
+    assert rho.multiplicities == {"a1": 8, "a2": 2, "b1": 3, "b2": 3, "e": 8}
+    tight = Representation.from_split(group=D4, dim=4, invariant=3)
+    assert tight.multiplicities["a1"] == 3
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
