@@ -30,6 +30,7 @@ from benchmarks.original_sketch import OriginalSketch
 from benchmarks.original_sketch import build_optimizer as build_sketch_optimizer
 from data_pipelines import ShardDataset
 from efae.config import Config, with_overrides
+from efae.model.objective import Objective
 from efae.presets import PRESETS
 from efae.symmetry import Element, Representation
 from efae.symmetry.representation import irrep_matrix
@@ -117,10 +118,12 @@ class Trained:
         if name == "sketch":
             torch.manual_seed(config.training.seed)
             self.model: Any = OriginalSketch(config.data.channels, config.data.image_size[0])
+            self.objective: nn.Module = self.model
             self.optimizer: torch.optim.Optimizer = build_sketch_optimizer(self.model)
             return
         state = TrainState.create(config, torch.device("cpu"))
         self.model, self.optimizer, self.average = state.model, state.optimizer, state.average
+        self.objective = Objective(self.model)
         if name.endswith("non-representation"):
             rho = self.model.representation
             self.model.representation = NonRepresentation(rho.group, **rho.multiplicities)
@@ -129,7 +132,7 @@ class Trained:
         """One step on a batch in [-1, 1]."""
         config = self.config
         generator.manual_seed(seed_of(config.training.seed, step, 0))
-        loss, _ = self.model(image, generator)
+        loss, _ = self.objective(image, generator)
         loss.mean().backward()
         if self.average is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.max_grad_norm)

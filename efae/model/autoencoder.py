@@ -15,7 +15,6 @@ from efae.model import flow
 from efae.model.bottleneck import Bottleneck
 from efae.model.decoder import Decoder
 from efae.model.encoder import Encoder
-from efae.model.objective import training_loss
 from efae.model.sampler import Field, Method, guide, integrate, time_grid
 from efae.symmetry import GROUPS, TRIVIAL, Element, Representation
 from efae.symmetry.basis import Basis
@@ -66,7 +65,6 @@ class Autoencoder(nn.Module):
         config: all of it.
         group: the group that acts.
         representation: how it acts on latents.
-        perceptual: (predicted image, image) to a loss (b,), added in training; set by the loop.
 
     Raises:
         ValueError: the configuration cannot be built.
@@ -100,7 +98,6 @@ class Autoencoder(nn.Module):
         self.basis = None
         if config.representation.learned_basis:
             self.basis = Basis(self.representation.dim)
-        self.perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def encode(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
         """Image in [-1, 1] to its latent, at unit root mean square per irrep over the training set.
@@ -198,12 +195,6 @@ class Autoencoder(nn.Module):
         scale = knobs.guidance_scale if guidance_scale is None else guidance_scale
         field = guide(given(latent), given(None), scale, knobs.guidance_interval)
         return integrate(field, noise, times, sampler or knobs.sampler, visit)
-
-    def forward(
-        self, image: Float[Tensor, "b c h w"], generator: torch.Generator
-    ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
-        """The training loss per example, and the t of each; see efae/model/objective.py."""
-        return training_loss(self, image, generator)
 
     def bounded(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
         """The latent at the scale that the network works with, in the basis of the irreps."""

@@ -1,4 +1,4 @@
-"""The training loss: one function from images to a loss per example.
+"""The training loss, from images to a loss per example.
 
 Draws, per example and from the generator alone: t, noise, latent noise, null condition, angle, and
 at the levels that learn equivariance a group element g. The decoder is fitted to p(gx | rho(g) z)
@@ -7,65 +7,82 @@ with z = E(x) (the original's objective); `regularized` adds a pair term on the 
 """
 
 import random
+from collections.abc import Callable
 from math import gcd
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from efae.model import flow
+from efae.model.autoencoder import Autoencoder
 from efae.symmetry.group import act_on_grid
 from efae.symmetry.rotation import act_by_angle, disk_mask, rotate_image
 
-if TYPE_CHECKING:
-    from efae.model.autoencoder import Autoencoder
 
-
-def training_loss(
-    model: "Autoencoder", image: Float[Tensor, "b c h w"], generator: torch.Generator
-) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
-    """The loss per example, and the t of each.
+class Objective(nn.Module):
+    """The loss of a model as a module, which is what is made data parallel.
 
     Args:
-        model: in training mode its latent statistics follow the batch.
-        image: in [-1, 1].
-        generator: on the image's device.
+        model: in training mode its latent statistics follow the batches.
+        perceptual: (predicted image, image), each (b, c, h, w) in [-1, 1], to a loss (b,).
     """
-    config, count, device = model.config, len(image), image.device
-    level, prediction = config.model.level, config.flow.prediction
-    t = flow.draw_time(count, config.flow, generator, device)
-    latent = model.bounded(image)
-    if model.training:
-        model.bottleneck.follow(latent)
-    extra = torch.zeros(count, device=device)
-    if config.model.bottleneck == "kl":
-        nats_per_value = model.bottleneck.divergence(latent) / image[0].numel()
-        extra = extra + config.loss.kl_weight * nats_per_value
-    if level in ("objective", "regularized"):
-        chosen = torch.randint(len(model.group), (count,), generator=generator, device=device)
-        latent = model.act(chosen, latent)
-        image = act_on_grid(model.group, chosen, image)
-    if level == "regularized":
-        extra = extra + config.loss.pair_weight * pair_error(model.bounded(image), latent)
-    mask = None
-    if config.loss.rotation_probability:
-        image, latent, mask = rotate_some(model, image, latent, generator)
-    if config.loss.scaling_probability:
-        image, latent = scale_some(model, image, latent, generator)
-        mask = None if mask is None else F.interpolate(mask, image.shape[-2:], mode="area")
-    latent = model.bottleneck.disturb(latent, generator)
-    keep = None
-    if config.flow.condition_drop:
-        keep = torch.rand(count, generator=generator, device=device) >= config.flow.condition_drop
-    noise = torch.randn(image.shape, generator=generator, device=device)
-    x_t = flow.interpolate(image, noise, t)
-    output = model.decoder(x_t, t, model.from_irreps(latent), keep)
-    if model.perceptual is not None:
-        predicted = flow.image_from(output.float(), x_t, t, prediction)
-        extra = extra + config.loss.perceptual_weight * model.perceptual(predicted, image)
-    return flow.flow_loss(output, image, noise, t, prediction, mask) + extra, t
+
+    def __init__(
+        self,
+        model: Autoencoder,
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.perceptual = perceptual
+
+    def forward(
+        self, image: Float[Tensor, "b c h w"], generator: torch.Generator
+    ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
+        """The loss per example, and the t of each.
+
+        Args:
+            image: in [-1, 1].
+            generator: of all that is drawn, on the image's device.
+        """
+        model = self.model
+        config, count, device = model.config, len(image), image.device
+        level, prediction = config.model.level, config.flow.prediction
+        t = flow.draw_time(count, config.flow, generator, device)
+        latent = model.bounded(image)
+        if model.training:
+            model.bottleneck.follow(latent)
+        extra = torch.zeros(count, device=device)
+        if config.model.bottleneck == "kl":
+            nats_per_value = model.bottleneck.divergence(latent) / image[0].numel()
+            extra = extra + config.loss.kl_weight * nats_per_value
+        if level in ("objective", "regularized"):
+            chosen = torch.randint(len(model.group), (count,), generator=generator, device=device)
+            latent = model.act(chosen, latent)
+            image = act_on_grid(model.group, chosen, image)
+        if level == "regularized":
+            extra = extra + config.loss.pair_weight * pair_error(model.bounded(image), latent)
+        mask = None
+        if config.loss.rotation_probability:
+            image, latent, mask = rotate_some(model, image, latent, generator)
+        if config.loss.scaling_probability:
+            image, latent = scale_some(model, image, latent, generator)
+            mask = None if mask is None else F.interpolate(mask, image.shape[-2:], mode="area")
+        latent = model.bottleneck.disturb(latent, generator)
+        keep = None
+        if config.flow.condition_drop:
+            keep = (
+                torch.rand(count, generator=generator, device=device) >= config.flow.condition_drop
+            )
+        noise = torch.randn(image.shape, generator=generator, device=device)
+        x_t = flow.interpolate(image, noise, t)
+        output = model.decoder(x_t, t, model.from_irreps(latent), keep)
+        if self.perceptual is not None:
+            predicted = flow.image_from(output.float(), x_t, t, prediction)
+            extra = extra + config.loss.perceptual_weight * self.perceptual(predicted, image)
+        return flow.flow_loss(output, image, noise, t, prediction, mask) + extra, t
 
 
 def pair_error(
@@ -80,7 +97,7 @@ def pair_error(
 
 
 def rotate_some(
-    model: "Autoencoder", image: Tensor, latent: Tensor, generator: torch.Generator
+    model: Autoencoder, image: Tensor, latent: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn a share of the examples by any angle; gives the weights of their pixels as well."""
     count, device = len(image), image.device
@@ -99,7 +116,7 @@ def rotate_some(
 
 
 def scale_some(
-    model: "Autoencoder", image: Tensor, latent: Tensor, generator: torch.Generator
+    model: Autoencoder, image: Tensor, latent: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Shrink the whole batch, images and latent grids, at a share of the steps.
 

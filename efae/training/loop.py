@@ -22,6 +22,7 @@ from efae.artifacts.checkpoint import Checkpoint, write_checkpoint
 from efae.artifacts.report import draw_reconstructions
 from efae.artifacts.tracker import Tracker
 from efae.config import Config
+from efae.model.objective import Objective
 from efae.training.evaluation import psnr, to_float
 from efae.training.meter import Meter
 from efae.training.optimizer import learning_rate_at, set_learning_rate
@@ -70,8 +71,6 @@ def train(
     training, optimization = config.training, config.optimizer
     state = TrainState.create(config, device)
     state.model.train()
-    if config.loss.perceptual:
-        state.model.perceptual = load_perceptual(config.loss.perceptual, device)
     loader = dataset.loader(
         global_batch_size=training.global_batch_size,
         rank=rank,
@@ -87,7 +86,10 @@ def train(
         loader.load_state_dict(checkpoint.metadata["position"])
         if tracker:
             tracker.resend(checkpoint.metadata["unsent_metrics"])
-    model = wrap(state.model)
+    perceptual = None
+    if config.loss.perceptual:
+        perceptual = load_perceptual(config.loss.perceptual, device)
+    objective = wrap(Objective(state.model, perceptual))
     generator = torch.Generator(device)
     autocast = AUTOCAST[training.precision]
     meter = Meter(device)
@@ -104,7 +106,7 @@ def train(
 
         generator.manual_seed(seed_of(training.seed, state.step, rank))
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            loss, t = model(image, generator)
+            loss, t = objective(image, generator)
         state.scaler.scale(loss.mean()).backward()
 
         state.scaler.unscale_(state.optimizer)

@@ -8,6 +8,7 @@ from efae.config import Config, with_overrides
 from efae.model import octic
 from efae.model.autoencoder import Autoencoder
 from efae.model.dense import to_dense
+from efae.model.objective import Objective
 from efae.symmetry import GROUPS
 
 SIZES = {
@@ -207,7 +208,7 @@ def test_a_weight_of_the_export_is_free(group):
 def test_the_export_can_be_trained():
     model = to_dense(build(**{"flow.condition_drop": 0.5})).train()
     image = draw_inputs(model)[0].repeat(4, 1, 1, 1)  # enough to keep some conditions, drop some
-    loss, _ = model(image, torch.Generator().manual_seed(0))
+    loss, _ = Objective(model)(image, torch.Generator().manual_seed(0))
     loss.sum().backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

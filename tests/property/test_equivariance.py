@@ -10,6 +10,7 @@ from torch import nn
 from efae.config import Config, with_overrides
 from efae.model import octic
 from efae.model.autoencoder import Autoencoder
+from efae.model.objective import Objective
 from efae.model.octic_layout import embed_invariant, layout_of, take_invariant
 from efae.model.resample import Resample
 from efae.symmetry import D4, GROUPS, Representation
@@ -229,7 +230,7 @@ def test_dense_twin_has_the_interface_and_is_not_equivariant():
 
 def test_every_parameter_learns():
     model = build(**{"model.downsampling": 8, "flow.condition_drop": 0.5}).float()
-    loss, _ = model(draw(4, 3, 32, 32).float(), torch.Generator().manual_seed(0))
+    loss, _ = Objective(model)(draw(4, 3, 32, 32).float(), torch.Generator().manual_seed(0))
     loss.mean().backward()
     for name, parameter in model.named_parameters():
         if name == "bottleneck.power":  # a statistic

@@ -17,6 +17,7 @@ from data_pipelines.image_codec import decode_image
 from data_pipelines.image_sources import open_source
 from efae.config import Config, with_overrides
 from efae.model.autoencoder import Autoencoder
+from efae.model.objective import Objective
 from efae.symmetry import D4, GROUPS
 from efae.symmetry.group import act_on_grid
 from efae.training.evaluation import psnr, to_float
@@ -112,7 +113,7 @@ def fit(model, steps=30):
     for step in range(steps):
         generator.manual_seed(step)
         batch = images[torch.randperm(len(images), generator=generator)[:8]]
-        loss = model(batch, generator)[0].mean()
+        loss = Objective(model)(batch, generator)[0].mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), knobs.max_grad_norm)
         set_learning_rate(optimizer, learning_rate_at(step, steps, knobs))

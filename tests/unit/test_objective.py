@@ -35,8 +35,8 @@ def build(**overrides):
     return model
 
 
-def loss_of(model, image=IMAGE, seed=0):
-    loss, t = model(image, torch.Generator().manual_seed(seed))
+def loss_of(model, image=IMAGE, seed=0, perceptual=None):
+    loss, t = objective.Objective(model, perceptual)(image, torch.Generator().manual_seed(seed))
     assert loss.shape == t.shape == (len(image),)
     assert loss.isfinite().all()
     return loss
@@ -182,8 +182,7 @@ def test_the_perceptual_term_sees_the_prediction_and_the_image():
         return torch.full((len(image),), 3.0)
 
     before = loss_of(model)
-    model.perceptual = spy
-    assert torch.allclose(loss_of(model), before + 0.1 * 3)
+    assert torch.allclose(loss_of(model, perceptual=spy), before + 0.1 * 3)
     (predicted, image) = seen[0]
     assert torch.equal(image, IMAGE)
     assert predicted.shape == image.shape
@@ -195,9 +194,10 @@ FROZEN = nn.Conv2d(3, 1, 1)
 
 def test_a_perceptual_module_is_found_frozen_and_kept_out_of_the_model():
     model = build()
-    model.perceptual = load_perceptual(f"{__name__}:FROZEN", torch.device("cpu"))
+    perceptual = load_perceptual(f"{__name__}:FROZEN", torch.device("cpu"))
+    names = objective.Objective(model, perceptual).state_dict()
     assert not any(parameter.requires_grad for parameter in FROZEN.parameters())
-    assert not any("perceptual" in name for name in model.state_dict())
+    assert {name.removeprefix("model.") for name in names} == set(model.state_dict())
 
 
 @pytest.mark.parametrize("path", ["efae.nowhere:lpips", "efae.config:lpips", "efae:__version__"])
