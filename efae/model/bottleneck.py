@@ -5,7 +5,7 @@ isotropic on each copy, and no shift at all (a mean outside A1 would break sign 
 
 The network sees the bounded latent; people see it divided by its root mean square per irrep over
 the training images, so that a diffusion model can be trained on it as it is (what a
-`scaling_factor` is to latent diffusion, Rombach et al. 2022, arXiv:2112.10752, section D.1).
+`scaling_factor` is to latent diffusion, Rombach et al. 2022, arXiv:2112.10752).
 """
 
 from typing import Literal
@@ -26,7 +26,7 @@ class Bottleneck(nn.Module):
         representation: how the group acts on the channels.
         kind: "rms" divides every example by its root mean square over channels and cells;
             "kl" leaves the latent free and learns one Gaussian spread per irrep copy
-            (Kingma & Welling 2014, arXiv:1312.6114, eq. 10).
+            (Kingma & Welling 2014, arXiv:1312.6114, appendix B).
         noise: standard deviation of the noise of "rms", relative to the latent's.
     """
 

@@ -120,7 +120,7 @@ def scale_some(
 ) -> tuple[Tensor, Tensor]:
     """Shrink the whole batch, images and latent grids, at a share of the steps.
 
-    EQ-VAE (Kouzelis et al. 2025, arXiv:2502.09509, section 3.2) draws a scale from 1/4 to 1; here
+    EQ-VAE (Kouzelis et al. 2025, arXiv:2502.09509) draws a scale from 1/4 to 1; here
     it is a whole number of latent cells. The draw is made on the host: it decides shapes.
     """
     drawn = random.Random(generator.initial_seed())
