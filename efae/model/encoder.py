@@ -119,6 +119,7 @@ class Encoder(nn.Module):
         self.linear_path = LinearPath(group, representation, model.downsampling, data.channels)
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim latent_h latent_w"]:
+        """Tokens, merged down to the latent grid, and the linear path beside them."""
         height, width = (size // self.patch_size for size in image.shape[-2:])
         x = self.patches(patchify(image, self.patch_size)) + self.positions(height, width)
         for i, stage in enumerate(self.stages):

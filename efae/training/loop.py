@@ -144,6 +144,7 @@ def train(
 
 
 def describe_device(device: torch.device) -> str:
+    """The name of a GPU, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -211,6 +212,7 @@ class Clock:
         }
 
     def tick(self, step: int, metrics: dict[str, float], say: Callable[[str], None]) -> None:
+        """Say where the run is, if it is time."""
         now = time.monotonic()
         if now - self.said < self.seconds and step < self.steps:
             return
