@@ -23,7 +23,7 @@ train: up ## train the quick-start model on the local stack and register it (ARG
 
 bench: up ## compare level exact with dense twins at one budget (ARGS="--cpu-seconds 30")
 	@source "$(LOCAL)/env" && $(OPENMOJI) && $(BIN)/python -m benchmarks.ablate --preset quickstart \
-	    --seeds 1 --variants exact none "none, half as wide" $(ARGS)
+	    --seeds 1 --variants exact none "exact, narrow" "none, narrow" $(ARGS)
 
 test: $(STAMP) ## run every test that needs no GPU (ARGS="tests/unit -k latent")
 	@$(BIN)/python -m pytest $(ARGS)
