@@ -11,7 +11,6 @@ goes on where it stopped. Prints a table in the end.
 """
 
 import json
-import math
 import os
 import platform
 import statistics
@@ -90,15 +89,31 @@ def list_variants(base: Config) -> dict[str, dict[str, Any]]:
 
 
 @dataclass
-class Arguments:
-    """What to compare on what."""
+class Experiment:
+    """What to start from."""
 
-    preset: str = "fashion_mnist"
+    preset: str = "quickstart"
     """Experiment to start from."""
     train: str = ""
     """Shards to train on, instead of the preset's."""
     held_out: str = ""
     """Shards to measure on, instead of the preset's."""
+
+
+def choose_experiment(chosen: Experiment) -> Config:
+    """The preset on the chosen shards, for one process."""
+    overrides: dict[str, Any] = {"ray.num_workers": 1}
+    if chosen.train:
+        overrides["data.uri"] = chosen.train
+    if chosen.held_out:
+        overrides["data.held_out_uri"] = chosen.held_out
+    return with_overrides(PRESETS[chosen.preset][1], overrides)
+
+
+@dataclass
+class Arguments(Experiment):
+    """What to compare on what."""
+
     cpu_seconds: float = 100.0
     """Training budget of each run."""
     variants: tuple[str, ...] = ()
@@ -206,12 +221,7 @@ def measure(trained: Trained, images: Tensor) -> dict[str, Any]:
 
 def compare(arguments: Arguments, say: Callable[[str], None]) -> dict[str, Any]:
     """Run what is missing, and give all results."""
-    overrides: dict[str, Any] = {"ray.num_workers": 1}
-    if arguments.train:
-        overrides["data.uri"] = arguments.train
-    if arguments.held_out:
-        overrides["data.held_out_uri"] = arguments.held_out
-    base = with_overrides(PRESETS[arguments.preset][1], overrides)
+    base = choose_experiment(arguments)
     variants = list_variants(base)
     path = RESULTS / f"ablation-{arguments.preset}-{arguments.cpu_seconds:.0f}.json"
     results = json.loads(path.read_text()) if path.exists() else {"variants": {}}
@@ -289,7 +299,7 @@ def print_table(results: dict[str, Any]) -> None:
         rate = best_rate(results, name)
         runs = [run for run in entry["runs"] if run["learning_rate"] == rate]
         scores = [score(run) for run in runs]
-        spread = statistics.stdev(scores) if len(scores) > 1 else math.nan
+        spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
         halves = [
             statistics.mean(run[f"psnr_{half}_half"] for run in runs)
             for half in ("asymmetric", "symmetric")
@@ -297,7 +307,7 @@ def print_table(results: dict[str, Any]) -> None:
         gap = max(run["worst_gap_db"] for run in runs)
         print(
             f"| {name} | {rate:g} | {entry['parameters']:,} | {entry['images_seen']:,} |"
-            f" {statistics.mean(scores):.2f} ± {spread:.2f} ({len(scores)}) |"
+            f" {statistics.mean(scores):.2f}{spread} ({len(scores)}) |"
             f" {halves[0]:.2f} / {halves[1]:.2f} | {gap:.1g} |"
         )
 

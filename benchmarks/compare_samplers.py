@@ -16,10 +16,9 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.ablate import RESULTS, read_all, train
+from benchmarks.ablate import RESULTS, Experiment, choose_experiment, read_all, train
 from efae.config import with_overrides
 from efae.model.sampler import EVALUATIONS
-from efae.presets import PRESETS
 from efae.training.held_out import read_held_out
 from efae.training.measures import gradient_energy, psnr, ssim, to_float
 
@@ -28,15 +27,9 @@ IMAGES = 128
 
 
 @dataclass
-class Arguments:
+class Arguments(Experiment):
     """What to train."""
 
-    preset: str = "quickstart"
-    """Experiment to start from."""
-    train: str = ""
-    """Shards to train on, instead of the preset's."""
-    held_out: str = ""
-    """Shards to measure on, instead of the preset's."""
     steps: int = 1000
     """Training steps of each model."""
 
@@ -63,12 +56,7 @@ def main() -> None:
     """Train, measure, write, print."""
     arguments = tyro.cli(Arguments, description=__doc__)
     torch.set_num_threads(1)
-    overrides: dict[str, Any] = {"ray.num_workers": 1}
-    if arguments.train:
-        overrides["data.uri"] = arguments.train
-    if arguments.held_out:
-        overrides["data.held_out_uri"] = arguments.held_out
-    base = with_overrides(PRESETS[arguments.preset][1], overrides)
+    base = choose_experiment(arguments)
     images, held_out = read_all(base), read_held_out(base.data, IMAGES)
     results: dict[str, Any] = {
         "preset": arguments.preset,

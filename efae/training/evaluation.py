@@ -40,18 +40,6 @@ from efae.training.measures import (
 )
 from efae.training.networks import Fid, Lpips
 
-__all__ = [
-    "CHOSEN",
-    "STEP_COUNTS",
-    "TIME_BINS",
-    "Evaluation",
-    "Pictures",
-    "evaluate",
-    "psnr",
-    "ssim",
-    "to_float",
-]
-
 CHOSEN = 64
 """Images, at most, for the measures that take many decodes."""
 

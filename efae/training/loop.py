@@ -23,7 +23,7 @@ from efae.artifacts.report import draw_reconstructions
 from efae.artifacts.tracker import Tracker
 from efae.config import Config
 from efae.model.objective import Objective
-from efae.training.evaluation import psnr, to_float
+from efae.training.measures import psnr, to_float
 from efae.training.meter import Meter
 from efae.training.optimizer import learning_rate_at, set_learning_rate
 from efae.training.perceptual import load_perceptual

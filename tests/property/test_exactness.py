@@ -20,8 +20,7 @@ from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective
 from efae.symmetry import D4, GROUPS
 from efae.symmetry.group import act_on_grid
-from efae.training.evaluation import psnr, to_float
-from efae.training.measures import symmetric_images
+from efae.training.measures import psnr, symmetric_images, to_float
 from efae.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 
 LIMITS = {"encoder": 2e-6, "decoder": 2e-6, "gap": 0.001}  # relative, relative, dB

@@ -13,8 +13,9 @@ from efae.config import Config, with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.model.tokenizer import FlowTokenizer
 from efae.symmetry import D4, FLIPS
-from efae.training.evaluation import CHOSEN, STEP_COUNTS, TIME_BINS, evaluate, psnr, ssim, to_float
-from efae.training.measures import LARGEST_PSNR, draw_noise, symmetric_images
+from efae.training.evaluation import CHOSEN, evaluate
+from efae.training.flow_measures import STEP_COUNTS, TIME_BINS
+from efae.training.measures import LARGEST_PSNR, draw_noise, psnr, ssim, symmetric_images, to_float
 
 SIZES = {
     "data.resolution": 16,

@@ -14,7 +14,8 @@ from efae.model.autoencoder import Autoencoder
 from efae.model.foreign import WEIGHTS, DiffusersTokenizer, load_diffusers
 from efae.model.tokenizer import FlowTokenizer
 from efae.symmetry import D4, FLIPS
-from efae.training.evaluation import Evaluation, evaluate, psnr, to_float
+from efae.training.evaluation import Evaluation, evaluate
+from efae.training.measures import psnr, to_float
 
 OURS = {
     "data.channels": 1,
