@@ -42,7 +42,7 @@ from efae.training.state import TrainState
 RESULTS = Path(__file__).parent / "results"
 IMAGES = 256
 NARROW = {"model.hidden_size": 96, "model.encoder_hidden_size": 64}
-SKETCH_RATE = 2e-3
+SKETCH_RATES = (1e-3, 2e-3, 4e-3)
 SKETCH_STEPS = 50
 
 
@@ -262,7 +262,7 @@ def compare(arguments: Arguments, say: Callable[[str], None]) -> dict[str, Any]:
 
     chosen = arguments.variants or tuple(variants)
     for name in chosen:
-        rates = (SKETCH_RATE,) if name == "sketch" else arguments.learning_rates
+        rates = SKETCH_RATES if name == "sketch" else arguments.learning_rates
         for rate in rates:
             run(name, rate, 0)
     for seed in range(1, arguments.seeds):
