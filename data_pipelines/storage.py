@@ -27,6 +27,7 @@ from data_pipelines.retries import (
 from data_pipelines.uris import display, endpoint, join, local_path, split_uri
 
 PREFLIGHT_SECONDS = 5.0
+ATTEMPT_SECONDS = 30.0
 _TRANSFER_THREADS = 4
 
 
@@ -41,6 +42,40 @@ def read_bytes(uri: str) -> bytes:
     if path is not None:
         return path.read_bytes()
     return retry(uri, lambda: _filesystem(uri).cat_file(uri))
+
+
+def read_range(
+    uri: str, start: int, end: int, deadline_seconds: float = DEADLINE_SECONDS
+) -> bytes:
+    """Bytes [start, end) of the object, all of them; many threads may call it at once.
+
+    One attempt takes at most `ATTEMPT_SECONDS`, or the deadline where that is shorter.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        StorageError: denied, unreachable, or still not end - start bytes after three attempts.
+    """
+    if not 0 <= start <= end:
+        raise ValueError(f"{display(uri)}: bytes {start} to {end} are no range")
+    if start == end:
+        return b""
+    attempt_seconds = min(ATTEMPT_SECONDS, deadline_seconds)
+    path = local_path(uri)
+
+    def read_once() -> bytes:
+        if path is not None:
+            with path.open("rb") as file:
+                file.seek(start)
+                data = file.read(end - start)
+        else:
+            data = _filesystem(uri).cat_file(uri, start=start, end=end, timeout=attempt_seconds)
+        if len(data) != end - start:
+            raise BadDownload(
+                f"{len(data)} bytes arrived, {end - start} expected (from byte {start})"
+            )
+        return data
+
+    return retry(uri, read_once, deadline_seconds)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
