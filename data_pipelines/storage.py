@@ -44,9 +44,7 @@ def read_bytes(uri: str) -> bytes:
     return retry(uri, lambda: _filesystem(uri).cat_file(uri))
 
 
-def read_range(
-    uri: str, start: int, end: int, deadline_seconds: float = DEADLINE_SECONDS
-) -> bytes:
+def read_range(uri: str, start: int, end: int, deadline_seconds: float = DEADLINE_SECONDS) -> bytes:
     """Bytes [start, end) of the object, all of them; many threads may call it at once.
 
     One attempt takes at most `ATTEMPT_SECONDS`, or the deadline where that is shorter.
