@@ -1,44 +1,30 @@
 """Images -> WebDataset tars and their index, on any storage.
 
-The tars are byte-reproducible. Every finished shard leaves a small record in ``.unfinished/``, so a
-build that was cut off goes on where it was; the index is written last, so a set is whole or not
-there. A second run over a whole set only compares what it was built from.
+The tars are byte-reproducible, also where Ray tasks on many nodes write them. Every finished shard
+leaves a small record in ``.unfinished/``, so a build that was cut off goes on where it was; the
+index is written last, so a set is whole or not there. A second run over a whole set only compares
+what it was built from.
 """
 
 import argparse
 import hashlib
-import json
-import os
 import sys
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_pipelines import storage, uris
-from data_pipelines.image_sources import (
-    SOURCES,
-    EncodedImage,
-    Entry,
-    SampleSource,
-    check_keys,
-    open_source,
-)
+from data_pipelines import shard_tasks, storage, unfinished, uris
+from data_pipelines.contact_sheet import describe_set
+from data_pipelines.encoded_images import ENCODINGS, Encoding, Entry
+from data_pipelines.image_sources import SOURCES, SampleSource, check_keys, open_source
 from data_pipelines.shard_index import (
     INDEX_NAME,
-    Shape,
     ShardIndex,
     common_shape,
-    dump_index,
-    index_tar,
     load_index,
-    parse_index,
     write_index,
 )
+from data_pipelines.shard_writer import ShardJob, write_shard
 
-UNFINISHED = ".unfinished"
 TRAIN, HELD_OUT = "train", "held_out"
 
 
@@ -48,6 +34,9 @@ def build_shards(
     resolution: int | None = None,
     samples_per_shard: int = 1000,
     held_out: int = 0,
+    encoding: str = "png",
+    quality: int = 95,
+    on: str = "here",
 ) -> str:
     """Write the shard set, or what is missing of it; the arguments are those of the command.
 
@@ -57,6 +46,7 @@ def build_shards(
     Raises:
         ValueError: a bad argument, a damaged image, or an output built from something else.
         StorageError: the output cannot be written.
+        TaskFailed: Ray gave up on a shard.
     """
     for name, value, least in (
         ("resolution", resolution, 1),
@@ -66,12 +56,15 @@ def build_shards(
         if value is not None and value < least:
             raise ValueError(f"--{name} {value}: must be at least {least}")
     uris.check_uri(output)
-    origin = open_source(source)
+    shard_tasks.means_ray(on)
+    written_as = Encoding(encoding, quality)
+    origin = open_source(source, written_as)
     fingerprint = {
         "source": source,
         "resolution": resolution,
         "samples_per_shard": samples_per_shard,
         "held_out": held_out,
+        **written_as.describe(),
         **origin.describe(),
     }
     parts = [HELD_OUT, TRAIN] if held_out else [""]
@@ -84,7 +77,7 @@ def build_shards(
     check_keys(entries)
     selections = split_entries(entries, held_out) if held_out else {"": entries}
     sets = [
-        _write_set(origin, _shuffle(selections[part]), uri, fingerprint)
+        _write_set(origin, _shuffle(selections[part]), uri, fingerprint, on)
         for part, uri in outputs.items()
     ]
     return f"{_summarize(sets, outputs)} written"
@@ -96,22 +89,11 @@ def _find_finished(output: str, outputs: dict[str, str], fingerprint: dict[str, 
     for part in ("", HELD_OUT, TRAIN):
         uri = uris.join(output, part) if part else output
         if storage.exists(uris.join(uri, INDEX_NAME)):
-            _refuse_other(uri, load_index(uri).provenance.get("fingerprint", {}), fingerprint)
+            unfinished.refuse_other(
+                uri, load_index(uri).provenance.get("fingerprint", {}), fingerprint
+            )
             finished.add(part)
     return finished == set(outputs)
-
-
-def _refuse_other(uri: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    differences = [
-        f"{name} {found.get(name)!r} instead of {wanted.get(name)!r}"
-        for name in {**wanted, **found}
-        if found.get(name) != wanted.get(name)
-    ]
-    if differences:
-        raise ValueError(
-            f"{uri} already holds shards with {', '.join(differences)}: choose another --output,"
-            " or delete that one"
-        )
 
 
 def split_entries(entries: Sequence[Entry], held_out: int) -> dict[str, list[Entry]]:
@@ -138,34 +120,30 @@ def _hash(text: str) -> str:
 
 
 def _write_set(
-    source: SampleSource, entries: list[Entry], uri: str, fingerprint: dict[str, Any]
+    source: SampleSource, entries: list[Entry], uri: str, fingerprint: dict[str, Any], on: str
 ) -> ShardIndex:
-    """Write the shards that are not there yet, then the index."""
-    from tqdm import tqdm
-
+    """Write the shards that are not there yet, then the set's description and index."""
     there = storage.list_files(uri)
     if INDEX_NAME in there:
         return load_index(uri)
-    _claim(uri, there, fingerprint)
+    tars = any(name.endswith(".tar") and "/" not in name for name in there)
+    if tars and not unfinished.is_claimed(there):
+        raise ValueError(
+            f"{uri} holds tars but no {INDEX_NAME}: not written by this command; choose another"
+            " --output"
+        )
+    unfinished.claim(uri, there, fingerprint)
     per_shard = fingerprint["samples_per_shard"]
-    records: list[ShardIndex] = []
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as threads,
-        tempfile.TemporaryDirectory() as folder,
-        tqdm(total=len(entries), unit="image", desc=uri, disable=None) as progress,
-    ):
-        for first in range(0, len(entries), per_shard):
-            chunk = entries[first : first + per_shard]
-            name = f"shard-{first // per_shard:06d}.tar"
-            record = _read_record(uri, name, there)
-            if record is None:
-                images = threads.map(source.load, chunk, repeat(fingerprint["resolution"]))
-                record = _write_shard(Path(folder) / name, chunk, images)
-                storage.upload(Path(folder) / name, uris.join(uri, name))
-                storage.write_bytes(uris.join(uri, _record(name)), dump_index(record))
-                (Path(folder) / name).unlink()
-            records.append(record)
-            progress.update(len(chunk))
+    jobs = [
+        ShardJob(
+            uri,
+            f"shard-{first // per_shard:06d}.tar",
+            entries[first : first + per_shard],
+            fingerprint["resolution"],
+        )
+        for first in range(0, len(entries), per_shard)
+    ]
+    records = _write_missing(source, uri, jobs, there, on)
     shapes = {record.image_shape for record in records}
     known = {shape for shape in shapes if shape is not None}
     index = ShardIndex(
@@ -173,49 +151,35 @@ def _write_set(
         common_shape(known) if known == shapes else None,
         {"fingerprint": fingerprint, **source.describe()},
     )
+    describe_set(uri, index)
     write_index(uri, index)
-    storage.delete(uris.join(uri, UNFINISHED))
+    unfinished.clear(uri)
     return index
 
 
-def _claim(uri: str, there: Mapping[str, int], fingerprint: dict[str, Any]) -> None:
-    """Mark `uri` as being built from `fingerprint`, or see that it already is."""
-    marker = f"{UNFINISHED}/build.json"
-    if marker in there:
-        found = json.loads(storage.read_bytes(uris.join(uri, marker)))
-        _refuse_other(f"{uri} (unfinished)", found, fingerprint)
-    elif any(name.endswith(".tar") and "/" not in name for name in there):
-        raise ValueError(
-            f"{uri} holds tars but no {INDEX_NAME}: not written by this command; choose another"
-            " --output"
-        )
-    else:
-        storage.write_bytes(uris.join(uri, marker), json.dumps(fingerprint).encode())
+def _write_missing(
+    source: SampleSource, uri: str, jobs: list[ShardJob], there: Mapping[str, int], on: str
+) -> list[ShardIndex]:
+    """A record of every shard, in order; the shards without one are written."""
+    from tqdm import tqdm
 
-
-def _record(name: str) -> str:
-    return f"{UNFINISHED}/{name}.json"
-
-
-def _read_record(uri: str, name: str, there: Mapping[str, int]) -> ShardIndex | None:
-    """What an interrupted build noted of the shard, or None where it has to be written."""
-    if _record(name) not in there:
-        return None
-    record_uri = uris.join(uri, _record(name))
-    record = parse_index(storage.read_bytes(record_uri), record_uri)
-    return record if there.get(name) == record.shards[0].bytes else None
-
-
-def _write_shard(path: Path, entries: list[Entry], images: Iterable[EncodedImage]) -> ShardIndex:
-    """Write one tar to the local `path`; returns an index of it alone."""
-    from webdataset.writer import TarWriter
-
-    shapes: set[Shape] = set()
-    with path.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
-        for entry, image in zip(entries, images, strict=True):
-            writer.write({"__key__": entry.key, image.extension: image.data})
-            shapes.add(image.shape)
-    return ShardIndex((index_tar(path, path.name),), common_shape(shapes))
+    noted = unfinished.read_records(uri, [job.name for job in jobs], there)
+    records = {n: record for n, record in noted.items() if there.get(n) == record.shards[0].bytes}
+    missing = [job for job in jobs if job.name not in records]
+    total = sum(len(job.entries) for job in jobs)
+    done = total - sum(len(job.entries) for job in missing)
+    with tqdm(total=total, initial=done, unit="image", desc=uri, disable=None) as progress:
+        for number, record in shard_tasks.run_tasks(write_shard, source, missing, on):
+            records[missing[number].name] = record
+            progress.update(len(missing[number].entries))
+    there = storage.list_files(uri)
+    for job in missing:
+        if there.get(job.name) != records[job.name].shards[0].bytes:
+            raise ValueError(
+                f"{uris.join(uri, job.name)} was written by another node and is not seen here:"
+                " use an --output on object storage or on a shared disk, or --on here"
+            )
+    return [records[job.name] for job in jobs]
 
 
 def _summarize(sets: Sequence[ShardIndex], outputs: Mapping[str, str]) -> str:
@@ -232,7 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m data_pipelines.build_shards",
         description="Pack images into WebDataset shards with an index. Restartable: what is"
-        " already written is kept, a complete set is left alone.",
+        " already written is kept, a complete set is left alone. Labels and other members of the"
+        " source are kept.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--source", required=True, help=f"one of {SOURCES}")
@@ -255,10 +220,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="N > 0 writes N images to OUTPUT/held_out and the rest to OUTPUT/train; variants of"
         " one drawing stay together",
     )
+    parser.add_argument(
+        "--encoding",
+        default="png",
+        choices=ENCODINGS,
+        help="of images that do not keep their bytes, such as those that --resolution makes; a"
+        " JPEG file that needs no change stays as it is",
+    )
+    parser.add_argument("--quality", type=int, default=95, help="of --encoding jpeg, 1 to 100")
+    parser.add_argument("--on", default="auto", choices=shard_tasks.PLACES, help=shard_tasks.HELP)
     options = parser.parse_args(arguments)
     try:
         summary = build_shards(**vars(options))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, shard_tasks.TaskFailed) as error:
         sys.exit(f"build_shards: {error}")
     print(f"{summary}; check: python -m data_pipelines.verify_shards {options.output}")
 

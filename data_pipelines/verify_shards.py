@@ -1,84 +1,153 @@
 """Read every byte of a shard set and compare it with its index; name each fault."""
 
 import argparse
+import os
 import sys
-import tempfile
+import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from data_pipelines import storage, uris
+from data_pipelines import shard_tasks, storage, uris
 from data_pipelines.image_codec import decode_image
-from data_pipelines.shard_index import INDEX_NAME, Shard, ShardIndex, index_tar, load_index
+from data_pipelines.shard_checks import (
+    find_bad_samples,
+    find_large_members,
+    find_repeated_keys,
+    map_file,
+    open_copy,
+)
+from data_pipelines.shard_index import INDEX_NAME, Shape, Shard, index_tar, load_index
 
 
 def find_faults(uri: str) -> Iterator[str]:
-    """One sentence for each fault of the set at `uri`: sizes, checksums, index, keys, pixels."""
+    """One sentence for each fault of the set at `uri`: sizes, checksums, index, keys, pixels.
+
+    Several shards are read at a time; the faults come in the order of the shards.
+    """
+    from tqdm import tqdm
+
     try:
         index = load_index(uri)
     except (ValueError, OSError) as error:
         yield str(error)
         return
-    keys: dict[str, str] = {}
-    for shard in index.shards:
-        for key in shard.keys:
-            if key in keys:
-                yield f"{uri}: key {key!r} is in {keys[key]} and in {shard.name}"
-            keys[key] = shard.name
+    base = index.base or uri
+    yield from (f"{uri}: {fault}" for fault in find_repeated_keys(index.shards))
     names = {shard.name for shard in index.shards}
     try:
-        for name in storage.list_files(uri):
+        for name in storage.list_files(base):
             if name.endswith(".tar") and name not in names:
-                yield f"{uris.join(uri, name)}: not in the index"
+                yield f"{uris.join(base, name)}: not in the index"
     except ValueError:  # http cannot be listed
         pass
-    with tempfile.TemporaryDirectory() as folder:
-        for shard in index.shards:
-            yield from _find_shard_faults(uris.join(uri, shard.name), shard, index, folder)
+    results = shard_tasks.run_tasks(
+        _check_shard, (base, index.image_shape), index.shards, threads=os.cpu_count() or 1
+    )
+    total = len(index.shards)
+    for _, faults in tqdm(results, total=total, unit="shard", desc=uri, disable=None):
+        yield from faults
 
 
-def _find_shard_faults(uri: str, shard: Shard, index: ShardIndex, folder: str) -> Iterator[str]:
-    path = uris.local_path(uri) or Path(folder) / "shard.tar"
+def _check_shard(place: tuple[str, Shape | None], shard: Shard) -> list[str]:
+    base, shape = place
+    uri = uris.join(base, shard.name)
     try:
-        if uris.local_path(uri) is None:
-            storage.download(uri, path)
-        found = index_tar(path, uri)
+        with open_copy(uri) as path:
+            return list(_compare(path, uri, shard, shape))
     except (ValueError, OSError) as error:
-        yield str(error) if uri in str(error) else f"{uri}: {error}"
+        return [str(error) if uri in str(error) else f"{uri}: {error}"]
+
+
+def _compare(path: Path, uri: str, shard: Shard, shape: Shape | None) -> Iterator[str]:
+    """The faults of the tar in `path` against its index `shard`."""
+    size = path.stat().st_size
+    if size != shard.bytes:
+        yield f"{uri}: {size} bytes, the index says {shard.bytes}"
+    if size == 0:
         return
-    if found.bytes != shard.bytes:
-        yield f"{uri}: {found.bytes} bytes, the index says {shard.bytes}"
+    yield from _find_other_bytes(path, uri, shard)
+    large = list(find_large_members(path, uri))
+    yield from large
+    if large:
+        return
+    try:
+        found = index_tar(path, uri)
+    except ValueError as error:
+        yield str(error)
+        yield from _find_bad_headers(path, uri, shard)
+        return
     if found.sha256 != shard.sha256:
         yield f"{uri}: sha256 {found.sha256[:12]}…, the index says {shard.sha256[:12]}…"
+    bad = list(find_bad_samples(uri, found))
+    yield from bad
+    yield from _find_other_places(uri, found, shard)
+    if not bad:
+        yield from _find_bad_images(path, uri, found, shape)
+
+
+def _find_other_bytes(path: Path, uri: str, shard: Shard) -> Iterator[str]:
+    """Members whose bytes are not where the index has them, whatever the tar's headers say."""
+    with map_file(path) as content:
+        for extension, members in sorted(shard.members.items()):
+            rows = zip(shard.keys, members.offset, members.size, members.crc32, strict=True)
+            lost: list[str] = []
+            for key, offset, size, crc32 in rows:
+                if offset < 0:
+                    continue
+                if offset + size > len(content):
+                    lost.append(key)
+                elif zlib.crc32(content[offset : offset + size]) != crc32:
+                    yield f"{uri}, sample {key!r}: .{extension} has another crc32 than the index"
+            if lost:
+                more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+                yield f"{uri}, sample {lost[0]!r}{more}: .{extension} lies beyond the tar's end"
+
+
+def _find_bad_headers(path: Path, uri: str, shard: Shard) -> Iterator[str]:
+    """Members whose tar header, the block before their bytes, is damaged."""
+    with map_file(path) as content:
+        for extension, members in sorted(shard.members.items()):
+            for key, offset in zip(shard.keys, members.offset, strict=True):
+                if 512 <= offset <= len(content):
+                    try:
+                        tarfile.TarInfo.frombuf(content[offset - 512 : offset], "utf-8", "replace")
+                    except tarfile.HeaderError:
+                        yield f"{uri}, sample {key!r}: the tar header of .{extension} is damaged"
+
+
+def _find_other_places(uri: str, found: Shard, shard: Shard) -> Iterator[str]:
+    """Samples and members that the tar has in another order or at another place."""
     if found.keys != shard.keys:
-        yield f"{uri}: holds {len(found.keys)} samples, not the index's {len(shard.keys)} in order"
+        pairs = zip([*found.keys, None], [*shard.keys, None], strict=False)
+        row, (here, there) = next(
+            (row, pair) for row, pair in enumerate(pairs) if pair[0] != pair[1]
+        )
+        yield f"{uri}: sample {row} is {here!r}, the index says {there!r}"
         return
     for extension in sorted({*found.members, *shard.members}):
         here, there = found.members.get(extension), shard.members.get(extension)
         if here is None or there is None:
             yield f"{uri}: members .{extension} are only in the {'index' if there else 'tar'}"
             continue
-        for column in ("offset", "size", "crc32"):
-            differs = np.flatnonzero(getattr(here, column) != getattr(there, column))
-            for row in differs:
+        for column in ("offset", "size"):
+            for row in np.flatnonzero(getattr(here, column) != getattr(there, column)):
                 yield f"{uri}, sample {shard.keys[row]!r}: .{extension} has another {column}"
-    data = path.read_bytes()
-    for key, offset, size in zip(found.keys, *found.image_place(), strict=True):
-        fault = _find_image_fault(data[offset : offset + size], index)
-        if fault:
-            yield f"{uri}, sample {key!r}: {fault}"
 
 
-def _find_image_fault(data: bytes, index: ShardIndex) -> str | None:
-    channels = index.image_shape[0] if index.image_shape else 3
-    try:
-        shape = decode_image(data, channels).shape
-    except ValueError as error:
-        return str(error)
-    if index.image_shape and shape != index.image_shape:
-        return f"shape {shape}, the index says {index.image_shape}"
-    return None
+def _find_bad_images(path: Path, uri: str, found: Shard, shape: Shape | None) -> Iterator[str]:
+    channels = shape[0] if shape else 3
+    with map_file(path) as content:
+        for key, offset, size in zip(found.keys, *found.image_place(), strict=True):
+            try:
+                decoded = decode_image(content[offset : offset + size], channels).shape
+            except ValueError as error:
+                yield f"{uri}, sample {key!r}: {error}"
+                continue
+            if shape and decoded != shape:
+                yield f"{uri}, sample {key!r}: shape {decoded}, the index says {shape}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

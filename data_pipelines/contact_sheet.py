@@ -1,0 +1,115 @@
+"""What a shard set looks like: ``contact_sheet.png`` and ``statistics.json`` beside its index."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from data_pipelines import storage, uris
+from data_pipelines.image_codec import decode_image
+from data_pipelines.set_statistics import draw_sample, map_images, measure_set
+from data_pipelines.shard_index import ShardIndex, load_index
+
+SHEET_NAME = "contact_sheet.png"
+STATISTICS_NAME = "statistics.json"
+ROWS, COLUMNS = 8, 12
+_TILE, _GAP, _CAPTION = 96, 4, 28  # pixels
+_BACKGROUND, _INK = (236, 236, 236), (32, 32, 32)
+
+
+def describe_set(uri: str, index: ShardIndex, output: str | None = None) -> dict[str, Any]:
+    """Write statistics and contact sheet of the set to `output`, or beside its index.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        ValueError: a damaged image; the message names it.
+        StorageError: the output cannot be written.
+    """
+    statistics = measure_set(uri, index)
+    sheet = draw_sheet(uri, index)
+    folder = output or uri
+    text = json.dumps(statistics, indent=2, ensure_ascii=False)
+    storage.write_bytes(uris.join(folder, STATISTICS_NAME), f"{text}\n".encode())
+    buffer = BytesIO()
+    sheet.save(buffer, "PNG", compress_level=6)
+    storage.write_bytes(uris.join(folder, SHEET_NAME), buffer.getvalue())
+    return statistics
+
+
+def draw_sheet(uri: str, index: ShardIndex) -> Image.Image:
+    """A seeded sample of the images, in the order of the set, under one line of text."""
+    tiles = map_images(_draw_tile, uri, index, draw_sample(index, ROWS * COLUMNS))
+    rows = -(-len(tiles) // COLUMNS)
+    step = _TILE + _GAP
+    size = (COLUMNS * step + _GAP, _CAPTION + rows * step + _GAP)
+    sheet = Image.new("RGB", size, _BACKGROUND)
+    for number, tile in enumerate(tiles):
+        left, top = _GAP + number % COLUMNS * step, _CAPTION + _GAP + number // COLUMNS * step
+        sheet.paste(tile, (left + (_TILE - tile.width) // 2, top + (_TILE - tile.height) // 2))
+    font = ImageFont.load_default(15)
+    text, pen = _caption(uri, index), ImageDraw.Draw(sheet)
+    while pen.textlength(text, font) > size[0] - 4 * _GAP:
+        text = f"{text[:-2]}…"
+    pen.text((2 * _GAP, _CAPTION // 2 + 1), text, _INK, font, anchor="lm")
+    return sheet
+
+
+def _draw_tile(data: bytes) -> Image.Image:
+    """The whole image: a small one enlarged by a whole number, a large one resampled."""
+    pixels = decode_image(data, 3)
+    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    scale = _TILE // max(image.size)
+    if scale > 1:
+        return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    image.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
+    return image
+
+
+def _caption(uri: str, index: ShardIndex) -> str:
+    """Name, count and size; the name is that of the source, so that copies have equal sheets."""
+    fingerprint = index.provenance.get("fingerprint", index.provenance)
+    source = uris.display(str(fingerprint.get("source", uri))).rstrip("/")
+    name = source.rsplit("/", 1)[-1] or source
+    count = sum(len(shard.keys) for shard in index.shards)
+    size = "of several sizes"
+    if index.image_shape:
+        channels, height, width = index.image_shape
+        size = f"{width} x {height}, {'grey' if channels == 1 else 'RGB'}"
+    return f"{name}: {count:,} images, {size}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; exits with one line on what is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipelines.contact_sheet",
+        description=f"Draw {ROWS} x {COLUMNS} images of a shard set on one sheet,"
+        f" {SHEET_NAME}, and write figures about the set to {STATISTICS_NAME}. Reads the index"
+        " and a sample of the images; tars without an index get one from"
+        " python -m data_pipelines.index_shards.",
+    )
+    parser.add_argument("uri", help="a shard set: the folder with index.json")
+    parser.add_argument(
+        "--output", help="folder or URI for the two files; left out, they go beside the index"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        index = load_index(options.uri)
+        figures = describe_set(options.uri, index, options.output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"contact_sheet: {error}")
+    where = options.output or options.uri
+    print(
+        f"{figures['images']} images, {figures['repeated_images']} of them repeated:"
+        f" {uris.join(where, SHEET_NAME)} and {STATISTICS_NAME} written"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""One function over many shards: in this process, or as Ray tasks over the nodes of a cluster.
+
+Ray retries a task whose worker died; a task that raised is not tried again. Tasks find credentials
+where training finds them, in the environment of their node or its role: none are sent.
+"""
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice, repeat
+from typing import Any, TypeVar, cast
+
+Shared = TypeVar("Shared")
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+PLACES = ("auto", "ray", "here")
+HELP = (
+    "where the work is done: as tasks on the Ray cluster of RAY_ADDRESS, here, or auto: on Ray"
+    " where RAY_ADDRESS is set or this is a Ray job"
+)
+
+
+class TaskFailed(RuntimeError):
+    """Ray could not run a task: its worker died more often than it is retried, or did not start."""
+
+
+def means_ray(on: str) -> bool:
+    """Whether `on`, one of `PLACES`, means a Ray cluster.
+
+    Raises:
+        ValueError: another word, or no cluster's address.
+    """
+    if on not in PLACES:
+        raise ValueError(f"--on {on}: use one of {', '.join(PLACES)}")
+    there = bool(os.environ.get("RAY_ADDRESS")) or _is_connected()
+    if on == "ray" and not there:
+        raise ValueError("--on ray: RAY_ADDRESS is not set; set it, or use --on here")
+    return there and on != "here"
+
+
+def run_tasks(
+    function: Callable[[Shared, Job], Result],
+    shared: Shared,
+    jobs: Sequence[Job],
+    on: str = "here",
+    threads: int = 1,
+) -> Iterator[tuple[int, Result]]:
+    """(position of the job, function(shared, job)) for every job, as they come in.
+
+    Args:
+        function: of the module level of an importable module.
+        shared: sent to each node once.
+        jobs: one for each call.
+        on: one of `PLACES`.
+        threads: calls at a time in this process; on Ray, each task asks for one CPU.
+
+    Raises:
+        TaskFailed: Ray gave up on a task.
+        Exception: the first that a call raised; no further job is started.
+    """
+    if means_ray(on):
+        yield from _run_on_ray(function, shared, jobs)
+    elif threads == 1:
+        for number, job in enumerate(jobs):
+            yield number, function(shared, job)
+    else:
+        pool = ThreadPoolExecutor(threads)
+        try:
+            yield from enumerate(pool.map(function, repeat(shared), jobs))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _is_connected() -> bool:
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+
+def _run_on_ray(
+    function: Callable[[Any, Any], Any], shared: Any, jobs: Sequence[Any]
+) -> Iterator[tuple[int, Any]]:
+    import ray
+
+    _connect()
+    task = ray.remote(_call).options(num_cpus=1, max_retries=3, name=function.__name__)
+    everywhere = ray.put(shared)
+    waiting = iter(enumerate(jobs))
+    running: dict[Any, int] = {}
+    try:
+        while True:
+            room = _count_slots() - len(running)
+            for number, job in islice(waiting, max(room, 0)):
+                running[task.remote(function, everywhere, job)] = number
+            if not running:
+                return
+            done = cast(list[Any], ray.wait(list(running))[0])
+            for reference in done:
+                yield running.pop(reference), _get(reference)
+    finally:
+        for left in running:
+            ray.cancel(left)
+
+
+def _count_slots() -> int:
+    """Tasks in flight: every CPU has its next one waiting, and an autoscaler sees the demand."""
+    import ray
+
+    resources = cast(dict[str, float], ray.cluster_resources())  # Ray says dict[?, int]
+    return max(2, 2 * int(resources.get("CPU", 0)))
+
+
+def _connect() -> None:
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = os.environ["RAY_ADDRESS"]
+    try:
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]});"
+            " start it, or use --on here"
+        ) from error
+
+
+def _get(reference: Any) -> Any:
+    """A task's result, or what it raised, without Ray's wall of text."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        cause: Exception = error.cause
+        if isinstance(cause, (ValueError, OSError)):
+            raise cause from None
+        raise TaskFailed(f"a Ray task failed: {type(cause).__name__}: {cause}") from error
+    except RayError as error:
+        first = str(error).strip().splitlines()[0]
+        raise TaskFailed(
+            f"a Ray task failed, also when it was tried again ({first}); every node needs this"
+            " package: submit the command by `ray job submit --working-dir .`"
+        ) from error
+
+
+def _call(function: Callable[[Any, Any], Any], shared: Any, job: Any) -> Any:
+    """What runs on a node."""
+    try:
+        return function(shared, job)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{error}, on node {socket.gethostname()}: on Ray every node has to see the files;"
+            " use object storage or a shared disk, or --on here"
+        ) from None
