@@ -1,14 +1,15 @@
 """Storage errors: the transient ones are tried again until a deadline, the others explained.
 
 Transient are connection errors, timeouts, 5xx and throttling. Waits are random, up to a limit that
-doubles. Nothing retries on top of this.
+doubles, and at least what the server's Retry-After asks for. Nothing retries on top of this. No
+attempt starts after the deadline; how long one may take is `storage`'s to say.
 """
 
 import errno
 import random
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 from data_pipelines.uris import display, endpoint, local_path, split_uri
 
@@ -27,6 +28,7 @@ _PERMANENT_ERRNOS = {
     errno.EROFS,
     errno.EDQUOT,
 }
+_TRANSIENT_STATUSES = (408, 409, 425, 429)
 _PERMANENT_ERRORS = (
     FileNotFoundError,
     FileExistsError,
@@ -41,6 +43,18 @@ _TRANSIENT_NAMES = {
     "ClientConnectionError",
     "ClientPayloadError",
     "ResponseParserError",
+}
+
+
+_CREDENTIALS = {
+    "s3": (
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the role",
+        " (FSSPEC_S3_ANON=true reads a public bucket without any)",
+    ),
+    "gs": (
+        "GOOGLE_APPLICATION_CREDENTIALS or the role",
+        " (FSSPEC_GS_TOKEN=anon reads a public bucket without any)",
+    ),
 }
 
 
@@ -68,9 +82,9 @@ def retry(
         try:
             return action()
         except Exception as error:
-            wait_seconds = random.uniform(0, longest_wait)
-            bad_downloads += isinstance(error, BadDownload)
-            hopeless = not _is_transient(error) or bad_downloads == 3
+            wait_seconds = max(random.uniform(0, longest_wait), _asked_wait_seconds(error))
+            bad_downloads += _is_damage(error)
+            hopeless = not (_is_transient(error) or _is_damage(error)) or bad_downloads == 3
             if hopeless or time.monotonic() + wait_seconds > give_up_at:
                 raise _explain(uri, error) from (None if "?" in uri else error)
         time.sleep(wait_seconds)
@@ -78,33 +92,65 @@ def retry(
 
 
 def _is_transient(error: Exception) -> bool:
-    if isinstance(error, _PERMANENT_ERRORS):
+    if isinstance(error, TimeoutError):
+        return True
+    if isinstance(error, (StorageError, *_PERMANENT_ERRORS)):
         return False
-    status = getattr(error, "status", None)
-    if isinstance(status, int):
-        return status >= 500 or status == 429
+    status, _ = _answer(error)
+    if status is not None:
+        return (status >= 500 and status != 501) or status in _TRANSIENT_STATUSES
     if isinstance(error, OSError):
         return error.errno not in _PERMANENT_ERRNOS
     return any(cls.__name__ in _TRANSIENT_NAMES for cls in type(error).__mro__)
 
 
+def _is_damage(error: Exception) -> bool:
+    # botocore's, by name: the body is not of the checksum that the server keeps of the object.
+    return isinstance(error, BadDownload) or type(error).__name__ == "FlexibleChecksumError"
+
+
+def _answer(error: Exception) -> tuple[int | None, Mapping[str, str]]:
+    """Status and headers of the server's answer, where there was one; in s3fs the cause has it."""
+    response: Any = getattr(error.__cause__, "response", None)
+    if isinstance(response, dict):
+        metadata: dict[str, Any] = cast(dict[str, Any], response).get("ResponseMetadata", {})
+        return metadata.get("HTTPStatusCode"), metadata.get("HTTPHeaders", {})
+    status: Any = getattr(error, "status", None)
+    return (status if isinstance(status, int) else None), getattr(error, "headers", None) or {}
+
+
+def _asked_wait_seconds(error: Exception) -> float:
+    _, headers = _answer(error)
+    text = headers.get("retry-after") or headers.get("Retry-After") or ""
+    return float(text) if text.isdecimal() else 0.0
+
+
 def _explain(uri: str, error: Exception) -> Exception:
     """The error that the user sees: what was asked, of whom, and what to do."""
-    if local_path(uri) is not None and not isinstance(error, BadDownload):
+    if isinstance(error, StorageError):
         return error
-    scheme, name, status = split_uri(uri)[0], type(error).__name__, getattr(error, "status", None)
+    if local_path(uri) is not None and not _is_damage(error):
+        return error
+    scheme, name, (status, _) = split_uri(uri)[0], type(error).__name__, _answer(error)
     at = f" at {endpoint()}" if scheme == "s3" and endpoint() else ""
-    keys = {"s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"}.get(scheme, "your credentials")
+    keys, public = _CREDENTIALS.get(scheme, ("your credentials", ""))
     # An HTTP client's text repeats the query, where a presigned URL carries its signature.
     first_line = name if "?" in uri else (str(error) or name).splitlines()[0]
-    if isinstance(error, BadDownload):
+    if _is_damage(error):
         return StorageError(f"{display(uri)}: {error}; the object is damaged: write it again")
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{display(uri)} does not exist{at}")
     if isinstance(error, PermissionError) or status in (401, 403):
-        return StorageError(f"{display(uri)}: access denied{at}; check {keys}")
+        return StorageError(f"{display(uri)}: access denied{at}; check {keys}{public}")
     if name in ("NoCredentialsError", "PartialCredentialsError"):
-        return StorageError(f"{display(uri)}: no credentials{at}; set {keys}")
+        return StorageError(f"{display(uri)}: no credentials{at}; set {keys}{public}")
+    if status == 416:
+        return StorageError(
+            f"{display(uri)}: the object ends before the bytes that were asked for: it is not the"
+            " one that was indexed, or cut short; write it, or its index, again"
+        )
+    if isinstance(error, TimeoutError) and not str(error):
+        first_line = "too slow, or silent"
     if _is_transient(error):
         remedy = "is AWS_ENDPOINT_URL right and the server up?" if at else "is the network open?"
         return StorageError(f"{display(uri)}: no answer{at} ({first_line}); {remedy}")

@@ -1,11 +1,22 @@
 """The only place that opens a URI: local files, s3://, gs:// and http(s)://, through fsspec.
 
-Credentials come from the environment or the instance's role, never from the URI. Every write
-is whole or absent: a local file is renamed into place, an object store shows an object only when
-its PUT or multipart upload is complete.
+Every write is whole or absent: a local file is renamed into place, an object store shows an object
+only when its PUT or multipart upload is complete. Every wait has an end: see `retries`.
+
+Credentials come from the environment or a role, never from the URI. What users set:
+
+- s3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN; or AWS_PROFILE and the shared
+  files; or nothing, where an instance, container or web identity has a role. FSSPEC_S3_ANON=true
+  reads a public bucket without any. AWS_ENDPOINT_URL_S3 (or AWS_ENDPOINT_URL) names another server.
+- gs: GOOGLE_APPLICATION_CREDENTIALS or a role; FSSPEC_GS_TOKEN=anon for a public bucket.
+- http: FSSPEC_HTTP='{"headers": {"Authorization": "Bearer …"}}', or a presigned URL.
+
+fsspec reads the FSSPEC_ variables (any option of s3fs, gcsfs or its HTTP client) when it is
+imported: set them before the program starts.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -16,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
+import fsspec.asyn  # pyright: ignore[reportMissingTypeStubs]
+import fsspec.config  # pyright: ignore[reportMissingTypeStubs]
 
 from data_pipelines.retries import (
     DEADLINE_SECONDS,
@@ -28,7 +41,12 @@ from data_pipelines.uris import display, endpoint, join, local_path, split_uri
 
 PREFLIGHT_SECONDS = 5.0
 ATTEMPT_SECONDS = 30.0
+"""The longest silence of a server, and the longest that one attempt at a range takes."""
+_CONNECT_SECONDS = 3.0
+_SLOWEST_BYTES_PER_SECOND = 2**18
+_LARGEST_PREFIX_BYTES = 2**24
 _TRANSFER_THREADS = 4
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def read_bytes(uri: str) -> bytes:
@@ -41,36 +59,42 @@ def read_bytes(uri: str) -> bytes:
     path = local_path(uri)
     if path is not None:
         return path.read_bytes()
-    return retry(uri, lambda: _filesystem(uri).cat_file(uri))
+    limit = _attempt_seconds(2**24)  # what is read at once is small
+    return retry(uri, lambda: _filesystem(uri).cat_file(uri, timeout=limit))
 
 
 def read_range(uri: str, start: int, end: int, deadline_seconds: float = DEADLINE_SECONDS) -> bytes:
     """Bytes [start, end) of the object, all of them; many threads may call it at once.
 
-    One attempt takes at most `ATTEMPT_SECONDS`, or the deadline where that is shorter.
+    One attempt takes at most `ATTEMPT_SECONDS`, or the deadline where that is shorter. An HTTP
+    server that knows no ranges is borne with for objects of at most 16 MiB.
 
     Raises:
         FileNotFoundError: there is no such object.
         StorageError: denied, unreachable, or still not end - start bytes after three attempts.
     """
     if not 0 <= start <= end:
-        raise ValueError(f"{display(uri)}: bytes {start} to {end} are no range")
+        raise ValueError(f"{display(uri)}: there is no range of bytes [{start}, {end})")
     if start == end:
         return b""
-    attempt_seconds = min(ATTEMPT_SECONDS, deadline_seconds)
-    path = local_path(uri)
+    path, scheme = local_path(uri), split_uri(uri)[0]
+    limit = min(ATTEMPT_SECONDS, deadline_seconds)
 
     def read_once() -> bytes:
+        data: Any
         if path is not None:
             with path.open("rb") as file:
                 file.seek(start)
                 data = file.read(end - start)
-        else:
-            data = _filesystem(uri).cat_file(uri, start=start, end=end, timeout=attempt_seconds)
-        if len(data) != end - start:
-            raise BadDownload(
-                f"{len(data)} bytes arrived, {end - start} expected (from byte {start})"
+        elif scheme in ("http", "https"):
+            client = _filesystem(uri)
+            data = fsspec.asyn.sync(
+                client.loop, _get_http_range, client, uri, start, end, timeout=limit
             )
+        else:
+            data = _filesystem(uri).cat_file(uri, start=start, end=end, timeout=limit)
+        if len(data) != end - start:
+            raise BadDownload(f"{len(data)} bytes arrived, {end - start} expected from {start} on")
         return data
 
     return retry(uri, read_once, deadline_seconds)
@@ -84,7 +108,7 @@ def write_bytes(uri: str, data: bytes) -> None:
         retry(uri, lambda: _filesystem(uri).pipe_file(uri, data))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _renamed_into(path) as part:
+    with _renamed_into(path, len(data)) as part:
         part.write_bytes(data)
 
 
@@ -130,18 +154,20 @@ def download(
 
     Raises:
         FileNotFoundError: there is no such object.
-        StorageError: denied, unreachable, or still not `expected_bytes` long or of this `sha256`
-            when the deadline passed.
+        StorageError: denied, unreachable, the disk full, or not `expected_bytes` long or of this
+            `sha256` three times.
     """
     path, source = Path(path), local_path(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # An object of unknown size may be a large one.
+    limit = _attempt_seconds(2**30 if expected_bytes is None else expected_bytes, deadline_seconds)
 
     def copy_once() -> None:
-        with _renamed_into(path) as part:
+        with _renamed_into(path, expected_bytes) as part:
             if source is not None:
                 shutil.copyfile(source, part)
             else:
-                _filesystem(uri).get_file(uri, str(part))
+                _filesystem(uri).get_file(uri, str(part), timeout=limit)
             _check_content(part, expected_bytes, sha256)
 
     retry(uri, copy_once, deadline_seconds)
@@ -172,10 +198,11 @@ def upload(path: str | Path, uri: str) -> None:
     target = local_path(uri)
     if target is None:
         _refuse_read_only(uri)
-        retry(uri, lambda: _filesystem(uri).put_file(str(path), uri))
+        limit = _attempt_seconds(Path(path).stat().st_size)
+        retry(uri, lambda: _filesystem(uri).put_file(str(path), uri, timeout=limit))
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _renamed_into(target) as part:
+    with _renamed_into(target, Path(path).stat().st_size) as part:
         shutil.copyfile(path, part)
 
 
@@ -245,25 +272,31 @@ def check_writable(uri: str) -> None:
         raise StorageError(describe_missing(uri)) from error
 
 
-_filesystems: dict[tuple[str | int | None, ...], Any] = {}
+_filesystems: dict[tuple[Any, ...], Any] = {}
 
 
 def _filesystem(uri: str) -> Any:
-    """One client per process and environment; none is shared across a fork."""
+    """One client per process and environment, shared by its threads but not across a fork."""
     scheme, _ = split_uri(uri)
-    identity = [os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
-    key = (os.getpid(), scheme, endpoint(), *identity, os.environ.get("AWS_SESSION_TOKEN"))
+    settings: dict[str, Any] = fsspec.config.conf.get(scheme, {})  # the FSSPEC_ variables
+    identity = tuple(item for item in sorted(os.environ.items()) if item[0].startswith("AWS_"))
+    key = (os.getpid(), scheme, identity, repr(settings))
     if key not in _filesystems:
         options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
         if scheme == "s3":
-            options |= {
-                "endpoint_url": endpoint(),
-                "config_kwargs": {
-                    "connect_timeout": 3,
-                    "read_timeout": 30,
-                    "retries": {"total_max_attempts": 1},
-                },
+            config = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": ATTEMPT_SECONDS}
+            options["config_kwargs"] = {
+                **config,
+                **settings.get("config_kwargs", {}),
+                "retries": {"total_max_attempts": 1},
             }
+            if endpoint():
+                options["endpoint_url"] = endpoint()
+        elif scheme in ("http", "https"):
+            from aiohttp import ClientTimeout  # local use does without aiohttp
+
+            wait = ClientTimeout(sock_connect=_CONNECT_SECONDS, sock_read=ATTEMPT_SECONDS)
+            options["client_kwargs"] = {"timeout": wait, **settings.get("client_kwargs", {})}
         try:
             filesystem = fsspec.filesystem(scheme, **options)
         except ImportError as error:
@@ -272,8 +305,30 @@ def _filesystem(uri: str) -> Any:
                 error
             )
         filesystem.retries = 1  # s3fs would retry inside our retries
-        _filesystems[key] = filesystem
+        _filesystems.setdefault(key, filesystem)  # another thread may have been faster
     return _filesystems[key]
+
+
+async def _get_http_range(client: Any, uri: str, start: int, end: int) -> bytes:
+    """One ranged GET: fsspec's own would fetch the whole object where ranges are not known."""
+    session, options = await client.set_session(), client.kwargs
+    headers = {**options.get("headers", {}), "Range": f"bytes={start}-{end - 1}"}
+    headers["Accept-Encoding"] = "identity"
+    async with session.get(client.encode_url(uri), **{**options, "headers": headers}) as response:
+        client._raise_not_found_for_status(response, uri)
+        if response.status == 206:
+            return await response.read()
+        size = response.content_length
+        if size is None or size > _LARGEST_PREFIX_BYTES:
+            raise StorageError(
+                f"{display(uri)}: the server ignores Range and would send the whole object for"
+                " every part of it: use one that knows ranges, or copy the object to s3:// or here"
+            )
+        return (await response.read())[start:end]
+
+
+def _attempt_seconds(size: int, deadline_seconds: float = DEADLINE_SECONDS) -> float:
+    return min(ATTEMPT_SECONDS, deadline_seconds) + size / _SLOWEST_BYTES_PER_SECOND
 
 
 def _refuse_read_only(uri: str, operation: str = "be written") -> None:
@@ -293,12 +348,20 @@ def _check_content(path: Path, expected_bytes: int | None, sha256: str | None) -
 
 
 @contextlib.contextmanager
-def _renamed_into(path: Path) -> Generator[Path]:
-    """A temporary neighbour of `path` that replaces it when the block succeeds."""
+def _renamed_into(path: Path, size: int | None) -> Generator[Path]:
+    """A temporary neighbour of `path` that replaces it when the block has written `size` bytes."""
     part = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.part")
     try:
         yield part
         part.replace(path)
+    except OSError as error:
+        if error.errno not in _FULL_DISK:
+            raise
+        amount = "an object" if size is None else f"{size} bytes"
+        raise StorageError(
+            f"{path.parent}: no room to write {amount} ({error.strerror}): free some space there,"
+            " or name another folder"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 
