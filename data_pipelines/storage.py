@@ -301,9 +301,9 @@ def _filesystem(uri: str) -> Any:
             filesystem = fsspec.filesystem(scheme, **options)
         except ImportError as error:
             package = {"gs": "gcsfs", "s3": "s3fs"}.get(scheme, "aiohttp")
-            raise ValueError(f"cannot open {uri}: {scheme}:// needs `pip install {package}`") from (
-                error
-            )
+            raise StorageError(
+                f"cannot open {display(uri)}: {scheme}:// needs `pip install {package}`"
+            ) from error
         filesystem.retries = 1  # s3fs would retry inside our retries
         _filesystems.setdefault(key, filesystem)  # another thread may have been faster
     return _filesystems[key]

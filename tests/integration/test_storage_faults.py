@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import botocore.session
+import fsspec
 import pytest
 
 from cluster.ports import LOOPBACK, pick_free
@@ -399,6 +400,16 @@ class TestHttp:
         with FileServer({"/x": DATA}) as server:
             assert storage.read_range(f"{server.url}/x", START, END) == DATA[START:END]
             assert server.asked == [f"bytes={START}-{END - 1}"]
+
+    def test_headers_of_fsspecs_settings_are_sent(self, monkeypatch):
+        with FileServer({"/x": DATA}) as server:
+            storage.read_range(f"{server.url}/x", 0, 5)
+            monkeypatch.setitem(
+                fsspec.config.conf, "http", {"headers": {"Authorization": "Bearer x"}}
+            )
+            assert storage.read_range(f"{server.url}/x", START, END) == DATA[START:END]
+            assert storage.read_bytes(f"{server.url}/x") == DATA
+            assert server.authorizations == [None, "Bearer x", "Bearer x"]
 
     def test_a_small_object_of_a_server_without_ranges(self):
         with FileServer({"/x": DATA}, ranges=False) as server:

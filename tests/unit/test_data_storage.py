@@ -1,5 +1,6 @@
 import hashlib
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -70,8 +71,30 @@ def test_a_download_appears_whole_or_not_at_all(tmp_path):
     assert target.read_bytes() == b"content"
 
 
+def test_a_range_of_a_file_is_all_of_it_or_an_error(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    for uri in (str(tmp_path / "file"), f"file://{tmp_path}/file"):
+        assert storage.read_range(uri, 0, 100) == bytes(range(100))
+        assert storage.read_range(uri, 3, 9) == bytes(range(3, 9))
+        assert storage.read_range(uri, 100, 100) == b""
+        with pytest.raises(StorageError, match="file: 10 bytes arrived, 11 expected from 90 on"):
+            storage.read_range(uri, 90, 101)
+        for start, end in ((-1, 5), (5, 4)):
+            with pytest.raises(ValueError, match="no range"):
+                storage.read_range(uri, start, end)
+
+
+def test_a_scheme_without_its_package_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    for read in (storage.read_bytes, lambda uri: storage.read_range(uri, 0, 9)):
+        with pytest.raises(StorageError, match="gs:// needs `pip install gcsfs`"):
+            read("gs://bucket/x")
+
+
 def test_missing_things_are_named(tmp_path):
     missing = str(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match="missing"):
+        storage.read_range(missing, 0, 9)
     with pytest.raises(FileNotFoundError, match="missing"):
         storage.read_bytes(missing)
     with pytest.raises(StorageError, match="missing does not exist"):
