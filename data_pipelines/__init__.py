@@ -4,14 +4,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data_pipelines.shard_cache import ShardError
-    from data_pipelines.shard_loader import ShardDataset
+    from data_pipelines.shard_dataset import ShardDataset
 
 __all__ = ["ShardDataset", "ShardError"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "ShardDataset":
-        from data_pipelines.shard_loader import ShardDataset
+        from data_pipelines.shard_dataset import ShardDataset
 
         return ShardDataset
     if name == "ShardError":

@@ -1,21 +1,29 @@
 """Which samples make up which batch: a pure function of the seed, the same at any world size.
 
-The epoch's order: shards are permuted, then samples within windows of `WINDOW_SHARDS` neighbouring
-shards, and the result is cut into `LANES` contiguous runs, the lanes. Reading one sample from each
-lane in turn gives the order; global batch s is the positions [s·B, (s+1)·B) of it, sorted by lane,
-and rank r of W takes the r-th of W equal runs of the batch. So every rank reads its own stretch of
-the lanes, hence mostly its own shards, while batches do not depend on the world size. The turn
-goes through the lanes in bit-reversed order, which spreads a batch smaller than LANES evenly.
+The epoch's stream: chunks (`chunks.py`) are permuted, then samples within windows of
+`WINDOW_CHUNKS` neighbouring chunks. The stream is cut into lanes of equal length, and one sample of
+each lane in turn makes the epoch's order; global batch s is the positions [s·B, (s+1)·B) of it,
+sorted by lane, and rank r of W takes the r-th of W equal runs. The number of lanes divides B, so
+every batch takes equally from every lane, and a rank stays in its own stretch of the stream: each
+node reads its share of the chunks, while batches do not depend on the world size.
+
+Windows are permuted when they are reached, so that a plan of any length starts at once and holds
+little: the lanes' windows and the permutation of the chunks.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Literal
 
 import numpy as np
 
-LANES = 64
-WINDOW_SHARDS = 2
+MOST_LANES = 256
+WINDOW_CHUNKS = 2
+VERSION = 2
+"""Of the order; a position of another version means other samples."""
+_SAMPLES_PLANNED_AT_ONCE = 2**14
 Tail = Literal["ragged", "carry"]
 
 
@@ -28,35 +36,117 @@ class Position:
     """Samples of `epoch`, over all ranks."""
 
 
-def order_epoch(
-    counts: Sequence[int], seed: int, epoch: int, shuffle: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
-    """Every sample once: (sample (N,), lane (N,)), both int64, in the epoch's order.
+@dataclass(frozen=True)
+class PlannedBatch:
+    """One rank's part of a global batch."""
 
-    Samples are numbered through the shards, which hold `counts` samples each.
-    """
-    sizes = np.asarray(counts, np.int64)
-    total = int(sizes.sum())
-    if not shuffle:
-        return np.arange(total), np.zeros(total, np.int64)
-    random = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
-    shards = random.permutation(len(sizes))
-    starts = np.cumsum(sizes) - sizes
-    ends = np.cumsum(sizes[shards])
-    within = np.arange(total) - np.repeat(ends - sizes[shards], sizes[shards])
-    samples = np.repeat(starts[shards], sizes[shards]) + within
-    first = 0
-    for last in [*ends[WINDOW_SHARDS - 1 :: WINDOW_SHARDS], total]:
-        samples[first:last] = random.permutation(samples[first:last])
-        first = last
-    lane = np.arange(total) * LANES // max(total, 1)
-    row = np.arange(total) - np.searchsorted(lane, lane)
-    turn = np.lexsort((_reverse_bits(lane), row))
-    return samples[turn], lane[turn]
+    sample: np.ndarray
+    """Sample numbers, int64 (b,)."""
+    epoch: np.ndarray
+    """The epoch of each, int64 (b,): a batch at a border holds samples of two."""
+    position: Position
+    """After this batch."""
+
+
+def count_lanes(global_batch_size: int) -> int:
+    """The largest divisor up to `MOST_LANES`, or all of a batch size with small divisors only."""
+    divisors = (n for n in range(MOST_LANES, 0, -1) if global_batch_size % n == 0)
+    lanes = next(divisors)
+    return lanes if lanes >= min(global_batch_size, MOST_LANES // 8) else global_batch_size
+
+
+class EpochOrder:
+    """The order of one epoch's samples, which are numbered through chunks of `counts` samples."""
+
+    def __init__(
+        self, counts: Sequence[int] | np.ndarray, seed: int, epoch: int, lanes: int, shuffle: bool
+    ):
+        sizes = np.asarray(counts, np.int64)
+        self._key = np.array([seed, epoch], np.uint64)
+        self._shuffle = shuffle
+        self._lanes = lanes if shuffle else 1
+        chunks = self._random(0).permutation(len(sizes)) if shuffle else np.arange(len(sizes))
+        self._counts = sizes[chunks]
+        self._first = (np.cumsum(sizes) - sizes)[chunks]
+        self._chunk_ends = np.cumsum(self._counts)
+        self.total = int(sizes.sum())
+        self._window_ends = np.append(
+            self._chunk_ends[WINDOW_CHUNKS - 1 : -1 : WINDOW_CHUNKS], self.total
+        )
+        self._windows: OrderedDict[int, np.ndarray] = OrderedDict()
+        edges = [lane * self.total // self._lanes for lane in range(self._lanes + 1)]
+        self._starts = np.array(edges[:-1], np.int64)
+        self._rows = self.total // self._lanes
+        self.even_total = self._rows * self._lanes
+        """Positions that form whole rows; after them comes the last sample of the longer lanes."""
+        self._turn = _spread(self._lanes)
+        longer = np.diff(np.array(edges, np.int64)) > self._rows
+        self._last_turn = self._turn[longer[self._turn]]
+
+    def read(
+        self, start: int, stop: int, share: tuple[float, float] = (0.0, 1.0)
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Positions [start, stop) of the order: (sample, lane), int64 and int32 (stop - start,).
+
+        Samples of lanes outside `share` of all lanes may be left undefined.
+        """
+        samples: list[np.ndarray] = []
+        lanes: list[np.ndarray] = []
+        whole = self.even_total
+        if start < whole:
+            end = min(stop, whole)
+            first, last = start // self._lanes, -(-end // self._lanes)
+            rows = np.empty((last - first, self._lanes), np.int64)
+            least, most = (edge * self._lanes for edge in share)
+            for turn, lane in enumerate(self._turn.tolist()):
+                if least - 1 < lane < most:
+                    lane_start = int(self._starts[lane])
+                    rows[:, turn] = self._stream(lane_start + first, lane_start + last)
+            taken = slice(start - first * self._lanes, end - first * self._lanes)
+            samples.append(rows.reshape(-1)[taken])
+            lanes.append(np.tile(self._turn, last - first)[taken])
+        if stop > whole:
+            tail = self._last_turn[max(start - whole, 0) : stop - whole]
+            last_of = (int(at) + self._rows for at in self._starts[tail])
+            samples += [self._stream(at, at + 1) for at in last_of]
+            lanes.append(tail)
+        return np.concatenate(samples), np.concatenate(lanes)
+
+    def _stream(self, start: int, stop: int) -> np.ndarray:
+        """Samples [start, stop) of the stream, through as many windows as it takes."""
+        parts: list[np.ndarray] = []
+        window = int(np.searchsorted(self._window_ends, start, side="right"))
+        while start < stop:
+            end = int(self._window_ends[window])
+            samples = self._window(window)
+            offset = start - (end - len(samples))
+            parts.append(samples[offset : offset + stop - start])
+            start, window = end, window + 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _window(self, window: int) -> np.ndarray:
+        if window in self._windows:
+            self._windows.move_to_end(window)
+            return self._windows[window]
+        chunks = slice(window * WINDOW_CHUNKS, (window + 1) * WINDOW_CHUNKS)
+        firsts, counts = self._first[chunks].tolist(), self._counts[chunks].tolist()
+        ranges = [np.arange(f, f + n, dtype=np.int64) for f, n in zip(firsts, counts, strict=True)]
+        samples = np.concatenate(ranges)
+        if self._shuffle:
+            samples = self._random(window + 1).permutation(samples)
+        self._windows[window] = samples
+        if len(self._windows) > 2 * self._lanes:
+            self._windows.popitem(last=False)
+        return samples
+
+    def _random(self, stream: int) -> np.random.Generator:
+        """Streams of one key that never meet: each has a counter of its own."""
+        counter = np.array([0, 0, 0, stream], np.uint64)
+        return np.random.Generator(np.random.Philox(key=self._key, counter=counter))
 
 
 def plan_batches(
-    counts: Sequence[int],
+    counts: Sequence[int] | np.ndarray,
     seed: int,
     position: Position,
     global_batch_size: int,
@@ -64,39 +154,65 @@ def plan_batches(
     world_size: int,
     shuffle: bool = True,
     tail: Tail = "ragged",
-) -> Iterator[tuple[np.ndarray, Position]]:
-    """This rank's part of each global batch from `position` on, and the position after it.
+) -> Iterator[PlannedBatch]:
+    """This rank's part of each global batch from `position` on.
 
     With ``tail="ragged"`` the iteration ends with the epoch, whose last batch may be smaller; a
     rank's part of it is empty only where fewer samples than ranks are left. With ``"carry"`` it
     never ends: every batch is full, those at a border hold the end of one epoch and the start of
     the next.
     """
-    total = int(np.sum(counts))
-    samples, lane = order_epoch(counts, seed, position.epoch, shuffle)
-    while total and (tail == "carry" or position.consumed < total):
-        parts: list[tuple[np.ndarray, np.ndarray]] = []
-        missing = global_batch_size
-        while missing:
-            taken = slice(position.consumed, min(position.consumed + missing, total))
-            parts.append((samples[taken], lane[taken]))
-            missing -= taken.stop - taken.start
-            position = Position(position.epoch, taken.stop)
-            if position.consumed == total:
-                position = Position(position.epoch + 1, 0)
-                if tail == "ragged":
-                    break
-                samples, lane = order_epoch(counts, seed, position.epoch, shuffle)
-        batch, batch_lane = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-        batch = batch[np.argsort(batch_lane, kind="stable")]
-        size = len(batch)
-        yield batch[size * rank // world_size : size * (rank + 1) // world_size], position
-        if tail == "ragged" and position.consumed == 0:
-            return
+    lanes = count_lanes(global_batch_size)
+    order = EpochOrder(counts, seed, position.epoch, lanes, shuffle)
+    epoch, consumed, total = position.epoch, position.consumed, order.total
+    if not total:
+        return
+
+    def choose(lane: np.ndarray) -> np.ndarray:
+        """This rank's run of a batch that is sorted by lane."""
+        run = slice(len(lane) * rank // world_size, len(lane) * (rank + 1) // world_size)
+        return np.argsort(lane, kind="stable")[run]
+
+    share = (rank / world_size, (rank + 1) / world_size)
+    at_once = max(_SAMPLES_PLANNED_AT_ONCE // global_batch_size, 1)
+    while tail == "carry" or consumed < total:
+        even = min((order.even_total - consumed) // global_batch_size, at_once)
+        if even > 0:  # whole rows: the same lanes in every batch
+            stop = consumed + even * global_batch_size
+            sample, lane = order.read(consumed, stop, share)
+            mine = choose(lane[:global_batch_size])
+            for batch in sample.reshape(even, -1)[:, mine]:
+                consumed += global_batch_size
+                epochs = np.full(len(mine), epoch)
+                if consumed == total:
+                    epoch, consumed = epoch + 1, 0
+                yield PlannedBatch(batch, epochs, Position(epoch, consumed))
+        else:
+            parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+            missing = global_batch_size
+            while missing:
+                stop = min(consumed + missing, total)
+                sample, lane = order.read(consumed, stop)
+                parts.append((sample, lane, np.full(len(sample), epoch)))
+                missing -= len(sample)
+                consumed = stop
+                if consumed == total:
+                    epoch, consumed = epoch + 1, 0
+                    if tail == "ragged":
+                        break
+                    order = EpochOrder(counts, seed, epoch, lanes, shuffle)
+            sample, lane, epochs = (np.concatenate(part) for part in zip(*parts, strict=True))
+            mine = choose(lane)
+            yield PlannedBatch(sample[mine], epochs[mine], Position(epoch, consumed))
+        if consumed == 0:
+            if tail == "ragged":
+                return
+            order = EpochOrder(counts, seed, epoch, lanes, shuffle)
 
 
-def _reverse_bits(lane: np.ndarray) -> np.ndarray:
-    reversed_lane = np.zeros_like(lane)
-    for bit in range(LANES.bit_length() - 1):
-        reversed_lane = (reversed_lane << 1) | ((lane >> bit) & 1)
-    return reversed_lane
+def _spread(lanes: int) -> np.ndarray:
+    """Every lane once, such that the first few of any number are spread evenly: golden steps."""
+    step = max(round(lanes * 0.618), 1)
+    while gcd(step, lanes) > 1:
+        step -= 1
+    return (np.arange(lanes, dtype=np.int32) * step) % lanes

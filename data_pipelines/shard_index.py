@@ -45,22 +45,36 @@ class Shard:
     keys: list[str]
     members: dict[str, Members]
 
-    def image_place(self) -> tuple[np.ndarray, np.ndarray]:
-        """(offset, size) of each sample's image: its first image extension in sorted order.
+    def images(self) -> Members:
+        """Each sample's image: its first image extension in sorted order, npy last.
 
         Raises:
             ValueError: a sample without an image.
         """
-        offset = np.full(len(self.keys), -1, np.int64)
-        size = np.full(len(self.keys), -1, np.int64)
-        for extension in sorted(filter(is_image, self.members)):
-            found = (offset < 0) & (self.members[extension].offset >= 0)
-            offset[found] = self.members[extension].offset[found]
-            size[found] = self.members[extension].size[found]
-        if (offset < 0).any():
-            key = self.keys[int(np.argmax(offset < 0))]
+        found = Members(*np.full((3, len(self.keys)), -1, np.int64))
+        for extension in sorted(filter(is_image, self.members), key=lambda e: (e == "npy", e)):
+            missing, members = found.offset < 0, self.members[extension]
+            for column in ("offset", "size", "crc32"):
+                getattr(found, column)[missing] = getattr(members, column)[missing]
+        if (found.offset < 0).any():
+            key = self.keys[int(np.argmax(found.offset < 0))]
             raise ValueError(f"sample {key!r} of {self.name} has no image member")
-        return offset, size
+        return found
+
+    def image_place(self) -> tuple[np.ndarray, np.ndarray]:
+        """(offset, size) of each sample's image."""
+        images = self.images()
+        return images.offset, images.size
+
+    def span(self) -> tuple[np.ndarray, np.ndarray]:
+        """(start, end) of the bytes that hold all members of each sample."""
+        start = np.full(len(self.keys), self.bytes, np.int64)
+        end = np.zeros(len(self.keys), np.int64)
+        for members in self.members.values():
+            there = members.offset >= 0
+            start[there] = np.minimum(start, members.offset)[there]
+            end[there] = np.maximum(end, members.offset + members.size)[there]
+        return start, end
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,8 @@ class ShardIndex:
     """(C, H, W) of every image, C the most channels of any; None when heights or widths differ."""
     provenance: dict[str, Any] = field(default_factory=dict[str, Any])
     """Where the images came from: source, fingerprint, licence, credit."""
+    base: str | None = None
+    """URI that the shards' names are relative to; None: they lie beside the index."""
 
     @property
     def id(self) -> str:
@@ -104,6 +120,7 @@ class _IndexFile(_StrictModel):
     id: str
     image_shape: list[int] | None
     provenance: dict[str, Any]
+    base: str | None = None
     shards: list[_ShardFile]
 
 
@@ -142,7 +159,10 @@ def parse_index(data: bytes, where: str) -> ShardIndex:
     shape = file.image_shape
     if shape is not None and (len(shape) != 3 or min(shape) < 1):
         raise ValueError(f"{where}: image_shape {shape} is not (C, H, W)")
-    index = ShardIndex(shards, (shape[0], shape[1], shape[2]) if shape else None, file.provenance)
+    if file.base is not None:
+        _check_base(file.base, where)
+    image_shape = (shape[0], shape[1], shape[2]) if shape else None
+    index = ShardIndex(shards, image_shape, file.provenance, file.base)
     if index.id != file.id:
         raise ValueError(f"{where}: id {file.id} does not match its shards ({index.id}): damaged")
     return index
@@ -173,6 +193,7 @@ def dump_index(index: ShardIndex) -> bytes:
         "id": index.id,
         "image_shape": list(index.image_shape) if index.image_shape else None,
         "provenance": index.provenance,
+        **({"base": index.base} if index.base else {}),
         "shards": shards,
     }
     return json.dumps(tree, separators=(",", ":")).encode()
@@ -268,6 +289,13 @@ def _read_shard(file: _ShardFile, where: str) -> Shard:
     if file.name.startswith("/") or ".." in file.name.split("/"):
         raise ValueError(f"{where}: shard name {file.name!r} leaves the folder")
     return Shard(file.name, file.bytes, file.sha256, file.keys, members)
+
+
+def _check_base(base: str, where: str) -> None:
+    """An index from elsewhere must not make this machine read files of its own."""
+    uris.check_uri(base)
+    if uris.local_path(base) is not None and uris.local_path(where) is None:
+        raise ValueError(f"{where}: base {base!r} is a local path, but the index is remote")
 
 
 def _explain_missing(uri: str) -> str:

@@ -1,12 +1,15 @@
 import gc
 import json
+import pickle
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from webdataset.writer import TarWriter
 
@@ -14,7 +17,7 @@ from data_pipelines import ShardDataset, ShardError
 from data_pipelines.build_shards import build_shards, main, split_entries
 from data_pipelines.image_codec import encode_png
 from data_pipelines.image_sources import ImageFolder, open_source
-from data_pipelines.shard_index import make_index, write_index
+from data_pipelines.shard_index import load_index, make_index, write_index
 from data_pipelines.verify_shards import find_faults
 from data_pipelines.verify_shards import main as verify
 
@@ -121,6 +124,24 @@ class TestBuild:
         assert "\n" not in str(error.value)
 
 
+def write_set_with_bad(folder, bad):
+    """Eight samples n0 to n7 in one tar, image n all n, label n; those of `bad` are no images."""
+    with (folder / "a.tar").open("wb") as file, TarWriter(file, encoder=False) as writer:
+        for number in range(8):
+            png = encode_png(np.full((8, 8), number, np.uint8))
+            writer.write({"__key__": f"n{number}", "png": png, "cls": str(number).encode()})
+    write_index(str(folder), make_index(str(folder)))
+    index = load_index(str(folder))
+    data = bytearray((folder / "a.tar").read_bytes())
+    images = index.shards[0].members["png"]
+    for number in bad:  # damage inside the compressed pixels, with a checksum that says it is right
+        start, size = int(images.offset[number]), int(images.size[number])
+        data[start + size // 2] ^= 0xFF
+        images.crc32[number] = zlib.crc32(data[start : start + size])
+    (folder / "a.tar").write_bytes(data)
+    write_index(str(folder), index)
+
+
 class TestRead:
     def test_an_epoch_holds_every_image_once_at_any_world_size(self, shards):
         dataset = ShardDataset.open(shards)
@@ -211,24 +232,107 @@ class TestRead:
         with pytest.raises(ValueError, match=r"differ in size.*--resolution N"):
             dataset.loader(2)
 
-    def test_a_damaged_shard_is_named(self, shards):
-        path = next(iter(sorted(Path(shards).glob("*.tar"))))
-        data = bytearray(path.read_bytes())
-        data[600] ^= 1
-        path.write_bytes(data)
-        with pytest.raises(ShardError, match=r"shard-000000\.tar: damaged.*sha256"):
+    def test_a_cut_off_shard_is_named(self, shards):
+        path = Path(shards) / "shard-000000.tar"
+        path.write_bytes(path.read_bytes()[:-512])
+        with pytest.raises(ShardError, match=r"shard-000000\.tar: \d+ bytes, the index says \d+"):
             list(ShardDataset.open(shards).loader(4))
 
-    def test_a_damaged_image_is_named_by_its_key(self, folder, tmp_path):
+    def test_every_flipped_byte_of_an_image_is_noticed_and_named(self, shards):
+        dataset = ShardDataset.open(shards)
+        place = dataset.columns()
+        shard = dataset.index.shards[0]
+        path = Path(shards) / shard.name
+        whole = path.read_bytes()
+        for offset in range(int(place.offset[1]), int(place.offset[1] + place.size[1])):
+            data = bytearray(whole)
+            data[offset] ^= 1
+            path.write_bytes(data)
+            with pytest.raises(ShardError, match="its bytes are not those") as error:
+                list(dataset.loader(23, shuffle=False))
+            assert error.value.key == shard.keys[1]
 
-        png = encode_png(np.random.default_rng(0).integers(0, 255, (8, 8), np.uint8))
-        with (tmp_path / "a.tar").open("wb") as file, TarWriter(file, encoder=False) as writer:
-            writer.write({"__key__": "good", "png": png})
-            writer.write({"__key__": "bad", "png": png[:60]})
-        write_index(str(tmp_path), make_index(str(tmp_path)))
-        with pytest.raises(ShardError, match=r"a\.tar, sample 'bad'") as error:
+    def test_an_image_that_never_was_one_is_named_by_its_key(self, tmp_path):
+        write_set_with_bad(tmp_path, bad=[3])
+        with pytest.raises(ShardError, match=r"a\.tar, sample 'n3': ") as error:
             list(ShardDataset.open(str(tmp_path)).loader(2))
-        assert error.value.key == "bad"
+        assert error.value.key == "n3"
+        assert pickle.loads(pickle.dumps(error.value)).key == "n3"  # it crosses processes
+
+    def test_bad_samples_are_replaced_counted_and_capped(self, tmp_path, caplog):
+        write_set_with_bad(tmp_path, bad=[3, 4])
+        dataset = ShardDataset.open(str(tmp_path))
+        loader = dataset.loader(4, bad_samples="replace", members=("cls",))
+        for _ in range(2):
+            batches = list(loader)
+            keys = [key for batch in batches for key in batch.key]
+            assert sorted(keys) == ["n0", "n1", "n2", "n5", "n5", "n5", "n6", "n7"]
+            for batch in batches:  # image and members are those of the key
+                for key, image, label in zip(
+                    batch.key, batch.image, batch.members["cls"], strict=True
+                ):
+                    assert key == f"n{label.decode()}"
+                    assert (image == int(label)).all()
+        assert set(loader.bad_samples) == {"n3", "n4"}
+        assert len([record for record in caplog.records if "replaced" in record.message]) == 2
+        with pytest.raises(ShardError, match=r"and 1 more bad samples.*verify_shards"):
+            list(dataset.loader(4, bad_samples="replace", most_bad_samples=1))
+
+    def test_a_set_of_bad_samples_alone_fails(self, tmp_path):
+        write_set_with_bad(tmp_path, bad=range(8))
+        with pytest.raises(ShardError, match="no good sample near it"):
+            list(ShardDataset.open(str(tmp_path)).loader(4, bad_samples="replace"))
+
+    def test_a_damaged_label_makes_a_bad_sample(self, tmp_path):
+        write_set_with_bad(tmp_path, bad=[])
+        dataset = ShardDataset.open(str(tmp_path))
+        label = dataset.columns("cls")
+        data = bytearray((tmp_path / "a.tar").read_bytes())
+        data[int(label.offset[2])] ^= 1
+        (tmp_path / "a.tar").write_bytes(data)
+        assert len(list(dataset.loader(4))) == 2
+        with pytest.raises(ShardError, match="sample 'n2'"):
+            list(dataset.loader(4, members=("cls",)))
+
+    def test_a_member_that_is_not_there_is_refused_at_once(self, tmp_path):
+        write_set_with_bad(tmp_path, bad=[])
+        with pytest.raises(ValueError, match=r"sample 'n0' of .*a\.tar has no member 'json'; .*cls"):
+            ShardDataset.open(str(tmp_path)).loader(4, members=("json",))
+
+    def test_any_size_is_cut_to_the_asked_one_at_the_centre_or_at_random(self, tmp_path):
+        ramp = np.arange(64, dtype=np.uint8)  # the value of a pixel is its column
+        with (tmp_path / "a.tar").open("wb") as file, TarWriter(file, encoder=False) as writer:
+            for width in (16, 64):
+                pixels = np.broadcast_to(ramp[:width], (16, width))
+                writer.write(
+                    {"__key__": f"w{width}", "png": encode_png(np.ascontiguousarray(pixels))}
+                )
+        write_index(str(tmp_path), make_index(str(tmp_path)))
+        dataset = ShardDataset.open(str(tmp_path))
+
+        def read(**options):
+            loader = dataset.loader(2, resolution=16, channels=1, **options)
+            epochs = [
+                {k: int(i[0, 0, 0]) for k, i in zip(b.key, b.image, strict=True)}
+                for _ in range(8)
+                for b in loader
+            ]
+            return [epoch["w64"] for epoch in epochs]
+
+        assert read() == [24] * 8
+        drawn = read(crop="random")
+        assert len(set(drawn)) > 4
+        assert min(drawn) >= 0
+        assert max(drawn) <= 48
+        assert drawn == read(crop="random")
+        assert drawn != read(crop="random", seed=1)
+        alone = dataset.loader(2, resolution=16, channels=1, crop="random")
+        ranks = [
+            dataset.loader(2, rank, 2, resolution=16, channels=1, crop="random") for rank in (0, 1)
+        ]
+        whole = torch.cat([batch.image for batch in alone])
+        parts = [batch.image for pair in zip(*ranks, strict=True) for batch in pair]
+        assert (torch.cat(parts) == whole).all()
 
     def test_leaves_no_thread_behind(self, shards):
         before = threading.active_count()

@@ -1,0 +1,182 @@
+"""A shard set on storage: its samples by number, and loaders over them."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from data_pipelines import uris
+from data_pipelines.chunks import cut_chunks
+from data_pipelines.epoch_plan import Tail
+from data_pipelines.sample_reader import Crop, SampleReader
+from data_pipelines.shard_cache import ShardCache
+from data_pipelines.shard_index import Members, ShardIndex, load_index
+from data_pipelines.shard_loader import ShardLoader
+
+
+class ShardDataset:
+    """A shard set; it reads nothing but the index until a loader is iterated."""
+
+    def __init__(self, uri: str, index: ShardIndex):
+        self.uri = uri
+        self.index = index
+        self.chunks = cut_chunks(index)
+        self._length = sum(len(shard.keys) for shard in index.shards)
+
+    @classmethod
+    def open(cls, uri: str) -> "ShardDataset":
+        """Open the shard set at `uri` (a path, s3://, gs://, http://).
+
+        Raises:
+            ValueError: no index there, or a damaged one; the message says what to do.
+        """
+        return cls(uri, load_index(uri))
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def id(self) -> str:
+        """A hash of the content."""
+        return self.index.id
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of every image, or None when heights or widths differ."""
+        return self.index.image_shape
+
+    @property
+    def keys(self) -> list[str]:
+        """The key of every sample, in the order of the shards."""
+        return [key for shard in self.index.shards for key in shard.keys]
+
+    def columns(self, extension: str | None = None) -> Members:
+        """Where each sample's member with this extension lies; its image for None.
+
+        Raises:
+            ValueError: a sample has none.
+        """
+        parts: list[Members] = []
+        for shard in self.index.shards:
+            part = shard.images() if extension is None else shard.members.get(extension)
+            if shard.keys and (part is None or (part.offset < 0).any()):
+                key = shard.keys[0 if part is None else int(np.argmax(part.offset < 0))]
+                there = sorted({name for shard in self.index.shards for name in shard.members})
+                raise ValueError(
+                    f"sample {key!r} of {uris.join(self.uri, shard.name)} has no member"
+                    f" {extension!r}; the set has {', '.join(there)}"
+                )
+            if part is not None:
+                parts.append(part)
+        if not parts:
+            return Members(*np.zeros((3, 0), np.int64))
+        return Members(
+            np.concatenate([part.offset for part in parts]),
+            np.concatenate([part.size for part in parts]),
+            np.concatenate([part.crc32 for part in parts]),
+        )
+
+    def loader(
+        self,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        tail: Tail = "ragged",
+        channels: Literal[1, 3] | None = None,
+        resolution: int | tuple[int, int] | None = None,
+        crop: Crop = "center",
+        members: tuple[str, ...] = (),
+        bad_samples: Literal["fail", "replace"] = "fail",
+        most_bad_samples: int = 100,
+        decode_threads: int = 2,
+        cache_bytes: int = 20 * 2**30,
+        cache_dir: str | Path | None = None,
+        pin_memory: bool = False,
+    ) -> ShardLoader:
+        """Batches for rank `rank` of `world_size`.
+
+        Args:
+            global_batch_size: samples per batch over all ranks; `world_size` divides it.
+            rank: this process, 0 <= rank < world_size.
+            world_size: processes that share the set.
+            seed: of the order and of random crops; the same on all ranks.
+            shuffle: False keeps the order of the shards.
+            tail: "ragged": an iteration is an epoch and its last batch may be smaller; "carry":
+                endless, every batch full, those at a border mix two epochs.
+            channels: 1 or 3 converts between grey and RGB; None keeps the set's own.
+            resolution: side, or height and width, of the images handed out; None keeps the set's
+                own, which must then be the same for all.
+            crop: which part of an image that is not of that shape, once its shorter side fits:
+                its "center", or a "random" one, drawn anew in every epoch.
+            members: extensions of other members to hand out, as bytes: ("cls", "json").
+            bad_samples: what to do with an image that is damaged or cannot be decoded: "fail", or
+                "replace" it by its neighbour and count it.
+            most_bad_samples: more different bad ones than this fail all the same.
+            decode_threads: decoder threads of this rank.
+            cache_bytes: bound of the node's shard cache, for sets that are not local files.
+            cache_dir: where that cache is; None is a folder of the user's in the temporary folder.
+            pin_memory: hand out page-locked images, for copies to a GPU that do not block.
+
+        Raises:
+            ValueError: sizes that do not fit together, images of differing size, an empty set.
+        """
+        if not len(self):
+            raise ValueError(f"{self.uri} holds no samples")
+        if channels not in (None, 1, 3):
+            raise ValueError(f"channels={channels}: use 1 (grey), 3 (RGB) or None")
+        if crop not in ("center", "random") or bad_samples not in ("fail", "replace"):
+            raise ValueError(f"{crop=}, {bad_samples=}: use center or random, fail or replace")
+        height, width = self._image_size(resolution)
+        where = self.index.base or self.uri
+        largest = int((self.chunks.end - self.chunks.start).max())
+        if uris.local_path(where) is None and cache_bytes < largest:
+            raise ValueError(
+                f"cache_bytes={cache_bytes} is less than the largest piece of {self.uri} that is"
+                f" fetched at once ({largest}): raise it"
+            )
+        folder = Path(cache_dir) if cache_dir else None
+        cache = ShardCache(where, self.index, self.chunks, folder, cache_bytes)
+        own_channels = self.image_shape[0] if self.image_shape else 3
+        size = sum(shard.bytes for shard in self.index.shards)
+        reader = SampleReader(
+            self.index,
+            cache,
+            columns={None: self.columns(), **{name: self.columns(name) for name in members}},
+            shape=(height, width, channels or own_channels),
+            crop=crop,
+            seed=seed,
+            replace=bad_samples == "replace",
+            most_bad=most_bad_samples,
+            pin_memory=pin_memory,
+        )
+        return ShardLoader(
+            self.id,
+            reader,
+            global_batch_size=global_batch_size,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            shuffle=shuffle,
+            tail=tail,
+            decode_threads=decode_threads,
+            prefetch_bytes=0 if cache.local else min(_PREFETCH_BYTES, cache_bytes // 4, size),
+        )
+
+    def _image_size(self, resolution: int | tuple[int, int] | None) -> tuple[int, int]:
+        if resolution is None:
+            if self.image_shape is None:
+                raise ValueError(
+                    f"the images of {self.uri} differ in size and make no batch: pass resolution=N,"
+                    " or build the shards with --resolution N"
+                )
+            return self.image_shape[1:]
+        size = (resolution, resolution) if isinstance(resolution, int) else resolution
+        if min(size) < 1:
+            raise ValueError(f"resolution={resolution}: must be positive")
+        return size
+
+
+_PREFETCH_BYTES = 512 * 2**20
+"""Images that are fetched ahead of the decoders, at most."""
