@@ -10,7 +10,13 @@ import numpy as np
 import simplejpeg  # pyright: ignore[reportMissingTypeStubs]
 from PIL import Image, ImageOps
 
-from data_pipelines.image_codec import GREY_MODES, as_grey_or_rgb, encode_png, open_image
+from data_pipelines.image_codec import (
+    as_grey_or_rgb,
+    decode_image,
+    encode_png,
+    open_image,
+    read_shape,
+)
 
 ENCODINGS = ("png", "jpeg")
 _EXIF_ORIENTATION = 0x0112
@@ -84,16 +90,17 @@ class Encoding:
             ValueError: damaged; `where` names it.
         """
         try:
+            # By the decoder that readers use: what it refuses must not get into a shard.
+            shape = read_shape(data)
+            pixels = decode_image(data, shape[0])
             with open_image(data) as image:
-                upright = ImageOps.exif_transpose(image)
-                pixels = as_grey_or_rgb(upright, 1 if image.mode in GREY_MODES else 3)
                 turned = image.getexif().get(_EXIF_ORIENTATION, 1) != 1
                 keep = image.format == "JPEG" and resolution is None and not turned
-        except (ValueError, OSError, SyntaxError) as error:
+        except ValueError as error:
             raise ValueError(f"{where}: {error}; remove or replace it") from error
         if keep:
-            shape = (1 if pixels.ndim == 2 else 3, pixels.shape[0], pixels.shape[1])
             return EncodedImage("jpg", data, shape, others or {})
+        pixels = pixels[0] if shape[0] == 1 else pixels.transpose(1, 2, 0)
         return self.encode(pixels if resolution is None else fit(pixels, resolution), others)
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipelines import storage, unfinished, uris
-from data_pipelines.image_codec import is_image, read_shape
+from data_pipelines.image_codec import image_extensions, read_shape
 from data_pipelines.shard_index import Shape, Shard, ShardIndex, common_shape, index_tar
 
 LARGEST_MEMBER_BYTES = 2**30
@@ -96,7 +96,7 @@ def find_large_members(path: Path, uri: str) -> Iterator[str]:
 def find_bad_samples(uri: str, shard: Shard) -> Iterator[str]:
     """Keys that leave the folder where a reader would extract them, and samples without image."""
     with_image: set[int] = set()
-    for extension in filter(is_image, shard.members):
+    for extension in image_extensions(shard.members):
         with_image.update((shard.members[extension].offset >= 0).nonzero()[0].tolist())
     for row, key in enumerate(shard.keys):
         if key.startswith(("/", "\\")) or ".." in key.replace("\\", "/").split("/"):

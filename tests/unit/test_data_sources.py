@@ -1,13 +1,18 @@
 import gzip
 import io
+import json
+import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 from webdataset.writer import TarWriter
 
+from data_pipelines.build_shards import build_shards
+from data_pipelines.encoded_images import Encoding
 from data_pipelines.image_codec import decode_image, encode_png
 from data_pipelines.image_sources import check_keys, open_source
+from data_pipelines.shard_index import load_index
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:
@@ -109,6 +114,10 @@ class TestIdx:
         header = b"\0\0\x08\x03" + np.array(images.shape, ">i4").tobytes()
         path.write_bytes(gzip.compress(header + images.tobytes()))
 
+    @staticmethod
+    def write_labels(path, labels):
+        path.write_bytes(b"\0\0\x08\x01" + np.array([len(labels)], ">i4").tobytes() + bytes(labels))
+
     def test_a_folder_means_its_train_file(self, tmp_path):
         self.write(tmp_path / "t10k-images-idx3-ubyte.gz", draw(2, 6, 6, seed=1))
         self.write(tmp_path / "train-images-idx3-ubyte.gz", draw(3, 6, 6))
@@ -123,6 +132,35 @@ class TestIdx:
         assert (image[2:8, 2:8] == draw(1, 6, 6)[0]).all()
         assert image.sum() == draw(1, 6, 6).sum()
 
+    def test_labels_beside_the_images_become_cls(self, tmp_path):
+        self.write(tmp_path / "train-images-idx3-ubyte.gz", draw(3, 6, 6))
+        build_shards(f"idx:{tmp_path}", f"{tmp_path}/bare")
+        self.write_labels(tmp_path / "train-labels-idx1-ubyte", [7, 0, 12])
+        source = open_source(f"idx:{tmp_path}")
+        labels = [source.load(entry, None).others for entry in source.list_entries()]
+        assert labels == [{"cls": b"7"}, {"cls": b"0"}, {"cls": b"12"}]
+        with pytest.raises(ValueError, match="labels None instead of 'train-labels-idx1-ubyte as"):
+            build_shards(f"idx:{tmp_path}", f"{tmp_path}/bare")
+
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            (lambda data: data[:-1], "not an idx1 file of uint8 labels, or cut off"),
+            (lambda data: data[:7] + b"\2" + data[8:-1], "2 labels beside 3 images"),
+        ],
+    )
+    def test_unsound_labels_are_refused(self, tmp_path, spoil, message):
+        self.write(tmp_path / "train-images-idx3-ubyte", draw(3, 6, 6))
+        path = tmp_path / "train-labels-idx1-ubyte"
+        self.write_labels(path, [1, 2, 3])
+        path.write_bytes(spoil(path.read_bytes()))
+        with pytest.raises(ValueError, match=f"train-labels-idx1-ubyte: {message}"):
+            load_all(f"idx:{tmp_path}")
+
+    def test_without_labels_an_older_set_stays_complete(self, tmp_path):
+        self.write(tmp_path / "train-images-idx3-ubyte", draw(3, 6, 6))
+        assert open_source(f"idx:{tmp_path}").describe().keys() == {"files"}
+
     def test_a_file_cut_off_is_refused(self, tmp_path):
         path = tmp_path / "train-images-idx3-ubyte"
         self.write(path, draw(3, 6, 6))
@@ -131,17 +169,131 @@ class TestIdx:
             load_all(f"idx:{path}")
 
 
-def test_foreign_tars_are_read_by_their_keys(tmp_path):
-    with (tmp_path / "x.tar").open("wb") as file, TarWriter(file, encoder=False) as writer:
-        writer.write({"__key__": "dir/one", "png": encode_png(draw(4, 4)), "cls": b"3"})
-        writer.write({"__key__": "../two", "seg.png": encode_png(draw(4, 4, seed=2))})
-    images = load_all(f"wds:{tmp_path}")
-    assert list(images) == ["dir/one", "__/two"]
-    assert (images["__/two"][0] == draw(4, 4, seed=2)).all()
+class TestForeignTars:
+    @staticmethod
+    def write(path, *samples):
+        with path.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
+            for key, members in samples:
+                writer.write({"__key__": key, **members})
+
+    def test_are_read_by_their_keys_with_every_other_member(self, tmp_path):
+        kept = {"cls": b"3", "json": b'{"a": [1]}', "txt": "größe\n".encode(), "seg.bin": b"\0\xff"}
+        self.write(
+            tmp_path / "x.tar",
+            ("dir/one", {"png": encode_png(draw(4, 4)), **kept}),
+            ("../two", {"seg.png": encode_png(draw(4, 4, seed=2))}),
+        )
+        images = load_all(f"wds:{tmp_path}")
+        assert list(images) == ["dir/one", "__/two"]
+        assert (images["__/two"][0] == draw(4, 4, seed=2)).all()
+        source = open_source(f"wds:{tmp_path}")
+        one, two = (source.load(entry, 2) for entry in source.list_entries())
+        assert (one.others, two.others) == (kept, {})
+
+    def test_a_built_set_has_the_members_byte_for_byte(self, tmp_path):
+        kept = {"cls": b" 7\n", "json": b"{}", "seg.png": encode_png(draw(4, 4, seed=3))}
+        self.write(
+            tmp_path / "a.tar",
+            *((f"k{n}", {"png": encode_png(draw(4, 4, 3, seed=n)), **kept}) for n in range(5)),
+        )
+        build_shards(f"wds:{tmp_path}", f"{tmp_path}/set", resolution=3, samples_per_shard=2)
+        index = load_index(f"{tmp_path}/set")
+        for shard in index.shards:
+            data = (tmp_path / "set" / shard.name).read_bytes()
+            assert shard.members.keys() == {"png", *kept}
+            for extension, content in kept.items():
+                members = shard.members[extension]
+                for offset, size in zip(members.offset, members.size, strict=True):
+                    assert data[offset : offset + size] == content
+        assert index.image_shape == (3, 3, 3)
+
+    def test_equal_keys_of_two_tars_are_refused(self, tmp_path):
+        for name in ("a", "b"):
+            self.write(tmp_path / f"{name}.tar", ("same", {"png": encode_png(draw(4, 4))}))
+        with pytest.raises(ValueError, match=r"'same' of a\.tar and sample 'same' of b\.tar"):
+            build_shards(f"wds:{tmp_path}", f"{tmp_path}/set")
+
+    def test_a_sample_without_image_is_refused(self, tmp_path):
+        self.write(tmp_path / "a.tar", ("alone", {"cls": b"1"}))
+        with pytest.raises(ValueError, match=r"'alone' of a\.tar has no image"):
+            load_all(f"wds:{tmp_path}")
+
+    @pytest.mark.parametrize(("name", "said"), [("x", "'x'"), ("x._hidden", "'x._hidden'")])
+    def test_a_member_that_would_vanish_is_refused(self, tmp_path, name, said):
+        self.write(tmp_path / "a.tar", ("x", {"png": encode_png(draw(4, 4))}))
+        with tarfile.open(tmp_path / "a.tar", "a") as tar:
+            tar.addfile(tarfile.TarInfo(name))
+        with pytest.raises(ValueError, match=rf"a\.tar: member {said} cannot be kept"):
+            load_all(f"wds:{tmp_path}")
+
+    def test_two_members_of_one_name_are_refused(self, tmp_path):
+        both = {"jpg": encode_png(draw(4, 4)), "png": encode_png(draw(4, 4))}
+        self.write(tmp_path / "a.tar", ("x", both))
+        with pytest.raises(ValueError, match=r"'x' of a\.tar: has two members \.png"):
+            build_shards(f"wds:{tmp_path}", f"{tmp_path}/set", resolution=2)
+
+    def test_a_tar_changed_after_it_was_listed_is_noticed(self, tmp_path):
+        self.write(tmp_path / "a.tar", ("x", {"png": encode_png(draw(4, 4)), "cls": b"1"}))
+        source = open_source(f"wds:{tmp_path}")
+        entries = source.list_entries()
+        self.write(tmp_path / "a.tar", ("x", {"png": encode_png(draw(4, 4)), "cls": b"2"}))
+        with pytest.raises(ValueError, match=r"\.cls of sample 'x' of a\.tar changed"):
+            source.load(entries[0], None)
+
+    def test_an_older_set_without_members_is_refused(self, tmp_path):
+        self.write(tmp_path / "a.tar", ("x", {"png": encode_png(draw(4, 4)), "cls": b"1"}))
+        build_shards(f"wds:{tmp_path}", f"{tmp_path}/set")
+        forget(tmp_path / "set/index.json", "members")
+        with pytest.raises(ValueError, match=r"members None instead of 'all'.*delete that one"):
+            build_shards(f"wds:{tmp_path}", f"{tmp_path}/set")
+
+
+def forget(path, name):
+    """Make an index one that was built before `name` was part of the fingerprint."""
+    tree = json.loads(path.read_text())
+    del tree["provenance"]["fingerprint"][name]
+    path.write_text(json.dumps(tree))
+
+
+class TestEncoding:
+    def test_jpeg_is_what_a_resized_image_becomes(self, tmp_path):
+        smooth = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)
+        save(np.stack([smooth, 127 - smooth, smooth], axis=-1), tmp_path / "in/a.png")
+        save(smooth, tmp_path / "in/b.png")
+        sizes = []
+        for quality, tolerance in ((50, 24), (95, 8)):
+            source = open_source(f"folder:{tmp_path}/in", Encoding("jpeg", quality))
+            colour, grey = (source.load(entry, 32) for entry in source.list_entries())
+            assert (colour.extension, colour.shape, grey.shape) == ("jpg", (3, 32, 32), (1, 32, 32))
+            sizes.append(len(colour.data))
+            png = open_source(f"folder:{tmp_path}/in")
+            for image, entry in zip((colour, grey), png.list_entries(), strict=True):
+                channels = image.shape[0]
+                exact = decode_image(png.load(entry, 32).data, channels).astype(int)
+                assert abs(decode_image(image.data, channels) - exact).max() <= tolerance
+        assert sizes[0] < sizes[1]
+
+    def test_is_part_of_what_a_set_is_built_from(self, tmp_path):
+        save(draw(4, 4), tmp_path / "in/a.png")
+        source, output = f"folder:{tmp_path}/in", f"{tmp_path}/set"
+        build_shards(source, output, encoding="jpeg")
+        assert load_index(output).shards[0].members.keys() == {"jpg"}
+        assert "nothing to do" in build_shards(source, output, encoding="jpeg")
+        with pytest.raises(ValueError, match="quality 95 instead of 80"):
+            build_shards(source, output, encoding="jpeg", quality=80)
+        with pytest.raises(ValueError, match="encoding 'jpeg' instead of None"):
+            build_shards(source, output)
+
+    @pytest.mark.parametrize("options", [{"encoding": "gif"}, {"quality": 0}, {"quality": 101}])
+    def test_nonsense_is_refused(self, options, tmp_path):
+        with pytest.raises(ValueError, match=f"--{next(iter(options))}"):
+            build_shards("mnist", str(tmp_path), **options)
 
 
 def test_openmoji_keeps_the_skin_tones_of_a_drawing_together():
     source = open_source("openmoji")
+    # A set of an older version is complete as long as this, and its fingerprint, stay as they are.
+    assert source.describe().keys() == {"package", "licence", "credit"}
     entries = source.list_entries()
     assert len(entries) == 4495
     assert len({entry.key for entry in entries}) == 4495
@@ -160,7 +312,10 @@ def test_mnist_has_its_digits():
     source = open_source("mnist")
     entries = source.list_entries()
     assert len(entries) == 5000
-    image = decode_image(source.load(entries[0], 32).data, 1)
+    first = source.load(entries[0], 32)
+    assert first.others == {"cls": b"0"}
+    assert source.load(entries[-1], None).others == {"cls": b"9"}
+    image = decode_image(first.data, 1)
     assert image.shape == (1, 32, 32)
     assert image[0, 8:24, 8:24].max() > 200
     assert image[0, :2].max() == 0
