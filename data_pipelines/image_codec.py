@@ -66,6 +66,10 @@ def read_shape(data: Buffer) -> tuple[int, int, int]:
     if data[:6] == _NPY:
         height, width, channels = _read_npy(data).shape
         return channels, height, width
+    if data[:8] == _PNG:
+        png = _read_png(data)
+        if png.mode is not None:
+            return len(png.mode), png.height, png.width
     try:
         with open_image(data) as image:
             # Pillow turns a TIFF while it loads it and gives the upright size before.
@@ -223,7 +227,8 @@ def _resample(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """Antialiased bicubic, within 1 of Pillow's and, in torch, several times as fast."""
     import torch  # here, because building and indexing do without
 
-    image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
+    image = torch.from_numpy(np.require(pixels, requirements="CW"))
+    image = image.view(1, *pixels.shape).permute(0, 3, 1, 2)  # keeps its strides: no copy below
     resized = torch.nn.functional.interpolate(
         image, (height, width), mode="bicubic", antialias=True
     )
@@ -286,10 +291,17 @@ def _decode_jpeg(
     data: Buffer, header: _JpegHeader, channels: int, least: tuple[int, int] | None
 ) -> np.ndarray:
     scaling: dict[str, Any] = {}
+    rows, columns = header.height, header.width
     if least is not None:
         height, width = least if header.orientation < 5 else least[::-1]
-        if header.height >= 2 * height and header.width >= 2 * width:
-            scaling = {"min_height": height, "min_width": width, "min_factor": 2}
+        for divisor in (8, 4, 2):  # n/8 in between is slower than to resample
+            if header.height // divisor >= height and header.width // divisor >= width:
+                rows, columns = header.height // divisor, header.width // divisor
+                scaling = {
+                    "min_height": math.ceil(header.height / divisor),
+                    "min_width": math.ceil(header.width / divisor),
+                }
+                break
     colours = "CMYK" if header.components == 4 else "GRAY" if channels == 1 else "RGB"
     try:
         pixels = simplejpeg.decode_jpeg(data, colours, **scaling)
@@ -297,11 +309,7 @@ def _decode_jpeg(
         if "subsampling" in str(error):  # TurboJPEG knows the usual ones only
             return _decode_with_pillow(data, channels)
         raise ValueError(f"damaged JPEG ({error})") from error
-    if scaling:  # the last row or column of a scaled JPEG may be only partly of the image
-        eighths = 8 * pixels.shape[0] // header.height
-        rows = max(scaling["min_height"], header.height * eighths // 8)
-        columns = max(scaling["min_width"], header.width * eighths // 8)
-        pixels = pixels[:rows, :columns]
+    pixels = pixels[:rows, :columns]  # the last ones of a scaled JPEG may be only partly image
     if colours == "CMYK":
         size = (pixels.shape[1], pixels.shape[0])
         image = Image.frombytes("CMYK", size, pixels.tobytes(), "raw", "CMYK;I")
@@ -368,15 +376,18 @@ def _read_png(data: Buffer) -> _Png:
 
 
 def _decode_plain_png(png: _Png, mode: str, channels: int) -> np.ndarray:
-    unset = 1 if mode == "L" else (1, 2, 3)
-    image = Image.new(mode, (png.width, png.height), unset)
+    unset = b"\1\2\3"[: len(mode)]
+    image = Image.new(mode, (png.width, png.height), tuple(unset))
     try:
         image.frombytes(png.packed, "zip", (mode, 0))
     except ValueError as error:
         raise ValueError(f"damaged PNG ({error})") from error
-    if image.getpixel((0, png.height - 1)) == unset:  # the last row may never have been written
+    pixels = image.tobytes()
+    if pixels.endswith(unset):  # the last row may never have been written
         _check_rows(png)
-    return _to_pixels(image, channels)
+    if len(mode) != channels:
+        return _to_pixels(image, channels)
+    return np.frombuffer(pixels, np.uint8).reshape(png.height, png.width, channels)
 
 
 def _check_rows(png: _Png) -> None:
