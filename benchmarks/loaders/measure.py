@@ -1,0 +1,108 @@
+"""Runs one pipeline in this process and prints its figures as one line of JSON.
+
+Opening is before the clock; the process then says so and waits for a line, so that several ranks
+start together. CPU seconds are those of this process and all that it starts, to the last one.
+"""
+
+import importlib
+import json
+import resource
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from benchmarks.loaders import PIPELINES, Task
+
+STEPS = 40
+"""Training steps that the wait for data is measured over."""
+
+
+def count_cpu_seconds() -> float:
+    """Of this process, its ended children and its living descendants."""
+    total = 0.0
+    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+        usage = resource.getrusage(who)
+        total += usage.ru_utime + usage.ru_stime
+    for process in psutil.Process().children(recursive=True):
+        try:
+            total += sum(process.cpu_times()[:4])
+        except psutil.NoSuchProcess:  # its parent has its seconds now
+            continue
+    return total
+
+
+def check_batch(images: Any, task: Task) -> int:
+    """The number of images.
+
+    Raises:
+        ValueError: they are not uint8 images of three colours.
+    """
+    batch = np.asarray(images)
+    if batch.dtype != np.uint8 or batch[0].size != 3 * task.side**2:
+        raise ValueError(f"{batch.dtype} {batch.shape}: not uint8 RGB of {task.side} px")
+    return len(batch)
+
+
+def measure_epoch(read_epoch: Any, task: Task) -> dict[str, float]:
+    """Wall and CPU seconds of one epoch, first batch included."""
+    images, wall, cpu = 0, time.perf_counter(), count_cpu_seconds()
+    for batch in read_epoch():
+        images += check_batch(batch, task)
+    return {
+        "images": images,
+        "wall_seconds": time.perf_counter() - wall,
+        "cpu_seconds": count_cpu_seconds() - cpu,
+    }
+
+
+def measure_wait(read_epoch: Any, task: Task, step_seconds: float) -> dict[str, float]:
+    """The share of its time that a training step waits for its batch, after the first one."""
+    matrix = torch.ones(256, 256)
+    torch.set_num_threads(1)
+    batches = iter(read_epoch())
+    check_batch(next(batches), task)
+    waited, steps, started = 0.0, 0, time.perf_counter()
+    while steps < STEPS:
+        # The step is a fixed amount of CPU time, however many threads share the core.
+        end = time.thread_time() + step_seconds
+        while time.thread_time() < end:
+            matrix @ matrix
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        waited += time.perf_counter() - asked
+        if batch is None:
+            break
+        steps += 1
+    seconds = time.perf_counter() - started
+    return {"steps": steps, "wait_fraction": waited / seconds, "step_seconds": seconds / steps}
+
+
+def main() -> None:
+    """Arguments: the pipeline's name, the task as JSON, what to do, its argument."""
+    name, text, action = sys.argv[1:4]
+    task, pipeline = Task(**json.loads(text)), PIPELINES[name]
+    module = importlib.import_module(f"benchmarks.loaders.{pipeline.module}")
+    if action == "write":
+        module.write_set(task)
+        return
+    started = count_cpu_seconds()
+    read_epoch = module.open_epochs(task, **pipeline.options)
+    opening = count_cpu_seconds() - started
+    if task.warm:
+        for _ in read_epoch():
+            pass
+    print("ready", flush=True)
+    sys.stdin.readline()
+    if action == "wait":
+        found = measure_wait(read_epoch, task, float(sys.argv[4]))
+    else:
+        found = {**measure_epoch(read_epoch, task), "opening_cpu_seconds": opening}
+    print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

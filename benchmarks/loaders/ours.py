@@ -1,0 +1,25 @@
+"""Our loader, as a training run uses it."""
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from benchmarks.loaders import Task
+from data_pipelines import ShardDataset
+
+
+def open_epochs(task: Task, labels: bool = False) -> Callable[[], Iterator[Tensor]]:
+    """The options stay at their defaults, but for the labels."""
+    loader = ShardDataset.open(task.tars).loader(
+        global_batch_size=task.batch_size * task.world_size,
+        rank=task.rank,
+        world_size=task.world_size,
+        cache_dir=task.cache,
+        **({"members": ("cls",)} if labels else {}),
+    )
+
+    def read_epoch() -> Iterator[Tensor]:
+        for batch in loader:
+            yield batch.image
+
+    return read_epoch
