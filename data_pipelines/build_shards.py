@@ -24,6 +24,7 @@ from data_pipelines.shard_index import (
     write_index,
 )
 from data_pipelines.shard_writer import ShardJob, write_shard
+from data_pipelines.source_names import make_absolute
 
 TRAIN, HELD_OUT = "train", "held_out"
 
@@ -55,7 +56,7 @@ def build_shards(
     ):
         if value is not None and value < least:
             raise ValueError(f"--{name} {value}: must be at least {least}")
-    uris.check_uri(output)
+    output = make_absolute(output)
     shard_tasks.means_ray(on)
     written_as = Encoding(encoding, quality)
     origin = open_source(source, written_as)

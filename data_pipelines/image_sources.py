@@ -23,7 +23,7 @@ from data_pipelines.array_sources import IdxFile, Mnist
 from data_pipelines.encoded_images import EncodedImage, Encoding, Entry, decode_png, make_key
 from data_pipelines.image_codec import is_image
 from data_pipelines.shard_index import Shard, index_tar
-from data_pipelines.source_names import digest, find_version
+from data_pipelines.source_names import digest, find_version, make_absolute
 
 SOURCES = "folder:PATH, idx:PATH, wds:URI, openmoji, mnist"
 _SKIN_TONE = re.compile(r"-1F3F[B-F]")
@@ -86,7 +86,7 @@ class ImageFolder:
             storage.check_readable(uri)
         elif not path.is_dir():
             raise ValueError(f"folder:{uri}: not a folder on this machine")
-        self._uri = uri
+        self._uri = make_absolute(uri)
         self._encoding = encoding
         self._sizes = {
             name: size
@@ -135,7 +135,7 @@ class ForeignTars:
 
     def __init__(self, uri: str, encoding: Encoding):
         storage.check_readable(uri)
-        self._uri = uri
+        self._uri = make_absolute(uri)
         self._encoding = encoding
         self._sizes = {n: s for n, s in storage.list_files(uri).items() if n.endswith(".tar")}
         if not self._sizes:

@@ -19,7 +19,7 @@ from data_pipelines.shard_index import (
     load_index,
     write_index,
 )
-from data_pipelines.source_names import digest
+from data_pipelines.source_names import digest, make_absolute
 
 _THREADS = 4
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -47,7 +47,7 @@ def index_shards(uri: str, output: str | None = None, on: str = "here") -> str:
     """
     shard_tasks.means_ray(on)
     base, sizes = list_tars(uri)
-    output = output or base
+    output = make_absolute(output) if output else base
     _check_places(base, output)
     fingerprint = {"source": f"wds:{uri}", "tars": len(sizes), "files": digest(sizes)}
     storage.check_writable(output)
@@ -85,8 +85,7 @@ def list_tars(uri: str) -> tuple[str, dict[str, int]]:
     Raises:
         ValueError: no tar there, or compressed ones, all of them named.
     """
-    path = uris.local_path(uri)
-    uri = uri.rstrip("/") if path is None else str(path.absolute())
+    uri = make_absolute(uri)
     if "?" in uri:
         raise ValueError(f"{uris.display(uri)}?…: a query cannot be part of a set's URI")
     if "{" in uri or uri.endswith(".tar"):
@@ -162,7 +161,7 @@ def _index(
         shards,
         common_shape(known) if known == shapes else None,
         provenance,
-        base if output and output.rstrip("/") != base else None,
+        base if output not in (None, base) else None,
     )
 
 

@@ -138,13 +138,21 @@ def _get(reference: Any) -> Any:
         cause: Exception = error.cause
         if isinstance(cause, (ValueError, OSError)):
             raise cause from None
-        raise TaskFailed(f"a Ray task failed: {type(cause).__name__}: {cause}") from error
+        raise TaskFailed(_explain(cause)) from error
     except RayError as error:
-        first = str(error).strip().splitlines()[0]
-        raise TaskFailed(
-            f"a Ray task failed, also when it was tried again ({first}); every node needs this"
-            " package: submit the command by `ray job submit --working-dir .`"
-        ) from error
+        raise TaskFailed(_explain(error)) from error
+
+
+def _explain(error: Exception) -> str:
+    """One line of what Ray says in many, and what to do."""
+    lines = str(error).strip().splitlines() or [""]
+    missing = next((line for line in lines if "No module named" in line), None)
+    if missing:
+        return (
+            f"a Ray task could not start ({missing.strip()}): install the package on every node, or"
+            " submit this command with `ray job submit --working-dir .`"
+        )
+    return f"a Ray task failed, also when it was tried again: {type(error).__name__}: {lines[0]}"
 
 
 def _call(function: Callable[[Any, Any], Any], shared: Any, job: Any) -> Any:

@@ -1,8 +1,10 @@
-"""What tells one version of a source from another: hashes of listings, versions of packages."""
+"""How sources are told apart and found: hashes of listings, versions, places for every process."""
 
 import hashlib
 import importlib.metadata
 from collections.abc import Mapping
+
+from data_pipelines import uris
 
 
 def digest(sizes: Mapping[str, int]) -> str:
@@ -22,3 +24,9 @@ def find_version(package: str) -> str:
         raise ValueError(
             f"this source needs the package {package}: `pip install efae[local]`"
         ) from error
+
+
+def make_absolute(uri: str) -> str:
+    """The same place for a worker, which runs in another folder; without a slash at the end."""
+    path = uris.local_path(uri)
+    return uri.rstrip("/") if path is None else str(path.absolute())
