@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_pipelines import storage, uris
-from data_pipelines.image_codec import is_image, read_shape
+from data_pipelines.image_codec import image_extensions, read_shape
 
 INDEX_NAME = "index.json"
 VERSION = 1
@@ -46,13 +46,13 @@ class Shard:
     members: dict[str, Members]
 
     def images(self) -> Members:
-        """Each sample's image: its first image extension in sorted order, npy last.
+        """Each sample's image: the member that `image_extensions` puts first.
 
         Raises:
             ValueError: a sample without an image.
         """
         found = Members(*np.full((3, len(self.keys)), -1, np.int64))
-        for extension in sorted(filter(is_image, self.members), key=lambda e: (e == "npy", e)):
+        for extension in image_extensions(self.members):
             missing, members = found.offset < 0, self.members[extension]
             for column in ("offset", "size", "crc32"):
                 getattr(found, column)[missing] = getattr(members, column)[missing]

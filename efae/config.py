@@ -28,11 +28,20 @@ class DataConfig:
     held_out_uri: str = "s3://efae-data/openmoji-32/held_out"
     """Shard set to measure on; never trained on."""
     resolution: int | tuple[int, int] = 32
-    """Side of square images, or their height and width; pixels."""
+    """Side of square images, or their height and width; pixels. Larger ones are scaled until their
+    shorter side fits, and cropped."""
+    crop: Literal["center", "random"] = "center"
+    """Part of a larger training image: its centre, or a random one, drawn anew in every epoch."""
     channels: Literal[1, 3] = 3
     """Colour channels: 1 (grey) or 3 (RGB)."""
     cache_bytes: int = 20 * 2**30
     """Upper bound of the node-local shard cache, bytes; shared by the ranks of a node."""
+    cache_dir: str | None = None
+    """Folder of that cache, on a fast local disk; None: one in the temporary folder."""
+    bad_samples: Literal["fail", "replace"] = "fail"
+    """On a training image that is damaged: stop, or take its neighbour instead and count."""
+    most_bad_samples: int = 100
+    """More different bad samples than this, on one worker, stop training all the same."""
     decode_threads: int = 2
     """Decoder threads per worker."""
 

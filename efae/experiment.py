@@ -83,6 +83,7 @@ def run_experiment(config: Config, tracking_uri: str, say: Callable[[str], None]
             "images_seen": config.training.steps * config.training.global_batch_size,
             "images_per_second": totals["images_per_second"],
             "data_wait_fraction": totals["data_wait_fraction"],
+            "bad_samples": totals["bad_samples"],
             "recoveries": count_recoveries(config),
             "world_size": config.ray.num_workers,
             "precision": config.training.precision,

@@ -52,26 +52,29 @@ def check_configuration(config: Config) -> None:
         load_perceptual(config.loss.perceptual, torch.device("cpu"))
 
 
-def check_images(config: Config, uri: str) -> None:
+def check_images(config: Config, uri: str, cut: bool = True) -> None:
     """The shard set answers and its images are what the model takes.
 
     Args:
         config: says the size of images and the group that acts on them.
         uri: of the shard set.
+        cut: whether larger images, or images of several sizes, are cut to the model's.
 
     Raises:
-        ValueError: images of another size, of several, or not square where they must be.
+        ValueError: images that are too small; without `cut`, of another size or of several.
         StorageError: nothing can be read there.
     """
     storage.check_readable(uri)
     shape = ShardDataset.open(uri).image_shape
     wanted = config.data.image_size
+    if shape is None and cut:
+        return
     if shape is None:
         raise ValueError(
             f"{uri}: its images differ in size; build the shards with --resolution {wanted[0]}"
         )
     height, width = found = shape[1:]
-    if found == wanted:
+    if found == wanted or (cut and height >= wanted[0] and width >= wanted[1]):
         return
     if height != width and GROUPS[config.representation.group].swaps_sides:
         raise ValueError(

@@ -100,7 +100,7 @@ def _run(chosen: Arguments) -> Path:
             choose_angles(model, chosen.angles or None, *shape[1:])
         except ValueError as error:
             raise ValueError(f"--angles: {uri}: {error}") from error
-    images = {channels: _read(chosen, channels) for _, _, channels in loaded.values()}
+    images = {channels: _read(chosen, channels, shape) for _, _, channels in loaded.values()}
 
     cards: dict[str, Card] = {}
     for uri, (model, config, channels) in loaded.items():
@@ -182,7 +182,7 @@ def _load(
     else:
         model = efae.load(uri, device=chosen.device)
         config = model.config
-        check_images(config, chosen.data)
+        check_images(config, chosen.data, cut=False)
         takes = config.data.channels
     if takes not in (channels, 3) or takes not in (1, 3):
         raise ValueError(
@@ -192,12 +192,13 @@ def _load(
     return model, config, takes
 
 
-def _read(chosen: Arguments, channels: Literal[1, 3]) -> "Tensor":
+def _read(chosen: Arguments, channels: Literal[1, 3], shape: tuple[int, int, int]) -> "Tensor":
     """The images as uint8; grey ones repeated for a model that takes colour."""
     from efae.config import DataConfig
     from efae.training.held_out import read_held_out
 
-    return read_held_out(DataConfig(held_out_uri=chosen.data, channels=channels), chosen.images)
+    data = DataConfig(held_out_uri=chosen.data, channels=channels, resolution=shape[1:])
+    return read_held_out(data, chosen.images)
 
 
 def _print_table(summary: dict[str, Any]) -> None:

@@ -62,11 +62,13 @@ def print_summary(summary: Mapping[str, Any], report_folder: str) -> None:
     report = "report/report.html among the run's artifacts in MLflow"
     if report_folder:
         report = f"{report_folder}/{summary['run_name']}/report.html"
+    bad_samples = f", bad images replaced: {bad}" if (bad := summary["bad_samples"]) else ""
     print(
         f"""
 {summary["run_name"]}: {summary["steps"]} steps, {summary["images_seen"]} images in\
  {summary["wall_seconds"] / 60:.1f} minutes, {summary["images_per_second"]:.0f} images/s\
- (data wait {summary["data_wait_fraction"]:.1%}), recoveries: {summary["recoveries"]}
+ (data wait {summary["data_wait_fraction"]:.1%}), recoveries: {summary["recoveries"]}\
+{bad_samples}
   held-out PSNR      {summary["psnr"]:.2f} dB
   worst gap          {summary["worst_gap_db"]:.1e} dB over the eight flips and quarter turns
   group-law error    {summary["group_law_error"]:.1e}

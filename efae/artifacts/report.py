@@ -39,7 +39,15 @@ __all__ = ["Card", "draw_reconstructions", "summarize", "write_comparison", "wri
 _MEASURED = ("psnr", "gap_db", "worst_gap_db", "group_law_error")
 _SUMMARY = (
     *("run_name", "mlflow_run_id", "model_uri", "steps", "images_seen", "images_per_second"),
-    *("data_wait_fraction", *_MEASURED, "recoveries", "world_size", "precision", "device"),
+    *(
+        "data_wait_fraction",
+        "bad_samples",
+        *_MEASURED,
+        "recoveries",
+        "world_size",
+        "precision",
+        "device",
+    ),
     "wall_seconds",
 )
 _EXACT_DB = 1e-3

@@ -15,7 +15,7 @@ def read_held_out(data: DataConfig, count: int) -> UInt8[Tensor, "n c h w"]:
         uint8 in [0, 255].
 
     Raises:
-        ValueError: the address is refused, the set is empty, or its images differ in size.
+        ValueError: the address is refused, or the set is empty.
         ShardError: a shard or an image in it cannot be read.
         StorageError: the storage refuses or does not answer.
     """
@@ -24,8 +24,10 @@ def read_held_out(data: DataConfig, count: int) -> UInt8[Tensor, "n c h w"]:
         global_batch_size=min(count, 256, len(dataset)),
         shuffle=False,
         channels=data.channels,
+        resolution=data.image_size,
         decode_threads=data.decode_threads,
         cache_bytes=data.cache_bytes,
+        cache_dir=data.cache_dir,
     )
     parts: list[Tensor] = []
     found = 0

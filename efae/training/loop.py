@@ -78,8 +78,14 @@ def train(
         seed=training.seed,
         tail="carry",
         channels=config.data.channels,
+        resolution=config.data.image_size,
+        crop=config.data.crop,
+        bad_samples=config.data.bad_samples,
+        most_bad_samples=config.data.most_bad_samples,
         decode_threads=config.data.decode_threads,
         cache_bytes=config.data.cache_bytes,
+        cache_dir=config.data.cache_dir,
+        pin_memory=device.type == "cuda",
     )
     if checkpoint is not None:
         state.restore(checkpoint)
@@ -123,6 +129,7 @@ def train(
         state.step += 1
 
         if state.step % training.log_interval == 0 or state.step == training.steps:
+            meter.bad_samples = len(loader.bad_samples)
             metrics = meter.read() | {"learning_rate": rate, "gradient_norm": float(norm)}
             metrics["images_seen"] = state.step * training.global_batch_size
             if tracker:
@@ -133,6 +140,7 @@ def train(
         if state.step % training.checkpoint_interval == 0 or state.step == training.steps:
             metrics = {"step": state.step, "device": describe_device(device)}
             metrics |= clock.totals(state.step, loader.wait_seconds)
+            metrics["bad_samples"] = meter.bad_samples_of_all
             extra = {
                 "position": loader.state_dict(),
                 "images_seen": state.step * training.global_batch_size,

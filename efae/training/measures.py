@@ -44,7 +44,7 @@ def full_precision() -> Generator[None]:
 
 def to_float(image: Tensor) -> Tensor:
     """uint8 pixels to float in [-1, 1]."""
-    return image.float() / 127.5 - 1
+    return image.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
 
 
 def psnr(image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:

@@ -18,12 +18,15 @@ class Meter:
 
     Attributes:
         sums: float64 (2, TIME_BINS): summed losses and counts by bin of t, of this rank.
+        bad_samples: different training images that this rank has replaced; the caller sets it.
+        bad_samples_of_all: the same of all ranks, at the last `read`.
         wait_seconds: time spent waiting for data since the last `reset`; the caller adds to it.
         started: `time.monotonic()` at the last `reset`.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.bad_samples = self.bad_samples_of_all = 0
         self.reset()
 
     def reset(self) -> None:
@@ -45,21 +48,24 @@ class Meter:
 
         Returns:
             "loss" (mean per example; nan if none was added), "images_per_second",
-            "data_wait_fraction" (in [0, 1], mean over ranks) and "loss_by_t/0.0" onwards, by the
-            lower edge of the bin.
+            "data_wait_fraction" (in [0, 1], mean over ranks), "bad_samples" and "loss_by_t/0.0"
+            onwards, by the lower edge of the bin.
         """
         elapsed = max(time.monotonic() - self.started, 1e-9)
-        row = torch.cat([self.sums.flatten(), self.sums.new_tensor([self.wait_seconds, elapsed])])
+        scalars = self.sums.new_tensor([self.wait_seconds, elapsed, self.bad_samples])
+        row = torch.cat([self.sums.flatten(), scalars])
         if dist.is_initialized():
             dist.all_reduce(row)
         row = row.cpu()
-        losses, counts = row[:-2].view(2, -1)
-        waited, lasted = float(row[-2]), float(row[-1])
+        losses, counts = row[:-3].view(2, -1)
+        waited, lasted, bad = float(row[-3]), float(row[-2]), float(row[-1])
+        self.bad_samples_of_all = int(bad)
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         metrics = {
             "loss": float(losses.sum() / counts.sum()),
             "images_per_second": float(counts.sum()) * world_size / lasted,
             "data_wait_fraction": waited / lasted,
+            "bad_samples": bad,
         }
         for i in range(TIME_BINS):
             if counts[i]:

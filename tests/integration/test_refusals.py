@@ -86,7 +86,7 @@ def test_mlflow_down(local_stack):
 @pytest.mark.parametrize(
     ("shape", "parts"),
     [
-        ((32, 48), ["32 x 48, not square", "group D4", "--representation.group flips"]),
+        ((16, 32), ["16 x 32, not square", "group D4", "--representation.group flips"]),
         ((16, 16), ["16 x 16", "data.resolution=32"]),
     ],
     ids=["not square", "other size"],
