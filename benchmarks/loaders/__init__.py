@@ -56,6 +56,9 @@ PIPELINES = {
     "ours": Pipeline("ours"),
     "ours, labels": Pipeline("ours", {"labels": True}),
     "webdataset, rgb8": Pipeline("stock", {"decode": "rgb8"}, _STOCK),
+    "webdataset, rgb8, default tars": Pipeline(
+        "stock", {"decode": "rgb8", "default_tars": True}, _STOCK, ranks=(1,)
+    ),
     "webdataset, pil": Pipeline("stock", {"decode": "pil"}, _STOCK, ranks=(1,)),
     "webdataset, torchrgb8": Pipeline("stock", {"decode": "torchrgb8"}, _STOCK, ranks=(1,)),
     "webdataset, simplejpeg": Pipeline(
@@ -82,5 +85,8 @@ PACKAGES = {
     "s3fs": "s3fs",
     "ray": "ray[data]",
 }
+DEFAULT_TARS = "default_tars"
+"""The folder of the tars as webdataset's writer makes them by default: each member has an extended
+header for its time, which takes as long to parse as the member's own."""
 FORMATS = {"mosaic": "mds", "lit": "litdata"}
 """Modules that read a format of their own, and the folder it lies in."""

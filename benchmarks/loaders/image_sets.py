@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
 
+from benchmarks.loaders import DEFAULT_TARS
 from data_pipelines import storage
 from data_pipelines.image_sources import open_source
 from data_pipelines.index_shards import make_index
@@ -51,16 +52,23 @@ def write_tars(name: str, uri: str, photos: Path | None, share: float = 1.0) -> 
     total = 0
     with tempfile.TemporaryDirectory() as folder:
         for shard in range(SHARDS):
-            path = Path(folder) / f"shard-{shard:06d}.tar"
-            with path.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
+            name = f"shard-{shard:06d}.tar"
+            ours, default = Path(folder) / name, Path(folder) / f"default-{name}"
+            with (
+                TarWriter(str(ours), mtime=0, encoder=False) as writer,
+                TarWriter(str(default), encoder=False) as default_writer,
+            ):
                 for row in range(per_shard):
                     number, data = shard * per_shard + row, next(files)
                     label = str(number % LABELS).encode()
-                    key = f"{number:07d}"
-                    writer.write({"__key__": key, chosen.extension: data, "cls": label})
+                    sample = {"__key__": f"{number:07d}", chosen.extension: data, "cls": label}
+                    writer.write(dict(sample))
+                    default_writer.write(sample)
                     total += len(data)
-            storage.upload(path, f"{uri}/{path.name}")
-            path.unlink()
+            storage.upload(ours, f"{uri}/{name}")
+            storage.upload(default, f"{uri.rsplit('/', 1)[0]}/{DEFAULT_TARS}/{name}")
+            ours.unlink()
+            default.unlink()
     write_index(uri, make_index(uri, {"source": origin}))
     return {
         "source": origin,

@@ -12,7 +12,7 @@ import numpy as np
 import webdataset as wds
 from webdataset.gopen import gopen_schemes
 
-from benchmarks.loaders import Task
+from benchmarks.loaders import DEFAULT_TARS, Task
 from benchmarks.loaders.decode import decode_simplejpeg
 from data_pipelines import storage
 
@@ -24,11 +24,14 @@ def open_s3(url: str, mode: str = "rb", bufsize: int = -1, **_: Any) -> Any:
     return fsspec.filesystem("s3").open(url, mode)
 
 
-def open_epochs(task: Task, decode: str, workers: int = 0) -> Callable[[], Iterator[np.ndarray]]:
+def open_epochs(
+    task: Task, decode: str, workers: int = 0, default_tars: bool = False
+) -> Callable[[], Iterator[np.ndarray]]:
     """Batches of images; their labels are read and dropped."""
     gopen_schemes["s3"] = open_s3
-    names = [name for name in storage.list_files(task.tars) if name.endswith(".tar")]
-    urls = [f"{task.tars}/{name}" for name in names]
+    folder = task.beside(DEFAULT_TARS) if default_tars else task.tars
+    names = [name for name in storage.list_files(folder) if name.endswith(".tar")]
+    urls = [f"{folder}/{name}" for name in names]
     fsspec.filesystem("s3").info(urls[0])
     samples = wds.WebDataset(
         urls,
