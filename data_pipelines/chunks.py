@@ -4,6 +4,7 @@ A shard may be larger than what should be waited for before the first sample; a 
 set is cut follows from its index alone, since the epoch's order is an order of chunks.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,24 @@ class Chunks:
     def of(self, sample: np.ndarray) -> np.ndarray:
         """The chunk of each sample."""
         return np.searchsorted(self.first, sample, side="right") - 1
+
+    def neighbours(self, chunk: int, among: Container[int]) -> list[int]:
+        """The run of chunks around this one that are `among` those, of one shard, in one piece.
+
+        It spans at most `LARGEST_BYTES`, more only where the chunk itself does.
+        """
+        first = last = chunk
+        while self._joins(first - 1, first, last, among):
+            first -= 1
+        while self._joins(last + 1, first, last, among):
+            last += 1
+        return list(range(first, last + 1))
+
+    def _joins(self, chunk: int, first: int, last: int, among: Container[int]) -> bool:
+        if chunk not in among or self.shard[chunk] != self.shard[first]:
+            return False
+        start, end = min(chunk, first), max(chunk, last)
+        return bool(self.end[end] - self.start[start] <= LARGEST_BYTES)
 
 
 def cut_chunks(index: ShardIndex) -> Chunks:

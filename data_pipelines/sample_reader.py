@@ -90,9 +90,10 @@ class SampleReader:
         places = zip(*(self._places(planned.sample, name) for name in self._columns), strict=True)
         keys: list[str] = []
         members: dict[str, list[bytes]] = {name: [] for name in self._columns if name is not None}
-        for row, sample, place, crop in zip(rows, wanted, places, crops, strict=True):
+        named = zip(wanted, self._keys(planned.sample), strict=True)
+        for row, (sample, key), place, crop in zip(rows, named, places, crops, strict=True):
             taken, found = self._load(row, sample, place, crop)
-            keys.append(self._key(taken))
+            keys.append(self._key(taken) if taken != sample else key)
             for name, data in zip(members, found, strict=True):
                 members[name].append(data)
         return Batch(image.permute(0, 3, 1, 2), keys, members)
@@ -168,9 +169,15 @@ class SampleReader:
         return float(draws[0]), float(draws[1])
 
     def _key(self, sample: int) -> str:
-        shard = int(np.searchsorted(self._shard_ends, sample, side="right"))
-        keys = self._index.shards[shard].keys
-        return keys[sample - (int(self._shard_ends[shard]) - len(keys))]
+        return self._keys(np.array([sample]))[0]
+
+    def _keys(self, samples: np.ndarray) -> list[str]:
+        shard = np.searchsorted(self._shard_ends, samples, side="right")
+        place = (samples - self._shard_ends[shard]).tolist()  # from the end of the shard, below 0
+        return [
+            self._index.shards[number].keys[at]
+            for number, at in zip(shard.tolist(), place, strict=True)
+        ]
 
     def _uri(self, sample: int) -> str:
         chunk = int(self.chunks.of(np.array([sample]))[0])

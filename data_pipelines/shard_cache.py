@@ -14,7 +14,9 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Generator
+import zlib
+from collections.abc import Generator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from data_pipelines import storage, uris
@@ -23,7 +25,8 @@ from data_pipelines.shard_index import Shard, ShardIndex
 
 _ABANDONED_SECONDS = 3600.0
 _LOCK_FILES = 256
-"""Chunks share this many lock files, so that a large cache does not leave one each."""
+_RANKS_ON_A_NODE = 8
+"""That may fill the room in the cache together before one of them looks again."""
 
 
 class ShardError(OSError):
@@ -46,6 +49,9 @@ class ShardCache:
     """At most `capacity_bytes` of chunks in `folder`; the least recently opened go first.
 
     One download for each fetching thread may come on top.
+
+    Raises:
+        ValueError: when it is used: the folder belongs to another user, or the disk is full.
     """
 
     def __init__(
@@ -59,7 +65,7 @@ class ShardCache:
         self._capacity_bytes = capacity_bytes
         self._maps: dict[int, tuple[Path, memoryview]] = {}
         self._lock = threading.Lock()
-        self._open_locks = [threading.Lock() for _ in range(64)]
+        self._unseen_bytes = self._room_bytes = 0
 
     def open(self, chunk: int) -> memoryview:
         """The chunk's bytes, fetched first where they are not here; thread-safe.
@@ -68,29 +74,28 @@ class ShardCache:
             ShardError: missing, unreachable or too short.
         """
         mapped = self._maps.get(chunk)
-        if mapped is not None:
-            return mapped[1]
-        with self._open_locks[chunk % len(self._open_locks)]:
-            mapped = self._maps.get(chunk)
-            if mapped is not None:
-                return mapped[1]
-            try:
-                path, mapped = self._map_local(chunk) if self.local else self._map_remote(chunk)
-            except (OSError, ValueError) as error:
-                raise ShardError(self.uri(chunk), None, str(error)) from error
-            with self._lock:
-                if not self.local:
-                    # A file that was evicted keeps its disk space until its map is dropped.
-                    self._maps = {k: m for k, m in self._maps.items() if m[0].exists()}
-                self._maps[chunk] = path, mapped
-            return mapped
+        return mapped[1] if mapped is not None else self.fetch([chunk])[0]
+
+    def fetch(self, chunks: Sequence[int]) -> list[memoryview]:
+        """The same of neighbouring chunks of one shard, what is missing in one request.
+
+        Raises:
+            ShardError: as `open`.
+        """
+        try:
+            found = self._map_local(chunks) if self.local else self._map_remote(chunks)
+        except (OSError, ValueError) as error:
+            raise ShardError(self.uri(chunks[0]), None, str(error)) from error
+        with self._lock:
+            self._maps.update(zip(chunks, found, strict=True))
+        return [mapped for _, mapped in found]
 
     def refetch(self, chunk: int) -> memoryview:
         """Fetch the chunk again; a local shard is only read again."""
-        with self._open_locks[chunk % len(self._open_locks)], self._lock:
+        with self._lock:
             path, _ = self._maps.pop(chunk, (None, None))
-            if path is not None and not self.local:
-                path.unlink(missing_ok=True)
+        if path is not None and not self.local:
+            path.unlink(missing_ok=True)
         return self.open(chunk)
 
     def holds(self, chunk: int) -> bool:
@@ -101,49 +106,56 @@ class ShardCache:
         """The shard that the chunk is of."""
         return self._uris[int(self.chunks.shard[chunk])]
 
-    def _map_local(self, chunk: int) -> tuple[Path, memoryview]:
-        path = uris.local_path(self.uri(chunk))
+    def _map_local(self, chunks: Sequence[int]) -> list[tuple[Path, memoryview]]:
+        path = uris.local_path(self.uri(chunks[0]))
         assert path is not None
-        expected, found = self._shard(chunk).bytes, path.stat().st_size
+        expected, found = self._shard(chunks[0]).bytes, path.stat().st_size
         if found != expected:
             raise ValueError(
                 f"{found} bytes, the index says {expected}: damaged, or the index belongs to other"
                 " shards; write it again"
             )
-        start, end = self._place(chunk)
-        skipped = start - start % mmap.ALLOCATIONGRANULARITY
-        return path, _map(path, skipped, end - skipped)[start - skipped :]
+        mapped: list[tuple[Path, memoryview]] = []
+        for chunk in chunks:
+            start, end = self._place(chunk)
+            skipped = start - start % mmap.ALLOCATIONGRANULARITY
+            mapped.append((path, _map(path, skipped, end - skipped)[start - skipped :]))
+        return mapped
 
-    def _map_remote(self, chunk: int) -> tuple[Path, memoryview]:
-        start, end = self._place(chunk)
-        path = self._folder / f"{self._shard(chunk).sha256[:32]}-{start}-{end}.chunk"
+    def _map_remote(self, chunks: Sequence[int]) -> list[tuple[Path, memoryview]]:
         self._make_folder()
-        with _locked(self._lock_file(path)):  # one download a node, not one a rank
-            mapped = _map_whole(path, end - start)
-            if mapped is None:
-                mapped = self._fetch(self.uri(chunk), path, start, end)
-                self._evict()
-        return path, mapped
+        places = [self._place(chunk) for chunk in chunks]
+        sha256 = self._shard(chunks[0]).sha256[:32]
+        paths = [self._folder / f"{sha256}-{start}-{end}.chunk" for start, end in places]
+        with contextlib.ExitStack() as locks:  # one download a node, not one a rank
+            for lock in sorted({_lock_file(path) for path in paths}):
+                locks.enter_context(_locked(lock))
+            found = [
+                _map_whole(path, end - start)
+                for path, (start, end) in zip(paths, places, strict=True)
+            ]
+            for missing, group in groupby(range(len(chunks)), lambda row: found[row] is None):
+                if not missing:
+                    continue
+                rows = list(group)
+                first, last = places[rows[0]][0], places[rows[-1]][1]
+                data = memoryview(storage.read_range(self.uri(chunks[0]), first, last))
+                for row in rows:
+                    start, end = places[row]
+                    found[row] = _write(paths[row], data[start - first : end - first])
+                self._count_fetched(len(data))
+        return [(path, mapped) for path, mapped in zip(paths, found, strict=True) if mapped]
 
-    def _fetch(self, uri: str, path: Path, start: int, end: int) -> memoryview:
-        data = storage.read_range(uri, start, end)
-        part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
-        try:
-            part.write_bytes(data)
-            mapped = _map(part)  # before it has its name, since another process may evict it then
-            part.replace(path)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise ValueError(
-                    f"no space for {len(data)} bytes in the cache folder {self._folder}: make"
-                    " space, choose another (data.cache_dir), or lower data.cache_bytes"
-                    f" ({self._capacity_bytes})"
-                ) from error
-            raise
-        else:
-            return mapped
-        finally:
-            part.unlink(missing_ok=True)
+    def _count_fetched(self, size: int) -> None:
+        """Look at the folder, and make room in it, when it may have become too full."""
+        with self._lock:
+            self._unseen_bytes += size
+            if self._unseen_bytes < self._room_bytes / _RANKS_ON_A_NODE:
+                return
+            self._unseen_bytes = 0
+            self._room_bytes = self._capacity_bytes - _evict(self._folder, self._capacity_bytes)
+            # A file that was evicted keeps its disk space until its map is dropped.
+            self._maps = {k: m for k, m in self._maps.items() if m[0].exists()}
 
     def _shard(self, chunk: int) -> Shard:
         return self._index.shards[int(self.chunks.shard[chunk])]
@@ -156,28 +168,58 @@ class ShardCache:
         if self._folder.stat().st_uid != os.getuid():
             raise ValueError(f"cache folder {self._folder} belongs to another user: pass cache_dir")
 
-    def _lock_file(self, path: Path) -> Path:
-        return self._folder / f"{int(path.name[:8], 16) % _LOCK_FILES:03d}.lock"
 
-    def _evict(self) -> None:
-        """Delete the least recently opened chunks, and downloads that a killed process left."""
-        with _locked(self._folder / "evict.lock"):
-            files: list[tuple[float, int, Path]] = []
-            for entry in os.scandir(self._folder):
-                with contextlib.suppress(FileNotFoundError):
-                    state, path = entry.stat(), Path(entry.path)
-                    if path.suffix == ".chunk":
-                        files.append((state.st_mtime, state.st_size, path))
-                    elif (
-                        path.suffix == ".part" and time.time() - state.st_mtime > _ABANDONED_SECONDS
-                    ):
-                        path.unlink()
-            total = sum(size for _, size, _ in files)
-            for _, size, path in sorted(files):
-                if total <= self._capacity_bytes:
-                    return
-                path.unlink(missing_ok=True)
-                total -= size
+def _evict(folder: Path, capacity_bytes: int) -> int:
+    """Delete the least recently opened chunks, and downloads that a killed process left.
+
+    Where there is too much, a little more than that goes, so that it is not soon too much again.
+
+    Returns:
+        Bytes of the chunks that are left.
+    """
+    with _locked(folder / "evict.lock"):
+        abandoned = time.time() - _ABANDONED_SECONDS
+        files: list[tuple[float, int, str]] = []
+        for entry in os.scandir(folder):
+            with contextlib.suppress(FileNotFoundError):
+                state = entry.stat()
+                if entry.name.endswith(".chunk"):
+                    files.append((state.st_mtime, state.st_size, entry.path))
+                elif entry.name.endswith(".part") and state.st_mtime < abandoned:
+                    Path(entry.path).unlink()
+        total = sum(size for _, size, _ in files)
+        enough = capacity_bytes if total <= capacity_bytes else capacity_bytes * 15 // 16
+        for _, size, path in sorted(files):
+            if total <= enough:
+                break
+            Path(path).unlink(missing_ok=True)
+            total -= size
+        return total
+
+
+def _write(path: Path, data: memoryview) -> memoryview:
+    """Write the file and map it before it has its name: then another process may evict it."""
+    part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
+    try:
+        part.write_bytes(data)
+        mapped = _map(part)
+        part.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ValueError(
+                f"no space for {len(data)} bytes in the cache folder {path.parent}: make space,"
+                " choose another (data.cache_dir), or lower data.cache_bytes"
+            ) from error
+        raise
+    else:
+        return mapped
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _lock_file(chunk: Path) -> Path:
+    """One of a few, so that a large cache does not leave one for each chunk."""
+    return chunk.with_name(f"{zlib.crc32(chunk.name.encode()) % _LOCK_FILES:03d}.lock")
 
 
 def _map(path: Path, start: int = 0, size: int = 0) -> memoryview:

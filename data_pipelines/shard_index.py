@@ -9,7 +9,6 @@ import hashlib
 import json
 import mmap
 import tarfile
-import tempfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_pipelines import storage, uris
-from data_pipelines.image_codec import image_extensions, read_shape
+from data_pipelines.image_codec import image_extensions
 
 INDEX_NAME = "index.json"
 VERSION = 1
@@ -237,32 +236,6 @@ def index_tar(path: Path, name: str) -> Shard:
         columns = np.array([row.get(extension, (-1, -1, -1)) for row in rows.values()], np.int64)
         members[extension] = Members(*columns.T)
     return Shard(name, size, sha256, list(rows), members)
-
-
-def make_index(uri: str, provenance: dict[str, Any] | None = None) -> ShardIndex:
-    """Index the tars at `uri`, which others wrote; `write_index` then makes them a shard set.
-
-    Raises:
-        ValueError: no tar there, or one that is damaged or holds a sample without an image.
-    """
-    names = [name for name in storage.list_files(uri) if name.endswith(".tar")]
-    if not names:
-        raise ValueError(f"{uri} holds no .tar file")
-    shards: list[Shard] = []
-    shapes: set[Shape] = set()
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            path = Path(folder) / "shard.tar"
-            storage.download(uris.join(uri, name), path)
-            shard = index_tar(path, name)
-            data = path.read_bytes()
-            for key, offset, size in zip(shard.keys, *shard.image_place(), strict=True):
-                try:
-                    shapes.add(read_shape(data[offset : offset + size]))
-                except ValueError as error:
-                    raise ValueError(f"{uri}, {name}, sample {key!r}: {error}") from error
-            shards.append(shard)
-    return ShardIndex(tuple(shards), common_shape(shapes), provenance or {"source": f"wds:{uri}"})
 
 
 def write_index(uri: str, index: ShardIndex) -> None:

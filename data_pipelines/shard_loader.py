@@ -8,7 +8,7 @@ at another world size.
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -152,6 +152,7 @@ class _FetchedAhead:
 
     def take(self) -> PlannedBatch | None:
         """The next batch, or None after the last."""
+        wanted: dict[int, None] = {}  # a set in order
         while not self._ahead or self._bytes_ahead < self._prefetch_bytes:
             batch = next(self._planned, None)
             if batch is None:
@@ -159,7 +160,9 @@ class _FetchedAhead:
             size = self._reader.count_bytes(batch.sample)
             self._ahead.append((batch, size))
             self._bytes_ahead += size
-            self._fetch(batch)
+            if not self._reader.cache.local:
+                wanted |= dict.fromkeys(self._chunks(batch))
+        self._fetch(wanted)
         if not self._ahead:
             return None
         batch, size = self._ahead.popleft()
@@ -179,12 +182,17 @@ class _FetchedAhead:
         """Cancel what has not begun and wait for the rest."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _fetch(self, batch: PlannedBatch) -> None:
-        if self._reader.cache.local:
-            return
-        for chunk in self._chunks(batch):
-            if chunk not in self._fetches and not self._reader.cache.holds(chunk):
-                self._fetches[chunk] = self._threads.submit(self._reader.cache.open, chunk)
+    def _fetch(self, wanted: Iterable[int]) -> None:
+        """Begin to fetch, what is needed first first, and its wanted neighbours along with it."""
+        cache = self._reader.cache
+        missing = dict.fromkeys(c for c in wanted if c not in self._fetches and not cache.holds(c))
+        for chunk in list(missing):
+            if chunk in missing:
+                run = self._reader.chunks.neighbours(chunk, missing)
+                fetch = self._threads.submit(cache.fetch, run)
+                for fetched in run:
+                    del missing[fetched]
+                    self._fetches[fetched] = fetch
 
     def _chunks(self, batch: PlannedBatch) -> list[int]:
         return np.unique(self._reader.chunks.of(batch.sample)).tolist()

@@ -17,7 +17,8 @@ from data_pipelines import ShardDataset, ShardError
 from data_pipelines.build_shards import build_shards, main, split_entries
 from data_pipelines.image_codec import encode_png
 from data_pipelines.image_sources import ImageFolder, open_source
-from data_pipelines.shard_index import load_index, make_index, write_index
+from data_pipelines.index_shards import make_index
+from data_pipelines.shard_index import load_index, write_index
 from data_pipelines.verify_shards import find_faults
 from data_pipelines.verify_shards import main as verify
 
@@ -296,7 +297,7 @@ class TestRead:
 
     def test_a_member_that_is_not_there_is_refused_at_once(self, tmp_path):
         write_set_with_bad(tmp_path, bad=[])
-        with pytest.raises(ValueError, match=r"sample 'n0' of .*a\.tar has no member 'json'; .*cls"):
+        with pytest.raises(ValueError, match=r"'n0' of .*a\.tar has no member 'json'; .*cls"):
             ShardDataset.open(str(tmp_path)).loader(4, members=("json",))
 
     def test_any_size_is_cut_to_the_asked_one_at_the_centre_or_at_random(self, tmp_path):

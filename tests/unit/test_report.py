@@ -29,7 +29,8 @@ from efae.training.evaluation import evaluate
 # Written here once more on purpose: outside scripts rely on exactly these.
 SUMMARY = (
     *("run_name", "mlflow_run_id", "model_uri", "steps", "images_seen", "images_per_second"),
-    *("data_wait_fraction", "psnr", "gap_db", "worst_gap_db", "group_law_error", "recoveries"),
+    *("data_wait_fraction", "bad_samples", "psnr", "gap_db", "worst_gap_db", "group_law_error"),
+    "recoveries",
     *("world_size", "precision", "device", "wall_seconds"),
 )
 FIGURES = ("orbit", "reconstructions", "gap", "rotations", "energy", "steps", "loss_by_time")
@@ -41,6 +42,7 @@ FACTS = {
     "images_seen": 1536,
     "images_per_second": 812.5,
     "data_wait_fraction": 0.01,
+    "bad_samples": 0,
     "recoveries": 1,
     "world_size": 2,
     "precision": "fp32",
