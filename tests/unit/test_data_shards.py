@@ -353,6 +353,21 @@ class TestRead:
             next(older)
         newer.close()
 
+    def test_what_a_user_keeps_of_a_batch_is_never_written_over(self, shards):
+        kept = []
+        for batch in ShardDataset.open(shards).loader(2, decode_threads=3):
+            kept.append((batch.key[0], batch.image[0, 1:].flatten()[3:9]))
+            del batch
+        assert all((part == int(key[1:])).all() for key, part in kept)
+
+    def test_memory_of_dropped_batches_is_used_again(self, shards):
+        places = set()
+        batches = iter(ShardDataset.open(shards).loader(2, tail="carry"))
+        for _ in range(60):
+            places.add(next(batches).image.data_ptr())
+        batches.close()
+        assert len(places) < 16
+
     def test_counts_the_time_it_waited(self, shards):
         loader = ShardDataset.open(shards).loader(4)
         assert loader.wait_seconds == 0
