@@ -1,7 +1,6 @@
 """What a source hands to the builder: entries first, then each image as a member of a shard."""
 
 import hashlib
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,16 +9,10 @@ import numpy as np
 import simplejpeg  # pyright: ignore[reportMissingTypeStubs]
 from PIL import Image, ImageOps
 
-from data_pipelines.image_codec import (
-    as_grey_or_rgb,
-    decode_image,
-    encode_png,
-    open_image,
-    read_shape,
-)
+from data_pipelines.image_codec import decode_image, encode_png, read_shape
+from data_pipelines.image_headers import is_upright_jpeg
 
 ENCODINGS = ("png", "jpeg")
-_EXIF_ORIENTATION = 0x0112
 _LONGEST_KEY = 90  # bytes; a ustar header holds 100
 
 
@@ -93,12 +86,9 @@ class Encoding:
             # By the decoder that readers use: what it refuses must not get into a shard.
             shape = read_shape(data)
             pixels = decode_image(data, shape[0])
-            with open_image(data) as image:
-                turned = image.getexif().get(_EXIF_ORIENTATION, 1) != 1
-                keep = image.format == "JPEG" and resolution is None and not turned
         except ValueError as error:
             raise ValueError(f"{where}: {error}; remove or replace it") from error
-        if keep:
+        if resolution is None and is_upright_jpeg(data):
             return EncodedImage("jpg", data, shape, others or {})
         pixels = pixels[0] if shape[0] == 1 else pixels.transpose(1, 2, 0)
         return self.encode(pixels if resolution is None else fit(pixels, resolution), others)
@@ -106,8 +96,7 @@ class Encoding:
 
 def decode_png(data: bytes) -> np.ndarray:
     """uint8 (H, W, 3) of a PNG that we made ourselves."""
-    with Image.open(io.BytesIO(data)) as image:
-        return as_grey_or_rgb(image, 3)
+    return decode_image(data, 3).transpose(1, 2, 0)
 
 
 def fit(pixels: np.ndarray, side: int) -> np.ndarray:

@@ -261,7 +261,9 @@ class TestEncoding:
         save(np.stack([smooth, 127 - smooth, smooth], axis=-1), tmp_path / "in/a.png")
         save(smooth, tmp_path / "in/b.png")
         sizes = []
-        for quality, tolerance in ((50, 24), (95, 8)):
+        # Twice what libjpeg-turbo loses on these ramps (8 and 5 levels), for other versions of it;
+        # planes that changed places would be off by a hundred.
+        for quality, tolerance in ((50, 16), (95, 10)):
             source = open_source(f"folder:{tmp_path}/in", Encoding("jpeg", quality))
             colour, grey = (source.load(entry, 32) for entry in source.list_entries())
             assert (colour.extension, colour.shape, grey.shape) == ("jpg", (3, 32, 32), (1, 32, 32))

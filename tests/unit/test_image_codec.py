@@ -110,6 +110,38 @@ def test_a_png_with_one_transparent_colour_is_laid_on_white(colour: object):
     assert (row == 255).sum() == 15 * 3
 
 
+def test_a_damaged_transparency_is_an_error():
+    image = Image.new(RGB, (4, 4), (255, 0, 0))
+    data = bytearray(encode(image, "PNG", transparency=(255, 0, 0)))
+    data[data.index(b"tRNS") + 5] ^= 4  # libpng drops such a chunk and goes on
+    with pytest.raises(ValueError, match="its transparency"):
+        read(bytes(data), (4, 4, 3))
+
+
+def test_grey_with_alpha_is_laid_on_white():
+    image = Image.new("LA", (4, 4), (80, 0))
+    image.putpixel((1, 2), (80, 255))
+    row = read(encode(image, "PNG"), (4, 4, 1))
+    assert row[2, 1].tolist() == [80]
+    assert (row == 255).sum() == 15
+
+
+def test_an_interlaced_png_is_read():
+    pixels = np.asarray(picture(9, 7))
+    steps = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2))
+    passes = (pixels[y::down, x::right] for y, x, down, right in (*steps, (1, 0, 2, 1)))
+    rows = b"".join(b"\0" + row.tobytes() for part in passes for row in part)
+    data = make_png(7, 9, 8, 2, zlib.compress(rows), interlaced=1)
+    np.testing.assert_array_equal(read(data, (9, 7, 3)), pixels)
+
+
+def test_odd_metadata_of_a_png_is_not_logged(caplog: pytest.LogCaptureFixture):
+    profile = make_chunk(b"iCCP", b"x\0\0" + zlib.compress(b"junk"))
+    data = FILES["png"][:33] + profile + FILES["png"][33:]
+    np.testing.assert_array_equal(read(data, (37, 53, 3)), np.asarray(picture(37, 53)))
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_applied(orientation: int, form: str):
@@ -343,7 +375,7 @@ def test_more_than_8_bits_are_refused():
     twelve = FILES["jpeg"].replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c")
     tiff = encode(Image.fromarray(deep), "TIFF")
     for data in (grey, colour, twelve, tiff):
-        with pytest.raises(ValueError, match=r"bits a channel"):
+        with pytest.raises(ValueError, match=r"bits a channel|data precision 12"):
             read(data, (4, 4, 3))
 
 
@@ -360,13 +392,17 @@ def test_bombs_are_refused_before_memory_is_taken():
                 reader(data)
 
 
-def make_png(width: int, height: int, bits: int, colour: int, packed: bytes) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n"
-    for kind, content in ((b"IHDR", header), (b"IDAT", packed), (b"IEND", b"")):
-        crc = zlib.crc32(kind + content)
-        data += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
-    return data
+def make_png(
+    width: int, height: int, bits: int, colour: int, packed: bytes, interlaced: int = 0
+) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlaced)
+    chunks = ((b"IHDR", header), (b"IDAT", packed), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(make_chunk(*chunk) for chunk in chunks)
+
+
+def make_chunk(kind: bytes, content: bytes) -> bytes:
+    crc = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + crc
 
 
 @pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (6, 4)])

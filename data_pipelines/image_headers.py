@@ -1,0 +1,157 @@
+"""What an image file says of itself before its pixels: size, colours, which way is up.
+
+The header of a JPEG is simplejpeg's to read, Exif is Pillow's, an npy's header is numpy's. Of a
+PNG the first chunk is enough; that the rest of it is whole, libpng finds out as it decodes.
+"""
+
+import io
+import math
+import struct
+import zlib
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import simplejpeg  # pyright: ignore[reportMissingTypeStubs]
+from PIL import Image
+
+Buffer = bytes | memoryview
+
+JPEG, PNG, NPY = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
+"""The first bytes of such a file."""
+MAX_PIXELS = 178_956_970
+"""A larger image is refused as a decompression bomb; Pillow's own limit."""
+ORIENTATION = 0x0112
+"""Exif's tag."""
+_JPEG_SCAN = b"\xff\xda\0"
+_PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # length, name and checksum of an empty chunk
+_LONGEST_SEGMENT = 65536  # of a JPEG, and so of any Exif
+_LONGEST_NPY_HEADER = 1024
+
+
+class Header(NamedTuple):
+    height: int
+    width: int
+    """Both as stored, before the image is turned upright."""
+    channels: int
+    """1 for grey, 4 for CMYK, 3 for all others, with or without alpha."""
+    orientation: int
+    """Exif's, 1 for upright to 8."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the upright image as grey or RGB."""
+        turned = self.orientation >= 5
+        size = (self.width, self.height) if turned else (self.height, self.width)
+        return (1 if self.channels == 1 else 3, *size)
+
+
+def read_jpeg_header(data: Buffer) -> Header | None:
+    """None for what TurboJPEG cannot read: a rare subsampling, or a damaged header.
+
+    Raises:
+        ValueError: too large.
+    """
+    try:
+        *size, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    height, width = map(int, size)
+    check_size(height, width)
+    channels = {"Gray": 1, "CMYK": 4, "YCCK": 4}.get(colours, 3)
+    start = bytes(data[:_LONGEST_SEGMENT])  # Exif is the first segment, or the second
+    exif = start.find(b"Exif\0\0", 0, start.find(_JPEG_SCAN))  # not in the pixels: it takes long
+    return Header(height, width, channels, _read_orientation(data, exif))
+
+
+def is_upright_jpeg(data: Buffer) -> bool:
+    """Whether it is a plain JPEG that is shown as it is stored."""
+    header = read_jpeg_header(data) if data[:2] == JPEG else None
+    return header is not None and header.orientation == 1
+
+
+def read_png_header(data: Buffer) -> Header:
+    """Of a PNG with 8 bits a channel or less that has an end.
+
+    Orientation is looked for in a chunk eXIf alone: what older programs wrote as text, browsers
+    do not heed either.
+
+    Raises:
+        ValueError: damaged, too large, or deeper than 8 bits.
+    """
+    data = bytes(data)  # copies only a view, in a small part of the time that decoding takes
+    if len(data) < 33 or data.rfind(_PNG_END) < 0:  # libpng does without an end
+        raise ValueError("damaged PNG (it is cut off)")
+    kind, width, height, bits, colour, crc = struct.unpack_from(">4sIIBB3xI", data, 12)
+    if kind != b"IHDR" or zlib.crc32(data[12:29]) != crc:
+        raise ValueError("damaged PNG (its header)")
+    if bits > 8:
+        raise ValueError(f"PNG with {bits} bits a channel: convert it to 8 first")
+    check_size(height, width)
+    exif = data.find(b"eXIf")
+    orientation = _read_orientation(data, exif + 4 if exif >= 0 else exif)
+    return Header(height, width, 1 if colour == 0 else 3, orientation)
+
+
+def view_npy(data: Buffer) -> np.ndarray:
+    """uint8 (H, W, C) view of `data`, an npy file.
+
+    An array of three axes whose last is 1 or 3 long is (H, W, C), even if its first is, too.
+
+    Raises:
+        ValueError: damaged, too large, or no image.
+    """
+    wide = data[6:7] != b"\x01"  # format 1 gives its header's length in 2 bytes, 2 and 3 in 4
+    start = 12 if wide else 10
+    end = start + int.from_bytes(data[8:start], "little")
+    if len(data) < end or end > _LONGEST_NPY_HEADER:
+        raise ValueError("damaged npy (its header is cut off)")
+    shape, order = _parse_npy_header(bytes(data[:end]))
+    if len(data) - end != math.prod(shape):
+        raise ValueError(f"damaged npy ({len(data) - end} bytes of pixels for the shape {shape})")
+    pixels = np.frombuffer(data, np.uint8, offset=end).reshape(shape, order=order)
+    if pixels.ndim == 2:
+        return pixels[..., None]
+    return pixels if shape[2] in (1, 3) else pixels.transpose(1, 2, 0)
+
+
+@lru_cache(maxsize=256)  # the header of equal shapes is the same, and parsing takes longer than all
+def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], Any]:
+    """(shape, "C" or "F")."""
+    try:
+        stream = io.BytesIO(header)
+        major, _ = np.lib.format.read_magic(stream)
+        read = {1: np.lib.format.read_array_header_1_0}.get(
+            major, np.lib.format.read_array_header_2_0
+        )
+        shape, fortran, kind = read(stream)
+    except Exception as error:  # whatever numpy's parser meets in a damaged header
+        raise ValueError("damaged npy (its header is not numpy's)") from error
+    if kind != np.uint8:
+        raise ValueError(f"npy of type {kind.str!r}: an image has uint8, convert it first")
+    colours = len(shape) == 3 and (shape[2] in (1, 3) or shape[0] in (1, 3))
+    if len(shape) != 2 and not colours:
+        raise ValueError(f"npy of shape {shape}: an image is (H, W), (H, W, C) or (C, H, W)")
+    check_size(*(shape if len(shape) == 2 else shape[:2] if shape[2] in (1, 3) else shape[1:]))
+    return shape, "F" if fortran else "C"
+
+
+def check_size(height: int, width: int) -> None:
+    """Raises ValueError for an image without pixels, or with more than `MAX_PIXELS`."""
+    if height < 1 or width < 1:
+        raise ValueError(f"damaged image ({height} x {width} pixels)")
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"refused: {height} x {width} pixels are more than {MAX_PIXELS}")
+
+
+def _read_orientation(data: Buffer, place: int) -> int:
+    """Of the Exif at `place`; 1 where there is none (-1), or Exif is damaged."""
+    if place < 0:
+        return 1
+    exif = Image.Exif()
+    try:
+        exif.load(bytes(data[place : place + _LONGEST_SEGMENT]))
+        orientation = exif.get(ORIENTATION)
+    except Exception:  # other programs also show such a picture as it is stored
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
