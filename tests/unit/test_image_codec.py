@@ -350,6 +350,14 @@ def test_every_flipped_byte_of_a_pngs_pixels_is_found(name: str):
             read(flipped, (37, 53, 3))
 
 
+def test_every_flipped_byte_of_a_pngs_header_is_found_without_decoding():
+    data = FILES["png"]
+    for place in range(8 + 4, 8 + 25):
+        flipped = data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+        with pytest.raises(ValueError, match="damaged PNG"):
+            read_shape(flipped)
+
+
 def test_random_bytes_are_value_errors():
     noise = random.Random(0)
     for start in (b"", b"\xff\xd8", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY", b"II*\0"):
