@@ -11,6 +11,7 @@ import errno
 import fcntl
 import mmap
 import os
+import re
 import tempfile
 import threading
 import time
@@ -18,6 +19,7 @@ import zlib
 from collections.abc import Generator, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import BinaryIO
 
 from data_pipelines import storage, uris
 from data_pipelines.chunks import Chunks
@@ -25,8 +27,6 @@ from data_pipelines.shard_index import Shard, ShardIndex
 
 _ABANDONED_SECONDS = 3600.0
 _LOCK_FILES = 256
-_RANKS_ON_A_NODE = 8
-"""That may fill the room in the cache together before one of them looks again."""
 
 
 class ShardError(OSError):
@@ -65,7 +65,8 @@ class ShardCache:
         self._capacity_bytes = capacity_bytes
         self._maps: dict[int, tuple[Path, memoryview]] = {}
         self._lock = threading.Lock()
-        self._unseen_bytes = self._room_bytes = 0
+        self._evictions = -1
+        """The folder's count of them when this process last wrote there."""
 
     def open(self, chunk: int) -> memoryview:
         """The chunk's bytes, fetched first where they are not here; thread-safe.
@@ -84,8 +85,13 @@ class ShardCache:
         """
         try:
             found = self._map_local(chunks) if self.local else self._map_remote(chunks)
+        except FileNotFoundError as error:
+            reason = "the shard is missing: write it again, or an index of the shards there are"
+            raise ShardError(self.uri(chunks[0]), None, reason) from error
         except (OSError, ValueError) as error:
-            raise ShardError(self.uri(chunks[0]), None, str(error)) from error
+            uri = self.uri(chunks[0])
+            reason = str(error).removeprefix(f"{uris.display(uri)}: ")
+            raise ShardError(uri, None, reason) from error
         with self._lock:
             self._maps.update(zip(chunks, found, strict=True))
         return [mapped for _, mapped in found]
@@ -147,15 +153,21 @@ class ShardCache:
         return [(path, mapped) for path, mapped in zip(paths, found, strict=True) if mapped]
 
     def _count_fetched(self, size: int) -> None:
-        """Look at the folder, and make room in it, when it may have become too full."""
-        with self._lock:
-            self._unseen_bytes += size
-            if self._unseen_bytes < self._room_bytes / _RANKS_ON_A_NODE:
-                return
-            self._unseen_bytes = 0
-            self._room_bytes = self._capacity_bytes - _evict(self._folder, self._capacity_bytes)
-            # A file that was evicted keeps its disk space until its map is dropped.
-            self._maps = {k: m for k, m in self._maps.items() if m[0].exists()}
+        """Add to the bytes that all processes wrote here, and make room where they are too many."""
+        with self._lock, _locked(self._folder / "evict.lock") as file:
+            file.seek(0)
+            written = re.fullmatch(rb"(\d+) (\d+)", file.read())  # none where a process died here
+            used, evictions = map(int, written.groups()) if written else (self._capacity_bytes, 0)
+            used += size
+            if used > self._capacity_bytes or self._evictions < 0:
+                used = _evict(self._folder, self._capacity_bytes)
+                evictions += 1
+            file.truncate(0)
+            file.write(b"%d %d" % (used, evictions))
+            if evictions != self._evictions:
+                # A file that was evicted keeps its disk space until its map is dropped.
+                self._maps = {k: m for k, m in self._maps.items() if m[0].exists()}
+            self._evictions = evictions
 
     def _shard(self, chunk: int) -> Shard:
         return self._index.shards[int(self.chunks.shard[chunk])]
@@ -177,24 +189,23 @@ def _evict(folder: Path, capacity_bytes: int) -> int:
     Returns:
         Bytes of the chunks that are left.
     """
-    with _locked(folder / "evict.lock"):
-        abandoned = time.time() - _ABANDONED_SECONDS
-        files: list[tuple[float, int, str]] = []
-        for entry in os.scandir(folder):
-            with contextlib.suppress(FileNotFoundError):
-                state = entry.stat()
-                if entry.name.endswith(".chunk"):
-                    files.append((state.st_mtime, state.st_size, entry.path))
-                elif entry.name.endswith(".part") and state.st_mtime < abandoned:
-                    Path(entry.path).unlink()
-        total = sum(size for _, size, _ in files)
-        enough = capacity_bytes if total <= capacity_bytes else capacity_bytes * 15 // 16
-        for _, size, path in sorted(files):
-            if total <= enough:
-                break
-            Path(path).unlink(missing_ok=True)
-            total -= size
-        return total
+    abandoned = time.time() - _ABANDONED_SECONDS
+    files: list[tuple[float, int, str]] = []
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):
+            state = entry.stat()
+            if entry.name.endswith(".chunk"):
+                files.append((state.st_mtime, state.st_size, entry.path))
+            elif entry.name.endswith(".part") and state.st_mtime < abandoned:
+                Path(entry.path).unlink()
+    total = sum(size for _, size, _ in files)
+    enough = capacity_bytes if total <= capacity_bytes else capacity_bytes * 15 // 16
+    for _, size, path in sorted(files):
+        if total <= enough:
+            break
+        Path(path).unlink(missing_ok=True)
+        total -= size
+    return total
 
 
 def _write(path: Path, data: memoryview) -> memoryview:
@@ -232,15 +243,14 @@ def _map_whole(path: Path, size: int) -> memoryview | None:
     """The file, marked as used now; None where it is not there, or not of this size."""
     try:
         os.utime(path)
-        mapped = _map(path)
+        return _map(path) if path.stat().st_size == size else None
     except FileNotFoundError:
         return None
-    return mapped if len(mapped) == size else None
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Generator[None]:
+def _locked(path: Path) -> Generator[BinaryIO]:
     """Hold a lock between processes; the kernel drops it when its holder dies."""
-    with path.open("a") as file:
+    with path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield file
