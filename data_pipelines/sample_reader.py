@@ -74,6 +74,8 @@ class SampleReader:
         self._replace, self._most_bad = replace, most_bad
         self._pin_memory = pin_memory
         self._lock = threading.Lock()
+        self._beyond_help: set[int] = set()
+        """Chunks that were no better when they were fetched again: it is the storage's damage."""
         self._arrays: deque[np.ndarray] = deque(maxlen=_MOST_ARRAYS)
 
     def count_bytes(self, sample: np.ndarray) -> int:
@@ -157,14 +159,17 @@ class SampleReader:
 
     def _read(self, place: Place) -> memoryview:
         data = self.cache.open(place.chunk)[place.start : place.end]
-        if zlib.crc32(data) != place.crc32:
+        if zlib.crc32(data) == place.crc32:
+            return data
+        if place.chunk not in self._beyond_help:
             data = self.cache.refetch(place.chunk)[place.start : place.end]
-            if zlib.crc32(data) != place.crc32:
-                raise ValueError(
-                    "its bytes are not those that the index was made from: damaged, or the index"
-                    " belongs to other shards"
-                )
-        return data
+            if zlib.crc32(data) == place.crc32:
+                return data
+            self._beyond_help.add(place.chunk)
+        raise ValueError(
+            "its bytes are not those that the index was made from: damaged, or the index belongs"
+            " to other shards"
+        )
 
     def _note_bad(self, sample: int, fault: ValueError) -> None:
         key, uri = self._key(sample), self._uri(sample)
