@@ -137,7 +137,8 @@ def _explain(uri: str, error: Exception) -> Exception:
     # An HTTP client's text repeats the query, where a presigned URL carries its signature.
     first_line = name if "?" in uri else (str(error) or name).splitlines()[0]
     if _is_damage(error):
-        return StorageError(f"{display(uri)}: {error}; the object is damaged: write it again")
+        remedy = "damaged, or not what was indexed: write it again"
+        return StorageError(f"{display(uri)}: {error}; {remedy}")
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{display(uri)} does not exist{at}")
     if isinstance(error, PermissionError) or status in (401, 403):
