@@ -17,6 +17,7 @@ import numpy as np
 
 from data_pipelines.epoch_plan import VERSION, PlannedBatch, Position, Tail, plan_batches
 from data_pipelines.sample_reader import Batch, SampleReader
+from data_pipelines.shard_cache import ShardError
 
 _BATCHES_AHEAD = 2
 """Decoded batches that may wait for the consumer, beside one in each decoder thread."""
@@ -149,6 +150,7 @@ class _FetchedAhead:
         self._bytes_ahead = 0
         self._threads = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="fetch")
         self._fetches: dict[int, Future[Any]] = {}
+        self._failure: ShardError | None = None
 
     def take(self) -> PlannedBatch | None:
         """The next batch, or None after the last."""
@@ -189,10 +191,20 @@ class _FetchedAhead:
         for chunk in list(missing):
             if chunk in missing:
                 run = self._reader.chunks.neighbours(chunk, missing)
-                fetch = self._threads.submit(cache.fetch, run)
+                fetch = self._threads.submit(self._fetch_run, run)
                 for fetched in run:
                     del missing[fetched]
                     self._fetches[fetched] = fetch
+
+    def _fetch_run(self, chunks: list[int]) -> None:
+        """In a thread; after the first failure no other fetch begins, which would be waited for."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            self._reader.cache.fetch(chunks)
+        except ShardError as failure:
+            self._failure = failure
+            raise
 
     def _chunks(self, batch: PlannedBatch) -> list[int]:
         return np.unique(self._reader.chunks.of(batch.sample)).tolist()
