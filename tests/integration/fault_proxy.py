@@ -94,6 +94,11 @@ class FaultProxy:
         """Close the connection instead of answering."""
         self._add(pattern, "drop", 0, times)
 
+    def end_faults(self) -> None:
+        """Damage nothing from now on; the counts stay."""
+        with self._lock:
+            self._faults.clear()
+
     def clear(self) -> None:
         """Forget all faults and counts."""
         with self._lock:
