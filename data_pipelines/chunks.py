@@ -11,7 +11,7 @@ import numpy as np
 
 from data_pipelines.shard_index import ShardIndex
 
-LARGEST_BYTES = 8 * 2**20
+LARGEST_BYTES = 4 * 2**20
 SMALLEST_BYTES = 64 * 2**10
 _CHUNKS_OF_A_SMALL_SET = 1024
 """Enough that many nodes can share a set with few chunks at the borders between them."""

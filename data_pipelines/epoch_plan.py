@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-MOST_LANES = 256
+MOST_LANES = 128
 WINDOW_CHUNKS = 2
 VERSION = 2
 """Of the order; a position of another version means other samples."""

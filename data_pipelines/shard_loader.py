@@ -21,7 +21,7 @@ from data_pipelines.shard_cache import ShardError
 
 _BATCHES_AHEAD = 2
 """Decoded batches that may wait for the consumer, beside one in each decoder thread."""
-_FETCH_THREADS = 8
+_FETCH_THREADS = 16
 
 
 class ShardLoader:
