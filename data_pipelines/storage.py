@@ -1,18 +1,8 @@
 """The only place that opens a URI: local files, s3://, gs:// and http(s)://, through fsspec.
 
 Every write is whole or absent: a local file is renamed into place, an object store shows an object
-only when its PUT or multipart upload is complete. Every wait has an end: see `retries`.
-
-Credentials come from the environment or a role, never from the URI. What users set:
-
-- s3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN; or AWS_PROFILE and the shared
-  files; or nothing, where an instance, container or web identity has a role. FSSPEC_S3_ANON=true
-  reads a public bucket without any. AWS_ENDPOINT_URL_S3 (or AWS_ENDPOINT_URL) names another server.
-- gs: GOOGLE_APPLICATION_CREDENTIALS or a role; FSSPEC_GS_TOKEN=anon for a public bucket.
-- http: FSSPEC_HTTP='{"headers": {"Authorization": "Bearer …"}}', or a presigned URL.
-
-fsspec reads the FSSPEC_ variables (any option of s3fs, gcsfs or its HTTP client) when it is
-imported: set them before the program starts.
+only when its PUT or multipart upload is complete. Every wait has an end: see `retries`. Credentials
+and other settings: see `storage_clients`.
 """
 
 import contextlib
@@ -26,10 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import fsspec  # pyright: ignore[reportMissingTypeStubs]
-import fsspec.asyn  # pyright: ignore[reportMissingTypeStubs]
-import fsspec.config  # pyright: ignore[reportMissingTypeStubs]
-
 from data_pipelines.retries import (
     DEADLINE_SECONDS,
     BadDownload,
@@ -37,14 +23,11 @@ from data_pipelines.retries import (
     describe_missing,
     retry,
 )
-from data_pipelines.uris import display, endpoint, join, local_path, split_uri
+from data_pipelines.storage_clients import ATTEMPT_SECONDS, open_client, read_http_range
+from data_pipelines.uris import display, join, local_path, split_uri
 
 PREFLIGHT_SECONDS = 5.0
-ATTEMPT_SECONDS = 30.0
-"""The longest silence of a server, and the longest that one attempt at a range takes."""
-_CONNECT_SECONDS = 3.0
 _SLOWEST_BYTES_PER_SECOND = 2**18
-_LARGEST_PREFIX_BYTES = 2**24
 _TRANSFER_THREADS = 4
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -60,7 +43,7 @@ def read_bytes(uri: str) -> bytes:
     if path is not None:
         return path.read_bytes()
     limit = _attempt_seconds(2**24)  # what is read at once is small
-    return retry(uri, lambda: _filesystem(uri).cat_file(uri, timeout=limit))
+    return retry(uri, lambda: open_client(uri).cat_file(uri, timeout=limit))
 
 
 def read_range(uri: str, start: int, end: int, deadline_seconds: float = DEADLINE_SECONDS) -> bytes:
@@ -87,12 +70,9 @@ def read_range(uri: str, start: int, end: int, deadline_seconds: float = DEADLIN
                 file.seek(start)
                 data = file.read(end - start)
         elif scheme in ("http", "https"):
-            client = _filesystem(uri)
-            data = fsspec.asyn.sync(
-                client.loop, _get_http_range, client, uri, start, end, timeout=limit
-            )
+            data = read_http_range(uri, start, end, limit)
         else:
-            data = _filesystem(uri).cat_file(uri, start=start, end=end, timeout=limit)
+            data = open_client(uri).cat_file(uri, start=start, end=end, timeout=limit)
         if len(data) != end - start:
             raise BadDownload(f"{len(data)} bytes arrived, {end - start} expected from {start} on")
         return data
@@ -105,7 +85,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     path = local_path(uri)
     if path is None:
         _refuse_read_only(uri)
-        retry(uri, lambda: _filesystem(uri).pipe_file(uri, data))
+        retry(uri, lambda: open_client(uri).pipe_file(uri, data))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with _renamed_into(path, len(data)) as part:
@@ -118,7 +98,7 @@ def exists(uri: str) -> bool:
     if path is not None:
         return path.exists()
     try:
-        found = retry(uri, lambda: _filesystem(uri).info(uri))
+        found = retry(uri, lambda: open_client(uri).info(uri))
     except FileNotFoundError:
         return False
     # SeaweedFS keeps empty folders, as objects of no size, after their last file is deleted.
@@ -133,7 +113,7 @@ def list_files(uri: str) -> dict[str, int]:
         found = {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
         return dict(sorted(found.items()))
     _refuse_read_only(uri, "be listed")
-    filesystem = _filesystem(uri)
+    filesystem = open_client(uri)
     prefix = filesystem._strip_protocol(uri).rstrip("/") + "/"
     details = retry(uri, lambda: filesystem.find(uri, detail=True))
     return {
@@ -167,7 +147,7 @@ def download(
             if source is not None:
                 shutil.copyfile(source, part)
             else:
-                _filesystem(uri).get_file(uri, str(part), timeout=limit)
+                open_client(uri).get_file(uri, str(part), timeout=limit)
             _check_content(part, expected_bytes, sha256)
 
     retry(uri, copy_once, deadline_seconds)
@@ -199,7 +179,7 @@ def upload(path: str | Path, uri: str) -> None:
     if target is None:
         _refuse_read_only(uri)
         limit = _attempt_seconds(Path(path).stat().st_size)
-        retry(uri, lambda: _filesystem(uri).put_file(str(path), uri, timeout=limit))
+        retry(uri, lambda: open_client(uri).put_file(str(path), uri, timeout=limit))
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     with _renamed_into(target, Path(path).stat().st_size) as part:
@@ -217,7 +197,7 @@ def delete(uri: str) -> None:
         return
     _refuse_read_only(uri)
     with contextlib.suppress(FileNotFoundError):
-        retry(uri, lambda: _filesystem(uri).rm(uri, recursive=True))
+        retry(uri, lambda: open_client(uri).rm(uri, recursive=True))
 
 
 def check_readable(uri: str) -> None:
@@ -233,7 +213,7 @@ def check_readable(uri: str) -> None:
         if not os.access(path, os.R_OK):
             raise StorageError(f"{uri} cannot be read: check its permissions")
         return
-    filesystem = _filesystem(uri)
+    filesystem = open_client(uri)
     try:
         retry(uri, lambda: filesystem.info(uri, timeout=PREFLIGHT_SECONDS), PREFLIGHT_SECONDS / 2)
     except FileNotFoundError as error:
@@ -256,7 +236,7 @@ def check_writable(uri: str) -> None:
             raise StorageError(f"{uri} cannot be written ({error.strerror})") from error
         return
     _refuse_read_only(uri)
-    filesystem = _filesystem(uri)
+    filesystem = open_client(uri)
 
     def write_probe() -> None:
         if split_uri(uri)[0] == "s3":  # some servers create a missing bucket on PUT
@@ -270,61 +250,6 @@ def check_writable(uri: str) -> None:
         retry(uri, write_probe, PREFLIGHT_SECONDS / 2)
     except FileNotFoundError as error:
         raise StorageError(describe_missing(uri)) from error
-
-
-_filesystems: dict[tuple[Any, ...], Any] = {}
-
-
-def _filesystem(uri: str) -> Any:
-    """One client per process and environment, shared by its threads but not across a fork."""
-    scheme, _ = split_uri(uri)
-    settings: dict[str, Any] = fsspec.config.conf.get(scheme, {})  # the FSSPEC_ variables
-    identity = tuple(item for item in sorted(os.environ.items()) if item[0].startswith("AWS_"))
-    key = (os.getpid(), scheme, identity, repr(settings))
-    if key not in _filesystems:
-        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-        if scheme == "s3":
-            config = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": ATTEMPT_SECONDS}
-            options["config_kwargs"] = {
-                **config,
-                **settings.get("config_kwargs", {}),
-                "retries": {"total_max_attempts": 1},
-            }
-            if endpoint():
-                options["endpoint_url"] = endpoint()
-        elif scheme in ("http", "https"):
-            from aiohttp import ClientTimeout  # local use does without aiohttp
-
-            wait = ClientTimeout(sock_connect=_CONNECT_SECONDS, sock_read=ATTEMPT_SECONDS)
-            options["client_kwargs"] = {"timeout": wait, **settings.get("client_kwargs", {})}
-        try:
-            filesystem = fsspec.filesystem(scheme, **options)
-        except ImportError as error:
-            package = {"gs": "gcsfs", "s3": "s3fs"}.get(scheme, "aiohttp")
-            raise StorageError(
-                f"cannot open {display(uri)}: {scheme}:// needs `pip install {package}`"
-            ) from error
-        filesystem.retries = 1  # s3fs would retry inside our retries
-        _filesystems.setdefault(key, filesystem)  # another thread may have been faster
-    return _filesystems[key]
-
-
-async def _get_http_range(client: Any, uri: str, start: int, end: int) -> bytes:
-    """One ranged GET: fsspec's own would fetch the whole object where ranges are not known."""
-    session, options = await client.set_session(), client.kwargs
-    headers = {**options.get("headers", {}), "Range": f"bytes={start}-{end - 1}"}
-    headers["Accept-Encoding"] = "identity"
-    async with session.get(client.encode_url(uri), **{**options, "headers": headers}) as response:
-        client._raise_not_found_for_status(response, uri)
-        if response.status == 206:
-            return await response.read()
-        size = response.content_length
-        if size is None or size > _LARGEST_PREFIX_BYTES:
-            raise StorageError(
-                f"{display(uri)}: the server ignores Range and would send the whole object for"
-                " every part of it: use one that knows ranges, or copy the object to s3:// or here"
-            )
-        return (await response.read())[start:end]
 
 
 def _attempt_seconds(size: int, deadline_seconds: float = DEADLINE_SECONDS) -> float:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from data_pipelines import storage
+from data_pipelines import storage, storage_clients
 from data_pipelines.build_shards import build_shards
 from data_pipelines.index_shards import index_shards
 from data_pipelines.verify_shards import find_faults
@@ -59,7 +59,7 @@ def read_set(uri):
 
 def find_written(uri):
     """{name: time of its last write}, as the server keeps it."""
-    details = storage._filesystem(uri).find(uri, detail=True)
+    details = storage_clients.open_client(uri).find(uri, detail=True)
     return {name.rsplit("/", 1)[-1]: entry["LastModified"] for name, entry in details.items()}
 
 
