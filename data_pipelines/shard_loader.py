@@ -58,7 +58,7 @@ class ShardLoader:
         self._decode_threads, self._prefetch_bytes = decode_threads, prefetch_bytes
         self._seed, self._shuffle = seed, shuffle
         self._tail: Tail = tail
-        self._position = Position()
+        self._position: Position = Position()
         self._iteration = 0
 
     @property
