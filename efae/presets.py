@@ -86,7 +86,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "imagenet_256": (
         "Photographs at 256 px on eight GPUs. Sizes follow DiT-L (Peebles & Xie 2023); not run by"
         " us yet, so no score is promised. Shards: build_shards --source folder:PATH"
-        " --resolution 256 --held-out 5000.",
+        " --resolution 256 --encoding jpeg --held-out 5000, or index_shards for tars.",
         IMAGENET_256,
     ),
 }
