@@ -277,6 +277,6 @@ def _explain_missing(uri: str) -> str:
         return f"{uri} holds two shard sets: open {parts[0]} or {parts[1]}"
     return (
         f"{uri} holds no {INDEX_NAME}: check the URI, or build shards there with"
-        f" `python -m data_pipelines.build_shards --source SOURCE --output {uri}`, or index tars that"
-        f" are there with `python -m data_pipelines.index_shards {uri}`"
+        f" `python -m data_pipelines.build_shards --source SOURCE --output {uri}`, or index tars"
+        f" that are there with `python -m data_pipelines.index_shards {uri}`"
     )
