@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,7 @@ def build(folder, uri, samples, samples_per_shard, side=32):
 @pytest.fixture(scope="module")
 def few(local_stack, tmp_path_factory):
     """A folder with the same 4 shards of two chunks each that lie at FEW."""
+    forkserver.ensure_running()  # with the server's address, which later tests expect of it
     folder = tmp_path_factory.mktemp("few")
     build(folder, f"{folder}/set", FEW_SAMPLES, FEW_SAMPLES // FEW_SHARDS)
     storage.upload_folder(folder / "set", FEW)
