@@ -25,6 +25,8 @@ from data_pipelines.uris import display, endpoint, split_uri
 ATTEMPT_SECONDS = 30.0
 """The longest silence of a server, and the longest that one attempt at a range takes."""
 _CONNECT_SECONDS = 3.0
+_CONNECTIONS = 32
+"""As many at once as threads fetch, and some more; botocore allows 10."""
 _LARGEST_PREFIX_BYTES = 2**24
 
 _filesystems: dict[tuple[Any, ...], Any] = {}
@@ -39,7 +41,11 @@ def open_client(uri: str) -> Any:
     if key not in _filesystems:
         options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
         if scheme == "s3":
-            config = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": ATTEMPT_SECONDS}
+            config: dict[str, Any] = {
+                "connect_timeout": _CONNECT_SECONDS,
+                "read_timeout": ATTEMPT_SECONDS,
+                "max_pool_connections": _CONNECTIONS,
+            }
             options["config_kwargs"] = {
                 **config,
                 **settings.get("config_kwargs", {}),
