@@ -12,8 +12,8 @@ import numpy as np
 from data_pipelines.shard_index import ShardIndex
 
 LARGEST_BYTES = 4 * 2**20
-SMALLEST_BYTES = 64 * 2**10
-_CHUNKS_OF_A_SMALL_SET = 1024
+SMALLEST_BYTES = 128 * 2**10
+_CHUNKS_OF_A_SMALL_SET = 512
 """Enough that many nodes can share a set with few chunks at the borders between them."""
 
 

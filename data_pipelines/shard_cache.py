@@ -212,20 +212,21 @@ def _write(path: Path, data: memoryview) -> memoryview:
     """Write the file and map it before it has its name: then another process may evict it."""
     part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
     try:
-        part.write_bytes(data)
-        mapped = _map(part)
+        with part.open("w+b", buffering=0) as file:
+            written = file.write(data)
+            while written < len(data):
+                written += file.write(data[written:])
+            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         part.replace(path)
     except OSError as error:
+        part.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ValueError(
                 f"no space for {len(data)} bytes in the cache folder {path.parent}: make space,"
                 " choose another (data.cache_dir), or lower data.cache_bytes"
             ) from error
         raise
-    else:
-        return mapped
-    finally:
-        part.unlink(missing_ok=True)
+    return mapped
 
 
 def _lock_file(chunk: Path) -> Path:

@@ -110,7 +110,7 @@ class QuietServer(SimpleHTTPRequestHandler):
 def tars(tmp_path, request):
     """8 shards, of bytes that differ, in 2 chunks each, or in 7 where the parameter is 80."""
     samples = getattr(request, "param", 20)
-    index = make_index([[4000] * samples] * 8)
+    index = make_index([[9000] * samples] * 8)
     assert len(cut_chunks(index).count) == (16 if samples == 20 else 56)
     folder = tmp_path / "tars"
     folder.mkdir()
