@@ -174,12 +174,26 @@ def test_a_damaged_image_fails_the_build_with_its_name_alone(environment, tmp_pa
 
 
 def test_a_package_that_a_node_lacks_is_said_in_one_line(environment, tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    arguments = ["--source", f"folder:{tmp_path}", "--output", f"{tmp_path}/set"]
-    status, _, err = finish(start(environment, "build_shards", *arguments, cwd=tmp_path))
-    assert status == 1
-    assert "Traceback" not in err
-    assert "No module named 'data_pipelines'): install the package on every node" in err
+    (tmp_path / "only_here.py").write_text("def double(shared, job):\n    return 2 * job\n")
+    code = """
+import only_here
+from data_pipelines import shard_tasks
+try:
+    list(shard_tasks.run_tasks(only_here.double, None, [1], "ray"))
+except shard_tasks.TaskFailed as error:
+    print(error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 1
+    assert "No module named 'only_here'): install the package on every node" in result.stdout
 
 
 SCRIPT = """

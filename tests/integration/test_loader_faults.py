@@ -44,12 +44,12 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["data_pipelines.shard_dataset", "s3fs"])
 
 
-def draw(key, side=32):
-    """Noise, so that a PNG of it is of about 3 KB and a shard of 28 is cut into two chunks."""
+def draw(key, side=48):
+    """Noise, so that a PNG of it is of about 7 KB and a shard of 28 is cut into two chunks."""
     return np.random.default_rng(int(key)).integers(0, 256, (side, side, 3), np.uint8)
 
 
-def build(folder, uri, samples, samples_per_shard, side=32):
+def build(folder, uri, samples, samples_per_shard, side=48):
     (folder / "images").mkdir(parents=True)
     for number in range(samples):
         Image.fromarray(draw(number, side)).save(folder / f"images/{number:03d}.png")
@@ -234,7 +234,7 @@ class TestRefused:
         expect_error(open_loader(copy, tmp_path, bad_samples=policy), expected, uri=shard)
 
     @pytest.mark.parametrize("policy", ["fail", "replace"])
-    @pytest.mark.parametrize("side", [32, 33, 8])
+    @pytest.mark.parametrize("side", [48, 49, 8])
     def test_an_index_of_other_shards(self, few, copy, tmp_path, side, policy):
         """Of the same names: other images of the same size, of about it, and far smaller ones."""
         folder = tmp_path / "images"
