@@ -1,8 +1,6 @@
 import gc
 import json
 import pickle
-import subprocess
-import sys
 import threading
 import zlib
 from pathlib import Path
@@ -14,115 +12,10 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from data_pipelines import ShardDataset, ShardError
-from data_pipelines.build_shards import build_shards, main, split_entries
+from data_pipelines.build_shards import build_shards
 from data_pipelines.image_codec import encode_png
-from data_pipelines.image_sources import ImageFolder, open_source
 from data_pipelines.index_shards import make_index
 from data_pipelines.shard_index import load_index, write_index
-from data_pipelines.verify_shards import find_faults
-from data_pipelines.verify_shards import main as verify
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """23 images of 8 x 8; all pixels of image n are n."""
-    path = tmp_path_factory.mktemp("images")
-    for number in range(23):
-        Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(path / f"n{number:02d}.png")
-    return path
-
-
-@pytest.fixture
-def shards(folder, tmp_path):
-    uri = f"{tmp_path}/set"
-    build_shards(f"folder:{folder}", uri, samples_per_shard=5)
-    return uri
-
-
-def contents(path):
-    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
-
-
-class TestBuild:
-    def test_is_reproducible_and_a_second_run_does_nothing(self, folder, tmp_path, monkeypatch):
-        for name in ("a", "b"):
-            build_shards(f"folder:{folder}", f"{tmp_path}/{name}", samples_per_shard=5, held_out=6)
-        assert contents(tmp_path / "a") == contents(tmp_path / "b")
-        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*")}
-        monkeypatch.setattr(ImageFolder, "list_entries", None)  # would raise if it were called
-        text = build_shards(f"folder:{folder}", f"{tmp_path}/a", samples_per_shard=5, held_out=6)
-        assert "nothing to do" in text
-        assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*")}
-
-    def test_splits_exactly_and_completely(self, folder, tmp_path):
-        build_shards(f"folder:{folder}", str(tmp_path), held_out=6)
-        train = ShardDataset.open(f"{tmp_path}/train").keys
-        held_out = ShardDataset.open(f"{tmp_path}/held_out").keys
-        assert len(held_out) == 6
-        assert sorted(train + held_out) == [f"n{number:02d}" for number in range(23)]
-        assert train != sorted(train)
-        with pytest.raises(ValueError, match=rf"open {tmp_path}/train or {tmp_path}/held_out"):
-            ShardDataset.open(str(tmp_path))
-
-    @pytest.mark.parametrize("held_out", [1, 100, 512])
-    def test_families_stay_on_one_side(self, held_out):
-        parts = split_entries(open_source("openmoji").list_entries(), held_out)
-        families = {name: {entry.family for entry in part} for name, part in parts.items()}
-        assert len(parts["held_out"]) == held_out
-        assert len(parts["train"]) == 4495 - held_out
-        assert not families["train"] & families["held_out"]
-
-    def test_goes_on_where_it_was_cut_off(self, folder, tmp_path, monkeypatch):
-        whole, cut = tmp_path / "whole", tmp_path / "cut"
-        build_shards(f"folder:{folder}", str(whole), samples_per_shard=5)
-        load = ImageFolder.load
-        calls = []
-
-        def load_until_killed(self, entry, resolution):
-            calls.append(entry.key)
-            if len(calls) == 12:
-                raise KeyboardInterrupt
-            return load(self, entry, resolution)
-
-        monkeypatch.setattr(ImageFolder, "load", load_until_killed)
-        with pytest.raises(KeyboardInterrupt):
-            build_shards(f"folder:{folder}", str(cut), samples_per_shard=5)
-        with pytest.raises(ValueError, match=r"holds no index\.json"):
-            ShardDataset.open(str(cut))
-        monkeypatch.undo()
-        with pytest.raises(ValueError, match=r"unfinished.*samples_per_shard 5 instead of 6"):
-            build_shards(f"folder:{folder}", str(cut), samples_per_shard=6)
-        calls.clear()
-        monkeypatch.setattr(
-            ImageFolder, "load", lambda *args: calls.append(args[1].key) or load(*args)
-        )
-        build_shards(f"folder:{folder}", str(cut), samples_per_shard=5)
-        assert len(calls) == 23 - 2 * 5
-        assert contents(cut) == contents(whole)
-
-    def test_refuses_an_output_built_from_something_else(self, folder, shards, tmp_path):
-        with pytest.raises(ValueError, match=r"resolution None instead of 4.*delete that one"):
-            build_shards(f"folder:{folder}", shards, samples_per_shard=5, resolution=4)
-        with pytest.raises(ValueError, match="held_out 0 instead of 3"):
-            build_shards(f"folder:{folder}", shards, samples_per_shard=5, held_out=3)
-        (tmp_path / "other").mkdir()
-        (tmp_path / "other/mine.tar").write_bytes(b"mine")
-        with pytest.raises(ValueError, match="not written by this command"):
-            build_shards(f"folder:{folder}", f"{tmp_path}/other")
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (["--source", "nonsense", "--output", "x"], "unknown source 'nonsense'"),
-            (["--source", "mnist", "--output", "pipe:x"], "'pipe' is refused"),
-            (["--source", "mnist", "--output", "x", "--resolution", "0"], "--resolution 0"),
-            (["--source", "mnist", "--output", "x", "--held-out", "-1"], "--held-out -1"),
-        ],
-    )
-    def test_the_command_ends_with_one_line(self, arguments, message):
-        with pytest.raises(SystemExit, match=message) as error:
-            main(arguments)
-        assert "\n" not in str(error.value)
 
 
 def write_set_with_bad(folder, bad):
@@ -373,82 +266,3 @@ class TestRead:
         assert loader.wait_seconds == 0
         list(loader)
         assert loader.wait_seconds > 0
-
-
-class TestIndex:
-    def test_of_foreign_tars_is_the_builder_s_own(self, shards):
-        built = ShardDataset.open(shards).index
-        made = make_index(shards)
-        assert made.id == built.id
-        assert made.image_shape == built.image_shape
-        assert ShardDataset(shards, made).keys == ShardDataset(shards, built).keys
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"version": 99}, "format version 99; this package reads 1"),
-            ({"id": "0" * 16}, "does not match its shards"),
-            ({"shards": [{}]}, r"not a shard index \(shards.0.name: Field required"),
-            ({"image_shape": [3, 0, 8]}, "image_shape"),
-        ],
-    )
-    def test_a_wrong_index_is_refused(self, shards, change, message):
-
-        path = Path(shards) / "index.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
-        with pytest.raises(ValueError, match=message):
-            ShardDataset.open(shards)
-
-    def test_text_that_is_not_an_index_is_refused(self, tmp_path):
-        for text in ("", "[]", "nonsense", "\x00"):
-            (tmp_path / "index.json").write_text(text)
-            with pytest.raises(ValueError, match="not a shard index"):
-                ShardDataset.open(str(tmp_path))
-
-    def test_every_truncation_of_a_tar_is_noticed(self, shards, tmp_path):
-
-        whole = (Path(shards) / "shard-000000.tar").read_bytes()
-        content = len(whole.rstrip(b"\0"))
-        for length in range(0, content + 1, 256):
-            (tmp_path / "x.tar").write_bytes(whole[:length])
-            with pytest.raises(ValueError, match=r"x\.tar"):
-                make_index(str(tmp_path))
-
-
-class TestVerify:
-    def test_a_sound_set_passes(self, folder, shards, tmp_path, capsys):
-        verify([shards])
-        assert "no faults: 23 images" in capsys.readouterr().out
-        build_shards(f"folder:{folder}", f"{tmp_path}/split", held_out=3)
-        verify([f"{tmp_path}/split"])
-        assert "20 images" in capsys.readouterr().out
-
-    def test_every_single_damaged_byte_of_a_sample_is_found(self, shards):
-
-        path = Path(shards) / "shard-000001.tar"
-        whole = path.read_bytes()
-        for position in range(0, 3000, 97):
-            data = bytearray(whole)
-            data[position] ^= 0x55
-            path.write_bytes(data)
-            assert any("shard-000001.tar" in fault for fault in find_faults(shards))
-
-    def test_names_missing_extra_and_exits_1(self, shards, capsys):
-
-        (Path(shards) / "shard-000002.tar").rename(Path(shards) / "extra.tar")
-        with pytest.raises(SystemExit) as error:
-            verify([shards])
-        assert error.value.code != 0
-        out = capsys.readouterr().out
-        assert "extra.tar: not in the index" in out
-        assert "shard-000002.tar" in out
-
-    def test_nothing_there_exits_1(self, tmp_path, capsys):
-        with pytest.raises(SystemExit):
-            verify([str(tmp_path)])
-        assert "holds no index.json" in capsys.readouterr().out
-
-
-def test_importing_the_package_is_cheap():
-    code = "import data_pipelines, sys; sys.exit('torch' in sys.modules or 'fsspec' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
