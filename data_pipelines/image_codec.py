@@ -92,7 +92,6 @@ def decode_into(
     row: np.ndarray,
     data: Buffer,
     crop_at: tuple[float, float] = (0.5, 0.5),
-    resize: bool = True,
 ) -> None:
     """Fill `row` with the image in `data`.
 
@@ -104,15 +103,14 @@ def decode_into(
         row: uint8 (H, W, C), C-contiguous, C = 1 or 3; on an error its content is undefined.
         data: an image file.
         crop_at: (vertical, horizontal) place of the crop, 0 for top or left, 1 for the other end.
-        resize: False crops at the image's own scale.
 
     Raises:
-        ValueError: damaged, not an image that we read, or smaller than `row` without `resize`.
+        ValueError: damaged, or not an image that we read.
     """
     height, width, channels = row.shape
-    pixels = _decode(data, channels, row, resize)
+    pixels = _decode(data, channels, row)
     if pixels.shape != row.shape:
-        pixels = cover(pixels, height, width, crop_at, resize)
+        pixels = cover(pixels, height, width, crop_at)
     if pixels is not row:
         row[:] = pixels
 
@@ -124,12 +122,10 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _decode(
-    data: Buffer, channels: int, row: np.ndarray | None = None, shrink: bool = False
-) -> np.ndarray:
-    """uint8 (H, W, channels); `row` and `shrink` are for `_decode_jpeg`."""
+def _decode(data: Buffer, channels: int, row: np.ndarray | None = None) -> np.ndarray:
+    """uint8 (H, W, channels); `row` is for `_decode_jpeg`."""
     if data[:2] == JPEG:
-        return _decode_jpeg(data, channels, row, shrink)
+        return _decode_jpeg(data, channels, row)
     if data[:8] == PNG:
         return _decode_png(data, channels)
     if data[:6] == NPY:
@@ -138,15 +134,15 @@ def _decode(
     return _decode_with_pillow(data, channels)
 
 
-def _decode_jpeg(data: Buffer, channels: int, row: np.ndarray | None, shrink: bool) -> np.ndarray:
-    """`row` itself, filled, where the image just fits; with `shrink` not much larger than it."""
+def _decode_jpeg(data: Buffer, channels: int, row: np.ndarray | None) -> np.ndarray:
+    """`row` itself, filled, where the image just fits; else not much larger than the row."""
     header = read_jpeg_header(data)
     if header is None:
         return _decode_with_pillow(data, channels)
     straight = header.orientation == 1 and header.channels < 4
     fits = straight and row is not None and row.shape[:2] == (header.height, header.width)
     divisor = 1
-    if row is not None and shrink:
+    if row is not None:
         height, width = row.shape[:2] if header.orientation < 5 else row.shape[1::-1]
         largest = min(header.height // height, header.width // width)
         divisor = next((n for n in (8, 4, 2) if n <= largest), 1)  # n/8 is slower than to resample

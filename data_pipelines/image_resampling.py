@@ -3,29 +3,17 @@
 import numpy as np
 
 
-def cover(
-    pixels: np.ndarray, height: int, width: int, crop_at: tuple[float, float], resize: bool
-) -> np.ndarray:
-    """uint8 (height, width, C) from the part of `pixels` (H, W, C) at `crop_at`.
+def cover(pixels: np.ndarray, height: int, width: int, crop_at: tuple[float, float]) -> np.ndarray:
+    """uint8 (height, width, C) from the largest part of `pixels` of that aspect, on whole pixels.
 
     Args:
         pixels: uint8 (H, W, C) of any size.
         height: wanted.
         width: wanted.
         crop_at: (vertical, horizontal) place of the crop, 0 for top or left, 1 for the other end.
-        resize: whether the part is the largest of the wanted aspect, on whole pixels, and is
-            resampled; or else it has the wanted size already.
-
-    Raises:
-        ValueError: fewer pixels than wanted, without `resize`.
     """
     rows, columns = pixels.shape[:2]
-    if not resize and (rows < height or columns < width):
-        raise ValueError(
-            f"the image has {rows} x {columns} pixels, less than {height} x {width}: allow"
-            " resizing, or ask for a smaller size"
-        )
-    scale = max(height / rows, width / columns) if resize else 1.0
+    scale = max(height / rows, width / columns)
     box_rows = min(rows, max(1, round(height / scale)))
     box_columns = min(columns, max(1, round(width / scale)))
     top, left = round((rows - box_rows) * crop_at[0]), round((columns - box_columns) * crop_at[1])

@@ -5,10 +5,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster import ports
@@ -91,3 +92,17 @@ def local_stack(session_stack: RunningStack) -> Iterator[dict[str, str]]:
         for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE"):
             patch.delenv(name, raising=False)
         yield environment
+
+
+def find_workers(title: str, environment: Mapping[str, str]) -> list[psutil.Process]:
+    """Processes of this name that belong to this stack's cluster, and to no other here."""
+    found: list[psutil.Process] = []
+    for process in psutil.process_iter(["cmdline"]):
+        if title in " ".join(process.info["cmdline"] or []):
+            try:
+                endpoint = process.environ().get("AWS_ENDPOINT_URL")
+            except psutil.Error:
+                continue
+            if endpoint == environment["AWS_ENDPOINT_URL"]:
+                found.append(process)
+    return found

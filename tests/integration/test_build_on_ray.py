@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
@@ -18,6 +17,7 @@ from data_pipelines import storage, storage_clients
 from data_pipelines.build_shards import build_shards
 from data_pipelines.index_shards import index_shards
 from data_pipelines.verify_shards import find_faults
+from tests.conftest import find_workers
 
 pytestmark = [pytest.mark.s3, pytest.mark.ray]
 ROOT = Path(__file__).parents[2]
@@ -95,20 +95,6 @@ def test_the_bytes_are_those_of_a_build_here(environment, images, built_here):
     assert list(find_faults(f"{uri}/train")) == []
 
 
-def find_workers(environment):
-    """Workers of this stack's cluster that run a task of ours."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if "ray::write_shard" in " ".join(process.info["cmdline"] or []):
-            try:
-                endpoint = process.environ().get("AWS_ENDPOINT_URL")
-            except psutil.Error:
-                continue
-            if endpoint == environment["AWS_ENDPOINT_URL"]:
-                found.append(process)
-    return found
-
-
 def wait_for(condition, process=None):
     give_up = time.monotonic() + 60
     while not (found := condition()):
@@ -125,7 +111,9 @@ def test_a_killed_worker_and_a_killed_driver_cost_nothing_that_was_finished(
     arguments = ["--source", images, "--output", uri, *OPTIONS]
     driver = start(environment, "build_shards", *arguments)
     try:
-        wait_for(lambda: find_workers(environment), driver)[0].send_signal(signal.SIGKILL)
+        wait_for(lambda: find_workers("ray::write_shard", environment), driver)[0].send_signal(
+            signal.SIGKILL
+        )
 
         def count_records():
             names = storage.list_files(f"{uri}/train/.unfinished")
@@ -135,7 +123,7 @@ def test_a_killed_worker_and_a_killed_driver_cost_nothing_that_was_finished(
         driver.send_signal(signal.SIGKILL)
     finally:
         finish(driver)
-    wait_for(lambda: not find_workers(environment))
+    wait_for(lambda: not find_workers("ray::write_shard", environment))
     finished = {
         name.removesuffix(".json")
         for name in storage.list_files(f"{uri}/train/.unfinished")

@@ -8,12 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from mlflow import MlflowClient
 
 from data_pipelines.build_shards import build_shards
 from efae.artifacts import checkpoint
+from tests.conftest import find_workers
 
 pytestmark = [pytest.mark.s3, pytest.mark.ray]
 ROOT = Path(__file__).parents[2]
@@ -55,20 +55,6 @@ def run_job(name, *arguments, **environment):
     )
 
 
-def find_workers(environment):
-    """The training workers of this stack's cluster, and of no other on this machine."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
-            try:
-                endpoint = process.environ().get("AWS_ENDPOINT_URL")
-            except psutil.Error:
-                continue
-            if endpoint == environment["AWS_ENDPOINT_URL"]:
-                found.append(process)
-    return found
-
-
 def kill_a_worker_after(step, job, environment):
     """SIGKILL one worker once the run has a checkpoint of `step` or later."""
     newest = None
@@ -77,7 +63,7 @@ def kill_a_worker_after(step, job, environment):
         time.sleep(0.2)
         found = checkpoint.find_newest_checkpoint("s3://efae-runs/ray/killed")
         newest = found and found.rpartition("/")[2]
-    find_workers(environment)[0].send_signal(signal.SIGKILL)
+    find_workers("RayTrainWorker", environment)[0].send_signal(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
