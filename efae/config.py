@@ -309,6 +309,9 @@ class TrackingConfig:
     """Folder or URI that gets a copy of the report, below the run's name; MLflow always has one."""
     commit: str = ""
     """Commit of the code, recorded with the run."""
+    sample_log: str = ""
+    """Local folder where each training process notes the keys that every step consumed, for audits;
+    empty notes nothing."""
 
 
 @dataclass(frozen=True, config=_STRICT)

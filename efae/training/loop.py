@@ -27,6 +27,7 @@ from efae.training.measures import psnr, to_float
 from efae.training.meter import Meter
 from efae.training.optimizer import learning_rate_at, set_learning_rate
 from efae.training.perceptual import load_perceptual
+from efae.training.sample_log import SampleLog
 from efae.training.state import TrainState
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -100,6 +101,7 @@ def train(
     autocast = AUTOCAST[training.precision]
     meter = Meter(device)
     clock = Clock(state.step, training.steps, training.global_batch_size)
+    sample_log = SampleLog(config.tracking.sample_log, rank, world_size)
     batches: Iterator[Any] = iter(loader)
     if checkpoint is not None and state.step >= training.steps:
         report(checkpoint.metadata["totals"], None)  # only what comes after training is missing
@@ -108,6 +110,7 @@ def train(
         waited = loader.wait_seconds
         batch = next(batches)
         meter.wait_seconds += loader.wait_seconds - waited
+        sample_log.write(state.step, batch.key)
         image = to_float(batch.image.to(device, non_blocking=True))
 
         generator.manual_seed(seed_of(training.seed, state.step, rank))
@@ -148,6 +151,7 @@ def train(
                 "totals": metrics,
             }
             report_checkpoint(state, config, extra, rank, report, metrics)
+    sample_log.close()
     return state
 
 
