@@ -1,9 +1,10 @@
 """Chunks of shards on this node's disk, memory-mapped; shared by the processes of one user.
 
-A file is named by its shard's sha256 and its place in the shard, so two shard sets never mix, and
-gets its name when it is whole. What is in it is checked sample by sample when it is read; `refetch`
-replaces a file whose samples are not as the index says. Shards that already are local files are
-mapped where they lie.
+A file holds what one request fetched, a run of chunks: to create a file takes longer than to write
+a small chunk. It is named by its shard's sha256 and its place in the shard, so two shard sets never
+mix, and gets its name when it is whole. What is in it is checked sample by sample when it is read;
+`refetch` replaces a file whose samples are not as the index says. Shards that already are local
+files are mapped where they lie.
 """
 
 import contextlib
@@ -21,12 +22,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from data_pipelines import storage, uris
-from data_pipelines.chunks import Chunks
+from data_pipelines.chunks import LARGEST_BYTES, Chunks
 from data_pipelines.shard_index import Shard, ShardIndex
 
 _ABANDONED_SECONDS = 3600.0
 _LOCK_FILES = 256
+_Mapped = tuple[Path, memoryview]
+"""Of a chunk: the file that it is in, and its bytes."""
 
 
 class ShardError(OSError):
@@ -46,7 +51,7 @@ def default_cache_dir() -> Path:
 
 
 class ShardCache:
-    """At most `capacity_bytes` of chunks in `folder`; the least recently opened go first.
+    """At most `capacity_bytes` of files in `folder`; the least recently opened go first.
 
     One download for each fetching thread may come on top.
 
@@ -63,7 +68,7 @@ class ShardCache:
         """Whether the shards are files of this machine, which need no fetching."""
         self._folder = folder or default_cache_dir()
         self._capacity_bytes = capacity_bytes
-        self._maps: dict[int, tuple[Path, memoryview]] = {}
+        self._maps: dict[int, _Mapped] = {}
         self._lock = threading.Lock()
         self._evictions = -1
         """The folder's count of them when this process last wrote there."""
@@ -93,8 +98,8 @@ class ShardCache:
             reason = str(error).removeprefix(f"{uris.display(uri)}: ")
             raise ShardError(uri, None, reason) from error
         with self._lock:
-            self._maps.update(zip(chunks, found, strict=True))
-        return [mapped for _, mapped in found]
+            self._maps.update(found)
+        return [found[chunk][1] for chunk in chunks]
 
     def refetch(self, chunk: int) -> memoryview:
         """Fetch the chunk again; a local shard is only read again."""
@@ -112,7 +117,7 @@ class ShardCache:
         """The shard that the chunk is of."""
         return self._uris[int(self.chunks.shard[chunk])]
 
-    def _map_local(self, chunks: Sequence[int]) -> list[tuple[Path, memoryview]]:
+    def _map_local(self, chunks: Sequence[int]) -> dict[int, _Mapped]:
         path = uris.local_path(self.uri(chunks[0]))
         assert path is not None
         expected, found = self._shard(chunks[0]).bytes, path.stat().st_size
@@ -121,59 +126,89 @@ class ShardCache:
                 f"{found} bytes, the index says {expected}: damaged, or the index belongs to other"
                 " shards; write it again"
             )
-        mapped: list[tuple[Path, memoryview]] = []
-        for chunk in chunks:
-            start, end = self._place(chunk)
-            skipped = start - start % mmap.ALLOCATIONGRANULARITY
-            mapped.append((path, _map(path, skipped, end - skipped)[start - skipped :]))
+        start, end = self._span(chunks)
+        start -= start % mmap.ALLOCATIONGRANULARITY
+        return self._cut(chunks, path, start, _map(path, start, end - start))
+
+    def _map_remote(self, chunks: Sequence[int]) -> dict[int, _Mapped]:
+        self._make_folder()
+        mapped: dict[int, _Mapped] = {}
+        with contextlib.ExitStack() as locks:  # one download a node, not one a rank
+            for lock in self._lock_files(chunks):
+                locks.enter_context(_locked(lock))
+            for path, start, end in self._list_files(chunks[0]):
+                inside = [
+                    chunk
+                    for chunk in chunks
+                    if start <= self.chunks.start[chunk] and self.chunks.end[chunk] <= end
+                ]
+                data = _map_whole(path, end - start) if inside else None
+                if data is not None:
+                    mapped |= self._cut(inside, path, start, data)
+            missing = [chunk for chunk in chunks if chunk not in mapped]
+            for _, neighbours in groupby(enumerate(missing), lambda at: at[1] - at[0]):
+                run = [chunk for _, chunk in neighbours]
+                start, end = self._span(run)
+                path = self._folder / f"{self._prefix(run[0])}{start}-{end}.chunk"
+                data = _write(path, storage.read_range(self.uri(run[0]), start, end))
+                mapped |= self._cut(run, path, start, data)
+                self._count_fetched(end - start)
         return mapped
 
-    def _map_remote(self, chunks: Sequence[int]) -> list[tuple[Path, memoryview]]:
-        self._make_folder()
-        places = [self._place(chunk) for chunk in chunks]
-        sha256 = self._shard(chunks[0]).sha256[:32]
-        paths = [self._folder / f"{sha256}-{start}-{end}.chunk" for start, end in places]
-        with contextlib.ExitStack() as locks:  # one download a node, not one a rank
-            for lock in sorted({_lock_file(path) for path in paths}):
-                locks.enter_context(_locked(lock))
-            found = [
-                _map_whole(path, end - start)
-                for path, (start, end) in zip(paths, places, strict=True)
-            ]
-            for missing, group in groupby(range(len(chunks)), lambda row: found[row] is None):
-                if not missing:
-                    continue
-                rows = list(group)
-                first, last = places[rows[0]][0], places[rows[-1]][1]
-                data = memoryview(storage.read_range(self.uri(chunks[0]), first, last))
-                for row in rows:
-                    start, end = places[row]
-                    found[row] = _write(paths[row], data[start - first : end - first])
-                self._count_fetched(len(data))
-        return [(path, mapped) for path, mapped in zip(paths, found, strict=True) if mapped]
+    def _cut(
+        self, chunks: Sequence[int], path: Path, start: int, data: memoryview
+    ) -> dict[int, _Mapped]:
+        """The chunks' bytes out of `data`, which begins at `start` in the shard."""
+        places = ((chunk, *self._span([chunk])) for chunk in chunks)
+        return {chunk: (path, data[first - start : end - start]) for chunk, first, end in places}
+
+    def _list_files(self, chunk: int) -> list[tuple[Path, int, int]]:
+        """The files that hold chunks of the same shard, and their places in it."""
+        prefix = self._prefix(chunk)
+        names = [file.name for file in os.scandir(self._folder) if file.name.startswith(prefix)]
+        places = (
+            (name, re.fullmatch(r"(\d+)-(\d+)\.chunk", name[len(prefix) :])) for name in names
+        )
+        return [(self._folder / name, int(at[1]), int(at[2])) for name, at in places if at]
+
+    def _lock_files(self, chunks: Sequence[int]) -> list[Path]:
+        """What to lock, in this order; only a few, so that a large cache has not many such files.
+
+        Every chunk belongs to a stretch of its shard, and a run spans hardly more than one.
+        """
+        stretches = np.unique(self.chunks.start[list(chunks)] // LARGEST_BYTES).tolist()
+        names = (f"{self._prefix(chunks[0])}{stretch}" for stretch in stretches)
+        numbers = sorted({zlib.crc32(name.encode()) % _LOCK_FILES for name in names})
+        return [self._folder / f"{number:03d}.lock" for number in numbers]
 
     def _count_fetched(self, size: int) -> None:
         """Add to the bytes that all processes wrote here, and make room where they are too many."""
         with self._lock, _locked(self._folder / "evict.lock") as file:
-            file.seek(0)
-            written = re.fullmatch(rb"(\d+) (\d+)", file.read())  # none where a process died here
+            written = re.match(rb"(\d{20}) (\d{20})", file.read(41))  # none in a new file
             used, evictions = map(int, written.groups()) if written else (self._capacity_bytes, 0)
             used += size
             if used > self._capacity_bytes or self._evictions < 0:
                 used = _evict(self._folder, self._capacity_bytes)
                 evictions += 1
-            file.truncate(0)
-            file.write(b"%d %d" % (used, evictions))
+            file.seek(0)  # in its place: after a file is made empty, ext4 waits for the disk
+            file.write(b"%020d %020d" % (used, evictions))
             if evictions != self._evictions:
                 # A file that was evicted keeps its disk space until its map is dropped.
-                self._maps = {k: m for k, m in self._maps.items() if m[0].exists()}
+                there = {path: path.exists() for path in {path for path, _ in self._maps.values()}}
+                self._maps = {k: m for k, m in self._maps.items() if there[m[0]]}
             self._evictions = evictions
 
     def _shard(self, chunk: int) -> Shard:
         return self._index.shards[int(self.chunks.shard[chunk])]
 
-    def _place(self, chunk: int) -> tuple[int, int]:
-        return int(self.chunks.start[chunk]), int(self.chunks.end[chunk])
+    def _prefix(self, chunk: int) -> str:
+        """Of the names of its shard's files."""
+        return f"{self._shard(chunk).sha256[:32]}-"
+
+    def _span(self, chunks: Sequence[int]) -> tuple[int, int]:
+        """Their bytes in the shard: [start, end)."""
+        rows = list(chunks)
+        return int(self.chunks.start[rows].min()), int(self.chunks.end[rows].max())
 
     def _make_folder(self) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -182,12 +217,12 @@ class ShardCache:
 
 
 def _evict(folder: Path, capacity_bytes: int) -> int:
-    """Delete the least recently opened chunks, and downloads that a killed process left.
+    """Delete the least recently opened files, and downloads that a killed process left.
 
     Where there is too much, a little more than that goes, so that it is not soon too much again.
 
     Returns:
-        Bytes of the chunks that are left.
+        Bytes of the files that are left.
     """
     abandoned = time.time() - _ABANDONED_SECONDS
     files: list[tuple[float, int, str]] = []
@@ -208,14 +243,14 @@ def _evict(folder: Path, capacity_bytes: int) -> int:
     return total
 
 
-def _write(path: Path, data: memoryview) -> memoryview:
+def _write(path: Path, data: bytes) -> memoryview:
     """Write the file and map it before it has its name: then another process may evict it."""
     part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
     try:
         with part.open("w+b", buffering=0) as file:
-            written = file.write(data)
-            while written < len(data):
-                written += file.write(data[written:])
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
             mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         part.replace(path)
     except OSError as error:
@@ -229,11 +264,6 @@ def _write(path: Path, data: memoryview) -> memoryview:
     return mapped
 
 
-def _lock_file(chunk: Path) -> Path:
-    """One of a few, so that a large cache does not leave one for each chunk."""
-    return chunk.with_name(f"{zlib.crc32(chunk.name.encode()) % _LOCK_FILES:03d}.lock")
-
-
 def _map(path: Path, start: int = 0, size: int = 0) -> memoryview:
     """`size` bytes from `start` on, a multiple of the page size; 0 for all."""
     with path.open("rb") as file:
@@ -243,8 +273,10 @@ def _map(path: Path, start: int = 0, size: int = 0) -> memoryview:
 def _map_whole(path: Path, size: int) -> memoryview | None:
     """The file, marked as used now; None where it is not there, or not of this size."""
     try:
+        if path.stat().st_size != size:
+            return None
         os.utime(path)
-        return _map(path) if path.stat().st_size == size else None
+        return _map(path)
     except FileNotFoundError:
         return None
 
@@ -252,6 +284,6 @@ def _map_whole(path: Path, size: int) -> memoryview | None:
 @contextlib.contextmanager
 def _locked(path: Path) -> Generator[BinaryIO]:
     """Hold a lock between processes; the kernel drops it when its holder dies."""
-    with path.open("a+b") as file:
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file
