@@ -169,22 +169,26 @@ def _decode_jpeg(data: Buffer, channels: int, row: np.ndarray | None) -> np.ndar
 
 
 def _decode_png(data: Buffer, channels: int) -> np.ndarray:
-    data = bytes(data)  # of a view one copy, here, in a small part of the time of decoding
+    data = bytes(data)  # libpng reads no views
     header = read_png_header(data)
     try:
         pixels = imagecodecs.png_decode(data)
     except (imagecodecs.PngError, ValueError) as error:
         raise ValueError(f"damaged PNG ({error})") from error
-    pixels = pixels.reshape(header.height, header.width, -1)  # grey has two axes
-    if pixels.shape[2] in (1, 3) and b"tRNS" in data[: data.find(b"IDAT")]:
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    found = pixels.shape[2]
+    if found in (1, 3) and data.find(b"tRNS", 0, data.find(b"IDAT")) >= 0:
         raise ValueError("damaged PNG (its transparency)")  # of which libpng only warns
-    if pixels.shape[2] != channels:
+    if found != channels:
         pixels = _convert(pixels, channels)
     return _turn(pixels, header.orientation)
 
 
 def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """(H, W, C) upright, a view."""
+    if orientation == 1:
+        return pixels
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):

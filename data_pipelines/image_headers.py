@@ -24,6 +24,7 @@ MAX_PIXELS = 178_956_970
 ORIENTATION = 0x0112
 """Exif's tag."""
 _JPEG_SCAN = b"\xff\xda\0"
+_PNG_HEADER = struct.Struct(">4sIIBB3xI")
 _PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # length, name and checksum of an empty chunk
 _LONGEST_SEGMENT = 65536  # of a JPEG, and so of any Exif
 _LONGEST_NPY_HEADER = 1024
@@ -79,10 +80,10 @@ def read_png_header(data: Buffer) -> Header:
     Raises:
         ValueError: damaged, too large, or deeper than 8 bits.
     """
-    data = bytes(data)  # copies only a view, in a small part of the time that decoding takes
+    data = bytes(data)
     if len(data) < 33 or data.rfind(_PNG_END) < 0:  # libpng does without an end
         raise ValueError("damaged PNG (it is cut off)")
-    kind, width, height, bits, colour, crc = struct.unpack_from(">4sIIBB3xI", data, 12)
+    kind, width, height, bits, colour, crc = _PNG_HEADER.unpack_from(data, 12)
     if kind != b"IHDR" or zlib.crc32(data[12:29]) != crc:
         raise ValueError("damaged PNG (its header)")
     if bits > 8:

@@ -10,9 +10,9 @@ import sys
 import threading
 import zlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,13 +40,8 @@ class Batch:
     """The members that the loader was asked for, by extension."""
 
 
-class Place(NamedTuple):
-    """Bytes [start, end) of a chunk."""
-
-    chunk: int
-    start: int
-    end: int
-    crc32: int
+_Place = tuple[int, int, int, int]
+"""Of a member: its chunk, its bytes [start, end) in that, and their crc32."""
 
 
 class SampleReader:
@@ -94,13 +89,15 @@ class SampleReader:
         crops = [(0.5, 0.5)] * len(wanted)
         if self._crop == "random":
             crops = [self._draw_crop(*at) for at in zip(planned.epoch, wanted, strict=True)]
-        places = zip(*(self._places(planned.sample, name) for name in self._columns), strict=True)
-        keys: list[str] = []
+        keys = self._keys(planned.sample)
+        samples = self._find_members(planned.sample)
         members: dict[str, list[bytes]] = {name: [] for name in self._columns if name is not None}
-        named = zip(wanted, self._keys(planned.sample), strict=True)
-        for row, (sample, key), place, crop in zip(rows, named, places, crops, strict=True):
-            taken, found = self._load(row, sample, place, crop)
-            keys.append(self._key(taken) if taken != sample else key)
+        for number, (row, places, crop) in enumerate(zip(rows, samples, crops, strict=True)):
+            try:
+                found = self._decode(row, places, crop)
+            except ValueError as error:
+                taken, found = self._replace_bad(row, wanted[number], crop, error)
+                keys[number] = self._key(taken)
             for name, data in zip(members, found, strict=True):
                 members[name].append(data)
         return Batch(image.permute(0, 3, 1, 2), keys, members)
@@ -122,54 +119,59 @@ class SampleReader:
             self._arrays.append(array)
             return torch.from_numpy(array)
 
-    def _places(self, samples: np.ndarray, extension: str | None) -> list[Place]:
-        """Where the members with this extension lie, and their crc32."""
-        columns, chunk = self._columns[extension], self.chunks.of(samples)
-        start = columns.offset[samples] - self.chunks.start[chunk]
-        end = start + columns.size[samples]
-        lists = (column.tolist() for column in (chunk, start, end, columns.crc32[samples]))
-        return [Place(*place) for place in zip(*lists, strict=True)]
+    def _find_members(self, samples: np.ndarray) -> list[tuple[_Place, ...]]:
+        """Where the image and the other members of each sample lie."""
+        chunk = self.chunks.of(samples)
+        before = self.chunks.start[chunk]
+        found: list[zip[_Place]] = []
+        for columns in self._columns.values():
+            start = columns.offset[samples] - before
+            end = start + columns.size[samples]
+            lists = (column.tolist() for column in (chunk, start, end, columns.crc32[samples]))
+            found.append(zip(*lists, strict=True))
+        return list(zip(*found, strict=True))
 
-    def _load(
-        self, row: np.ndarray, sample: int, places: tuple[Place, ...], crop: tuple[float, float]
+    def _decode(
+        self, row: np.ndarray, places: Sequence[_Place], crop: tuple[float, float]
+    ) -> list[bytes]:
+        """Decode the image into `row`; the sample's other members.
+
+        Raises:
+            ValueError: one of them is damaged.
+        """
+        image, *members = [self._read(*place) for place in places]
+        decode_into(row, image, crop)
+        return members
+
+    def _read(self, chunk: int, start: int, end: int, crc32: int) -> bytes:
+        """A copy, since a file may change after it was checked."""
+        data = self.cache.open(chunk)[start:end].tobytes()
+        if zlib.crc32(data) == crc32:
+            return data
+        if chunk not in self._beyond_help:
+            data = self.cache.refetch(chunk)[start:end].tobytes()
+            if zlib.crc32(data) == crc32:
+                return data
+            self._beyond_help.add(chunk)
+        raise ValueError(
+            "its bytes are not those that the index was made from: damaged, or the index belongs"
+            " to other shards"
+        )
+
+    def _replace_bad(
+        self, row: np.ndarray, sample: int, crop: tuple[float, float], fault: ValueError
     ) -> tuple[int, list[bytes]]:
-        """Decode the sample, or what replaces it, into `row`: its number and other members."""
-        try:
-            return sample, self._decode(row, places, crop)
-        except ValueError as error:
-            fault = error
+        """Decode the next good sample of the chunk into `row`: its number and other members."""
         self._note_bad(sample, fault)
-        chunk = places[0].chunk
+        chunk = int(self.chunks.of(np.array([sample]))[0])
         first, count = int(self.chunks.first[chunk]), int(self.chunks.count[chunk])
-        for step in range(1, count):
-            other = first + (sample - first + step) % count
-            places = tuple(self._places(np.array([other]), name)[0] for name in self._columns)
+        others = (np.arange(1, count) + (sample - first)) % count + first
+        for other, places in zip(others.tolist(), self._find_members(others), strict=True):
             try:
                 return other, self._decode(row, places, crop)
             except ValueError as error:
                 self._note_bad(other, error)
         raise ShardError(self._uri(sample), self._key(sample), f"no good sample near it: {fault}")
-
-    def _decode(
-        self, row: np.ndarray, places: tuple[Place, ...], crop: tuple[float, float]
-    ) -> list[bytes]:
-        members = [bytes(self._read(place)) for place in places[1:]]
-        decode_into(row, self._read(places[0]), crop)
-        return members
-
-    def _read(self, place: Place) -> memoryview:
-        data = self.cache.open(place.chunk)[place.start : place.end]
-        if zlib.crc32(data) == place.crc32:
-            return data
-        if place.chunk not in self._beyond_help:
-            data = self.cache.refetch(place.chunk)[place.start : place.end]
-            if zlib.crc32(data) == place.crc32:
-                return data
-            self._beyond_help.add(place.chunk)
-        raise ValueError(
-            "its bytes are not those that the index was made from: damaged, or the index belongs"
-            " to other shards"
-        )
 
     def _note_bad(self, sample: int, fault: ValueError) -> None:
         key, uri = self._key(sample), self._uri(sample)
