@@ -15,7 +15,8 @@ from data_pipelines.uris import display, endpoint, local_path, split_uri
 
 Result = TypeVar("Result")
 
-DEADLINE_SECONDS = 60.0
+DEADLINE_SECONDS = 180.0
+"""An outage of storage that everything waits for; a minute is common."""
 
 _PERMANENT_ERRNOS = {
     errno.EINVAL,

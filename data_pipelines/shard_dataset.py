@@ -98,7 +98,8 @@ class ShardDataset:
         """Batches for rank `rank` of `world_size`.
 
         Args:
-            global_batch_size: samples per batch over all ranks; `world_size` divides it.
+            global_batch_size: samples per batch over all ranks; where `world_size` does not divide
+                it, some ranks get one more than others.
             rank: this process, 0 <= rank < world_size.
             world_size: processes that share the set.
             seed: of the order and of random crops; the same on all ranks.

@@ -42,10 +42,9 @@ class ShardLoader:
     ):
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank}: must be in [0, world_size={world_size})")
-        if global_batch_size < 1 or global_batch_size % world_size:
+        if global_batch_size < world_size:
             raise ValueError(
-                f"global_batch_size={global_batch_size}: must be a positive multiple of"
-                f" world_size={world_size}"
+                f"global_batch_size={global_batch_size}: must be at least world_size={world_size}"
             )
         if tail not in ("ragged", "carry"):
             raise ValueError(f"tail={tail!r}: use 'ragged' or 'carry'")

@@ -80,12 +80,12 @@ def read_range(uri: str, start: int, end: int, deadline_seconds: float = DEADLIN
     return retry(uri, read_once, deadline_seconds)
 
 
-def write_bytes(uri: str, data: bytes) -> None:
+def write_bytes(uri: str, data: bytes, deadline_seconds: float = DEADLINE_SECONDS) -> None:
     """Create or replace the object, atomically."""
     path = local_path(uri)
     if path is None:
         _refuse_read_only(uri)
-        retry(uri, lambda: open_client(uri).pipe_file(uri, data))
+        retry(uri, lambda: open_client(uri).pipe_file(uri, data), deadline_seconds)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with _renamed_into(path, len(data)) as part:

@@ -249,7 +249,7 @@ class TrainingConfig:
     steps: int = 4000
     """Optimizer updates."""
     global_batch_size: int = 128
-    """Images per step over all workers; the number of workers divides it."""
+    """Images per step over all workers, at any number of them."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """fp32, or autocast to bf16 or to fp16 with a gradient scaler; weights stay fp32."""
     seed: int = 0
@@ -275,10 +275,12 @@ class TrainingConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class RayConfig:
-    """What the run asks of the Ray cluster."""
+    """What the run asks of the Ray cluster, and what it does when parts of it are lost."""
 
-    num_workers: int = 2
-    """Training processes; one GPU each where use_gpu."""
+    num_workers: int | tuple[int, int] = 2
+    """Training processes, one GPU each where use_gpu. Two numbers, fewest and most, make the run
+    elastic: it goes on with fewer when nodes are lost and with more when nodes come, at the same
+    global batch; one number waits for replacements."""
     use_gpu: bool = False
     """Train on GPUs."""
     cpus_per_worker: int = 1
@@ -286,13 +288,47 @@ class RayConfig:
     storage_uri: str = "s3://efae-runs/ray"
     """Where checkpoints go; every node must reach it."""
     max_failures: int = 3
-    """Worker failures that a run survives."""
+    """Losses of workers that a run survives; nodes that the cluster takes back with notice do not
+    count."""
+    rollbacks: int = 0
+    """Times that a run whose loss is no longer a number goes back to its newest checkpoint, each
+    time at half the learning rate, instead of stopping."""
     checkpoints_to_keep: int = 2
     """Newest checkpoints kept in storage."""
+    best_checkpoint_by: Literal["", "psnr", "loss"] = ""
+    """Keep the best one too, by held-out PSNR at the last look or by training loss."""
+    placement_timeout_seconds: int = 20
+    """How long to wait for the nodes of a group of workers before counting them anew; 300 where an
+    autoscaler has to start machines."""
+    resize_interval_seconds: int = 60
+    """How often an elastic run looks for more nodes; growing repeats the steps since the newest
+    checkpoint."""
+    collective_timeout_seconds: int = 600
+    """A worker that waits longer than this for the others fails, and all start again."""
 
     def __post_init__(self):
-        _require_positive("ray", self, "num_workers", "cpus_per_worker", "checkpoints_to_keep")
-        _require(self.max_failures >= 0, f"ray.max_failures={self.max_failures}: must be >= 0")
+        _require_positive(
+            "ray",
+            self,
+            *("cpus_per_worker", "checkpoints_to_keep", "placement_timeout_seconds"),
+            *("resize_interval_seconds", "collective_timeout_seconds"),
+        )
+        _require(
+            0 < self.fewest_workers <= self.most_workers,
+            f"ray.num_workers={self.num_workers}: must be a positive number, or two, fewest first",
+        )
+        for name in ("max_failures", "rollbacks"):
+            _require(getattr(self, name) >= 0, f"ray.{name}={getattr(self, name)}: must be >= 0")
+
+    @property
+    def fewest_workers(self) -> int:
+        """The least that the run goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """The number of workers when no node is missing."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -327,17 +363,24 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    resume: str = "auto"
+    """auto goes on with the run of this name, if there is one; never refuses if there is one; the
+    URI of a checkpoint begins a new run from its weights, optimizer, step and place in the data."""
 
     def __post_init__(self):
+        _require(
+            self.resume in ("auto", "never") or "/" in self.resume,
+            f"resume={self.resume!r}: use auto, never or the URI of a checkpoint",
+        )
         _require(
             all(side % self.model.downsampling == 0 for side in self.data.image_size),
             f"data.resolution={self.data.resolution}: the latent grid does not divide it; use a"
             f" multiple of model.downsampling={self.model.downsampling}",
         )
         _require(
-            self.training.global_batch_size % self.ray.num_workers == 0,
-            f"training.global_batch_size={self.training.global_batch_size}: the"
-            f" {self.ray.num_workers} workers of ray.num_workers do not divide it; use a multiple",
+            self.training.global_batch_size >= self.ray.most_workers,
+            f"training.global_batch_size={self.training.global_batch_size}: fewer than the"
+            f" {self.ray.most_workers} workers of ray.num_workers",
         )
         _require(
             not self.representation.learned_basis
@@ -418,8 +461,8 @@ def from_json(text: str) -> Config:
 
 
 def digest(config: Config) -> str:
-    """A hash of everything that decides the weights: all but the names in tracking and ray."""
+    """A hash of everything that decides the weights: all but tracking, ray and resume."""
     tree = asdict(config)
-    tree.pop("tracking")
-    tree.pop("ray")
+    for name in ("tracking", "ray", "resume"):
+        tree.pop(name)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]

@@ -13,18 +13,20 @@ from typing import Any
 
 from data_pipelines import ShardDataset, storage, uris
 from efae import config as configuration
-from efae.artifacts import checkpoint, registry, tracking
+from efae.artifacts import checkpoint, registry, run_checkpoints, tracking
 from efae.artifacts.report import write_report
+from efae.artifacts.run_events import read_events
 from efae.config import Config
 from efae.preflight import list_checks
 from efae.ray_trainer import (
     connect,
-    count_recoveries,
     evaluate_on_cluster,
     run_training,
     run_uri,
 )
 from efae.training.evaluation import Evaluation
+
+MLFLOW_PATIENCE_SECONDS = 60
 
 
 def run_experiment(config: Config, tracking_uri: str, say: Callable[[str], None]) -> dict[str, Any]:
@@ -43,22 +45,24 @@ def run_experiment(config: Config, tracking_uri: str, say: Callable[[str], None]
     Raises:
         ValueError: something that the user gave cannot work; before any work starts.
         StorageError: the storage refuses or does not answer.
-        CheckpointError: the run's newest checkpoint is damaged.
-        TrainingFailed: the workers failed more often than ray.max_failures.
+        CheckpointError: all checkpoints of the run are damaged.
+        TrainingFailed: the workers were lost more often than ray.max_failures, or failed in a way
+            that would repeat itself.
+        ConnectionError: MLflow is away when the model is to be registered.
     """
     started = time.monotonic()
     for name, check in list_checks(config, tracking_uri):
         check()
         say(f"ok  {name}")
     connect(config)
-    resumed_step = find_resumed_step(config)
+    step = find_start(config)
     experiment, run_name = config.tracking.experiment, config.tracking.run_name
-    if resumed_step == config.training.steps and not tracking.find_unfinished_run(
+    if step == config.training.steps and not tracking.find_unfinished_run(
         tracking_uri, experiment, run_name
     ):
         raise ValueError(
-            f"tracking.run_name={run_name!r}: that run is finished (step {resumed_step}); choose"
-            " another name to train again"
+            f"tracking.run_name={run_name!r}: that run is finished (step {step}); choose another"
+            " name to train again"
         )
     run_id, _ = tracking.find_or_create_run(
         tracking_uri,
@@ -66,31 +70,20 @@ def run_experiment(config: Config, tracking_uri: str, say: Callable[[str], None]
         run_name,
         {"efae.commit": config.tracking.commit, "efae.config": configuration.digest(config)},
     )
-    say(f"ok  run {config.tracking.run_name}: {tracking.find_run_url(tracking_uri, run_id)}")
-    if resumed_step:
-        say(f"    goes on from step {resumed_step}")
+    say(f"ok  run {run_name}: {tracking.find_run_url(tracking_uri, run_id)}")
+    if step:
+        say(f"    goes on from step {step}")
     tracking.log_config(tracking_uri, run_id, config)
     try:
-        totals = run_training(config, run_id, tracking_uri)
-        final = checkpoint.find_newest_checkpoint(run_uri(config))
-        assert final is not None
+        run_training(config, run_id, tracking_uri)
+        final, totals = _find_final(config)
         say(f"evaluating on {config.training.held_out_images} held-out images ...")
         evaluation = evaluate_on_cluster(final, config)
-        facts = {
-            "run_name": config.tracking.run_name,
+        facts = describe_run(config, totals) | {
             "mlflow_run_id": run_id,
-            "steps": config.training.steps,
-            "images_seen": config.training.steps * config.training.global_batch_size,
-            "images_per_second": totals["images_per_second"],
-            "data_wait_fraction": totals["data_wait_fraction"],
-            "bad_samples": totals["bad_samples"],
-            "recoveries": count_recoveries(config),
-            "world_size": config.ray.num_workers,
-            "precision": config.training.precision,
-            "device": totals["device"],
             "wall_seconds": time.monotonic() - started,
-            "commit": config.tracking.commit,
-        } | describe_data(config)
+        }
+        wait_for_mlflow(tracking_uri, run_name, say)
         summary = publish(config, tracking_uri, final, evaluation, facts)
     except BaseException:
         tracking.finish_run(tracking_uri, run_id, "FAILED")
@@ -99,30 +92,113 @@ def run_experiment(config: Config, tracking_uri: str, say: Callable[[str], None]
     return summary
 
 
-def find_resumed_step(config: Config) -> int:
-    """The step that the run goes on from; 0 when it is new.
+def wait_for_mlflow(tracking_uri: str, run_name: str, say: Callable[[str], None]) -> None:
+    """Return when the server answers: it may have been away while the run trained.
 
     Raises:
-        ValueError: the run's checkpoints are of another configuration; names the settings.
-        CheckpointError: the newest complete one is damaged.
+        ConnectionError: it is away for longer; says how to go on.
+    """
+    give_up_at = time.monotonic() + MLFLOW_PATIENCE_SECONDS
+    while True:
+        try:
+            return tracking.check_server(tracking_uri)
+        except ValueError as error:
+            if time.monotonic() > give_up_at:
+                raise ConnectionError(
+                    f"trained and evaluated, but not registered: {error}. Nothing is lost: submit"
+                    f" again with --tracking.run-name {run_name} when it is back"
+                ) from error
+            say(f"waiting for MLflow, up to {MLFLOW_PATIENCE_SECONDS} s more: {error}")
+            time.sleep(5)
+
+
+def find_start(config: Config) -> int:
+    """The step that the run goes on from, or begins at; 0 when all is new.
+
+    Raises:
+        ValueError: there is a run of this name and resume=never, or it is of another configuration;
+            or the checkpoint that resume names does not fit. Says which settings.
+        CheckpointError: all checkpoints of the run are damaged, or the one that resume names is.
         StorageError: the storage refuses or does not answer.
     """
-    newest = checkpoint.find_newest_checkpoint(run_uri(config))
-    if newest is None:
-        return 0
-    metadata, found = checkpoint.read_origin(newest)
-    if configuration.digest(found) != configuration.digest(config):
-        before, now = configuration.flatten(found), configuration.flatten(config)
+    name = config.tracking.run_name
+    newest = run_checkpoints.read_newest_origin(run_uri(config))
+    if newest is not None:
+        uri, (metadata, found) = newest
+        if config.resume == "never":
+            raise ValueError(
+                f"resume=never, but there is a run {name!r} already, at step {metadata['step']}"
+                f" ({uri}); choose another tracking.run_name, or --resume auto to go on with it"
+            )
         changed = [
-            f"{key}: {before[key]!r} -> {now[key]!r}"
-            for key in now
-            if before[key] != now[key] and not key.startswith(("tracking.", "ray."))
+            line
+            for key, line in _changes(found, config)
+            if not key.startswith(("tracking.", "ray.", "resume"))
         ]
+        if changed:
+            raise ValueError(
+                f"tracking.run_name={name!r}: that run has another configuration"
+                f" ({'; '.join(changed)}); choose another name (with --resume {uri} the new run"
+                " begins where this one is), or the settings it began with"
+            )
+        return metadata["step"]
+    if config.resume in ("auto", "never"):
+        return 0
+    metadata, found = checkpoint.read_origin(config.resume)
+    fixed = ("model.", "representation.", "data.uri", "data.resolution", "data.channels")
+    fixed += ("training.seed", "training.global_batch_size", "flow.prediction")
+    if changed := [line for key, line in _changes(found, config) if key.startswith(fixed)]:
         raise ValueError(
-            f"tracking.run_name={config.tracking.run_name!r}: that run has another configuration"
-            f" ({'; '.join(changed)}); choose another name, or the settings it began with"
+            f"resume={config.resume!r}: that checkpoint was trained with other settings"
+            f" ({'; '.join(changed)}); its weights, or its place in the data, would mean nothing"
+            " here: use the same"
+        )
+    if metadata["step"] >= config.training.steps:
+        raise ValueError(
+            f"training.steps={config.training.steps}: the checkpoint {config.resume} is at step"
+            f" {metadata['step']} already; raise it"
         )
     return metadata["step"]
+
+
+def _changes(before: Config, now: Config) -> list[tuple[str, str]]:
+    old, new = configuration.flatten(before), configuration.flatten(now)
+    return [(key, f"{key}: {old[key]!r} -> {new[key]!r}") for key in new if old[key] != new[key]]
+
+
+def _find_final(config: Config) -> tuple[str, dict[str, Any]]:
+    """URI of the last checkpoint, and the totals in it."""
+    newest = run_checkpoints.read_newest_origin(run_uri(config))
+    assert newest is not None, "training ended without a checkpoint"
+    uri, (metadata, _) = newest
+    return uri, metadata["totals"]
+
+
+def describe_run(config: Config, totals: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a run that was trained to its end.
+
+    Args:
+        config: the experiment.
+        totals: of the last checkpoint, see `efae.training.loop`.
+
+    Returns:
+        JSON values for summary and report.
+
+    Raises:
+        StorageError: the storage refuses or does not answer.
+    """
+    events = read_events(run_uri(config))
+    return {
+        "run_name": config.tracking.run_name,
+        "steps": config.training.steps,
+        "images_seen": config.training.steps * config.training.global_batch_size,
+        "precision": config.training.precision,
+        "commit": config.tracking.commit,
+        "recoveries": max(0, sum(event.kind == "start" for event in events) - 1),
+        "events": [str(event) for event in events],
+        **totals,
+        **describe_data(config),
+    }
 
 
 def describe_data(config: Config) -> dict[str, Any]:

@@ -1,16 +1,16 @@
 """A run on a Ray cluster: the only file of the library that imports ray.
 
-`run_training` puts the training loop into a Ray Train `TorchTrainer`. The newest complete
-checkpoint in storage wins, whatever Ray remembers, so a run of the same name goes on after the
-loss of a worker, of the driver or of the whole cluster.
+`run_training` puts the training loop into a Ray Train `TorchTrainer`. Ray starts the workers, again
+when some are lost, and fewer or more of them as nodes go and come. Where they go on is not Ray's to
+remember: the newest undamaged checkpoint in storage wins, so a run of the same name goes on after
+the loss of a worker, of the driver or of the whole cluster. Checkpoints do not pass through
+`ray.train.report`: its controller ends the run when it cannot write to storage itself.
 """
 
-import json
 import logging
 import os
 import tempfile
-import time
-import uuid
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -18,40 +18,48 @@ from typing import Any, cast
 import ray
 import ray.train
 import torch
-from ray.train import (
-    CheckpointConfig,
-    FailureConfig,
-    LoggingConfig,
-    RunConfig,
-    ScalingConfig,
-)
+from ray.exceptions import RayActorError
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.collective import broadcast_from_rank_zero
-from ray.train.torch import TorchTrainer, get_device, prepare_model
+from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 
-from data_pipelines import ShardDataset, storage, uris
+from data_pipelines import ShardDataset, uris
+from data_pipelines.shard_cache import ShardError
 from efae import config as configuration
-from efae.artifacts.checkpoint import checkpoint_name, read_checkpoint, read_newest_checkpoint
+from efae.artifacts.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from efae.artifacts.redaction import first_cause
 from efae.artifacts.registry import load
+from efae.artifacts.run_checkpoints import (
+    find_newest_checkpoint,
+    read_newest_checkpoint,
+    warn_of_damage,
+)
+from efae.artifacts.run_events import read_events, record_event
 from efae.artifacts.tracker import Tracker
 from efae.config import Config
+from efae.training.checkpoint_writer import CheckpointWriter
+from efae.training.divergence import TrainingDiverged
 from efae.training.evaluation import Evaluation, evaluate
 from efae.training.held_out import read_held_out
 from efae.training.loop import train
 
 PREVIEW_IMAGES = 16
 _RAY_ENVIRONMENT = {
-    # A report costs one poll; Ray's own interval, 2 s, suits hours-long runs.
+    # How soon a lost worker is noticed; Ray's own interval, 2 s, suits hours-long runs.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     # Ray would print every line of a worker twice, and in colour also where nobody sees it.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_COLOR_PREFIX": "0",
-    # Nothing here acts on preemption notices; the watcher costs a process and logs an error.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
+# Trying again would end in the same way: the fault is in what was given.
+_HOPELESS = (
+    *(CheckpointError, ValueError, TypeError, KeyError, AttributeError, ImportError),
+    torch.OutOfMemoryError,
+)
 
 
 class TrainingFailed(RuntimeError):
-    """The workers failed more often than ray.max_failures; says the first cause and its rank."""
+    """The run cannot go on; says the first cause and its rank."""
 
 
 def connect(config: Config) -> None:
@@ -67,7 +75,7 @@ def connect(config: Config) -> None:
     have = cast(dict[str, float], ray.cluster_resources())  # Ray says dict[?, int]
     want = {"CPU": config.ray.cpus_per_worker, "GPU": 1 if config.ray.use_gpu else 0}
     for resource, each in want.items():
-        total = each * config.ray.num_workers
+        total = each * config.ray.fewest_workers
         if total > have.get(resource, 0):
             raise ValueError(
                 f"ray.num_workers={config.ray.num_workers}: the workers ask for {total}"
@@ -81,65 +89,125 @@ def run_uri(config: Config) -> str:
     return uris.join(config.ray.storage_uri, config.tracking.run_name)
 
 
-def run_training(config: Config, run_id: str, tracking_uri: str) -> dict[str, Any]:
-    """Train on the connected cluster, from the newest checkpoint of the run if there is one.
+def run_training(config: Config, run_id: str, tracking_uri: str) -> None:
+    """Train on the connected cluster; when it returns, the last checkpoint is in storage.
 
     Args:
         config: the experiment.
         run_id: the MLflow run that rank 0 logs to.
         tracking_uri: of the MLflow server, as the workers reach it.
 
-    Returns:
-        The last metrics that rank 0 reported, see `efae.training.loop`.
-
     Raises:
-        TrainingFailed: the workers failed more often than ray.max_failures.
+        TrainingFailed: the workers were lost more often than ray.max_failures, or failed in a way
+            that would repeat itself.
     """
-    trainer = TorchTrainer(
-        _train_on_worker,
-        train_loop_config={
-            "config": configuration.to_json(config),
-            "run_id": run_id,
-            "tracking_uri": tracking_uri,
-        },
-        scaling_config=ScalingConfig(
-            num_workers=config.ray.num_workers,
-            use_gpu=config.ray.use_gpu,
-            resources_per_worker={
-                "CPU": config.ray.cpus_per_worker,
-                **({"GPU": 1} if config.ray.use_gpu else {}),
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.ray.placement_timeout_seconds)
+    for _ in range(config.ray.max_failures):
+        try:
+            return _fit(config, run_id, tracking_uri)
+        except (RayActorError, ray.train.ControllerError) as error:
+            # Ray's controller is gone, and with it the workers; theirs are the checkpoints.
+            what = f"Ray's controller was lost ({first_cause(error)})"
+            record_event(run_uri(config), "failure", what)
+    return _fit(config, run_id, tracking_uri)
+
+
+def _fit(config: Config, run_id: str, tracking_uri: str) -> None:
+    fewest, most = config.ray.fewest_workers, config.ray.most_workers
+    with tempfile.TemporaryDirectory(prefix="efae-ray-", ignore_cleanup_errors=True) as folder:
+        trainer = TorchTrainer(
+            _train_on_worker,
+            train_loop_config={
+                "config": configuration.to_json(config),
+                "run_id": run_id,
+                "tracking_uri": tracking_uri,
             },
-        ),
-        run_config=RunConfig(
-            name=config.tracking.run_name,
-            storage_path=config.ray.storage_uri,
-            failure_config=FailureConfig(max_failures=config.ray.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.ray.checkpoints_to_keep),
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )
-    try:
-        result = trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        causes = getattr(error, "worker_failures", {}) or {0: error}
-        rank, cause = next(iter(causes.items()))
-        raise TrainingFailed(f"training failed, first on rank {rank}: {cause}") from error
-    assert result.metrics is not None
-    return result.metrics
+            torch_config=TorchConfig(timeout_s=config.ray.collective_timeout_seconds),
+            scaling_config=ScalingConfig(
+                num_workers=most if fewest == most else (fewest, most),
+                use_gpu=config.ray.use_gpu,
+                resources_per_worker={
+                    "CPU": config.ray.cpus_per_worker,
+                    **({"GPU": 1} if config.ray.use_gpu else {}),
+                },
+                elastic_resize_monitor_interval_s=config.ray.resize_interval_seconds,
+            ),
+            run_config=RunConfig(
+                name=config.tracking.run_name,
+                storage_path=folder,  # of Ray's own notes
+                failure_config=FailureConfig(
+                    max_failures=config.ray.max_failures + config.ray.rollbacks
+                ),
+                logging_config=LoggingConfig(log_level="WARNING"),
+                callbacks=[WorkerFailures(run_uri(config))],
+            ),
+        )
+        try:
+            trainer.fit()
+        except ray.train.ControllerError as error:
+            if isinstance(error.controller_failure, TrainingFailed):
+                raise error.controller_failure from error
+            raise
+        except ray.train.TrainingFailedError as error:
+            causes = getattr(error, "worker_failures", {}) or {0: error}
+            rank, cause = next(iter(causes.items()))
+            raise TrainingFailed(
+                f"training failed after ray.max_failures={config.ray.max_failures} losses of"
+                f" workers, this time on rank {rank}: {cause}"
+            ) from error
+
+
+class WorkerFailures(UserCallback):
+    """In Ray's controller: records why workers were lost, and ends the run where that is final."""
+
+    def __init__(self, uri: str):
+        self._uri, self._last_shard_error = uri, ""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called when workers failed, before Ray decides what to do.
+
+        Raises:
+            TrainingFailed: starting again would fail in the same way.
+        """
+        ranks = sorted(worker_exceptions, key=lambda r: (not _is_final(worker_exceptions[r]), r))
+        rank, error = ranks[0], worker_exceptions[ranks[0]]
+        what = f"rank {rank} was lost: {first_cause(error)}"
+        # Storage may be what failed: the controller must not wait for it.
+        record = threading.Thread(
+            target=record_event, args=(self._uri, "failure", what), daemon=True
+        )
+        record.start()
+        again = isinstance(error, ShardError) and str(error) == self._last_shard_error
+        self._last_shard_error = str(error) if isinstance(error, ShardError) else ""
+        if _is_final(error) or again:
+            record.join(5)
+            raise TrainingFailed(f"training failed on rank {rank}: {error}")
+
+
+def _is_final(error: Exception) -> bool:
+    if isinstance(error, TrainingDiverged):
+        return not error.goes_back
+    return isinstance(error, _HOPELESS)
 
 
 def _train_on_worker(settings: dict[str, str]) -> None:
     config = configuration.from_json(settings["config"])
-    context = ray.train.get_context()
+    uri, context = run_uri(config), ray.train.get_context()
     rank, device = context.get_world_rank(), get_device()
     if device.type == "cpu":
         torch.set_num_threads(config.ray.cpus_per_worker)
     for name in ("", "mlflow"):  # Ray, botocore and MLflow chat at INFO
         logging.getLogger(name).setLevel(logging.WARNING)
-    newest, tracker, preview = None, None, None
+    newest, tracker, writer, preview, rollbacks = None, None, None, None, 0
     if rank == 0:
-        record_attempt(run_uri(config))
-        newest = read_newest_checkpoint(run_uri(config))
+        newest = _find_start(config)
+        rollbacks = sum(event.kind == "rollback" for event in read_events(uri))
+        workers = f"{context.get_world_size()} workers"
+        step = newest[1].metadata["step"] if newest else 0
+        what = f"{workers} go on from step {step}, {newest[0]}" if newest else f"{workers} begin"
+        record_event(uri, "start", what, step=step, world_size=context.get_world_size())
+        _say(what)
+        writer = CheckpointWriter(uri, config)
         tracker = Tracker(
             settings["tracking_uri"],
             settings["run_id"],
@@ -147,10 +215,7 @@ def _train_on_worker(settings: dict[str, str]) -> None:
             system_metrics_interval_seconds=10,
         )
         preview = read_held_out(config.data, PREVIEW_IMAGES)
-    uri = broadcast_from_rank_zero(newest[0] if newest else None)
-    checkpoint = newest[1] if newest else (read_checkpoint(uri) if uri else None)
-    if rank == 0 and checkpoint:
-        _say(f"going on from step {checkpoint.metadata['step']}, {uri}")
+    start, rollbacks = broadcast_from_rank_zero((newest[0] if newest else None, rollbacks))
     try:
         train(
             config,
@@ -158,16 +223,61 @@ def _train_on_worker(settings: dict[str, str]) -> None:
             device=device,
             rank=rank,
             world_size=context.get_world_size(),
-            checkpoint=checkpoint,
-            report=_report,
+            checkpoint=newest[1] if newest else (read_checkpoint(start) if start else None),
+            rate_factor=0.5**rollbacks,
             wrap=_make_parallel,
+            ends_soon=_Notice(uri if rank == 0 else None),
+            writer=writer,
             tracker=tracker,
             preview=preview,
             say=_say if rank == 0 else lambda line: None,
         )
+    except TrainingDiverged as error:
+        if writer:
+            writer.wait()
+        error = TrainingDiverged(
+            error.step, error.samples, find_newest_checkpoint(uri), rollbacks < config.ray.rollbacks
+        )
+        if rank == 0 and error.goes_back:
+            record_event(uri, "rollback", str(error), step=error.step)
+        raise error from None
     finally:
         if tracker:
             tracker.close()
+            if tracker.spilled:
+                what = f"MLflow was away: {tracker.spilled} points of the curves had to wait"
+                record_event(uri, "outage", what)
+
+
+def _find_start(config: Config) -> tuple[str, Checkpoint] | None:
+    """The run's newest checkpoint, or the one that it was told to begin with."""
+
+    def tell(fault: CheckpointError) -> None:
+        warn_of_damage(fault)
+        record_event(run_uri(config), "damage", f"checkpoint not used, {fault}")
+
+    newest = read_newest_checkpoint(run_uri(config), tell)
+    if newest is None and config.resume not in ("auto", "never"):
+        start = read_checkpoint(config.resume)
+        start.metadata["unsent_metrics"] = []  # they are of another run
+        return config.resume, start
+    return newest
+
+
+class _Notice:
+    """Whether the cluster said that a node of the run is to be taken away; all ranks ask."""
+
+    def __init__(self, recorded_in: str | None):
+        self._recorded_in = recorded_in
+
+    def __call__(self) -> bool:
+        notice = ray.train.get_preemption_info()
+        if notice is not None and self._recorded_in:
+            ranks = ", ".join(map(str, notice.preempted_ranks))
+            what = f"a node is to be taken away (ranks {ranks}): a checkpoint at every log interval"
+            record_event(self._recorded_in, "notice", what)
+            self._recorded_in = None
+        return notice is not None
 
 
 def _say(line: str) -> None:
@@ -180,40 +290,6 @@ def _make_parallel(model: torch.nn.Module) -> torch.nn.Module:
         model,
         parallel_strategy_kwargs={"forward_sync_buffers": False, "gradient_as_bucket_view": True},
     )
-
-
-def _report(metrics: dict[str, Any], folder: Path | None) -> None:
-    ray.train.report(
-        metrics,
-        checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None,
-        checkpoint_dir_name=checkpoint_name(metrics["step"]),
-        checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-        delete_local_checkpoint_after_upload=True,
-    )
-
-
-def record_attempt(uri: str) -> None:
-    """Leave a mark that a group of workers started on this run; inside a worker only.
-
-    Args:
-        uri: the run's, see `run_uri`.
-
-    Raises:
-        StorageError: the storage refuses or does not answer.
-    """
-    mark = {"started": time.time(), "world_size": ray.train.get_context().get_world_size()}
-    name = f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json"
-    storage.write_bytes(uris.join(uri, "attempts", name), json.dumps(mark).encode())
-
-
-def count_recoveries(config: Config) -> int:
-    """How often workers started again on this run: 0 when nothing failed.
-
-    Raises:
-        StorageError: the storage refuses or does not answer.
-    """
-    marks = storage.list_files(uris.join(run_uri(config), "attempts"))
-    return max(0, len(marks) - 1)
 
 
 def evaluate_on_cluster(model_uri: str, config: Config) -> Evaluation:

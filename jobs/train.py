@@ -5,7 +5,8 @@
     ray job submit --working-dir . -- python jobs/train.py quickstart
 
 Addresses come from the environment (`source .local/env` for the local stack): RAY_ADDRESS,
-MLFLOW_TRACKING_URI, AWS_*. The same --tracking.run-name goes on where that run stopped.
+MLFLOW_TRACKING_URI, AWS_*. The same --tracking.run-name goes on where that run stopped, unless
+--resume never; --resume URI begins a new run from a checkpoint of another.
 """
 
 import dataclasses
@@ -20,6 +21,8 @@ import tyro
 
 from efae.config import Config
 from efae.presets import PRESETS
+
+EVENTS_SHOWN = 12
 
 
 def parse_arguments(arguments: list[str]) -> Config:
@@ -62,13 +65,16 @@ def print_summary(summary: Mapping[str, Any], report_folder: str) -> None:
     report = "report/report.html among the run's artifacts in MLflow"
     if report_folder:
         report = f"{report_folder}/{summary['run_name']}/report.html"
+    events = ""
+    if len(summary["events"]) > 1:  # more than that the workers began
+        events = "".join(f"\n  {line}" for line in summary["events"][-EVENTS_SHOWN:])
     bad_samples = f", bad images replaced: {bad}" if (bad := summary["bad_samples"]) else ""
     print(
         f"""
 {summary["run_name"]}: {summary["steps"]} steps, {summary["images_seen"]} images in\
  {summary["wall_seconds"] / 60:.1f} minutes, {summary["images_per_second"]:.0f} images/s\
  (data wait {summary["data_wait_fraction"]:.1%}), recoveries: {summary["recoveries"]}\
-{bad_samples}
+{bad_samples}{events}
   held-out PSNR      {summary["psnr"]:.2f} dB
   worst gap          {summary["worst_gap_db"]:.1e} dB over the eight flips and quarter turns
   group-law error    {summary["group_law_error"]:.1e}

@@ -9,9 +9,7 @@ Only the names below are ever read: what a manifest says never becomes a path.
 
 import hashlib
 import json
-import logging
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +22,11 @@ from data_pipelines import storage, uris
 from efae import config as configuration
 from efae.config import Config
 
-logger = logging.getLogger(__name__)
-
 FORMAT_VERSION = 2
 MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 STATE, CONFIG, MANIFEST = "state.json", "config.json", "manifest.json"
 CHECKPOINT_FILES = (MODEL, EMA, OPTIMIZER, STATE, CONFIG)
 MODEL_FILES = (MODEL, CONFIG)
-_NAME = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointError(Exception):
@@ -76,29 +71,32 @@ def checkpoint_name(step: int) -> str:
 
 
 def write_checkpoint(
-    directory: Path,
+    uri: str | Path,
     *,
     model: Mapping[str, Tensor],
     ema: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     metadata: Mapping[str, Any],
     config: Config,
+    scores: Mapping[str, float] | None = None,
 ) -> None:
-    """Writes a checkpoint into `directory`, which is made if need be.
+    """Writes a checkpoint to a folder or URI, straight from memory.
 
     Equal state gives equal bytes. Tensors may be on any device but may not share memory.
 
     Args:
-        directory: a local folder; a checkpoint in it is replaced.
+        uri: a checkpoint there is replaced.
         model: as in `Checkpoint`, and so the others.
         ema: the averaged weights.
         optimizer: state by PARAMETER.KEY.
         metadata: JSON values, "step" among them.
         config: of the run.
+        scores: what checkpoints of a run are compared by, kept in the manifest; finite.
 
     Raises:
-        ValueError: the metadata are not finite JSON.
+        ValueError: the metadata or scores are not finite JSON.
         KeyError: "step" is not among them.
+        StorageError: the storage refuses or does not answer.
     """
     contents = {
         MODEL: _pack(model),
@@ -107,7 +105,7 @@ def write_checkpoint(
         STATE: json.dumps(dict(metadata), allow_nan=False).encode(),
         CONFIG: configuration.to_json(config).encode(),
     }
-    _write_folder(directory, contents, {"step": int(metadata["step"])})
+    _write_folder(str(uri), contents, {"step": int(metadata["step"]), "scores": dict(scores or {})})
 
 
 def read_checkpoint(uri: str | Path) -> Checkpoint:
@@ -143,38 +141,6 @@ def read_origin(uri: str) -> tuple[dict[str, Any], Config]:
     return json.loads(state), _parse_config(uri, config)
 
 
-def find_newest_checkpoint(run_uri: str) -> str | None:
-    """The URI of the newest complete checkpoint below `run_uri`, or None.
-
-    Complete means all files are there and of the right size; they are not read.
-
-    Raises:
-        StorageError: the storage refuses or does not answer.
-    """
-    return next((uri for uri, fault in _complete_checkpoints(run_uri) if fault is None), None)
-
-
-def read_newest_checkpoint(run_uri: str) -> tuple[str, Checkpoint] | None:
-    """The newest checkpoint that is undamaged, with its URI; None where there is none yet.
-
-    Raises:
-        CheckpointError: there are checkpoints and all are damaged; starting again from nothing
-            is the user's decision.
-        StorageError: the storage refuses or does not answer.
-    """
-    fault: CheckpointError | None = None
-    for uri, fault in _complete_checkpoints(run_uri):
-        if fault is None:
-            try:
-                return uri, read_checkpoint(uri)
-            except CheckpointError as error:
-                fault = error
-        logger.error("damaged checkpoint, falling back to the one before: %s", fault)
-    if fault is not None:
-        raise fault
-    return None
-
-
 def write_model(
     directory: Path, weights: Mapping[str, Tensor], config: Config, card: Mapping[str, Any]
 ) -> None:
@@ -187,7 +153,7 @@ def write_model(
         card: JSON values that travel in the manifest.
     """
     contents = {MODEL: _pack(weights), CONFIG: configuration.to_json(config).encode()}
-    _write_folder(directory, contents, {"card": dict(card)})
+    _write_folder(str(directory), contents, {"card": dict(card)})
 
 
 def read_model(uri: str | Path) -> tuple[dict[str, Tensor], Config]:
@@ -275,39 +241,16 @@ def check_file(uri: str, name: str, data: bytes, manifest: Mapping[str, Any]) ->
         raise CheckpointError(uri, f"{name} is damaged: its sha256 is not the manifest's")
 
 
-def _complete_checkpoints(run_uri: str) -> Iterator[tuple[str, CheckpointError | None]]:
-    """Complete checkpoints, newest first, with what is wrong with the manifest, if anything."""
-    folders: dict[int, dict[str, int]] = {}
-    for name, size in storage.list_files(run_uri).items():
-        folder, _, file = name.partition("/")
-        if match := _NAME.fullmatch(folder):
-            folders.setdefault(int(match[1]), {})[file] = size
-    for step in sorted(folders, reverse=True):
-        uri = uris.join(run_uri, checkpoint_name(step))
-        if MANIFEST not in folders[step]:
-            logger.warning("half-written checkpoint ignored (no %s): %s", MANIFEST, uri)
-            continue
-        try:
-            files = read_manifest(uri)["files"]
-        except CheckpointError as fault:
-            yield uri, fault
-            continue
-        wrong = [name for name in files if folders[step].get(name) != files[name]["bytes"]]
-        if wrong:
-            logger.warning("half-written checkpoint ignored (%s): %s", ", ".join(wrong), uri)
-            continue
-        yield uri, None
-
-
-def _write_folder(directory: Path, contents: Mapping[str, bytes], facts: dict[str, Any]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / MANIFEST).unlink(missing_ok=True)  # while we write, the folder is not complete
-    files: dict[str, dict[str, int | str]] = {}
-    for name, data in contents.items():
-        (directory / name).write_bytes(data)
-        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    manifest = {"format_version": FORMAT_VERSION, **facts, "files": files}
-    storage.write_bytes(str(directory / MANIFEST), json.dumps(manifest, indent=2).encode())
+def _write_folder(uri: str, contents: Mapping[str, bytes], facts: dict[str, Any]) -> None:
+    files = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in contents.items()
+    }
+    facts = {"format_version": FORMAT_VERSION, **facts, "files": files}
+    manifest = json.dumps(facts, indent=2, allow_nan=False).encode()
+    storage.delete(uris.join(uri, MANIFEST))  # while we write, the folder is not complete
+    for name, data in {**contents, MANIFEST: manifest}.items():
+        storage.write_bytes(uris.join(uri, name), data)
 
 
 def _pack(tensors: Mapping[str, Tensor]) -> bytes:

@@ -29,6 +29,7 @@ from efae import config as configuration
 from efae.artifacts import checkpoint
 from efae.artifacts.checkpoint import CONFIG, MANIFEST, MODEL, CheckpointError
 from efae.artifacts.request_limits import PATIENT, request_limits
+from efae.artifacts.run_checkpoints import find_newest_checkpoint
 from efae.artifacts.tracking import check_server
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def _upload(client: MlflowClient, run_id: str, model_dir: Path, digest: str) -> 
 def _pull_from_storage(uri: str) -> Path:
     manifest_uri = uris.join(uri, MANIFEST)
     if not storage.exists(manifest_uri):
-        newest = checkpoint.find_newest_checkpoint(uri)
+        newest = find_newest_checkpoint(uri)
         hint = f"its newest checkpoint is {newest}" if newest else f"it holds no {MANIFEST}"
         raise ValueError(f"no model or checkpoint at {uri!r}: {hint}")
     path = uris.local_path(uri)

@@ -39,16 +39,8 @@ __all__ = ["Card", "draw_reconstructions", "summarize", "write_comparison", "wri
 _MEASURED = ("psnr", "gap_db", "worst_gap_db", "group_law_error")
 _SUMMARY = (
     *("run_name", "mlflow_run_id", "model_uri", "steps", "images_seen", "images_per_second"),
-    *(
-        "data_wait_fraction",
-        "bad_samples",
-        *_MEASURED,
-        "recoveries",
-        "world_size",
-        "precision",
-        "device",
-    ),
-    "wall_seconds",
+    *("data_wait_fraction", "bad_samples", *_MEASURED, "checkpoints", "checkpoint_stall_seconds"),
+    *("recoveries", "world_size", "precision", "device", "wall_seconds", "events"),
 )
 _EXACT_DB = 1e-3
 """A gap up to this counts as rounding."""
@@ -85,7 +77,7 @@ class Card:
     """Of a model of ours."""
     facts: Mapping[str, Any]
     """About the run: the keys of summary.json that are not measured on the model, `credits` (text,
-    or several) for the data, and any more, shown in their order."""
+    or several) for the data, and any more, shown in their order; `events` are lines of text."""
 
 
 def write_report(
@@ -129,8 +121,9 @@ def write_report(
         config=config,
         image_size=(height, width),
         compression=channels * height * width / math.prod(numbers["latent_shape"]),
-        facts={name: value for name, value in facts.items() if name != "credits"},
+        facts={name: facts[name] for name in facts if name not in ("credits", "events")},
         credits=_listed(facts.get("credits")),
+        events=_listed(facts.get("events")),
         model_uri=json.dumps(facts.get("model_uri") or "models:/efae@champion"),
         settings=configuration.flatten(config) if config else {},
         exact=_is_exact(numbers),

@@ -57,6 +57,14 @@ class Spill:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(point._asdict()) + "\n" for point in points)
 
+    def read(self) -> list[Point]:
+        """The points that wait, and some that were sent since; [] when none wait."""
+        try:
+            lines = self.path.read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        return [point for line in lines if (point := _parse_point(line))]
+
     def drain(self, send: Callable[[list[Point]], bool]) -> None:
         """Passes the points to `send` in order until it returns False or none is left.
 

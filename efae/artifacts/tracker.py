@@ -108,12 +108,9 @@ class Tracker:
             self._wake.set()
 
     def unsent(self) -> list[Point]:
-        """What MLflow may not have yet, for a checkpoint: if this process is killed, it is lost.
-
-        Points that an outage left in the spill folder are safe there, and not among them.
-        """
+        """What MLflow may not have yet, for a checkpoint: it would be lost with this node."""
         with self._handing_over:
-            points = [*self._in_flight, *_split_points(list(self._queue))]
+            points = [*self._spill.read(), *self._in_flight, *_split_points(list(self._queue))]
         return [point for point in points if not point.name.startswith("system/")]
 
     def resend(self, points: Iterable[Sequence[Any]]) -> None:

@@ -1,9 +1,9 @@
 """The training loop: read this file first.
 
 A batch becomes float images on the device; the autoencoder draws t, noise and group element per
-example and returns the flow loss; the optimizer steps; the moving average follows; now and then a
-checkpoint is written and reported. Everything random is a function of (seed, step, rank), so a
-resumed run goes on as if nothing had happened.
+example and returns the flow loss; the optimizer steps; the moving average follows; now and then
+the curves get a point and storage a checkpoint. Everything random is a function of (seed, step,
+rank), so a resumed run goes on as if nothing had happened.
 """
 
 import copy
@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines import ShardDataset
-from efae.artifacts.checkpoint import Checkpoint, write_checkpoint
+from efae.artifacts.checkpoint import Checkpoint
 from efae.artifacts.report import draw_reconstructions
 from efae.artifacts.tracker import Tracker
 from efae.config import Config
 from efae.model.objective import Objective
+from efae.training.checkpoint_writer import CheckpointWriter
+from efae.training.divergence import DivergenceGuard
 from efae.training.measures import psnr, to_float
 from efae.training.meter import Meter
 from efae.training.optimizer import learning_rate_at, set_learning_rate
@@ -33,10 +35,6 @@ from efae.training.state import TrainState
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss or its gradient is no longer a number."""
-
-
 def train(
     config: Config,
     dataset: ShardDataset,
@@ -45,8 +43,10 @@ def train(
     rank: int = 0,
     world_size: int = 1,
     checkpoint: Checkpoint | None = None,
-    report: Callable[[dict[str, Any], Path | None], None],
+    rate_factor: float = 1.0,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+    ends_soon: Callable[[], bool] = lambda: False,
+    writer: CheckpointWriter | None = None,
     tracker: Tracker | None = None,
     preview: Tensor | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -60,14 +60,18 @@ def train(
         rank: of this process.
         world_size: number of processes; the global batch is split over them.
         checkpoint: where to go on from.
-        report: called by every rank with metrics and, on rank 0, the folder of a new checkpoint.
+        rate_factor: on every learning rate.
         wrap: makes the model data parallel.
+        ends_soon: whether this machine, or another's, is about to be taken away: then every log
+            interval writes a checkpoint. All ranks call it at the same steps.
+        writer: takes the checkpoints; rank 0 only.
         tracker: receives the curves; rank 0 only.
         preview: held-out uint8 images (n, c, h, w) to look at during training; rank 0 only.
         say: prints progress; rank 0 only.
 
     Raises:
         TrainingDiverged: loss or gradient is not finite; the weights are as before the step.
+        StorageError: shards cannot be read, or checkpoints written, within the deadline.
     """
     training, optimization = config.training, config.optimizer
     state = TrainState.create(config, device)
@@ -88,9 +92,11 @@ def train(
         cache_dir=config.data.cache_dir,
         pin_memory=device.type == "cuda",
     )
+    scores: dict[str, float] = {}
     if checkpoint is not None:
         state.restore(checkpoint)
         loader.load_state_dict(checkpoint.metadata["position"])
+        scores = dict(checkpoint.metadata["scores"])
         if tracker:
             tracker.resend(checkpoint.metadata["unsent_metrics"])
     perceptual = None
@@ -100,11 +106,10 @@ def train(
     generator = torch.Generator(device)
     autocast = AUTOCAST[training.precision]
     meter = Meter(device)
+    guard = DivergenceGuard(state.optimizer, state.scaler)
     clock = Clock(state.step, training.steps, training.global_batch_size)
     sample_log = SampleLog(config.tracking.sample_log, rank, world_size)
     batches: Iterator[Any] = iter(loader)
-    if checkpoint is not None and state.step >= training.steps:
-        report(checkpoint.metadata["totals"], None)  # only what comes after training is missing
 
     while state.step < training.steps:
         waited = loader.wait_seconds
@@ -116,13 +121,14 @@ def train(
         generator.manual_seed(seed_of(training.seed, state.step, rank))
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             loss, t = objective(image, generator)
-        state.scaler.scale(loss.mean()).backward()
+        # Not the mean over this rank's images, of which it may have one more than another.
+        mean_loss = loss.sum() / (training.global_batch_size / world_size)
+        state.scaler.scale(mean_loss).backward()
 
         state.scaler.unscale_(state.optimizer)
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), optimization.max_grad_norm)
-        if not state.scaler.is_enabled():  # an fp16 scaler skips such a step and lowers its scale
-            require_finite(norm, state.step)
-        rate = learning_rate_at(state.step, training.steps, optimization)
+        guard.watch(state.step, batch.key, loss, norm)
+        rate = rate_factor * learning_rate_at(state.step, training.steps, optimization)
         set_learning_rate(state.optimizer, rate)
         state.scaler.step(state.optimizer)
         state.scaler.update()
@@ -131,27 +137,38 @@ def train(
         meter.add(loss, t)
         state.step += 1
 
-        if state.step % training.log_interval == 0 or state.step == training.steps:
+        last = state.step == training.steps
+        save = state.step % training.checkpoint_interval == 0 or last
+        look = state.step % training.evaluation_interval == 0
+        if state.step % training.log_interval == 0 or save or look:
             meter.bad_samples = len(loader.bad_samples)
             metrics = meter.read() | {"learning_rate": rate, "gradient_norm": float(norm)}
+            guard.check(metrics["loss"])
             metrics["images_seen"] = state.step * training.global_batch_size
             if tracker:
                 tracker.log_metrics(state.step, metrics)
             clock.tick(state.step, metrics, say)
-        if preview is not None and tracker and state.step % training.evaluation_interval == 0:
-            show_preview(state, preview.to(device), tracker)
-        if state.step % training.checkpoint_interval == 0 or state.step == training.steps:
-            metrics = {"step": state.step, "device": describe_device(device)}
-            metrics |= clock.totals(state.step, loader.wait_seconds)
-            metrics["bad_samples"] = meter.bad_samples_of_all
-            extra = {
-                "position": loader.state_dict(),
-                "images_seen": state.step * training.global_batch_size,
-                "unsent_metrics": tracker.unsent() if tracker else [],
-                "totals": metrics,
-            }
-            report_checkpoint(state, config, extra, rank, report, metrics)
-    sample_log.close()
+            if look and preview is not None and tracker:
+                scores["psnr"] = show_preview(state, preview.to(device), tracker)
+            scores["loss"] = metrics["loss"]
+            save = ends_soon() or save
+            if save and writer:
+                totals = clock.totals(state.step, loader.wait_seconds) | {
+                    "device": describe_device(device),
+                    "world_size": world_size,
+                    "bad_samples": meter.bad_samples_of_all,
+                    "checkpoints": writer.saved,
+                    "checkpoint_stall_seconds": writer.stall_seconds,
+                }
+                extra = {
+                    "position": loader.state_dict(),
+                    "unsent_metrics": tracker.unsent() if tracker else [],
+                    "totals": totals,
+                    "scores": dict(scores),
+                }
+                writer.save(state, extra)
+    if writer:
+        writer.wait()
     return state
 
 
@@ -165,47 +182,20 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def require_finite(norm: Tensor, step: int) -> None:
-    """Stop before the update when the gradient is not a number, without a host sync on a GPU."""
-    message = (
-        f"the gradient of step {step} is not finite: the weights are as before this step; lower"
-        " optimizer.learning_rate, or look at the batch"
-    )
-    if norm.is_cuda:
-        torch._assert_async(torch.isfinite(norm), message)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
-    elif not torch.isfinite(norm):
-        raise TrainingDiverged(message)
-
-
-def report_checkpoint(
-    state: TrainState,
-    config: Config,
-    extra: dict[str, Any],
-    rank: int,
-    report: Callable[[dict[str, Any], Path | None], None],
-    metrics: dict[str, Any],
-) -> None:
-    """Write a checkpoint (rank 0) and hand it over (every rank, since reporting is a barrier)."""
-    folder = None
-    if rank == 0:
-        tensors, metadata = state.snapshot()
-        folder = Path(tempfile.mkdtemp(prefix="efae-checkpoint-"))
-        write_checkpoint(folder, **tensors, metadata=metadata | extra, config=config)
-    report(metrics, folder)
-
-
 @torch.no_grad()
-def show_preview(state: TrainState, preview: Tensor, tracker: Tracker) -> None:
-    """Reconstruct held-out images with the averaged weights and send picture and PSNR."""
+def show_preview(state: TrainState, preview: Tensor, tracker: Tracker) -> float:
+    """Reconstruct held-out images with the averaged weights; send picture and PSNR, return it."""
     model = copy.deepcopy(state.model).eval()
     state.average.copy_to(model)
     image = to_float(preview)
     sample = model.decode(model.encode(image), seed=0).clamp(-1, 1)
-    tracker.log_metrics(state.step, {"held_out/psnr": float(psnr(sample, image).mean())})
+    score = float(psnr(sample, image).mean())
+    tracker.log_metrics(state.step, {"held_out/psnr": score})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"step-{state.step:08d}.png"
         draw_reconstructions(image.cpu(), sample.cpu(), path)
         tracker.log_figure(path, f"reconstructions/{path.name}")
+    return score
 
 
 class Clock:

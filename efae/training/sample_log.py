@@ -9,8 +9,8 @@ from pathlib import Path
 class SampleLog:
     """One file per training process, FOLDER/TIME_NS-RANK.jsonl, with one line per step.
 
-    A line is [seconds since 1970, step, world size, [key, ...]], flushed when the step's batch is
-    taken: after a kill it tells what was under way.
+    A line is [seconds since 1970, step, world size, [key, ...]], there before the step begins:
+    after a kill it tells what was under way.
 
     Args:
         folder: local; made if need be. "" writes nothing.
@@ -22,19 +22,14 @@ class SampleLog:
     """
 
     def __init__(self, folder: str, rank: int, world_size: int):
-        self._file = None
         self._world_size = world_size
-        if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self._file = (Path(folder) / f"{time.time_ns()}-{rank}.jsonl").open("w", buffering=1)
+        self._path = Path(folder) / f"{time.time_ns()}-{rank}.jsonl" if folder else None
+        if self._path:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, step: int, keys: Sequence[str]) -> None:
         """Notes that `step` (counted from 0) trains on these samples of this rank."""
-        if self._file:
-            line = [time.time(), step, self._world_size, list(keys)]
-            self._file.write(json.dumps(line) + "\n")
-
-    def close(self) -> None:
-        """Closes the file."""
-        if self._file:
-            self._file.close()
+        if self._path:
+            line = json.dumps([time.time(), step, self._world_size, list(keys)])
+            with self._path.open("a") as file:
+                file.write(f"{line}\n")

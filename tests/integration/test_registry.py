@@ -14,7 +14,7 @@ from mlflow.models import Model
 import efae
 from data_pipelines import storage, uris
 from efae import config as configuration
-from efae.artifacts import checkpoint, registry, tracking
+from efae.artifacts import checkpoint, registry, run_checkpoints, tracking
 from efae.artifacts.checkpoint import CheckpointError
 from efae.artifacts.registry import RegisteredVersion
 from efae.config import Config
@@ -208,25 +208,24 @@ def test_without_a_server_pull_says_so_and_makes_no_database(monkeypatch, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def write_run(run_uri: str, steps: tuple[int, ...], tmp_path: Path) -> None:
+def write_run(run_uri: str, steps: tuple[int, ...]) -> None:
     for step in steps:
-        weights, folder = make_model(seed=step).state_dict(), tmp_path / f"upload-{step}"
+        weights = make_model(seed=step).state_dict()
         checkpoint.write_checkpoint(
-            folder,
+            uris.join(run_uri, checkpoint.checkpoint_name(step)),
             model={"raw": torch.zeros(2)},
             ema=weights,
             optimizer={},
             metadata={"step": step},
             config=TINY,
         )
-        storage.upload_folder(folder, uris.join(run_uri, checkpoint.checkpoint_name(step)))
 
 
 @pytest.mark.parametrize("where", ["s3", "folder"])
 def test_a_checkpoint_loads_as_a_model_of_its_ema(where, local_stack, tmp_path):
     run_uri = "s3://efae-runs/registry/load" if where == "s3" else str(tmp_path / "run")
-    write_run(run_uri, (3, 7), tmp_path)
-    newest = checkpoint.find_newest_checkpoint(run_uri)
+    write_run(run_uri, (3, 7))
+    newest = run_checkpoints.find_newest_checkpoint(run_uri)
     assert newest == f"{run_uri}/step-00000007"
     model = efae.load(newest)
     expected = make_model(seed=7).state_dict()
@@ -237,8 +236,8 @@ def test_a_checkpoint_loads_as_a_model_of_its_ema(where, local_stack, tmp_path):
         efae.load(f"{run_uri}/nothing")
 
 
-def test_only_what_a_model_needs_is_cached_of_a_checkpoint(local_stack, tmp_path):
-    write_run("s3://efae-runs/registry/cached", (5,), tmp_path)
+def test_only_what_a_model_needs_is_cached_of_a_checkpoint(local_stack):
+    write_run("s3://efae-runs/registry/cached", (5,))
     folder = registry.pull("s3://efae-runs/registry/cached/step-00000005")
     names = {path.name for path in folder.iterdir()}
     assert names == {"ema.safetensors", "config.json", "manifest.json"}
@@ -248,12 +247,12 @@ def test_a_half_uploaded_or_damaged_checkpoint_on_s3_gives_way_to_the_one_before
     local_stack, tmp_path, caplog
 ):
     run_uri = "s3://efae-runs/registry/damaged"
-    write_run(run_uri, (1, 2, 3), tmp_path)
+    write_run(run_uri, (1, 2, 3))
     storage.delete(f"{run_uri}/step-00000003/optimizer.safetensors")
     manifest = json.loads(storage.read_bytes(f"{run_uri}/step-00000002/manifest.json"))
     size = manifest["files"]["ema.safetensors"]["bytes"]
     storage.write_bytes(f"{run_uri}/step-00000002/ema.safetensors", os.urandom(size))
-    found = checkpoint.read_newest_checkpoint(run_uri)
+    found = run_checkpoints.read_newest_checkpoint(run_uri, run_checkpoints.warn_of_damage)
     assert found is not None
     assert found[0] == f"{run_uri}/step-00000001"
     assert [record.levelname for record in caplog.records] == ["WARNING", "ERROR"]

@@ -12,7 +12,8 @@ import pytest
 from mlflow import MlflowClient
 
 from data_pipelines.build_shards import build_shards
-from efae.artifacts import checkpoint
+from efae.artifacts.checkpoint import checkpoint_name
+from efae.artifacts.run_checkpoints import find_newest_checkpoint
 from tests.conftest import find_workers
 
 pytestmark = [pytest.mark.s3, pytest.mark.ray]
@@ -58,10 +59,10 @@ def run_job(name, *arguments, **environment):
 def kill_a_worker_after(step, job, environment):
     """SIGKILL one worker once the run has a checkpoint of `step` or later."""
     newest = None
-    while newest is None or newest < checkpoint.checkpoint_name(step):
+    while newest is None or newest < checkpoint_name(step):
         assert job.poll() is None, "the job ended before a worker could be killed"
         time.sleep(0.2)
-        found = checkpoint.find_newest_checkpoint("s3://efae-runs/ray/killed")
+        found = find_newest_checkpoint("s3://efae-runs/ray/killed")
         newest = found and found.rpartition("/")[2]
     find_workers("RayTrainWorker", environment)[0].send_signal(signal.SIGKILL)
 

@@ -102,7 +102,7 @@ def test_another_format_version_is_refused(tmp_path):
     text = path.read_text()
     path.write_text(text.replace('"format_version": 2', '"format_version": 99'))
     with pytest.raises(CheckpointError, match="format version 99"):
-        checkpoint.read_newest_checkpoint(str(tmp_path))
+        checkpoint.read_checkpoint(path.parent)
 
 
 def test_state_that_is_not_json_is_refused_before_the_folder_is_touched(tmp_path):
@@ -120,34 +120,6 @@ def test_names_sort_as_steps_do():
     assert names[1] == "step-00000009"
 
 
-def test_the_newest_is_found_by_step_among_other_files(tmp_path):
-    assert checkpoint.find_newest_checkpoint(str(tmp_path)) is None
-    for step in (100, 20):
-        write(tmp_path, step)
-    (tmp_path / "step-latest").mkdir()
-    (tmp_path / "step-latest" / checkpoint.MANIFEST).write_text("{}")
-    (tmp_path / "result.json").write_text("{}")
-    assert checkpoint.find_newest_checkpoint(str(tmp_path)) == str(tmp_path / "step-00000100")
-
-
-@pytest.mark.parametrize("written", range(len(ALL_FILES)))
-def test_a_writer_killed_after_any_file_leaves_no_checkpoint(tmp_path, written, caplog):
-    """Files are written in this order: with fewer than all of them, the one before is newest."""
-    before, half = write(tmp_path, 10), write(tmp_path, 20)
-    for name in ALL_FILES[written:]:
-        (half / name).unlink()
-    assert checkpoint.find_newest_checkpoint(str(tmp_path)) == str(before)
-    assert written == 0 or "half-written" in caplog.text
-
-
-@pytest.mark.parametrize("name", checkpoint.CHECKPOINT_FILES)
-def test_an_upload_cut_short_leaves_no_checkpoint(tmp_path, name):
-    """Uploads run in parallel: the manifest may arrive before the last byte of another file."""
-    before, half = write(tmp_path, 10), write(tmp_path, 20)
-    (half / name).write_bytes((half / name).read_bytes()[:-1])
-    assert checkpoint.find_newest_checkpoint(str(tmp_path)) == str(before)
-
-
 @pytest.mark.parametrize("name", checkpoint.CHECKPOINT_FILES)
 def test_a_write_that_fails_midway_leaves_no_manifest_not_even_an_old_one(tmp_path, name):
     folder = write(tmp_path, 10)
@@ -156,30 +128,6 @@ def test_a_write_that_fails_midway_leaves_no_manifest_not_even_an_old_one(tmp_pa
     with pytest.raises(IsADirectoryError):
         checkpoint.write_checkpoint(folder, **make_state(10))
     assert not (folder / checkpoint.MANIFEST).exists()
-
-
-@pytest.mark.parametrize("name", [checkpoint.EMA, checkpoint.MANIFEST])
-def test_a_damaged_newest_falls_back_loudly(tmp_path, caplog, name):
-    for step in (10, 20):
-        write(tmp_path, step)
-    if name == checkpoint.MANIFEST:
-        (tmp_path / "step-00000020" / name).write_text("{")
-    else:
-        damage(tmp_path / "step-00000020" / name)
-    found = checkpoint.read_newest_checkpoint(str(tmp_path))
-    assert found is not None
-    assert found[0] == str(tmp_path / "step-00000010")
-    assert found[1].metadata["step"] == 10
-    assert [r.levelname for r in caplog.records] == ["ERROR"]
-    assert "step-00000020" in caplog.text
-
-
-def test_damage_everywhere_is_an_error_not_a_fresh_start(tmp_path):
-    assert checkpoint.read_newest_checkpoint(str(tmp_path)) is None
-    for step in (10, 20):
-        damage(write(tmp_path, step) / checkpoint.MODEL)
-    with pytest.raises(CheckpointError, match="step-00000010"):
-        checkpoint.read_newest_checkpoint(str(tmp_path))
 
 
 def test_a_model_comes_back_and_holds_two_files(tmp_path):

@@ -40,7 +40,11 @@ def test_overrides_are_found_again(rate, steps, split, counts):
         ("optimizer", 1.0, "unknown configuration key 'optimizer'"),
         ("training.steps", 0, "training.steps=0: must be positive"),
         ("training.steps", "many", "training.steps"),
-        ("training.global_batch_size", 63, "global_batch_size=63.*2 workers"),
+        ("training.global_batch_size", 1, "global_batch_size=1: fewer than the 2 workers"),
+        ("ray.num_workers", 0, "ray.num_workers=0: must be a positive number"),
+        ("ray.num_workers", (3, 2), "ray.num_workers=.*fewest first"),
+        ("ray.rollbacks", -1, "ray.rollbacks=-1"),
+        ("resume", "always", "resume='always': use auto, never or the URI"),
         ("data.resolution", 30, "data.resolution=30.*multiple of model.downsampling=8"),
         ("model.patch_size", 3, "model.downsampling=8: must be model.patch_size"),
         ("model.num_heads", 3, "multiple of 8 \\* model.num_heads = 24"),
@@ -55,7 +59,7 @@ def test_bad_values_name_key_value_and_remedy(key, value, message):
 
 def test_digest_follows_what_decides_the_weights():
     config = Config()
-    names = {"tracking.run_name": "other", "ray.storage_uri": "s3://other"}
+    names = {"tracking.run_name": "other", "ray.num_workers": (1, 4), "resume": "never"}
     assert configuration.digest(with_overrides(config, names)) == configuration.digest(config)
     changed = with_overrides(config, {"training.seed": 1})
     assert configuration.digest(changed) != configuration.digest(config)

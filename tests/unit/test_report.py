@@ -30,8 +30,8 @@ from efae.training.evaluation import evaluate
 SUMMARY = (
     *("run_name", "mlflow_run_id", "model_uri", "steps", "images_seen", "images_per_second"),
     *("data_wait_fraction", "bad_samples", "psnr", "gap_db", "worst_gap_db", "group_law_error"),
-    "recoveries",
-    *("world_size", "precision", "device", "wall_seconds"),
+    *("checkpoints", "checkpoint_stall_seconds", "recoveries"),
+    *("world_size", "precision", "device", "wall_seconds", "events"),
 )
 FIGURES = ("orbit", "reconstructions", "gap", "rotations", "energy", "steps", "loss_by_time")
 FACTS = {
@@ -43,7 +43,10 @@ FACTS = {
     "images_per_second": 812.5,
     "data_wait_fraction": 0.01,
     "bad_samples": 0,
+    "checkpoints": 3,
+    "checkpoint_stall_seconds": 0.25,
     "recoveries": 1,
+    "events": ["12:00:00  2 workers begin", "12:00:07  rank 1 was lost: <killed>"],
     "world_size": 2,
     "precision": "fp32",
     "device": "cpu",
@@ -139,6 +142,7 @@ def test_text_is_escaped_and_passwords_are_left_out(folder):
     page = Page(html)
     assert FACTS["run_name"] in page.text
     assert FACTS["credits"][0] in page.text
+    assert all(event in page.text for event in FACTS["events"])
     assert "https" not in [tag for tag, _ in page.tags]
     assert "hunter2" not in html
     assert "s3://***@bucket/set" in page.text

@@ -101,7 +101,7 @@ class TestRead:
     def test_refuses_sizes_that_do_not_fit(self, shards):
         dataset = ShardDataset.open(shards)
         for message, options in {
-            "global_batch_size=5: must be a positive multiple of world_size=2": {"world_size": 2},
+            "global_batch_size=5: must be at least world_size=6": {"world_size": 6},
             "rank=2": {"rank": 2, "world_size": 2},
             "channels=4": {"channels": 4},
             "tail='drop'": {"tail": "drop"},

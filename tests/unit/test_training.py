@@ -1,7 +1,8 @@
 """The loop on real shards in one process: determinism, resume, precision, refusals."""
 
 import itertools
-import shutil
+import json
+import pickle
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from data_pipelines import ShardDataset
 from data_pipelines.build_shards import build_shards
 from efae.artifacts.checkpoint import read_checkpoint
 from efae.config import Config, OptimizerConfig, with_overrides
+from efae.training.checkpoint_writer import CheckpointWriter
+from efae.training.divergence import DivergenceGuard, TrainingDiverged
 from efae.training.ema import MovingAverage
-from efae.training.loop import TrainingDiverged, seed_of, train
+from efae.training.loop import seed_of, train
 from efae.training.optimizer import build_optimizer, learning_rate_at
 
 TINY = {
@@ -47,30 +50,15 @@ def shards(tmp_path_factory):
     return str(output)
 
 
-class Reports(list):
-    """Collects what the loop reports; the folders go when the test ends."""
-
-    def __call__(self, metrics, folder):
-        self.append((metrics, folder))
-
-
-@pytest.fixture
-def reports():
-    reports = Reports()
-    yield reports
-    for _, folder in reports:
-        if folder:
-            shutil.rmtree(folder)
-
-
-def run(shards, reports, checkpoint=None, say=lambda line: None, **overrides):
+def run(shards, folder=None, checkpoint=None, say=lambda line: None, rate_factor=1.0, **overrides):
     config = with_overrides(Config(), TINY | {"data.uri": shards} | overrides)
     return train(
         config,
         ShardDataset.open(shards),
         device=CPU,
-        report=reports,
+        writer=CheckpointWriter(str(folder), config) if folder else None,
         checkpoint=checkpoint,
+        rate_factor=rate_factor,
         say=say,
     )
 
@@ -87,23 +75,35 @@ def assert_same_state(a, b):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("level", ["exact", "objective"])
-def test_resumed_equals_uninterrupted_bit_for_bit(shards, reports, precision, level):
+def test_resumed_equals_uninterrupted_bit_for_bit(shards, tmp_path, precision, level):
     overrides = {"training.precision": precision, "model.level": level}
-    whole = run(shards, reports, **overrides)
-    steps = [metrics["step"] for metrics, _ in reports]
-    assert steps == [4, 8]
-    halfway = read_checkpoint(reports[0][1])
-    assert_same_state(run(shards, reports, checkpoint=halfway, **overrides), whole)
-    other = run(shards, reports, **overrides, **{"training.seed": 1})
+    whole = run(shards, tmp_path, **overrides)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000008"]
+    halfway = read_checkpoint(tmp_path / "step-00000004")
+    assert_same_state(run(shards, checkpoint=halfway, **overrides), whole)
+    other = run(shards, **overrides, **{"training.seed": 1})
     assert not torch.equal(next(other.model.parameters()), next(whole.model.parameters()))
 
 
-def test_a_run_that_was_trained_to_the_end_reports_its_totals_again(shards, reports):
-    run(shards, reports)
-    again = Reports()
-    state = run(shards, again, checkpoint=read_checkpoint(reports[-1][1]))
-    assert state.step == 8
-    assert again == [(reports[-1][0], None)]
+def test_a_run_that_was_trained_to_the_end_trains_no_more(shards, tmp_path):
+    state = run(shards, tmp_path)
+    again = run(shards, tmp_path, checkpoint=read_checkpoint(tmp_path / "step-00000008"))
+    assert_same_state(again, state)
+
+
+def test_a_notice_makes_every_log_interval_a_checkpoint(shards, tmp_path):
+    config = with_overrides(
+        Config(), TINY | {"data.uri": shards, "ray.checkpoints_to_keep": 9, "training.steps": 7}
+    )
+    asked = []
+    train(
+        config,
+        ShardDataset.open(shards),
+        device=CPU,
+        writer=CheckpointWriter(str(tmp_path), config),
+        ends_soon=lambda: asked.append(0) or len(asked) > 2,
+    )
+    assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [4, 6, 7]
 
 
 @pytest.mark.parametrize(
@@ -121,27 +121,27 @@ def test_a_run_that_was_trained_to_the_end_reports_its_totals_again(shards, repo
     ],
     ids=["vector latent", "velocity", "grey", "turns only"],
 )
-def test_every_kind_of_model_trains(shards, reports, overrides):
-    state = run(shards, reports, **{"training.steps": 3} | overrides)
+def test_every_kind_of_model_trains(shards, overrides):
+    state = run(shards, **{"training.steps": 3} | overrides)
     assert state.step == 3
     assert all(torch.isfinite(p).all() for p in state.model.parameters())
 
 
-def test_global_random_state_changes_nothing(shards, reports):
+def test_global_random_state_changes_nothing(shards):
     torch.manual_seed(1)
-    first = run(shards, reports)
+    first = run(shards)
     torch.manual_seed(2)
     torch.rand(5)
-    assert_same_state(first, run(shards, reports))
+    assert_same_state(first, run(shards))
 
 
-def test_training_lowers_the_loss(shards, reports):
+def test_training_lowers_the_loss(shards):
     lines = []
-    run(shards, reports, say=lines.append, **{"training.steps": 150, "training.log_interval": 10})
+    intervals = {"training.log_interval": 10, "training.checkpoint_interval": 50}
+    run(shards, say=lines.append, **{"training.steps": 150} | intervals)
     assert "step 150/150" in lines[-1]
     untrained = []
-    steps = {"training.steps": 10, "training.log_interval": 10}
-    run(shards, reports, say=untrained.append, **steps)
+    run(shards, say=untrained.append, **{"training.steps": 10} | intervals)
 
     def read_loss(line):
         return float(line.split("loss ")[1].split()[0])
@@ -149,21 +149,110 @@ def test_training_lowers_the_loss(shards, reports):
     assert read_loss(lines[-1]) < 0.8 * read_loss(untrained[-1])
 
 
-def test_golden_loss_curve(shards, reports):
+def test_golden_loss_curve(shards):
     """A change of these numbers is a change of what training does: say so in the CHANGELOG."""
     losses = []
     run(
         shards,
-        reports,
         say=lambda line: losses.append(float(line.split("loss ")[1].split()[0])),
-        **{"training.steps": 20, "training.log_interval": 20},
+        **{
+            "training.steps": 20,
+            "training.log_interval": 20,
+            "training.checkpoint_interval": 20,
+        },
     )
     assert losses == pytest.approx([0.9561], rel=0.005)
 
 
-def test_gradient_that_is_not_finite_stops_before_the_update(shards, reports):
-    with pytest.raises(TrainingDiverged, match=r"step \d+ is not finite.*learning_rate"):
-        run(shards, reports, **{"optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0})
+def poison(prediction, image):
+    """A loss term that is not a number for the image that is all white."""
+    return torch.where((image > 0.999).all((1, 2, 3)), torch.nan, 0.0)
+
+
+@pytest.fixture(scope="module")
+def poisoned_shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
+    pixels[7] = 255
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i:02d}.png")
+    output = tmp_path_factory.mktemp("shards") / "set"
+    build_shards(f"folder:{folder}", str(output))
+    return str(output)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_loss_that_is_not_finite_names_step_and_sample(poisoned_shards, tmp_path, precision):
+    log = tmp_path / "log"
+    with pytest.raises(TrainingDiverged) as caught:
+        run(
+            poisoned_shards,
+            tmp_path / "run",
+            **{
+                "loss.perceptual": "tests.unit.test_training:poison",
+                "training.precision": precision,
+                "training.steps": 20,
+                "training.log_interval": 10,
+                "tracking.sample_log": str(log),
+            },
+        )
+    lines = [json.loads(line) for line in next(log.iterdir()).read_text().splitlines()]
+    guilty = next(step for _, step, _, keys in lines if "07" in keys)
+    assert (caught.value.step, caught.value.samples) == (guilty, ["07"])
+    # No checkpoint holds a step from there on, although the host looked later.
+    saved = [int(path.name[5:]) for path in (tmp_path / "run").glob("step-*")]
+    assert all(step <= guilty for step in saved)
+    assert len(lines) > guilty + 1 or guilty % 10 in (3, 9)
+
+
+def test_the_update_of_a_gradient_that_is_not_finite_is_left_out():
+    """And so are those after it, until the host looks."""
+    layer = torch.nn.Linear(4, 4)
+    optimizer = build_optimizer(layer, OptimizerConfig())
+    guard = DivergenceGuard(optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    weights = []
+    for step, norm in enumerate([1.0, 1.0, float("inf"), 1.0]):
+        layer(torch.ones(2, 4)).square().mean().backward()
+        guard.watch(step, ["a", "b"], torch.tensor([1.0, 2.0]), torch.tensor(norm))
+        optimizer.step()
+        optimizer.zero_grad()
+        weights.append(layer.weight.detach().clone())
+    assert not torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[1], weights[2])
+    assert torch.equal(weights[1], weights[3])
+    with pytest.raises(TrainingDiverged, match=r"step 2 is not finite.*'a', 'b'"):
+        guard.check(1.0)
+
+
+def test_watching_changes_no_update():
+    def train_twice(watch):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 4)
+        optimizer = build_optimizer(layer, OptimizerConfig(weight_decay=0.1))
+        guard = DivergenceGuard(optimizer, torch.amp.GradScaler("cpu", enabled=False))
+        for step in range(3):
+            layer(torch.ones(2, 4)).square().mean().backward()
+            if watch:
+                guard.watch(step, ["a"], torch.ones(1), torch.tensor(1.0))
+            optimizer.step()
+            optimizer.zero_grad()
+        return layer.weight
+
+    assert torch.equal(train_twice(watch=True), train_twice(watch=False))
+
+
+def test_divergence_says_what_to_do_also_in_another_process():
+    error = pickle.loads(pickle.dumps(TrainingDiverged(7, ["a"], "s3://b/step-00000004", False)))
+    assert "step 7" in str(error)
+    assert "s3://b/step-00000004" in str(error)
+    assert "--ray.rollbacks" in str(error)
+    assert "half the rate" in str(TrainingDiverged(7, ["a"], None, True))
+
+
+def test_a_rate_factor_scales_every_rate(shards):
+    first = run(shards, rate_factor=0.5)
+    halved = run(shards, **{"optimizer.learning_rate": Config().optimizer.learning_rate / 2})
+    assert_same_state(first, halved)
 
 
 def test_group_elements_differ_within_a_batch_and_repeat_by_seed():

@@ -1,0 +1,78 @@
+"""Checkpoints from a background thread, one in flight: training stands still for the copy only."""
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from data_pipelines import uris
+from efae.artifacts.checkpoint import checkpoint_name, write_checkpoint
+from efae.artifacts.run_checkpoints import prune_checkpoints
+from efae.artifacts.run_events import record_event
+from efae.config import Config
+from efae.training.state import TrainState
+
+_SLOW_SECONDS = 30
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints straight from memory and deletes those no longer kept.
+
+    Args:
+        run_uri: the run's folder.
+        config: says how many checkpoints to keep.
+
+    Attributes:
+        saved: checkpoints handed over.
+        stall_seconds: how long training stood still for them: the copies to the host, and the
+            waits for an upload that had not ended when the next was due.
+    """
+
+    def __init__(self, run_uri: str, config: Config):
+        self.saved = 0
+        self.stall_seconds = 0.0
+        self._run_uri, self._config = run_uri, config
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="efae-checkpoint")
+        self._in_flight: Future[None] | None = None
+
+    def save(self, state: TrainState, extra: Mapping[str, Any]) -> None:
+        """Copies the state and returns; the upload goes on in the background.
+
+        Args:
+            state: of training.
+            extra: JSON values that travel with it; "scores" are what checkpoints are compared by.
+
+        Raises:
+            StorageError: the upload before this one failed for good.
+        """
+        started = time.monotonic()
+        self.wait()
+        tensors, metadata = state.snapshot()
+        self._in_flight = self._thread.submit(self._write, tensors, {**metadata, **extra})
+        self.saved += 1
+        self.stall_seconds += time.monotonic() - started
+
+    def wait(self) -> None:
+        """Returns when nothing is in flight.
+
+        Raises:
+            StorageError: the upload failed for good.
+        """
+        if self._in_flight is not None:
+            in_flight, self._in_flight = self._in_flight, None
+            in_flight.result()
+
+    def _write(self, tensors: dict[str, Any], metadata: dict[str, Any]) -> None:
+        step, keep, started = metadata["step"], self._config.ray, time.monotonic()
+        write_checkpoint(
+            uris.join(self._run_uri, checkpoint_name(step)),
+            **tensors,
+            metadata=metadata,
+            config=self._config,
+            scores=metadata["scores"],
+        )
+        prune_checkpoints(self._run_uri, step, keep.checkpoints_to_keep, keep.best_checkpoint_by)
+        seconds = time.monotonic() - started
+        if seconds > _SLOW_SECONDS:
+            what = f"storage was slow or away: the checkpoint of step {step} took {seconds:.0f} s"
+            record_event(self._run_uri, "outage", what)
