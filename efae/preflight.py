@@ -1,18 +1,20 @@
-"""What must hold before any work starts: each check raises one sentence that says what to do."""
+"""What must hold before any work starts, as seen from the driver; the nodes' are `node_checks`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from data_pipelines import ShardDataset, storage, uris
+from efae.artifacts.redaction import redact
 from efae.artifacts.tracking import check_server
+from efae.checks import Check
 from efae.config import Config
 from efae.model.autoencoder import Autoencoder
 from efae.symmetry import GROUPS
 from efae.training.perceptual import load_perceptual
 
 
-def list_checks(config: Config, tracking_uri: str) -> Iterator[tuple[str, Callable[[], None]]]:
+def list_checks(config: Config, tracking_uri: str) -> Iterator[tuple[str, Check]]:
     """(what it is about, check) pairs, the cheap ones first.
 
     Args:
@@ -20,19 +22,39 @@ def list_checks(config: Config, tracking_uri: str) -> Iterator[tuple[str, Callab
         tracking_uri: of the MLflow server; "" where none is set.
 
     Returns:
-        Checks that return nothing, or raise ValueError or StorageError.
+        Checks that raise ValueError or StorageError where something does not hold.
     """
     yield "configuration", lambda: check_configuration(config)
-    yield f"MLflow at {tracking_uri or '(unset)'}", lambda: check_server(tracking_uri)
-    yield f"images at {config.data.uri}", lambda: check_images(config, config.data.uri)
-    yield (
-        f"held-out images at {config.data.held_out_uri}",
-        lambda: check_images(config, config.data.held_out_uri),
-    )
-    yield (
-        f"storage at {config.ray.storage_uri}",
-        lambda: storage.check_writable(config.ray.storage_uri),
-    )
+    yield "MLflow", lambda: check_mlflow(tracking_uri)
+    yield "images", lambda: check_images(config, config.data.uri)
+    yield "held-out images", lambda: check_images(config, config.data.held_out_uri)
+    yield "storage", lambda: check_storage(config.ray.storage_uri)
+
+
+def measure_data(config: Config) -> int:
+    """Bytes that the run's shards take in a node's cache at most; 0 where they are not fetched.
+
+    Raises:
+        ValueError: no readable index there.
+        StorageError: the storage refuses or does not answer.
+    """
+    remote = [
+        uri for uri in (config.data.uri, config.data.held_out_uri) if not uris.local_path(uri)
+    ]
+    found = [shard.bytes for uri in remote for shard in ShardDataset.open(uri).index.shards]
+    return min(sum(found), config.data.cache_bytes)
+
+
+def check_mlflow(tracking_uri: str) -> str:
+    """The MLflow server answers; see `check_server`."""
+    check_server(tracking_uri)
+    return redact(tracking_uri)
+
+
+def check_storage(uri: str) -> str:
+    """Objects below `uri` can be written and deleted; see `storage.check_writable`."""
+    storage.check_writable(uri)
+    return uri
 
 
 def check_configuration(config: Config) -> None:
@@ -52,7 +74,7 @@ def check_configuration(config: Config) -> None:
         load_perceptual(config.loss.perceptual, torch.device("cpu"))
 
 
-def check_images(config: Config, uri: str, cut: bool = True) -> None:
+def check_images(config: Config, uri: str, cut: bool = True) -> str:
     """The shard set answers and its images are what the model takes.
 
     Args:
@@ -60,22 +82,26 @@ def check_images(config: Config, uri: str, cut: bool = True) -> None:
         uri: of the shard set.
         cut: whether larger images, or images of several sizes, are cut to the model's.
 
+    Returns:
+        Where and how many they are.
+
     Raises:
         ValueError: images that are too small; without `cut`, of another size or of several.
         StorageError: nothing can be read there.
     """
     storage.check_readable(uri)
-    shape = ShardDataset.open(uri).image_shape
-    wanted = config.data.image_size
+    dataset = ShardDataset.open(uri)
+    shape, wanted = dataset.image_shape, config.data.image_size
+    found = f"{len(dataset)} at {uris.display(uri)}"
     if shape is None and cut:
-        return
+        return found
     if shape is None:
         raise ValueError(
             f"{uri}: its images differ in size; build the shards with --resolution {wanted[0]}"
         )
-    height, width = found = shape[1:]
-    if found == wanted or (cut and height >= wanted[0] and width >= wanted[1]):
-        return
+    height, width = shape[1:]
+    if (height, width) == wanted or (cut and height >= wanted[0] and width >= wanted[1]):
+        return found
     if height != width and GROUPS[config.representation.group].swaps_sides:
         raise ValueError(
             f"{uri}: its images are {height} x {width}, not square, but group"

@@ -1,0 +1,51 @@
+"""Check all that a training run needs, without training; exit status 0 only if it can begin.
+
+    python jobs/preflight.py quickstart
+    ray job submit --working-dir . -- python jobs/preflight.py imagenet_256 --ray.num-workers 16
+
+Takes the presets and overrides of jobs/train.py, which does the same checks before it trains.
+Addresses come from the environment (`source .local/env` for the local stack).
+"""
+
+import dataclasses
+import logging
+import os
+import sys
+
+import tyro
+
+from efae.config import Config
+from efae.presets import PRESETS
+
+
+def parse_arguments(arguments: list[str]) -> Config:
+    """The preset with the command line's overrides; exits with status 2 and a message if wrong."""
+    config = tyro.extras.overridable_config_cli(
+        PRESETS, description=__doc__, args=arguments, prog="jobs/preflight.py"
+    )
+    name = config.tracking.run_name or "preflight"
+    return dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, run_name=name))
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status 0 only if all checks passed."""
+    config = parse_arguments(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # Importing the platform takes seconds; a mistyped option should not.
+    from efae.cluster_checks import run_preflight
+
+    try:
+        outcomes = run_preflight(
+            config,
+            os.environ.get("MLFLOW_TRACKING_URI", ""),
+            say=lambda line: print(line, flush=True),
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"all {len(outcomes)} checks passed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
