@@ -79,7 +79,9 @@ def run_experiment(config: Config, tracking_uri: str, say: Callable[[str], None]
         final, totals = _find_final(config)
         say(f"evaluating on {config.training.held_out_images} held-out images ...")
         evaluation = evaluate_on_cluster(final, config)
-        facts = describe_run(config, totals) | {
+        facts = {
+            **describe_run(config, totals),
+            **describe_data(config),
             "mlflow_run_id": run_id,
             "wall_seconds": time.monotonic() - started,
         }
@@ -197,7 +199,6 @@ def describe_run(config: Config, totals: dict[str, Any]) -> dict[str, Any]:
         "recoveries": max(0, sum(event.kind == "start" for event in events) - 1),
         "events": [str(event) for event in events],
         **totals,
-        **describe_data(config),
     }
 
 

@@ -1,0 +1,156 @@
+"""A small training job as users submit it, and what it leaves in MLflow and storage."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+
+from efae.artifacts.checkpoint import checkpoint_name
+from efae.artifacts.run_checkpoints import find_newest_checkpoint
+from efae.artifacts.run_events import read_events
+
+ROOT = Path(__file__).parents[2]
+SHARDS = "s3://efae-data/train-job"
+STEPS, LOG_INTERVAL = 600, 10
+OPTIONS = [
+    "quickstart",
+    f"--data.uri={SHARDS}/train",
+    f"--data.held-out-uri={SHARDS}/held_out",
+    "--data.channels=1",
+    "--data.decode-threads=1",
+    "--representation.dim=12",
+    "--representation.rotation-dims=4",
+    "--model.hidden-size=64",
+    "--model.num-heads=2",
+    "--model.encoder-hidden-size=64",
+    "--model.depth=2",
+    f"--training.steps={STEPS}",
+    "--training.global-batch-size=32",
+    f"--training.log-interval={LOG_INTERVAL}",
+    "--training.checkpoint-interval=40",
+    "--training.evaluation-interval=300",
+    "--training.held-out-images=64",
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted job that runs."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def wait(self, timeout: float = 280) -> str:
+        """Its output, when it has ended with status 0."""
+        status = self.process.wait(timeout)
+        assert status == 0, self.log.read_text()
+        return self.log.read_text()
+
+    def wait_for(self, what: str, happened: Callable[[], Any], timeout: float = 150) -> Any:
+        """The first true answer of `happened` while the job runs."""
+        give_up_at = time.monotonic() + timeout
+        while not (answer := happened()):
+            assert self.process.poll() is None, f"ended before {what}: {self.log.read_text()}"
+            assert time.monotonic() < give_up_at, f"no {what}: {self.log.read_text()}"
+            time.sleep(0.2)
+        return answer
+
+    def wait_for_checkpoint(self, step: int) -> None:
+        """Until the run has a checkpoint of `step` or later."""
+        name = checkpoint_name(step)
+
+        def find() -> bool:
+            newest = find_newest_checkpoint(run_uri(self.name))
+            return newest is not None and newest.rpartition("/")[2] >= name
+
+        self.wait_for(f"checkpoint of step {step}", find)
+
+    def wait_for_event(self, kind: str, count: int = 1) -> None:
+        """Until the run has `count` events of this kind."""
+
+        def find() -> bool:
+            return sum(event.kind == kind for event in read_events(run_uri(self.name))) >= count
+
+        self.wait_for(f"{count} events {kind!r}", find)
+
+
+@contextmanager
+def submitted(name: str, *options: str) -> Iterator[Job]:
+    """The job under this run name, through `ray job submit`; ended with the block."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [ray, "job", "submit", "--working-dir", str(ROOT), "--", "python", "jobs/train.py"]
+    command += [*OPTIONS, *options, f"--tracking.run-name={name}"]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command, env=os.environ, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+            )
+        try:
+            yield Job(name, process, log)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def run_job(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A job's program, run to its end as a driver outside the cluster."""
+    return subprocess.run(
+        [sys.executable, f"jobs/{name}.py", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def run_uri(name: str) -> str:
+    """Where the run's checkpoints and events are."""
+    return f"s3://efae-runs/ray/{name}"
+
+
+def find_run(name: str) -> Any:
+    """The one MLflow run of this name."""
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    experiment = client.get_experiment_by_name("efae")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
+    assert len(runs) == 1
+    return runs[0]
+
+
+def read_summary(run: Any) -> dict[str, Any]:
+    """The summary.json among the run's artifacts."""
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    path = client.download_artifacts(run.info.run_id, "report/summary.json")
+    return json.loads(Path(path).read_text())
+
+
+def read_curve(run: Any, name: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric, in the order in which MLflow has them."""
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    return [(p.step, p.value) for p in client.get_metric_history(run.info.run_id, name)]
+
+
+def list_artifacts(run: Any, folder: str) -> set[str]:
+    """Names of the run's artifacts in this folder."""
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    return {Path(entry.path).name for entry in client.list_artifacts(run.info.run_id, folder)}
+
+
+def find_version(run: Any) -> Any:
+    """The registered version that the run made; its tag "digest" is of the weights."""
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    versions = client.search_model_versions("name = 'efae'")
+    return next(version for version in versions if version.run_id == run.info.run_id)
