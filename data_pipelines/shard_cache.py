@@ -102,12 +102,15 @@ class ShardCache:
         return [found[chunk][1] for chunk in chunks]
 
     def refetch(self, chunk: int) -> memoryview:
-        """Fetch the chunk again; a local shard is only read again."""
+        """Fetch the chunk again, and what lies in one file with it; a local shard is only read."""
         with self._lock:
-            path, _ = self._maps.pop(chunk, (None, None))
-        if path is not None and not self.local:
+            path, _ = self._maps.get(chunk, (None, None))
+            lost = sorted({chunk, *(other for other, at in self._maps.items() if at[0] == path)})
+        if self.local:
+            return self.fetch([chunk])[0]
+        if path is not None:
             path.unlink(missing_ok=True)
-        return self.open(chunk)
+        return self.fetch(lost)[lost.index(chunk)]
 
     def holds(self, chunk: int) -> bool:
         """Whether this process has the chunk mapped."""
