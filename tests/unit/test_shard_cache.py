@@ -181,6 +181,33 @@ class TestRemote:
         assert list_chunks(tmp_path, tars) == {0, 4, 5, 15}
         assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
 
+    @pytest.mark.parametrize("tars", [80], indirect=True)
+    def test_a_file_is_of_one_request_and_serves_each_of_its_chunks(
+        self, open_cache, tars, tmp_path
+    ):
+        open_cache().open(2)
+        whole = [expected(tars, chunk) for chunk in range(7)]
+        assert open_cache().fetch(range(7)) == whole
+        files = sorted((tmp_path / "cache").glob("*.chunk"))
+        assert len(files) == 3  # chunks 0 and 1, 2, and 3 to 6
+        other = open_cache()
+        assert [other.open(chunk) for chunk in (5, 0, 2)] == [whole[chunk] for chunk in (5, 0, 2)]
+        assert other.fetch(range(1, 6)) == whole[1:6]
+        assert sorted((tmp_path / "cache").glob("*.chunk")) == files
+
+    @pytest.mark.parametrize("tars", [80], indirect=True)
+    def test_fetching_again_keeps_what_lay_beside_the_damage(self, open_cache, tars, tmp_path):
+        open_cache().fetch(range(7))
+        (path,) = (tmp_path / "cache").glob("*.chunk")
+        whole = path.read_bytes()
+        path.write_bytes(bytes(len(whole)))
+        cache = open_cache()
+        cache.fetch(range(7))
+        assert cache.refetch(3) == expected(tars, 3)
+        assert list((tmp_path / "cache").glob("*.chunk")) == [path]
+        assert path.read_bytes() == whole
+        assert cache.open(6) == expected(tars, 6)
+
     def test_the_least_recently_opened_goes_first(self, open_cache, tars, tmp_path):
         cache = open_cache(capacity_chunks=4)
         files = name_files(tmp_path, tars)
