@@ -104,7 +104,7 @@ def join_cluster(config: Config) -> str:
             _knock(address)
         connect(config)
     except (OSError, RuntimeError, RayError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"RAY_ADDRESS={address or '(unset)'}: {reason}; start the cluster (make up) and give"
             " this client its address and token (RAY_ADDRESS, RAY_AUTH_MODE=token,"

@@ -118,9 +118,9 @@ def check_disk(cache_dir: str | None, cache_bytes: int) -> str:
     for file in cache.glob("*.chunk"):
         with contextlib.suppress(FileNotFoundError):  # another run evicts
             held += file.stat().st_size
-    needs = {cache: max(0, cache_bytes - held), Path(tempfile.gettempdir()): SPARE_BYTES}
+    needs = [(cache, max(0, cache_bytes - held)), (Path(tempfile.gettempdir()), SPARE_BYTES)]
     disks: dict[int, list[tuple[Path, int]]] = {}
-    for folder, need in needs.items():
+    for folder, need in needs:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         disks.setdefault(there.stat().st_dev, []).append((there, need))
     found: list[str] = []

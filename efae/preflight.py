@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from data_pipelines import ShardDataset, storage, uris
+from data_pipelines.shard_index import load_index
 from efae.artifacts.redaction import redact
 from efae.artifacts.tracking import check_server
 from efae.checks import Check
@@ -41,7 +42,7 @@ def measure_data(config: Config) -> int:
     remote = [
         uri for uri in (config.data.uri, config.data.held_out_uri) if not uris.local_path(uri)
     ]
-    found = [shard.bytes for uri in remote for shard in ShardDataset.open(uri).index.shards]
+    found = [shard.bytes for uri in remote for shard in load_index(uri).shards]
     return min(sum(found), config.data.cache_bytes)
 
 

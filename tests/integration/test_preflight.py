@@ -1,4 +1,4 @@
-"""The preflight command on real servers: all well, two things wrong, a cluster left open."""
+"""The preflight command on real servers: all well, two things wrong, an open cluster of two."""
 
 import os
 import subprocess
@@ -75,36 +75,61 @@ def test_all_that_is_wrong_is_said_at_once(local_stack):
     assert "2 of 12 checks failed: MLflow; storage" in result.stderr
 
 
-@pytest.fixture
-def open_cluster(local_stack):
-    """A head node that asks for no token; the variables of its clients."""
-    gcs, dashboard, agent, client, *metrics = map(str, pick_free(6))
-    variables = {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": f"127.0.0.1:{gcs}"}
+def start_node(folder, name, *options, **environment):
+    """Starts `ray start`; the process that was started, and its log."""
     command = [
-        *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"),
-        *("--node-ip-address=127.0.0.1", f"--port={gcs}", f"--dashboard-port={dashboard}"),
-        *(f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"),
+        *(str(Path(sys.executable).with_name("ray")), "start", "--block", *options),
         *("--min-worker-port=0", "--max-worker-port=0", "--num-cpus=2", "--disable-usage-stats"),
         f"--object-store-memory={100 * 2**20}",
+        f"--dashboard-agent-listen-port={pick_free(1)[0]}",
+        f"--temp-dir={folder}/{name}",
     ]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    environment |= dict(
-        zip(("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT"), metrics, strict=True)
-    )
-    del environment["RAY_ADDRESS"], environment["RAY_API_SERVER_ADDRESS"]
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    settings = {"RAY_AUTH_MODE": "disabled", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    log = Path(folder) / f"{name}.log"
+    return processes.start(command, inherited | settings | environment, log), log
+
+
+@pytest.fixture
+def open_cluster(local_stack):
+    """A head that asks for no token and a node with a wrong secret; their clients' variables."""
+    gcs, dashboard, client, autoscaler, metrics = pick_free(5)
     # A short path, because Unix sockets lie in it.
     with tempfile.TemporaryDirectory(prefix="efae-", ignore_cleanup_errors=True) as folder:
-        log = Path(folder) / "log"
-        head = processes.start([*command, f"--temp-dir={folder}"], environment, log)
+        started = []
         try:
-            deadline = time.monotonic() + 90
-            while not answers(f"http://127.0.0.1:{dashboard}/api/jobs/"):
-                assert processes.is_running(head), log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
-            yield variables
+            head, log = start_node(
+                folder,
+                "head",
+                *("--head", "--node-ip-address=127.0.0.1", f"--port={gcs}"),
+                *(f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"),
+                RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # stays on 127.0.0.1
+                AUTOSCALER_METRIC_PORT=str(autoscaler),
+                DASHBOARD_METRIC_PORT=str(metrics),
+            )
+            started.append(head)
+            wait_until(lambda: answers(f"http://127.0.0.1:{dashboard}/api/jobs/"), log)
+            # In capitals, because Ray replaces "localhost" by the host's outward address.
+            node, log = start_node(
+                folder,
+                "node",
+                *(f"--address=LOCALHOST:{gcs}", "--node-ip-address=127.0.0.2"),
+                RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="1",
+                AWS_SECRET_ACCESS_KEY="wrong",
+            )
+            started.append(node)
+            wait_until(lambda: "Ray runtime started" in log.read_text(), log)
+            yield {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": f"127.0.0.1:{gcs}"}
         finally:
-            processes.stop(head)
+            for process in reversed(started):
+                processes.stop(process)
+
+
+def wait_until(condition, log):
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
 
 
 def answers(url):
@@ -116,10 +141,16 @@ def answers(url):
         return False
 
 
-def test_a_cluster_that_anyone_may_use_is_refused(open_cluster):
+def test_an_open_cluster_and_a_node_without_access_are_refused(open_cluster):
     status, lines, result = preflight(**open_cluster)
     assert status == 1, result.stdout + result.stderr
-    (auth,) = lines["FAIL"]
-    assert auth.startswith("auth on 127.0.0.1: whoever reaches http://127.0.0.1:")
-    assert "RAY_AUTH_MODE=token" in auth
-    assert len(lines["ok"]) == 13
+    failed = {line.partition(": ")[0]: line for line in lines["FAIL"]}
+    assert set(failed) == {"auth on 127.0.0.1", "images on 127.0.0.2", "storage on 127.0.0.2"}
+    assert "RAY_AUTH_MODE=token" in failed["auth on 127.0.0.1"]
+    for what in ("images", "storage"):
+        assert "AWS_SECRET_ACCESS_KEY" in failed[f"{what} on 127.0.0.2"]
+        assert f"{what} on 127.0.0.1" in lines["ok"]
+    assert "wrong" not in result.stdout + result.stderr
+    # The order of nodes is Ray's.
+    shared = [line for line in lines["ok"] if "127.0.0.1" in line and "127.0.0.2" in line]
+    assert len(shared) == 5, shared  # versions, clock, disk, shared memory, MLflow

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -95,6 +96,8 @@ def test_disk_for_the_cache(tmp_path, monkeypatch):
     too_much = shutil.disk_usage(tmp_path).free + 10 * GIB
     with pytest.raises(ValueError, match=f"{tmp_path}.*data.cache_bytes"):
         node_checks.check_disk(str(cache), too_much)
+    with pytest.raises(ValueError, match="may need"):
+        node_checks.check_disk(tempfile.gettempdir(), 2**60)
     # What the cache holds already needs no new room.
     cache.mkdir(parents=True)
     with (cache / "held.chunk").open("wb") as file:
