@@ -16,10 +16,10 @@ from efae import config as configuration
 from efae.artifacts import checkpoint, registry, run_checkpoints, tracking
 from efae.artifacts.report import write_report
 from efae.artifacts.run_events import read_events
+from efae.artifacts.tracker import deliver_points
+from efae.cluster_checks import run_preflight
 from efae.config import Config
-from efae.preflight import list_checks
 from efae.ray_trainer import (
-    connect,
     evaluate_on_cluster,
     run_training,
     run_uri,
@@ -51,10 +51,7 @@ def run_experiment(config: Config, tracking_uri: str, say: Callable[[str], None]
         ConnectionError: MLflow is away when the model is to be registered.
     """
     started = time.monotonic()
-    for name, check in list_checks(config, tracking_uri):
-        check()
-        say(f"ok  {name}")
-    connect(config)
+    run_preflight(config, tracking_uri, say)
     step = find_start(config)
     experiment, run_name = config.tracking.experiment, config.tracking.run_name
     if step == config.training.steps and not tracking.find_unfinished_run(
@@ -70,22 +67,23 @@ def run_experiment(config: Config, tracking_uri: str, say: Callable[[str], None]
         run_name,
         {"efae.commit": config.tracking.commit, "efae.config": configuration.digest(config)},
     )
-    say(f"ok  run {run_name}: {tracking.find_run_url(tracking_uri, run_id)}")
+    say(f"ok   run {run_name}: {tracking.find_run_url(tracking_uri, run_id)}")
     if step:
         say(f"    goes on from step {step}")
     tracking.log_config(tracking_uri, run_id, config)
     try:
         run_training(config, run_id, tracking_uri)
-        final, totals = _find_final(config)
+        final, metadata = _find_final(config)
         say(f"evaluating on {config.training.held_out_images} held-out images ...")
         evaluation = evaluate_on_cluster(final, config)
         facts = {
-            **describe_run(config, totals),
+            **describe_run(config, metadata["totals"]),
             **describe_data(config),
             "mlflow_run_id": run_id,
             "wall_seconds": time.monotonic() - started,
         }
         wait_for_mlflow(tracking_uri, run_name, say)
+        deliver_points(tracking_uri, run_id, metadata["unsent_metrics"])
         summary = publish(config, tracking_uri, final, evaluation, facts)
     except BaseException:
         tracking.finish_run(tracking_uri, run_id, "FAILED")
@@ -169,11 +167,11 @@ def _changes(before: Config, now: Config) -> list[tuple[str, str]]:
 
 
 def _find_final(config: Config) -> tuple[str, dict[str, Any]]:
-    """URI of the last checkpoint, and the totals in it."""
+    """URI of the last checkpoint, and its metadata."""
     newest = run_checkpoints.read_newest_origin(run_uri(config))
     assert newest is not None, "training ended without a checkpoint"
     uri, (metadata, _) = newest
-    return uri, metadata["totals"]
+    return uri, metadata
 
 
 def describe_run(config: Config, totals: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import ray
@@ -35,7 +34,7 @@ from efae.artifacts.run_checkpoints import (
     warn_of_damage,
 )
 from efae.artifacts.run_events import read_events, record_event
-from efae.artifacts.tracker import Tracker
+from efae.artifacts.tracker import Tracker, default_spill_folder
 from efae.config import Config
 from efae.training.checkpoint_writer import CheckpointWriter
 from efae.training.divergence import TrainingDiverged
@@ -211,7 +210,7 @@ def _train_on_worker(settings: dict[str, str]) -> None:
         tracker = Tracker(
             settings["tracking_uri"],
             settings["run_id"],
-            Path(tempfile.gettempdir()) / "efae-spill",
+            default_spill_folder(),
             system_metrics_interval_seconds=10,
         )
         preview = read_held_out(config.data, PREVIEW_IMAGES)

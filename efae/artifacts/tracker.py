@@ -25,13 +25,36 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from efae.artifacts.redaction import first_cause, redact
-from efae.artifacts.request_limits import QUICK
+from efae.artifacts.request_limits import PATIENT, QUICK, request_limits
 from efae.artifacts.spill import Point, Spill
 
 logger = logging.getLogger(__name__)
 
 _POINTS_PER_REQUEST = 1000  # MLflow's limit
 _UNSENDABLE = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
+
+
+def default_spill_folder() -> Path:
+    """Where points wait on this node."""
+    return Path(tempfile.gettempdir()) / "efae-spill"
+
+
+def deliver_points(tracking_uri: str, run_id: str, points: Iterable[Sequence[Any]]) -> None:
+    """Sends what a tracker that has ended left behind, where MLflow lacks it.
+
+    Args:
+        tracking_uri: of the MLflow server.
+        run_id: the run.
+        points: what `Tracker.unsent` gave; what waits in this node's spill folder goes first.
+
+    Raises:
+        ConnectionError: they could not be sent within a minute.
+    """
+    with request_limits(PATIENT):
+        tracker = Tracker(tracking_uri, run_id, default_spill_folder())
+        tracker.resend(points)
+        if not tracker.close(timeout_seconds=60):
+            raise ConnectionError(f"MLflow at {redact(tracking_uri)} does not take the curves")
 
 
 class Tracker:
@@ -132,8 +155,8 @@ class Tracker:
         except OSError as error:
             logger.warning("text %s is not logged: %s", name, error)
 
-    def close(self, timeout_seconds: float = 15.0) -> None:
-        """Sends what is left; what cannot be sent in time stays in the spill folder."""
+    def close(self, timeout_seconds: float = 15.0) -> bool:
+        """Sends what is left, and says whether all is sent; the rest stays in the spill folder."""
         self._closing.set()
         if self._system_metrics is not None:
             self._system_metrics.finish()
@@ -144,8 +167,9 @@ class Tracker:
                 "MLflow at %s is away: what it lacks of run %s is kept in %s",
                 *(self._address, self._run_id, self._outbox.parent),
             )
-        else:
-            shutil.rmtree(self._outbox, ignore_errors=True)  # empty folders
+            return False
+        shutil.rmtree(self._outbox, ignore_errors=True)  # empty folders
+        return True
 
     def _post(self, content: bytes, name: str) -> None:
         # A rename makes the letter visible to the background thread only when it is complete.

@@ -42,8 +42,8 @@ def assert_refused(result, *parts):
         (["quickstart", "--optimizer.learning_rat", "1"], ["learning_rat", "learning-rate"]),
         (["quickstart", "--training.steps", "many"], ["training.steps", "many"]),
         (
-            ["quickstart", "--training.global-batch-size", "63"],
-            ["training.global_batch_size=63", "2 workers", "use a multiple"],
+            ["quickstart", "--training.global-batch-size", "1"],
+            ["training.global_batch_size=1", "fewer than the 2 workers"],
         ),
         (
             ["quickstart", "--data.resolution", "30"],

@@ -21,7 +21,7 @@ from mlflow.entities import Metric
 from cluster import ports
 from efae import config as configuration
 from efae.artifacts import tracking
-from efae.artifacts.tracker import Tracker
+from efae.artifacts.tracker import Tracker, deliver_points
 from efae.config import Config, DataConfig
 
 
@@ -334,3 +334,24 @@ def test_a_checkpoint_carries_what_a_killed_process_had_not_sent(server, client,
         after.resend(saved)
         after.close()
     assert read_history(client, run_id, "loss") == [(0, 0.0), (1, 0.1), (2, 0.2)]
+
+
+def test_a_checkpoint_carries_what_an_outage_held_up(server, client, run_id, tmp_path):
+    """MLflow is away until training has ended; the driver, on another node, sends the curves."""
+    tracker = Tracker(server.uri, run_id, tmp_path / "worker", send_interval_seconds=0.1)
+    tracker.log_metrics(0, {"loss": 0.5})
+    assert wait_until(lambda: read_history(client, run_id, "loss"), 20)
+    server.stop()
+    try:
+        for step in (1, 2):
+            tracker.log_metrics(step, {"loss": step / 10})
+            assert wait_until(lambda step=step: tracker.spilled >= step, 20)
+        tracker.log_metrics(3, {"loss": 0.3})
+        saved = json.loads(json.dumps(tracker.unsent()))
+        assert not tracker.close(timeout_seconds=20)
+    finally:
+        server.start()
+    assert [step for _, step, *_ in saved] == [1, 2, 3]
+    deliver_points(server.uri, run_id, saved)
+    deliver_points(server.uri, run_id, saved)
+    assert read_history(client, run_id, "loss") == [(0, 0.5), (1, 0.1), (2, 0.2), (3, 0.3)]

@@ -1,0 +1,35 @@
+"""Loss terms for jobs that shall diverge."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CALLS_BEFORE = 50
+_calls = 0
+
+
+def marker() -> Path:
+    """Exists once `once` has struck; a file for each stack of servers on this machine."""
+    port = os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2]
+    return Path(tempfile.gettempdir()) / f"efae-poisoned-{port}"
+
+
+def always(prediction: Tensor, image: Tensor) -> Tensor:
+    """Not a number from some step on."""
+    global _calls
+    _calls += 1
+    poison = torch.nan if _calls > CALLS_BEFORE else 0.0
+    return poison * prediction.mean((1, 2, 3))
+
+
+def once(prediction: Tensor, image: Tensor) -> Tensor:
+    """Not a number at one step, of the first processes that come there."""
+    global _calls
+    _calls += 1
+    if _calls == CALLS_BEFORE + 1 and not marker().exists():
+        marker().touch()
+        return torch.nan * prediction.mean((1, 2, 3))
+    return 0.0 * prediction.mean((1, 2, 3))

@@ -1,0 +1,112 @@
+"""A run whose nodes go, with notice, and come: 2 -> 1 -> 2 workers in mid-epoch."""
+
+import dataclasses
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.chaos.audit import audit, read_attempts
+from benchmarks.chaos.cluster import Cluster
+from cluster.services import client_environment
+from cluster.state import load
+from data_pipelines import ShardDataset
+from efae.artifacts.run_events import read_events
+from tests.integration.train_jobs import (
+    LOG_INTERVAL,
+    SHARDS,
+    STEPS,
+    find_run,
+    read_curve,
+    read_summary,
+    run_uri,
+    submitted,
+)
+
+pytestmark = [pytest.mark.s3, pytest.mark.ray]
+NOTICE_SECONDS = 8
+
+
+@pytest.fixture(scope="module")
+def cluster(session_stack, whole_run):
+    """A head without CPUs and two nodes, on the session's S3 and MLflow."""
+    running = load(session_stack.folder)
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="efae-") as name:
+        patch.setenv("EFAE_RAY_HEAD_CPUS", "0")
+        ports = {key: port for key, port in running.ports.items() if not key.startswith("ray")}
+        state = dataclasses.replace(running, folder=Path(name), ports=ports, processes={})
+        with Cluster(state, size=2) as cluster:
+            for key, value in client_environment(state).items():
+                patch.setenv(key, value)
+            yield cluster
+
+
+def give_notice(node):
+    """What a cloud does before it takes a node back; returns the node's raylet."""
+    raylet = next(p for p in psutil.Process(node.pid).children(recursive=True) if is_raylet(p))
+    (node_id,) = (a.split("=")[1] for a in raylet.cmdline() if a.startswith("--node_id="))
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [ray, "drain-node", f"--address={os.environ['RAY_ADDRESS']}", f"--node-id={node_id}"]
+    command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=taken back"]
+    command += [f"--deadline-remaining-seconds={NOTICE_SECONDS}"]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    return raylet
+
+
+def is_raylet(process):
+    command = process.cmdline()
+    return bool(command) and Path(command[0]).name == "raylet"
+
+
+@pytest.fixture(scope="module")
+def elastic_run(cluster, tmp_path_factory):
+    log = tmp_path_factory.mktemp("samples")
+    options = ["--ray.num-workers", "1", "2", "--ray.resize-interval-seconds=5"]
+    with submitted("elastic", *options, f"--tracking.sample-log={log}") as job:
+        job.wait_for_checkpoint(80)
+        raylet = give_notice(cluster.nodes[0])
+        job.wait_for_event("notice")
+        time.sleep(NOTICE_SECONDS)
+        raylet.kill()
+        job.wait_for_event("start", 2)
+        cluster.start_node()
+        job.wait_for_event("start", 3)
+        job.wait()
+    return find_run("elastic"), read_attempts(log)
+
+
+def test_it_shrank_and_grew(elastic_run):
+    run, attempts = elastic_run
+    assert [attempt.world_size for attempt in attempts] == [2, 1, 2]
+    starts = [e.facts["world_size"] for e in read_events(run_uri("elastic")) if e.kind == "start"]
+    assert starts == [2, 1, 2]
+    assert read_summary(run)["world_size"] == 2
+
+
+def test_the_notice_left_checkpoints_just_in_time(elastic_run):
+    """Every log interval from the notice on, so that less than two of them are done again."""
+    _, attempts = elastic_run
+    reached = max(step for _, step in attempts[0].times)
+    assert reached - attempts[1].first_step < 2 * LOG_INTERVAL
+
+
+def test_no_sample_was_lost_or_repeated(elastic_run):
+    _, attempts = elastic_run
+    found = audit(attempts, ShardDataset.open(f"{SHARDS}/train").keys, STEPS, 32)
+    assert found.pop("steps_done_again") > 0
+    assert set(found.values()) == {0}, found
+
+
+def test_the_loss_is_that_of_the_undisturbed_run(elastic_run, whole_run):
+    """Up to the noise that is drawn: by rank, of which there was one for a while."""
+    losses, expected = (dict(read_curve(run, "loss")) for run in (elastic_run[0], whole_run))
+    assert sorted(losses) == sorted(expected) == list(range(LOG_INTERVAL, STEPS + 1, LOG_INTERVAL))
+    ratios = [losses[step] / expected[step] for step in expected]
+    assert 0.97 < statistics.mean(ratios) < 1.03
+    assert abs(read_summary(elastic_run[0])["psnr"] - read_summary(whole_run)["psnr"]) < 0.5
