@@ -208,6 +208,19 @@ def _check_mlflow(state: StackState) -> None:
         raise RuntimeError(f"answered {status}")
 
 
+def _head_cpus() -> int:
+    """CPUs that the head offers to workers: EFAE_RAY_HEAD_CPUS, or all of the host, two at least.
+
+    With 0 the head is as on a large cluster, and other nodes join it with `ray start`.
+    """
+    text = os.environ.get("EFAE_RAY_HEAD_CPUS", "")
+    if not text:
+        return max(2, os.cpu_count() or 2)
+    if not text.isdecimal():
+        raise ValueError(f"EFAE_RAY_HEAD_CPUS={text!r}: use a number of CPUs, 0 or more")
+    return int(text)
+
+
 def _ray_command(state: StackState) -> list[str]:
     ports = state.ports
     return [
@@ -225,7 +238,7 @@ def _ray_command(state: StackState) -> list[str]:
         # The kernel picks the workers' ports: Ray's default range is the same in every stack.
         "--min-worker-port=0",
         "--max-worker-port=0",
-        f"--num-cpus={max(2, os.cpu_count() or 2)}",
+        f"--num-cpus={_head_cpus()}",
         f"--object-store-memory={_OBJECT_STORE_BYTES}",
         f"--temp-dir={state.socket_folder / 'ray'}",
         "--disable-usage-stats",
@@ -234,9 +247,13 @@ def _ray_command(state: StackState) -> list[str]:
 
 
 def _ray_head_environment(state: StackState) -> dict[str, str]:
-    """Jobs and workers inherit it: the clients' variables, less Ray's own address."""
+    """Jobs and workers inherit it: the clients' variables, less the address of the GCS.
+
+    The dashboard's address stays: without it Ray looks for clusters among the host's processes and
+    gives up if there are two, also where it should free what a dead controller held.
+    """
     client = client_environment(state)
-    del client["RAY_ADDRESS"], client["RAY_API_SERVER_ADDRESS"]
+    del client["RAY_ADDRESS"]
     return _server_environment(
         {
             **client,

@@ -1,0 +1,1 @@
+"""Random kills through a run, and the proof that nothing was lost."""

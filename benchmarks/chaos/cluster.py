@@ -1,0 +1,182 @@
+"""A Ray cluster as users have one, on this host: a head without CPUs and nodes of one CPU each.
+
+Every node is a `ray start --block` of its own, so that it can be lost alone. Only processes that
+descend from those started here are ever found, killed or ended.
+"""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from cluster import ports, processes
+from cluster.processes import ProcessRecord
+from cluster.services import SERVICES
+from cluster.state import StackState
+
+_OBJECT_STORE_BYTES = 80 * 2**20  # Ray asks for 75 MiB at least
+_NODE_SECONDS = 60.0
+
+# What may be killed: whether it is looked for on the head, and how its process is known.
+TARGETS: dict[str, tuple[bool, Callable[[list[str]], bool]]] = {
+    "worker": (False, lambda command: "RayTrainWorker" in " ".join(command)),
+    "raylet": (False, lambda command: Path(command[0]).name == "raylet"),
+    "driver": (True, lambda command: command[1:2] == ["jobs/train.py"]),
+    "controller": (True, lambda command: "TrainController" in " ".join(command)),
+    "head": (True, lambda command: True),
+}
+
+
+def serve(state: StackState, *names: str) -> None:
+    """Starts services of the local stack together and returns when all of them answer.
+
+    The ports that `state` does not have yet are picked free.
+
+    Raises:
+        RuntimeError: one did not answer in time; names its log.
+    """
+    services = [service for service in SERVICES if service.name in names]
+    for folder in ("logs", *names):
+        (state.folder / folder).mkdir(parents=True, exist_ok=True)
+    for service in services:
+        wanted = [service.name, *(f"{service.name}.{name}" for name in service.hidden_ports)]
+        missing = [name for name in wanted if name not in state.ports]
+        state.ports.update(zip(missing, ports.pick_free(len(missing)), strict=True))
+    state.save()
+    for service in services:
+        log = state.folder / "logs" / f"{service.name}.log"
+        state.processes[service.name] = processes.start(
+            service.command(state), service.environment(state), log
+        )
+    for service in services:
+        deadline = time.monotonic() + service.start_seconds
+        while True:
+            try:
+                service.check(state)
+                break
+            except (OSError, RuntimeError) as error:
+                if time.monotonic() > deadline:
+                    log = state.folder / "logs" / f"{service.name}.log"
+                    raise RuntimeError(f"{service.title}: {error}; its log is {log}") from error
+            time.sleep(0.2)
+
+
+class Cluster:
+    """Head and nodes; a context that leaves no process behind.
+
+    Args:
+        state: a stack's ports and secrets; S3 and MLflow run already. EFAE_RAY_HEAD_CPUS says how
+            many CPUs the head has.
+        size: number of worker nodes.
+    """
+
+    def __init__(self, state: StackState, size: int):
+        self.state = state
+        self.size = size
+        self.nodes: list[ProcessRecord] = []
+        self._gone: list[ProcessRecord] = []
+        self._count = 0
+
+    def __enter__(self) -> "Cluster":
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Starts the head and all nodes; returns when they have joined."""
+        serve(self.state, "ray")
+        logs = [self.start_node() for _ in range(self.size)]
+        deadline = time.monotonic() + _NODE_SECONDS
+        while not all("Ray runtime started" in log.read_text() for log in logs):
+            if time.monotonic() > deadline:
+                said = "\n".join(log.read_text()[-1000:] for log in logs)
+                raise RuntimeError(f"a node did not join the cluster:\n{said}")
+            time.sleep(0.1)
+
+    def start_node(self) -> Path:
+        """Starts one more node, without waiting for it; returns its log."""
+        ray = next(service for service in SERVICES if service.name == "ray")
+        self._count += 1
+        log = self.state.folder / "logs" / f"node-{self._count}.log"
+        # A loopback address of its own makes it another host to Ray, which would replace
+        # "localhost" in small letters by the outward address, where nothing listens.
+        command = [
+            str(Path(sys.executable).with_name("ray")),
+            *("start", "--block", f"--address=LOCALHOST:{self.state.ports['ray.gcs']}"),
+            *(f"--node-ip-address=127.0.0.{1 + self._count}", "--num-cpus=1"),
+            f"--object-store-memory={_OBJECT_STORE_BYTES}",
+            f"--dashboard-agent-listen-port={ports.pick_free(1)[0]}",
+            # Nodes that start at once in one folder pick the same names for their sockets.
+            f"--temp-dir={self.state.socket_folder / f'node-{self._count}'}",
+            *("--min-worker-port=0", "--max-worker-port=0"),
+            *("--disable-usage-stats", "--log-color=false"),
+        ]
+        # The stack's own setting keeps a head on loopback and lets no node join.
+        environment = ray.environment(self.state) | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
+        self.nodes.append(processes.start(command, environment, log))
+        return log
+
+    def stop(self) -> None:
+        """Ends everything that was started here."""
+        head = self.state.processes.pop("ray", None)
+        for record in [*self.nodes, *self._gone, *([head] if head else [])]:
+            processes.stop(record, grace_seconds=5)
+        self.nodes, self._gone = [], []
+
+    def find(self, kind: str) -> list[psutil.Process]:
+        """The living processes of a kind of `TARGETS`; empty when there is none now."""
+        on_head, is_target = TARGETS[kind]
+        leaders = [self.state.processes["ray"]] if on_head else self.nodes
+        found: list[psutil.Process] = []
+        for leader in filter(processes.is_running, leaders):
+            for process in psutil.Process(leader.pid).children(recursive=True):
+                try:
+                    command = process.cmdline()
+                except psutil.Error:
+                    continue
+                if command and is_target(command):
+                    found.append(process)
+        return found
+
+    def kill(self, kind: str, process: psutil.Process) -> float:
+        """SIGKILL, and what a cluster manager does then: a new node, or a new cluster.
+
+        Args:
+            kind: of `TARGETS`.
+            process: of that kind, see `find`; with kind "head" all of the head's are killed.
+
+        Returns:
+            When it was killed, in seconds since the epoch.
+
+        Raises:
+            psutil.NoSuchProcess: it is gone already; nothing was done.
+        """
+        others = self.find("head") if kind == "head" else []
+        node = next((node for node in self.nodes if _descends(process, node)), None)
+        now = time.time()
+        process.send_signal(signal.SIGKILL)
+        for other in others:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                other.send_signal(signal.SIGKILL)
+        if kind == "head":
+            self.stop()  # nodes cannot join another head
+            self.start()
+        if kind == "raylet" and node:
+            self.nodes.remove(node)
+            self._gone.append(node)
+            self.start_node()
+        return now
+
+
+def _descends(process: psutil.Process, record: ProcessRecord) -> bool:
+    return record.pid in {parent.pid for parent in process.parents()}
