@@ -56,4 +56,4 @@ def test_a_rollback_goes_on_from_the_checkpoint_at_half_the_rate(train_shards):
     # On the cosine but halved: steps 41 to 50 were logged before the run went back to step 40.
     assert rates[50] / rates[40] > 0.75
     assert rates[60] / rates[50] < 0.5
-    assert rates[70] / rates[60] > 0.65
+    assert rates[70] / rates[60] > 0.6
