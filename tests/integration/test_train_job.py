@@ -1,54 +1,28 @@
-"""The main job on real servers: two workers, one of them killed, to a registered model."""
+"""The main job on real servers, from shards to a registered model, and what comes after."""
 
 import json
 import os
-import signal
 
 import pytest
 from mlflow import MlflowClient
 
-from tests.conftest import find_workers
 from tests.integration.train_jobs import (
     LOG_INTERVAL,
     OPTIONS,
     SHARDS,
     STEPS,
     find_run,
-    find_version,
     list_artifacts,
     read_curve,
     read_summary,
     run_job,
-    submitted,
 )
 
 pytestmark = [pytest.mark.s3, pytest.mark.ray]
 
 
-@pytest.fixture(scope="module")
-def killed_run(local_stack, train_shards):
-    """SIGKILL of one worker once the run has a checkpoint."""
-    with submitted("killed") as job:
-        job.wait_for_checkpoint(80)
-        find_workers("RayTrainWorker", local_stack)[0].send_signal(signal.SIGKILL)
-        output = job.wait()
-    return find_run("killed"), output
-
-
-def test_a_killed_worker_costs_a_recovery_and_nothing_else(killed_run, whole_run):
-    run, output = killed_run
-    assert run.info.status == "FINISHED"
-    assert "recoveries: 1" in output
-    assert "was lost" in output
-    summary, whole = read_summary(run), read_summary(whole_run)
-    assert summary["recoveries"] == 1
-    assert whole["recoveries"] == 0
-    assert summary["psnr"] == whole["psnr"]
-    assert find_version(run).tags["digest"] == find_version(whole_run).tags["digest"]
-
-
-def test_one_run_without_duplicate_steps(killed_run):
-    run, _ = killed_run
+def test_mlflow_holds_curves_parameters_pictures_and_report(whole_run):
+    run = whole_run
     logged = range(LOG_INTERVAL, STEPS + 1, LOG_INTERVAL)
     for name in ("loss", "images_per_second", "loss_by_t/0.5", "gradient_norm"):
         steps = [step for step, _ in read_curve(run, name)]
@@ -79,7 +53,7 @@ def test_summary_says_what_the_contract_lists(whole_run):
     assert 0 <= summary["data_wait_fraction"] < 1
 
 
-def test_the_registered_model_gives_the_same_numbers_elsewhere(killed_run, whole_run, tmp_path):
+def test_the_registered_model_gives_the_same_numbers_elsewhere(whole_run, tmp_path):
     """Another process pulls the champion from the registry and measures it anew."""
     result = run_job(
         "evaluate",
