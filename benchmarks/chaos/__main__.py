@@ -47,7 +47,7 @@ class Arguments:
     """Of kinds, moments and targets."""
     kinds: tuple[str, ...] = KINDS
     """Of worker, raylet, driver, controller and head, each equally often."""
-    steps: int = 4000
+    steps: int = 1600
     """Length of the run."""
     nodes: int = 2
     """Worker nodes of one CPU, and workers."""

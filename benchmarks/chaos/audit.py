@@ -25,8 +25,13 @@ class Attempt:
     first_step: int
     ranks: dict[int, dict[int, list[str]]] = field(default_factory=dict[int, dict[int, list[str]]])
     """Keys by rank and step."""
-    times: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
-    """(seconds since the epoch, step) of all lines."""
+    ended: float = 0.0
+    """Time of the last line."""
+
+    @property
+    def steps(self) -> set[int]:
+        """Those that any rank began."""
+        return set[int]().union(*self.ranks.values())
 
     def batches(self) -> dict[int, list[str]]:
         """The global batch of each step that every rank began, ranks in their order."""
@@ -60,7 +65,7 @@ def read_attempts(folder: Path) -> list[Attempt]:
             attempts.append(last)
         last.started = min(last.started, started)
         last.ranks[rank] = {step: keys for _, step, _, keys in lines}
-        last.times += [(moment, step) for moment, step, _, _ in lines]
+        last.ended = max(last.ended, lines[-1][0])
     return attempts
 
 
@@ -124,7 +129,7 @@ def measure_recoveries(
         row: dict[str, Any] = {"kind": kill.kind, "moment": kill.moment}
         row |= {"recovery_seconds": None, "lost_steps": None}
         if after and before:
-            reached = max(step for moment, step in before[-1].times if moment <= kill.time)
+            reached = max(before[-1].steps)  # also where others went on for a moment
             row["recovery_seconds"] = after.started - kill.time
             row["lost_steps"] = reached - after.first_step + 1
         rows.append(row)

@@ -78,7 +78,7 @@ def run_suite(
     return {
         "steps": steps,
         "checkpoint_interval": CHECKPOINT_INTERVAL,
-        "steps_per_second": steps / (max(first.times)[0] - first.started),
+        "steps_per_second": steps / (first.ended - first.started),
         "cold_start_seconds": first.started - runs[0].submissions[0],
         "worker_group_cold_start_seconds": first.started - outcomes[0]["started"],
         "attempts": len(attempts),
