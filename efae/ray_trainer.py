@@ -7,6 +7,7 @@ the loss of a worker, of the driver or of the whole cluster. Checkpoints do not 
 `ray.train.report`: its controller ends the run when it cannot write to storage itself.
 """
 
+import itertools
 import logging
 import os
 import tempfile
@@ -97,18 +98,19 @@ def run_training(config: Config, run_id: str, tracking_uri: str) -> None:
         tracking_uri: of the MLflow server, as the workers reach it.
 
     Raises:
-        TrainingFailed: the workers were lost more often than ray.max_failures, or failed in a way
-            that would repeat itself.
+        TrainingFailed: the workers, or Ray's controller, were lost more often than
+            ray.max_failures, or failed in a way that would repeat itself.
     """
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.ray.placement_timeout_seconds)
-    for _ in range(config.ray.max_failures):
+    for losses in itertools.count():
         try:
             return _fit(config, run_id, tracking_uri)
         except (RayActorError, ray.train.ControllerError) as error:
-            # Ray's controller is gone, and with it the workers; theirs are the checkpoints.
-            what = f"Ray's controller was lost ({first_cause(error)})"
+            # The workers are gone with it; their checkpoints are not.
+            what = f"Ray's controller was lost: {first_cause(error)}"
             record_event(run_uri(config), "failure", what)
-    return _fit(config, run_id, tracking_uri)
+            if losses == config.ray.max_failures:
+                raise TrainingFailed(f"{what}; ray.max_failures={losses} times before") from error
 
 
 def _fit(config: Config, run_id: str, tracking_uri: str) -> None:
