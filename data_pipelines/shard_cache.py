@@ -1,10 +1,10 @@
 """Chunks of shards on this node's disk, memory-mapped; shared by the processes of one user.
 
 A file holds what one request fetched, a run of chunks: to create a file takes longer than to write
-a small chunk. It is named by its shard's sha256 and its place in the shard, so two shard sets never
-mix, and gets its name when it is whole. What is in it is checked sample by sample when it is read;
-`refetch` replaces a file whose samples are not as the index says. Shards that already are local
-files are mapped where they lie.
+a small chunk. It is named by its place in the shard, in a folder named by the shard's sha256, so
+two shard sets never mix, and gets its name when it is whole. What is in it is checked sample by
+sample when it is read; `refetch` replaces a file whose samples are not as the index says. Shards
+that already are local files are mapped where they lie.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
@@ -30,6 +30,8 @@ from data_pipelines.shard_index import Shard, ShardIndex
 
 _ABANDONED_SECONDS = 3600.0
 _LOCK_FILES = 256
+_SHARD_FOLDER = re.compile(r"[0-9a-f]{32}")
+_CHUNK_FILE = re.compile(r"(\d+)-(\d+)\.chunk")
 _Mapped = tuple[Path, memoryview]
 """Of a chunk: the file that it is in, and its bytes."""
 
@@ -152,7 +154,7 @@ class ShardCache:
             for _, neighbours in groupby(enumerate(missing), lambda at: at[1] - at[0]):
                 run = [chunk for _, chunk in neighbours]
                 start, end = self._span(run)
-                path = self._folder / f"{self._prefix(run[0])}{start}-{end}.chunk"
+                path = self._shard_folder(run[0]) / f"{start}-{end}.chunk"
                 data = _write(path, storage.read_range(self.uri(run[0]), start, end))
                 mapped |= self._cut(run, path, start, data)
                 self._count_fetched(end - start)
@@ -167,12 +169,12 @@ class ShardCache:
 
     def _list_files(self, chunk: int) -> list[tuple[Path, int, int]]:
         """The files that hold chunks of the same shard, and their places in it."""
-        prefix = self._prefix(chunk)
-        names = [file.name for file in os.scandir(self._folder) if file.name.startswith(prefix)]
-        places = (
-            (name, re.fullmatch(r"(\d+)-(\d+)\.chunk", name[len(prefix) :])) for name in names
-        )
-        return [(self._folder / name, int(at[1]), int(at[2])) for name, at in places if at]
+        folder = self._shard_folder(chunk)
+        try:
+            names = [_CHUNK_FILE.fullmatch(file.name) for file in os.scandir(folder)]
+        except FileNotFoundError:
+            return []
+        return [(folder / at[0], int(at[1]), int(at[2])) for at in names if at]
 
     def _lock_files(self, chunks: Sequence[int]) -> list[Path]:
         """What to lock, in this order; only a few, so that a large cache has not many such files.
@@ -180,7 +182,7 @@ class ShardCache:
         Every chunk belongs to a stretch of its shard, and a run spans hardly more than one.
         """
         stretches = np.unique(self.chunks.start[list(chunks)] // LARGEST_BYTES).tolist()
-        names = (f"{self._prefix(chunks[0])}{stretch}" for stretch in stretches)
+        names = (f"{self._shard_folder(chunks[0]).name}-{stretch}" for stretch in stretches)
         numbers = sorted({zlib.crc32(name.encode()) % _LOCK_FILES for name in names})
         return [self._folder / f"{number:03d}.lock" for number in numbers]
 
@@ -204,9 +206,9 @@ class ShardCache:
     def _shard(self, chunk: int) -> Shard:
         return self._index.shards[int(self.chunks.shard[chunk])]
 
-    def _prefix(self, chunk: int) -> str:
-        """Of the names of its shard's files."""
-        return f"{self._shard(chunk).sha256[:32]}-"
+    def _shard_folder(self, chunk: int) -> Path:
+        """Where its shard's files are: apart from others, since each fetch looks through it."""
+        return self._folder / self._shard(chunk).sha256[:32]
 
     def _span(self, chunks: Sequence[int]) -> tuple[int, int]:
         """Their bytes in the shard: [start, end)."""
@@ -219,6 +221,23 @@ class ShardCache:
             raise ValueError(f"cache folder {self._folder} belongs to another user: pass cache_dir")
 
 
+def measure_cache(folder: Path) -> int:
+    """Bytes that the cache in this folder holds; 0 where there is none."""
+    held = 0
+    for file in _list_shard_folders(folder):
+        with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
+            held += file.stat().st_size
+    return held
+
+
+def _list_shard_folders(folder: Path) -> Iterator[os.DirEntry[str]]:
+    if not folder.is_dir():
+        return
+    for entry in os.scandir(folder):
+        if _SHARD_FOLDER.fullmatch(entry.name):
+            yield from os.scandir(entry.path)
+
+
 def _evict(folder: Path, capacity_bytes: int) -> int:
     """Delete the least recently opened files, and downloads that a killed process left.
 
@@ -229,13 +248,13 @@ def _evict(folder: Path, capacity_bytes: int) -> int:
     """
     abandoned = time.time() - _ABANDONED_SECONDS
     files: list[tuple[float, int, str]] = []
-    for entry in os.scandir(folder):
+    for file in _list_shard_folders(folder):
         with contextlib.suppress(FileNotFoundError):
-            state = entry.stat()
-            if entry.name.endswith(".chunk"):
-                files.append((state.st_mtime, state.st_size, entry.path))
-            elif entry.name.endswith(".part") and state.st_mtime < abandoned:
-                Path(entry.path).unlink()
+            state = file.stat()
+            if file.name.endswith(".chunk"):
+                files.append((state.st_mtime, state.st_size, file.path))
+            elif file.name.endswith(".part") and state.st_mtime < abandoned:
+                Path(file.path).unlink()
     total = sum(size for _, size, _ in files)
     enough = capacity_bytes if total <= capacity_bytes else capacity_bytes * 15 // 16
     for _, size, path in sorted(files):
@@ -250,6 +269,7 @@ def _write(path: Path, data: bytes) -> memoryview:
     """Write the file and map it before it has its name: then another process may evict it."""
     part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
     try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         with part.open("w+b", buffering=0) as file:
             rest = memoryview(data)
             while rest:

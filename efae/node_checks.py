@@ -4,7 +4,6 @@ Importing this is cheap, because every node does it before anything else: torch 
 with the checks that need them.
 """
 
-import contextlib
 import email.utils
 import http.client
 import os
@@ -18,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from data_pipelines import storage, uris
-from data_pipelines.shard_cache import default_cache_dir
+from data_pipelines.shard_cache import default_cache_dir, measure_cache
 from efae.checks import Note
 
 SPARE_BYTES = 2**30
@@ -114,11 +113,10 @@ def check_disk(cache_dir: str | None, cache_bytes: int) -> str:
         ValueError: less is free.
     """
     cache = Path(cache_dir) if cache_dir else default_cache_dir()
-    held = 0
-    for file in cache.glob("*.chunk"):
-        with contextlib.suppress(FileNotFoundError):  # another run evicts
-            held += file.stat().st_size
-    needs = [(cache, max(0, cache_bytes - held)), (Path(tempfile.gettempdir()), SPARE_BYTES)]
+    needs = [
+        (cache, max(0, cache_bytes - measure_cache(cache))),
+        (Path(tempfile.gettempdir()), SPARE_BYTES),
+    ]
     disks: dict[int, list[tuple[Path, int]]] = {}
     for folder, need in needs:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())

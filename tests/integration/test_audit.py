@@ -128,7 +128,7 @@ def test_every_sample_is_consumed_once_in_every_epoch(audited_set, tmp_path, see
     assert len(counts) == SAMPLES
     assert repeated > 0  # the kills did cost steps that were done again
     # A kill in the middle of a download leaves nothing that is taken for a chunk.
-    sizes = {path.stat().st_size for path in (tmp_path / "cache").glob("*.chunk")}
+    sizes = {path.stat().st_size for path in (tmp_path / "cache").rglob("*.chunk")}
     assert sizes == {int(size) for size in _chunk_sizes()}
 
 

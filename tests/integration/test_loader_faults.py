@@ -177,8 +177,8 @@ class TestRecovered:
         dataset = ShardDataset.open(FEW)
         chunk = int(dataset.chunks.of(np.array([VICTIM]))[0])
         sha256 = dataset.index.shards[1].sha256
-        (path,) = tmp_path.glob(f"{sha256[:32]}-*.chunk")
-        start, end = map(int, path.stem.split("-")[1:])
+        (path,) = (tmp_path / sha256[:32]).glob("*.chunk")
+        start, end = map(int, path.stem.split("-"))
         assert start <= int(dataset.chunks.start[chunk]) < int(dataset.chunks.end[chunk]) <= end
         whole = path.read_bytes()
         if damage == "flipped":
@@ -363,8 +363,8 @@ class TestNetwork:
         assert sorted(found) == list(range(8))
         sizes = dataset.chunks.end - dataset.chunks.start
         assert proxy.bytes_sent(TARS) <= sizes.sum() + sizes.max()
-        assert len(list(tmp_path.glob("*.chunk"))) == 8
-        assert not list(tmp_path.glob("*.part"))
+        assert len(list(tmp_path.rglob("*.chunk"))) == 8
+        assert not list(tmp_path.rglob("*.part"))
         for path in tmp_path.glob("*.lock"):
             with path.open("a") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -406,7 +406,7 @@ def open_all(uri, folder, endpoint, capacity_bytes=2**30, seed=None):
 def measure(folder):
     """Bytes of the chunks there now; files may go while they are counted."""
     total = 0
-    for path in folder.glob("*.chunk"):
+    for path in folder.rglob("*.chunk"):
         with contextlib.suppress(FileNotFoundError):
             total += path.stat().st_size
     return total

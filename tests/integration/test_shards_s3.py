@@ -100,7 +100,7 @@ class TestShards:
             pairs = [pair for rank in ranks.map(read, range(4)) for pair in rank]
         assert sorted(key for key, _ in pairs) == sorted(dataset.keys)
         assert all((image == int(key[1:])).all() for key, image in pairs)
-        cached = {path.name[:32] for path in tmp_path.glob("*.chunk")}
+        cached = {path.parent.name for path in tmp_path.rglob("*.chunk")}
         assert cached == {shard.sha256[:32] for shard in dataset.index.shards}
 
     def test_a_small_cache_stays_within_its_bound(self, shards, tmp_path):
@@ -109,7 +109,7 @@ class TestShards:
         keys = []
         for batch in dataset.loader(2, cache_dir=tmp_path, cache_bytes=bound):
             keys += batch.key
-        assert sum(path.stat().st_size for path in tmp_path.glob("*.chunk")) <= bound
+        assert sum(path.stat().st_size for path in tmp_path.rglob("*.chunk")) <= bound
         assert sorted(keys) == sorted(dataset.keys)
         with pytest.raises(ValueError, match="cache_bytes=100 is less than the largest piece"):
             dataset.loader(2, cache_dir=tmp_path, cache_bytes=100)

@@ -99,8 +99,9 @@ def test_disk_for_the_cache(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="may need"):
         node_checks.check_disk(tempfile.gettempdir(), 2**60)
     # What the cache holds already needs no new room.
-    cache.mkdir(parents=True)
-    with (cache / "held.chunk").open("wb") as file:
+    shard = cache / ("ab" * 16)
+    shard.mkdir(parents=True)
+    with (shard / "0-9.chunk").open("wb") as file:
         file.truncate(20 * GIB)  # a hole: no bytes on the disk
     node_checks.check_disk(str(cache), too_much)
 

@@ -151,9 +151,9 @@ def expected(tars, chunk):
 def list_chunks(tmp_path, tars):
     """Numbers of the chunks that the cache folder holds."""
     chunks = cut_chunks(tars[1])
-    names = {path.name for path in (tmp_path / "cache").glob("*.chunk")}
+    names = {f"{path.parent.name}/{path.name}" for path in (tmp_path / "cache").rglob("*.chunk")}
     numbers = {
-        f"{tars[1].shards[shard].sha256[:32]}-{start}-{end}.chunk": number
+        f"{tars[1].shards[shard].sha256[:32]}/{start}-{end}.chunk": number
         for number, (shard, start, end) in enumerate(
             zip(chunks.shard, chunks.start, chunks.end, strict=True)
         )
@@ -165,7 +165,7 @@ def name_files(tmp_path, tars):
     chunks = cut_chunks(tars[1])
     rows = zip(chunks.shard, chunks.start, chunks.end, strict=True)
     return [
-        tmp_path / "cache" / f"{tars[1].shards[shard].sha256[:32]}-{start}-{end}.chunk"
+        tmp_path / "cache" / tars[1].shards[shard].sha256[:32] / f"{start}-{end}.chunk"
         for shard, start, end in rows
     ]
 
@@ -188,23 +188,23 @@ class TestRemote:
         open_cache().open(2)
         whole = [expected(tars, chunk) for chunk in range(7)]
         assert open_cache().fetch(range(7)) == whole
-        files = sorted((tmp_path / "cache").glob("*.chunk"))
+        files = sorted((tmp_path / "cache").rglob("*.chunk"))
         assert len(files) == 3  # chunks 0 and 1, 2, and 3 to 6
         other = open_cache()
         assert [other.open(chunk) for chunk in (5, 0, 2)] == [whole[chunk] for chunk in (5, 0, 2)]
         assert other.fetch(range(1, 6)) == whole[1:6]
-        assert sorted((tmp_path / "cache").glob("*.chunk")) == files
+        assert sorted((tmp_path / "cache").rglob("*.chunk")) == files
 
     @pytest.mark.parametrize("tars", [80], indirect=True)
     def test_fetching_again_keeps_what_lay_beside_the_damage(self, open_cache, tars, tmp_path):
         open_cache().fetch(range(7))
-        (path,) = (tmp_path / "cache").glob("*.chunk")
+        (path,) = (tmp_path / "cache").rglob("*.chunk")
         whole = path.read_bytes()
         path.write_bytes(bytes(len(whole)))
         cache = open_cache()
         cache.fetch(range(7))
         assert cache.refetch(3) == expected(tars, 3)
-        assert list((tmp_path / "cache").glob("*.chunk")) == [path]
+        assert list((tmp_path / "cache").rglob("*.chunk")) == [path]
         assert path.read_bytes() == whole
         assert cache.open(6) == expected(tars, 6)
 
@@ -263,8 +263,9 @@ class TestRemote:
             assert len(list_chunks(tmp_path, tars)) <= 4
 
     def test_downloads_that_were_abandoned_are_removed(self, open_cache, tmp_path):
-        (tmp_path / "cache").mkdir()
-        old, new = tmp_path / "cache/x.1.2.part", tmp_path / "cache/x.3.4.part"
+        folder = tmp_path / "cache" / ("ab" * 16)
+        folder.mkdir(parents=True)
+        old, new = folder / "x.1.2.part", folder / "x.3.4.part"
         for path, age in ((old, 7200), (new, 60)):
             path.write_bytes(b"half")
             os.utime(path, (time.time() - age, time.time() - age))
@@ -275,14 +276,14 @@ class TestRemote:
     @pytest.mark.parametrize("damage", [b"", b"short"])
     def test_a_file_of_another_size_is_fetched_again(self, open_cache, tars, tmp_path, damage):
         open_cache().open(3)
-        (path,) = (tmp_path / "cache").glob("*.chunk")
+        (path,) = (tmp_path / "cache").rglob("*.chunk")
         path.write_bytes(damage)
         assert open_cache().open(3) == expected(tars, 3)
         assert path.read_bytes() == expected(tars, 3)
 
     def test_fetches_again_what_is_damaged(self, open_cache, tars, tmp_path):
         open_cache().open(3)
-        (path,) = (tmp_path / "cache").glob("*.chunk")
+        (path,) = (tmp_path / "cache").rglob("*.chunk")
         path.write_bytes(bytes(path.stat().st_size))
         cache = open_cache()
         assert cache.open(3) == bytes(path.stat().st_size)
