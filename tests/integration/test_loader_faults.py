@@ -302,7 +302,7 @@ except ShardError as error:
         assert f"cache folder {tmp_path}" in child.stdout, child.stderr
         for part in (f"{FEW}/shard-", "no space for", "data.cache_dir", "data.cache_bytes"):
             assert part in child.stdout
-        assert {path.suffix for path in tmp_path.iterdir()} == {".lock"}
+        assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".lock"}
 
 
 def read_epoch(ranks, folders, epochs=1):

@@ -1,6 +1,5 @@
 """Which checkpoint of a run is used, and which are kept."""
 
-
 import pytest
 
 from efae.artifacts import checkpoint
