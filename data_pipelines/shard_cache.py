@@ -280,8 +280,8 @@ def _write(path: Path, data: bytes) -> memoryview:
         part.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ValueError(
-                f"no space for {len(data)} bytes in the cache folder {path.parent.parent}: make space,"
-                " choose another (data.cache_dir), or lower data.cache_bytes"
+                f"no space for {len(data)} bytes in the cache folder {path.parent.parent}: make"
+                " space, choose another (data.cache_dir), or lower data.cache_bytes"
             ) from error
         raise
     return mapped
