@@ -5,7 +5,7 @@ import json
 import pytest
 
 from efae.artifacts.run_events import read_events
-from tests.integration import poisoned_loss
+from tests.integration import loss_terms
 from tests.integration.train_jobs import OPTIONS, find_run, read_curve, run_job, run_uri
 
 pytestmark = [pytest.mark.s3, pytest.mark.ray]
@@ -26,9 +26,9 @@ def train(name, loss, *options):
 
 def test_a_run_that_diverges_stops_at_once_and_says_where(train_shards, tmp_path):
     log = tmp_path / "samples"
-    result = train("diverging", "poisoned_loss:always", f"--tracking.sample-log={log}")
+    result = train("diverging", "loss_terms:always", f"--tracking.sample-log={log}")
     assert result.returncode == 1
-    step = poisoned_loss.CALLS_BEFORE
+    step = loss_terms.CALLS_BEFORE
     lines = [json.loads(line) for line in next(log.iterdir()).read_text().splitlines()]
     assert f"step {step} is not finite" in result.stderr
     assert all(repr(key) in result.stderr for key in lines[step][3][:8])
@@ -40,13 +40,13 @@ def test_a_run_that_diverges_stops_at_once_and_says_where(train_shards, tmp_path
 
 
 def test_a_rollback_goes_on_from_the_checkpoint_at_half_the_rate(train_shards):
-    poisoned_loss.marker().unlink(missing_ok=True)
+    loss_terms.marker().unlink(missing_ok=True)
     try:
         result = train(
-            "rolled-back", "poisoned_loss:once", "--ray.rollbacks=1", "--ray.max-failures=0"
+            "rolled-back", "loss_terms:once", "--ray.rollbacks=1", "--ray.max-failures=0"
         )
     finally:
-        poisoned_loss.marker().unlink(missing_ok=True)
+        loss_terms.marker().unlink(missing_ok=True)
     assert result.returncode == 0, result.stdout + result.stderr
     events = read_events(run_uri("rolled-back"))
     assert [e.kind for e in events if e.kind != "failure"] == ["start", "rollback", "start"]

@@ -69,6 +69,7 @@ def is_raylet(process):
 def elastic_run(cluster, tmp_path_factory):
     log = tmp_path_factory.mktemp("samples")
     options = ["--ray.num-workers", "1", "2", "--ray.resize-interval-seconds=5"]
+    options += ["--loss.perceptual=tests.integration.loss_terms:slow"]
     with submitted("elastic", *options, f"--tracking.sample-log={log}") as job:
         job.wait_for_checkpoint(80)
         raylet = give_notice(cluster.nodes[0])

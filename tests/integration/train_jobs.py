@@ -94,7 +94,11 @@ def submitted(name: str, *options: str) -> Iterator[Job]:
         log = Path(folder) / "log"
         with log.open("w") as output:
             process = subprocess.Popen(
-                command, env=os.environ, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+                command,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},  # the log is read while it grows
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
             )
         try:
             yield Job(name, process, log)

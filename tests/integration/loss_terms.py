@@ -1,7 +1,8 @@
-"""Loss terms for jobs that shall diverge."""
+"""Loss terms for jobs that shall diverge, or take their time."""
 
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -23,6 +24,12 @@ def always(prediction: Tensor, image: Tensor) -> Tensor:
     _calls += 1
     poison = torch.nan if _calls > CALLS_BEFORE else 0.0
     return poison * prediction.mean((1, 2, 3))
+
+
+def slow(prediction: Tensor, image: Tensor) -> Tensor:
+    """Nothing, but late: a step lasts long enough for nodes to come and go meanwhile."""
+    time.sleep(0.05)
+    return torch.zeros(len(image))
 
 
 def once(prediction: Tensor, image: Tensor) -> Tensor:
