@@ -30,8 +30,8 @@ from tests.integration.train_jobs import (
     submitted,
 )
 
-pytestmark = [pytest.mark.s3, pytest.mark.ray]
-NOTICE_SECONDS = 8
+pytestmark = [pytest.mark.s3, pytest.mark.ray, pytest.mark.timeout(600)]
+NOTICE_SECONDS = 6
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from tests.integration.train_jobs import (
     run_job,
 )
 
-pytestmark = [pytest.mark.s3, pytest.mark.ray]
+pytestmark = [pytest.mark.s3, pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 def test_mlflow_holds_curves_parameters_pictures_and_report(whole_run):
