@@ -70,7 +70,8 @@ def elastic_run(cluster, tmp_path_factory):
     log = tmp_path_factory.mktemp("samples")
     options = ["--ray.num-workers", "1", "2", "--ray.resize-interval-seconds=5"]
     options += ["--loss.perceptual=tests.integration.loss_terms:slow"]
-    with submitted("elastic", *options, f"--tracking.sample-log={log}") as job:
+    options += [f"--tracking.sample-log={log}"]
+    with submitted("elastic", *options, inside=False) as job:
         job.wait_for_checkpoint(80)
         raylet = give_notice(cluster.nodes[0])
         job.wait_for_event("notice")

@@ -85,17 +85,22 @@ class Job:
 
 
 @contextmanager
-def submitted(name: str, *options: str) -> Iterator[Job]:
-    """The job under this run name, through `ray job submit`; ended with the block."""
+def submitted(name: str, *options: str, inside: bool = True) -> Iterator[Job]:
+    """The job under this run name, ended with the block.
+
+    Through `ray job submit`, or with its driver outside the cluster, where tests can be imported.
+    """
     ray = str(Path(sys.executable).with_name("ray"))
-    command = [ray, "job", "submit", "--working-dir", str(ROOT), "--", "python", "jobs/train.py"]
+    command = [ray, "job", "submit", "--working-dir", str(ROOT), "--", "python"]
+    command = [*(command if inside else [sys.executable]), "jobs/train.py"]
     command += [*OPTIONS, *options, f"--tracking.run-name={name}"]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("w") as output:
             process = subprocess.Popen(
                 command,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},  # the log is read while it grows
+                # The log is read while it grows.
+                env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
                 cwd=ROOT,
                 stdout=output,
                 stderr=subprocess.STDOUT,
