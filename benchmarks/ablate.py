@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from benchmarks.original_sketch import OriginalSketch
 from benchmarks.original_sketch import build_optimizer as build_sketch_optimizer
 from data_pipelines import ShardDataset
-from efae.config import Config, with_overrides
+from efae.config import Config
+from efae.config_forms import with_overrides
 from efae.model.objective import Objective
 from efae.presets import PRESETS
 from efae.symmetry import Element, Representation

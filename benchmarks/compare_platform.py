@@ -26,7 +26,8 @@ import torch
 import tyro
 
 from data_pipelines import ShardDataset
-from efae.config import Config, with_overrides
+from efae.config import Config
+from efae.config_forms import with_overrides
 from efae.presets import PRESETS
 from efae.training.loop import train
 

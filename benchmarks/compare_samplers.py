@@ -17,7 +17,7 @@ import torch
 import tyro
 
 from benchmarks.ablate import RESULTS, Experiment, choose_experiment, read_all, train
-from efae.config import with_overrides
+from efae.config_forms import with_overrides
 from efae.model.sampler import EVALUATIONS
 from efae.training.held_out import read_held_out
 from efae.training.measures import gradient_energy, psnr, ssim, to_float

@@ -1,18 +1,15 @@
 """Every knob of a run on one page: a frozen, typed tree.
 
 The command line (``tyro``), Ray Tune and the tests all change it the same way, through
-`with_overrides`; the resolved tree travels as JSON with every run, checkpoint and model version.
+`config_forms.with_overrides`; the resolved tree travels as JSON with every run, checkpoint and
+model version.
 Units are in the names (``_seconds``, ``_bytes``); sizes are pixels unless said otherwise.
 """
 
-import difflib
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, field, fields, is_dataclass
+from dataclasses import field
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
@@ -407,62 +404,3 @@ def _require_positive(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         _require(value > 0, f"{section}.{name}={value}: must be positive")
-
-
-def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
-    """A copy of `config` with dotted keys replaced, e.g. ``{"optimizer.learning_rate": 3e-4}``.
-
-    Raises:
-        ValueError: a key that does not exist (the nearest one is named) or a value that is
-            not allowed.
-    """
-    tree = asdict(config)
-    for key, value in overrides.items():
-        *sections, leaf = key.split(".")
-        known = list(flatten(config))
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; the keys are {', '.join(known)}"
-            raise ValueError(f"unknown configuration key {key!r}{hint}")
-        branch = tree
-        for section in sections:
-            branch = branch[section]
-        branch[leaf] = value
-    return from_dict(tree)
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """The tree as dotted keys, in the order of this page."""
-    return dict(_flatten(config, ""))
-
-
-def _flatten(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    for entry in fields(node):
-        value = getattr(node, entry.name)
-        if is_dataclass(value):
-            yield from _flatten(value, f"{prefix}{entry.name}.")
-        else:
-            yield f"{prefix}{entry.name}", value
-
-
-def from_dict(tree: Mapping[str, Any]) -> Config:
-    """The inverse of ``dataclasses.asdict``; values are validated, unknown keys refused."""
-    return TypeAdapter(Config).validate_python(tree)
-
-
-def to_json(config: Config) -> str:
-    """The resolved configuration as JSON, two-space indented, in the order of this page."""
-    return json.dumps(asdict(config), indent=2)
-
-
-def from_json(text: str) -> Config:
-    """The inverse of `to_json`."""
-    return from_dict(json.loads(text))
-
-
-def digest(config: Config) -> str:
-    """A hash of everything that decides the weights: all but tracking, ray and resume."""
-    tree = asdict(config)
-    for name in ("tracking", "ray", "resume"):
-        tree.pop(name)
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines import ShardDataset, storage, uris
-from efae import config as configuration
+from efae import config_forms as configuration
 from efae.artifacts import checkpoint, registry, run_checkpoints, tracking
 from efae.artifacts.report import write_report
 from efae.artifacts.run_events import read_events

@@ -1,4 +1,4 @@
-"""A run on a Ray cluster: the only file of the library that imports ray.
+"""A run on a Ray cluster.
 
 `run_training` puts the training loop into a Ray Train `TorchTrainer`. Ray starts the workers, again
 when some are lost, and fewer or more of them as nodes go and come. Where they go on is not Ray's to
@@ -25,7 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 
 from data_pipelines import ShardDataset, uris
 from data_pipelines.shard_cache import ShardError
-from efae import config as configuration
+from efae import config_forms as configuration
 from efae.artifacts.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from efae.artifacts.redaction import first_cause
 from efae.artifacts.registry import load

@@ -17,22 +17,22 @@ from data_pipelines.build_shards import build_shards
 SHARDS = "s3://efae-data/chaos"
 GLOBAL_BATCH_SIZE = 32
 CHECKPOINT_INTERVAL = 40
+SMALL_MODEL = (
+    *("--data.channels=1", "--data.decode-threads=1"),
+    *("--representation.dim=12", "--representation.rotation-dims=4"),
+    *("--model.hidden-size=64", "--model.num-heads=2", "--model.depth=2"),
+    "--model.encoder-hidden-size=64",
+)
+"""Of jobs/train.py: so small that the platform is what is measured."""
 
 
 def list_options(steps: int, workers: int, max_failures: int) -> list[str]:
-    """Arguments of jobs/train.py: a model so small that the platform is what is measured."""
+    """Arguments of jobs/train.py."""
     return [
         "quickstart",
         f"--data.uri={SHARDS}/train",
         f"--data.held-out-uri={SHARDS}/held_out",
-        "--data.channels=1",
-        "--data.decode-threads=1",
-        "--representation.dim=12",
-        "--representation.rotation-dims=4",
-        "--model.hidden-size=64",
-        "--model.num-heads=2",
-        "--model.encoder-hidden-size=64",
-        "--model.depth=2",
+        *SMALL_MODEL,
         f"--training.steps={steps}",
         f"--training.global-batch-size={GLOBAL_BATCH_SIZE}",
         "--training.log-interval=10",

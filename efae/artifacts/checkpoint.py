@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data_pipelines import storage, uris
-from efae import config as configuration
+from efae import config_forms as configuration
 from efae.config import Config
 
 FORMAT_VERSION = 2

@@ -25,7 +25,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 from data_pipelines import storage, uris
-from efae import config as configuration
+from efae import config_forms as configuration
 from efae.artifacts import checkpoint
 from efae.artifacts.checkpoint import CONFIG, MANIFEST, MODEL, CheckpointError
 from efae.artifacts.request_limits import PATIENT, request_limits

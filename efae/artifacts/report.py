@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
-from efae import config as configuration
+from efae import config_forms as configuration
 from efae.artifacts.charts import (
     SAME_DB,
     draw_curves,

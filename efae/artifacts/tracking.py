@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
-from efae import config as configuration
+from efae import config_forms as configuration
 from efae.artifacts.redaction import first_cause, redact
 from efae.artifacts.request_limits import PATIENT, QUICK, request_limits
 from efae.config import Config

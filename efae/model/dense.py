@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from efae.config import with_overrides
+from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.model.decoder import Decoder
 from efae.model.encoder import Encoder, LinearPath

@@ -10,7 +10,8 @@ from PIL import Image
 
 from data_pipelines.build_shards import build_shards
 from efae.artifacts import checkpoint
-from efae.config import Config, with_overrides
+from efae.config import Config
+from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.training.angles import ANGLES
 from jobs.evaluate import main

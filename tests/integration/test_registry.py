@@ -13,7 +13,7 @@ from mlflow.models import Model
 
 import efae
 from data_pipelines import storage, uris
-from efae import config as configuration
+from efae import config_forms as configuration
 from efae.artifacts import checkpoint, registry, run_checkpoints, tracking
 from efae.artifacts.checkpoint import CheckpointError
 from efae.artifacts.registry import RegisteredVersion

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from cluster import ports
-from efae import config as configuration
+from efae import config_forms as configuration
 from efae.artifacts import tracking
 from efae.artifacts.tracker import Tracker, deliver_points
 from efae.config import Config, DataConfig

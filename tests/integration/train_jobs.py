@@ -14,6 +14,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 
+from benchmarks.chaos.suite import SMALL_MODEL
 from efae.artifacts.checkpoint import checkpoint_name
 from efae.artifacts.run_checkpoints import find_newest_checkpoint
 from efae.artifacts.run_events import read_events
@@ -25,14 +26,7 @@ OPTIONS = [
     "quickstart",
     f"--data.uri={SHARDS}/train",
     f"--data.held-out-uri={SHARDS}/held_out",
-    "--data.channels=1",
-    "--data.decode-threads=1",
-    "--representation.dim=12",
-    "--representation.rotation-dims=4",
-    "--model.hidden-size=64",
-    "--model.num-heads=2",
-    "--model.encoder-hidden-size=64",
-    "--model.depth=2",
+    *SMALL_MODEL,
     f"--training.steps={STEPS}",
     "--training.global-batch-size=32",
     f"--training.log-interval={LOG_INTERVAL}",

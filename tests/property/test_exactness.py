@@ -15,7 +15,8 @@ from torch import nn
 
 from data_pipelines.image_codec import decode_image
 from data_pipelines.image_sources import open_source
-from efae.config import Config, with_overrides
+from efae.config import Config
+from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective
 from efae.symmetry import D4, GROUPS

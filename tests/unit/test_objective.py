@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from efae.config import Config, with_overrides
+from efae.config import Config
+from efae.config_forms import with_overrides
 from efae.model import objective
 from efae.model.autoencoder import Autoencoder
 from efae.symmetry import D4

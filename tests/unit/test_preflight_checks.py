@@ -15,7 +15,8 @@ from data_pipelines.storage import StorageError
 from efae import node_checks
 from efae.checks import Note, Outcome, merge_outcomes, run_check, run_checks
 from efae.cluster_checks import join_cluster, run_preflight
-from efae.config import Config, with_overrides
+from efae.config import Config
+from efae.config_forms import with_overrides
 from efae.preflight import measure_data
 
 GIB = 2**30

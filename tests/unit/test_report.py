@@ -21,7 +21,8 @@ from efae.artifacts.report import (
     write_comparison,
     write_report,
 )
-from efae.config import Config, with_overrides
+from efae.config import Config
+from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.symmetry import D4
 from efae.training.evaluation import evaluate

@@ -4,7 +4,8 @@ import pytest
 
 from efae.artifacts.checkpoint import CheckpointError, checkpoint_name, write_checkpoint
 from efae.artifacts.run_events import read_events, record_event
-from efae.config import Config, with_overrides
+from efae.config import Config
+from efae.config_forms import with_overrides
 from efae.experiment import describe_run, find_start
 from tests.unit.test_checkpoint import damage, make_state
 

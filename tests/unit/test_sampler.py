@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.distributions import Categorical, MixtureSameFamily, Normal
 
-from efae.config import Config, with_overrides
+from efae.config import Config
+from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.model.sampler import EVALUATIONS, guide, integrate, time_grid
 from efae.symmetry import GROUPS

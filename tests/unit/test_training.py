@@ -12,7 +12,8 @@ from PIL import Image
 from data_pipelines import ShardDataset
 from data_pipelines.build_shards import build_shards
 from efae.artifacts.checkpoint import read_checkpoint
-from efae.config import Config, OptimizerConfig, with_overrides
+from efae.config import Config, OptimizerConfig
+from efae.config_forms import with_overrides
 from efae.training.checkpoint_writer import CheckpointWriter
 from efae.training.divergence import DivergenceGuard, TrainingDiverged
 from efae.training.ema import MovingAverage
