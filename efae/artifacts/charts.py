@@ -22,8 +22,8 @@ IRREP_WORDS = {
 SAME_DB = 126.0
 """PSNR is measured up to 126.02 dB (mean squared error 1e-12): equal but for rounding."""
 
-_BLUE, _ORANGE = "#2f5d8a", "#c8642b"
-_SERIES = (_BLUE, _ORANGE, "#5b8f5b", "#8a6fb0", "#b8963e")
+BLUE, ORANGE = "#2f5d8a", "#c8642b"
+_SERIES = (BLUE, ORANGE, "#5b8f5b", "#8a6fb0", "#b8963e")
 
 
 def draw_gap(
@@ -36,11 +36,11 @@ def draw_gap(
 
     A deterministic decoder has no noise floor.
     """
-    figure, (left, right) = _charts(9.4, 3.5, 2)
+    figure, (left, right) = begin_charts(9.4, 3.5, 2)
     names = list(gap_db)
     smallest = 1e-9
     sizes = [max(abs(gap_db[name]), smallest) for name in names]
-    left.barh(names, sizes, color=_BLUE)
+    left.barh(names, sizes, color=BLUE)
     left.set_xscale("log")
     left.set_xlim(smallest, 1e2)
     left.set_xticks([10.0**k for k in range(-9, 2, 2)])
@@ -49,21 +49,21 @@ def draw_gap(
     for row, (name, size) in enumerate(zip(names, sizes, strict=True)):
         text = f"{gap_db[name]:+.1e}".replace("e-0", "e-") if gap_db[name] else "0"
         left.text(1.5 * size, row, text, va="center")
-    _name(left, "|gap| to the identity's PSNR, dB")
+    name_chart(left, "|gap| to the identity's PSNR, dB")
     agreement = [decoder_error_db[name] for name in names]
-    right.barh(names, agreement, color=_BLUE)
+    right.barh(names, agreement, color=BLUE)
     if noise_floor_db is not None:
-        right.axvline(noise_floor_db, color=_ORANGE, linewidth=1.5)
+        right.axvline(noise_floor_db, color=ORANGE, linewidth=1.5)
         beside, align = (
             (noise_floor_db + 1, "left") if noise_floor_db < 75 else (noise_floor_db - 1, "right")
         )
-        right.text(beside, -0.62, f"noise floor {noise_floor_db:.1f}", color=_ORANGE, ha=align)
+        right.text(beside, -0.62, f"noise floor {noise_floor_db:.1f}", color=ORANGE, ha=align)
     for row, value in enumerate(agreement):
         text = f"≥ {SAME_DB:.0f}" if value >= SAME_DB else f"{value:.1f}"
         right.text(value + 1, row, text, va="center")
     right.set_xlim(0, 150)
     right.set_yticklabels([])
-    _name(right, "decode(act(g, z)) against g · decode(z), dB")
+    name_chart(right, "decode(act(g, z)) against g · decode(z), dB")
     for axes in (left, right):
         axes.set_ylim(len(names) - 0.5, -0.9)
         axes.tick_params(axis="y", length=0)
@@ -73,7 +73,7 @@ def draw_gap(
 def draw_gaps(models: Mapping[str, Mapping[str, float]], path: Path) -> None:
     """Gaps by element on a log scale, one bar for each model."""
     names = list(next(iter(models.values())))
-    figure, (axes,) = _charts(9.4, 0.8 + 0.16 * len(names) * (1 + len(models)), 1)
+    figure, (axes,) = begin_charts(9.4, 0.8 + 0.16 * len(names) * (1 + len(models)), 1)
     smallest, height = 1e-9, 0.8 / len(models)
     for i, (model, gap_db) in enumerate(models.items()):
         rows = [row + (i - (len(models) - 1) / 2) * height for row in range(len(names))]
@@ -89,7 +89,7 @@ def draw_gaps(models: Mapping[str, Mapping[str, float]], path: Path) -> None:
     axes.set_xticks([10.0**k for k in range(-9, 2, 2)])
     axes.axvline(1e-3, color=GREY, linestyle="--", linewidth=1)
     figure.legend(loc="outside upper right", ncols=len(models), frameon=False, fontsize=9)
-    _name(axes, "|gap| to the identity's PSNR, dB")
+    name_chart(axes, "|gap| to the identity's PSNR, dB")
     save(figure, path)
 
 
@@ -100,7 +100,7 @@ def draw_rotations(models: Mapping[str, Mapping[float, Mapping[str, float]]], pa
         models: by name, what `summarize_rotations` gives; its keys may have become text in JSON.
         path: of the PNG file.
     """
-    figure, (left, right) = _charts(9.4, 3.4, 2)
+    figure, (left, right) = begin_charts(9.4, 3.4, 2)
     floors: dict[float, float] = {}
     for i, (model, rotations) in enumerate(models.items()):
         found = {float(angle): rotations[angle] for angle in rotations}
@@ -120,17 +120,17 @@ def draw_rotations(models: Mapping[str, Mapping[float, Mapping[str, float]]], pa
         axes.margins(y=0.15)
     right.set_ylim(bottom=0)
     figure.legend(loc="outside upper right", ncols=3, frameon=False, fontsize=9)
-    _name(left, "PSNR in the disk, dB")
-    _name(right, "encoder error")
+    name_chart(left, "PSNR in the disk, dB")
+    name_chart(right, "encoder error")
     save(figure, path)
 
 
 def draw_energy(energy: Mapping[str, float], channels: Mapping[str, int], path: Path) -> None:
     """Share of the latent's energy by irrep, beside its share of the channels."""
-    figure, (axes,) = _charts(4.7, 3.1, 1)
+    figure, (axes,) = begin_charts(4.7, 3.1, 1)
     rows = np.arange(len(energy))
     share = np.array([channels[irrep] for irrep in energy]) / sum(channels.values())
-    axes.barh(rows - 0.19, [*energy.values()], height=0.36, color=_BLUE, label="of the energy")
+    axes.barh(rows - 0.19, [*energy.values()], height=0.36, color=BLUE, label="of the energy")
     axes.barh(rows + 0.19, share, height=0.36, color="#c9d3de", label="of the channels")
     for row, value in enumerate(energy.values()):
         axes.text(value + 0.01, row - 0.19, f"{value:.1%}", va="center", fontsize=9)
@@ -139,7 +139,7 @@ def draw_energy(energy: Mapping[str, float], channels: Mapping[str, int], path: 
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.invert_yaxis()
     axes.legend(frameon=False, loc="best")
-    _name(axes, "share of each irrep")
+    name_chart(axes, "share of each irrep")
     save(figure, path)
 
 
@@ -151,10 +151,10 @@ def draw_steps(
     path: Path,
 ) -> None:
     """PSNR, SSIM and sharpness against sampler steps; the model's own number is marked."""
-    figure, charts = _charts(9.4, 2.7, 3)
+    figure, charts = begin_charts(9.4, 2.7, 3)
     for axes, values in zip(charts, (psnr, ssim, sharpness), strict=True):
         counts = [int(count) for count in values]
-        axes.plot(counts, [*values.values()], "o-", color=_BLUE)
+        axes.plot(counts, [*values.values()], "o-", color=BLUE)
         if chosen is not None:
             axes.axvline(chosen, color=GREY, linestyle=":", linewidth=1)
         axes.set_xscale("log", base=2)
@@ -163,39 +163,39 @@ def draw_steps(
         axes.set_xlabel("sampler steps")
         axes.margins(y=0.15)
     for axes, name in zip(charts, ("PSNR, dB", "SSIM", "sharpness"), strict=True):
-        _name(axes, name)
-    charts[-1].axhline(1, color=_ORANGE, linewidth=1)
+        name_chart(axes, name)
+    charts[-1].axhline(1, color=ORANGE, linewidth=1)
     save(figure, path)
 
 
 def draw_loss_by_time(losses: Sequence[float], path: Path) -> None:
     """Flow loss in equal bins of t, from image (0) to noise (1)."""
-    figure, (axes,) = _charts(4.7, 3.1, 1)
+    figure, (axes,) = begin_charts(4.7, 3.1, 1)
     width = 1 / len(losses)
-    axes.bar([(i + 0.5) * width for i in range(len(losses))], losses, 0.9 * width, color=_BLUE)
+    axes.bar([(i + 0.5) * width for i in range(len(losses))], losses, 0.9 * width, color=BLUE)
     _use_log(axes)
     axes.set_xlim(0, 1)
     axes.set_xlabel("t: image at 0, noise at 1")
-    _name(axes, "flow loss by t")
+    name_chart(axes, "flow loss by t")
     save(figure, path)
 
 
 def draw_curves(curves: Sequence[tuple[int, float]], path: Path) -> None:
     """Training loss against steps, with its running median where there are many points."""
-    figure, (axes,) = _charts(9.4, 2.9, 1)
+    figure, (axes,) = begin_charts(9.4, 2.9, 1)
     steps, losses = np.array(curves, dtype=float).T
     window = len(losses) // 20
-    axes.plot(steps, losses, color=_BLUE, alpha=0.35 if window > 1 else 1, linewidth=1)
+    axes.plot(steps, losses, color=BLUE, alpha=0.35 if window > 1 else 1, linewidth=1)
     if window > 1:
         median = np.median(np.lib.stride_tricks.sliding_window_view(losses, window), axis=1)
-        axes.plot(steps[window // 2 :][: len(median)], median, color=_BLUE)
+        axes.plot(steps[window // 2 :][: len(median)], median, color=BLUE)
     _use_log(axes)
     axes.set_xlabel("step")
-    _name(axes, "training loss")
+    name_chart(axes, "training loss")
     save(figure, path)
 
 
-def _charts(width: float, height: float, count: int) -> tuple[Any, list[Axes]]:
+def begin_charts(width: float, height: float, count: int) -> tuple[Any, list[Axes]]:
     """A row of charts; sizes in inches."""
     figure: Any = Figure((width, height), dpi=180, layout="constrained")
     row = [figure.add_subplot(1, count, i + 1) for i in range(count)]
@@ -205,7 +205,7 @@ def _charts(width: float, height: float, count: int) -> tuple[Any, list[Axes]]:
     return figure, row
 
 
-def _name(axes: Axes, title: str) -> None:
+def name_chart(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=10, fontweight="bold", loc="left")
 
 

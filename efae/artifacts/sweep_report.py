@@ -1,0 +1,287 @@
+"""The sweep report: which representation a latent should carry, as one page that works offline.
+
+A pure function of the sweep's mapping, so that it can be written again from its sweep.json.
+"""
+
+import math
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from efae.artifacts.page import finite, plain, render_page, write_json
+from efae.artifacts.sweep_analysis import (
+    FEWEST_POSITIONS,
+    FEWEST_TRIALS,
+    Surface,
+    find_optimum,
+    fit_surface,
+    rate_knobs,
+)
+from efae.artifacts.sweep_charts import draw_curves, draw_importance, draw_pareto, draw_surface
+from efae.artifacts.sweep_trials import (
+    MULTIPLICITIES,
+    ROTATION,
+    SPLIT,
+    Trial,
+    choose_pairs,
+    describe,
+    read_trials,
+)
+
+FIGURES = ("surface.png", "pareto.png", "importance.png", "curves.png")
+_STATE_ORDER = ("finished", "stopped", "running", "failed")
+_METRICS = ("psnr", "held_out_loss", "worst_gap_db", "latent_size")
+
+
+def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
+    """Write report.html, sweep.json and those of `FIGURES` that there is something to draw for.
+
+    Args:
+        folder: made if it does not exist; figures of an earlier report in it are replaced.
+        sweep: what `jobs/tune.py` knows about the sweep, JSON values only: names, data, objectives
+            (metric and mode), space, search, trials with their looks, best, pareto, theory, cost.
+            A number that is not finite counts as unknown.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FIGURES:
+        (folder / name).unlink(missing_ok=True)
+    sweep = finite(sweep)
+    write_json(folder / "sweep.json", sweep)
+    trials = read_trials(sweep["trials"])
+    objective = sweep["objectives"][0]
+    metric, mode = objective["metric"], objective["mode"]
+    best = sweep["best"]
+    chosen = _best_trials(trials, best, sweep["space"])
+    theory = sweep["theory"]
+    prediction = (theory["rotation_dims"], theory["chirality_split"]) if theory else None
+
+    surface = fit_surface(trials, metric, sweep["dim"])
+    if surface:
+        draw_surface(
+            trials,
+            surface,
+            metric,
+            mode,
+            folder / "surface.png",
+            colours=sweep["colours"],
+            best=chosen[0].position if chosen else None,
+            theory=prediction,
+        )
+    optimum = find_optimum(surface, trials, mode, sweep["colours"]) if surface else None
+    pairs = choose_pairs(trials, sweep["objectives"])
+    stars = [trial.key for trial in chosen]
+    if pairs:
+        draw_pareto(trials, pairs, stars, folder / "pareto.png")
+    importances = rate_knobs(trials, metric, _knobs(sweep["space"]))
+    if importances:
+        draw_importance(importances, folder / "importance.png")
+    # The latent's size is known before training: there is nothing to learn about it.
+    learned = next(
+        (m for m in (metric, "psnr") if any(len(trial.curve(m)) > 1 for trial in trials)), None
+    )
+    if learned:
+        draw_curves(trials, learned, stars, sweep["rungs"], folder / "curves.png")
+
+    counts = Counter(trial.state for trial in trials)
+    render_page(
+        folder,
+        "sweep.html.jinja",
+        title=f"sweep {sweep['sweep_name']}",
+        sweep=sweep,
+        credits=sweep["credits"],
+        trials=_ranked(trials, metric, mode),
+        counts={state: counts[state] for state in _STATE_ORDER},
+        objective=objective,
+        describe=describe,
+        best=best,
+        best_trial=chosen[0] if chosen else None,
+        best_numbers={trial.number for trial in chosen},
+        about_channels=any(name in sweep["space"] for name in (ROTATION, SPLIT, MULTIPLICITIES)),
+        theory=_compare(trials, surface, sweep) if best and prediction else None,
+        command=_command(sweep) if best else "",
+        surface=surface,
+        optimum=optimum,
+        optimum_measured=optimum
+        and any(
+            trial.finished and (trial.turning, trial.chiral) == (optimum.turning, optimum.chiral)
+            for trial in trials
+        ),
+        no_surface=_why_no_surface(trials, metric),
+        pairs=pairs,
+        front=[t for t in _ranked(trials, metric, mode) if t.key in sweep["pareto"]],
+        importances=importances,
+        no_importance=_why_no_importance(trials, metric, sweep["space"]),
+        learned=learned,
+        metrics=_shown_metrics(trials, sweep["objectives"]),
+        other_knobs=[k for k in sweep["space"] if k not in (ROTATION, SPLIT, MULTIPLICITIES)],
+        space={name: _write_range(choices) for name, choices in sweep["space"].items()},
+        saved=_saved(sweep["cost"]),
+        duration=write_duration,
+    )
+
+
+@dataclass(frozen=True)
+class Theory:
+    """The theory's representation beside the best."""
+
+    invariant: int
+    chiral: int
+    turning: int
+    measured: Sequence[int]
+    """Numbers of the finished trials with it, up to one plane and one sign; else the surface."""
+    value: float
+    behind: float
+    """What it is worse by than the best, in the metric's unit; negative: better."""
+    error: float | None
+    """Standard error of `behind`, as far as seeds and surface tell."""
+
+
+def _compare(trials: Sequence[Trial], surface: Surface | None, sweep: Any) -> Theory | None:
+    """None if nothing is known about the theory's representation."""
+    best, dim = sweep["best"], sweep["dim"]
+    turning, split = sweep["theory"]["rotation_dims"], sweep["theory"]["chirality_split"]
+    chiral = round(split * (dim - turning))
+    near = [
+        (trial, value)
+        for trial in trials
+        if trial.finished
+        and trial.multiplicities
+        and abs(trial.turning - turning) <= 2
+        and abs(trial.chiral - chiral) <= 1
+        and (value := trial.measure(best["metric"])) is not None
+    ]
+    mode = next((o["mode"] for o in sweep["objectives"] if o["metric"] == best["metric"]), None)
+    mode = mode or ("max" if best["metric"] == "psnr" else "min")
+    if best["metric"] != sweep["objectives"][0]["metric"]:
+        surface = fit_surface(trials, best["metric"], dim)
+    best_error = (best["spread"] or 0) / math.sqrt(len(best["values"]))
+    if near:
+        value = sum(value for _, value in near) / len(near)
+        noise = best["spread"] or (surface.noise if surface else None)
+        error = math.hypot(best_error, noise / math.sqrt(len(near))) if noise else None
+    elif surface:
+        mean, std = surface.predict(turning, split)
+        value, error = float(mean), math.hypot(best_error, float(std))
+    else:
+        return None
+    return Theory(
+        invariant=dim - turning - chiral,
+        chiral=chiral,
+        turning=turning,
+        measured=[trial.number for trial, _ in near],
+        value=value,
+        behind=(best["value"] - value) * (1 if mode == "max" else -1),
+        error=error,
+    )
+
+
+def _best_trials(
+    trials: Sequence[Trial], best: Mapping[str, Any] | None, space: Mapping[str, Any]
+) -> list[Trial]:
+    """All trials with the best's knobs, whatever their seed; the one that was named first."""
+    if not best:
+        return []
+    knobs = {name: best["config"].get(name) for name in space}
+    found = [
+        trial
+        for trial in trials
+        if trial.key == best["key"]
+        or (knobs and {name: trial.config.get(name) for name in space} == knobs)
+    ]
+    return sorted(found, key=lambda trial: (not trial.finished, trial.key != best["key"]))
+
+
+def _ranked(trials: Sequence[Trial], metric: str, mode: str) -> list[Trial]:
+    """By state, then by value, best first."""
+
+    def rank(trial: Trial) -> tuple[int, float, int]:
+        value = trial.metrics.get(metric)
+        worth = math.inf if value is None else (-value if mode == "max" else value)
+        return _STATE_ORDER.index(trial.state), worth, trial.number
+
+    return sorted(trials, key=rank)
+
+
+def _shown_metrics(trials: Sequence[Trial], objectives: Sequence[Mapping[str, str]]) -> list[str]:
+    """Those that were measured; the latent's size only where it differs."""
+    names = [objective["metric"] for objective in objectives]
+    names += [name for name in _METRICS if name not in names]
+    if len({trial.metrics.get("latent_size") for trial in trials}) < 2:
+        names.remove("latent_size")
+    return [name for name in names if any(name in trial.metrics for trial in trials)]
+
+
+def _knobs(space: Mapping[str, Any]) -> list[str]:
+    """What importances are asked of: five multiplicities are two knobs too."""
+    knobs = [name for name in space if name != MULTIPLICITIES]
+    if MULTIPLICITIES in space:
+        knobs += [name for name in (ROTATION, SPLIT) if name not in knobs]
+    return knobs
+
+
+def _why_no_surface(trials: Sequence[Trial], metric: str) -> str:
+    places = {t.position for t in trials if t.finished and t.metrics.get(metric) is not None}
+    if len({p[0] for p in places if p}) < 2 or len({p[1] for p in places if p}) < 2:
+        return "its two knobs did not both vary among the finished trials"
+    if len(places) < FEWEST_POSITIONS:
+        return (
+            f"{len(places)} representations finished, and it needs {FEWEST_POSITIONS} to tell a"
+            " slope from noise"
+        )
+    return "all finished trials have the same value"
+
+
+def _why_no_importance(trials: Sequence[Trial], metric: str, space: Mapping[str, Any]) -> str:
+    count = sum(trial.finished and metric in trial.metrics for trial in trials)
+    if len(_knobs(space)) < 2:
+        return "the sweep had one knob: it has nothing to be compared with"
+    if count < FEWEST_TRIALS:
+        return f"finished trials: {count}, and it needs {FEWEST_TRIALS}"
+    return "no two knobs differ among the finished trials, or their values do not"
+
+
+def _command(sweep: Mapping[str, Any]) -> str:
+    """The best overrides for a longer run of jobs/train.py."""
+    config: Mapping[str, Any] = sweep["best"]["config"]
+    flags = [_flag(name, config[name]) for name in sweep["space"] if name in config]
+    if "representation.dim" not in sweep["space"]:
+        flags.insert(0, _flag("representation.dim", sweep["dim"]))
+    flags.append(f"--training.steps {10 * sweep['steps']}")
+    return " \\\n    ".join(["python jobs/train.py PRESET", *flags])
+
+
+def _flag(name: str, value: Any) -> str:
+    group, _, last = name.replace("_", "-").rpartition(".")
+    prefix = f"--{group}." if group else "--"
+    if isinstance(value, bool):
+        return f"{prefix}{'' if value else 'no-'}{last}"
+    values = cast(list[Any], value) if isinstance(value, list) else [value]
+    return f"{prefix}{last} " + " ".join(shlex.quote(str(entry)) for entry in values)
+
+
+def _write_range(choices: Mapping[str, Any]) -> str:
+    if "choices" in choices:
+        shown = [
+            "(" + plain(choice) + ")" if isinstance(choice, list) else plain(choice)
+            for choice in choices["choices"]
+        ]
+        return "one of " + ", ".join(shown)
+    text = f"{plain(choices['low'])} to {plain(choices['high'])}"
+    if choices.get("step"):
+        text += f", in steps of {plain(choices['step'])}"
+    return text + (", on a log scale" if choices.get("log") else "")
+
+
+def _saved(cost: Mapping[str, Any]) -> float:
+    """Share of the steps that early stopping saved."""
+    return 1 - cost["steps"] / cost["full_steps"] if cost["full_steps"] else 0.0
+
+
+def write_duration(seconds: float) -> str:
+    """45 s, 12.3 min or 4.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
