@@ -47,8 +47,8 @@ def finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         entries = cast(Mapping[str, Any], value)
         return {name: finite(entry) for name, entry in entries.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in cast(Sequence[Any], value)]
+    if isinstance(value, list):
+        return [finite(entry) for entry in cast(list[Any], value)]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

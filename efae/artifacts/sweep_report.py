@@ -3,6 +3,7 @@
 A pure function of the sweep's mapping, so that it can be written again from its sweep.json.
 """
 
+import json
 import math
 import shlex
 from collections import Counter
@@ -48,7 +49,7 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in FIGURES:
         (folder / name).unlink(missing_ok=True)
-    sweep = finite(sweep)
+    sweep = json.loads(json.dumps(finite(sweep)))  # as sweep.json will have it
     write_json(folder / "sweep.json", sweep)
     trials = read_trials(sweep["trials"])
     objective = sweep["objectives"][0]
