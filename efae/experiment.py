@@ -9,11 +9,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from data_pipelines import ShardDataset, storage, uris
 from efae import config_forms as configuration
 from efae.artifacts import checkpoint, registry, run_checkpoints, tracking
+from efae.artifacts.redaction import redact
 from efae.artifacts.report import write_report
 from efae.artifacts.run_events import read_events
 from efae.artifacts.tracker import deliver_points
@@ -245,6 +247,25 @@ def publish(
         MlflowException: the server refuses or does not answer.
     """
     run_id = facts["mlflow_run_id"]
+    measured = {
+        "psnr": evaluation.psnr,
+        "ssim": evaluation.ssim,
+        "worst_gap_db": evaluation.worst_gap_db,
+        "held_out_loss": fmean(evaluation.loss_by_time) if evaluation.loss_by_time else None,
+        "lpips": evaluation.lpips,
+        "fid": evaluation.fid,
+    }
+    lineage = {  # what promotion asks for, and what a reader of the registry wants to know
+        "run_name": config.tracking.run_name,
+        "commit": config.tracking.commit,
+        "level": config.model.level,
+        "group": config.representation.group,
+        "train_data": ShardDataset.open(config.data.uri).id,
+        "held_out_data": ShardDataset.open(config.data.held_out_uri).id,
+        "held_out_uri": redact(config.data.held_out_uri),
+        "held_out_images": str(evaluation.images),
+        "image_shape": "x".join(map(str, evaluation.image_shape)),
+    }
     with tempfile.TemporaryDirectory() as folder:
         model_folder, report_folder = Path(folder) / "model", Path(folder) / "report"
         weights, _ = checkpoint.read_model(final)
@@ -253,8 +274,8 @@ def publish(
             model_folder,
             config.tracking.registered_model,
             run_id,
-            metrics={"psnr": evaluation.psnr, "worst_gap_db": evaluation.worst_gap_db},
-            tags={"run_name": config.tracking.run_name, "commit": config.tracking.commit},
+            metrics={name: value for name, value in measured.items() if value is not None},
+            tags=lineage,
             tracking_uri=tracking_uri,
         )
         write_report(

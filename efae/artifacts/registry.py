@@ -3,17 +3,18 @@
 A version is two files and their manifest: weights as safetensors, configuration as JSON. Neither
 way needs pickle, nor runs code that came with a model. A pull is checked against the manifest, and
 the manifest of a registered version against a tag of that version; pulled models are cached by the
-manifest's hash, so one version is downloaded once.
+manifest's hash, so one version is downloaded once. Aliases say which version to use; when one may
+be moved is decided in `promotion`.
 """
 
-import hashlib
-import logging
-import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import time
+import uuid
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ from data_pipelines import storage, uris
 from efae import config_forms as configuration
 from efae.artifacts import checkpoint
 from efae.artifacts.checkpoint import CONFIG, MANIFEST, MODEL, CheckpointError
+from efae.artifacts.model_cache import fetch_model, find_cache, sha256
+from efae.artifacts.redaction import first_cause, redact
 from efae.artifacts.request_limits import PATIENT, request_limits
 from efae.artifacts.run_checkpoints import find_newest_checkpoint
 from efae.artifacts.tracking import check_server
@@ -35,9 +38,10 @@ from efae.artifacts.tracking import check_server
 if TYPE_CHECKING:
     from efae.model.autoencoder import Autoencoder
 
-logger = logging.getLogger(__name__)
-
 CHAMPION = "champion"
+ABANDONED_AFTER_SECONDS = 600
+"""A promotion takes seconds once its model is verified; one that is older was killed."""
+_PROMOTING = "promoting."
 _MODEL_URI = re.compile(r"models:/+(?P<name>[^/@:]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 _RUN_URI = re.compile(r"runs:/+(?P<run_id>\w+)/(?P<path>.+?)/?")
 
@@ -49,10 +53,12 @@ class RegisteredVersion:
     Attributes:
         name: of the registered model.
         version: counted from 1.
+        tags: as they were when it was read.
     """
 
     name: str
     version: int
+    tags: Mapping[str, str] = field(default_factory=dict[str, str], compare=False, repr=False)
 
     @property
     def uri(self) -> str:
@@ -91,7 +97,7 @@ def register_model(
     facts = {f"metric.{key}": f"{value:.6g}" for key, value in metrics.items()} | dict(tags)
     facts["digest"] = digest
     facts["config_digest"] = configuration.digest(config)
-    facts["manifest_digest"] = _sha256((model_dir / MANIFEST).read_bytes())
+    facts["manifest_digest"] = sha256((model_dir / MANIFEST).read_bytes())
     client = MlflowClient(tracking_uri)
     with request_limits(PATIENT):
         _create_registered_model(client, name)
@@ -101,9 +107,10 @@ def register_model(
             found = client.create_model_version(
                 name, source, run_id, tags=facts, await_creation_for=0
             )
-        if CHAMPION not in client.get_registered_model(name).aliases:
+        aliases, _ = _read_aliases_and_tags(client, name)
+        if int(found.version) == 1 and CHAMPION not in aliases:  # later ones are to be promoted
             client.set_registered_model_alias(name, CHAMPION, found.version)
-    return RegisteredVersion(name, int(found.version))
+    return _as_registered(found)
 
 
 def pull(uri: str, destination: Path | None = None) -> Path:
@@ -122,7 +129,7 @@ def pull(uri: str, destination: Path | None = None) -> Path:
         StorageError: the storage refuses or does not answer.
     """
     if uri.startswith(("models:", "runs:")):
-        folder = _pull_from_mlflow(uri)
+        folder = _pull_from_mlflow(uri, mlflow.get_tracking_uri(), find_cache())
     else:
         folder = _pull_from_storage(uri)
     if destination is None:
@@ -152,6 +159,123 @@ def load(uri: str, device: str = "cpu") -> "Autoencoder":
     model = Autoencoder(config)
     model.load_state_dict(weights, strict=True)
     return model.to(device).eval().requires_grad_(False)
+
+
+def read_version(uri: str, tracking_uri: str) -> RegisteredVersion:
+    """The version that `uri` names now, with its tags.
+
+    Args:
+        uri: "models:/NAME@ALIAS" or "models:/NAME/VERSION".
+        tracking_uri: of the MLflow server, here and in the functions below.
+
+    Raises:
+        ValueError: there is no such version, and the message says what exists; or MLflow does not
+            answer.
+        ConnectionError: MLflow fails, here and in the functions below.
+    """
+    match = _MODEL_URI.fullmatch(uri)
+    if not match:
+        raise ValueError(
+            f"{uri!r} names no version of the registry: use models:/NAME@ALIAS or"
+            " models:/NAME/VERSION"
+        )
+    check_server(tracking_uri)
+    with _asking(tracking_uri) as client:
+        found = _find_named_version(client, match["name"], match["alias"], match["version"])
+    return _as_registered(found)
+
+
+def verify(version: RegisteredVersion, tracking_uri: str) -> None:
+    """Read the stored model, whatever the cache holds, and build it.
+
+    Raises:
+        CheckpointError: it is not what was registered, or makes no model.
+    """
+    if "manifest_digest" not in version.tags:
+        raise CheckpointError(version.uri, "no tag manifest_digest says what was registered")
+    with tempfile.TemporaryDirectory() as folder:
+        path = _pull_from_mlflow(version.uri, tracking_uri, Path(folder))
+        try:
+            load(str(path))
+        except RuntimeError as error:  # as torch says it
+            raise CheckpointError(version.uri, "its weights are not its configuration's") from error
+
+
+def read_alias(name: str, alias: str, tracking_uri: str) -> RegisteredVersion | None:
+    """The version of `name` that the alias points to, if any.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    with _asking(tracking_uri) as client:
+        aliases, _ = _read_aliases_and_tags(client, name)
+        number = aliases.get(alias)
+        return None if number is None else _as_registered(client.get_model_version(name, number))
+
+
+def set_alias(name: str, alias: str, version: int, tracking_uri: str) -> None:
+    """Point an alias of `name` to a version; it leaves the one that it pointed to.
+
+    Raises:
+        ValueError: there is no such version, or MLflow does not take this alias.
+    """
+    with _asking(tracking_uri) as client:
+        client.set_registered_model_alias(name, alias, str(version))
+
+
+def set_tag(version: RegisteredVersion, key: str, value: str, tracking_uri: str) -> None:
+    """Write one tag of a version."""
+    with _asking(tracking_uri) as client:
+        client.set_model_version_tag(version.name, str(version.version), key, value)
+
+
+@contextmanager
+def promote_alone(name: str, tracking_uri: str) -> Generator[None]:
+    """Keeps other promotions of `name` out; MLflow has no way to compare and set an alias.
+
+    Each leaves a tag of its own on the registered model before it looks for those of others: of two
+    at the same time at least one sees the other, and gives up.
+
+    Raises:
+        ValueError: another promotion is under way.
+    """
+    mine = f"{_PROMOTING}{uuid.uuid4().hex}"
+    with _asking(tracking_uri) as client:
+        client.set_registered_model_tag(name, mine, f"{time.time():.0f}")
+    try:
+        with _asking(tracking_uri) as client:
+            _, tags = _read_aliases_and_tags(client, name)
+            for key, since in tags.items():
+                if not key.startswith(_PROMOTING) or key == mine:
+                    continue
+                age = time.time() - float(since)
+                if age < ABANDONED_AFTER_SECONDS:
+                    raise ValueError(
+                        f"another promotion of {name!r} began {max(age, 0):.0f} s ago: run this"
+                        f" again when it is done (one that was killed counts for"
+                        f" {ABANDONED_AFTER_SECONDS} s)"
+                    )
+                client.delete_registered_model_tag(name, key)
+        yield
+    finally:
+        with _asking(tracking_uri) as client:
+            client.delete_registered_model_tag(name, mine)
+
+
+@contextmanager
+def _asking(tracking_uri: str) -> Generator[MlflowClient]:
+    """A client whose errors are those that this file promises."""
+    try:
+        with request_limits(PATIENT):
+            yield MlflowClient(tracking_uri)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise ValueError(first_cause(error)) from error
+        raise ConnectionError(f"MLflow at {redact(tracking_uri)}: {first_cause(error)}") from error
+
+
+def _as_registered(found: ModelVersion) -> RegisteredVersion:
+    return RegisteredVersion(found.name, int(found.version), dict(found.tags))
 
 
 def _create_registered_model(client: MlflowClient, name: str) -> None:
@@ -189,11 +313,10 @@ def _pull_from_storage(uri: str) -> Path:
     if path is not None:
         checkpoint.read_model(path)
         return path
-    return _fetch(uri, lambda name: storage.read_bytes(uris.join(uri, name)))
+    return fetch_model(uri, lambda name: storage.read_bytes(uris.join(uri, name)), find_cache())
 
 
-def _pull_from_mlflow(uri: str) -> Path:
-    tracking_uri = mlflow.get_tracking_uri()
+def _pull_from_mlflow(uri: str, tracking_uri: str, cache: Path) -> Path:
     check_server(tracking_uri)
     client = MlflowClient(tracking_uri)
     if match := _MODEL_URI.fullmatch(uri):
@@ -217,7 +340,7 @@ def _pull_from_mlflow(uri: str) -> Path:
                 raise CheckpointError(uri, f"{name} cannot be read from {address}") from error
             return Path(path).read_bytes()
 
-    return _fetch(uri, read, manifest_digest)
+    return fetch_model(uri, read, cache, manifest_digest)
 
 
 def _find_named_version(
@@ -234,12 +357,20 @@ def _find_named_version(
         raise ValueError(f"no model {wanted!r}; {_what_exists(client, name)}") from error
 
 
-def _what_exists(client: Any, name: str) -> str:  # MLflow does not type what it answers here
-    names = [model.name for model in client.search_registered_models(max_results=20)]
-    if name not in names:
-        return f"registered models: {', '.join(names) or 'none'}"
+def _read_aliases_and_tags(client: Any, name: str) -> tuple[dict[str, str], dict[str, str]]:
+    model = client.get_registered_model(name)  # MLflow does not type it, nor what is below
+    return model.aliases, model.tags
+
+
+def _what_exists(client: Any, name: str) -> str:
+    try:
+        aliases, _ = _read_aliases_and_tags(client, name)
+    except MlflowException:
+        newest = client.search_registered_models(
+            max_results=20, order_by=["last_updated_timestamp DESC"]
+        )
+        return f"registered models: {', '.join(model.name for model in newest) or 'none'}"
     versions = sorted(int(v.version) for v in client.search_model_versions(f"name = '{name}'"))
-    aliases = client.get_registered_model(name).aliases
     return (
         f"{name} has versions {', '.join(map(str, versions)) or 'none'} and aliases"
         f" {', '.join(f'{alias} ({number})' for alias, number in aliases.items()) or 'none'}"
@@ -256,50 +387,3 @@ def _check_run_artifact(client: MlflowClient, run_id: str, path: str) -> None:
         raise ValueError(f"MLflow has no run {run_id!r}") from error
     if f"{path}/{MANIFEST}" not in found:
         raise ValueError(f"run {run_id} has no model at {path!r}; it has {', '.join(top)}")
-
-
-def _fetch(uri: str, read: Callable[[str], bytes], manifest_digest: str | None = None) -> Path:
-    """The cached model, downloaded and verified by `read` if it is not there yet."""
-    cache = Path(os.environ.get("EFAE_CACHE_DIR") or Path.home() / ".cache" / "efae") / "models"
-    if manifest_digest is not None and _is_intact(cache / manifest_digest):
-        return cache / manifest_digest
-    data = read(MANIFEST)
-    if manifest_digest not in (None, _sha256(data)):
-        raise CheckpointError(uri, f"{MANIFEST} is not the one that was registered")
-    folder = cache / _sha256(data)
-    if _is_intact(folder):
-        return folder
-    manifest = checkpoint.parse_manifest(uri, data)
-    cache.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=cache))
-    try:
-        for name in checkpoint.model_files(manifest):
-            content = read(name)
-            checkpoint.check_file(uri, name, content, manifest)
-            (draft / name).write_bytes(content)
-        (draft / MANIFEST).write_bytes(data)
-        try:
-            draft.rename(folder)
-        except OSError:  # another process was faster
-            if not _is_intact(folder):
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return folder
-
-
-def _is_intact(folder: Path) -> bool:
-    """Whether the cache holds this model; a damaged one is removed."""
-    if not folder.exists():
-        return False
-    try:
-        checkpoint.read_model(folder)
-    except CheckpointError as error:
-        logger.warning("cached model is damaged and fetched again: %s", error)
-        shutil.rmtree(folder)
-        return False
-    return True
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

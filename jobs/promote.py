@@ -1,0 +1,105 @@
+"""Give a version of the registry an alias, if it passes the gates; exit status 0 only if it has it.
+
+    python jobs/promote.py --model models:/efae@candidate --alias champion
+    python jobs/promote.py --model models:/efae/3 --alias champion --metric ssim --margin 0.001
+    python jobs/promote.py --model models:/efae/3 --alias candidate
+
+The gates:
+- integrity: the stored files are those that were registered, and load; never skipped
+- lineage: the version was not measured on the images that it was trained on
+- images: both versions were measured on the same held-out images
+- metric: the version is better than the one that has the alias; as good is not better
+- gap: its worst gap is no larger, up to rounding
+
+A champion must pass all, any other alias only integrity, or all with --compare. Prints what the
+alias named before and how to go back. MLFLOW_TRACKING_URI names the registry
+(`source .local/env` for the local stack).
+"""
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from efae.artifacts.promotion import GATES, GateName, Promotion, Terms, promote
+
+
+@dataclass
+class Arguments:
+    """What to promote."""
+
+    model: str
+    """models:/NAME/VERSION or models:/NAME@ALIAS."""
+    alias: str = "champion"
+    """The alias that it is to have."""
+    metric: str = "psnr"
+    """What the version must be better in: psnr, ssim, held_out_loss, worst_gap_db, lpips or fid, as
+    far as both versions carry it."""
+    margin: float = 0.0
+    """It must be better by more than this."""
+    gap_tolerance: float = 1e-3
+    """dB that the worst gap may be larger by; the default is what rounding makes."""
+    skip: tuple[GateName, ...] = ()
+    """Gates that need not pass; the version's tag promoted.ALIAS names them."""
+    compare: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Hold an alias other than champion to the gates, too."""
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status 0 only if the alias names the version."""
+    chosen = tyro.cli(Arguments, description=__doc__, args=arguments, prog="jobs/promote.py")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        promotion = promote(
+            chosen.model,
+            chosen.alias,
+            Terms(chosen.metric, chosen.margin, chosen.gap_tolerance, chosen.skip),
+            os.environ.get("MLFLOW_TRACKING_URI", ""),
+            compare=chosen.compare or chosen.alias == "champion",
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print_gates(promotion)
+    print(describe(promotion), flush=True)
+    return 0 if promotion.succeeded else 1
+
+
+def print_gates(promotion: Promotion) -> None:
+    """A line for each gate."""
+    present = promotion.before.uri if promotion.before else "(nothing)"
+    rows = [("", "gate", promotion.version.uri, present, "asked")]
+    rows += [(v.outcome, v.gate, v.candidate, v.present, v.remark) for v in promotion.verdicts]
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        print("  ".join([*cells, row[-1]]))
+
+
+def describe(promotion: Promotion) -> str:
+    """What the alias named before, what it names now, and how to go back."""
+    version, before, now = promotion.version, promotion.before, promotion.now
+    alias = f"models:/{version.name}@{promotion.alias}"
+    if promotion.refused:
+        return f"refused: {alias} is {before.uri if before else 'nothing'} as before"
+    if now != version:
+        return (
+            f"error: {alias} was set to {version.uri}, but is {now.uri if now else 'nothing'}: it"
+            " was changed by others at the same time; run this again if it should not stay so"
+        )
+    if before == version:
+        return f"{alias} is {version.uri} already"
+    if before is None:
+        return f"{alias} is {version.uri} now; it named nothing before"
+    gates = f" --skip {' '.join(GATES)}" if len(promotion.verdicts) > 1 else ""
+    return (
+        f"{alias} is {version.uri} now; it was {before.uri}. To go back:\n"
+        f"  python jobs/promote.py --model {before.uri} --alias {promotion.alias}{gates}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
