@@ -277,7 +277,8 @@ def test_of_promotions_at_the_same_time_one_at_most_goes_on(register, name, trac
                 with lock:
                     inside -= 1
         except ValueError:
-            refused += 1
+            with lock:
+                refused += 1
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(enter, range(24)))
