@@ -21,12 +21,18 @@ train: up ## train the quick-start model on the local stack and register it (ARG
 	    --tracking.report-folder "$(abspath $(LOCAL))/reports" \
 	    --tracking.commit "$(shell git rev-parse --short HEAD 2>/dev/null)" $(ARGS)
 
+tune: up ## search the latent's split on the local stack and register the best (ARGS="--sweep.trials 24")
+	@source "$(LOCAL)/env" && $(OPENMOJI)
+	@cluster/submit_job.sh "$(LOCAL)/env" jobs/tune.py quickstart_trial \
+	    --tracking.report-folder "$(abspath $(LOCAL))/reports" \
+	    --tracking.commit "$(shell git rev-parse --short HEAD 2>/dev/null)" $(ARGS)
+
 bench: up ## compare level exact with dense twins at one budget (ARGS="--cpu-seconds 30")
 	@source "$(LOCAL)/env" && $(OPENMOJI) && $(BIN)/python -m benchmarks.ablate --preset quickstart \
 	    --seeds 1 --variants exact none "exact, narrow" "none, narrow" $(ARGS)
 
 test: $(STAMP) ## run every test that needs no GPU (ARGS="tests/unit -k latent")
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadgroup)
 
 lint: $(STAMP) ## check format, style, types and the direction of imports
 	@$(BIN)/ruff format --check --quiet .
@@ -56,4 +62,4 @@ $(STAMP):
 	@rm -f .venv/installed-*
 	@touch $@
 
-.PHONY: help train bench test lint format up down ui clean
+.PHONY: help train tune bench test lint format up down ui clean

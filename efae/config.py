@@ -43,8 +43,8 @@ class DataConfig:
     """Decoder threads per worker."""
 
     def __post_init__(self):
-        _require_positive("data", self, "cache_bytes", "decode_threads")
-        _require(min(self.image_size) > 0, f"data.resolution={self.resolution}: must be positive")
+        require_positive("data", self, "cache_bytes", "decode_threads")
+        require(min(self.image_size) > 0, f"data.resolution={self.resolution}: must be positive")
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -105,25 +105,25 @@ class ModelConfig:
     """Standard deviation of Gaussian noise on the latent in training (bottleneck rms)."""
 
     def __post_init__(self):
-        _require_positive(
+        require_positive(
             "model",
             self,
             *("hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio"),
             *("encoder_hidden_size", "encoder_depth", "downsampling"),
         )
         for name in ("hidden_size", "encoder_hidden_size"):
-            _require(
+            require(
                 getattr(self, name) % (8 * self.num_heads) == 0,
                 f"model.{name}={getattr(self, name)}: must be a multiple of"
                 f" 8 * model.num_heads = {8 * self.num_heads}",
             )
         ratio, rest = divmod(self.downsampling, self.patch_size)
-        _require(
+        require(
             rest == 0 and ratio & (ratio - 1) == 0 and ratio > 0,
             f"model.downsampling={self.downsampling}: must be model.patch_size"
             f" ({self.patch_size}) times a power of two",
         )
-        _require(self.latent_noise >= 0, f"model.latent_noise={self.latent_noise}: must be >= 0")
+        require(self.latent_noise >= 0, f"model.latent_noise={self.latent_noise}: must be >= 0")
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -159,23 +159,23 @@ class FlowConfig:
     """The t where guidance acts."""
 
     def __post_init__(self):
-        _require_positive(
+        require_positive(
             "flow", self, "sampler_steps", "sampler_power", "sampler_shift", "time_std"
         )
-        _require(
+        require(
             0 < self.time_uniform < 1, f"flow.time_uniform={self.time_uniform}: must be in (0, 1)"
         )
-        _require(
+        require(
             0 <= self.condition_drop < 1,
             f"flow.condition_drop={self.condition_drop}: must be in [0, 1)",
         )
-        _require(
+        require(
             self.guidance_scale == 1 or self.condition_drop > 0,
             f"flow.guidance_scale={self.guidance_scale}: guidance compares with a null condition,"
             " which flow.condition_drop=0 never trains; set it to 0.1, or the scale to 1",
         )
         low, high = self.guidance_interval
-        _require(
+        require(
             0 <= low < high <= 1,
             f"flow.guidance_interval={self.guidance_interval}: must be 0 <= low < high <= 1",
         )
@@ -201,11 +201,11 @@ class LossConfig:
 
     def __post_init__(self):
         for name in ("pair_weight", "kl_weight", "perceptual_weight"):
-            _require(getattr(self, name) >= 0, f"loss.{name}={getattr(self, name)}: must be >= 0")
+            require(getattr(self, name) >= 0, f"loss.{name}={getattr(self, name)}: must be >= 0")
         for name in ("scaling_probability", "rotation_probability"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"loss.{name}={value}: must be in [0, 1]")
-        _require(
+            require(0 <= value <= 1, f"loss.{name}={value}: must be in [0, 1]")
+        require(
             not self.perceptual or ":" in self.perceptual,
             f"loss.perceptual={self.perceptual!r}: must read package.module:function",
         )
@@ -233,10 +233,10 @@ class OptimizerConfig:
     """Decay of the weights' moving average per step; starts lower, see training/ema.py."""
 
     def __post_init__(self):
-        _require_positive("optimizer", self, "learning_rate", "max_grad_norm")
+        require_positive("optimizer", self, "learning_rate", "max_grad_norm")
         for name in ("beta1", "beta2", "ema_decay", "final_learning_rate_fraction"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optimizer.{name}={value}: must be in [0, 1)")
+            require(0 <= value < 1, f"optimizer.{name}={value}: must be in [0, 1)")
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -254,20 +254,22 @@ class TrainingConfig:
     log_interval: int = 25
     """Steps between two points of the training curves."""
     evaluation_interval: int = 1000
-    """Steps between two looks at held-out reconstructions."""
+    """Steps between two looks at held-out images; the last step looks too."""
+    look_images: int = 64
+    """Held-out images of a look, at most."""
     checkpoint_interval: int = 250
     """Steps between two checkpoints."""
     held_out_images: int = 512
     """Held-out images of the final evaluation, at most."""
 
     def __post_init__(self):
-        _require_positive(
+        require_positive(
             "training",
             self,
             *("steps", "global_batch_size", "log_interval", "evaluation_interval"),
-            *("checkpoint_interval", "held_out_images"),
+            *("look_images", "checkpoint_interval", "held_out_images"),
         )
-        _require(self.seed >= 0, f"training.seed={self.seed}: must be >= 0")
+        require(self.seed >= 0, f"training.seed={self.seed}: must be >= 0")
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -304,18 +306,18 @@ class RayConfig:
     """A worker that waits longer than this for the others fails, and all start again."""
 
     def __post_init__(self):
-        _require_positive(
+        require_positive(
             "ray",
             self,
             *("cpus_per_worker", "checkpoints_to_keep", "placement_timeout_seconds"),
             *("resize_interval_seconds", "collective_timeout_seconds"),
         )
-        _require(
+        require(
             0 < self.fewest_workers <= self.most_workers,
             f"ray.num_workers={self.num_workers}: must be a positive number, or two, fewest first",
         )
         for name in ("max_failures", "rollbacks"):
-            _require(getattr(self, name) >= 0, f"ray.{name}={getattr(self, name)}: must be >= 0")
+            require(getattr(self, name) >= 0, f"ray.{name}={getattr(self, name)}: must be >= 0")
 
     @property
     def fewest_workers(self) -> int:
@@ -365,28 +367,28 @@ class Config:
     URI of a checkpoint begins a new run from its weights, optimizer, step and place in the data."""
 
     def __post_init__(self):
-        _require(
+        require(
             self.resume in ("auto", "never") or "/" in self.resume,
             f"resume={self.resume!r}: use auto, never or the URI of a checkpoint",
         )
-        _require(
+        require(
             all(side % self.model.downsampling == 0 for side in self.data.image_size),
             f"data.resolution={self.data.resolution}: the latent grid does not divide it; use a"
             f" multiple of model.downsampling={self.model.downsampling}",
         )
-        _require(
+        require(
             self.training.global_batch_size >= self.ray.most_workers,
             f"training.global_batch_size={self.training.global_batch_size}: fewer than the"
             f" {self.ray.most_workers} workers of ray.num_workers",
         )
-        _require(
+        require(
             not self.representation.learned_basis
             or self.model.level in ("objective", "regularized"),
             f"representation.learned_basis=True at model.level={self.model.level}: a basis is"
             " learned where the decoder is trained on act(g, latent), and level exact absorbs any"
             " into its first and last maps; use level objective or regularized, or leave it off",
         )
-        _require(
+        require(
             self.loss.scaling_probability == 0
             or max(self.data.image_size) > self.model.downsampling,
             f"loss.scaling_probability={self.loss.scaling_probability}: a latent of 1 x 1 cannot be"
@@ -394,13 +396,15 @@ class Config:
         )
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise a ValueError with this message unless the condition holds."""
     if not condition:
         # A ValueError that pydantic shows as it is, without its own boilerplate.
         raise PydanticCustomError("configuration", "{message}", {"message": message})
 
 
-def _require_positive(section: str, config: Any, *names: str) -> None:
+def require_positive(section: str, config: Any, *names: str) -> None:
+    """The same for knobs that must be above 0."""
     for name in names:
         value = getattr(config, name)
-        _require(value > 0, f"{section}.{name}={value}: must be positive")
+        require(value > 0, f"{section}.{name}={value}: must be positive")

@@ -21,11 +21,7 @@ from efae.artifacts.run_events import read_events
 from efae.artifacts.tracker import deliver_points
 from efae.cluster_checks import run_preflight
 from efae.config import Config
-from efae.ray_trainer import (
-    evaluate_on_cluster,
-    run_training,
-    run_uri,
-)
+from efae.ray_trainer import evaluate_on_cluster, run_training
 from efae.training.evaluation import Evaluation
 
 MLFLOW_PATIENCE_SECONDS = 60
@@ -75,7 +71,7 @@ def run_experiment(config: Config, tracking_uri: str, say: Callable[[str], None]
     tracking.log_config(tracking_uri, run_id, config)
     try:
         run_training(config, run_id, tracking_uri)
-        final, metadata = _find_final(config)
+        final, metadata = find_final(config)
         say(f"evaluating on {config.training.held_out_images} held-out images ...")
         evaluation = evaluate_on_cluster(final, config)
         facts = {
@@ -124,7 +120,7 @@ def find_start(config: Config) -> int:
         StorageError: the storage refuses or does not answer.
     """
     name = config.tracking.run_name
-    newest = run_checkpoints.read_newest_origin(run_uri(config))
+    newest = run_checkpoints.read_newest_origin(run_checkpoints.locate_run(config))
     if newest is not None:
         uri, (metadata, found) = newest
         if config.resume == "never":
@@ -168,9 +164,9 @@ def _changes(before: Config, now: Config) -> list[tuple[str, str]]:
     return [(key, f"{key}: {old[key]!r} -> {new[key]!r}") for key in new if old[key] != new[key]]
 
 
-def _find_final(config: Config) -> tuple[str, dict[str, Any]]:
+def find_final(config: Config) -> tuple[str, dict[str, Any]]:
     """URI of the last checkpoint, and its metadata."""
-    newest = run_checkpoints.read_newest_origin(run_uri(config))
+    newest = run_checkpoints.read_newest_origin(run_checkpoints.locate_run(config))
     assert newest is not None, "training ended without a checkpoint"
     uri, (metadata, _) = newest
     return uri, metadata
@@ -189,7 +185,7 @@ def describe_run(config: Config, totals: dict[str, Any]) -> dict[str, Any]:
     Raises:
         StorageError: the storage refuses or does not answer.
     """
-    events = read_events(run_uri(config))
+    events = read_events(run_checkpoints.locate_run(config))
     return {
         "run_name": config.tracking.run_name,
         "steps": config.training.steps,

@@ -1,5 +1,7 @@
 """Named, complete experiments. Each says its source, cost, expected score and command."""
 
+from dataclasses import replace
+
 from efae.config import (
     Config,
     DataConfig,
@@ -26,6 +28,23 @@ QUICKSTART = Config(
     training=TrainingConfig(
         steps=3000, global_batch_size=64, precision="fp32", evaluation_interval=500
     ),
+)
+
+# Short, on one worker, and half as wide: rankings of representations are the same as of whole runs
+# only as far as docs/sweeps.md says.
+QUICKSTART_TRIAL = replace(
+    QUICKSTART,
+    model=replace(QUICKSTART.model, hidden_size=96, encoder_hidden_size=64),
+    optimizer=OptimizerConfig(learning_rate=1.2e-2, warmup_steps=50, ema_decay=0.99),
+    training=replace(
+        QUICKSTART.training,
+        steps=600,
+        log_interval=50,
+        evaluation_interval=150,
+        checkpoint_interval=150,
+        look_images=256,
+    ),
+    ray=RayConfig(num_workers=1, checkpoints_to_keep=1),
 )
 
 FASHION_MNIST = Config(
@@ -77,6 +96,11 @@ PRESETS: dict[str, tuple[str, Config]] = {
         "OpenMoji drawings at 32 px, two CPU workers, about seven minutes; needs `make up` and the"
         " shards, both done by `make train`.",
         QUICKSTART,
+    ),
+    "quickstart_trial": (
+        "One trial of `make tune`: quickstart on one CPU worker, half as wide and a fifth as"
+        " long, about a minute.",
+        QUICKSTART_TRIAL,
     ),
     "fashion_mnist": (
         "Fashion-MNIST padded to 32 px, two CPU workers, about five minutes. Shards:"

@@ -8,7 +8,6 @@ the loss of a worker, of the driver or of the whole cluster. Checkpoints do not 
 """
 
 import itertools
-import logging
 import os
 import tempfile
 import threading
@@ -23,27 +22,19 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Us
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 
-from data_pipelines import ShardDataset, uris
 from data_pipelines.shard_cache import ShardError
 from efae import config_forms as configuration
-from efae.artifacts.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from efae.artifacts.checkpoint import CheckpointError
 from efae.artifacts.redaction import first_cause
 from efae.artifacts.registry import load
-from efae.artifacts.run_checkpoints import (
-    find_newest_checkpoint,
-    read_newest_checkpoint,
-    warn_of_damage,
-)
-from efae.artifacts.run_events import read_events, record_event
-from efae.artifacts.tracker import Tracker, default_spill_folder
+from efae.artifacts.run_checkpoints import locate_run
+from efae.artifacts.run_events import record_event
 from efae.config import Config
-from efae.training.checkpoint_writer import CheckpointWriter
 from efae.training.divergence import TrainingDiverged
 from efae.training.evaluation import Evaluation, evaluate
 from efae.training.held_out import read_held_out
-from efae.training.loop import train
+from efae.training.run import continue_run, print_line
 
-PREVIEW_IMAGES = 16
 _RAY_ENVIRONMENT = {
     # How soon a lost worker is noticed; Ray's own interval, 2 s, suits hours-long runs.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
@@ -54,8 +45,9 @@ _RAY_ENVIRONMENT = {
 # Trying again would end in the same way: the fault is in what was given.
 _HOPELESS = (
     *(CheckpointError, ValueError, TypeError, KeyError, AttributeError, ImportError),
-    torch.OutOfMemoryError,
+    *(torch.OutOfMemoryError, MemoryError),
 )
+_NO_HOST_MEMORY = "can't allocate memory"  # torch has no class for it
 
 
 class TrainingFailed(RuntimeError):
@@ -68,8 +60,7 @@ def connect(config: Config) -> None:
     Raises:
         ValueError: the cluster has fewer CPUs or GPUs than the workers ask for.
     """
-    for name, value in _RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    _set_environment()
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS") or "local", log_to_driver=True)
     have = cast(dict[str, float], ray.cluster_resources())  # Ray says dict[?, int]
@@ -84,36 +75,40 @@ def connect(config: Config) -> None:
             )
 
 
-def run_uri(config: Config) -> str:
-    """Where the checkpoints of the run are: a folder named after it in ray.storage_uri."""
-    return uris.join(config.ray.storage_uri, config.tracking.run_name)
+def _set_environment() -> None:
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
-def run_training(config: Config, run_id: str, tracking_uri: str) -> None:
+def run_training(
+    config: Config, run_id: str, tracking_uri: str, on_look: UserCallback | None = None
+) -> None:
     """Train on the connected cluster; when it returns, the last checkpoint is in storage.
 
     Args:
         config: the experiment.
         run_id: the MLflow run that rank 0 logs to.
         tracking_uri: of the MLflow server, as the workers reach it.
+        on_look: its `after_report` is called with every look, in Ray's controller.
 
     Raises:
         TrainingFailed: the workers, or Ray's controller, were lost more often than
             ray.max_failures, or failed in a way that would repeat itself.
     """
+    _set_environment()
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.ray.placement_timeout_seconds)
     for losses in itertools.count():
         try:
-            return _fit(config, run_id, tracking_uri)
+            return _fit(config, run_id, tracking_uri, on_look)
         except (RayActorError, ray.train.ControllerError) as error:
             # The workers are gone with it; their checkpoints are not.
             what = f"Ray's controller was lost: {first_cause(error)}"
-            record_event(run_uri(config), "failure", what)
+            record_event(locate_run(config), "failure", what)
             if losses == config.ray.max_failures:
                 raise TrainingFailed(f"{what}; ray.max_failures={losses} times before") from error
 
 
-def _fit(config: Config, run_id: str, tracking_uri: str) -> None:
+def _fit(config: Config, run_id: str, tracking_uri: str, on_look: UserCallback | None) -> None:
     fewest, most = config.ray.fewest_workers, config.ray.most_workers
     with tempfile.TemporaryDirectory(prefix="efae-ray-", ignore_cleanup_errors=True) as folder:
         trainer = TorchTrainer(
@@ -122,6 +117,7 @@ def _fit(config: Config, run_id: str, tracking_uri: str) -> None:
                 "config": configuration.to_json(config),
                 "run_id": run_id,
                 "tracking_uri": tracking_uri,
+                "reports": on_look is not None,
             },
             torch_config=TorchConfig(timeout_s=config.ray.collective_timeout_seconds),
             scaling_config=ScalingConfig(
@@ -140,7 +136,7 @@ def _fit(config: Config, run_id: str, tracking_uri: str) -> None:
                     max_failures=config.ray.max_failures + config.ray.rollbacks
                 ),
                 logging_config=LoggingConfig(log_level="WARNING"),
-                callbacks=[WorkerFailures(run_uri(config))],
+                callbacks=[WorkerFailures(locate_run(config)), *([on_look] if on_look else [])],
             ),
         )
         try:
@@ -170,7 +166,7 @@ class WorkerFailures(UserCallback):
         Raises:
             TrainingFailed: starting again would fail in the same way.
         """
-        ranks = sorted(worker_exceptions, key=lambda r: (not _is_final(worker_exceptions[r]), r))
+        ranks = sorted(worker_exceptions, key=lambda r: (not is_final(worker_exceptions[r]), r))
         rank, error = ranks[0], worker_exceptions[ranks[0]]
         what = f"rank {rank} was lost: {first_cause(error)}"
         # Storage may be what failed: the controller must not wait for it.
@@ -180,89 +176,33 @@ class WorkerFailures(UserCallback):
         record.start()
         again = isinstance(error, ShardError) and str(error) == self._last_shard_error
         self._last_shard_error = str(error) if isinstance(error, ShardError) else ""
-        if _is_final(error) or again:
+        if is_final(error) or again:
             record.join(5)
             raise TrainingFailed(f"training failed on rank {rank}: {error}")
 
 
-def _is_final(error: Exception) -> bool:
+def is_final(error: Exception) -> bool:
+    """Whether trying again would end in the same way."""
     if isinstance(error, TrainingDiverged):
         return not error.goes_back
-    return isinstance(error, _HOPELESS)
+    return isinstance(error, _HOPELESS) or _NO_HOST_MEMORY in str(error)
 
 
-def _train_on_worker(settings: dict[str, str]) -> None:
-    config = configuration.from_json(settings["config"])
-    uri, context = run_uri(config), ray.train.get_context()
-    rank, device = context.get_world_rank(), get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(config.ray.cpus_per_worker)
-    for name in ("", "mlflow"):  # Ray, botocore and MLflow chat at INFO
-        logging.getLogger(name).setLevel(logging.WARNING)
-    newest, tracker, writer, preview, rollbacks = None, None, None, None, 0
-    if rank == 0:
-        newest = _find_start(config)
-        rollbacks = sum(event.kind == "rollback" for event in read_events(uri))
-        workers = f"{context.get_world_size()} workers"
-        step = newest[1].metadata["step"] if newest else 0
-        what = f"{workers} go on from step {step}, {newest[0]}" if newest else f"{workers} begin"
-        record_event(uri, "start", what, step=step, world_size=context.get_world_size())
-        _say(what)
-        writer = CheckpointWriter(uri, config)
-        tracker = Tracker(
-            settings["tracking_uri"],
-            settings["run_id"],
-            default_spill_folder(),
-            system_metrics_interval_seconds=10,
-        )
-        preview = read_held_out(config.data, PREVIEW_IMAGES)
-    start, rollbacks = broadcast_from_rank_zero((newest[0] if newest else None, rollbacks))
-    try:
-        train(
-            config,
-            ShardDataset.open(config.data.uri),
-            device=device,
-            rank=rank,
-            world_size=context.get_world_size(),
-            checkpoint=newest[1] if newest else (read_checkpoint(start) if start else None),
-            rate_factor=0.5**rollbacks,
-            wrap=_make_parallel,
-            ends_soon=_Notice(uri if rank == 0 else None),
-            writer=writer,
-            tracker=tracker,
-            preview=preview,
-            say=_say if rank == 0 else lambda line: None,
-        )
-    except TrainingDiverged as error:
-        if writer:
-            writer.wait()
-        error = TrainingDiverged(
-            error.step, error.samples, find_newest_checkpoint(uri), rollbacks < config.ray.rollbacks
-        )
-        if rank == 0 and error.goes_back:
-            record_event(uri, "rollback", str(error), step=error.step)
-        raise error from None
-    finally:
-        if tracker:
-            tracker.close()
-            if tracker.spilled:
-                what = f"MLflow was away: {tracker.spilled} points of the curves had to wait"
-                record_event(uri, "outage", what)
-
-
-def _find_start(config: Config) -> tuple[str, Checkpoint] | None:
-    """The run's newest checkpoint, or the one that it was told to begin with."""
-
-    def tell(fault: CheckpointError) -> None:
-        warn_of_damage(fault)
-        record_event(run_uri(config), "damage", f"checkpoint not used, {fault}")
-
-    newest = read_newest_checkpoint(run_uri(config), tell)
-    if newest is None and config.resume not in ("auto", "never"):
-        start = read_checkpoint(config.resume)
-        start.metadata["unsent_metrics"] = []  # they are of another run
-        return config.resume, start
-    return newest
+def _train_on_worker(settings: dict[str, Any]) -> None:
+    config, context = configuration.from_json(settings["config"]), ray.train.get_context()
+    rank = context.get_world_rank()
+    continue_run(
+        config,
+        settings["run_id"],
+        settings["tracking_uri"],
+        device=get_device(),
+        rank=rank,
+        world_size=context.get_world_size(),
+        agree=broadcast_from_rank_zero,
+        wrap=_make_parallel,
+        ends_soon=_Notice(locate_run(config) if rank == 0 else None),
+        report=ray.train.report if settings["reports"] else lambda look: None,
+    )
 
 
 class _Notice:
@@ -279,10 +219,6 @@ class _Notice:
             record_event(self._recorded_in, "notice", what)
             self._recorded_in = None
         return notice is not None
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def _make_parallel(model: torch.nn.Module) -> torch.nn.Module:
@@ -321,4 +257,4 @@ def _say_progress(items: Iterable[Any], what: str) -> Iterator[Any]:
     items = list(items)
     for done, item in enumerate(items, start=1):
         yield item
-        _say(f"evaluating: {what} {done}/{len(items)}")
+        print_line(f"evaluating: {what} {done}/{len(items)}")

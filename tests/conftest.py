@@ -44,6 +44,13 @@ class RunningStack:
         return client_environment(load(self.folder))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side (`-n 2 --dist loadgroup`), one process has all tests of the session's stack."""
+    for item in items:
+        if "session_stack" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("stack"))
+
+
 def make_stack() -> RunningStack:
     """A stack that is not started yet; its path is short because Unix sockets lie in it."""
     folder = Path(tempfile.mkdtemp(prefix="efae-"))

@@ -6,16 +6,14 @@ writes ``report.html`` (everything inline), for machines ``summary.json`` and al
 Every measure is explained in a sentence where it stands; the page is meant to be printed.
 """
 
-import base64
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
 from efae import config_forms as configuration
@@ -30,7 +28,7 @@ from efae.artifacts.charts import (
     draw_steps,
 )
 from efae.artifacts.figures import ELEMENT_WORDS, ERROR_LEVELS, draw_orbit, draw_reconstructions
-from efae.artifacts.redaction import redact
+from efae.artifacts.page import finite, render_page, write_json
 from efae.artifacts.trajectory import draw_filmstrip, draw_trajectory
 from efae.config import Config
 
@@ -103,14 +101,14 @@ def write_report(
         ValueError: a number is not finite; summary.json is written nevertheless.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory / "summary.json", summarize(numbers, facts))
-    broken = [name for name, value in numbers.items() if _finite(value) != value]
+    write_json(directory / "summary.json", summarize(numbers, facts))
+    broken = [name for name, value in numbers.items() if finite(value) != value]
     if broken:
         raise ValueError(
             f"the evaluation has values that are not finite in {', '.join(broken)}: there is"
             " nothing to draw; evaluate an earlier checkpoint"
         )
-    _write_json(directory / "evaluation.json", numbers)
+    write_json(directory / "evaluation.json", numbers)
     _draw_figures(directory, numbers, pictures, curves)
     channels, height, width = numbers["image_shape"]
     return _render(
@@ -158,7 +156,7 @@ def write_comparison(directory: Path, cards: Mapping[str, Card], facts: Mapping[
             config=card.config,
             facts=own,
         )
-    _write_json(
+    write_json(
         directory / "summary.json",
         {"models": {name: summarize(card.numbers, card.facts) for name, card in cards.items()}},
     )
@@ -193,33 +191,15 @@ def write_comparison(directory: Path, cards: Mapping[str, Card], facts: Mapping[
 
 
 def _render(directory: Path, template: str, **context: Any) -> Path:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["plain"] = _plain
-
-    def figure(name: str) -> str:
-        return _inline(directory / name)
-
-    page = environment.get_template(template).render(
+    return render_page(
+        directory,
+        template,
         exact_db=_EXACT_DB,
         words=ELEMENT_WORDS,
         error_levels=ERROR_LEVELS,
         same_db=SAME_DB,
-        figure=figure,
         **context,
     )
-    path = directory / "report.html"
-    path.write_text(redact(page), encoding="utf-8")
-    return path
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(redact(json.dumps(values, indent=2, allow_nan=False)) + "\n")
 
 
 def _slug(name: str) -> str:
@@ -229,7 +209,7 @@ def _slug(name: str) -> str:
 def summarize(numbers: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     """The machine-readable summary of a run; what is not known, or not finite, is None."""
     return {
-        name: _finite(numbers[name] if name in _MEASURED else facts.get(name)) for name in _SUMMARY
+        name: finite(numbers[name] if name in _MEASURED else facts.get(name)) for name in _SUMMARY
     }
 
 
@@ -282,41 +262,7 @@ def _draw_figures(
         draw_curves(curves, directory / "curves.png")
 
 
-def _inline(path: Path) -> str:
-    return f"data:image/{path.suffix[1:]};base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        entries = cast(Mapping[str, Any], value)
-        return {name: _finite(entry) for name, entry in entries.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in cast(list[Any], value)]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _listed(value: Any) -> list[str]:
     if value is None or value == "":
         return []
     return [value] if isinstance(value, str) else [str(entry) for entry in value]
-
-
-def _plain(value: Any) -> str:
-    """A value as a person would write it: 4 significant digits, 3e-07 as 3.0e-7."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "unknown"}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        if not value or not math.isfinite(value):
-            return f"{value:g}"
-        if 1e-3 <= abs(value) < 1e6:
-            return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa}e{int(exponent)}"
-    if isinstance(value, Mapping):
-        entries = cast(Mapping[str, Any], value)
-        return ", ".join(f"{name}: {_plain(entry)}" for name, entry in entries.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(_plain(entry) for entry in cast(Sequence[Any], value))
-    return str(value)

@@ -28,6 +28,11 @@ _NAME = re.compile(r"step-(\d{8,})")
 Content = TypeVar("Content")
 
 
+def locate_run(config: Config) -> str:
+    """Where the run's checkpoints and events are: a folder named after it in ray.storage_uri."""
+    return uris.join(config.ray.storage_uri, config.tracking.run_name)
+
+
 def find_newest_checkpoint(run_uri: str) -> str | None:
     """The URI of the newest complete checkpoint below `run_uri`, or None.
 

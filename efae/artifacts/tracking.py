@@ -7,12 +7,13 @@ thread, and a restarted worker would open a second one.
 import logging
 import time
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import Metric, Param, RunInfo
 from mlflow.exceptions import MlflowException
 
 from efae import config_forms as configuration
@@ -21,6 +22,9 @@ from efae.artifacts.request_limits import PATIENT, QUICK, request_limits
 from efae.config import Config
 
 logger = logging.getLogger(__name__)
+
+PARENT = "mlflow.parentRunId"
+"""The tag that hangs a run below another in MLflow's pages."""
 
 
 def check_server(tracking_uri: str) -> None:
@@ -79,6 +83,23 @@ def find_unfinished_run(tracking_uri: str, experiment: str, run_name: str) -> st
     Raises:
         ValueError: the experiment is deleted.
     """
+    newest = _find_newest_run(tracking_uri, experiment, run_name)
+    return newest.run_id if newest and newest.status != "FINISHED" else None
+
+
+def find_run(tracking_uri: str, experiment: str, run_name: str) -> str:
+    """The id of the newest run of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    newest = _find_newest_run(tracking_uri, experiment, run_name)
+    if newest is None:
+        raise ValueError(f"MLflow has no run {run_name!r} in experiment {experiment!r}")
+    return newest.run_id
+
+
+def _find_newest_run(tracking_uri: str, experiment: str, run_name: str) -> RunInfo | None:
     client = MlflowClient(tracking_uri)
     newest = client.search_runs(
         [_find_or_create_experiment(client, experiment)],
@@ -86,7 +107,7 @@ def find_unfinished_run(tracking_uri: str, experiment: str, run_name: str) -> st
         order_by=["attributes.start_time DESC"],
         max_results=1,
     )
-    return newest[0].info.run_id if newest and newest[0].info.status != "FINISHED" else None
+    return newest[0].info if newest else None
 
 
 def _find_or_create_experiment(client: MlflowClient, name: str) -> str:
@@ -117,15 +138,32 @@ def log_config(tracking_uri: str, run_id: str, config: Config) -> None:
     MLflow's parameters are written once: a continued run keeps its first ones, and config.json
     shows the newest.
     """
+    log_params(tracking_uri, run_id, configuration.flatten(config))
+    text = redact(configuration.to_json(config))
+    MlflowClient(tracking_uri).log_text(run_id, text, "config.json")
+
+
+def log_params(tracking_uri: str, run_id: str, values: Mapping[str, Any]) -> None:
+    """Logs values as parameters, without secrets; those that were logged before stay."""
     client = MlflowClient(tracking_uri)
     logged = client.get_run(run_id).data.params
     params = [
-        Param(name, redact(str(value)))
-        for name, value in configuration.flatten(config).items()
-        if name not in logged
+        Param(name, redact(str(value))) for name, value in values.items() if name not in logged
     ]
     client.log_batch(run_id, params=params)
-    client.log_text(run_id, redact(configuration.to_json(config)), "config.json")
+
+
+def end_run(
+    tracking_uri: str, run_id: str, status: str, metrics: Mapping[str, float], step: int
+) -> None:
+    """Logs last metrics and ends the run, see `finish_run`."""
+    time_ms = time.time_ns() // 1_000_000
+    found = [
+        Metric(name, value, time_ms, step) for name, value in metrics.items() if isfinite(value)
+    ]
+    with request_limits(PATIENT):
+        MlflowClient(tracking_uri).log_batch(run_id, metrics=found)
+        finish_run(tracking_uri, run_id, status)
 
 
 def finish_run(tracking_uri: str, run_id: str, status: str) -> None:

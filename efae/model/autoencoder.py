@@ -58,6 +58,25 @@ def build_representation(config: Config) -> Representation:
     return representation
 
 
+def check_model(config: Config) -> Representation:
+    """The representation of a configuration whose model can be built; no weight is made.
+
+    Raises:
+        ValueError: the model cannot be built.
+    """
+    representation = build_representation(config)
+    height, width = config.data.image_size
+    if height != width and representation.group.swaps_sides:
+        raise ValueError(
+            f"data.resolution={height, width}: not square, but representation.group="
+            f"{representation.group} holds quarter turns; use square images, or group flips or"
+            " mirror"
+        )
+    if config.loss.rotation_probability:
+        check_turns_by_any_angle(representation)
+    return representation
+
+
 class Autoencoder(nn.Module):
     """Encoder and decoder of one configuration.
 
@@ -73,16 +92,8 @@ class Autoencoder(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.representation = build_representation(config)
+        self.representation = check_model(config)
         self.group = self.representation.group
-        height, width = config.data.image_size
-        if height != width and self.group.swaps_sides:
-            raise ValueError(
-                f"data.resolution={height, width}: not square, but representation.group="
-                f"{self.group} holds quarter turns; use square images, or group flips or mirror"
-            )
-        if config.loss.rotation_probability:
-            check_turns_by_any_angle(self.representation)
         layers = self.group if config.model.level == "exact" else TRIVIAL
         self.encoder = Encoder(layers, self.representation, config.data, config.model)
         self.decoder = Decoder(

@@ -6,11 +6,8 @@ the curves get a point and storage a checkpoint. Everything random is a function
 rank), so a resumed run goes on as if nothing had happened.
 """
 
-import copy
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,16 +16,16 @@ from torch import Tensor, nn
 
 from data_pipelines import ShardDataset
 from efae.artifacts.checkpoint import Checkpoint
-from efae.artifacts.report import draw_reconstructions
 from efae.artifacts.tracker import Tracker
 from efae.config import Config
 from efae.model.objective import Objective
 from efae.training.checkpoint_writer import CheckpointWriter
 from efae.training.divergence import DivergenceGuard
-from efae.training.measures import psnr, to_float
+from efae.training.measures import to_float
 from efae.training.meter import Meter
 from efae.training.optimizer import learning_rate_at, set_learning_rate
 from efae.training.perceptual import load_perceptual
+from efae.training.preview import Preview
 from efae.training.sample_log import SampleLog
 from efae.training.state import TrainState
 
@@ -49,6 +46,7 @@ def train(
     writer: CheckpointWriter | None = None,
     tracker: Tracker | None = None,
     preview: Tensor | None = None,
+    report: Callable[[dict[str, float]], None] = lambda look: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> TrainState:
     """Train up to step `training.steps` and return the final state.
@@ -67,6 +65,8 @@ def train(
         writer: takes the checkpoints; rank 0 only.
         tracker: receives the curves; rank 0 only.
         preview: held-out uint8 images (n, c, h, w) to look at during training; rank 0 only.
+        report: gets every look, {"step": ...} and on rank 0 what `Preview.measure` says; those
+            before the checkpoint too. All ranks call it at the same steps.
         say: prints progress; rank 0 only.
 
     Raises:
@@ -93,10 +93,12 @@ def train(
         pin_memory=device.type == "cuda",
     )
     scores: dict[str, float] = {}
+    looks: list[dict[str, float]] = []
     if checkpoint is not None:
         state.restore(checkpoint)
         loader.load_state_dict(checkpoint.metadata["position"])
         scores = dict(checkpoint.metadata["scores"])
+        looks = list(checkpoint.metadata.get("looks", []))
         if tracker:
             tracker.resend(checkpoint.metadata["unsent_metrics"])
     perceptual = None
@@ -110,6 +112,9 @@ def train(
     clock = Clock(state.step, training.steps, training.global_batch_size)
     sample_log = SampleLog(config.tracking.sample_log, rank, world_size)
     batches: Iterator[Any] = iter(loader)
+    held_out = None if preview is None else Preview(preview.to(device), state, tracker)
+    for earlier in looks:
+        report(earlier)
 
     while state.step < training.steps:
         waited = loader.wait_seconds
@@ -139,7 +144,7 @@ def train(
 
         last = state.step == training.steps
         save = state.step % training.checkpoint_interval == 0 or last
-        look = state.step % training.evaluation_interval == 0
+        look = state.step % training.evaluation_interval == 0 or last
         if state.step % training.log_interval == 0 or save or look:
             meter.bad_samples = len(loader.bad_samples)
             metrics = meter.read() | {"learning_rate": rate, "gradient_norm": float(norm)}
@@ -148,8 +153,9 @@ def train(
             if tracker:
                 tracker.log_metrics(state.step, metrics)
             clock.tick(state.step, metrics, say)
-            if look and preview is not None and tracker:
-                scores["psnr"] = show_preview(state, preview.to(device), tracker)
+            if look:
+                looks.append({"step": state.step} | (held_out.measure() if held_out else {}))
+                scores |= {name: looks[-1][name] for name in ("psnr",) if name in looks[-1]}
             scores["loss"] = metrics["loss"]
             save = ends_soon() or save
             if save and writer:
@@ -165,8 +171,11 @@ def train(
                     "unsent_metrics": tracker.unsent() if tracker else [],
                     "totals": totals,
                     "scores": dict(scores),
+                    "looks": list(looks),
                 }
                 writer.save(state, extra)
+            if look:
+                report(looks[-1])
     if writer:
         writer.wait()
     return state
@@ -180,22 +189,6 @@ def describe_device(device: torch.device) -> str:
 def seed_of(*numbers: int) -> int:
     """A well-mixed seed of (seed, step, rank)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-@torch.no_grad()
-def show_preview(state: TrainState, preview: Tensor, tracker: Tracker) -> float:
-    """Reconstruct held-out images with the averaged weights; send picture and PSNR, return it."""
-    model = copy.deepcopy(state.model).eval()
-    state.average.copy_to(model)
-    image = to_float(preview)
-    sample = model.decode(model.encode(image), seed=0).clamp(-1, 1)
-    score = float(psnr(sample, image).mean())
-    tracker.log_metrics(state.step, {"held_out/psnr": score})
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"step-{state.step:08d}.png"
-        draw_reconstructions(image.cpu(), sample.cpu(), path)
-        tracker.log_figure(path, f"reconstructions/{path.name}")
-    return score
 
 
 class Clock:

@@ -79,15 +79,19 @@ class Job:
 
 
 @contextmanager
-def submitted(name: str, *options: str, inside: bool = True) -> Iterator[Job]:
-    """The job under this run name, ended with the block.
+def submitted(
+    name: str, *options: str, inside: bool = True, job: str = "train", submission_id: str = ""
+) -> Iterator[Job]:
+    """The job under this name of its run or sweep, ended with the block.
 
     Through `ray job submit`, or with its driver outside the cluster, where tests can be imported.
     """
     ray = str(Path(sys.executable).with_name("ray"))
-    command = [ray, "job", "submit", "--working-dir", str(ROOT), "--", "python"]
-    command = [*(command if inside else [sys.executable]), "jobs/train.py"]
-    command += [*OPTIONS, *options, f"--tracking.run-name={name}"]
+    command = [ray, "job", "submit", "--working-dir", str(ROOT)]
+    command += [f"--submission-id={submission_id}"] if submission_id else []
+    command = [*([*command, "--", "python"] if inside else [sys.executable]), f"jobs/{job}.py"]
+    names = {"train": "--tracking.run-name", "tune": "--sweep.name"}
+    command += [*OPTIONS, *options, f"{names[job]}={name}"]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("w") as output:

@@ -1,0 +1,1 @@
+"""Sweeps: Ray Tune searches the configuration, the latent's representation above all."""

@@ -1,0 +1,55 @@
+"""Every knob of a sweep: what is searched, how, and how long."""
+
+from typing import Literal
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from efae.config import require, require_positive
+
+OBJECTIVES = {"psnr": "max", "held_out_loss": "min", "worst_gap_db": "min", "latent_size": "min"}
+"""What can be searched for, and which way: PSNR of held-out reconstructions in dB, flow loss on
+held-out images, largest gap over the group in dB, numbers in the latent of an image."""
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", hide_input_in_errors=True))
+class SweepConfig:
+    """A search over the configuration; every trial is a run of its own."""
+
+    name: str = ""
+    """Name of the sweep; empty makes one from the preset and the time. The same name resumes."""
+    space: str = "split"
+    """What is searched: split (representation.rotation_dims and .chirality_split at a fixed latent
+    size), split_and_rate (with the learning rate), multiplicities (all five), or a TOML file with
+    lines such as "model.hidden_size" = {choices = [96, 192]}, see docs/sweeps.md."""
+    search: Literal["optuna", "random", "grid"] = "optuna"
+    """How combinations are chosen: Optuna's TPE, by chance, or all in order."""
+    objectives: tuple[Literal["psnr", "held_out_loss", "worst_gap_db", "latent_size"], ...] = (
+        "psnr",
+    )
+    """What is searched for; the first decides, several give a Pareto front."""
+    trials: int = 16
+    """Trials of the search, at most; a grid tries all of a finite space up to this many."""
+    early_stopping: bool = True
+    """Stop trials whose held-out flow loss is in the worse half at a rung (ASHA)."""
+    first_rung: float = 0.25
+    """Share of training.steps before a trial can be stopped; the next rungs are at twice that."""
+    finalists: int = 3
+    """Best trials that are repeated with other seeds."""
+    finalist_seeds: int = 1
+    """Other seeds of each."""
+    concurrency: int = 0
+    """Trials at a time; 0 for as many as the cluster has room for now."""
+    seed: int = 0
+    """Of the search; trials have training.seed."""
+
+    def __post_init__(self):
+        require_positive("sweep", self, "trials")
+        for name in ("finalists", "finalist_seeds", "concurrency", "seed"):
+            value = getattr(self, name)
+            require(value >= 0, f"sweep.{name}={value}: must be >= 0")
+        require(0 < self.first_rung < 1, f"sweep.first_rung={self.first_rung}: must be in (0, 1)")
+        require(
+            0 < len(self.objectives) == len(set(self.objectives)),
+            f"sweep.objectives={self.objectives}: name one, or several different ones",
+        )

@@ -1,0 +1,145 @@
+"""Which combination is tried next: an Optuna study behind the interface that Ray Tune asks.
+
+Ray's own OptunaSearch hands every suggestion to a trial, feasible or not, tells Optuna that a trial
+which was stopped early is complete, and is taken up again from a pickle; this one refuses what
+cannot work or was there before, and is told what the records in storage say.
+"""
+
+import random
+from dataclasses import asdict
+from typing import Any, cast
+
+import optuna
+from optuna.study import StudyDirection
+from optuna.trial import TrialState, create_trial
+from ray.tune.search import Searcher
+
+from efae.sweep.config import OBJECTIVES, SweepConfig
+from efae.sweep.records import Records, TrialRecord
+from efae.sweep.space import Chooser, apply_combination, count_latent
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+_DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
+_MOST_ASKS = 100
+"""Of Optuna for one proposal, where most combinations cannot work or were there before."""
+
+
+class Proposals(Searcher):
+    """Proposes trials, those first that were begun and not ended.
+
+    Args:
+        chooser: says what can work and is new; it has seen what the records hold.
+        records: of the sweep; a proposal is written there before it becomes a trial.
+        sweep: how to search.
+
+    Raises:
+        ValueError: nothing in the space can work.
+    """
+
+    def __init__(self, chooser: Chooser, records: Records, sweep: SweepConfig):
+        super().__init__()
+        self._chooser, self._records = chooser, records
+        self._steps = chooser.config.training.steps
+        self._objectives, self._how = sweep.objectives, sweep.search
+        self._distributions = dict(chooser.space.distributions)
+        self._possible = chooser.list_possible()
+        found = records.in_phase("search")
+        self._begun = [record for record in found if record.state == "running"]
+        # A sampler's own state is not kept: what it does next follows from what was proposed.
+        self._random = random.Random(f"{sweep.seed} {len(found)}")
+        self._study = optuna.create_study(
+            directions=[_DIRECTIONS[OBJECTIVES[name]] for name in sweep.objectives],
+            sampler=_make_sampler(sweep, self._random.getrandbits(32)),
+        )
+        for record in found:
+            if record.state != "running":
+                self._remember(record)
+        self._asked: dict[str, tuple[optuna.Trial, int]] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """What the trial is to be, or FINISHED where nothing is left to try."""
+        if self._begun:
+            record = self._begun.pop(0)
+            trial = self._ask_for(record.combination)
+        else:
+            trial = self._choose()
+            if trial is None:
+                return cast(Any, Searcher.FINISHED)
+            config = apply_combination(self._chooser.config, trial.params)
+            record = self._records.add(
+                "search", dict(trial.params), config.training.seed, count_latent(config)
+            )
+        self._asked[trial_id] = trial, record.latent_size
+        return {"record": asdict(record)}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """A look of a trial."""
+        if len(self._objectives) == 1 and not result.get(
+            "cause"
+        ):  # Optuna knows intermediate values of one objective only
+            trial, latent_size = self._asked[trial_id]
+            measured = result | {"latent_size": latent_size}
+            trial.report(measured[self._objectives[0]], int(result["step"]))
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """A trial has ended, or was stopped."""
+        trial, latent_size = self._asked.pop(trial_id)
+        if error or not result or "step" not in result or result.get("cause"):
+            self._study.tell(trial, state=TrialState.FAIL)
+        elif result["step"] < self._steps:
+            self._study.tell(trial, state=TrialState.PRUNED)
+        else:
+            measured = result | {"latent_size": latent_size}
+            self._study.tell(trial, [measured[name] for name in self._objectives])
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the records in storage say all."""
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Nothing: the records in storage say all."""
+
+    def _choose(self) -> optuna.Trial | None:
+        """A combination that can work and is new, by Optuna or, where it insists, by chance."""
+        if self._how == "optuna" or self._possible is None:
+            for _ in range(_MOST_ASKS):
+                trial = self._study.ask(self._distributions)
+                if self._chooser.accept(trial.params):
+                    return trial
+                self._study.tell(trial, state=TrialState.FAIL)
+        if self._how != "grid" and self._possible is not None:
+            self._random.shuffle(self._possible)
+        chosen = next(filter(self._chooser.accept, self._possible or []), None)
+        return None if chosen is None else self._ask_for(chosen)
+
+    def _ask_for(self, combination: dict[str, Any]) -> optuna.Trial:
+        self._study.enqueue_trial(combination)
+        return self._study.ask(self._distributions)
+
+    def _remember(self, record: TrialRecord) -> None:
+        """Tell Optuna of a trial that ended before."""
+        first = self._objectives[0]
+        looks = {int(look["step"]): look[first] for look in record.looks if first in look}
+        state = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED}
+        self._study.add_trial(
+            create_trial(
+                state=state.get(record.state, TrialState.FAIL),
+                values=[record.metrics[name] for name in self._objectives]
+                if record.state == "finished"
+                else None,
+                params=record.combination,
+                distributions=self._distributions,
+                intermediate_values=looks if len(self._objectives) == 1 else None,
+            )
+        )
+
+
+def _make_sampler(sweep: SweepConfig, seed: int) -> optuna.samplers.BaseSampler:
+    if sweep.search != "optuna":
+        return optuna.samplers.RandomSampler(seed)
+    return optuna.samplers.TPESampler(
+        seed=seed,
+        n_startup_trials=max(4, sweep.trials // 3),
+    )

@@ -1,0 +1,154 @@
+"""Which trials were best, and what a sweep found, as plain values."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from efae.config import Config
+from efae.experiment import describe_data
+from efae.model.autoencoder import build_representation
+from efae.sweep.config import OBJECTIVES, SweepConfig
+from efae.sweep.phase import REDUCTION, find_first_rung
+from efae.sweep.records import Records, TrialRecord
+from efae.sweep.space import Chooser, apply_combination
+from efae.symmetry import Representation
+
+
+def rank(found: Sequence[TrialRecord], settings: SweepConfig) -> list[TrialRecord]:
+    """Those that finished, the best in the first objective first."""
+    first = settings.objectives[0]
+    sign = -1 if OBJECTIVES[first] == "max" else 1
+    return sorted(
+        (r for r in found if r.state == "finished"),
+        key=lambda r: (sign * r.metrics[first], r.number),
+    )
+
+
+def choose_finalists(records: Records, settings: SweepConfig, seed: int) -> list[TrialRecord]:
+    """Repetitions of the best with other seeds that have not ended; new ones are written."""
+    planned = {(json.dumps(r.combination), r.seed) for r in records.in_phase("finalist")}
+    for record in rank(records.in_phase("search"), settings)[: settings.finalists]:
+        for other in range(seed + 1, seed + 1 + settings.finalist_seeds):
+            if (json.dumps(record.combination), other) not in planned:
+                records.add("finalist", record.combination, other, record.latent_size)
+    return [r for r in records.in_phase("finalist") if r.state == "running"]
+
+
+def find_best(records: Records, settings: SweepConfig) -> dict[str, Any] | None:
+    """The best combination by its mean over seeds, of those with most seeds; None without any."""
+    first = settings.objectives[0]
+    groups: dict[str, list[TrialRecord]] = {}
+    for record in records.trials.values():
+        if record.state == "finished":
+            groups.setdefault(json.dumps(record.combination), []).append(record)
+    if not groups:
+        return None
+    most = max(map(len, groups.values()))
+    sign = 1 if OBJECTIVES[first] == "max" else -1
+    mean, group = max(
+        (
+            (sign * statistics.fmean(r.metrics[first] for r in group), group)
+            for group in groups.values()
+            if len(group) == most
+        ),
+        key=lambda entry: entry[0],
+    )
+    values = [r.metrics[first] for r in group]
+    return {
+        "key": group[0].key,
+        "number": rank(group, settings)[0].number,
+        "config": group[0].combination,
+        "metric": first,
+        "value": sign * mean,
+        "spread": statistics.stdev(values) if len(values) > 1 else None,
+        "seeds": [r.seed for r in group],
+        "values": values,
+    }
+
+
+def find_pareto(records: Records, settings: SweepConfig) -> list[str]:
+    """Keys of the finished trials of the search that no other beats in every objective."""
+    signs = [1 if OBJECTIVES[name] == "max" else -1 for name in settings.objectives]
+    points = {
+        r.key: [s * r.metrics[n] for s, n in zip(signs, settings.objectives, strict=True)]
+        for r in records.in_phase("search")
+        if r.state == "finished"
+    }
+
+    def beats(a: list[float], b: list[float]) -> bool:
+        return a != b and all(x >= y for x, y in zip(a, b, strict=True))
+
+    return [k for k, p in points.items() if not any(beats(q, p) for q in points.values())]
+
+
+def describe_sweep(
+    config: Config,
+    settings: SweepConfig,
+    chooser: Chooser,
+    records: Records,
+) -> dict[str, Any]:
+    """How was searched and what became of each trial, for sweep.json and the report."""
+    steps = config.training.steps
+    rungs = [find_first_rung(config, settings)] if settings.early_stopping else []
+    while rungs and rungs[-1] * REDUCTION < steps:
+        rungs.append(rungs[-1] * REDUCTION)
+    trials = [
+        asdict(record)
+        | {
+            "key": record.key,
+            "config": record.combination,
+            "metrics": record.metrics,
+            "steps": record.steps,
+            "multiplicities": build_representation(
+                apply_combination(config, record.combination)
+            ).multiplicities,
+        }
+        for _, record in sorted(records.trials.items())
+    ]
+    return {
+        "experiment": config.tracking.experiment,
+        "level": config.model.level,
+        "dim": config.representation.dim,
+        "colours": config.data.channels,
+        "downsampling": config.model.downsampling,
+        **describe_data(config),
+        "objectives": [{"metric": n, "mode": OBJECTIVES[n]} for n in settings.objectives],
+        "space": chooser.space.describe(),
+        "search": settings.search,
+        "seed": settings.seed,
+        "steps": steps,
+        "rungs": rungs,
+        "reduction_factor": REDUCTION if rungs else None,
+        "trials": trials,
+        "infeasible": len(chooser.refused),
+        "pareto": find_pareto(records, settings),
+        "theory": predict(config),
+    }
+
+
+def describe_cost(config: Config, records: Records) -> dict[str, float]:
+    """Seconds and steps that all trials took, and the steps they would have without a stop."""
+    found = records.trials.values()
+    return {
+        "trial_seconds": sum(record.seconds for record in found),
+        "steps": sum(record.steps for record in found),
+        "full_steps": config.training.steps * len(found),
+    }
+
+
+def predict(config: Config) -> dict[str, float] | None:
+    """The split of the group's action on the pixels of a latent cell, where all of D4 acts."""
+    if config.representation.group != "D4":
+        return None
+    # An even f x f patch: r and the diagonals fix no pixel but the diagonals' f (DESIGN section 2).
+    size = config.model.downsampling
+    a1 = b2 = (size * size + 2 * size) // 8
+    a2 = b1 = (size * size - 2 * size) // 8
+    planes = size * size // 4
+    patch = Representation(a1=a1, a2=a2, b1=b1, b2=b2, e=planes)
+    return {
+        "rotation_dims": config.representation.dim * 2 * planes / patch.dim,
+        "chirality_split": (a2 + b1 + b2) / (patch.dim - 2 * planes),
+    }

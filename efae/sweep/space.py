@@ -1,0 +1,284 @@
+"""What a sweep may change: dotted configuration keys, each with the values it may take.
+
+Beside the configuration's own keys there are the five names representation.multiplicities.a1 to .e:
+those of them that are searched fill representation.multiplicities, and where one of a1 to b2 is
+left out it takes the channels that the others leave.
+"""
+
+import difflib
+import itertools
+import math
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from efae import config_forms as configuration
+from efae.config import Config
+from efae.config_forms import with_overrides
+from efae.model.autoencoder import check_model
+from efae.symmetry.representation import IRREPS
+
+_MULTIPLICITIES = "representation.multiplicities"
+_SAME = ("data.", "ray.", "tracking.", "resume", "training.steps", "training.seed")
+"""What trials must have in common to be compared."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """Dotted keys and their distributions.
+
+    Attributes:
+        distributions: by key, as Optuna has them.
+    """
+
+    distributions: Mapping[str, BaseDistribution]
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """By key what a file would say, see `read_space`."""
+        described: dict[str, dict[str, Any]] = {}
+        for key, distribution in self.distributions.items():
+            if isinstance(distribution, CategoricalDistribution):
+                described[key] = {"choices": list(distribution.choices)}
+            else:
+                range_ = cast(Any, distribution)
+                described[key] = {"low": range_.low, "high": range_.high, "log": range_.log}
+                if range_.step is not None:
+                    described[key]["step"] = range_.step
+        return described
+
+    @property
+    def combinations(self) -> list[dict[str, Any]] | None:
+        """All of them, in order; None where there is no end of them."""
+        values: list[list[Any]] = []
+        for distribution in self.distributions.values():
+            if isinstance(distribution, CategoricalDistribution):
+                values.append(list(distribution.choices))
+                continue
+            range_ = cast(Any, distribution)
+            if range_.step is None or range_.log:
+                return None
+            count = round((range_.high - range_.low) / range_.step) + 1
+            values.append([range_.low + i * range_.step for i in range(count)])
+        if math.prod(map(len, values)) > 100_000:
+            return None
+        return [
+            dict(zip(self.distributions, chosen, strict=True))
+            for chosen in itertools.product(*values)
+        ]
+
+
+@dataclass
+class Chooser:
+    """Tells combinations that can become a trial from those that cannot work or were there before.
+
+    Attributes:
+        config: what every trial starts from.
+        space: what they may change.
+        seen: signatures of the combinations that were accepted.
+        refused: why others cannot work, by their values.
+    """
+
+    config: Config
+    space: Space
+    seen: set[str] = field(default_factory=set[str])
+    refused: dict[str, str] = field(default_factory=dict[str, str])
+
+    def accept(self, combination: Mapping[str, Any]) -> bool:
+        """Whether it can work and is new; then it is not new any more."""
+        signature = self.sign(combination)
+        if signature is None or signature in self.seen:
+            return False
+        self.seen.add(signature)
+        return True
+
+    def sign(self, combination: Mapping[str, Any]) -> str | None:
+        """The same text for combinations that mean the same model; None for what cannot work."""
+        try:
+            config = apply_combination(self.config, combination)
+            representation = check_model(config)
+        except ValueError as error:
+            self.refused[str(combination)] = str(error)
+            return None
+        same = {
+            _MULTIPLICITIES: tuple(representation.multiplicities.values()),
+            "representation.rotation_dims": None,
+            "representation.chirality_split": None,
+        }
+        return configuration.digest(with_overrides(config, same))
+
+    def list_possible(self) -> list[dict[str, Any]] | None:
+        """One combination for each different model; None of an endless space.
+
+        Raises:
+            ValueError: there is none; says why of one of them.
+        """
+        combinations = self.space.combinations
+        if combinations is None:
+            return None
+        possible: dict[str, dict[str, Any]] = {}
+        for combination in combinations:
+            if signature := self.sign(combination):
+                possible.setdefault(signature, combination)
+        if not possible:
+            combination, reason = next(iter(self.refused.items()))
+            raise ValueError(
+                f"sweep.space: none of its {len(combinations)} combinations can work, for instance"
+                f" {combination}: {reason}"
+            )
+        return list(possible.values())
+
+
+def apply_combination(config: Config, combination: Mapping[str, Any]) -> Config:
+    """The configuration with one combination's values.
+
+    Raises:
+        ValueError: a value that is not allowed.
+    """
+    overrides = {k: v for k, v in combination.items() if not k.startswith(f"{_MULTIPLICITIES}.")}
+    counts = {
+        k.rpartition(".")[2]: v
+        for k, v in combination.items()
+        if k.startswith(f"{_MULTIPLICITIES}.")
+    }
+    if counts:
+        missing = [irrep for irrep in IRREPS if irrep not in counts]
+        taken = sum(count * (2 if irrep == "e" else 1) for irrep, count in counts.items())
+        if missing:
+            counts[missing[0]] = config.representation.dim - taken
+        chosen = tuple(counts[irrep] for irrep in IRREPS)
+        if min(chosen) < 0:
+            raise ValueError(f"more than representation.dim={config.representation.dim}: {counts}")
+        overrides[_MULTIPLICITIES] = chosen
+    return with_overrides(config, overrides)
+
+
+def count_latent(config: Config) -> int:
+    """Numbers in the latent of one image."""
+    height, width = (side // config.model.downsampling for side in config.data.image_size)
+    return config.representation.dim * height * width
+
+
+def read_space(source: str, config: Config) -> Space:
+    """The space of this name, or of this file.
+
+    Args:
+        source: "split", "split_and_rate", "multiplicities", or a TOML file with lines such as
+            "optimizer.learning_rate" = {low = 1e-3, high = 1e-2, log = true},
+            "representation.rotation_dims" = {low = 0, high = 16, step = 4} and
+            "model.level" = {choices = ["exact", "objective"]}.
+        config: what every trial starts from.
+
+    Raises:
+        ValueError: no such space or file, or one of its lines cannot be searched; says which.
+    """
+    if source in NAMED_SPACES:
+        table = NAMED_SPACES[source](config)
+    else:
+        path = Path(source)
+        if path.suffix != ".toml" or not path.is_file():
+            raise ValueError(
+                f"sweep.space={source!r}: neither a TOML file nor one of {', '.join(NAMED_SPACES)}"
+            )
+        try:
+            table = tomllib.loads(path.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"sweep.space={source}: {error}") from error
+    table = _join_keys(table)
+    known = [*configuration.flatten(config), *(f"{_MULTIPLICITIES}.{irrep}" for irrep in IRREPS)]
+    if not table:
+        raise ValueError(f"sweep.space={source}: it is empty")
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"sweep.space={source}: unknown configuration key {key!r}{hint}")
+        if key.startswith(_SAME):
+            raise ValueError(
+                f"sweep.space={source}: {key!r} cannot be searched: trials are compared at the same"
+                " data, steps, seed and resources"
+            )
+    counts = [key for key in table if key.startswith(f"{_MULTIPLICITIES}.")]
+    if counts and (len(counts) < 4 or (len(counts) == 4 and f"{_MULTIPLICITIES}.e" not in table)):
+        raise ValueError(
+            f"sweep.space={source}: of {_MULTIPLICITIES}.a1, a2, b1, b2 and e, one of the first"
+            " four may be left out (it takes the rest); give the others"
+        )
+    return Space({key: _read_values(source, key, values) for key, values in table.items()})
+
+
+def _join_keys(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """TOML reads a bare dotted key as tables in tables."""
+    joined: dict[str, Any] = {}
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and not set(cast(Any, value)) & {"choices", "low", "high"}:
+            joined |= _join_keys(cast(Mapping[str, Any], value), f"{name}.")
+        else:
+            joined[name] = value
+    return joined
+
+
+def _read_values(source: str, key: str, values: Any) -> BaseDistribution:
+    given = cast(dict[str, Any], values if isinstance(values, dict) else {"choices": values})
+    try:
+        if set(given) == {"choices"}:
+            return CategoricalDistribution(_check_choices(given["choices"]))
+        low, high = given["low"], given["high"]
+        rest = {name: given[name] for name in given if name not in ("low", "high")}
+        if isinstance(low, int) and isinstance(high, int):
+            return IntDistribution(low, high, **rest)
+        return FloatDistribution(low, high, **rest)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"sweep.space={source}: {key} = {given}: {error}; write {{choices = [...]}}, or low"
+            " and high, with log = true or a step if you like"
+        ) from error
+
+
+def _check_choices(choices: list[Any]) -> list[Any]:
+    if not choices or any(isinstance(choice, list | Mapping) for choice in choices):
+        raise TypeError("choices are numbers, texts, or true and false")
+    return choices
+
+
+def _list_splits(config: Config) -> dict[str, Any]:
+    """Half of the channels or none, and what lies between and beyond, in eighths."""
+    dim = config.representation.dim
+    step = max(2, 2 * round(dim / 16))
+    return {
+        "representation.rotation_dims": {"low": 0, "high": dim // step * step, "step": step},
+        "representation.chirality_split": {"low": 0.0, "high": 0.75, "step": 0.25},
+    }
+
+
+def _list_rates(config: Config) -> dict[str, Any]:
+    rate = config.optimizer.learning_rate
+    return {"optimizer.learning_rate": {"low": rate / 4, "high": rate * 4, "log": True}}
+
+
+def _list_multiplicities(config: Config) -> dict[str, Any]:
+    dim = config.representation.dim
+    step = max(1, dim // 16)
+    table: dict[str, Any] = {
+        f"{_MULTIPLICITIES}.{irrep}": {"low": 0, "high": dim // 4 // step * step, "step": step}
+        for irrep in ("a2", "b1", "b2")
+    }
+    table[f"{_MULTIPLICITIES}.e"] = {"low": 0, "high": dim // 2 // step * step, "step": step}
+    return table
+
+
+NAMED_SPACES: dict[str, Callable[[Config], dict[str, Any]]] = {
+    "split": _list_splits,
+    "split_and_rate": lambda config: _list_splits(config) | _list_rates(config),
+    "multiplicities": _list_multiplicities,
+}
+"""By name, from the configuration that every trial starts from."""

@@ -1,0 +1,268 @@
+"""A sweep from its configuration to a registered candidate: what the driver does.
+
+As of a single run, storage and MLflow hold all that a later driver of the same name needs to go on.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data_pipelines import storage, uris
+from efae import config_forms as configuration
+from efae.artifacts import registry, run_checkpoints, tracking
+from efae.artifacts.sweep_report import write_sweep_report
+from efae.cluster_checks import run_preflight
+from efae.config import Config
+from efae.config_forms import with_overrides
+from efae.experiment import describe_data, describe_run, find_final, publish, wait_for_mlflow
+from efae.ray_trainer import evaluate_on_cluster
+from efae.sweep.config import SweepConfig
+from efae.sweep.phase import Interrupted, repeat, search
+from efae.sweep.proposals import Proposals
+from efae.sweep.ranking import (
+    choose_finalists,
+    describe_cost,
+    describe_sweep,
+    find_best,
+    rank,
+)
+from efae.sweep.records import Records, TrialRecord
+from efae.sweep.space import Chooser, read_space
+from efae.sweep.trial import Sweep, configure_trial, name_run
+
+CANDIDATE = "candidate"
+_STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "running": "KILLED"}
+_MAY_CHANGE = ("trials", "finalists", "finalist_seeds", "concurrency")
+"""Of the sweep's own settings, when it is taken up again."""
+
+
+def run_sweep(
+    config: Config, settings: SweepConfig, tracking_uri: str, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Search, repeat the best with other seeds, register the winner, report.
+
+    A sweep of the same name that did not end is taken up: trials that ended are kept, those that
+    had begun go on from their checkpoints.
+
+    Args:
+        config: what every trial starts from; tracking.run_name is ignored.
+        settings: of the sweep.
+        tracking_uri: of the MLflow server, as driver and trials reach it.
+        say: prints one line of progress.
+
+    Returns:
+        What sweep.json holds.
+
+    Raises:
+        ValueError: something that the user gave cannot work, before any work starts; or no trial
+            came to its end.
+        StorageError: the storage refuses or does not answer.
+        Interrupted: the driver was told to stop.
+        ConnectionError: MLflow is away when the model is to be registered.
+    """
+    started = time.monotonic()
+    config = with_overrides(config, {"tracking.run_name": settings.name, "resume": "auto"})
+    check_settings(config, settings)
+    chooser = Chooser(config, read_space(settings.space, config))
+    chooser.list_possible()
+    run_preflight(config, tracking_uri, say)
+    records = Records(run_checkpoints.locate_run(config))
+    parent = _begin(config, settings, chooser, records, tracking_uri)
+    say(f"ok   sweep {settings.name}: {tracking.find_run_url(tracking_uri, parent)}")
+    if records.trials:
+        states = [record.state for record in records.trials.values()]
+        found = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
+        say(f"    goes on; trials so far: {found}")
+    sweep = Sweep(settings.name, configuration.to_json(config), tracking_uri, parent)
+    diary = _Diary(config, settings, sweep, records, say)
+    try:
+        proposals = Proposals(chooser, records, settings)
+        search(sweep, config, settings, proposals, records, diary.note)
+        chosen = choose_finalists(records, settings, config.training.seed)
+        repeat(sweep, config, settings, chosen, records, diary.note)
+        best = find_best(records, settings)
+        wait_for_mlflow(tracking_uri, settings.name, say)
+        if best is not None:
+            best["model_uri"] = _register(sweep, records.trials[best["number"]], say)
+        facts = {
+            "sweep_name": settings.name,
+            "mlflow_parent_run_id": parent,
+            "mlflow_url": tracking.find_run_url(tracking_uri, parent),
+            **describe_sweep(config, settings, chooser, records),
+            "best": best,
+            "cost": describe_cost(config, records) | {"wall_seconds": time.monotonic() - started},
+        }
+        _report(config, facts, parent, tracking_uri)
+        _check_found(records, best)
+    except BaseException as error:
+        interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
+        # Ray gives a stopped job three seconds; the others have ended, but for a rare moment.
+        begun = [record for record in records.trials.values() if record.state == "running"]
+        _end_runs(sweep, config, begun, "KILLED" if interrupted else "FAILED")
+        raise
+    _end_runs(sweep, config, records.trials.values(), "FINISHED")
+    records.write_sweep((records.read_sweep() or {}) | {"ended": True})
+    return facts
+
+
+def check_settings(config: Config, settings: SweepConfig) -> None:
+    """What sweep and configuration cannot see each by itself.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    training = config.training
+    first = settings.first_rung * training.steps
+    if settings.early_stopping and training.evaluation_interval > first:
+        raise ValueError(
+            f"training.evaluation_interval={training.evaluation_interval}: trials are compared at"
+            f" looks, the first at sweep.first_rung={settings.first_rung} of training.steps="
+            f"{training.steps}; lower it to {max(1, int(first))}, or set --sweep.no-early-stopping"
+        )
+
+
+def _begin(
+    config: Config, settings: SweepConfig, chooser: Chooser, records: Records, tracking_uri: str
+) -> str:
+    """Find or make the sweep in storage and in MLflow; the id of its run.
+
+    Raises:
+        ValueError: there is a sweep or a run of this name that is another or has ended.
+    """
+    name = settings.name
+    if run_checkpoints.find_newest_checkpoint(run_checkpoints.locate_run(config)):
+        raise ValueError(f"sweep.name={name!r}: there is a run of that name; choose another")
+    fixed = {f"sweep.{k}": v for k, v in asdict(settings).items() if k not in _MAY_CHANGE}
+    fixed |= {
+        key: value
+        for key, value in configuration.flatten(config).items()
+        if not key.startswith(("tracking.", "ray.", "resume"))
+    }
+    fixed["sweep.space"] = chooser.space.describe()
+    fixed = json.loads(json.dumps(fixed))
+    known = records.read_sweep()
+    if known is None:
+        run_id, _ = tracking.find_or_create_run(
+            tracking_uri,
+            config.tracking.experiment,
+            name,
+            {"efae.commit": config.tracking.commit, "efae.sweep": "parent"},
+        )
+        tracking.log_params(tracking_uri, run_id, fixed)
+        records.write_sweep({"mlflow_run_id": run_id, "settings": fixed, "ended": False})
+    else:
+        run_id, before = known["mlflow_run_id"], known["settings"]
+        changed = [
+            f"{key}: {before.get(key)!r} -> {fixed.get(key)!r}"
+            for key in sorted(set(before) | set(fixed))
+            if before.get(key) != fixed.get(key)
+        ]
+        if changed:
+            raise ValueError(
+                f"sweep.name={name!r}: that sweep has other settings ({'; '.join(changed)}); choose"
+                " another name, or the settings it began with"
+            )
+        if known["ended"] and settings.trials <= len(records.in_phase("search")):
+            raise ValueError(
+                f"sweep.name={name!r}: that sweep has ended; choose another name, or raise"
+                " sweep.trials to go on with it"
+            )
+        records.write_sweep(known | {"ended": False})
+        tracking.finish_run(tracking_uri, run_id, "RUNNING")
+    for record in records.trials.values():
+        chooser.accept(record.combination)
+    return run_id
+
+
+class _Diary:
+    """Says how trials ended, and ends their runs in MLflow."""
+
+    def __init__(
+        self,
+        config: Config,
+        settings: SweepConfig,
+        sweep: Sweep,
+        records: Records,
+        say: Callable[[str], None],
+    ):
+        self._config, self._settings, self._sweep = config, settings, sweep
+        self._records, self._say = records, say
+
+    def note(self, record: TrialRecord) -> None:
+        """One trial has ended."""
+        end_trial(self._sweep, self._config, record)
+        first = self._settings.objectives[0]
+        ended = [r for r in self._records.in_phase(record.phase) if r.state != "running"]
+        planned = self._settings.trials
+        if record.phase == "finalist":
+            planned = len(self._records.in_phase("finalist"))
+        what = ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in record.combination.items())
+        value = f"{first} {record.metrics[first]:.4g}" if record.metrics else ""
+        best = rank(self._records.in_phase("search"), self._settings)
+        so_far = f"; best so far {best[0].metrics[first]:.4g} ({best[0].key})" if best else ""
+        self._say(
+            f"[{len(ended)}/{planned}] {record.phase} {record.key}: {what}, seed {record.seed}:"
+            f" {record.state} at step {record.steps}, {record.cause or value},"
+            f" {record.seconds:.0f} s{so_far}"
+        )
+
+
+def end_trial(sweep: Sweep, config: Config, record: TrialRecord) -> None:
+    """End the trial's run in MLflow, with its last numbers for the comparison of runs."""
+    uri, experiment = sweep.tracking_uri, config.tracking.experiment
+    run_id = tracking.find_unfinished_run(uri, experiment, name_run(sweep.name, record))
+    if run_id is not None:
+        numbers = {f"trial/{name}": value for name, value in record.metrics.items()}
+        tracking.end_run(uri, run_id, _STATUS[record.state], numbers, record.steps)
+
+
+def _end_runs(sweep: Sweep, config: Config, trials: Iterable[TrialRecord], status: str) -> None:
+    for record in trials:
+        end_trial(sweep, config, record)
+    tracking.finish_run(sweep.tracking_uri, sweep.parent_run_id, status)
+
+
+def _register(sweep: Sweep, winner: TrialRecord, say: Callable[[str], None]) -> str:
+    """The winner's weights as a version with the alias candidate; its URI."""
+    config, uri = configure_trial(sweep, winner), sweep.tracking_uri
+    final, metadata = find_final(config)
+    say(f"evaluating trial {winner.key} on {config.training.held_out_images} held-out images ...")
+    names = config.tracking
+    facts = {
+        **describe_run(config, metadata["totals"]),
+        **describe_data(config),
+        "mlflow_run_id": tracking.find_run(uri, names.experiment, names.run_name),
+        "wall_seconds": winner.seconds,
+    }
+    evaluation = evaluate_on_cluster(final, config)
+    summary = publish(config, uri, final, evaluation, facts)
+    name, version = names.registered_model, int(summary["model_uri"].rpartition("/")[2])
+    registry.set_alias(name, CANDIDATE, version, uri)
+    return summary["model_uri"]
+
+
+def _report(config: Config, facts: dict[str, Any], parent: str, tracking_uri: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "report"
+        write_sweep_report(path, facts)
+        best = facts["best"]
+        summary = {"steps": facts["cost"]["steps"]}
+        if best is not None:
+            summary[f"best_{best['metric']}"] = best["value"]
+        tracking.log_report(tracking_uri, parent, path, summary)
+        if config.tracking.report_folder:
+            copy = uris.join(config.tracking.report_folder, config.tracking.run_name)
+            storage.upload_folder(path, copy)
+
+
+def _check_found(records: Records, best: dict[str, Any] | None) -> None:
+    if best is None:
+        causes = {r.cause for r in records.trials.values() if r.cause}
+        raise ValueError(
+            f"no trial came to its end: {len(records.trials)} began"
+            f"{'; causes: ' + '; '.join(sorted(causes)) if causes else ''}"
+        )

@@ -1,0 +1,114 @@
+"""Search the configuration, the latent's representation above all, and register the best.
+
+    python jobs/tune.py quickstart_trial
+    python jobs/tune.py quickstart_trial --sweep.trials 24 --sweep.space split_and_rate
+    python jobs/tune.py imagenet_256 --training.steps 20000 --sweep.space my_space.toml
+    ray job submit --working-dir . -- python jobs/tune.py quickstart_trial
+
+Every trial is a run as jobs/train.py makes it, of the preset with its overrides. Addresses come
+from the environment, as for jobs/train.py. The same --sweep.name goes on where that sweep stopped:
+trials that ended are kept, those that had begun go on from their checkpoints.
+"""
+
+import dataclasses
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Any
+
+import tyro
+from pydantic.dataclasses import dataclass
+
+from efae.config import Config
+from efae.presets import PRESETS
+from efae.sweep.config import SweepConfig
+
+
+@dataclass(frozen=True)
+class SweepJob(Config):
+    """An experiment and the search over it."""
+
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+
+
+def parse_arguments(arguments: list[str]) -> tuple[Config, SweepConfig]:
+    """The preset with the command line's overrides; exits with status 2 and a message if wrong."""
+    presets = {name: (what, SweepJob(**_split(preset))) for name, (what, preset) in PRESETS.items()}
+    job = tyro.extras.overridable_config_cli(
+        presets, description=__doc__, args=arguments, prog="jobs/tune.py"
+    )
+    sweep = job.sweep
+    if not sweep.name:
+        preset = next((a for a in arguments if a in PRESETS), "run")
+        name = f"sweep-{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        sweep = dataclasses.replace(sweep, name=name)
+    values = _split(job)
+    del values["sweep"]
+    return Config(**values), sweep
+
+
+def _split(config: Config) -> dict[str, Any]:
+    return {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status 0 only if a best model was found and registered."""
+    config, sweep = parse_arguments(arguments)
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # Importing the platform takes seconds; a mistyped option should not.
+    from efae.artifacts.checkpoint import CheckpointError
+    from efae.sweep.phase import Interrupted
+    from efae.sweep.sweep import run_sweep
+
+    again = f"nothing is lost: submit again with --sweep.name {sweep.name} to go on"
+    try:
+        found = run_sweep(
+            config,
+            sweep,
+            os.environ.get("MLFLOW_TRACKING_URI", ""),
+            say=lambda line: print(line, flush=True),
+        )
+    except (ValueError, OSError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (Interrupted, KeyboardInterrupt):
+        print(f"stopped; {again}", file=sys.stderr)
+        return 130
+    print_summary(found, config.tracking.report_folder)
+    return 0
+
+
+def print_summary(found: Mapping[str, Any], report_folder: str) -> None:
+    """What was found, and what to do next."""
+    best, cost = found["best"], found["cost"]
+    states = [trial["state"] for trial in found["trials"]]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
+    report = "report/report.html among the artifacts of the sweep's run in MLflow"
+    if report_folder:
+        report = f"{report_folder}/{found['sweep_name']}/report.html"
+    values = ", ".join(f"{value:.2f}" for value in best["values"])
+    combination = "".join(f"\n    {key} = {value}" for key, value in best["config"].items())
+    options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in best["config"].items())
+    print(
+        f"""
+{found["sweep_name"]}: {len(states)} trials ({counts}) in {cost["wall_seconds"] / 60:.1f} minutes,\
+ {cost["steps"] / cost["full_steps"]:.0%} of the steps of all trials in full
+  best (trial {best["key"]}){combination}
+  {best["metric"]:<18} {best["value"]:.4g} over seeds {best["seeds"]} ({values})
+  registered         {best["model_uri"]}, alias candidate
+
+next:
+  look at    {report}
+  train it   python jobs/train.py quickstart {options}
+  promote    python jobs/promote.py --model {best["model_uri"]}
+""",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,149 @@
+"""What a sweep may try: named spaces and files, combinations that can work, different models."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from efae.config import Config
+from efae.config_forms import with_overrides
+from efae.model.autoencoder import build_representation
+from efae.presets import PRESETS
+from efae.sweep.config import SweepConfig
+from efae.sweep.space import NAMED_SPACES, Chooser, apply_combination, count_latent, read_space
+from efae.sweep.sweep import check_settings
+
+QUICKSTART = PRESETS["quickstart"][1]
+ROTATION, CHIRALITY = "representation.rotation_dims", "representation.chirality_split"
+
+
+@pytest.mark.parametrize("name", ["split", "multiplicities"])
+@pytest.mark.parametrize("preset", ["quickstart", "fashion_mnist"])
+def test_a_named_space_holds_different_models_of_one_size(name, preset):
+    config = PRESETS[preset][1]
+    possible = Chooser(config, read_space(name, config)).list_possible()
+    assert possible is not None
+    models = [build_representation(apply_combination(config, c)) for c in possible]
+    assert {model.dim for model in models} == {config.representation.dim}
+    splits = {tuple(model.multiplicities.values()) for model in models}
+    assert len(splits) == len(models) > 12
+    assert all(model.multiplicities["a1"] >= config.data.channels for model in models)
+
+
+def test_what_cannot_work_or_was_there_is_refused():
+    chooser = Chooser(QUICKSTART, read_space("split", QUICKSTART))
+    assert chooser.accept({ROTATION: 8, CHIRALITY: 0.5})
+    assert not chooser.accept({ROTATION: 8, CHIRALITY: 0.5})
+    assert not chooser.accept({ROTATION: 8, CHIRALITY: 0.51})  # the same whole channels
+    assert not chooser.accept({ROTATION: 7, CHIRALITY: 0.5})
+    assert not chooser.accept({ROTATION: 28, CHIRALITY: 0.5})  # two invariant, three colours
+    assert [("even" in why, "colours" in why) for why in chooser.refused.values()] == [
+        (True, False),
+        (False, True),
+    ]
+
+
+def test_sizes_are_checked_before_a_trial(tmp_path):
+    path = tmp_path / "space.toml"
+    path.write_text('"model.num_heads" = {choices = [4, 5]}')
+    chooser = Chooser(QUICKSTART, read_space(str(path), QUICKSTART))
+    assert chooser.list_possible() == [{"model.num_heads": 4}]
+
+
+def test_multiplicities_take_what_is_left():
+    space = read_space("multiplicities", QUICKSTART)
+    names = [key.rpartition(".")[2] for key in space.distributions]
+    assert names == ["a2", "b1", "b2", "e"]
+    combination = dict(zip(space.distributions, (2, 4, 6, 5), strict=True))
+    config = apply_combination(QUICKSTART, combination)
+    assert config.representation.multiplicities == (10, 2, 4, 6, 5)
+
+
+def test_a_file_says_values(tmp_path):
+    path = tmp_path / "space.toml"
+    path.write_text(
+        """
+        optimizer.learning_rate = {low = 1e-3, high = 1e-2, log = true}
+        "model.level" = {choices = ["exact", "objective"]}
+        "representation.rotation_dims" = {low = 0, high = 16, step = 8}
+        training.precision = ["fp32", "bf16"]
+        """
+    )
+    space = read_space(str(path), QUICKSTART)
+    assert space.describe() == {
+        "optimizer.learning_rate": {"low": 1e-3, "high": 1e-2, "log": True},
+        "model.level": {"choices": ["exact", "objective"]},
+        ROTATION: {"low": 0, "high": 16, "log": False, "step": 8},
+        "training.precision": {"choices": ["fp32", "bf16"]},
+    }
+    assert space.combinations is None  # there is no end of learning rates
+    del space.distributions["optimizer.learning_rate"]
+    values = (["exact", "objective"], [0, 8, 16], ["fp32", "bf16"])
+    assert space.combinations == [
+        dict(zip(space.distributions, chosen, strict=True)) for chosen in itertools.product(*values)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('"model.widht" = [1]', "model.widht"),
+        ('"model.hidden_siz" = [64]', "did you mean 'model.hidden_size'"),
+        ('"training.steps" = [100, 200]', "training.steps"),
+        ('"ray.num_workers" = [1, 2]', "same data, steps, seed and resources"),
+        ('"model.depth" = {low = 4, high = 2}', "model.depth"),
+        ('"model.depth" = {low = 1}', "low and high"),
+        ('"model.depth" = []', "choices"),
+        ('"representation.multiplicities" = [[4, 0, 0, 0, 0]]', "numbers, texts"),
+        ('"representation.multiplicities.a2" = [0, 1]', "takes the rest"),
+        ("model.depth = ", "Invalid value"),
+        ("", "empty"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_its_line(tmp_path, text, complaint):
+    path = tmp_path / "space.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=complaint.replace("(", r"\(")) as refusal:
+        read_space(str(path), QUICKSTART)
+    assert str(path) in str(refusal.value)
+
+
+def test_an_unknown_space_names_the_known_ones():
+    with pytest.raises(ValueError, match="splits.*" + ", ".join(NAMED_SPACES)):
+        read_space("splits", QUICKSTART)
+
+
+def test_an_impossible_space_says_why(tmp_path):
+    path = tmp_path / "space.toml"
+    path.write_text('"representation.rotation_dims" = [3, 5]')
+    with pytest.raises(ValueError, match=r"none of its 2 combinations.*even number"):
+        Chooser(QUICKSTART, read_space(str(path), QUICKSTART)).list_possible()
+
+
+def test_the_size_of_the_latent():
+    config = with_overrides(
+        Config(), {"data.resolution": (32, 64), "representation.group": "flips"}
+    )
+    assert count_latent(config) == 32 * 4 * 8
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"trials": 0},
+        {"objectives": ()},
+        {"objectives": ("psnr", "psnr")},
+        {"first_rung": 1.0},
+        {"finalists": -1},
+        {"search": "bayes"},
+    ],
+)
+def test_wrong_settings_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        dataclasses.replace(SweepConfig(), **wrong)
+
+
+def test_looks_must_come_before_the_first_rung():
+    with pytest.raises(ValueError, match=r"training.evaluation_interval=500.*lower it to 200"):
+        check_settings(with_overrides(QUICKSTART, {"training.steps": 800}), SweepConfig())
+    check_settings(PRESETS["quickstart_trial"][1], SweepConfig())
