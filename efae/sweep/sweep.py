@@ -36,8 +36,8 @@ from efae.sweep.trial import Sweep, configure_trial, name_run
 
 CANDIDATE = "candidate"
 _STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "running": "KILLED"}
-_MAY_CHANGE = ("trials", "finalists", "finalist_seeds", "concurrency")
-"""Of the sweep's own settings, when it is taken up again."""
+_MAY_GROW = ("trials", "finalists", "finalist_seeds")
+"""Of the sweep's own settings, when it is taken up again; concurrency may be anything."""
 
 
 def run_sweep(
@@ -105,7 +105,7 @@ def run_sweep(
         _end_runs(sweep, config, begun, "KILLED" if interrupted else "FAILED")
         raise
     _end_runs(sweep, config, records.trials.values(), "FINISHED")
-    records.write_sweep((records.read_sweep() or {}) | {"ended": True})
+    records.write_sweep((records.read_sweep() or {}) | {"ended": _plan(settings)})
     return facts
 
 
@@ -136,7 +136,8 @@ def _begin(
     name = settings.name
     if run_checkpoints.find_newest_checkpoint(run_checkpoints.locate_run(config)):
         raise ValueError(f"sweep.name={name!r}: there is a run of that name; choose another")
-    fixed = {f"sweep.{k}": v for k, v in asdict(settings).items() if k not in _MAY_CHANGE}
+    free = (*_MAY_GROW, "concurrency")
+    fixed = {f"sweep.{k}": v for k, v in asdict(settings).items() if k not in free}
     fixed |= {
         key: value
         for key, value in configuration.flatten(config).items()
@@ -153,7 +154,7 @@ def _begin(
             {"efae.commit": config.tracking.commit, "efae.sweep": "parent"},
         )
         tracking.log_params(tracking_uri, run_id, fixed)
-        records.write_sweep({"mlflow_run_id": run_id, "settings": fixed, "ended": False})
+        records.write_sweep({"mlflow_run_id": run_id, "settings": fixed, "ended": None})
     else:
         run_id, before = known["mlflow_run_id"], known["settings"]
         changed = [
@@ -166,16 +167,21 @@ def _begin(
                 f"sweep.name={name!r}: that sweep has other settings ({'; '.join(changed)}); choose"
                 " another name, or the settings it began with"
             )
-        if known["ended"] and settings.trials <= len(records.in_phase("search")):
+        planned = _plan(settings)
+        if known["ended"] and all(planned[name] <= n for name, n in known["ended"].items()):
             raise ValueError(
                 f"sweep.name={name!r}: that sweep has ended; choose another name, or raise"
                 " sweep.trials to go on with it"
             )
-        records.write_sweep(known | {"ended": False})
+        records.write_sweep(known | {"ended": None})
         tracking.finish_run(tracking_uri, run_id, "RUNNING")
     for record in records.trials.values():
         chooser.accept(record.combination)
     return run_id
+
+
+def _plan(settings: SweepConfig) -> dict[str, int]:
+    return {key: getattr(settings, key) for key in _MAY_GROW}
 
 
 class _Diary:

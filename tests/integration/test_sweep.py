@@ -63,14 +63,19 @@ def list_leftovers(environment):
             return groups + processes
 
 
+def find_chunks(folder):
+    """Parts of shards in a cache, with what would change if one were written again."""
+    return {path: path.stat().st_ino for path in folder.rglob("*.chunk")}
+
+
 @pytest.fixture(scope="module")
 def stormy_sweep(train_shards, local_stack, tmp_path_factory):
-    """Two good trials, one that diverges, three without memory; stopped once and killed once."""
+    """A good trial, one that diverges, two without memory; stopped once and killed once."""
     folder = tmp_path_factory.mktemp("sweep")
     space = folder / "space.toml"
     space.write_text(
         f"""
-        optimizer.learning_rate = [0.004, 0.002, 1e25]
+        optimizer.learning_rate = [0.004, 1e25]
         model.hidden_size = [64, {NO_MEMORY}]
         """
     )
@@ -97,10 +102,10 @@ def stormy_sweep(train_shards, local_stack, tmp_path_factory):
         seen["after the stop"] = (list_leftovers(local_stack), find_children("stormy"))
     with submitted("stormy", *options, job="tune", inside=False) as job:
         job.wait_for("end of the first trial", lambda: trials()[1].state == "finished")
-        job.wait_for("look of another", lambda: any(r.looks for n, r in trials().items() if n > 1))
+        job.wait_for("look of the finalist", lambda: 5 in trials() and trials()[5].looks)
         job.process.send_signal(signal.SIGKILL)
     seen["first trial"] = storage.read_bytes(f"{uri}/001.json")
-    seen["first trial ended"] = time.time()
+    seen["chunks"] = find_chunks(folder / "cache")
     result = run_job("tune", *OPTIONS, *options, "--sweep.name=stormy")
     assert result.returncode == 0, result.stdout + result.stderr
     return seen | {"output": result.stdout, "options": options, "cache": folder / "cache"}
@@ -112,13 +117,13 @@ def test_every_trial_ends_in_a_clear_state(stormy_sweep):
         (r.combination["optimizer.learning_rate"], r.combination["model.hidden_size"], r.seed): r
         for r in records.trials.values()
     }
-    assert len(found) == len(records.trials) == 7  # no trial twice; one is the finalist
+    assert len(found) == len(records.trials) == 5  # no trial twice; one is the finalist
     states = {key: record.state for key, record in found.items() if record.phase == "search"}
     assert states == {
         (0.004, 64, 0): "finished",
-        (0.002, 64, 0): "finished",
         (1e25, 64, 0): "failed",
-        **{(rate, NO_MEMORY, 0): "failed" for rate in (0.004, 0.002, 1e25)},
+        (0.004, NO_MEMORY, 0): "failed",
+        (1e25, NO_MEMORY, 0): "failed",
     }
     assert "not finite" in found[1e25, 64, 0].cause
     assert "memory" in found[0.004, NO_MEMORY, 0].cause
@@ -128,11 +133,13 @@ def test_every_trial_ends_in_a_clear_state(stormy_sweep):
 
 def test_what_had_ended_was_kept_and_what_had_begun_went_on(stormy_sweep):
     assert storage.read_bytes(f"{run_uri('stormy')}/001.json") == stormy_sweep["first trial"]
-    starts = [e.facts["step"] for e in read_events(run_uri("stormy-001")) if e.kind == "start"]
-    assert len(starts) == 2
-    assert starts[0] == 0 < starts[1]
-    looks = Records(run_uri("stormy")).trials[1].looks
-    assert [look["step"] for look in looks] == list(range(INTERVAL, STEPS + 1, INTERVAL))
+    for number in (1, 5):
+        events = read_events(run_uri(f"stormy-{number:03d}"))
+        starts = [event.facts["step"] for event in events if event.kind == "start"]
+        assert len(starts) == 2
+        assert starts[0] == 0 < starts[1]
+        looks = Records(run_uri("stormy")).trials[number].looks
+        assert [look["step"] for look in looks] == list(range(INTERVAL, STEPS + 1, INTERVAL))
 
 
 def test_mlflow_has_one_run_for_each_trial(stormy_sweep):
@@ -160,9 +167,8 @@ def test_nothing_is_left_behind(stormy_sweep, local_stack):
 
 
 def test_shards_are_fetched_once_for_all_trials(stormy_sweep):
-    chunks = list(stormy_sweep["cache"].rglob("*.chunk"))
-    assert chunks
-    assert max(path.stat().st_ctime for path in chunks) < stormy_sweep["first trial ended"]
+    assert stormy_sweep["chunks"]
+    assert find_chunks(stormy_sweep["cache"]) == stormy_sweep["chunks"]
 
 
 def test_the_best_is_registered_as_candidate(stormy_sweep):
