@@ -34,20 +34,22 @@ class SweepJob(Config):
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
-def parse_arguments(arguments: list[str]) -> tuple[Config, SweepConfig]:
-    """The preset with the command line's overrides; exits with status 2 and a message if wrong."""
+def parse_arguments(arguments: list[str]) -> tuple[str, Config, SweepConfig]:
+    """Name and values of the preset, with the command line's overrides, and the search.
+
+    Exits with status 2 and a message if something is wrong.
+    """
     presets = {name: (what, SweepJob(**_split(preset))) for name, (what, preset) in PRESETS.items()}
     job = tyro.extras.overridable_config_cli(
         presets, description=__doc__, args=arguments, prog="jobs/tune.py"
     )
-    sweep = job.sweep
+    sweep, preset = job.sweep, next(a for a in arguments if a in PRESETS)
     if not sweep.name:
-        preset = next((a for a in arguments if a in PRESETS), "run")
         name = f"sweep-{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
         sweep = dataclasses.replace(sweep, name=name)
     values = _split(job)
     del values["sweep"]
-    return Config(**values), sweep
+    return preset, Config(**values), sweep
 
 
 def _split(config: Config) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def _split(config: Config) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Exit status 0 only if a best model was found and registered."""
-    config, sweep = parse_arguments(arguments)
+    preset, config, sweep = parse_arguments(arguments)
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Importing the platform takes seconds; a mistyped option should not.
@@ -78,11 +80,11 @@ def main(arguments: list[str]) -> int:
     except (Interrupted, KeyboardInterrupt):
         print(f"stopped; {again}", file=sys.stderr)
         return 130
-    print_summary(found, config.tracking.report_folder)
+    print_summary(found, preset, config.tracking.report_folder)
     return 0
 
 
-def print_summary(found: Mapping[str, Any], report_folder: str) -> None:
+def print_summary(found: Mapping[str, Any], preset: str, report_folder: str) -> None:
     """What was found, and what to do next."""
     best, cost = found["best"], found["cost"]
     states = [trial["state"] for trial in found["trials"]]
@@ -103,7 +105,7 @@ def print_summary(found: Mapping[str, Any], report_folder: str) -> None:
 
 next:
   look at    {report}
-  train it   python jobs/train.py quickstart {options}
+  train it   python jobs/train.py {preset} {options}
   promote    python jobs/promote.py --model {best["model_uri"]}
 """,
         flush=True,

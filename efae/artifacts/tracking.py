@@ -153,17 +153,37 @@ def log_params(tracking_uri: str, run_id: str, values: Mapping[str, Any]) -> Non
     client.log_batch(run_id, params=params)
 
 
-def end_run(
-    tracking_uri: str, run_id: str, status: str, metrics: Mapping[str, float], step: int
+def end_trial(
+    tracking_uri: str,
+    experiment: str,
+    run_name: str,
+    status: str,
+    metrics: Mapping[str, float],
+    step: int,
 ) -> None:
-    """Logs last metrics and ends the run, see `finish_run`."""
+    """Ends the run of this name with last metrics, if it has not ended.
+
+    Warns where MLflow cannot be told: a sweep goes on meanwhile, and tells it again at its end.
+
+    Args:
+        tracking_uri: of the MLflow server.
+        experiment: of the run.
+        run_name: of the run.
+        status: see `finish_run`.
+        metrics: what is not finite is left out.
+        step: of the metrics.
+    """
     time_ms = time.time_ns() // 1_000_000
     found = [
         Metric(name, value, time_ms, step) for name, value in metrics.items() if isfinite(value)
     ]
-    with request_limits(PATIENT):
-        MlflowClient(tracking_uri).log_batch(run_id, metrics=found)
-        finish_run(tracking_uri, run_id, status)
+    try:
+        run_id = find_unfinished_run(tracking_uri, experiment, run_name)
+        if run_id is not None:
+            MlflowClient(tracking_uri).log_batch(run_id, metrics=found)
+            finish_run(tracking_uri, run_id, status)
+    except MlflowException as error:
+        logger.warning("run %s could not be ended: %s", run_name, first_cause(error))
 
 
 def finish_run(tracking_uri: str, run_id: str, status: str) -> None:

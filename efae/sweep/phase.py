@@ -63,6 +63,7 @@ def search(
         for record in ended:
             replay(scheduler, record)
     _run(
+        "search",
         sweep,
         config,
         settings,
@@ -85,6 +86,7 @@ def repeat(
     """Run these trials to their ends; arguments and errors as of `search`."""
     if chosen:
         _run(
+            "finalist",
             sweep,
             config,
             settings,
@@ -189,6 +191,7 @@ class Bookkeeper(tune.Callback):
 
 
 def _run(
+    phase: str,
     sweep: Sweep,
     config: Config,
     settings: SweepConfig,
@@ -219,7 +222,7 @@ def _run(
         )
         with _stopped_by(signal.SIGTERM):
             tuner.fit()
-    if any(record.state == "running" for record in records.trials.values()):
+    if any(record.state == "running" for record in records.in_phase(phase)):
         raise Interrupted
 
 

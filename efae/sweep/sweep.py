@@ -219,11 +219,14 @@ class _Diary:
 
 def end_trial(sweep: Sweep, config: Config, record: TrialRecord) -> None:
     """End the trial's run in MLflow, with its last numbers for the comparison of runs."""
-    uri, experiment = sweep.tracking_uri, config.tracking.experiment
-    run_id = tracking.find_unfinished_run(uri, experiment, name_run(sweep.name, record))
-    if run_id is not None:
-        numbers = {f"trial/{name}": value for name, value in record.metrics.items()}
-        tracking.end_run(uri, run_id, _STATUS[record.state], numbers, record.steps)
+    tracking.end_trial(
+        sweep.tracking_uri,
+        config.tracking.experiment,
+        name_run(sweep.name, record),
+        _STATUS[record.state],
+        {f"trial/{name}": value for name, value in record.metrics.items()},
+        record.steps,
+    )
 
 
 def _end_runs(sweep: Sweep, config: Config, trials: Iterable[TrialRecord], status: str) -> None:

@@ -16,6 +16,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from efae import config_forms as configuration
 from efae.artifacts import tracking
 from efae.artifacts.redaction import first_cause
+from efae.artifacts.request_limits import PATIENT, request_limits
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.model.autoencoder import build_representation
@@ -84,7 +85,8 @@ def run_trial(proposal: dict[str, Any], sweep: Sweep) -> None:
     """
     record = TrialRecord(**proposal["record"])
     config = configure_trial(sweep, record)
-    run_id = _begin_run(sweep, record, config)
+    with request_limits(PATIENT):
+        run_id = _begin_run(sweep, record, config)
     try:
         if config.ray.most_workers > 1:
             run_training(config, run_id, sweep.tracking_uri, on_look=TuneReportCallback())

@@ -184,7 +184,6 @@ def test_a_sweep_that_ended_or_is_another_is_refused(stormy_sweep):
     for more, complaint in (
         ([], "that sweep has ended"),
         (["--training.steps=200"], "training.steps: 160 -> 200"),
-        (["--sweep.search=random"], "sweep.search: 'grid' -> 'random'"),
     ):
         result = run_job("tune", *options, *more)
         assert result.returncode == 1
@@ -216,3 +215,17 @@ def test_trials_of_several_workers_are_stopped_early(train_shards, local_stack, 
     children, parent = find_children("nested")
     assert parent == "FINISHED"
     assert [run.info.status for run in children] == ["FINISHED", "FINISHED"]
+
+
+def test_a_sweep_without_a_result_says_why(train_shards, local_stack, tmp_path):
+    space = tmp_path / "space.toml"
+    space.write_text(f"model.hidden_size = [{NO_MEMORY}]")
+    options = [*TRIALS, f"--sweep.space={space}", "--sweep.name=hopeless", "--ray.num-workers=1"]
+    result = run_job("tune", *OPTIONS, *options, f"--tracking.report-folder={tmp_path}")
+    assert result.returncode == 1
+    assert "no trial came to its end: 1 began; causes:" in result.stderr
+    assert "memory" in result.stderr
+    assert (tmp_path / "hopeless" / "report.html").exists()
+    children, parent = find_children("hopeless")
+    assert [run.info.status for run in children] == [parent] == ["FAILED"]
+    assert list_leftovers(local_stack) == []
