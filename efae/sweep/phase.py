@@ -6,7 +6,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import ray
@@ -33,67 +33,83 @@ class Interrupted(Exception):
     """The sweep was told to stop before its end."""
 
 
-def search(
-    sweep: Sweep,
-    config: Config,
-    settings: SweepConfig,
-    proposals: Proposals,
-    records: Records,
-    on_end: Callable[[TrialRecord], None],
-) -> None:
-    """Run trials of what `proposals` says until settings.trials have ended.
+@dataclass(frozen=True)
+class Phases:
+    """The two phases of one sweep.
 
-    Args:
+    Attributes:
         sweep: what all trials share.
         config: what every trial starts from.
         settings: of the search.
-        proposals: what to try.
         records: of the sweep; kept up to date.
         on_end: called with every trial that has ended.
-
-    Raises:
-        Interrupted: the driver was told to stop; trials that had begun are still "running".
     """
-    ended = [r for r in records.in_phase("search") if r.state != "running"]
-    if len(ended) >= settings.trials:
-        return
-    scheduler = FIFOScheduler()
-    if settings.early_stopping:
-        scheduler = make_scheduler(config, settings)
-        for record in ended:
-            replay(scheduler, record)
-    _run(
-        "search",
-        sweep,
-        config,
-        settings,
-        records,
-        on_end,
-        search_alg=proposals,
-        scheduler=scheduler,
-        num_samples=settings.trials - len(ended),
-    )
 
+    sweep: Sweep
+    config: Config
+    settings: SweepConfig
+    records: Records
+    on_end: Callable[[TrialRecord], None]
 
-def repeat(
-    sweep: Sweep,
-    config: Config,
-    settings: SweepConfig,
-    chosen: Sequence[TrialRecord],
-    records: Records,
-    on_end: Callable[[TrialRecord], None],
-) -> None:
-    """Run these trials to their ends; arguments and errors as of `search`."""
-    if chosen:
-        _run(
-            "finalist",
-            sweep,
-            config,
-            settings,
-            records,
-            on_end,
-            param_space={"record": tune.grid_search([asdict(record) for record in chosen])},
+    def search(self, proposals: Proposals) -> None:
+        """Run trials of what `proposals` says until settings.trials have ended.
+
+        Raises:
+            Interrupted: the driver was told to stop; trials that had begun are still "running".
+        """
+        ended = [r for r in self.records.in_phase("search") if r.state != "running"]
+        if len(ended) >= self.settings.trials:
+            return
+        scheduler = FIFOScheduler()
+        if self.settings.early_stopping:
+            scheduler = make_scheduler(self.config, self.settings)
+            for record in ended:
+                replay(scheduler, record)
+        self._run(
+            "search",
+            search_alg=proposals,
+            scheduler=scheduler,
+            num_samples=self.settings.trials - len(ended),
         )
+
+    def repeat(self, chosen: Sequence[TrialRecord]) -> None:
+        """Run these finalists to their ends.
+
+        Raises:
+            Interrupted: as of `search`.
+        """
+        if chosen:
+            records: Any = tune.grid_search([asdict(record) for record in chosen])
+            self._run("finalist", param_space={"record": records})
+
+    def _run(
+        self, phase: str, param_space: dict[str, Any] | None = None, **tune_config: Any
+    ) -> None:
+        bookkeeper = Bookkeeper(self.records, self.config.training.steps, self.on_end)
+        with tempfile.TemporaryDirectory(prefix="efae-tune-", ignore_cleanup_errors=True) as folder:
+            tuner = tune.Tuner(
+                tune.with_resources(
+                    tune.with_parameters(run_trial, sweep=self.sweep), list_resources(self.config)
+                ),
+                param_space=param_space,
+                tune_config=tune.TuneConfig(
+                    max_concurrent_trials=count_concurrent(self.config, self.settings),
+                    trial_name_creator=_name,
+                    trial_dirname_creator=_name,
+                    **tune_config,
+                ),
+                run_config=tune.RunConfig(
+                    name=self.sweep.name,
+                    storage_path=folder,  # of Tune's own notes
+                    failure_config=tune.FailureConfig(max_failures=self.config.ray.max_failures),
+                    callbacks=[bookkeeper],
+                    verbose=0,
+                ),
+            )
+            with _stopped_by(signal.SIGTERM):
+                tuner.fit()
+        if any(record.state == "running" for record in self.records.in_phase(phase)):
+            raise Interrupted
 
 
 def make_scheduler(config: Config, settings: SweepConfig) -> ASHAScheduler:
@@ -188,42 +204,6 @@ class Bookkeeper(tune.Callback):
 
     def _end(self, number: int, **changes: Any) -> None:
         self._on_end(self._records.update(number, **changes))
-
-
-def _run(
-    phase: str,
-    sweep: Sweep,
-    config: Config,
-    settings: SweepConfig,
-    records: Records,
-    on_end: Callable[[TrialRecord], None],
-    param_space: dict[str, Any] | None = None,
-    **tuned: Any,
-) -> None:
-    with tempfile.TemporaryDirectory(prefix="efae-tune-", ignore_cleanup_errors=True) as folder:
-        tuner = tune.Tuner(
-            tune.with_resources(
-                tune.with_parameters(run_trial, sweep=sweep), list_resources(config)
-            ),
-            param_space=param_space,
-            tune_config=tune.TuneConfig(
-                max_concurrent_trials=count_concurrent(config, settings),
-                trial_name_creator=_name,
-                trial_dirname_creator=_name,
-                **tuned,
-            ),
-            run_config=tune.RunConfig(
-                name=sweep.name,
-                storage_path=folder,  # of Tune's own notes
-                failure_config=tune.FailureConfig(max_failures=config.ray.max_failures),
-                callbacks=[Bookkeeper(records, config.training.steps, on_end)],
-                verbose=0,
-            ),
-        )
-        with _stopped_by(signal.SIGTERM):
-            tuner.fit()
-    if any(record.state == "running" for record in records.in_phase(phase)):
-        raise Interrupted
 
 
 def _name(trial: Trial) -> str:

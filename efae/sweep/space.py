@@ -9,7 +9,7 @@ import difflib
 import itertools
 import math
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,8 @@ from efae.model.autoencoder import check_model
 from efae.symmetry.representation import IRREPS
 
 _MULTIPLICITIES = "representation.multiplicities"
+_MOST_COMBINATIONS = 10_000
+"""That are looked at one by one."""
 _SAME = ("data.", "ray.", "tracking.", "resume", "training.steps", "training.seed")
 """What trials must have in common to be compared."""
 
@@ -56,24 +58,28 @@ class Space:
         return described
 
     @property
-    def combinations(self) -> list[dict[str, Any]] | None:
-        """All of them, in order; None where there is no end of them."""
-        values: list[list[Any]] = []
-        for distribution in self.distributions.values():
-            if isinstance(distribution, CategoricalDistribution):
-                values.append(list(distribution.choices))
-                continue
-            range_ = cast(Any, distribution)
-            if range_.step is None or range_.log:
-                return None
-            count = round((range_.high - range_.low) / range_.step) + 1
-            values.append([range_.low + i * range_.step for i in range(count)])
-        if math.prod(map(len, values)) > 100_000:
-            return None
-        return [
-            dict(zip(self.distributions, chosen, strict=True))
-            for chosen in itertools.product(*values)
-        ]
+    def is_finite(self) -> bool:
+        """Whether its combinations can be listed."""
+        counts = [_list_values(distribution) for distribution in self.distributions.values()]
+        return None not in counts and math.prod(len(c) for c in counts if c) <= _MOST_COMBINATIONS
+
+    @property
+    def combinations(self) -> Iterator[dict[str, Any]]:
+        """All of them, in order; of an endless space some, with the lowest of endless values."""
+        values = [_list_values(d) or [cast(Any, d).low] for d in self.distributions.values()]
+        for chosen in itertools.islice(itertools.product(*values), _MOST_COMBINATIONS):
+            yield dict(zip(self.distributions, chosen, strict=True))
+
+
+def _list_values(distribution: BaseDistribution) -> list[Any] | None:
+    """All values in order; None where there is no end of them."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    range_ = cast(Any, distribution)
+    if range_.step is None or range_.log:
+        return None
+    count = round((range_.high - range_.low) / range_.step) + 1
+    return [range_.low + i * range_.step for i in range(count)]
 
 
 @dataclass
@@ -121,18 +127,17 @@ class Chooser:
         Raises:
             ValueError: there is none; says why of one of them.
         """
-        combinations = self.space.combinations
-        if combinations is None:
-            return None
         possible: dict[str, dict[str, Any]] = {}
-        for combination in combinations:
+        for combination in self.space.combinations:
             if signature := self.sign(combination):
                 possible.setdefault(signature, combination)
+                if not self.space.is_finite:
+                    return None
         if not possible:
             combination, reason = next(iter(self.refused.items()))
             raise ValueError(
-                f"sweep.space: none of its {len(combinations)} combinations can work, for instance"
-                f" {combination}: {reason}"
+                f"sweep.space: none of its combinations can work ({len(self.refused)} were looked"
+                f" at), for instance {combination}: {reason}"
             )
         return list(possible.values())
 

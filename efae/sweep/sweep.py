@@ -21,7 +21,7 @@ from efae.config_forms import with_overrides
 from efae.experiment import describe_data, describe_run, find_final, publish, wait_for_mlflow
 from efae.ray_trainer import evaluate_on_cluster
 from efae.sweep.config import SweepConfig
-from efae.sweep.phase import Interrupted, repeat, search
+from efae.sweep.phase import Interrupted, Phases
 from efae.sweep.proposals import Proposals
 from efae.sweep.ranking import (
     choose_finalists,
@@ -79,11 +79,10 @@ def run_sweep(
         say(f"    goes on; trials so far: {found}")
     sweep = Sweep(settings.name, configuration.to_json(config), tracking_uri, parent)
     diary = _Diary(config, settings, sweep, records, say)
+    phases = Phases(sweep, config, settings, records, diary.note)
     try:
-        proposals = Proposals(chooser, records, settings)
-        search(sweep, config, settings, proposals, records, diary.note)
-        chosen = choose_finalists(records, settings, config.training.seed)
-        repeat(sweep, config, settings, chosen, records, diary.note)
+        phases.search(Proposals(chooser, records, settings))
+        phases.repeat(choose_finalists(records, settings, config.training.seed))
         best = find_best(records, settings)
         wait_for_mlflow(tracking_uri, settings.name, say)
         if best is not None:
@@ -168,7 +167,7 @@ def _begin(
                 " another name, or the settings it began with"
             )
         planned = _plan(settings)
-        if known["ended"] and all(planned[name] <= n for name, n in known["ended"].items()):
+        if known["ended"] and all(planned[key] <= count for key, count in known["ended"].items()):
             raise ValueError(
                 f"sweep.name={name!r}: that sweep has ended; choose another name, or raise"
                 " sweep.trials to go on with it"

@@ -76,10 +76,11 @@ def test_a_file_says_values(tmp_path):
         ROTATION: {"low": 0, "high": 16, "log": False, "step": 8},
         "training.precision": {"choices": ["fp32", "bf16"]},
     }
-    assert space.combinations is None  # there is no end of learning rates
+    assert not space.is_finite  # there is no end of learning rates
     del space.distributions["optimizer.learning_rate"]
     values = (["exact", "objective"], [0, 8, 16], ["fp32", "bf16"])
-    assert space.combinations == [
+    assert space.is_finite
+    assert list(space.combinations) == [
         dict(zip(space.distributions, chosen, strict=True)) for chosen in itertools.product(*values)
     ]
 
@@ -113,10 +114,11 @@ def test_an_unknown_space_names_the_known_ones():
         read_space("splits", QUICKSTART)
 
 
-def test_an_impossible_space_says_why(tmp_path):
+@pytest.mark.parametrize("more", ["", "optimizer.learning_rate = {low = 0.001, high = 0.002}"])
+def test_an_impossible_space_says_why(tmp_path, more):
     path = tmp_path / "space.toml"
-    path.write_text('"representation.rotation_dims" = [3, 5]')
-    with pytest.raises(ValueError, match=r"none of its 2 combinations.*even number"):
+    path.write_text(f"representation.rotation_dims = [3, 5]\n{more}")
+    with pytest.raises(ValueError, match=r"none of its combinations.*2 were.*even number"):
         Chooser(QUICKSTART, read_space(str(path), QUICKSTART)).list_possible()
 
 
