@@ -79,8 +79,8 @@ class Phases:
             Interrupted: as of `search`.
         """
         if chosen:
-            records: Any = tune.grid_search([asdict(record) for record in chosen])
-            self._run("finalist", param_space={"record": records})
+            grid = cast(Any, tune.grid_search([asdict(record) for record in chosen]))
+            self._run("finalist", param_space={"record": grid})
 
     def _run(
         self, phase: str, param_space: dict[str, Any] | None = None, **tune_config: Any
