@@ -12,14 +12,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from efae.artifacts.redaction import redact
 
 
-def render_page(folder: Path, template: str, **context: Any) -> Path:
-    """Write ``report.html`` from a template of this folder; gives its path.
+def render_page(folder: Path, template: Path, **context: Any) -> Path:
+    """Write ``report.html`` from a template; gives its path.
 
-    The template has the filter `plain`, and `figure(name)` for the picture of that name in
-    `folder`, inline.
+    The template may extend those that lie beside this file. It has the filter `plain`, and
+    `figure(name)` for the picture of that name in `folder`, inline.
     """
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([template.parent, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -31,7 +31,7 @@ def render_page(folder: Path, template: str, **context: Any) -> Path:
         data = base64.b64encode((folder / name).read_bytes()).decode()
         return f"data:image/{Path(name).suffix[1:]};base64,{data}"
 
-    page = environment.get_template(template).render(figure=figure, **context)
+    page = environment.get_template(template.name).render(figure=figure, **context)
     path = folder / "report.html"
     path.write_text(redact(page), encoding="utf-8")
     return path

@@ -193,7 +193,7 @@ def write_comparison(directory: Path, cards: Mapping[str, Card], facts: Mapping[
 def _render(directory: Path, template: str, **context: Any) -> Path:
     return render_page(
         directory,
-        template,
+        Path(__file__).with_name(template),
         exact_db=_EXACT_DB,
         words=ELEMENT_WORDS,
         error_levels=ERROR_LEVELS,

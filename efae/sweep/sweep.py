@@ -14,7 +14,6 @@ from typing import Any
 from data_pipelines import storage, uris
 from efae import config_forms as configuration
 from efae.artifacts import registry, run_checkpoints, tracking
-from efae.artifacts.sweep_report import write_sweep_report
 from efae.cluster_checks import run_preflight
 from efae.config import Config
 from efae.config_forms import with_overrides
@@ -31,6 +30,7 @@ from efae.sweep.ranking import (
     rank,
 )
 from efae.sweep.records import Records, TrialRecord
+from efae.sweep.report import write_sweep_report
 from efae.sweep.space import Chooser, read_space
 from efae.sweep.trial import Sweep, configure_trial, name_run
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from test_report import Page
 
-from efae.artifacts.sweep_analysis import find_optimum, fit_surface, rate_knobs
-from efae.artifacts.sweep_report import write_sweep_report
-from efae.artifacts.sweep_trials import choose_pairs, find_front, read_trials
+from efae.sweep.analysis import find_optimum, fit_surface, rate_knobs
+from efae.sweep.report import write_sweep_report
+from efae.sweep.reported_trials import choose_pairs, find_front, read_trials
 from efae.symmetry.representation import Representation
 from jobs.train import parse_arguments
 

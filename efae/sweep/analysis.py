@@ -17,7 +17,7 @@ from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
-from efae.artifacts.sweep_trials import Trial
+from efae.sweep.reported_trials import Trial
 
 FEWEST_POSITIONS = 5
 """Different finished representations that a surface needs."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from efae.artifacts.page import finite, plain, render_page, write_json
-from efae.artifacts.sweep_analysis import (
+from efae.sweep.analysis import (
     FEWEST_POSITIONS,
     FEWEST_TRIALS,
     Surface,
@@ -21,8 +21,8 @@ from efae.artifacts.sweep_analysis import (
     fit_surface,
     rate_knobs,
 )
-from efae.artifacts.sweep_charts import draw_curves, draw_importance, draw_pareto, draw_surface
-from efae.artifacts.sweep_trials import (
+from efae.sweep.report_charts import draw_curves, draw_importance, draw_pareto, draw_surface
+from efae.sweep.reported_trials import (
     MULTIPLICITIES,
     ROTATION,
     SPLIT,
@@ -89,7 +89,7 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
     counts = Counter(trial.state for trial in trials)
     render_page(
         folder,
-        "sweep.html.jinja",
+        Path(__file__).with_name("report.html.jinja"),
         title=f"sweep {sweep['sweep_name']}",
         sweep=sweep,
         credits=sweep["credits"],

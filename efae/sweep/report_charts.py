@@ -13,8 +13,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from efae.artifacts.charts import BLUE, ORANGE, begin_charts, name_chart
 from efae.artifacts.figures import GREY, save
-from efae.artifacts.sweep_analysis import Importance, Surface
-from efae.artifacts.sweep_trials import Trial, describe, find_front
+from efae.sweep.analysis import Importance, Surface
+from efae.sweep.reported_trials import Trial, describe, find_front
 
 Axes = Any
 _PALE, _PLAIN = "#b9c2cc", "#7d8894"
