@@ -44,6 +44,7 @@ class RunningStack:
         return client_environment(load(self.folder))
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Side by side (`-n 2 --dist loadgroup`), one process has all tests of the session's stack."""
     for item in items:
