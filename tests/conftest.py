@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,15 +42,6 @@ class RunningStack:
     def environment(self) -> dict[str, str]:
         """What `source env` exports."""
         return client_environment(load(self.folder))
-
-
-@pytest.hookimpl(wrapper=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
-    """Side by side (`-n 2 --dist loadgroup`), one process has all tests of the session's stack."""
-    for item in items:
-        if "session_stack" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("stack"))
-    return (yield)
 
 
 def make_stack() -> RunningStack:
