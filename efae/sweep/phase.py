@@ -16,7 +16,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from efae.artifacts.redaction import first_cause
 from efae.config import Config
-from efae.sweep.config import SweepConfig
+from efae.sweep.config import OBJECTIVES, SweepConfig
 from efae.sweep.proposals import Proposals
 from efae.sweep.records import Records, TrialRecord
 from efae.sweep.trial import Sweep, list_resources, run_trial
@@ -113,12 +113,12 @@ class Phases:
 
 
 def make_scheduler(config: Config, settings: SweepConfig) -> ASHAScheduler:
-    """Successive halving (Li et al. 2020, arXiv:1810.05934) on the held-out flow loss."""
+    """Successive halving (Li et al. 2020, arXiv:1810.05934) by `SweepConfig.stops_by`."""
     steps = config.training.steps
     return ASHAScheduler(
         time_attr="step",
-        metric="held_out_loss",
-        mode="min",
+        metric=settings.stops_by,
+        mode=OBJECTIVES[settings.stops_by],
         grace_period=find_first_rung(config, settings),
         max_t=steps - 1,  # at the end nothing is left to stop
         reduction_factor=REDUCTION,

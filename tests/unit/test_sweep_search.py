@@ -157,15 +157,16 @@ def test_several_objectives_give_a_front(tmp_path):
     assert find_best(records, settings)["config"] == {"representation.dim": 32}
 
 
-def test_asha_remembers_what_earlier_drivers_saw():
+@pytest.mark.parametrize("metric", ["psnr", "held_out_loss"])
+def test_asha_remembers_what_earlier_drivers_saw(metric):
     """A trial in the worse half at a rung is stopped, also when the others ended before."""
-    settings = SweepConfig(name="s")
+    settings = SweepConfig(name="s", objectives=(metric,))
     assert find_first_rung(CONFIG, settings) == 150
     scheduler = make_scheduler(CONFIG, settings)
 
     def record(number, loss):
         looks = [
-            {"step": step, "psnr": 1.0, "held_out_loss": loss, "worst_gap_db": 0.0}
+            {"step": step, "psnr": -loss, "held_out_loss": loss, "worst_gap_db": 0.0}
             for step in range(150, STEPS + 1, 150)
         ]
         return TrialRecord(number, "search", {}, 0, 1, "finished", looks)
@@ -181,7 +182,9 @@ def test_asha_remembers_what_earlier_drivers_saw():
         trial = Live(name)
         scheduler.on_trial_add(None, trial)
         return [
-            scheduler.on_trial_result(None, trial, {"step": step, "held_out_loss": loss})
+            scheduler.on_trial_result(
+                None, trial, {"step": step, "held_out_loss": loss, "psnr": -loss}
+            )
             for step in steps
         ]
 
