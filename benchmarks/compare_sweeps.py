@@ -6,8 +6,8 @@ The grid trains every split of the default space to its end, with two seeds. Eac
 default one (Optuna, early stopping, repeated finalists) with another seed of the search. A sweep is
 as good as the grid says of the split that it chose: the mean over the grid's seeds, against that of
 the best split. Cost is counted in training steps. Grid and sweeps go on where they stopped; they
-need `make up` and the preset's shards, and about half an hour on two cores for the grid and eight
-minutes for each sweep.
+need `make up` and the preset's shards, and about an hour on two cores for the grid and a sixth of
+that for each sweep.
 """
 
 import json

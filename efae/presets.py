@@ -30,8 +30,8 @@ QUICKSTART = Config(
     ),
 )
 
-# Short, on one worker, and half as wide: rankings of representations are the same as of whole runs
-# only as far as docs/sweeps.md says.
+# Short, on one worker, and half as wide, so that many can be tried. Whether whole runs rank
+# representations in the same order has not been measured.
 QUICKSTART_TRIAL = replace(
     QUICKSTART,
     model=replace(QUICKSTART.model, hidden_size=96, encoder_hidden_size=64),

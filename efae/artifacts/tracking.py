@@ -186,6 +186,11 @@ def end_trial(
         logger.warning("run %s could not be ended: %s", run_name, first_cause(error))
 
 
+def reopen_run(tracking_uri: str, run_id: str) -> None:
+    """Marks a run that had ended as running again."""
+    MlflowClient(tracking_uri).update_run(run_id, status="RUNNING")
+
+
 def finish_run(tracking_uri: str, run_id: str, status: str) -> None:
     """Ends the run; warns where MLflow cannot be told.
 

@@ -173,7 +173,7 @@ def _begin(
                 " sweep.trials to go on with it"
             )
         records.write_sweep(known | {"ended": None})
-        tracking.finish_run(tracking_uri, run_id, "RUNNING")
+        tracking.reopen_run(tracking_uri, run_id)
     for record in records.trials.values():
         chooser.accept(record.combination)
     return run_id
