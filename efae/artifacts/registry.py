@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from efae.model.autoencoder import Autoencoder
 
 CHAMPION = "champion"
+README = "README.md"
+DESCRIPTION_CHARACTERS = 5000
+"""The width of MLflow's column; SQLite takes more, PostgreSQL and MySQL refuse it."""
 ABANDONED_AFTER_SECONDS = 600
 """A promotion takes seconds once its model is verified; one that is older was killed."""
 _PROMOTING = "promoting."
@@ -73,6 +76,7 @@ def register_model(
     metrics: Mapping[str, float],
     tags: Mapping[str, str],
     tracking_uri: str,
+    card: str = "",
 ) -> RegisteredVersion:
     """Stores a folder made by `write_model` with its run and makes it a version of `name`.
 
@@ -86,6 +90,8 @@ def register_model(
         metrics: numbers that become tags "metric.NAME" of the version.
         tags: further tags of the version.
         tracking_uri: of the MLflow server.
+        card: what a reader should know, as Markdown: the version's description, cut where MLflow's
+            column ends, and whole as README.md beside the files. No pull reads it.
 
     Raises:
         CheckpointError: the folder is not an undamaged model.
@@ -103,9 +109,9 @@ def register_model(
         _create_registered_model(client, name)
         found = _find_version(client, name, run_id, digest)
         if found is None:
-            source = _upload(client, run_id, model_dir, digest)
+            source = _upload(client, run_id, model_dir, digest, card)
             found = client.create_model_version(
-                name, source, run_id, tags=facts, await_creation_for=0
+                name, source, run_id, facts, description=_describe(card), await_creation_for=0
             )
         aliases, _ = _read_aliases_and_tags(client, name)
         if int(found.version) == 1 and CHAMPION not in aliases:  # later ones are to be promoted
@@ -291,7 +297,14 @@ def _find_version(client: MlflowClient, name: str, run_id: str, digest: str) -> 
     return next((v for v in versions if v.tags.get("digest") == digest), None)
 
 
-def _upload(client: MlflowClient, run_id: str, model_dir: Path, digest: str) -> str:
+def _describe(card: str) -> str:
+    if len(card) <= DESCRIPTION_CHARACTERS:
+        return card
+    rest = f"\n\n(The rest is in {README}, beside the files.)"
+    return card[: DESCRIPTION_CHARACTERS - len(rest)] + rest
+
+
+def _upload(client: MlflowClient, run_id: str, model_dir: Path, digest: str, card: str) -> str:
     """Stores the files with the run; other weights of the same run are never overwritten."""
     path = f"model-{digest[:12]}" if client.list_artifacts(run_id, "model") else "model"
     for name in (MODEL, CONFIG, MANIFEST):
@@ -300,6 +313,8 @@ def _upload(client: MlflowClient, run_id: str, model_dir: Path, digest: str) -> 
     flavour = {"efae": {"weights": MODEL, "config": CONFIG, "manifest": MANIFEST}}
     text = Model(artifact_path=path, run_id=run_id, flavors=flavour).to_yaml()
     client.log_text(run_id, text, f"{path}/MLmodel")
+    if card:
+        client.log_text(run_id, card, f"{path}/{README}")
     return f"runs:/{run_id}/{path}"
 
 

@@ -136,6 +136,21 @@ def test_what_is_stored_is_data_that_mlflow_can_show(register, client, run_id, t
     assert list(Model.load(path).flavors) == ["efae"]
 
 
+def test_the_card_is_the_description_and_a_file_that_no_pull_reads(
+    client, name, run_id, tracking_uri, tmp_path
+):
+    card = "# Title\n\n" + "Latents that turn. " * 400
+    folder = write_model(tmp_path / "model")
+    version = registry.register_model(folder, name, run_id, {}, {}, tracking_uri, card=card)
+    path = client.download_artifacts(run_id, "model/README.md", str(tmp_path))
+    assert Path(path).read_text() == card
+    described = client.get_model_version(name, str(version.version)).description
+    assert described[:4900] == card[:4900]
+    assert len(described) == 5000
+    assert described.endswith("README.md, beside the files.)")
+    assert not (registry.pull(version.uri) / "README.md").exists()
+
+
 def test_a_second_pull_downloads_nothing(register, client, run_id, cache):
     version = register()
     folder = registry.pull(version.uri)
