@@ -5,13 +5,14 @@ in the basis of the irreps and at unit scale per irrep, whatever the network wor
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from efae.config import Config
-from efae.model import flow
+from efae.model import flow, pretrained
 from efae.model.bottleneck import Bottleneck
 from efae.model.decoder import Decoder
 from efae.model.encoder import Encoder
@@ -110,6 +111,34 @@ class Autoencoder(nn.Module):
         if config.representation.learned_basis:
             self.basis = Basis(self.representation.dim)
 
+    def save_pretrained(self, folder: str | Path, card: str = "") -> None:
+        """Write the model as config.json and safetensors, see `efae.model.pretrained`.
+
+        Args:
+            folder: made if need be; a model in it is replaced.
+            card: becomes README.md.
+        """
+        pretrained.write_pretrained(
+            folder, self.state_dict(), self.config, self.representation, card
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> "Autoencoder":
+        """The model in a local folder, for inference: evaluation mode, no gradients.
+
+        Args:
+            folder: written by `save_pretrained` here, or by the adapter for diffusers.
+            device: as torch names devices.
+
+        Raises:
+            ValueError: the folder is not as it was saved, or holds a pickle; says which file.
+        """
+        weights, config = pretrained.read_pretrained(folder)
+        model = cls(config)
+        pretrained.check_weights(folder, weights, model.state_dict())
+        model.load_state_dict(weights, assign=True)  # keeps half precision as it was saved
+        return model.to(device).eval().requires_grad_(False)
+
     def encode(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
         """Image in [-1, 1] to its latent, at unit root mean square per irrep over the training set.
 
@@ -130,6 +159,14 @@ class Autoencoder(nn.Module):
         """rho(g) on channels and grid; one element, or one per example."""
         return self.representation.act(element, latent)
 
+    def spread(self) -> Float[Tensor, "dim 1 1"]:
+        """Standard deviation of the posterior around `encode`; 0 of bottleneck "rms", a point."""
+        bottleneck = self.bottleneck
+        if bottleneck.kind == "rms":
+            return bottleneck.power.new_zeros(self.representation.dim, 1, 1)
+        spread = (bottleneck.log_variance / 2).exp()[bottleneck.copy_of_channel, None, None]
+        return bottleneck.hand_out(spread)
+
     def velocity(
         self,
         x_t: Float[Tensor, "b c h w"],
@@ -149,8 +186,9 @@ class Autoencoder(nn.Module):
                     " one with flow.condition_drop=0.1"
                 )
             f, dim = self.config.model.downsampling, self.representation.dim
-            latent = x_t.new_zeros(len(x_t), dim, x_t.shape[-2] // f, x_t.shape[-1] // f)
-            keep = torch.zeros(len(x_t), dtype=torch.bool, device=x_t.device)
+            b, _, height, width = x_t.shape
+            latent = x_t.new_zeros(b, dim, height // f, width // f)
+            keep = torch.zeros(b, dtype=torch.bool, device=x_t.device)
         bounded = self.from_irreps(self.bottleneck.take_in(latent))
         output = self.decoder(x_t, t, bounded, keep)
         return flow.velocity_from(output, x_t, t, self.config.flow.prediction)
@@ -201,7 +239,8 @@ class Autoencoder(nn.Module):
             )
 
         def given(latent: Tensor | None) -> Field:
-            return lambda x, t: self.velocity(x, x.new_full((len(x),), t), latent)
+            # Not len(x), which would fix the batch where torch.export traces this.
+            return lambda x, t: self.velocity(x, x.new_full(x.shape[:1], t), latent)
 
         scale = knobs.guidance_scale if guidance_scale is None else guidance_scale
         field = guide(given(latent), given(None), scale, knobs.guidance_interval)

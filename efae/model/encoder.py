@@ -28,8 +28,9 @@ def patchify(image: Tensor, side: int) -> Tensor:
 
 def unpatchify(patches: Tensor, side: int, height: int, width: int) -> Tensor:
     """The inverse of `patchify`."""
-    grid = patches.view(len(patches), height // side, width // side, -1, side, side)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), -1, height, width)
+    b = patches.shape[0]  # len() would fix the batch where torch.export traces this
+    grid = patches.view(b, height // side, width // side, -1, side, side)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(b, -1, height, width)
 
 
 class Positions(nn.Module):

@@ -52,7 +52,7 @@ class Layout:
     ties: Tensor
     gain_of: Tensor
 
-    @property
+    @functools.cached_property  # on the host, and known before torch.export traces a model
     def gains(self) -> int:
         """Free gains per channel."""
         return int(self.gain_of.max()) + 1
