@@ -1,0 +1,235 @@
+"""Our autoencoder as one of diffusers' own: the calling convention of its AutoencoderKL.
+
+Code for latent diffusion trains and samples on it unchanged, and pipelines save and load it.
+Latents come at unit scale: scaling_factor is 1, shift_factor 0. Needs diffusers, the extra "audit".
+A saved pipeline names this module, and diffusers loads it only where the caller has imported it.
+
+The decoder is a flow, so an image depends on noise too. It comes from the generator that `decode`
+is given; without one it comes from a fixed seed and is the same for every image, which makes
+`decode` a function of each latent alone.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.autoencoders.vae import (
+    AutoencoderMixin,
+    DecoderOutput,
+    DiagonalGaussianDistribution,
+)
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import accelerate_utils, torch_utils
+from jaxtyping import Float
+from torch import Tensor
+
+from efae import config_forms as configuration
+from efae.model import pretrained
+from efae.model.autoencoder import Autoencoder
+from efae.symmetry import Element, Group, Representation
+
+_HALVES = (torch.bfloat16, torch.float16)
+_CHANGE_NOTHING = {
+    *("cache_dir", "disable_mmap", "force_download", "local_files_only", "low_cpu_mem_usage"),
+    *("max_memory", "offload_folder", "offload_state_dict", "proxies", "revision", "token"),
+    "use_safetensors",
+}
+"""What pipelines pass to every model: of downloads and memory."""
+
+
+class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
+    """An `Autoencoder` that diffusers takes for an AutoencoderKL.
+
+    Args:
+        efae: the model, whose weights are shared; or the tree of a configuration, for random ones.
+
+    Attributes:
+        autoencoder: the model.
+        decoding_steps: of the sampler; None for those of the configuration. Not saved.
+        decoding_seed: of the noise where `decode` is given no generator. Not saved.
+
+    Raises:
+        ValueError: the configuration cannot be built, or its pixels per latent cell are no power
+            of two.
+    """
+
+    config_name = pretrained.CONFIG
+    _supports_group_offloading = False  # our modules use each other's weights
+
+    def __init__(self, efae: Autoencoder | dict[str, Any]):
+        super().__init__()
+        if not isinstance(efae, Autoencoder):
+            efae = Autoencoder(configuration.from_dict(efae)).eval()
+        described = pretrained.describe_latent(efae.config, efae.representation)
+        if "block_out_channels" not in described:
+            raise ValueError(
+                f"model.downsampling={efae.config.model.downsampling}: pipelines of diffusers"
+                " compute the pixels of a latent cell as a power of two; use efae without them"
+            )
+        self.register_to_config(efae=asdict(efae.config), **described)
+        self.autoencoder = efae
+        self.decoding_steps: int | None = None
+        self.decoding_seed = 0
+        self.use_slicing: bool = False
+
+    @property
+    def group(self) -> Group:
+        """What acts on images and latents."""
+        return self.autoencoder.group
+
+    @property
+    def representation(self) -> Representation:
+        """How it acts on latents."""
+        return self.autoencoder.representation
+
+    def act(
+        self, element: Element | Sequence[Element] | Tensor, z: Float[Tensor, "b dim lh lw"]
+    ) -> Float[Tensor, "b dim lh lw"]:
+        """The latent of the image that `element` turns or flips; one, or one per example."""
+        return self.autoencoder.act(element, z)
+
+    @accelerate_utils.apply_forward_hook
+    def encode(
+        self, x: Float[Tensor, "b c h w"], return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Images in [-1, 1] to the distribution of their latents.
+
+        With bottleneck "rms" that is a point: `sample` gives the mode.
+
+        Raises:
+            ValueError: the images have another shape than the model was built for.
+        """
+        with self._precision():
+            parts = [self.autoencoder.encode(part.to(self.dtype)) for part in self._slices(x)]
+        mean = torch.cat(parts).to(self.dtype)
+        spread = self.autoencoder.spread().to(mean).expand_as(mean)
+        posterior = DiagonalGaussianDistribution(
+            torch.cat([mean, 2 * spread.log()], 1),
+            deterministic=self.autoencoder.config.model.bottleneck == "rms",
+        )
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @accelerate_utils.apply_forward_hook
+    def decode(
+        self,
+        z: Float[Tensor, "b dim lh lw"],
+        return_dict: bool = True,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Latents to images near [-1, 1]; no gradient passes.
+
+        Args:
+            z: from `encode`, from a diffusion model, acted on or not.
+            return_dict: gives a DecoderOutput, otherwise a tuple.
+            generator: of the noise, or one per example; None for the seed, see above.
+        """
+        wide = torch.promote_types(self.dtype, torch.float32)
+        f, colours = self.autoencoder.config.model.downsampling, self.config["in_channels"]
+        shape = (len(z), colours, z.shape[-2] * f, z.shape[-1] * f)
+        if generator is None:
+            fixed = torch.Generator().manual_seed(self.decoding_seed)
+            noise = torch.randn((1, *shape[1:]), generator=fixed).to(z.device).expand(shape)
+        else:
+            noise = torch_utils.randn_tensor(shape, generator=generator, device=z.device)
+        with self._precision():
+            parts = [
+                self.autoencoder.decode(latent.to(wide), self.decoding_steps, start.to(wide))
+                for latent, start in zip(self._slices(z), self._slices(noise), strict=True)
+            ]
+        sample = torch.cat(parts).to(self.dtype)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self,
+        sample: Float[Tensor, "b c h w"],
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Encode and decode, from the mode or a sample of the posterior."""
+        posterior: DiagonalGaussianDistribution = self.encode(sample, return_dict=False)[0]
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict, generator)
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[str],
+        is_main_process: bool = True,
+        save_function: Callable[..., None] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        card: str = "",
+        **kwargs: Any,
+    ) -> None:
+        """Write the folder that `Autoencoder.save_pretrained` writes, always as one file.
+
+        Args:
+            save_directory: made if need be; a model in it is replaced.
+            is_main_process: False writes nothing, for the other processes of a training.
+            save_function: changes nothing, and neither does `max_shard_size`.
+            safe_serialization: must be True.
+            variant: must be None.
+            max_shard_size: see above.
+            push_to_hub: must be False; the method of that name does it.
+            use_flashpack: must be False.
+            card: becomes README.md.
+            kwargs: nothing else is taken.
+
+        Raises:
+            ValueError: an option that there is not.
+        """
+        asked = {"variant": variant, "push_to_hub": push_to_hub, "use_flashpack": use_flashpack}
+        _refuse_unknown({**asked, "safe_serialization=False": not safe_serialization, **kwargs})
+        if is_main_process:
+            self.autoencoder.save_pretrained(Path(save_directory), card)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str] | None, **kwargs: Any
+    ) -> "AutoencoderEFAE":
+        """The adapter of a model in a local folder, in evaluation mode, without gradients.
+
+        Args:
+            pretrained_model_name_or_path: the folder; nothing is downloaded.
+            kwargs: of diffusers: `subfolder`; `torch_dtype` or `dtype` to convert the weights to,
+                which otherwise stay as they were saved; `device_map`, a device or {"": device}.
+                Others that concern downloads and memory change nothing.
+
+        Raises:
+            ValueError: the folder is not as it was saved, or holds a pickle; or an option that
+                there is not.
+        """
+        if pretrained_model_name_or_path is None:
+            raise ValueError("from_pretrained needs the folder that save_pretrained wrote")
+        folder = Path(pretrained_model_name_or_path) / (kwargs.pop("subfolder", None) or "")
+        dtypes = [kwargs.pop(name, None) for name in ("torch_dtype", "dtype")]
+        devices: Any = kwargs.pop("device_map", None)
+        _refuse_unknown(
+            {name: value for name, value in kwargs.items() if name not in _CHANGE_NOTHING}
+        )
+        device = str(devices.get("") if hasattr(devices, "get") else devices or "cpu")
+        loaded = Autoencoder.from_pretrained(folder, device)
+        return cls(loaded.to(dtype=dtypes[1] or dtypes[0])).eval()
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        # The bottleneck and the sampler work in fp32, whatever the weights are kept in.
+        if self.dtype in _HALVES:
+            return torch.autocast(self.device.type, dtype=self.dtype)
+        return nullcontext()
+
+    def _slices(self, batch: Tensor) -> tuple[Tensor, ...]:
+        return tuple(batch[i : i + 1] for i in range(len(batch))) if self.use_slicing else (batch,)
+
+
+def _refuse_unknown(options: dict[str, Any]) -> None:
+    if unknown := sorted(name for name, value in options.items() if value):
+        raise ValueError(f"{', '.join(unknown)}: no such option of {pretrained.CLASS_NAME}")
