@@ -165,10 +165,22 @@ def read_model(uri: str | Path) -> tuple[dict[str, Tensor], Config]:
     """
     uri = str(uri)
     manifest = read_manifest(uri)
-    weights_name, config_name = model_files(manifest)
-    weights = read_verified(uri, weights_name, manifest)
-    config = read_verified(uri, config_name, manifest)
-    return _unpack(uri, weights_name, weights), _parse_config(uri, config)
+    contents = {name: read_file(uri, name) for name in model_files(manifest)}
+    return parse_model(uri, manifest, contents)
+
+
+def parse_model(
+    uri: str, manifest: Mapping[str, Any], contents: Mapping[str, bytes]
+) -> tuple[dict[str, Tensor], Config]:
+    """As `read_model` gives it, from the bytes of `model_files` by name; `uri` is for messages.
+
+    Raises:
+        CheckpointError: they are not what the manifest says, or no weights and configuration.
+    """
+    for name, data in contents.items():
+        check_file(uri, name, data, manifest)
+    weights, config = model_files(manifest)
+    return _unpack(uri, weights, contents[weights]), _parse_config(uri, contents[config])
 
 
 def model_files(manifest: Mapping[str, Any]) -> tuple[str, str]:
@@ -187,7 +199,7 @@ def read_manifest(uri: str) -> dict[str, Any]:
         CheckpointError: there is none, it is not a manifest, or of another format.
         StorageError: the storage refuses or does not answer.
     """
-    return parse_manifest(uri, _read(uri, MANIFEST))
+    return parse_manifest(uri, read_file(uri, MANIFEST))
 
 
 def parse_manifest(uri: str, data: bytes) -> dict[str, Any]:
@@ -223,9 +235,22 @@ def read_verified(uri: str, name: str, manifest: Mapping[str, Any]) -> bytes:
         raise CheckpointError(
             uri, f"holds no {name}: it is a model, not a checkpoint to go on from"
         )
-    data = _read(uri, name)
+    data = read_file(uri, name)
     check_file(uri, name, data, manifest)
     return data
+
+
+def read_file(uri: str, name: str) -> bytes:
+    """One file of a checkpoint or model folder, unchecked.
+
+    Raises:
+        CheckpointError: missing.
+        StorageError: the storage refuses or does not answer.
+    """
+    try:
+        return storage.read_bytes(uris.join(uri, name))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(uri, f"{name} is missing") from error
 
 
 def check_file(uri: str, name: str, data: bytes, manifest: Mapping[str, Any]) -> None:
@@ -269,10 +294,3 @@ def _parse_config(uri: str, data: bytes) -> Config:
         return configuration.from_json(data.decode())
     except ValueError as error:
         raise CheckpointError(uri, f"{CONFIG} is not valid for this efae ({error})") from error
-
-
-def _read(uri: str, name: str) -> bytes:
-    try:
-        return storage.read_bytes(uris.join(uri, name))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(uri, f"{name} is missing") from error

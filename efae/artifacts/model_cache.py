@@ -1,12 +1,14 @@
 """A verified copy of a model on this machine, kept by the hash of its manifest.
 
 What was fetched once is read from the folder that EFAE_CACHE_DIR names, ~/.cache/efae by default.
-A copy appears whole or not at all, and one that was damaged meanwhile is fetched again.
+A copy appears whole or not at all, only after it was read as what it claims to be, and is read
+again whenever it is used; one that was damaged or exchanged meanwhile is fetched again.
 """
 
 import hashlib
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -35,43 +37,59 @@ def fetch_model(
         manifest_digest: sha256 that its manifest must have, where it is known.
 
     Raises:
-        CheckpointError: the files do not match their manifest, or that its digest.
+        CheckpointError: the files do not match their manifest, or that its digest, or are no model.
     """
-    if manifest_digest is not None and _is_intact(cache / manifest_digest):
+    if manifest_digest is not None and not is_sha256(manifest_digest):
+        # It comes from a server and would become a path.
+        raise CheckpointError(uri, f"its tag manifest_digest is no sha256: {manifest_digest!r}")
+    if manifest_digest is not None and _is_intact(uri, cache / manifest_digest):
         return cache / manifest_digest
     data = read(MANIFEST)
     if manifest_digest not in (None, sha256(data)):
         raise CheckpointError(uri, f"{MANIFEST} is not the one that was registered")
     folder = cache / sha256(data)
-    if _is_intact(folder):
+    if _is_intact(uri, folder):
         return folder
     manifest = checkpoint.parse_manifest(uri, data)
+    contents = {name: read(name) for name in checkpoint.model_files(manifest)}
+    checkpoint.parse_model(uri, manifest, contents)
     cache.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=cache))
     try:
-        for name in checkpoint.model_files(manifest):
-            content = read(name)
-            checkpoint.check_file(uri, name, content, manifest)
+        for name, content in {**contents, MANIFEST: data}.items():
             (draft / name).write_bytes(content)
-        (draft / MANIFEST).write_bytes(data)
         try:
             draft.rename(folder)
         except OSError:  # another process was faster
-            if not _is_intact(folder):
+            if not _is_intact(uri, folder):
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
-def _is_intact(folder: Path) -> bool:
-    """Whether the cache holds this model; a damaged one is removed."""
-    if not folder.exists():
-        return False
+def check_copy(uri: str, folder: Path) -> None:
+    """Reads a folder of the cache as the model that its name says.
+
+    Raises:
+        CheckpointError: it was damaged, or exchanged for another model.
+    """
     try:
         checkpoint.read_model(folder)
     except CheckpointError as error:
-        logger.warning("cached model is damaged and fetched again: %s", error)
+        raise CheckpointError(uri, f"the copy in {folder} is damaged: {error.reason}") from error
+    if sha256((folder / MANIFEST).read_bytes()) != folder.name:
+        raise CheckpointError(uri, f"the copy in {folder} was exchanged for another model")
+
+
+def _is_intact(uri: str, folder: Path) -> bool:
+    """Whether the cache holds this model; one that is not what it was is removed."""
+    if not folder.exists():
+        return False
+    try:
+        check_copy(uri, folder)
+    except CheckpointError as error:
+        logger.warning("%s; it is fetched again", error)
         shutil.rmtree(folder)
         return False
     return True
@@ -80,3 +98,8 @@ def _is_intact(folder: Path) -> bool:
 def sha256(data: bytes) -> str:
     """The hash in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def is_sha256(text: str) -> bool:
+    """Whether this can be what `sha256` gives."""
+    return re.fullmatch("[0-9a-f]{64}", text) is not None

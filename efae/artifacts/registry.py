@@ -3,11 +3,10 @@
 A version is two files and their manifest: weights as safetensors, configuration as JSON. Neither
 way needs pickle, nor runs code that came with a model. A pull is checked against the manifest, and
 the manifest of a registered version against a tag of that version; pulled models are cached by the
-manifest's hash, so one version is downloaded once. Aliases say which version to use; when one may
-be moved is decided in `promotion`.
+manifest's hash, so one version is downloaded once, and with EFAE_OFFLINE=1 used without asking
+anybody. Aliases say which version to use; when one may be moved is decided in `promotion`.
 """
 
-import re
 import shutil
 import tempfile
 import time
@@ -16,7 +15,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlflow
 from mlflow import MlflowClient
@@ -26,11 +25,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 from data_pipelines import storage, uris
+from data_pipelines.retries import StorageError
 from efae import config_forms as configuration
-from efae.artifacts import checkpoint
+from efae.artifacts import checkpoint, model_uris
 from efae.artifacts.checkpoint import CONFIG, MANIFEST, MODEL, CheckpointError
 from efae.artifacts.model_cache import fetch_model, find_cache, sha256
-from efae.artifacts.redaction import first_cause, redact
+from efae.artifacts.pulled_names import is_offline, mention_copy, recall, remember
 from efae.artifacts.request_limits import PATIENT, request_limits
 from efae.artifacts.run_checkpoints import find_newest_checkpoint
 from efae.artifacts.tracking import check_server
@@ -45,8 +45,6 @@ DESCRIPTION_CHARACTERS = 5000
 ABANDONED_AFTER_SECONDS = 600
 """A promotion takes seconds once its model is verified; one that is older was killed."""
 _PROMOTING = "promoting."
-_MODEL_URI = re.compile(r"models:/+(?P<name>[^/@:]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
-_RUN_URI = re.compile(r"runs:/+(?P<run_id>\w+)/(?P<path>.+?)/?")
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def register_model(
             found = client.create_model_version(
                 name, source, run_id, facts, description=_describe(card), await_creation_for=0
             )
-        aliases, _ = _read_aliases_and_tags(client, name)
+        aliases, _ = model_uris.read_aliases_and_tags(client, name)
         if int(found.version) == 1 and CHAMPION not in aliases:  # later ones are to be promoted
             client.set_registered_model_alias(name, CHAMPION, found.version)
     return _as_registered(found)
@@ -122,22 +120,26 @@ def register_model(
 def pull(uri: str, destination: Path | None = None) -> Path:
     """A local folder with the model at `uri`, verified; a copy in `destination` if given.
 
+    With EFAE_OFFLINE=1 in the environment neither MLflow nor a storage is asked: the model is the
+    verified copy in the cache that this URI named when it was last pulled with this
+    MLFLOW_TRACKING_URI; so an alias may have moved since. What was pulled by any models:/ URI is
+    there by its version and its digest, too.
+
     Args:
-        uri: "models:/NAME@ALIAS", "models:/NAME/VERSION", "runs:/RUN_ID/PATH", or the path or
-            address of a checkpoint or model folder. The registry is the one that
-            MLFLOW_TRACKING_URI names.
+        uri: "models:/NAME@ALIAS", "models:/NAME/VERSION", "models:/NAME@sha256:HEX",
+            "runs:/RUN_ID/PATH", or the path or address of a checkpoint or model folder. The
+            registry is the one that MLFLOW_TRACKING_URI names. HEX is the version's tag "digest",
+            the sha256 of its weights, or its first 12 digits or more.
         destination: folder to copy the model to.
 
     Raises:
         ValueError: there is no such model, and the message says what exists; or MLflow does not
-            answer.
-        CheckpointError: its files do not match their manifest.
+            answer; or EFAE_OFFLINE is set and it was not pulled before.
+        CheckpointError: its files do not match their manifest, or that what was registered.
+        ConnectionError: MLflow fails.
         StorageError: the storage refuses or does not answer.
     """
-    if uri.startswith(("models:", "runs:")):
-        folder = _pull_from_mlflow(uri, mlflow.get_tracking_uri(), find_cache())
-    else:
-        folder = _pull_from_storage(uri)
+    folder = _find_folder(uri)
     if destination is None:
         return folder
     destination.mkdir(parents=True, exist_ok=True)
@@ -156,14 +158,18 @@ def load(uri: str, device: str = "cpu") -> "Autoencoder":
 
     Raises:
         ValueError: there is no such model; the message says what exists.
-        CheckpointError: its files do not match their manifest.
+        CheckpointError: its files do not match their manifest or one another.
+        ConnectionError: MLflow fails.
         StorageError: the storage refuses or does not answer.
     """
     from efae.model.autoencoder import Autoencoder
 
     weights, config = checkpoint.read_model(pull(uri))
     model = Autoencoder(config)
-    model.load_state_dict(weights, strict=True)
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:  # as torch says it
+        raise CheckpointError(uri, "its weights are not its configuration's") from error
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -171,7 +177,7 @@ def read_version(uri: str, tracking_uri: str) -> RegisteredVersion:
     """The version that `uri` names now, with its tags.
 
     Args:
-        uri: "models:/NAME@ALIAS" or "models:/NAME/VERSION".
+        uri: "models:/NAME@ALIAS", "models:/NAME/VERSION" or "models:/NAME@sha256:HEX".
         tracking_uri: of the MLflow server, here and in the functions below.
 
     Raises:
@@ -179,15 +185,9 @@ def read_version(uri: str, tracking_uri: str) -> RegisteredVersion:
             answer.
         ConnectionError: MLflow fails, here and in the functions below.
     """
-    match = _MODEL_URI.fullmatch(uri)
-    if not match:
-        raise ValueError(
-            f"{uri!r} names no version of the registry: use models:/NAME@ALIAS or"
-            " models:/NAME/VERSION"
-        )
     check_server(tracking_uri)
-    with _asking(tracking_uri) as client:
-        found = _find_named_version(client, match["name"], match["alias"], match["version"])
+    with model_uris.asking(tracking_uri) as client:
+        found = model_uris.find_version(client, uri)
     return _as_registered(found)
 
 
@@ -200,11 +200,7 @@ def verify(version: RegisteredVersion, tracking_uri: str) -> None:
     if "manifest_digest" not in version.tags:
         raise CheckpointError(version.uri, "no tag manifest_digest says what was registered")
     with tempfile.TemporaryDirectory() as folder:
-        path = _pull_from_mlflow(version.uri, tracking_uri, Path(folder))
-        try:
-            load(str(path))
-        except RuntimeError as error:  # as torch says it
-            raise CheckpointError(version.uri, "its weights are not its configuration's") from error
+        load(str(_pull_from_mlflow(version.uri, tracking_uri, Path(folder))))
 
 
 def read_alias(name: str, alias: str, tracking_uri: str) -> RegisteredVersion | None:
@@ -213,8 +209,8 @@ def read_alias(name: str, alias: str, tracking_uri: str) -> RegisteredVersion | 
     Raises:
         ValueError: there is no such model.
     """
-    with _asking(tracking_uri) as client:
-        aliases, _ = _read_aliases_and_tags(client, name)
+    with model_uris.asking(tracking_uri) as client:
+        aliases, _ = model_uris.read_aliases_and_tags(client, name)
         number = aliases.get(alias)
         return None if number is None else _as_registered(client.get_model_version(name, number))
 
@@ -225,13 +221,13 @@ def set_alias(name: str, alias: str, version: int, tracking_uri: str) -> None:
     Raises:
         ValueError: there is no such version, or MLflow does not take this alias.
     """
-    with _asking(tracking_uri) as client:
+    with model_uris.asking(tracking_uri) as client:
         client.set_registered_model_alias(name, alias, str(version))
 
 
 def set_tag(version: RegisteredVersion, key: str, value: str, tracking_uri: str) -> None:
     """Write one tag of a version."""
-    with _asking(tracking_uri) as client:
+    with model_uris.asking(tracking_uri) as client:
         client.set_model_version_tag(version.name, str(version.version), key, value)
 
 
@@ -246,11 +242,11 @@ def promote_alone(name: str, tracking_uri: str) -> Generator[None]:
         ValueError: another promotion is under way.
     """
     mine = f"{_PROMOTING}{uuid.uuid4().hex}"
-    with _asking(tracking_uri) as client:
+    with model_uris.asking(tracking_uri) as client:
         client.set_registered_model_tag(name, mine, f"{time.time():.0f}")
     try:
-        with _asking(tracking_uri) as client:
-            _, tags = _read_aliases_and_tags(client, name)
+        with model_uris.asking(tracking_uri) as client:
+            _, tags = model_uris.read_aliases_and_tags(client, name)
             for key, since in tags.items():
                 if not key.startswith(_PROMOTING) or key == mine:
                     continue
@@ -264,20 +260,8 @@ def promote_alone(name: str, tracking_uri: str) -> Generator[None]:
                 client.delete_registered_model_tag(name, key)
         yield
     finally:
-        with _asking(tracking_uri) as client:
+        with model_uris.asking(tracking_uri) as client:
             client.delete_registered_model_tag(name, mine)
-
-
-@contextmanager
-def _asking(tracking_uri: str) -> Generator[MlflowClient]:
-    """A client whose errors are those that this file promises."""
-    try:
-        with request_limits(PATIENT):
-            yield MlflowClient(tracking_uri)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise ValueError(first_cause(error)) from error
-        raise ConnectionError(f"MLflow at {redact(tracking_uri)}: {first_cause(error)}") from error
 
 
 def _as_registered(found: ModelVersion) -> RegisteredVersion:
@@ -318,87 +302,65 @@ def _upload(client: MlflowClient, run_id: str, model_dir: Path, digest: str, car
     return f"runs:/{run_id}/{path}"
 
 
-def _pull_from_storage(uri: str) -> Path:
-    manifest_uri = uris.join(uri, MANIFEST)
-    if not storage.exists(manifest_uri):
+def _find_folder(uri: str) -> Path:
+    """The verified folder of the model, on this machine."""
+    cache = find_cache()
+    if uri.startswith(("models:", "runs:")):
+        uri, server = model_uris.normalize(uri), mlflow.get_tracking_uri()
+        if is_offline():
+            return recall(cache, server, uri)
+        try:
+            check_server(server)
+        except ValueError as error:
+            raise ValueError(f"{error}{mention_copy(cache, server, uri)}") from error
+        return _pull_from_mlflow(uri, server, cache)
+    path = uris.local_path(uri)
+    if path is not None:
+        _check_presence(uri)
+        checkpoint.read_model(path)
+        return path
+    uri, server = uri.rstrip("/"), (uris.endpoint() or "") if uri.startswith("s3:") else ""
+    if is_offline():
+        return recall(cache, server, uri)
+    try:
+        _check_presence(uri)
+        folder = fetch_model(uri, lambda name: checkpoint.read_file(uri, name), cache)
+    except StorageError as error:
+        raise StorageError(f"{error}{mention_copy(cache, server, uri)}") from error
+    remember(cache, server, uri, folder.name)
+    return folder
+
+
+def _check_presence(uri: str) -> None:
+    if not storage.exists(uris.join(uri, MANIFEST)):
         newest = find_newest_checkpoint(uri)
         hint = f"its newest checkpoint is {newest}" if newest else f"it holds no {MANIFEST}"
         raise ValueError(f"no model or checkpoint at {uri!r}: {hint}")
-    path = uris.local_path(uri)
-    if path is not None:
-        checkpoint.read_model(path)
-        return path
-    return fetch_model(uri, lambda name: storage.read_bytes(uris.join(uri, name)), find_cache())
 
 
 def _pull_from_mlflow(uri: str, tracking_uri: str, cache: Path) -> Path:
-    check_server(tracking_uri)
-    client = MlflowClient(tracking_uri)
-    if match := _MODEL_URI.fullmatch(uri):
-        version = _find_named_version(client, match["name"], match["alias"], match["version"])
-        source, manifest_digest = version.source or "", version.tags.get("manifest_digest")
-    elif match := _RUN_URI.fullmatch(uri):
-        _check_run_artifact(client, match["run_id"], match["path"])
-        source, manifest_digest = uri, None
-    else:
-        raise ValueError(
-            f"{uri!r} names no model: use models:/NAME@ALIAS, models:/NAME/VERSION or"
-            " runs:/RUN_ID/PATH"
-        )
+    with model_uris.asking(tracking_uri) as client:
+        model = model_uris.find_model(client, uri)
 
     def read(name: str) -> bytes:
         with tempfile.TemporaryDirectory() as folder, request_limits(PATIENT):
-            address = f"{source.rstrip('/')}/{name}"
+            address = f"{model.source.rstrip('/')}/{name}"
             try:
                 path = download_artifacts(address, dst_path=folder, tracking_uri=tracking_uri)
             except (MlflowException, OSError) as error:
                 raise CheckpointError(uri, f"{name} cannot be read from {address}") from error
             return Path(path).read_bytes()
 
-    return fetch_model(uri, read, cache, manifest_digest)
-
-
-def _find_named_version(
-    client: MlflowClient, name: str, alias: str | None, version: str | None
-) -> ModelVersion:
-    try:
-        if alias is not None:
-            return client.get_model_version_by_alias(name, alias)
-        return client.get_model_version(name, version or "")
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        wanted = f"models:/{name}@{alias}" if alias is not None else f"models:/{name}/{version}"
-        raise ValueError(f"no model {wanted!r}; {_what_exists(client, name)}") from error
-
-
-def _read_aliases_and_tags(client: Any, name: str) -> tuple[dict[str, str], dict[str, str]]:
-    model = client.get_registered_model(name)  # MLflow does not type it, nor what is below
-    return model.aliases, model.tags
-
-
-def _what_exists(client: Any, name: str) -> str:
-    try:
-        aliases, _ = _read_aliases_and_tags(client, name)
-    except MlflowException:
-        newest = client.search_registered_models(
-            max_results=20, order_by=["last_updated_timestamp DESC"]
-        )
-        return f"registered models: {', '.join(model.name for model in newest) or 'none'}"
-    versions = sorted(int(v.version) for v in client.search_model_versions(f"name = '{name}'"))
-    return (
-        f"{name} has versions {', '.join(map(str, versions)) or 'none'} and aliases"
-        f" {', '.join(f'{alias} ({number})' for alias, number in aliases.items()) or 'none'}"
-    )
-
-
-def _check_run_artifact(client: MlflowClient, run_id: str, path: str) -> None:
-    try:
-        found = [file.path for file in client.list_artifacts(run_id, path)]
-        top = [file.path for file in client.list_artifacts(run_id)]
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        raise ValueError(f"MLflow has no run {run_id!r}") from error
-    if f"{path}/{MANIFEST}" not in found:
-        raise ValueError(f"run {run_id} has no model at {path!r}; it has {', '.join(top)}")
+    folder = fetch_model(uri, read, cache, model.manifest_digest)
+    names = [uri]
+    if model.name:
+        manifest = checkpoint.read_manifest(str(folder))
+        digest = manifest["files"][checkpoint.model_files(manifest)[0]]["sha256"]
+        digits = uri.partition("@sha256:")[2]
+        if not digest.startswith(digits):
+            raise CheckpointError(uri, f"the weights of version {model.version} are {digest}")
+        known = f"models:/{model.name}"
+        names += [f"{known}/{model.version}", f"{known}@sha256:{digest}"]
+    for name in names:
+        remember(cache, tracking_uri, name, folder.name)
+    return folder

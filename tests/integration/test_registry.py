@@ -12,25 +12,20 @@ from mlflow import MlflowClient
 from mlflow.models import Model
 
 import efae
-from data_pipelines import storage, uris
+from data_pipelines import storage
 from efae import config_forms as configuration
 from efae.artifacts import checkpoint, registry, run_checkpoints, tracking
 from efae.artifacts.checkpoint import CheckpointError
 from efae.artifacts.registry import RegisteredVersion
-from efae.config import Config
-from efae.model.autoencoder import Autoencoder
+from tests.integration.stored_models import (
+    TINY,
+    artifact_address,
+    make_model,
+    write_model,
+    write_run,
+)
 
 pytestmark = pytest.mark.s3
-
-TINY = configuration.with_overrides(
-    Config(),
-    {
-        "data.resolution": 16,
-        "model.hidden_size": 32,
-        "model.encoder_hidden_size": 32,
-        "model.depth": 1,
-    },
-)
 
 
 @pytest.fixture(autouse=True)
@@ -59,16 +54,6 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.node.name.replace("[", "-").rstrip("]")
 
 
-def make_model(seed: int = 0) -> Autoencoder:
-    torch.manual_seed(seed)
-    return Autoencoder(TINY)
-
-
-def write_model(folder: Path, seed: int = 0) -> Path:
-    checkpoint.write_model(folder, make_model(seed).state_dict(), TINY, {})
-    return folder
-
-
 @pytest.fixture
 def register(tmp_path: Path, name: str, run_id: str, tracking_uri: str):
     def register(seed: int = 0) -> RegisteredVersion:
@@ -77,12 +62,6 @@ def register(tmp_path: Path, name: str, run_id: str, tracking_uri: str):
         return registry.register_model(folder, name, run_id, metrics, tags, tracking_uri)
 
     return register
-
-
-def artifact_address(client: MlflowClient, run_id: str, path: str) -> str:
-    """Where the stack's MLflow keeps an artifact of a run."""
-    root = client.get_run(run_id).info.artifact_uri or ""
-    return root.replace("mlflow-artifacts:/", "s3://mlflow/artifacts/") + f"/{path}"
 
 
 def test_a_registered_model_gives_the_same_numbers_in_another_process(register, name):
@@ -162,36 +141,6 @@ def test_a_second_pull_downloads_nothing(register, client, run_id, cache):
         registry.pull(version.uri)
 
 
-def test_a_damaged_cache_is_fetched_again(register):
-    version = register()
-    weights = registry.pull(version.uri) / "model.safetensors"
-    good = weights.read_bytes()
-    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    assert (registry.pull(version.uri) / "model.safetensors").read_bytes() == good
-
-
-def test_weights_changed_in_the_store_are_refused(register, client, run_id, cache):
-    version = register()
-    address = artifact_address(client, run_id, "model/model.safetensors")
-    good = storage.read_bytes(address)
-    storage.write_bytes(address, good[:-1] + bytes([good[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
-        registry.pull(version.uri)
-    assert list((cache / "models").iterdir()) == []
-
-
-def test_weights_replaced_together_with_their_manifest_are_refused(
-    register, client, run_id, tmp_path
-):
-    version = register()
-    storage.upload_folder(
-        write_model(tmp_path / "other", seed=9), artifact_address(client, run_id, "model")
-    )
-    with pytest.raises(CheckpointError, match="not the one that was registered"):
-        registry.pull(version.uri)
-    registry.pull(f"runs:/{run_id}/model")  # a run promises nothing about its files
-
-
 def test_pull_copies_the_model_to_a_destination(register, tmp_path):
     folder = registry.pull(register().uri, tmp_path / "mine")
     assert folder == tmp_path / "mine"
@@ -221,19 +170,6 @@ def test_without_a_server_pull_says_so_and_makes_no_database(monkeypatch, tmp_pa
     with pytest.raises(ValueError, match="MLFLOW_TRACKING_URI"):
         registry.pull("models:/efae@champion")
     assert list(tmp_path.iterdir()) == []
-
-
-def write_run(run_uri: str, steps: tuple[int, ...]) -> None:
-    for step in steps:
-        weights = make_model(seed=step).state_dict()
-        checkpoint.write_checkpoint(
-            uris.join(run_uri, checkpoint.checkpoint_name(step)),
-            model={"raw": torch.zeros(2)},
-            ema=weights,
-            optimizer={},
-            metadata={"step": step},
-            config=TINY,
-        )
 
 
 @pytest.mark.parametrize("where", ["s3", "folder"])
