@@ -1,4 +1,4 @@
-"""Sample numbers -> checked bytes -> rows of a uint8 batch.
+"""Sample numbers -> checked bytes -> rows of a batch.
 
 Every member is compared with the index's crc32 when it is read: what differs is fetched once more
 (a flipped bit on the way or on this node's disk), and then is a bad sample, like an image that does
@@ -11,33 +11,20 @@ import threading
 import zlib
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from data_pipelines.epoch_plan import PlannedBatch
-from data_pipelines.image_codec import decode_into
+from data_pipelines.sample_forms import Batch, SampleForm
 from data_pipelines.shard_cache import ShardCache, ShardError
 from data_pipelines.shard_index import Members, ShardIndex
 
-Crop = Literal["center", "random"]
 _MOST_ARRAYS = 16
 _UNUSED = 3
 """References to an array that only the list of arrays knows: that, a variable, an argument."""
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """This rank's part of one global batch."""
-
-    image: torch.Tensor
-    """uint8 (b, C, H, W), a view of (b, H, W, C) memory; b = 0 in some ragged last batches."""
-    key: list[str]
-    members: dict[str, list[bytes]]
-    """The members that the loader was asked for, by extension."""
 
 
 _Place = tuple[int, int, int, int]
@@ -51,10 +38,8 @@ class SampleReader:
         self,
         index: ShardIndex,
         cache: ShardCache,
-        columns: Mapping[str | None, Members],  # None, first, is the image
-        shape: tuple[int, int, int],
-        crop: Crop,
-        seed: int,
+        columns: Mapping[str | None, Members],  # None, first, is what the form decodes
+        form: SampleForm,
         replace: bool,
         most_bad: int,
         pin_memory: bool,
@@ -65,8 +50,7 @@ class SampleReader:
         """Key and fault of every bad sample that was replaced."""
         self._index, self._columns = index, columns
         self._shard_ends = np.cumsum([len(shard.keys) for shard in index.shards])
-        self._shape, self._crop, self._seed = shape, crop, seed
-        self._replace, self._most_bad = replace, most_bad
+        self._form, self._replace, self._most_bad = form, replace, most_bad
         self._pin_memory = pin_memory
         self._lock = threading.Lock()
         self._beyond_help: set[int] = set()
@@ -74,53 +58,52 @@ class SampleReader:
         self._arrays: deque[np.ndarray] = deque(maxlen=_MOST_ARRAYS)
 
     def count_bytes(self, sample: np.ndarray) -> int:
-        """Bytes of these samples' images."""
+        """Bytes of these samples, without other members."""
         return int(self._columns[None].size[sample].sum())
 
     def read(self, planned: PlannedBatch) -> Batch:
-        """The images and members of one planned batch.
+        """The samples and members of one planned batch.
 
         Raises:
             ShardError: a shard that cannot be read, a bad sample, or too many of them.
         """
-        image = self._allocate(len(planned.sample))
-        rows = image.numpy()
+        rows = self._allocate(len(planned.sample))
         wanted = planned.sample.tolist()
-        crops = [(0.5, 0.5)] * len(wanted)
-        if self._crop == "random":
-            crops = [self._draw_crop(*at) for at in zip(planned.epoch, wanted, strict=True)]
+        drawn = [self._form.draw(*at) for at in zip(planned.epoch, wanted, strict=True)]
         keys = self._keys(planned.sample)
         samples = self._find_members(planned.sample)
         members: dict[str, list[bytes]] = {name: [] for name in self._columns if name is not None}
-        for number, (row, places, crop) in enumerate(zip(rows, samples, crops, strict=True)):
+        decoded = zip(rows.numpy(), samples, drawn, strict=True)
+        for number, (row, places, draw) in enumerate(decoded):
             try:
-                found = self._decode(row, places, crop)
+                found = self._decode(row, places, draw)
             except ValueError as error:
-                taken, found = self._replace_bad(row, wanted[number], crop, error)
+                taken, found = self._replace_bad(row, wanted[number], draw, error)
                 keys[number] = self._key(taken)
             for name, data in zip(members, found, strict=True):
                 members[name].append(data)
-        return Batch(image.permute(0, 3, 1, 2), keys, members)
+        return self._form.make_batch(rows, keys, members, drawn)
 
     def _allocate(self, size: int) -> torch.Tensor:
         """Room for a batch: memory of an earlier one that nobody holds any more, or new.
 
         The kernel clears new memory page by page, which would cost a tenth of decoding.
         """
-        shape = (size, *self._shape)
+        shape = (size, *self._form.shape)
         if self._pin_memory:  # torch keeps page-locked memory for reuse itself
-            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+            dtype = torch.from_numpy(np.empty(0, self._form.dtype)).dtype
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
         with self._lock:
             for array in self._arrays:
                 # A tensor, and every view of one, holds a reference to the array that it is of.
                 if sys.getrefcount(array) == _UNUSED and len(array) == size:
                     return torch.from_numpy(array)
-            array = np.empty(shape, np.uint8)
+            array = np.empty(shape, self._form.dtype)
             self._arrays.append(array)
             return torch.from_numpy(array)
 
     def _find_members(self, samples: np.ndarray) -> list[tuple[_Place, ...]]:
-        """Where the image and the other members of each sample lie."""
+        """Where each sample and its other members lie."""
         chunk = self.chunks.of(samples)
         before = self.chunks.start[chunk]
         found: list[zip[_Place]] = []
@@ -131,16 +114,14 @@ class SampleReader:
             found.append(zip(*lists, strict=True))
         return list(zip(*found, strict=True))
 
-    def _decode(
-        self, row: np.ndarray, places: Sequence[_Place], crop: tuple[float, float]
-    ) -> list[bytes]:
-        """Decode the image into `row`; the sample's other members.
+    def _decode(self, row: np.ndarray, places: Sequence[_Place], draw: Any) -> list[bytes]:
+        """Decode the sample into `row`; its other members.
 
         Raises:
             ValueError: one of them is damaged.
         """
-        image, *members = [self._read(*place) for place in places]
-        decode_into(row, image, crop)
+        data, *members = [self._read(*place) for place in places]
+        self._form.decode(row, data, draw)
         return members
 
     def _read(self, chunk: int, start: int, end: int, crc32: int) -> bytes:
@@ -159,7 +140,7 @@ class SampleReader:
         )
 
     def _replace_bad(
-        self, row: np.ndarray, sample: int, crop: tuple[float, float], fault: ValueError
+        self, row: np.ndarray, sample: int, draw: Any, fault: ValueError
     ) -> tuple[int, list[bytes]]:
         """Decode the next good sample of the chunk into `row`: its number and other members."""
         self._note_bad(sample, fault)
@@ -168,7 +149,7 @@ class SampleReader:
         others = (np.arange(1, count) + (sample - first)) % count + first
         for other, places in zip(others.tolist(), self._find_members(others), strict=True):
             try:
-                return other, self._decode(row, places, crop)
+                return other, self._decode(row, places, draw)
             except ValueError as error:
                 self._note_bad(other, error)
         raise ShardError(self._uri(sample), self._key(sample), f"no good sample near it: {fault}")
@@ -189,13 +170,6 @@ class SampleReader:
                     " replaced: run python -m data_pipelines.verify_shards",
                 )
         _logger.warning("replaced a bad sample: %s, sample %r: %s", uri, key, fault)
-
-    def _draw_crop(self, epoch: int, sample: int) -> tuple[float, float]:
-        """Where in an image to cut: (down, right), each in [0, 1)."""
-        key = np.array([self._seed, epoch], np.uint64)
-        counter = np.array([sample, 0, 0, 2**64 - 1], np.uint64)  # not one of the order's
-        draws = np.random.Generator(np.random.Philox(key=key, counter=counter)).random(2)
-        return float(draws[0]), float(draws[1])
 
     def _key(self, sample: int) -> str:
         return self._keys(np.array([sample]))[0]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from data_pipelines import storage, unfinished, uris
 from data_pipelines.image_codec import image_extensions, read_shape
+from data_pipelines.latent_format import EXTENSION
 from data_pipelines.shard_index import Shape, Shard, ShardIndex, common_shape, index_tar
 
 LARGEST_MEMBER_BYTES = 2**30
@@ -93,16 +94,19 @@ def find_large_members(path: Path, uri: str) -> Iterator[str]:
         raise ValueError(f"{uri} is not a plain, whole tar ({error})") from error
 
 
-def find_bad_samples(uri: str, shard: Shard) -> Iterator[str]:
-    """Keys that leave the folder where a reader would extract them, and samples without image."""
-    with_image: set[int] = set()
-    for extension in image_extensions(shard.members):
-        with_image.update((shard.members[extension].offset >= 0).nonzero()[0].tolist())
+def find_bad_samples(uri: str, shard: Shard, latents: bool = False) -> Iterator[str]:
+    """Keys that leave the folder where a reader would extract them; samples without image, or
+    without latent.
+    """
+    whole: set[int] = set()
+    for extension in [EXTENSION] if latents else image_extensions(shard.members):
+        if extension in shard.members:
+            whole.update((shard.members[extension].offset >= 0).nonzero()[0].tolist())
     for row, key in enumerate(shard.keys):
         if key.startswith(("/", "\\")) or ".." in key.replace("\\", "/").split("/"):
             yield f"{uri}: sample {key!r} leaves the folder: rename its members"
-        if row not in with_image:
-            yield f"{uri}: sample {key!r} has no image member"
+        if row not in whole:
+            yield f"{uri}: sample {key!r} has no {'latent' if latents else 'image'} member"
 
 
 def find_repeated_keys(shards: Iterable[Shard]) -> Iterator[str]:

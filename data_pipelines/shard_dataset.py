@@ -1,14 +1,16 @@
 """A shard set on storage: its samples by number, and loaders over them."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from data_pipelines import uris
 from data_pipelines.chunks import cut_chunks
 from data_pipelines.epoch_plan import Tail
-from data_pipelines.sample_reader import Crop, SampleReader
+from data_pipelines.latent_format import EXTENSION, find_format
+from data_pipelines.sample_forms import Crop, ImageForm, LatentForm, SampleForm
+from data_pipelines.sample_reader import SampleReader
 from data_pipelines.shard_cache import ShardCache
 from data_pipelines.shard_index import Members, ShardIndex, load_index
 from data_pipelines.shard_loader import ShardLoader
@@ -20,6 +22,8 @@ class ShardDataset:
     def __init__(self, uri: str, index: ShardIndex):
         self.uri = uri
         self.index = index
+        self.latents = find_format(index.provenance, uri)
+        """What the latents are, of a set that jobs/encode.py wrote; None of a set of images."""
         self.chunks = cut_chunks(index)
         self._length = sum(len(shard.keys) for shard in index.shards)
 
@@ -44,6 +48,27 @@ class ShardDataset:
     def image_shape(self) -> tuple[int, int, int] | None:
         """(C, H, W) of every image, or None when heights or widths differ."""
         return self.index.image_shape
+
+    @property
+    def certificate(self) -> dict[str, Any]:
+        """How exactly the encoder of these latents commutes with the group.
+
+        Keys: `max_abs_difference`, the largest |act(g, encode(x)) - encode(g x)| of any number of
+        any latent, which have unit scale; `by_element`, the same for each g; `images` and `data`,
+        how many were measured and where they lie; `model_digest` and `representation`.
+
+        Raises:
+            AttributeError: a set of images.
+        """
+        if self.latents is None:
+            raise AttributeError(
+                f"{self.uri} holds images: only a set of latents has a certificate"
+            )
+        return {
+            **self.latents.certificate,
+            "model_digest": self.latents.model_digest,
+            "representation": {"group": self.latents.group, **self.latents.multiplicities},
+        }
 
     @property
     def keys(self) -> list[str]:
@@ -87,6 +112,7 @@ class ShardDataset:
         channels: Literal[1, 3] | None = None,
         resolution: int | tuple[int, int] | None = None,
         crop: Crop = "center",
+        augment: Literal["group"] | None = None,
         members: tuple[str, ...] = (),
         bad_samples: Literal["fail", "replace"] = "fail",
         most_bad_samples: int = 100,
@@ -102,7 +128,7 @@ class ShardDataset:
                 it, some ranks get one more than others.
             rank: this process, 0 <= rank < world_size.
             world_size: processes that share the set.
-            seed: of the order and of random crops; the same on all ranks.
+            seed: of the order, of random crops and of `augment`; the same on all ranks.
             shuffle: False keeps the order of the shards.
             tail: "ragged": an iteration is an epoch and its last batch may be smaller; "carry":
                 endless, every batch full, those at a border mix two epochs.
@@ -111,6 +137,8 @@ class ShardDataset:
                 own, which must then be the same for all.
             crop: which part of an image that is not of that shape, once its shorter side fits:
                 its "center", or a "random" one, drawn anew in every epoch.
+            augment: "group" acts on every latent by an element drawn for it, uniformly and anew in
+                every epoch; batches say which. Only of latents, which need no copy for that.
             members: extensions of other members to hand out, as bytes: ("cls", "json").
             bad_samples: what to do with an image that is damaged or cannot be decoded: "fail", or
                 "replace" it by its neighbour and count it.
@@ -121,15 +149,19 @@ class ShardDataset:
             pin_memory: hand out page-locked images, for copies to a GPU that do not block.
 
         Raises:
-            ValueError: sizes that do not fit together, images of differing size, an empty set.
+            ValueError: sizes that do not fit together, images of differing size, an empty set, or
+                an option of images for latents or the reverse; `augment` where the encoder does
+                not commute with the group.
         """
         if not len(self):
             raise ValueError(f"{self.uri} holds no samples")
-        if channels not in (None, 1, 3):
-            raise ValueError(f"channels={channels}: use 1 (grey), 3 (RGB) or None")
-        if crop not in ("center", "random") or bad_samples not in ("fail", "replace"):
-            raise ValueError(f"{crop=}, {bad_samples=}: use center or random, fail or replace")
-        height, width = self._image_size(resolution)
+        if bad_samples not in ("fail", "replace"):
+            raise ValueError(f"{bad_samples=}: use fail or replace")
+        form = (
+            self._image_form(channels, resolution, crop, augment, seed)
+            if self.latents is None
+            else self._latent_form(channels, resolution, crop, augment, seed)
+        )
         where = self.index.base or self.uri
         largest = int((self.chunks.end - self.chunks.start).max())
         if uris.local_path(where) is None and cache_bytes < largest:
@@ -139,15 +171,15 @@ class ShardDataset:
             )
         folder = Path(cache_dir) if cache_dir else None
         cache = ShardCache(where, self.index, self.chunks, folder, cache_bytes)
-        own_channels = self.image_shape[0] if self.image_shape else 3
         size = sum(shard.bytes for shard in self.index.shards)
         reader = SampleReader(
             self.index,
             cache,
-            columns={None: self.columns(), **{name: self.columns(name) for name in members}},
-            shape=(height, width, channels or own_channels),
-            crop=crop,
-            seed=seed,
+            columns={
+                None: self.columns(EXTENSION if self.latents else None),
+                **{name: self.columns(name) for name in members},
+            },
+            form=form,
             replace=bad_samples == "replace",
             most_bad=most_bad_samples,
             pin_memory=pin_memory,
@@ -165,6 +197,56 @@ class ShardDataset:
             prefetch_bytes=0 if cache.local else min(_PREFETCH_BYTES, cache_bytes // 4, size),
         )
 
+    def _image_form(
+        self,
+        channels: int | None,
+        resolution: int | tuple[int, int] | None,
+        crop: Crop,
+        augment: str | None,
+        seed: int,
+    ) -> SampleForm:
+        if channels not in (None, 1, 3):
+            raise ValueError(f"channels={channels}: use 1 (grey), 3 (RGB) or None")
+        if crop not in ("center", "random"):
+            raise ValueError(f"{crop=}: use center or random")
+        if augment is not None:
+            raise ValueError(
+                f"{augment=}: {self.uri} holds images; act on these where they are used"
+                " (Element.act_on_image), or encode the set with jobs/encode.py"
+            )
+        height, width = self._image_size(resolution)
+        own_channels = self.image_shape[0] if self.image_shape else 3
+        return ImageForm((height, width, channels or own_channels), crop, seed)
+
+    def _latent_form(
+        self, channels: object, resolution: object, crop: str, augment: str | None, seed: int
+    ) -> SampleForm:
+        assert self.latents is not None
+        if channels is not None or resolution is not None or crop != "center":
+            raise ValueError(
+                f"{channels=}, {resolution=}, {crop=}: {self.uri} holds latents of shape"
+                f" {tuple(self.latents.shape)}, which are handed out as they are"
+            )
+        if augment not in (None, "group"):
+            raise ValueError(f'{augment=}: use "group" or None')
+        if augment:
+            self._check_certificate()
+        return LatentForm(self.latents, augment is not None, seed)
+
+    def _check_certificate(self) -> None:
+        found = float(self.certificate["max_abs_difference"])
+        if self.latents is not None and self.latents.group == "trivial":
+            raise ValueError(
+                f"augment='group': the model of {self.uri} has the trivial group, so nothing acts"
+                " on its latents: encode with a model of --representation.group D4"
+            )
+        if not found <= LARGEST_DIFFERENCE:
+            raise ValueError(
+                f"augment='group': act(g, encode(x)) and encode(g x) differ by up to {found:.2g}"
+                f" in {self.uri}, more than {LARGEST_DIFFERENCE:g}: these latents would not be"
+                " those of flipped and turned images; encode with a model of --model.level exact"
+            )
+
     def _image_size(self, resolution: int | tuple[int, int] | None) -> tuple[int, int]:
         if resolution is None:
             if self.image_shape is None:
@@ -179,5 +261,7 @@ class ShardDataset:
         return size
 
 
+LARGEST_DIFFERENCE = 0.01
+"""Between act(g, encode(x)) and encode(g x), for latents of unit scale: what bfloat16 loses."""
 _PREFETCH_BYTES = 512 * 2**20
 """Images that are fetched ahead of the decoders, at most."""

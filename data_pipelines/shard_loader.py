@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.epoch_plan import VERSION, PlannedBatch, Position, Tail, plan_batches
-from data_pipelines.sample_reader import Batch, SampleReader
+from data_pipelines.sample_forms import Batch
+from data_pipelines.sample_reader import SampleReader
 from data_pipelines.shard_cache import ShardError
 
 _BATCHES_AHEAD = 2

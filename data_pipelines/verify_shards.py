@@ -12,6 +12,7 @@ import numpy as np
 
 from data_pipelines import shard_tasks, storage, uris
 from data_pipelines.image_codec import decode_image
+from data_pipelines.latent_format import EXTENSION, LatentFormat, find_format, read_bits
 from data_pipelines.shard_checks import (
     find_bad_samples,
     find_large_members,
@@ -31,6 +32,7 @@ def find_faults(uri: str) -> Iterator[str]:
 
     try:
         index = load_index(uri)
+        latents = find_format(index.provenance, uri)
     except (ValueError, OSError) as error:
         yield str(error)
         return
@@ -44,24 +46,26 @@ def find_faults(uri: str) -> Iterator[str]:
     except ValueError:  # http cannot be listed
         pass
     results = shard_tasks.run_tasks(
-        _check_shard, (base, index.image_shape), index.shards, threads=os.cpu_count() or 1
+        _check_shard, (base, index.image_shape, latents), index.shards, threads=os.cpu_count() or 1
     )
     total = len(index.shards)
     for _, faults in tqdm(results, total=total, unit="shard", desc=uri, disable=None):
         yield from faults
 
 
-def _check_shard(place: tuple[str, Shape | None], shard: Shard) -> list[str]:
-    base, shape = place
+def _check_shard(place: tuple[str, Shape | None, LatentFormat | None], shard: Shard) -> list[str]:
+    base, shape, latents = place
     uri = uris.join(base, shard.name)
     try:
         with open_copy(uri) as path:
-            return list(_compare(path, uri, shard, shape))
+            return list(_compare(path, uri, shard, shape, latents))
     except (ValueError, OSError) as error:
         return [str(error) if uri in str(error) else f"{uri}: {error}"]
 
 
-def _compare(path: Path, uri: str, shard: Shard, shape: Shape | None) -> Iterator[str]:
+def _compare(
+    path: Path, uri: str, shard: Shard, shape: Shape | None, latents: LatentFormat | None
+) -> Iterator[str]:
     """The faults of the tar in `path` against its index `shard`."""
     size = path.stat().st_size
     if size != shard.bytes:
@@ -81,11 +85,15 @@ def _compare(path: Path, uri: str, shard: Shard, shape: Shape | None) -> Iterato
         return
     if found.sha256 != shard.sha256:
         yield f"{uri}: sha256 {found.sha256[:12]}…, the index says {shard.sha256[:12]}…"
-    bad = list(find_bad_samples(uri, found))
+    bad = list(find_bad_samples(uri, found, latents is not None))
     yield from bad
     yield from _find_other_places(uri, found, shard)
-    if not bad:
+    if bad:
+        return
+    if latents is None:
         yield from _find_bad_images(path, uri, found, shape)
+    else:
+        yield from _find_bad_latents(path, uri, found, latents)
 
 
 def _find_other_bytes(path: Path, uri: str, shard: Shard) -> Iterator[str]:
@@ -150,12 +158,22 @@ def _find_bad_images(path: Path, uri: str, found: Shard, shape: Shape | None) ->
                 yield f"{uri}, sample {key!r}: shape {decoded}, the index says {shape}"
 
 
+def _find_bad_latents(path: Path, uri: str, found: Shard, latents: LatentFormat) -> Iterator[str]:
+    members = found.members[EXTENSION]
+    with map_file(path) as content:
+        for key, offset, size in zip(found.keys, members.offset, members.size, strict=True):
+            try:
+                read_bits(content[offset : offset + size], latents)
+            except ValueError as error:
+                yield f"{uri}, sample {key!r}: {error}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; exit status 1 where there is any fault."""
     parser = argparse.ArgumentParser(
         prog="python -m data_pipelines.verify_shards",
-        description="Read a whole shard set again: sizes, checksums, index, keys, every image."
-        " Prints each fault; exit status 1 if there is any.",
+        description="Read a whole shard set again: sizes, checksums, index, keys, every image"
+        " or latent. Prints each fault; exit status 1 if there is any.",
     )
     parser.add_argument("uri", help="a shard set, or a folder with the sets train/ and held_out/")
     uri = parser.parse_args(arguments).uri
@@ -173,7 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if faults:
         sys.exit(f"verify_shards: {faults} faults in {uri}")
     samples = {part: sum(len(s.keys) for s in load_index(part).shards) for part in split or [uri]}
-    print("no faults: " + ", ".join(f"{count} images in {part}" for part, count in samples.items()))
+    print(
+        "no faults: " + ", ".join(f"{count} samples in {part}" for part, count in samples.items())
+    )
 
 
 if __name__ == "__main__":

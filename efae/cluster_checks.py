@@ -98,11 +98,25 @@ def join_cluster(config: Config) -> str:
     Raises:
         ValueError: none answers, it refuses, or it lacks CPUs or GPUs.
     """
+    reach_cluster(partial(connect, config))
+    nodes = list_nodes()
+    total = Counter[str]()
+    for node in nodes:
+        total.update({name: int(node.resources.get(name, 0)) for name in ("CPU", "GPU")})
+    return f"nodes: {len(nodes)}, CPUs: {total['CPU']}, GPUs: {total['GPU']}"
+
+
+def reach_cluster(connect_to_it: Callable[[], None]) -> None:
+    """Connect to the cluster of RAY_ADDRESS with the given call.
+
+    Raises:
+        ValueError: none answers, or it refuses; and what the call raises.
+    """
     address = os.environ.get("RAY_ADDRESS", "")
     try:
         if not ray.is_initialized():
             _knock(address)
-        connect(config)
+        connect_to_it()
     except (OSError, RuntimeError, RayError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
@@ -110,11 +124,6 @@ def join_cluster(config: Config) -> str:
             " this client its address and token (RAY_ADDRESS, RAY_AUTH_MODE=token,"
             " RAY_AUTH_TOKEN_PATH; locally `source .local/env`)"
         ) from error
-    nodes = list_nodes()
-    total = Counter[str]()
-    for node in nodes:
-        total.update({name: int(node.resources.get(name, 0)) for name in ("CPU", "GPU")})
-    return f"nodes: {len(nodes)}, CPUs: {total['CPU']}, GPUs: {total['GPU']}"
 
 
 def _knock(address: str) -> None:

@@ -55,7 +55,7 @@ class TestIndex:
 class TestVerify:
     def test_a_sound_set_passes(self, folder, shards, tmp_path, capsys):
         verify([shards])
-        assert "no faults: 23 images" in capsys.readouterr().out
+        assert "no faults: 23 samples" in capsys.readouterr().out
         build_shards(f"folder:{folder}", f"{tmp_path}/split", held_out=3)
         verify([f"{tmp_path}/split"])
         assert "20 images" in capsys.readouterr().out

@@ -169,7 +169,7 @@ FAULTS = {
 def test_a_sound_set_has_none(folder, capsys):
     assert list(find_faults(str(folder))) == []
     main([str(folder)])
-    assert capsys.readouterr().out == f"no faults: 12 images in {folder}\n"
+    assert capsys.readouterr().out == f"no faults: 12 samples in {folder}\n"
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -1,0 +1,117 @@
+"""Latents in shards: one ``latent.npy`` a sample, and in the index what they are.
+
+Any reader of WebDataset and npy reads them. bfloat16, which npy does not know, is stored as uint16
+with the same bits; the index says so.
+"""
+
+import functools
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+if TYPE_CHECKING:
+    from efae.symmetry import Representation
+
+EXTENSION = "latent.npy"
+FORMAT = "latents"
+"""The key of the index's provenance."""
+Dtype = Literal["float16", "bfloat16", "float32"]
+_STORED = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
+_BITS = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32}
+Buffer = bytes | memoryview
+
+
+class LatentFormat(BaseModel):
+    """What the latents of a set are, and whose.
+
+    Attributes:
+        shape: (dim, h, w) of every latent.
+        dtype: of their numbers.
+        group: the name of the group that acts on them.
+        multiplicities: of its representation, by irrep.
+        model_digest: sha256 of the weights that made them; ``models:/NAME@sha256:DIGEST`` pulls
+            them.
+        model_uri: where these were pulled from.
+        certificate: how exactly the encoder commutes with the group; see `ShardDataset`.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    shape: list[int]
+    dtype: Dtype
+    group: str
+    multiplicities: dict[str, int]
+    model_digest: str
+    model_uri: str
+    certificate: dict[str, Any]
+
+    @property
+    def representation(self) -> "Representation":
+        """How the group acts."""
+        from efae.symmetry import GROUPS, Representation  # torch takes seconds to import
+
+        return Representation(GROUPS[self.group], **self.multiplicities)
+
+    @property
+    def bits(self) -> np.dtype[Any]:
+        """Unsigned integers of the numbers' size."""
+        return np.dtype(_BITS[self.dtype])
+
+    @property
+    def header(self) -> bytes:
+        """What every file of the set begins with."""
+        return _make_header(self.dtype, tuple(self.shape))
+
+
+def find_format(provenance: Mapping[str, Any], where: str) -> LatentFormat | None:
+    """The format of a set of latents, from its index's provenance; None of a set of images.
+
+    Raises:
+        ValueError: it is damaged; `where` names the set.
+    """
+    if FORMAT not in provenance:
+        return None
+    try:
+        found = LatentFormat.model_validate(provenance[FORMAT])
+        dim = found.representation.dim
+    except (ValidationError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: its index does not say what its latents are ({error}): encode it again"
+        ) from error
+    if len(found.shape) != 3 or min(found.shape) < 1 or found.shape[0] != dim:
+        raise ValueError(
+            f"{where}: latents of shape {found.shape}, but {found.representation} has {dim}"
+            " channels: encode it again"
+        )
+    return found
+
+
+def read_bits(data: Buffer, form: LatentFormat) -> np.ndarray:
+    """The bits of one npy file, (dim, h, w), a view.
+
+    Raises:
+        ValueError: another shape or dtype, or cut off.
+    """
+    header = form.header
+    size = len(header) + int(np.prod(form.shape)) * form.bits.itemsize
+    if len(data) != size or bytes(data[: len(header)]) != header:
+        raise ValueError(f"not a {form.dtype} latent of shape {tuple(form.shape)}")
+    return np.frombuffer(data, form.bits, offset=len(header)).reshape(form.shape)
+
+
+@functools.cache
+def _make_header(dtype: Dtype, shape: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    stored = np.dtype(_STORED[dtype]).newbyteorder("<")
+    np.lib.format.write_array_header_1_0(
+        file,
+        {
+            "descr": np.lib.format.dtype_to_descr(stored),
+            "fortran_order": False,
+            "shape": shape,
+        },
+    )
+    return file.getvalue()

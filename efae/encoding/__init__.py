@@ -1,0 +1,1 @@
+"""Images -> latents, once, on a Ray cluster: shard sets for those who train on latents."""

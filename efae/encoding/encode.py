@@ -1,0 +1,294 @@
+"""A shard set -> the set of its latents, by a pool of actors on a Ray cluster.
+
+Ray Data hands shards to actors that hold the model, starts lost actors again and takes more of them
+as nodes come. Every finished shard leaves a record in storage, and the index is written last: the
+same command goes on where it was stopped, and a set is whole or not there.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import ray
+import ray.data
+from ray.exceptions import RayError
+
+from data_pipelines import ShardDataset, storage, unfinished, uris
+from data_pipelines.image_codec import image_extensions
+from data_pipelines.latent_format import FORMAT, LatentFormat
+from data_pipelines.shard_cache import ShardError
+from data_pipelines.shard_index import INDEX_NAME, ShardIndex, load_index, write_index
+from data_pipelines.source_names import make_absolute
+from efae.artifacts import checkpoint, registry
+from efae.artifacts.redaction import first_cause, redact
+from efae.cluster_checks import reach_cluster
+from efae.encoding.request import Request
+from efae.encoding.shard_encoder import ShardEncoder, Source
+from efae.model.autoencoder import Autoencoder
+from efae.preflight import check_images
+
+_PATIENCE_SECONDS = 20
+
+
+class EncodingFailed(RuntimeError):
+    """An actor was lost more often than it is started again, or could not start."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What came of it.
+
+    Attributes:
+        latents: the set.
+        source_bytes: of the shards of images.
+        encoded: samples that this run encoded; the others were there.
+        largest_difference: of stored latents from fresh ones; None where nothing was to do.
+    """
+
+    latents: ShardDataset
+    source_bytes: int
+    encoded: int
+    largest_difference: float | None
+
+
+def encode_set(request: Request, say: Callable[[str], None]) -> Encoded:
+    """Encode what is not encoded yet, certify and verify it, write the index.
+
+    Raises:
+        ValueError: something that the user gave cannot work, or an output that holds something
+            else.
+        CheckpointError: the model is damaged.
+        ShardError: images that cannot be read.
+        StorageError: the storage refuses or does not answer.
+        EncodingFailed: Ray gave up on a shard.
+    """
+    output = make_absolute(request.output)
+    storage.check_writable(output)
+    data = make_absolute(request.data)
+    certificate_data = make_absolute(request.certificate_data or _find_held_out(data))
+    source, facts = _describe(request, data, certificate_data)
+    fingerprint = {
+        "data": source.index.id,
+        "certificate_data": load_index(certificate_data).id,
+        "certificate_images": request.certificate_images,
+        "members": list(source.members),
+        **{name: facts[name] for name in ("model_digest", "config_digest", "shape", "dtype")},
+    }
+    size = sum(shard.bytes for shard in source.index.shards)
+    there = storage.list_files(output)
+    if INDEX_NAME in there:
+        found = load_index(output)
+        unfinished.refuse_other(output, found.provenance.get("fingerprint", {}), fingerprint)
+        return Encoded(ShardDataset(output, found), size, 0, None)
+    if any(name.endswith(".tar") for name in there) and not unfinished.is_claimed(there):
+        raise ValueError(
+            f"{output} holds tars but no {INDEX_NAME}: not written by this command; choose another"
+            " --output"
+        )
+    reach_cluster(_connect)
+    unfinished.claim(output, there, fingerprint)
+    shared = ray.put(source)
+    certificate = _run(
+        _measure, shared, certificate_data, request.certificate_images, request=request, say=say
+    )
+    certificate["data"] = uris.display(certificate_data)
+    form = LatentFormat(
+        certificate=certificate,
+        **{name: facts[name] for name in LatentFormat.model_fields if name != "certificate"},
+    )
+    say(f"certificate: largest difference {certificate['max_abs_difference']:.1e}")
+    missing = _find_missing(source.index, output, there)
+    _encode_shards(shared, source.index, missing, output, form, request)
+    names = [shard.name for shard in source.index.shards]
+    records = unfinished.read_records(output, names, storage.list_files(output))
+    provenance = source.index.provenance
+    origin = {name: provenance[name] for name in ("licence", "credit") if name in provenance}
+    index = ShardIndex(
+        tuple(records[name].shards[0] for name in names),
+        None,
+        {"fingerprint": fingerprint, FORMAT: form.model_dump(), **origin},
+    )
+    latents = ShardDataset(output, index)
+    difference = _run(_compare, shared, latents, request.compared, request=request, say=say)
+    write_index(output, index)
+    unfinished.clear(output)
+    encoded = sum(len(source.index.shards[number].keys) for number in missing)
+    return Encoded(latents, size, encoded, difference)
+
+
+def _describe(request: Request, data: str, certificate_data: str) -> tuple[Source, dict[str, Any]]:
+    """What is sent to the actors, and what the set of latents is to say about itself."""
+    folder = registry.pull(request.model)
+    manifest = checkpoint.read_manifest(str(folder))
+    weights, config = checkpoint.read_model(folder)
+    weights_name, config_name = checkpoint.model_files(manifest)
+    for uri in (data, certificate_data):
+        check_images(config, uri)
+    index = load_index(data)
+    representation = Autoencoder(config).representation
+    f, (height, width) = config.model.downsampling, config.data.image_size
+    source = Source(
+        data,
+        index,
+        weights,
+        config,
+        _common_members(index),
+        request.batch_size,
+        "cuda" if request.use_gpu else "cpu",
+        request.cache_dir,
+    )
+    return source, {
+        "shape": [representation.dim, height // f, width // f],
+        "dtype": request.dtype,
+        "group": representation.group.name,
+        "multiplicities": representation.multiplicities,
+        "model_digest": manifest["files"][weights_name]["sha256"],
+        "config_digest": manifest["files"][config_name]["sha256"],
+        "model_uri": redact(request.model),
+    }
+
+
+def _find_held_out(data: str) -> str:
+    """The set of held-out images that build_shards wrote beside these, or these themselves."""
+    folder, _, name = data.rpartition("/")
+    held_out = uris.join(folder, "held_out")
+    there = name == "train" and storage.exists(uris.join(held_out, INDEX_NAME))
+    return held_out if there else data
+
+
+def _common_members(index: ShardIndex) -> tuple[str, ...]:
+    """The members that every sample has beside images: labels, captions."""
+    shards = [shard for shard in index.shards if shard.keys]
+    names = {name for shard in shards for name in shard.members} - {
+        name for shard in shards for name in image_extensions(shard.members)
+    }
+    return tuple(
+        sorted(
+            name
+            for name in names
+            if all(
+                name in shard.members and bool((shard.members[name].offset >= 0).all())
+                for shard in shards
+            )
+        )
+    )
+
+
+def _find_missing(index: ShardIndex, output: str, there: dict[str, int]) -> list[int]:
+    """Positions of the shards that are not encoded yet."""
+    records = unfinished.read_records(output, [shard.name for shard in index.shards], there)
+    return [
+        number
+        for number, shard in enumerate(index.shards)
+        if shard.name not in records or there.get(shard.name) != records[shard.name].shards[0].bytes
+    ]
+
+
+class _Encoder:
+    """An actor of Ray Data's pool.
+
+    It gets the model with its first shard: Ray warns of large arguments of a constructor, which
+    could be gone when the actor is started again.
+    """
+
+    def __init__(self, output: str, form: LatentFormat):
+        self.encoder: ShardEncoder | None = None
+        self.output, self.form = output, form
+
+    def __call__(self, row: dict[str, Any], shared: list[Any]) -> dict[str, Any]:
+        if self.encoder is None:
+            self.encoder = ShardEncoder(cast(Source, ray.get(shared[0])))
+        record = self.encoder.write_shard(int(row["shard"]), self.output, self.form)
+        return {"samples": len(record.shards[0].keys)}
+
+
+def _encode_shards(
+    shared: Any,
+    index: ShardIndex,
+    missing: list[int],
+    output: str,
+    form: LatentFormat,
+    request: Request,
+) -> None:
+    from tqdm import tqdm
+
+    if not missing:
+        return
+    ray.data.DataContext.get_current().enable_progress_bars = False  # it has one of blocks
+    for name in ("ray.data", "ray.data._internal"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    actors = min(request.actors or _count_room(request), len(missing))
+    rows = ray.data.from_items(
+        [{"shard": number} for number in missing], override_num_blocks=len(missing)
+    ).map(
+        cast(Any, _Encoder),
+        fn_constructor_args=(output, form),
+        fn_args=([shared],),  # in a list Ray leaves a reference as it is
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        **_ask(request),
+    )
+    total = sum(len(shard.keys) for shard in index.shards)
+    done = total - sum(len(index.shards[number].keys) for number in missing)
+    # In the log of a Ray job a line now and then.
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(
+        total=total, initial=done, unit="image", desc=output, mininterval=interval
+    ) as progress:
+        for row in _first_causes(rows.iter_rows()):
+            progress.update(int(row["samples"]))
+
+
+def _count_room(request: Request) -> int:
+    have = cast(dict[str, float], ray.cluster_resources())  # Ray says dict[?, int]
+    room = int(have.get("CPU", 0) // request.cpus_per_actor)
+    if request.use_gpu:
+        room = min(room, int(have.get("GPU", 0)))
+    return max(1, room)
+
+
+def _measure(shared: Source, data: str, count: int) -> dict[str, Any]:
+    return ShardEncoder(shared).measure(data, count)
+
+
+def _compare(shared: Source, latents: ShardDataset, count: int) -> float:
+    return ShardEncoder(shared).compare(latents, count)
+
+
+def _run(
+    function: Callable[..., Any], *arguments: Any, request: Request, say: Callable[[str], None]
+) -> Any:
+    """One call where an actor could be."""
+    reference = ray.remote(max_retries=3, **_ask(request))(function).remote(*arguments)
+    if not cast(list[Any], ray.wait([reference], timeout=_PATIENCE_SECONDS)[0]):
+        say(f"waiting for a node with {_ask(request)} free: the cluster is busy, or still grows")
+    return next(_first_causes(ray.get(r) for r in [reference]))
+
+
+def _ask(request: Request) -> dict[str, Any]:
+    return {"num_cpus": request.cpus_per_actor, "num_gpus": 1 if request.use_gpu else 0}
+
+
+def _first_causes(results: Iterable[Any]) -> Iterator[Any]:
+    """The results; where getting one fails, what was raised on the node."""
+    try:
+        yield from results
+    except RayError as error:
+        cause: BaseException = error
+        while not isinstance(cause, ValueError | OSError | ShardError):
+            inner = getattr(cause, "cause", None) or cause.__cause__
+            if inner is None:
+                raise EncodingFailed(first_cause(error)) from error
+            cause = inner
+        raise cause from None
+
+
+def _connect() -> None:
+    if not ray.is_initialized():
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS") or "local",
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )

@@ -1,0 +1,76 @@
+"""Encode a shard set once, for people who train on latents.
+
+    python jobs/encode.py --model models:/efae@champion \
+        --data s3://efae-data/openmoji-32/train --output s3://efae-data/openmoji-32-latents
+    ray job submit --working-dir . -- python jobs/encode.py --model ... --use-gpu
+
+Writes WebDataset shards with one latent.npy a sample, under the keys and with the labels of the
+images, and an index that says what they are. The same command goes on where it was stopped. One
+copy serves all flips and turns: ShardDataset.open(OUTPUT).loader(..., augment="group").
+Addresses come from the environment (`source .local/env` for the local stack).
+"""
+
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import tyro
+
+from efae.encoding.request import Request
+
+if TYPE_CHECKING:
+    from efae.encoding.encode import Encoded
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status 0 only if the set of latents is whole."""
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    request = tyro.cli(Request, description=__doc__, args=arguments, prog="jobs/encode.py")
+    # Importing the platform takes seconds; a mistyped option should not.
+    from data_pipelines.shard_cache import ShardError
+    from efae.artifacts.checkpoint import CheckpointError
+    from efae.encoding.encode import EncodingFailed, encode_set
+
+    try:
+        encoded = encode_set(request, say=lambda line: print(line, flush=True))
+    except (ValueError, OSError, CheckpointError, ShardError, EncodingFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print_summary(encoded)
+    return 0
+
+
+def print_summary(encoded: "Encoded") -> None:
+    """What is there now, and what to do with it."""
+    latents = encoded.latents
+    form, certificate = latents.latents, latents.certificate
+    assert form is not None
+    size = sum(shard.bytes for shard in latents.index.shards)
+    views = len(certificate["by_element"])
+    counts = ", ".join(f"{n} {irrep.upper()}" for irrep, n in form.multiplicities.items() if n)
+    compared = ""
+    if encoded.largest_difference is not None:
+        compared = (
+            f"\n  compared           {encoded.largest_difference:.1e} from fresh ones at most"
+        )
+    print(
+        f"""
+{latents.uri}: {len(latents)} latents in {len(latents.index.shards)} shards, {size / 1e6:.1f} MB\
+ (images {encoded.source_bytes / 1e6:.1f} MB), {encoded.encoded} of them encoded now
+  latent             {" x ".join(map(str, form.shape))} {form.dtype}, {form.group}: {counts}
+  certificate        act(g, encode(x)) and encode(g x) differ by\
+ {certificate["max_abs_difference"]:.1e} at most, over {views} elements and\
+ {certificate["images"]} images of {certificate["data"]}{compared}
+  one copy serves    {views} views; storing them would take {views * size / 1e6:.1f} MB
+
+next:
+  ShardDataset.open("{latents.uri}").loader(global_batch_size=256, augment="group")
+""",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
