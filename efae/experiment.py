@@ -15,12 +15,14 @@ from typing import Any
 from data_pipelines import ShardDataset, storage, uris
 from efae import config_forms as configuration
 from efae.artifacts import checkpoint, registry, run_checkpoints, tracking
+from efae.artifacts.model_card import render_model_card
 from efae.artifacts.redaction import redact
 from efae.artifacts.report import write_report
 from efae.artifacts.run_events import read_events
 from efae.artifacts.tracker import deliver_points
 from efae.cluster_checks import run_preflight
 from efae.config import Config
+from efae.presets import PRESETS
 from efae.ray_trainer import evaluate_on_cluster, run_training
 from efae.training.evaluation import Evaluation
 
@@ -188,6 +190,7 @@ def describe_run(config: Config, totals: dict[str, Any]) -> dict[str, Any]:
     events = read_events(run_checkpoints.locate_run(config))
     return {
         "run_name": config.tracking.run_name,
+        "preset": describe_preset(config),
         "steps": config.training.steps,
         "images_seen": config.training.steps * config.training.global_batch_size,
         "precision": config.training.precision,
@@ -196,6 +199,17 @@ def describe_run(config: Config, totals: dict[str, Any]) -> dict[str, Any]:
         "events": [str(event) for event in events],
         **totals,
     }
+
+
+def describe_preset(config: Config) -> str:
+    """The nearest preset, and the settings that differ from it, but for places and machines."""
+    apart = ("tracking.", "ray.", "resume", "data.uri", "data.held", "data.cache", "data.decode")
+    changes = {
+        name: [line for key, line in _changes(preset, config) if not key.startswith(apart)]
+        for name, (_, preset) in PRESETS.items()
+    }
+    nearest = min(changes, key=lambda name: len(changes[name]))
+    return "; ".join([nearest, *changes[nearest]])
 
 
 def describe_data(config: Config) -> dict[str, Any]:
@@ -273,6 +287,7 @@ def publish(
             metrics={name: value for name, value in measured.items() if value is not None},
             tags=lineage,
             tracking_uri=tracking_uri,
+            card=render_model_card(evaluation.numbers(), config, facts),
         )
         write_report(
             report_folder,

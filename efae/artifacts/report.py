@@ -2,7 +2,8 @@
 
 `write_report` takes numbers and pictures as `efae.training.evaluation.Evaluation` has them, and
 writes ``report.html`` (everything inline), for machines ``summary.json`` and all the numbers as
-``evaluation.json``, and each figure as a file. `write_comparison` puts several models side by side.
+``evaluation.json``, each figure as a file, and ``model_card.md`` for a model of ours.
+`write_comparison` puts several models side by side.
 Every measure is explained in a sentence where it stands; the page is meant to be printed.
 """
 
@@ -28,6 +29,7 @@ from efae.artifacts.charts import (
     draw_steps,
 )
 from efae.artifacts.figures import ELEMENT_WORDS, ERROR_LEVELS, draw_orbit, draw_reconstructions
+from efae.artifacts.model_card import render_model_card
 from efae.artifacts.page import finite, render_page, write_json
 from efae.artifacts.trajectory import draw_filmstrip, draw_trajectory
 from efae.config import Config
@@ -87,7 +89,7 @@ def write_report(
     facts: Mapping[str, Any],
     curves: Sequence[tuple[int, float]] | None = None,
 ) -> Path:
-    """Write report.html, the JSON files and the figures into `directory`; gives the page's path.
+    """Write page, JSON files, figures and model card into `directory`; gives the page's path.
 
     Args:
         directory: made if it does not exist.
@@ -109,6 +111,9 @@ def write_report(
             " nothing to draw; evaluate an earlier checkpoint"
         )
     write_json(directory / "evaluation.json", numbers)
+    if config is not None:
+        card = render_model_card(numbers, config, facts)
+        (directory / "model_card.md").write_text(card, encoding="utf-8")
     _draw_figures(directory, numbers, pictures, curves)
     channels, height, width = numbers["image_shape"]
     return _render(

@@ -14,6 +14,7 @@ from PIL import Image
 
 from efae.artifacts.charts import draw_rotations
 from efae.artifacts.figures import draw_orbit
+from efae.artifacts.model_card import render_model_card
 from efae.artifacts.report import (
     Card,
     draw_reconstructions,
@@ -105,12 +106,18 @@ def folder(tmp_path_factory, config, evaluation) -> Path:
 def test_the_folder_holds_every_figure_and_nothing_unexpected(folder):
     figures = {f"{name}.png" for name in (*FIGURES, "curves")}
     others = {"report.html", "summary.json", "evaluation.json", "trajectory.gif", "filmstrip.png"}
+    others.add("model_card.md")
     assert {path.name for path in folder.iterdir()} == figures | others
     for name in figures:
         with Image.open(folder / name) as image:
             assert image.format == "PNG"
             assert image.convert("L").getextrema()[0] < 128  # something dark is drawn on white
             assert image.getpixel((0, image.height - 1))[:3] == (255, 255, 255)
+
+
+def test_the_model_card_lies_beside_the_page(folder, evaluation, config):
+    card = (folder / "model_card.md").read_text(encoding="utf-8")
+    assert card == render_model_card(evaluation.numbers(), config, FACTS)
 
 
 def test_the_page_shows_the_very_figures_of_the_folder(folder):
@@ -209,6 +216,7 @@ def test_a_deterministic_tokenizer_has_no_empty_boxes(tmp_path, deterministic):
     read = Page(page.read_text(encoding="utf-8"))
     drawn = {path.stem for path in tmp_path.iterdir() if path.suffix in {".png", ".gif"}}
     assert drawn == {"orbit", "gap", "reconstructions"}
+    assert not (tmp_path / "model_card.md").exists()  # that of others is theirs to write
     assert len([tag for tag, _ in read.tags if tag == "img"]) == 3
     absents = ("None", "unknown", "sampler steps", "Loss by time", "Noise floor", "any angle")
     for absent in absents:
