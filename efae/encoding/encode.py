@@ -34,7 +34,7 @@ _PATIENCE_SECONDS = 20
 
 
 class EncodingFailed(RuntimeError):
-    """An actor was lost more often than it is started again, or could not start."""
+    """A shard cannot be encoded, or Ray gave up on it; says why."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def encode_set(request: Request, say: Callable[[str], None]) -> Encoded:
         ValueError: something that the user gave cannot work, or an output that holds something
             else.
         CheckpointError: the model is damaged.
-        ShardError: images that cannot be read.
+        ShardError: images of the certificate that cannot be read.
         StorageError: the storage refuses or does not answer.
-        EncodingFailed: Ray gave up on a shard.
+        EncodingFailed: a shard cannot be encoded, or Ray gave up on it.
     """
     output = make_absolute(request.output)
     storage.check_writable(output)
@@ -191,7 +191,8 @@ class _Encoder:
     """An actor of Ray Data's pool.
 
     It gets the model with its first shard: Ray warns of large arguments of a constructor, which
-    could be gone when the actor is started again.
+    could be gone when the actor is started again. It gives faults back as texts, since Ray Data
+    keeps of an exception no more than its traceback.
     """
 
     def __init__(self, output: str, form: LatentFormat):
@@ -201,8 +202,11 @@ class _Encoder:
     def __call__(self, row: dict[str, Any], shared: list[Any]) -> dict[str, Any]:
         if self.encoder is None:
             self.encoder = ShardEncoder(cast(Source, ray.get(shared[0])))
-        record = self.encoder.write_shard(int(row["shard"]), self.output, self.form)
-        return {"samples": len(record.shards[0].keys)}
+        try:
+            record = self.encoder.write_shard(int(row["shard"]), self.output, self.form)
+        except (ValueError, OSError, ShardError) as error:
+            return {"samples": 0, "fault": str(error)}
+        return {"samples": len(record.shards[0].keys), "fault": ""}
 
 
 def _encode_shards(
@@ -238,6 +242,8 @@ def _encode_shards(
         total=total, initial=done, unit="image", desc=output, mininterval=interval
     ) as progress:
         for row in _first_causes(rows.iter_rows()):
+            if row["fault"]:
+                raise EncodingFailed(row["fault"])
             progress.update(int(row["samples"]))
 
 
@@ -276,8 +282,10 @@ def _first_causes(results: Iterable[Any]) -> Iterator[Any]:
     try:
         yield from results
     except RayError as error:
-        cause: BaseException = error
-        while not isinstance(cause, ValueError | OSError | ShardError):
+        cause: BaseException = error  # Ray's own is also of the class of what was raised
+        while isinstance(cause, RayError) or not isinstance(
+            cause, ValueError | OSError | ShardError
+        ):
             inner = getattr(cause, "cause", None) or cause.__cause__
             if inner is None:
                 raise EncodingFailed(first_cause(error)) from error

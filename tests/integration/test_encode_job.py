@@ -1,0 +1,230 @@
+"""jobs/encode.py on the real stack: whole, killed and begun again, refused."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_pipelines import ShardDataset, storage
+from data_pipelines.build_shards import build_shards
+from data_pipelines.verify_shards import find_faults
+from efae.artifacts import checkpoint
+from efae.config import Config
+from efae.config_forms import with_overrides
+from efae.model.autoencoder import Autoencoder
+from efae.symmetry import D4
+from tests.conftest import ROOT, find_workers
+from tests.integration.train_jobs import SHARDS, run_job
+
+pytestmark = [pytest.mark.s3, pytest.mark.ray]
+BUCKET = "s3://efae-data/encode-job"
+SMALL = {
+    "data.channels": 1,
+    "representation.dim": 12,
+    "representation.multiplicities": (4, 0, 2, 2, 2),
+    "model.hidden_size": 32,
+    "model.encoder_hidden_size": 64,
+    "model.num_heads": 2,
+    "model.depth": 1,
+}
+
+
+def write_model(folder: Path, **changes) -> Autoencoder:
+    torch.manual_seed(0)
+    model = Autoencoder(with_overrides(Config(), SMALL | changes)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter += 0.05 * torch.randn_like(parameter)
+    checkpoint.write_model(folder, model.state_dict(), model.config, card={})
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(train_shards, tmp_path_factory):
+    yield tmp_path_factory.mktemp("encode")
+    storage.delete(BUCKET)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return write_model(folder / "model")
+
+
+def options(folder, output, **changes):
+    values = {
+        "model": folder / "model",
+        "data": f"{SHARDS}/train",
+        "output": output,
+        "batch-size": 16,
+        "cache-dir": folder / "cache",
+    } | changes
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+@pytest.fixture(scope="module")
+def whole(folder, model):
+    """What a run leaves that nothing disturbs."""
+    uri = f"{BUCKET}/whole"
+    result = run_job("encode", *options(folder, uri))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return uri, result.stdout
+
+
+def read_set(uri):
+    return {name: storage.read_bytes(f"{uri}/{name}") for name in storage.list_files(uri)}
+
+
+def test_every_image_has_its_latent(whole, model):
+    uri, out = whole
+    images, latents = ShardDataset.open(f"{SHARDS}/train"), ShardDataset.open(uri)
+    assert latents.keys == images.keys
+    assert list(find_faults(uri)) == []
+    batch = next(iter(images.loader(64, members=("cls",), channels=1)))
+    pixels = dict(zip(batch.key, batch.image.float() / 127.5 - 1, strict=True))
+    labels = dict(zip(batch.key, batch.members["cls"], strict=True))
+    for views in latents.loader(64, augment="group", members=("cls",)):
+        rows = [row for row, key in enumerate(views.key) if key in pixels]
+        if not rows:
+            continue
+        elements = [views.element[row] for row in rows]
+        acted = [g.act_on_image(pixels[views.key[row]]) for g, row in zip(elements, rows)]  # noqa: B905
+        expected = model.encode(torch.stack(acted))
+        difference = (views.latent[rows].float() - expected).abs()
+        assert (difference <= 2**-10 * expected.abs() + 1e-4).all()
+        assert [views.members["cls"][row] for row in rows] == [
+            labels[views.key[row]] for row in rows
+        ]
+    certificate = latents.certificate
+    assert certificate["max_abs_difference"] <= 1e-5
+    assert set(certificate["by_element"]) == {g.name for g in D4}
+    assert (certificate["images"], certificate["data"]) == (64, f"{SHARDS}/held_out")
+    assert certificate["representation"] == {
+        "group": "D4",
+        **{"a1": 4, "a2": 0, "b1": 2, "b2": 2, "e": 2},
+    }
+    assert f"{len(images)} latents in 10 shards" in out
+    assert f"{len(images)} of them encoded now" in out
+
+
+def test_a_second_run_finds_it_whole_and_other_settings_are_refused(whole, folder):
+    uri, _ = whole
+    before = read_set(uri)
+    again = run_job("encode", *options(folder, uri))
+    assert again.returncode == 0, again.stderr
+    assert "0 of them encoded now" in again.stdout
+    write_model(folder / "other", **{"model.latent_noise": 0.1})
+    for changes, message in (
+        ({"dtype": "float32"}, "dtype 'float16' instead of 'float32'"),
+        ({"model": folder / "other"}, "config_digest"),
+        ({"data": f"{SHARDS}/held_out"}, "data"),
+    ):
+        refused = run_job("encode", *options(folder, uri, **changes))
+        assert refused.returncode == 1
+        assert re.search(f"error: {uri} already holds .*{message}", refused.stderr)
+        assert "Traceback" not in refused.stderr
+    assert read_set(uri) == before
+
+
+def wait_for(condition, process=None):
+    give_up = time.monotonic() + 120
+    while not (found := condition()):
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+    return found
+
+
+def test_killed_and_begun_again_it_is_byte_for_byte_the_same(whole, folder, local_stack):
+    uri = f"{BUCKET}/killed"
+    driver = subprocess.Popen(
+        [sys.executable, "jobs/encode.py", *options(folder, uri)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+    def list_finished():
+        names = storage.list_files(f"{uri}/.unfinished")
+        return {name.removesuffix(".json") for name in names if name.startswith("shard-")}
+
+    try:
+        wait_for(lambda: len(list_finished()) >= 1, driver)
+        wait_for(lambda: find_workers("_Encoder", local_stack), driver)[0].send_signal(
+            signal.SIGKILL
+        )
+        wait_for(lambda: len(list_finished()) >= 3, driver)
+        driver.send_signal(signal.SIGKILL)
+    finally:
+        driver.kill()
+        driver.communicate()
+    wait_for(lambda: not find_workers("_Encoder", local_stack))
+    finished = list_finished()
+    assert 3 <= len(finished) < 10
+    assert "index.json" not in storage.list_files(uri)
+    again = run_job("encode", *options(folder, uri))
+    assert again.returncode == 0, again.stderr
+    samples = {s.name: len(s.keys) for s in ShardDataset.open(uri).index.shards}
+    left = sum(count for name, count in samples.items() if name not in finished)
+    assert f"{left} of them encoded now" in again.stdout
+    assert read_set(uri) == read_set(whole[0])
+
+
+def test_an_image_that_cannot_be_read_is_named_and_the_rest_goes_on_later(folder, model):
+    data = folder / "damaged"
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32), np.uint8)
+    (folder / "images").mkdir()
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"images/{number}.png")
+    build_shards(f"folder:{folder / 'images'}", str(data), samples_per_shard=2)
+    index = ShardDataset.open(str(data)).index
+    path, members = data / index.shards[1].name, index.shards[1].members["png"]
+    whole, at = path.read_bytes(), int(members.offset[0]) + int(members.size[0]) // 2
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+    output = f"{BUCKET}/damaged"
+    failed = run_job(
+        "encode", *options(folder, output, data=data, **{"certificate-data": f"{SHARDS}/held_out"})
+    )
+    assert failed.returncode == 1
+    last = failed.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert repr(index.shards[1].keys[0]) in last
+    assert index.shards[1].name in last
+    assert "Traceback" not in failed.stderr
+    path.write_bytes(whole)
+    again = run_job(
+        "encode", *options(folder, output, data=data, **{"certificate-data": f"{SHARDS}/held_out"})
+    )
+    assert again.returncode == 0, again.stderr
+    assert len(ShardDataset.open(output)) == 6
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(folder, model):
+    write_model(
+        folder / "wide",
+        **{
+            "data.resolution": (16, 64),
+            "representation.group": "flips",
+            "representation.multiplicities": (6, 2, 0, 0, 2),
+        },
+    )
+    output = f"{BUCKET}/refused"
+    for changes, message in (
+        ({"model": folder / "wide"}, "32 x 32"),
+        ({"model": folder / "nowhere"}, "no model or checkpoint"),
+        ({"data": SHARDS}, "holds two shard sets"),
+        ({"batch-size": 0}, "--batch-size 0: must be at least 1"),
+        ({"data": "pipe:cat /etc/passwd"}, "pipe"),
+    ):
+        refused = run_job("encode", *options(folder, output, **changes))
+        assert refused.returncode != 0
+        assert message in refused.stderr, refused.stderr
+        assert "Traceback" not in refused.stderr
+    assert storage.list_files(output) == {}
