@@ -5,13 +5,15 @@ way needs pickle, nor runs code that came with a model. A pull is checked agains
 the manifest of a registered version against a tag of that version; pulled models are cached by the
 manifest's hash, so one version is downloaded once, and with EFAE_OFFLINE=1 used without asking
 anybody. Aliases say which version to use; when one may be moved is decided in `promotion`.
+Beside them lie the files of `portable`, for people without this package; no pull reads those.
 """
 
+import logging
 import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +39,8 @@ from efae.artifacts.tracking import check_server
 
 if TYPE_CHECKING:
     from efae.model.autoencoder import Autoencoder
+
+logger = logging.getLogger(__name__)
 
 CHAMPION = "champion"
 README = "README.md"
@@ -75,6 +79,7 @@ def register_model(
     tags: Mapping[str, str],
     tracking_uri: str,
     card: str = "",
+    portable: bool = True,
 ) -> RegisteredVersion:
     """Stores a folder made by `write_model` with its run and makes it a version of `name`.
 
@@ -90,6 +95,8 @@ def register_model(
         tracking_uri: of the MLflow server.
         card: what a reader should know, as Markdown: the version's description, cut where MLflow's
             column ends, and whole as README.md beside the files. No pull reads it.
+        portable: whether to export it for people without this package, too; that takes some ten
+            seconds. What cannot be exported is registered all the same, with a warning.
 
     Raises:
         CheckpointError: the folder is not an undamaged model.
@@ -107,7 +114,11 @@ def register_model(
         _create_registered_model(client, name)
         found = _find_version(client, name, run_id, digest)
         if found is None:
-            source = _upload(client, run_id, model_dir, digest, card)
+            with tempfile.TemporaryDirectory() as folder:
+                exported = _export(model_dir, Path(folder)) if portable else []
+                source = _upload(client, run_id, model_dir, digest, card, exported)
+                for path in exported:
+                    facts[f"sha256.{path.name}"] = sha256(path.read_bytes())
             found = client.create_model_version(
                 name, source, run_id, facts, description=_describe(card), await_creation_for=0
             )
@@ -288,15 +299,43 @@ def _describe(card: str) -> str:
     return card[: DESCRIPTION_CHARACTERS - len(rest)] + rest
 
 
-def _upload(client: MlflowClient, run_id: str, model_dir: Path, digest: str, card: str) -> str:
+def _export(model_dir: Path, folder: Path) -> list[Path]:
+    """The files of `portable` in `folder`; none where torch cannot export this model."""
+    from efae.artifacts import portable  # the imports take seconds, and no pull needs them
+
+    try:
+        portable.export_portable(model_dir, folder)
+    except Exception as error:  # torch.export raises what its many parts raise
+        logger.warning(
+            "registered without its portable programs: efae.load works, MLflow alone cannot load"
+            " this version (%s: %s)",
+            type(error).__name__,
+            str(error).split("\n", 1)[0],
+        )
+        return []
+    return [folder / name for name in portable.PORTABLE_FILES]
+
+
+def _upload(
+    client: MlflowClient,
+    run_id: str,
+    model_dir: Path,
+    digest: str,
+    card: str,
+    exported: Sequence[Path],
+) -> str:
     """Stores the files with the run; other weights of the same run are never overwritten."""
     path = f"model-{digest[:12]}" if client.list_artifacts(run_id, "model") else "model"
-    for name in (MODEL, CONFIG, MANIFEST):
-        client.log_artifact(run_id, str(model_dir / name), path)
-    # MLflow's pages read this file; the flavour names files and no code.
+    for file in (*(model_dir / name for name in (MODEL, CONFIG, MANIFEST)), *exported):
+        client.log_artifact(run_id, str(file), path)
+    # MLflow's pages read MLmodel; our flavour names files and no code.
     flavour = {"efae": {"weights": MODEL, "config": CONFIG, "manifest": MANIFEST}}
-    text = Model(artifact_path=path, run_id=run_id, flavors=flavour).to_yaml()
-    client.log_text(run_id, text, f"{path}/MLmodel")
+    model = Model(artifact_path=path, run_id=run_id, flavors=flavour)
+    if exported:
+        from efae.artifacts.portable import describe_portable
+
+        describe_portable(model)
+    client.log_text(run_id, model.to_yaml(), f"{path}/MLmodel")
     if card:
         client.log_text(run_id, card, f"{path}/{README}")
     return f"runs:/{run_id}/{path}"

@@ -87,7 +87,9 @@ def register(tmp_path, name, run_id, tracking_uri) -> Register:
         checkpoint.write_model(folder, Autoencoder(TINY).state_dict(), TINY, {})
         tags = {key: value for key, value in (LINEAGE | changes).items() if value is not None}
         metrics = {"psnr": psnr, "worst_gap_db": gap}
-        return registry.register_model(folder, name, run_id, metrics, tags, tracking_uri)
+        return registry.register_model(
+            folder, name, run_id, metrics, tags, tracking_uri, portable=False
+        )
 
     return register
 
@@ -222,7 +224,7 @@ def test_weights_that_are_not_their_configurations_are_refused(
     folder = tmp_path / "wrong"
     weights = {"encoder": torch.zeros(2)}
     checkpoint.write_model(folder, weights, TINY, {})
-    version = registry.register_model(folder, name, run_id, {}, {}, tracking_uri)
+    version = registry.register_model(folder, name, run_id, {}, {}, tracking_uri, portable=False)
     assert promote(version, "candidate") == 1
     assert "not its configuration's" in capsys.readouterr().out
 

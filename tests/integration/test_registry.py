@@ -59,7 +59,9 @@ def register(tmp_path: Path, name: str, run_id: str, tracking_uri: str):
     def register(seed: int = 0) -> RegisteredVersion:
         folder = write_model(tmp_path / f"model-{seed}", seed)
         metrics, tags = {"psnr": 24.125}, {"preset": "quickstart"}
-        return registry.register_model(folder, name, run_id, metrics, tags, tracking_uri)
+        return registry.register_model(
+            folder, name, run_id, metrics, tags, tracking_uri, portable=False
+        )
 
     return register
 
@@ -120,7 +122,9 @@ def test_the_card_is_the_description_and_a_file_that_no_pull_reads(
 ):
     card = "# Title\n\n" + "Latents that turn. " * 400
     folder = write_model(tmp_path / "model")
-    version = registry.register_model(folder, name, run_id, {}, {}, tracking_uri, card=card)
+    version = registry.register_model(
+        folder, name, run_id, {}, {}, tracking_uri, card=card, portable=False
+    )
     path = client.download_artifacts(run_id, "model/README.md", str(tmp_path))
     assert Path(path).read_text() == card
     described = client.get_model_version(name, str(version.version)).description
