@@ -47,7 +47,9 @@ def print_summary(encoded: "Encoded") -> None:
     latents = encoded.latents
     form, certificate = latents.latents, latents.certificate
     assert form is not None
-    size = sum(shard.bytes for shard in latents.index.shards)
+    size, before = (
+        sum(shard.bytes for shard in index.shards) for index in (latents.index, encoded.images)
+    )
     views = len(certificate["by_element"])
     counts = ", ".join(f"{n} {irrep.upper()}" for irrep, n in form.multiplicities.items() if n)
     compared = ""
@@ -58,7 +60,7 @@ def print_summary(encoded: "Encoded") -> None:
     print(
         f"""
 {latents.uri}: {len(latents)} latents in {len(latents.index.shards)} shards, {size / 1e6:.1f} MB\
- (images {encoded.source_bytes / 1e6:.1f} MB), {encoded.encoded} of them encoded now
+ (images {before / 1e6:.1f} MB), {encoded.encoded} of them encoded now
   latent             {" x ".join(map(str, form.shape))} {form.dtype}, {form.group}: {counts}
   certificate        act(g, encode(x)) and encode(g x) differ by\
  {certificate["max_abs_difference"]:.1e} at most, over {views} elements and\

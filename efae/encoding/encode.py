@@ -8,7 +8,8 @@ same command goes on where it was stopped, and a set is whole or not there.
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,6 +32,8 @@ from efae.model.autoencoder import Autoencoder
 from efae.preflight import check_images
 
 _PATIENCE_SECONDS = 20
+_CLEAR = (ValueError, OSError, ShardError)
+"""What says by itself what is wrong."""
 
 
 class EncodingFailed(RuntimeError):
@@ -43,13 +46,13 @@ class Encoded:
 
     Attributes:
         latents: the set.
-        source_bytes: of the shards of images.
+        images: the index of the set that it was made from.
         encoded: samples that this run encoded; the others were there.
         largest_difference: of stored latents from fresh ones; None where nothing was to do.
     """
 
     latents: ShardDataset
-    source_bytes: int
+    images: ShardIndex
     encoded: int
     largest_difference: float | None
 
@@ -77,12 +80,11 @@ def encode_set(request: Request, say: Callable[[str], None]) -> Encoded:
         "members": list(source.members),
         **{name: facts[name] for name in ("model_digest", "config_digest", "shape", "dtype")},
     }
-    size = sum(shard.bytes for shard in source.index.shards)
     there = storage.list_files(output)
     if INDEX_NAME in there:
         found = load_index(output)
         unfinished.refuse_other(output, found.provenance.get("fingerprint", {}), fingerprint)
-        return Encoded(ShardDataset(output, found), size, 0, None)
+        return Encoded(ShardDataset(output, found), source.index, 0, None)
     if any(name.endswith(".tar") for name in there) and not unfinished.is_claimed(there):
         raise ValueError(
             f"{output} holds tars but no {INDEX_NAME}: not written by this command; choose another"
@@ -95,28 +97,19 @@ def encode_set(request: Request, say: Callable[[str], None]) -> Encoded:
         _measure, shared, certificate_data, request.certificate_images, request=request, say=say
     )
     certificate["data"] = uris.display(certificate_data)
+    say(f"certificate: largest difference {certificate['max_abs_difference']:.1e}")
     form = LatentFormat(
         certificate=certificate,
         **{name: facts[name] for name in LatentFormat.model_fields if name != "certificate"},
     )
-    say(f"certificate: largest difference {certificate['max_abs_difference']:.1e}")
     missing = _find_missing(source.index, output, there)
     _encode_shards(shared, source.index, missing, output, form, request)
-    names = [shard.name for shard in source.index.shards]
-    records = unfinished.read_records(output, names, storage.list_files(output))
-    provenance = source.index.provenance
-    origin = {name: provenance[name] for name in ("licence", "credit") if name in provenance}
-    index = ShardIndex(
-        tuple(records[name].shards[0] for name in names),
-        None,
-        {"fingerprint": fingerprint, FORMAT: form.model_dump(), **origin},
-    )
-    latents = ShardDataset(output, index)
+    latents = _assemble(source.index, output, form, fingerprint)
     difference = _run(_compare, shared, latents, request.compared, request=request, say=say)
-    write_index(output, index)
+    write_index(output, latents.index)
     unfinished.clear(output)
     encoded = sum(len(source.index.shards[number].keys) for number in missing)
-    return Encoded(latents, size, encoded, difference)
+    return Encoded(latents, source.index, encoded, difference)
 
 
 def _describe(request: Request, data: str, certificate_data: str) -> tuple[Source, dict[str, Any]]:
@@ -187,6 +180,18 @@ def _find_missing(index: ShardIndex, output: str, there: dict[str, int]) -> list
     ]
 
 
+def _assemble(
+    images: ShardIndex, output: str, form: LatentFormat, fingerprint: dict[str, Any]
+) -> ShardDataset:
+    """The set of all encoded shards; its index is not written yet."""
+    names = [shard.name for shard in images.shards]
+    records = unfinished.read_records(output, names, storage.list_files(output))
+    origin = {n: images.provenance[n] for n in ("licence", "credit") if n in images.provenance}
+    provenance = {"fingerprint": fingerprint, FORMAT: form.model_dump(), **origin}
+    shards = tuple(records[name].shards[0] for name in names)
+    return ShardDataset(output, ShardIndex(shards, None, provenance))
+
+
 class _Encoder:
     """An actor of Ray Data's pool.
 
@@ -204,7 +209,7 @@ class _Encoder:
             self.encoder = ShardEncoder(cast(Source, ray.get(shared[0])))
         try:
             record = self.encoder.write_shard(int(row["shard"]), self.output, self.form)
-        except (ValueError, OSError, ShardError) as error:
+        except _CLEAR as error:
             return {"samples": 0, "fault": str(error)}
         return {"samples": len(record.shards[0].keys), "fault": ""}
 
@@ -238,10 +243,13 @@ def _encode_shards(
     done = total - sum(len(index.shards[number].keys) for number in missing)
     # In the log of a Ray job a line now and then.
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    with tqdm(
-        total=total, initial=done, unit="image", desc=output, mininterval=interval
-    ) as progress:
-        for row in _first_causes(rows.iter_rows()):
+    with (
+        tqdm(
+            total=total, initial=done, unit="image", desc=output, mininterval=interval
+        ) as progress,
+        _first_causes(),
+    ):
+        for row in rows.iter_rows():
             if row["fault"]:
                 raise EncodingFailed(row["fault"])
             progress.update(int(row["samples"]))
@@ -270,22 +278,22 @@ def _run(
     reference = ray.remote(max_retries=3, **_ask(request))(function).remote(*arguments)
     if not cast(list[Any], ray.wait([reference], timeout=_PATIENCE_SECONDS)[0]):
         say(f"waiting for a node with {_ask(request)} free: the cluster is busy, or still grows")
-    return next(_first_causes(ray.get(r) for r in [reference]))
+    with _first_causes():
+        return ray.get(reference)
 
 
 def _ask(request: Request) -> dict[str, Any]:
     return {"num_cpus": request.cpus_per_actor, "num_gpus": 1 if request.use_gpu else 0}
 
 
-def _first_causes(results: Iterable[Any]) -> Iterator[Any]:
-    """The results; where getting one fails, what was raised on the node."""
+@contextmanager
+def _first_causes() -> Generator[None]:
+    """Raises what was raised on the node, without Ray's wall of text."""
     try:
-        yield from results
+        yield
     except RayError as error:
         cause: BaseException = error  # Ray's own is also of the class of what was raised
-        while isinstance(cause, RayError) or not isinstance(
-            cause, ValueError | OSError | ShardError
-        ):
+        while isinstance(cause, RayError) or not isinstance(cause, _CLEAR):
             inner = getattr(cause, "cause", None) or cause.__cause__
             if inner is None:
                 raise EncodingFailed(first_cause(error)) from error
