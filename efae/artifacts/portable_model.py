@@ -36,7 +36,10 @@ class PortableModel(PythonModel):
         self.encoder = self._load_program(context, "encode.pt2")
         self.decoder = self._load_program(context, "decode.pt2")
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+    # np.ndarray: of most other types MLflow warns whoever loads this.
+    def predict(
+        self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None
+    ) -> Any:
         """What `params["task"]` makes of the array: a latent, or images.
 
         Args:
