@@ -186,6 +186,11 @@ def _assemble(
     """The set of all encoded shards; its index is not written yet."""
     names = [shard.name for shard in images.shards]
     records = unfinished.read_records(output, names, storage.list_files(output))
+    if unseen := [name for name in names if name not in records]:
+        raise ValueError(
+            f"{uris.join(output, unseen[0])} was written by another node and is not seen here: use"
+            " an --output on object storage or on a shared disk"
+        )
     origin = {n: images.provenance[n] for n in ("licence", "credit") if n in images.provenance}
     provenance = {"fingerprint": fingerprint, FORMAT: form.model_dump(), **origin}
     shards = tuple(records[name].shards[0] for name in names)
