@@ -340,6 +340,9 @@ class TrackingConfig:
     """Name of the run; empty makes one from the preset and the time. The same name resumes."""
     registered_model: str = "efae"
     """Name of the registered model."""
+    portable: bool = True
+    """Export the registered model too for people without this package: a pyfunc flavour of MLflow
+    and programs of torch.export. Takes some ten seconds."""
     report_folder: str = ""
     """Folder or URI that gets a copy of the report, below the run's name; MLflow always has one."""
     commit: str = ""

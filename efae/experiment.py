@@ -14,7 +14,7 @@ from typing import Any
 
 from data_pipelines import ShardDataset, storage, uris
 from efae import config_forms as configuration
-from efae.artifacts import checkpoint, registry, run_checkpoints, tracking
+from efae.artifacts import checkpoint, registration, run_checkpoints, tracking
 from efae.artifacts.model_card import render_model_card
 from efae.artifacts.redaction import redact
 from efae.artifacts.report import write_report
@@ -261,6 +261,8 @@ def publish(
         "psnr": evaluation.psnr,
         "ssim": evaluation.ssim,
         "worst_gap_db": evaluation.worst_gap_db,
+        "group_law_error": evaluation.group_law_error,
+        "encoder_error": max(evaluation.encoder_error.values()),
         "held_out_loss": fmean(evaluation.loss_by_time) if evaluation.loss_by_time else None,
         "lpips": evaluation.lpips,
         "fid": evaluation.fid,
@@ -280,7 +282,7 @@ def publish(
         model_folder, report_folder = Path(folder) / "model", Path(folder) / "report"
         weights, _ = checkpoint.read_model(final)
         checkpoint.write_model(model_folder, weights, config, card=evaluation.numbers())
-        version = registry.register_model(
+        version = registration.register_model(
             model_folder,
             config.tracking.registered_model,
             run_id,
@@ -288,6 +290,7 @@ def publish(
             tags=lineage,
             tracking_uri=tracking_uri,
             card=render_model_card(evaluation.numbers(), config, facts),
+            portable=config.tracking.portable,
         )
         write_report(
             report_folder,

@@ -33,6 +33,7 @@ def list_options(steps: int, workers: int, max_failures: int) -> list[str]:
         f"--data.uri={SHARDS}/train",
         f"--data.held-out-uri={SHARDS}/held_out",
         *SMALL_MODEL,
+        "--tracking.no-portable",
         f"--training.steps={steps}",
         f"--training.global-batch-size={GLOBAL_BATCH_SIZE}",
         "--training.log-interval=10",

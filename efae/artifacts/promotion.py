@@ -18,6 +18,7 @@ HIGHER_IS_BETTER = {
     "ssim": True,
     "held_out_loss": False,
     "worst_gap_db": False,
+    "encoder_error": False,
     "lpips": False,
     "fid": False,
 }

@@ -1,10 +1,10 @@
-"""Model folder -> version in MLflow's registry -> model again, in another process.
+"""A version in MLflow's registry -> its model, in any process; and which version has which alias.
 
 A version is two files and their manifest: weights as safetensors, configuration as JSON. Neither
 way needs pickle, nor runs code that came with a model. A pull is checked against the manifest, and
 the manifest of a registered version against a tag of that version; pulled models are cached by the
 manifest's hash, so one version is downloaded once, and with EFAE_OFFLINE=1 used without asking
-anybody. Aliases say which version to use; when one may be moved is decided in `promotion`.
+anybody. Versions are made in `registration`; when an alias may be moved is decided in `promotion`.
 Beside them lie the files of `portable`, for people without this package; no pull reads those.
 """
 
@@ -13,24 +13,21 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlflow
-from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model
 
 from data_pipelines import storage, uris
 from data_pipelines.retries import StorageError
-from efae import config_forms as configuration
 from efae.artifacts import checkpoint, model_uris
-from efae.artifacts.checkpoint import CONFIG, MANIFEST, MODEL, CheckpointError
+from efae.artifacts.checkpoint import MANIFEST, CheckpointError
 from efae.artifacts.model_cache import fetch_model, find_cache, sha256
 from efae.artifacts.pulled_names import is_offline, mention_copy, recall, remember
 from efae.artifacts.request_limits import PATIENT, request_limits
@@ -43,12 +40,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHAMPION = "champion"
-README = "README.md"
-DESCRIPTION_CHARACTERS = 5000
-"""The width of MLflow's column; SQLite takes more, PostgreSQL and MySQL refuse it."""
 ABANDONED_AFTER_SECONDS = 600
 """A promotion takes seconds once its model is verified; one that is older was killed."""
 _PROMOTING = "promoting."
+FILE_TAG = "sha256."
+"""Before the name of a file beside the model, in a tag with its hash."""
 
 
 @dataclass(frozen=True)
@@ -69,63 +65,6 @@ class RegisteredVersion:
     def uri(self) -> str:
         """What `pull` and `load` take."""
         return f"models:/{self.name}/{self.version}"
-
-
-def register_model(
-    model_dir: Path,
-    name: str,
-    run_id: str,
-    metrics: Mapping[str, float],
-    tags: Mapping[str, str],
-    tracking_uri: str,
-    card: str = "",
-    portable: bool = True,
-) -> RegisteredVersion:
-    """Stores a folder made by `write_model` with its run and makes it a version of `name`.
-
-    The first version becomes the champion. Registering the same weights of the same run again
-    gives the version that exists.
-
-    Args:
-        model_dir: a local folder.
-        name: of the registered model; made if there is none.
-        run_id: the MLflow run that the model came from; it stores the files.
-        metrics: numbers that become tags "metric.NAME" of the version.
-        tags: further tags of the version.
-        tracking_uri: of the MLflow server.
-        card: what a reader should know, as Markdown: the version's description, cut where MLflow's
-            column ends, and whole as README.md beside the files. No pull reads it.
-        portable: whether to export it for people without this package, too; that takes some ten
-            seconds. What cannot be exported is registered all the same, with a warning.
-
-    Raises:
-        CheckpointError: the folder is not an undamaged model.
-        MlflowException: the server refuses or does not answer, or there is no such run.
-    """
-    _, config = checkpoint.read_model(model_dir)
-    manifest = checkpoint.read_manifest(str(model_dir))
-    digest = manifest["files"][MODEL]["sha256"]
-    facts = {f"metric.{key}": f"{value:.6g}" for key, value in metrics.items()} | dict(tags)
-    facts["digest"] = digest
-    facts["config_digest"] = configuration.digest(config)
-    facts["manifest_digest"] = sha256((model_dir / MANIFEST).read_bytes())
-    client = MlflowClient(tracking_uri)
-    with request_limits(PATIENT):
-        _create_registered_model(client, name)
-        found = _find_version(client, name, run_id, digest)
-        if found is None:
-            with tempfile.TemporaryDirectory() as folder:
-                exported = _export(model_dir, Path(folder)) if portable else []
-                source = _upload(client, run_id, model_dir, digest, card, exported)
-                for path in exported:
-                    facts[f"sha256.{path.name}"] = sha256(path.read_bytes())
-            found = client.create_model_version(
-                name, source, run_id, facts, description=_describe(card), await_creation_for=0
-            )
-        aliases, _ = model_uris.read_aliases_and_tags(client, name)
-        if int(found.version) == 1 and CHAMPION not in aliases:  # later ones are to be promoted
-            client.set_registered_model_alias(name, CHAMPION, found.version)
-    return _as_registered(found)
 
 
 def pull(uri: str, destination: Path | None = None) -> Path:
@@ -199,11 +138,11 @@ def read_version(uri: str, tracking_uri: str) -> RegisteredVersion:
     check_server(tracking_uri)
     with model_uris.asking(tracking_uri) as client:
         found = model_uris.find_version(client, uri)
-    return _as_registered(found)
+    return as_registered(found)
 
 
 def verify(version: RegisteredVersion, tracking_uri: str) -> None:
-    """Read the stored model, whatever the cache holds, and build it.
+    """Read the stored model, whatever the cache holds, and build it; and the files beside it.
 
     Raises:
         CheckpointError: it is not what was registered, or makes no model.
@@ -212,6 +151,12 @@ def verify(version: RegisteredVersion, tracking_uri: str) -> None:
         raise CheckpointError(version.uri, "no tag manifest_digest says what was registered")
     with tempfile.TemporaryDirectory() as folder:
         load(str(_pull_from_mlflow(version.uri, tracking_uri, Path(folder))))
+    with model_uris.asking(tracking_uri) as client:
+        source = model_uris.find_model(client, version.uri).source
+    for tag, digest in version.tags.items():
+        name = tag.removeprefix(FILE_TAG)
+        if name != tag and sha256(_download(version.uri, source, name, tracking_uri)) != digest:
+            raise CheckpointError(version.uri, f"{name} is not the one that was registered")
 
 
 def read_alias(name: str, alias: str, tracking_uri: str) -> RegisteredVersion | None:
@@ -223,7 +168,7 @@ def read_alias(name: str, alias: str, tracking_uri: str) -> RegisteredVersion | 
     with model_uris.asking(tracking_uri) as client:
         aliases, _ = model_uris.read_aliases_and_tags(client, name)
         number = aliases.get(alias)
-        return None if number is None else _as_registered(client.get_model_version(name, number))
+        return None if number is None else as_registered(client.get_model_version(name, number))
 
 
 def set_alias(name: str, alias: str, version: int, tracking_uri: str) -> None:
@@ -275,70 +220,9 @@ def promote_alone(name: str, tracking_uri: str) -> Generator[None]:
             client.delete_registered_model_tag(name, mine)
 
 
-def _as_registered(found: ModelVersion) -> RegisteredVersion:
+def as_registered(found: ModelVersion) -> RegisteredVersion:
+    """A version as MLflow gives it."""
     return RegisteredVersion(found.name, int(found.version), dict(found.tags))
-
-
-def _create_registered_model(client: MlflowClient, name: str) -> None:
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-
-
-def _find_version(client: MlflowClient, name: str, run_id: str, digest: str) -> ModelVersion | None:
-    versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    return next((v for v in versions if v.tags.get("digest") == digest), None)
-
-
-def _describe(card: str) -> str:
-    if len(card) <= DESCRIPTION_CHARACTERS:
-        return card
-    rest = f"\n\n(The rest is in {README}, beside the files.)"
-    return card[: DESCRIPTION_CHARACTERS - len(rest)] + rest
-
-
-def _export(model_dir: Path, folder: Path) -> list[Path]:
-    """The files of `portable` in `folder`; none where torch cannot export this model."""
-    from efae.artifacts import portable  # the imports take seconds, and no pull needs them
-
-    try:
-        portable.export_portable(model_dir, folder)
-    except Exception as error:  # torch.export raises what its many parts raise
-        logger.warning(
-            "registered without its portable programs: efae.load works, MLflow alone cannot load"
-            " this version (%s: %s)",
-            type(error).__name__,
-            str(error).split("\n", 1)[0],
-        )
-        return []
-    return [folder / name for name in portable.PORTABLE_FILES]
-
-
-def _upload(
-    client: MlflowClient,
-    run_id: str,
-    model_dir: Path,
-    digest: str,
-    card: str,
-    exported: Sequence[Path],
-) -> str:
-    """Stores the files with the run; other weights of the same run are never overwritten."""
-    path = f"model-{digest[:12]}" if client.list_artifacts(run_id, "model") else "model"
-    for file in (*(model_dir / name for name in (MODEL, CONFIG, MANIFEST)), *exported):
-        client.log_artifact(run_id, str(file), path)
-    # MLflow's pages read MLmodel; our flavour names files and no code.
-    flavour = {"efae": {"weights": MODEL, "config": CONFIG, "manifest": MANIFEST}}
-    model = Model(artifact_path=path, run_id=run_id, flavors=flavour)
-    if exported:
-        from efae.artifacts.portable import describe_portable
-
-        describe_portable(model)
-    client.log_text(run_id, model.to_yaml(), f"{path}/MLmodel")
-    if card:
-        client.log_text(run_id, card, f"{path}/{README}")
-    return f"runs:/{run_id}/{path}"
 
 
 def _find_folder(uri: str) -> Path:
@@ -382,13 +266,7 @@ def _pull_from_mlflow(uri: str, tracking_uri: str, cache: Path) -> Path:
         model = model_uris.find_model(client, uri)
 
     def read(name: str) -> bytes:
-        with tempfile.TemporaryDirectory() as folder, request_limits(PATIENT):
-            address = f"{model.source.rstrip('/')}/{name}"
-            try:
-                path = download_artifacts(address, dst_path=folder, tracking_uri=tracking_uri)
-            except (MlflowException, OSError) as error:
-                raise CheckpointError(uri, f"{name} cannot be read from {address}") from error
-            return Path(path).read_bytes()
+        return _download(uri, model.source, name, tracking_uri)
 
     folder = fetch_model(uri, read, cache, model.manifest_digest)
     names = [uri]
@@ -403,3 +281,14 @@ def _pull_from_mlflow(uri: str, tracking_uri: str, cache: Path) -> Path:
     for name in names:
         remember(cache, tracking_uri, name, folder.name)
     return folder
+
+
+def _download(uri: str, source: str, name: str, tracking_uri: str) -> bytes:
+    """A file of a stored model."""
+    with tempfile.TemporaryDirectory() as folder, request_limits(PATIENT):
+        address = f"{source.rstrip('/')}/{name}"
+        try:
+            path = download_artifacts(address, dst_path=folder, tracking_uri=tracking_uri)
+        except (MlflowException, OSError) as error:
+            raise CheckpointError(uri, f"{name} cannot be read from {address}") from error
+        return Path(path).read_bytes()

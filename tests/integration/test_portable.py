@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 import efae
 from efae import config_forms as configuration
-from efae.artifacts import checkpoint, registry, tracking
+from efae.artifacts import checkpoint, registration, registry, tracking
 from efae.artifacts.portable import PORTABLE_FILES
 from efae.model.autoencoder import Autoencoder
 from efae.symmetry import D4
@@ -72,7 +72,7 @@ def stored(model, local_stack, tmp_path_factory) -> Iterator[Path]:
         run_id, _ = tracking.find_or_create_run(tracking_uri, "portable", "portable", {})
         folder = tmp_path_factory.mktemp("model")
         checkpoint.write_model(folder, model.state_dict(), TINY, {})
-        registry.register_model(folder, "portable", run_id, {}, {}, tracking_uri)
+        registration.register_model(folder, "portable", run_id, {}, {}, tracking_uri)
         client = MlflowClient(tracking_uri)
         path = client.download_artifacts(run_id, "model", str(tmp_path_factory.mktemp("stored")))
         yield Path(path)
@@ -140,7 +140,7 @@ def test_what_cannot_be_exported_is_registered_with_a_warning(local_stack, tmp_p
     tracking_uri = local_stack["MLFLOW_TRACKING_URI"]
     run_id, _ = tracking.find_or_create_run(tracking_uri, "portable", "unportable", {})
     with caplog.at_level(logging.WARNING, "efae"):
-        version = registry.register_model(
+        version = registration.register_model(
             tmp_path / "model", "unportable", run_id, {}, {}, tracking_uri
         )
     assert version.version == 1

@@ -18,7 +18,7 @@ from PIL import Image
 from data_pipelines import ShardDataset, storage
 from data_pipelines.build_shards import build_shards
 from efae import config_forms as configuration
-from efae.artifacts import checkpoint, registry, tracking
+from efae.artifacts import checkpoint, registration, registry, tracking
 from efae.artifacts.promotion import GATES
 from efae.artifacts.registry import RegisteredVersion
 from efae.config import Config
@@ -87,7 +87,7 @@ def register(tmp_path, name, run_id, tracking_uri) -> Register:
         checkpoint.write_model(folder, Autoencoder(TINY).state_dict(), TINY, {})
         tags = {key: value for key, value in (LINEAGE | changes).items() if value is not None}
         metrics = {"psnr": psnr, "worst_gap_db": gap}
-        return registry.register_model(
+        return registration.register_model(
             folder, name, run_id, metrics, tags, tracking_uri, portable=False
         )
 
@@ -224,7 +224,9 @@ def test_weights_that_are_not_their_configurations_are_refused(
     folder = tmp_path / "wrong"
     weights = {"encoder": torch.zeros(2)}
     checkpoint.write_model(folder, weights, TINY, {})
-    version = registry.register_model(folder, name, run_id, {}, {}, tracking_uri, portable=False)
+    version = registration.register_model(
+        folder, name, run_id, {}, {}, tracking_uri, portable=False
+    )
     assert promote(version, "candidate") == 1
     assert "not its configuration's" in capsys.readouterr().out
 

@@ -13,7 +13,7 @@ import efae
 from data_pipelines import storage
 from data_pipelines.retries import StorageError
 from efae import config_forms as configuration
-from efae.artifacts import checkpoint, registry, tracking
+from efae.artifacts import checkpoint, registration, registry, tracking
 from efae.artifacts.checkpoint import CheckpointError
 from efae.artifacts.model_cache import sha256
 from efae.artifacts.registry import RegisteredVersion
@@ -61,7 +61,7 @@ def register(tmp_path: Path, name: str, run_id: str, tracking_uri: str):
     def register(seed: int = 0) -> RegisteredVersion:
         folder = write_model(tmp_path / f"model-{seed}", seed)
         metrics, tags = {"psnr": 24.125}, {"preset": "quickstart"}
-        return registry.register_model(
+        return registration.register_model(
             folder, name, run_id, metrics, tags, tracking_uri, portable=False
         )
 
@@ -183,7 +183,7 @@ def test_versions_of_one_digest_are_one_model_and_of_two_are_told_apart(
     first = register()
     again = tracking.find_or_create_run(tracking_uri, "registry", f"{name}-again", {})[0]
     folder = tmp_path / "model-0"
-    second = registry.register_model(folder, name, again, {}, {}, tracking_uri, portable=False)
+    second = registration.register_model(folder, name, again, {}, {}, tracking_uri, portable=False)
     assert (first.version, second.version) == (1, 2)
     digest = read_digest(client, first)
     assert registry.pull(f"models:/{name}@sha256:{digest}") == registry.pull(first.uri)

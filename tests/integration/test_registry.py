@@ -14,7 +14,7 @@ from mlflow.models import Model
 import efae
 from data_pipelines import storage
 from efae import config_forms as configuration
-from efae.artifacts import checkpoint, registry, run_checkpoints, tracking
+from efae.artifacts import checkpoint, registration, registry, run_checkpoints, tracking
 from efae.artifacts.checkpoint import CheckpointError
 from efae.artifacts.registry import RegisteredVersion
 from tests.integration.stored_models import (
@@ -59,7 +59,7 @@ def register(tmp_path: Path, name: str, run_id: str, tracking_uri: str):
     def register(seed: int = 0) -> RegisteredVersion:
         folder = write_model(tmp_path / f"model-{seed}", seed)
         metrics, tags = {"psnr": 24.125}, {"preset": "quickstart"}
-        return registry.register_model(
+        return registration.register_model(
             folder, name, run_id, metrics, tags, tracking_uri, portable=False
         )
 
@@ -122,7 +122,7 @@ def test_the_card_is_the_description_and_a_file_that_no_pull_reads(
 ):
     card = "# Title\n\n" + "Latents that turn. " * 400
     folder = write_model(tmp_path / "model")
-    version = registry.register_model(
+    version = registration.register_model(
         folder, name, run_id, {}, {}, tracking_uri, card=card, portable=False
     )
     path = client.download_artifacts(run_id, "model/README.md", str(tmp_path))

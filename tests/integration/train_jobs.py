@@ -33,6 +33,7 @@ OPTIONS = [
     "--training.checkpoint-interval=40",
     "--training.evaluation-interval=300",
     "--training.held-out-images=64",
+    "--tracking.no-portable",  # ten seconds a run; test_portable has its own
 ]
 
 
