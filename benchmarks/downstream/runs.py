@@ -1,0 +1,305 @@
+"""One seed on one data set: tokenizers, latents, and a flow for each arm and size, with its record.
+
+What is finished lies in the folder and is not repeated; a run that was cut off begins again.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.downstream.arms import ARMS, TokenizerName, select_shards, stream
+from benchmarks.downstream.features import (
+    Classifier,
+    Moments,
+    frechet,
+    nearest,
+    read_features,
+    score_classifier,
+    share_upright,
+    train_classifier,
+)
+from benchmarks.downstream.images import build_images, read_images, write_images
+from benchmarks.downstream.latent_flow import measure_loss, sample_latents, train_flow
+from benchmarks.downstream.settings import Pose, Settings
+from benchmarks.downstream.tokenizers import decode, encode, encode_images, train_tokenizer
+from data_pipelines import ShardDataset
+from efae.symmetry import D4
+from efae.symmetry.group import act_on_grid
+from efae.training.measures import psnr, to_float
+
+PICTURED = 16
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process does.
+
+    Attributes:
+        settings: of all.
+        folder: of all.
+        pose: of the images.
+        seed: of tokenizers, subset and flows.
+        arms: names of the arms to run.
+    """
+
+    settings: Settings
+    folder: Path
+    pose: Pose
+    seed: int
+    arms: tuple[str, ...]
+
+    @property
+    def place(self) -> Path:
+        """Folder of this pose and seed."""
+        return self.folder / self.pose / str(self.seed)
+
+    def record_path(self, arm: str, size: int) -> Path:
+        """Where the record of a run lies, and its picture beside it."""
+        return self.place / "runs" / f"{arm.replace(', ', '-').replace(' ', '_')}-{size}.json"
+
+
+def prepare(settings: Settings, folder: Path, poses: tuple[Pose, ...], say: Say) -> dict[str, Any]:
+    """What all jobs share: shards of images, the classifier; gives what the features are worth."""
+    build_images(settings, folder / "images")
+    path = folder / "features.json"
+    if not path.exists():
+        started = time.process_time()
+        images, labels = read_images(folder / "images" / "train", "upright")
+        half = len(images) // 2
+        model = train_classifier(
+            folder / "features.safetensors", images[half:], labels[half:], settings.classifier_steps
+        )
+        test, test_labels = read_images(folder / "images" / "test", "upright")
+        report = score_classifier(model, test, test_labels) | _check_metric(model, test, settings)
+        report["cpu_seconds"] = time.process_time() - started
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        say(f"features: label accuracy {report['label_accuracy']:.3f}")
+    for pose in poses:
+        images, _ = read_images(folder / "images" / "train", pose)
+        write_images(folder / pose / "tokenizer_images", images[len(images) // 2 :], 1000)
+    return json.loads(path.read_text())
+
+
+def _check_metric(model: Classifier, test: Tensor, settings: Settings) -> dict[str, Any]:
+    """Distances of held-out images that were damaged more and more: the metric must rise."""
+    queries, reference = test[: settings.samples], test[settings.samples :]
+    moments = Moments.of(read_features(model, reference))
+    noise = torch.randn(queries.shape, generator=torch.Generator().manual_seed(0))
+    found: dict[str, float] = {}
+    for sigma in (0, 5, 10, 20, 40, 80):
+        damaged = (queries.float() + sigma * noise).round().clamp(0, 255).to(torch.uint8)
+        found[f"noise {sigma}/255"] = frechet(Moments.of(read_features(model, damaged)), moments)
+    for name in ("flip_h", "rot90"):
+        turned = D4[name].act_on_image(queries)
+        found[name] = frechet(Moments.of(read_features(model, turned)), moments)
+    return {"fid_of_damaged_images": found}
+
+
+class Judge:
+    """Compares samples with held-out images, by way of one tokenizer."""
+
+    def __init__(self, workplace: "Workplace", name: TokenizerName):
+        self.workplace, self.name = workplace, name
+        self.model = train_tokenizer(
+            name,
+            workplace.job.folder / workplace.job.pose / "tokenizer_images",
+            workplace.job.place / f"{name}-tokenizer",
+            workplace.settings,
+            workplace.job.seed,
+            workplace.say,
+        )
+        self.held_out_latents = encode(self.model, workplace.held_out)
+        self.reconstructed = decode(self.model, self.held_out_latents)
+        self._bases: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    @cached_property
+    def latents(self) -> ShardDataset:
+        """Of the largest subset."""
+        place = self.workplace.job.place
+        views = any(ARMS[arm].copies for arm in self.workplace.job.arms) and self.name == "plain"
+        return encode_images(
+            self.model,
+            place / f"{self.name}-tokenizer",
+            self.workplace.image_shards,
+            self.workplace.job.folder / "images" / "test",
+            place / f"{self.name}-latents{'-views' if views else ''}",
+            views,
+        )
+
+    def base(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a subset: latents, its reconstructions' features, held-out distances to these.
+
+        Samples can be no nearer to the images of the subset than these reconstructions are, so
+        distances are between reconstructions. Where images have no upright, all views count.
+        """
+        if size not in self._bases:
+            latents = encode(self.model, self.workplace.subset[:size])
+            images = decode(self.model, latents)
+            if self.workplace.job.pose == "any":
+                images = torch.cat([element.act_on_image(images) for element in D4])
+            features = read_features(self.workplace.classifier, images)
+            held_out = read_features(self.workplace.classifier, self.reconstructed)
+            self._bases[size] = latents, features, nearest(held_out, features)
+        return self._bases[size]
+
+    def measure(self, images: Tensor) -> dict[str, float]:
+        """FID, and how many are upright."""
+        classifier = self.workplace.classifier
+        moments = Moments.of(read_features(classifier, images))
+        return {
+            "fid": frechet(moments, self.workplace.reference),
+            "upright_share": share_upright(classifier, images),
+        }
+
+    def measure_nearness(self, images: Tensor, size: int) -> dict[str, float]:
+        """Of samples to the subset, against that of held-out images to it.
+
+        Returns:
+            The ratio of the medians; and the share of samples that are nearer than all but a
+            twentieth of the held-out images are: 0.05 where nothing is remembered.
+        """
+        _, features, usual = self.base(size)
+        found = nearest(read_features(self.workplace.classifier, images), features)
+        return {
+            "nearest_ratio": float(found.median() / usual.median()),
+            "very_near_share": float((found < usual.quantile(0.05)).float().mean()),
+        }
+
+
+class Workplace:
+    """What the runs of a job share, in memory."""
+
+    def __init__(self, job: Job, say: Say):
+        self.job, self.settings, self.say = job, job.settings, say
+        train, _ = read_images(job.folder / "images" / "train", job.pose)
+        test, _ = read_images(job.folder / "images" / "test", job.pose)
+        most, count = max(self.settings.sizes), self.settings.samples
+        self.subset = train[job.seed * most : (job.seed + 1) * most].clone()
+        if (job.seed + 1) * most > len(train) // 2:
+            raise ValueError(
+                f"seed {job.seed} of {most} images: the subsets of all seeds are disjoint and take"
+                f" at most {len(train) // 2} images, the tokenizers are trained on the others"
+            )
+        self.held_out, reference = test[:count], test[count:]
+        self.classifier = train_classifier(
+            job.folder / "features.safetensors", train, torch.empty(0), 0
+        )
+        self.reference = Moments.of(read_features(self.classifier, reference))
+        self.image_shards = job.place / "images"
+        write_images(self.image_shards, self.subset, self.settings.samples_per_shard, views=True)
+        self._judges: dict[TokenizerName, Judge] = {}
+
+    def judge(self, name: TokenizerName) -> Judge:
+        """With that tokenizer, which is trained when it is first asked for."""
+        if name not in self._judges:
+            self._judges[name] = Judge(self, name)
+        return self._judges[name]
+
+
+def say(line: str) -> None:
+    """At once; here, where processes that are spawned find it."""
+    print(line, flush=True)
+
+
+def run_job(job: Job, say: Say) -> None:
+    """Every run of the job that has no record yet."""
+    torch.set_num_threads(1)
+    settings = job.settings
+    runs = [(arm, size) for size in settings.sizes for arm in job.arms]
+    missing = [(arm, size) for arm, size in runs if not job.record_path(arm, size).exists()]
+    if not missing:
+        return
+    workplace = Workplace(job, say)
+    for name in sorted({ARMS[arm].tokenizer for arm, _ in missing}):
+        floors = job.place / f"floor-{name}.json"
+        if not floors.exists():
+            write_json(floors, measure_floors(workplace.judge(name)))
+    for arm, size in missing:
+        record, images = run(workplace, arm, size)
+        path = job.record_path(arm, size)
+        path.parent.mkdir(exist_ok=True)
+        picture = Image.fromarray(images[:PICTURED, 0].movedim(0, 1).flatten(1).numpy())
+        picture.save(path.with_suffix(".png"))
+        write_json(path, record)
+        say(
+            f"{job.pose}, seed {job.seed}, {arm}, {size}: FID {record['fid']:.2f}, nearest"
+            f" {record['nearest_ratio']:.2f}, held-out loss {record['loss_held_out']:.4f},"
+            f" {record['cpu_seconds']:.0f} CPU s"
+        )
+
+
+def run(workplace: Workplace, name: str, size: int) -> tuple[dict[str, Any], Tensor]:
+    """Train, sample and measure one arm; its record and its samples."""
+    job, settings, arm = workplace.job, workplace.settings, ARMS[name]
+    judge = workplace.judge(arm.tokenizer)
+    latents = select_shards(judge.latents, size, arm.copies)
+    dim, height, width = judge.held_out_latents.shape[1:]
+    shape = (dim, height, width)
+    subset, *_ = judge.base(size)
+    started = time.process_time()
+    with closing(stream(arm, latents, settings.batch_size, job.seed)) as batches:
+        told = ((z, view if job.pose == "upright" else 0 * view) for z, view in batches)
+        model = train_flow(told, shape, settings, job.seed)
+    trained = time.process_time() - started
+    sampled = sample_latents(model, shape, settings.samples, settings.sampler_steps, job.seed)
+    images = decode(judge.model, sampled)
+    return {
+        "pose": job.pose,
+        "seed": job.seed,
+        "arm": name,
+        "size": size,
+        **judge.measure(images),
+        **judge.measure_nearness(images, size),
+        "loss_held_out": measure_loss(model, judge.held_out_latents),
+        "loss_train": measure_loss(model, subset[: settings.samples]),
+        "bytes_stored": sum(shard.bytes for shard in latents.index.shards),
+        "images_encoded": len(latents),
+        "training_cpu_seconds": trained,
+        "cpu_seconds": time.process_time() - started,
+    }, images
+
+
+def measure_floors(judge: Judge) -> dict[str, Any]:
+    """What samples are to be compared with: the best that could be had, and a perfect memory."""
+    workplace = judge.workplace
+    count = workplace.settings.samples
+    generator = torch.Generator().manual_seed(0)
+    remembered: dict[str, dict[str, float]] = {}
+    for size in workplace.settings.sizes:
+        latents, *_ = judge.base(size)
+        drawn = torch.randint(len(latents), (count,), generator=generator)
+        latents = latents[drawn]
+        if workplace.job.pose == "any":
+            view = torch.randint(len(D4), (count,), generator=generator)
+            latents = encode(judge.model, act_on_grid(D4, view, workplace.subset[drawn]))
+        images = decode(judge.model, latents)
+        remembered[str(size)] = judge.measure(images) | judge.measure_nearness(images, size)
+    return {
+        "pose": workplace.job.pose,
+        "seed": workplace.job.seed,
+        "tokenizer": judge.name,
+        "training_steps": judge.model.config.training.steps,
+        "parameters": sum(p.numel() for p in judge.model.parameters()),
+        "psnr": float(psnr(to_float(judge.reconstructed), to_float(workplace.held_out)).mean()),
+        "largest_difference": judge.latents.certificate["max_abs_difference"],
+        "held_out": judge.measure(workplace.held_out),
+        "reconstructed": judge.measure(judge.reconstructed),
+        "remembered": remembered,
+    }
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(value, indent=1) + "\n")
+    unfinished.rename(path)

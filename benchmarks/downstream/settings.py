@@ -1,0 +1,61 @@
+"""What is asked for."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+Pose = Literal["upright", "any"]
+ELEMENTS = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of one comparison share."""
+
+    images: str
+    """Folder with the idx files of Fashion-MNIST."""
+    sizes: tuple[int, ...] = (1000, 8000)
+    """Images that the flow is trained on; shards hold their greatest common divisor."""
+    tokenizer_seconds: float = 120.0
+    """CPU seconds that each tokenizer is trained for, on a quiet core."""
+    classifier_steps: int = 1500
+    """Training steps of the classifier whose features are compared."""
+    flow_steps: int = 1500
+    """Training steps of every flow."""
+    batch_size: int = 64
+    """Of the flow and of the tokenizers."""
+    learning_rate: float = 2e-3
+    """Peak, of the flow."""
+    hidden_size: int = 96
+    """Width of the flow's transformer."""
+    depth: int = 4
+    """Its blocks."""
+    sampler_steps: int = 16
+    """Heun steps to a latent."""
+    samples: int = 2048
+    """Images in every set that is compared."""
+
+    @property
+    def samples_per_shard(self) -> int:
+        """So that each size is a whole number of shards."""
+        return math.gcd(*self.sizes)
+
+
+def claim_folder(folder: Path, settings: Settings) -> None:
+    """Keep the settings beside what is computed with them.
+
+    Raises:
+        ValueError: the folder holds results of other settings.
+    """
+    path = folder / "settings.json"
+    mine = json.loads(json.dumps(asdict(settings)))
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        changed = {k: v for k, v in mine.items() if theirs.get(k) != v and k != "images"}
+        if changed:
+            raise ValueError(f"{folder} holds runs of other settings than {changed}: use --folder")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(mine, indent=1) + "\n")

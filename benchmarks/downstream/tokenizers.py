@@ -1,0 +1,130 @@
+"""The two tokenizers, trained for as long as each other, and their latents on disk."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.ablate import NARROW
+from benchmarks.downstream.arms import TokenizerName
+from benchmarks.downstream.settings import Settings
+from data_pipelines import ShardDataset, unfinished
+from data_pipelines.latent_format import FORMAT, LatentFormat
+from data_pipelines.shard_index import INDEX_NAME, ShardIndex, load_index, write_index
+from efae.config_forms import with_overrides
+from efae.encoding.shard_encoder import ShardEncoder, Source
+from efae.model.autoencoder import Autoencoder
+from efae.model.pretrained import WEIGHTS
+from efae.presets import PRESETS
+from efae.symmetry import D4
+from efae.training.loop import train
+from efae.training.measures import to_float
+
+# The widths and learning rate that are best at equal compute and about a minute or two (docs/
+# choosing.md), and what a step costs there on a quiet core (results/ablation-fashion_mnist-60).
+LEVELS: dict[TokenizerName, str] = {"exact": "exact", "plain": "none"}
+SECONDS_PER_STEP: dict[TokenizerName, float] = {"exact": 0.072, "plain": 0.080}
+LEARNING_RATE = 1.2e-2
+CERTIFICATE_IMAGES = 64
+_AT_ONCE = 256
+
+
+def train_tokenizer(
+    name: TokenizerName,
+    images: Path,
+    folder: Path,
+    settings: Settings,
+    seed: int,
+    say: Callable[[str], None],
+) -> Autoencoder:
+    """Train on a shard set as jobs/train.py's workers do, or load what was trained."""
+    if not (folder / "finished").exists():
+        steps = round(settings.tokenizer_seconds / SECONDS_PER_STEP[name])
+        config = with_overrides(
+            PRESETS["fashion_mnist"][1],
+            NARROW
+            | {
+                "model.level": LEVELS[name],
+                "data.uri": str(images),
+                "data.decode_threads": 1,
+                "optimizer.learning_rate": LEARNING_RATE,
+                "training.steps": steps,
+                "training.seed": seed,
+                "training.global_batch_size": settings.batch_size,
+                "ray.num_workers": 1,
+            },
+        )
+        started = time.process_time()
+        state = train(config, ShardDataset.open(str(images)), device=torch.device("cpu"))
+        say(f"tokenizer {name}: {steps} steps, {time.process_time() - started:.0f} CPU s")
+        state.average.copy_to(state.model)
+        state.model.save_pretrained(folder)
+        (folder / "finished").touch()
+    return Autoencoder.from_pretrained(folder)
+
+
+def encode_images(
+    model: Autoencoder, model_folder: Path, images: Path, held_out: Path, output: Path, views: bool
+) -> ShardDataset:
+    """The latents of a shard set of `images.write_images`, in this process, by the job's encoder.
+
+    Args:
+        model: from `train_tokenizer`.
+        model_folder: where it lies.
+        images: shard set.
+        held_out: shard set to certify on.
+        output: of the latents; what is there and whole is kept.
+        views: encode the shards of all eight views instead of those of the identity.
+    """
+    if (output / INDEX_NAME).exists():
+        return ShardDataset.open(str(output))
+    index = load_index(str(images))
+    shards = tuple(s for s in index.shards if views or s.name.startswith(f"{D4.identity}-"))
+    source = Source(
+        str(images),
+        replace(index, shards=shards),
+        model.state_dict(),
+        model.config,
+        ("element",),
+        64,
+        "cpu",
+    )
+    encoder = ShardEncoder(source)
+    f, (height, width) = model.config.model.downsampling, model.config.data.image_size
+    form = LatentFormat(
+        shape=[model.representation.dim, height // f, width // f],
+        dtype="float16",
+        group=model.group.name,
+        multiplicities=model.representation.multiplicities,
+        model_digest=hashlib.sha256((model_folder / WEIGHTS).read_bytes()).hexdigest(),
+        model_uri=str(model_folder),
+        certificate={
+            **encoder.measure(str(held_out), CERTIFICATE_IMAGES),
+            "data": str(held_out),
+        },
+    )
+    records = [
+        encoder.write_shard(number, str(output), form).shards[0] for number in range(len(shards))
+    ]
+    write_index(str(output), ShardIndex(tuple(records), None, {FORMAT: form.model_dump()}))
+    unfinished.clear(str(output))
+    return ShardDataset.open(str(output))
+
+
+@torch.no_grad()
+def encode(model: Autoencoder, images: Tensor) -> Tensor:
+    """Latents of uint8 images, in memory."""
+    return torch.cat([model.encode(to_float(part)) for part in images.split(_AT_ONCE)])
+
+
+def decode(model: Autoencoder, latent: Tensor) -> Tensor:
+    """uint8 images; the noise of the decoder is fixed."""
+    parts: list[Tensor] = []
+    for number, part in enumerate(latent.split(_AT_ONCE)):
+        image = model.decode(part, seed=number).clamp(-1, 1)
+        parts.append(((image + 1) * 127.5).round().to(torch.uint8))
+    return torch.cat(parts)
