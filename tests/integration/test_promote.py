@@ -313,6 +313,7 @@ def test_what_an_experiment_publishes_says_all_that_the_gates_ask(
             "data.cache_dir": str(tmp_path / "shard-cache"),
             "tracking.run_name": name,
             "tracking.registered_model": name,
+            "tracking.portable": False,
         },
     )
     torch.manual_seed(0)
@@ -335,16 +336,17 @@ def test_what_an_experiment_publishes_says_all_that_the_gates_ask(
     assert (tags["held_out_images"], tags["image_shape"]) == ("4", "3x16x16")
     assert (tags["level"], tags["group"]) == ("exact", "D4")
     metrics = {key.removeprefix("metric."): float(tags[key]) for key in tags if "metric." in key}
-    assert metrics.keys() == {"psnr", "ssim", "worst_gap_db", "held_out_loss"}
+    certificate = {"worst_gap_db", "group_law_error", "encoder_error"}
+    assert metrics.keys() == {"psnr", "ssim", "held_out_loss", *certificate}
+    assert 0 < metrics["encoder_error"] <= 1e-9
     assert metrics["psnr"] == pytest.approx(evaluation.psnr, rel=1e-5)
     assert metrics["held_out_loss"] == pytest.approx(np.mean(evaluation.loss_by_time), rel=1e-5)
 
     assert promote(f"models:/{name}/1", "best", "--compare") == 0  # it passes by itself
     lineage = {key: tags[key] for key in LINEAGE}
     gap = metrics["worst_gap_db"]
-    assert (
-        promote(register(metrics["psnr"] + 1, gap, **lineage)) == 0
-    )  # and as what is to be beaten
+    # And as what is to be beaten:
+    assert promote(register(metrics["psnr"] + 1, gap, **lineage)) == 0
     assert promote(register(metrics["psnr"] + 2, gap)) == 1  # measured on other images
 
 
