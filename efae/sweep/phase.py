@@ -24,6 +24,7 @@ from efae.sweep.trial import Sweep, list_resources, run_trial
 # The sweep says itself what happens; of Tune's two ways of printing only the older can be silent.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 logging.getLogger("ray.tune").setLevel(logging.WARNING)
+logging.getLogger("ray.tune.tune").setLevel(logging.ERROR)  # it advises Tuner.restore
 
 REDUCTION = 2
 """One of so many trials goes on at a rung."""
