@@ -32,7 +32,7 @@ bench: up ## compare level exact with dense twins at one budget (ARGS="--cpu-sec
 	    --seeds 1 --variants exact none "exact, narrow" "none, narrow" $(ARGS)
 
 test: $(STAMP) ## run every test that needs no GPU (ARGS="tests/unit -k latent")
-	@$(if $(ARGS),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(or $(ARGS),--numprocesses 2 --dist loadfile)
+	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP) ## check format, style, types and the direction of imports
 	@$(BIN)/ruff format --check --quiet .

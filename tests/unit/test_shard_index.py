@@ -58,7 +58,7 @@ class TestVerify:
         assert "no faults: 23 samples" in capsys.readouterr().out
         build_shards(f"folder:{folder}", f"{tmp_path}/split", held_out=3)
         verify([f"{tmp_path}/split"])
-        assert "20 images" in capsys.readouterr().out
+        assert "20 samples" in capsys.readouterr().out
 
     def test_every_single_damaged_byte_of_a_sample_is_found(self, shards):
 
