@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -134,8 +135,7 @@ def test_wrong_params_and_arrays_are_refused_with_what_is_right(exported, loaded
 
 def test_a_damaged_program_is_refused_by_name(exported, tmp_path):
     _, folder = exported
-    for path in folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     data = bytearray((folder / "decode.pt2").read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "decode.pt2").write_bytes(data)
