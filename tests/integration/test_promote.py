@@ -12,13 +12,12 @@ from threading import Lock
 import numpy as np
 import pytest
 import torch
-from mlflow import MlflowClient
 from PIL import Image
 
 from data_pipelines import ShardDataset, storage
 from data_pipelines.build_shards import build_shards
 from efae import config_forms as configuration
-from efae.artifacts import checkpoint, registration, registry, tracking
+from efae.artifacts import checkpoint, registration, registry
 from efae.artifacts.promotion import GATES
 from efae.artifacts.registry import RegisteredVersion
 from efae.config import Config
@@ -28,7 +27,7 @@ from efae.training.evaluation import evaluate
 from efae.training.held_out import read_held_out
 from jobs.promote import main
 
-pytestmark = pytest.mark.s3
+pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("cache")]
 
 TINY = configuration.with_overrides(
     Config(),
@@ -50,31 +49,6 @@ LINEAGE = {
 ROOT = Path(__file__).parents[2]
 
 Register = Callable[..., RegisteredVersion]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("EFAE_CACHE_DIR", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def tracking_uri(local_stack) -> str:
-    return local_stack["MLFLOW_TRACKING_URI"]
-
-
-@pytest.fixture
-def client(tracking_uri) -> MlflowClient:
-    return MlflowClient(tracking_uri)
-
-
-@pytest.fixture
-def name(request) -> str:
-    return request.node.name.replace("[", "-").rstrip("]")
-
-
-@pytest.fixture
-def run_id(tracking_uri, name) -> str:
-    return tracking.find_or_create_run(tracking_uri, "promote", name, {})[0]
 
 
 @pytest.fixture

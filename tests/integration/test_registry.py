@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from mlflow import MlflowClient
 from mlflow.models import Model
 
 import efae
 from data_pipelines import storage
 from efae import config_forms as configuration
-from efae.artifacts import checkpoint, registration, registry, run_checkpoints, tracking
+from efae.artifacts import checkpoint, registration, registry, run_checkpoints
 from efae.artifacts.checkpoint import CheckpointError
 from efae.artifacts.registry import RegisteredVersion
 from tests.integration.stored_models import (
@@ -25,45 +24,7 @@ from tests.integration.stored_models import (
     write_run,
 )
 
-pytestmark = pytest.mark.s3
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("EFAE_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def tracking_uri(local_stack: dict[str, str]) -> str:
-    return local_stack["MLFLOW_TRACKING_URI"]
-
-
-@pytest.fixture
-def client(tracking_uri: str) -> MlflowClient:
-    return MlflowClient(tracking_uri)
-
-
-@pytest.fixture
-def run_id(tracking_uri: str, request: pytest.FixtureRequest) -> str:
-    return tracking.find_or_create_run(tracking_uri, "registry", request.node.name, {})[0]
-
-
-@pytest.fixture
-def name(request: pytest.FixtureRequest) -> str:
-    return request.node.name.replace("[", "-").rstrip("]")
-
-
-@pytest.fixture
-def register(tmp_path: Path, name: str, run_id: str, tracking_uri: str):
-    def register(seed: int = 0) -> RegisteredVersion:
-        folder = write_model(tmp_path / f"model-{seed}", seed)
-        metrics, tags = {"psnr": 24.125}, {"preset": "quickstart"}
-        return registration.register_model(
-            folder, name, run_id, metrics, tags, tracking_uri, portable=False
-        )
-
-    return register
+pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("cache")]
 
 
 def test_a_registered_model_gives_the_same_numbers_in_another_process(register, name):
