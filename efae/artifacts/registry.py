@@ -8,7 +8,6 @@ anybody. Versions are made in `registration`; when an alias may be moved is deci
 Beside them lie the files of `portable`, for people without this package; no pull reads those.
 """
 
-import logging
 import shutil
 import tempfile
 import time
@@ -36,8 +35,6 @@ from efae.artifacts.tracking import check_server
 
 if TYPE_CHECKING:
     from efae.model.autoencoder import Autoencoder
-
-logger = logging.getLogger(__name__)
 
 CHAMPION = "champion"
 ABANDONED_AFTER_SECONDS = 600

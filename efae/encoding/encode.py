@@ -28,7 +28,7 @@ from efae.artifacts.redaction import first_cause, redact
 from efae.cluster_checks import reach_cluster
 from efae.encoding.request import Request
 from efae.encoding.shard_encoder import ShardEncoder, Source
-from efae.model.autoencoder import Autoencoder
+from efae.model.autoencoder import check_model
 from efae.preflight import check_images
 
 _PATIENCE_SECONDS = 20
@@ -121,7 +121,7 @@ def _describe(request: Request, data: str, certificate_data: str) -> tuple[Sourc
     for uri in (data, certificate_data):
         check_images(config, uri)
     index = load_index(data)
-    representation = Autoencoder(config).representation
+    representation = check_model(config)
     f, (height, width) = config.model.downsampling, config.data.image_size
     source = Source(
         data,

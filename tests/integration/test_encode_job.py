@@ -95,7 +95,9 @@ def test_every_image_has_its_latent(whole, model):
         if not rows:
             continue
         elements = [views.element[row] for row in rows]
-        acted = [g.act_on_image(pixels[views.key[row]]) for g, row in zip(elements, rows)]  # noqa: B905
+        acted = [
+            g.act_on_image(pixels[views.key[row]]) for g, row in zip(elements, rows, strict=True)
+        ]
         expected = model.encode(torch.stack(acted))
         difference = (views.latent[rows].float() - expected).abs()
         assert (difference <= 2**-10 * expected.abs() + 1e-4).all()
