@@ -13,14 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from efae.artifacts.page import finite, plain, render_page, write_json
-from efae.sweep.analysis import (
-    FEWEST_POSITIONS,
-    FEWEST_TRIALS,
-    Surface,
-    find_optimum,
-    fit_surface,
-    rate_knobs,
-)
+from efae.sweep.importance import FEWEST_TRIALS, rate_knobs
 from efae.sweep.report_charts import draw_curves, draw_importance, draw_pareto, draw_surface
 from efae.sweep.reported_trials import (
     MULTIPLICITIES,
@@ -30,6 +23,15 @@ from efae.sweep.reported_trials import (
     choose_pairs,
     describe,
     read_trials,
+)
+from efae.sweep.surface import (
+    FEWEST_FINISHED,
+    FEWEST_POSITIONS,
+    End,
+    Surface,
+    find_ends,
+    find_optimum,
+    fit_surface,
 )
 
 FIGURES = ("surface.png", "pareto.png", "importance.png", "curves.png")
@@ -59,7 +61,8 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
     theory = sweep["theory"]
     prediction = (theory["rotation_dims"], theory["chirality_split"]) if theory else None
 
-    surface = fit_surface(trials, metric, sweep["dim"])
+    ends = find_ends(trials, metric)
+    surface = fit_surface(ends, sweep["dim"])
     if surface:
         draw_surface(
             trials,
@@ -71,7 +74,7 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
             best=chosen[0].position if chosen else None,
             theory=prediction,
         )
-    optimum = find_optimum(surface, trials, mode, sweep["colours"]) if surface else None
+    optimum = find_optimum(surface, ends, mode, sweep["colours"]) if surface else None
     pairs = choose_pairs(trials, sweep["objectives"])
     stars = [trial.key for trial in chosen]
     if pairs:
@@ -110,7 +113,8 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
             trial.finished and (trial.turning, trial.chiral) == (optimum.turning, optimum.chiral)
             for trial in trials
         ),
-        no_surface=_why_no_surface(trials, metric),
+        estimated=sum(not end.trial.finished for end in ends),
+        no_surface=_why_no_surface(ends),
         pairs=pairs,
         front=[t for t in _ranked(trials, metric, mode) if t.key in sweep["pareto"]],
         importances=importances,
@@ -157,7 +161,7 @@ def _compare(trials: Sequence[Trial], surface: Surface | None, sweep: Any) -> Th
     mode = next((o["mode"] for o in sweep["objectives"] if o["metric"] == best["metric"]), None)
     mode = mode or ("max" if best["metric"] == "psnr" else "min")
     if best["metric"] != sweep["objectives"][0]["metric"]:
-        surface = fit_surface(trials, best["metric"], dim)
+        surface = fit_surface(find_ends(trials, best["metric"]), dim)
     best_error = (best["spread"] or 0) / math.sqrt(len(best["values"]))
     if near:
         value = sum(value for _, value in near) / len(near)
@@ -223,16 +227,17 @@ def _knobs(space: Mapping[str, Any]) -> list[str]:
     return knobs
 
 
-def _why_no_surface(trials: Sequence[Trial], metric: str) -> str:
-    places = {t.position for t in trials if t.finished and t.metrics.get(metric) is not None}
-    if len({p[0] for p in places if p}) < 2 or len({p[1] for p in places if p}) < 2:
-        return "its two knobs did not both vary among the finished trials"
+def _why_no_surface(ends: Sequence[End]) -> str:
+    places = {end.position for end in ends}
     if len(places) < FEWEST_POSITIONS:
         return (
-            f"{len(places)} representations finished, and it needs {FEWEST_POSITIONS} to tell a"
-            " slope from noise"
+            f"of {len(places)} representations it is known where they end, and it needs"
+            f" {FEWEST_POSITIONS} to tell a slope from noise (stopped trials count once"
+            f" {FEWEST_FINISHED} have finished)"
         )
-    return "all finished trials have the same value"
+    if len({place[0] for place in places}) < 2 or len({place[1] for place in places}) < 2:
+        return "its two knobs did not both vary among the trials"
+    return "all trials have the same value"
 
 
 def _why_no_importance(trials: Sequence[Trial], metric: str, space: Mapping[str, Any]) -> str:

@@ -13,8 +13,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from efae.artifacts.charts import BLUE, ORANGE, begin_charts, name_chart
 from efae.artifacts.figures import GREY, save
-from efae.sweep.analysis import Importance, Surface
+from efae.sweep.importance import Importance
 from efae.sweep.reported_trials import Trial, describe, find_front
+from efae.sweep.surface import Surface
 
 Axes = Any
 _PALE, _PLAIN = "#b9c2cc", "#7d8894"
@@ -38,7 +39,7 @@ def draw_surface(
 
     Args:
         trials: all with a position are drawn, by their state.
-        surface: through the finished ones.
+        surface: through their ends.
         metric: of the surface.
         mode: "max" or "min": dark is good.
         path: of the PNG file.

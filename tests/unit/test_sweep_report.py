@@ -3,6 +3,7 @@
 import base64
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from test_report import Page
 
-from efae.sweep.analysis import find_optimum, fit_surface, rate_knobs
+from efae.sweep.importance import rate_knobs
 from efae.sweep.report import write_sweep_report
 from efae.sweep.reported_trials import choose_pairs, find_front, read_trials
+from efae.sweep.surface import FEWEST_FINISHED, find_ends, find_optimum, fit_surface
 from efae.symmetry.representation import Representation
 from jobs.train import parse_arguments
 
@@ -239,10 +241,10 @@ def test_hostile_text_is_escaped_and_passwords_are_left_out(folder, page, sweep)
 
 
 def test_the_surface_finds_the_planted_optimum(sweep):
-    trials = read_trials(sweep["trials"])
-    surface = fit_surface(trials, "psnr", DIM)
+    ends = find_ends(read_trials(sweep["trials"]), "psnr")
+    surface = fit_surface(ends, DIM)
     assert surface
-    optimum = find_optimum(surface, trials, "max", COLOURS)
+    optimum = find_optimum(surface, ends, "max", COLOURS)
     others = DIM - optimum.turning
     assert abs(optimum.turning - PLANTED[0]) <= 2
     assert abs(optimum.chiral / others - PLANTED[1]) <= 0.12
@@ -250,7 +252,7 @@ def test_the_surface_finds_the_planted_optimum(sweep):
     assert optimum.invariant >= COLOURS
     near, far = surface.predict([16, 0], [0.5, 0.9])[1]
     assert near < 0.1 < far  # measured three times; and far from any
-    assert find_optimum(surface, trials, "min", COLOURS).value < optimum.value - 1
+    assert find_optimum(surface, ends, "min", COLOURS).value < optimum.value - 1
 
 
 def test_the_surface_is_not_surer_than_it_may_be():
@@ -261,7 +263,7 @@ def test_the_surface_is_not_surer_than_it_may_be():
         generator = np.random.default_rng(start)
         drawn = [(2 * int(generator.integers(2, 12)), generator.uniform(0, 0.7)) for _ in range(12)]
         trials = [make_trial(start + i, *knobs) for i, knobs in enumerate(drawn)]
-        surface = fit_surface(read_trials(trials), "psnr", DIM)
+        surface = fit_surface(find_ends(read_trials(trials), "psnr"), DIM)
         assert surface
         mean, std = surface.predict(*grid)
         within.append(np.abs(mean - truth) < 2 * std)
@@ -270,17 +272,70 @@ def test_the_surface_is_not_surer_than_it_may_be():
     assert np.mean(widths) < truth.std()  # that anything is possible would be no answer
 
 
-def test_a_stopped_trial_is_not_in_the_fit(sweep):
-    fitted = []
-    for value in (0.0, 99.0):
+def test_a_stopped_trial_counts_by_the_end_it_was_heading_for():
+    generator = np.random.default_rng(5)
+    deviations = []
+    for start in range(0, 300, 30):
+        knobs = [(2 * int(generator.integers(0, 14)), generator.uniform(0, 0.7)) for _ in range(20)]
+        full = [make_trial(start + i, *knob) for i, knob in enumerate(knobs)]
         trials = [
-            t | {"metrics": {"psnr": value}} if t["state"] != "finished" else t
-            for t in sweep["trials"]
+            t if i < FEWEST_FINISHED else make_trial(start + i, *knobs[i], state="stopped")
+            for i, t in enumerate(full)
         ]
-        surface = fit_surface(read_trials(trials), "psnr", DIM)
+        ends = find_ends(read_trials(trials), "psnr")
+        assert [end.trial.number for end in ends] == [t["number"] for t in trials]
+        assert [end.error > 0 for end in ends] == [t["state"] == "stopped" for t in trials]
+        truth = np.array([t["metrics"]["psnr"] for t in full])
+        deviations += [(e.value - v) / e.error for e, v in zip(ends, truth, strict=True) if e.error]
+    assert np.mean(np.abs(deviations) < 2) > 0.85
+    assert abs(np.mean(deviations)) < 0.3  # at its last look it would be 2 dB too low
+
+
+def test_a_stopped_trial_pulls_no_further_than_it_is_known():
+    finished = [make_trial(i, 4 * (i % 6), 0.3 * (1 + i // 6)) for i in range(12)]
+    stopped = make_trial(12, 8, 0.3, state="stopped")
+    looks = [look | {"psnr": look["psnr"] - 6} for look in stopped["looks"]]
+    ends = find_ends(read_trials([*finished, stopped | {"looks": looks}]), "psnr")
+    at: dict[float | None, float] = {}
+    for error in (None, ends[-1].error, 0.0):
+        told = [*ends[:-1], replace(ends[-1], error=error)] if error is not None else ends[:-1]
+        surface = fit_surface(told, DIM)
         assert surface
-        fitted.append(surface.predict([4, 16, 24], [0.1, 0.5, 0.7])[0])
-    assert (fitted[0] == fitted[1]).all()
+        at[error] = float(surface.predict(8, 0.3)[0])
+    without, as_known, believed = at.values()
+    assert abs(as_known - without) < 0.7 * abs(believed - without)
+
+
+def test_what_would_have_been_gained_is_unknown_while_too_few_have_finished():
+    trials = [make_trial(i, 4 * i, 0.1 * i, state="stopped") for i in range(6)]
+    trials += [make_trial(6 + i, 16, 0.5, seed=i) for i in range(FEWEST_FINISHED - 1)]
+    lost = [make_trial(20, 8, 0.5, state="failed"), make_trial(21, 8, 0.5, state="running")]
+    ends = find_ends(read_trials(trials + lost), "psnr")
+    assert [end.trial.finished for end in ends] == [True] * (FEWEST_FINISHED - 1)
+    another = make_trial(9, 16, 0.5, seed=9)
+    ends = find_ends(read_trials([*trials, *lost, another]), "psnr")
+    assert {end.trial.state for end in ends} == {"finished", "stopped"}
+    assert len(ends) == len(trials) + 1
+    assert find_ends(read_trials([*trials, another]), "latent_size") == [
+        end for end in find_ends(read_trials([*trials, another]), "latent_size") if end.error == 0
+    ]
+
+
+def test_a_sweep_that_stopped_most_still_has_its_surface(tmp_path):
+    """Few representations finish; where the others were heading says where not to look."""
+    knobs = [(16, 0.5), (12, 0.5), (16, 0.25), (0, 0.0), (4, 0.25), (24, 0.5), (20, 0.75), (8, 0.0)]
+    states = ["finished"] * 3 + ["stopped"] * 5
+    trials = [
+        make_trial(i, *knob, state=state)
+        for i, (knob, state) in enumerate(zip(knobs, states, strict=True))
+    ]
+    page = write(tmp_path, make_sweep(trials, best=make_best(trials[:1])))
+    assert (tmp_path / "surface.png").is_file()
+    assert "5 of them count by an estimate of their end" in words(page)
+    ends = find_ends(read_trials(trials), "psnr")
+    surface = fit_surface(ends, DIM)
+    assert surface
+    assert abs(find_optimum(surface, ends, "max", COLOURS).turning - PLANTED[0]) <= 4
 
 
 def test_the_knob_that_matters_is_rated_first(capfd):
@@ -410,6 +465,6 @@ def test_a_sweep_with_little_to_say_says_so(tmp_path, kind, figures, said):
     assert {path.stem for path in tmp_path.glob("*.png")} == figures
     assert len([tag for tag, _ in page.tags if tag == "img"]) == len(figures)
     text = words(page)
-    for sentence in (*said, "No response surface: its two knobs did not both vary"):
+    for sentence in (*said, "No response surface: of "):
         assert sentence in text
     assert not {"None", "nan", "inf"} & set(text.split())
