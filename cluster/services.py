@@ -1,7 +1,7 @@
 """The three servers of the local stack: how each is started and how each is asked if it is ready.
 
-All listen on loopback only and send no telemetry. Ready means that a real request was answered as
-it should be, with credentials where there are any.
+All listen on the one address of the stack, loopback if nobody says otherwise, and send no telemetry.
+Ready means that a real request was answered as it should be, with credentials where there are any.
 """
 
 import json
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from cluster.ports import LOOPBACK
 from cluster.state import StackState
 
 BUCKETS = ("efae-data", "efae-runs", "mlflow")
@@ -51,7 +50,7 @@ def client_environment(state: StackState) -> dict[str, str]:
         "DO_NOT_TRACK": "true",
         # The GCS address serves ray.init() and, by a look-up, `ray job submit`; the dashboard's
         # serves only the latter, so it has a variable of its own.
-        "RAY_ADDRESS": f"{LOOPBACK}:{state.ports['ray.gcs']}",
+        "RAY_ADDRESS": f"{state.host}:{state.ports['ray.gcs']}",
         "RAY_API_SERVER_ADDRESS": address(state, "ray"),
         **_ray_environment(state),
     }
@@ -59,12 +58,12 @@ def client_environment(state: StackState) -> dict[str, str]:
 
 def address(state: StackState, name: str) -> str:
     """The URL of a service."""
-    return f"http://{LOOPBACK}:{state.ports[name]}"
+    return f"http://{state.host}:{state.ports[name]}"
 
 
 def _s3_environment(state: StackState) -> dict[str, str]:
     others = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
-    direct = ",".join(dict.fromkeys([LOOPBACK, "localhost", *filter(None, others.split(","))]))
+    direct = ",".join(dict.fromkeys([state.host, "localhost", *filter(None, others.split(","))]))
     return {
         "AWS_ACCESS_KEY_ID": state.access_key,
         "AWS_SECRET_ACCESS_KEY": state.secret_key,
@@ -133,8 +132,8 @@ def _s3_command(state: StackState) -> list[str]:
         _program("weed"),
         "mini",
         f"-dir={state.folder / 's3'}",
-        f"-ip={LOOPBACK}",
-        f"-ip.bind={LOOPBACK}",
+        f"-ip={state.host}",
+        f"-ip.bind={state.host}",
         f"-s3.port={state.ports['s3']}",
         *hidden,
         f"-filer.localSocket={state.socket_folder / 'filer.sock'}",
@@ -179,7 +178,7 @@ def _mlflow_command(state: StackState) -> list[str]:
     return [
         _program("mlflow"),
         "server",
-        f"--host={LOOPBACK}",
+        f"--host={state.host}",
         f"--port={state.ports['mlflow']}",
         "--workers=1",
         f"--backend-store-uri=sqlite:///{state.folder / 'mlflow' / 'mlflow.db'}",
@@ -228,9 +227,9 @@ def _ray_command(state: StackState) -> list[str]:
         "start",
         "--head",
         "--block",
-        f"--node-ip-address={LOOPBACK}",
+        f"--node-ip-address={state.host}",
         f"--port={ports['ray.gcs']}",
-        f"--dashboard-host={LOOPBACK}",
+        f"--dashboard-host={state.host}",
         f"--dashboard-port={ports['ray']}",
         "--include-dashboard=true",
         f"--dashboard-agent-listen-port={ports['ray.agent']}",

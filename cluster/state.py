@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from cluster.ports import LOOPBACK
 from cluster.processes import ProcessRecord
 
 # A Unix socket's path holds 107 bytes; Ray appends up to 64 ("/session_.../sockets/plasma_store").
@@ -32,6 +33,9 @@ class StackState:
     """The contents of `stack.json`; `folder` is where it lies."""
 
     folder: Path
+    host: str = LOOPBACK
+    """Address that all services listen on. MLflow asks nobody for a password: nothing but loopback
+    is safe where others are."""
     access_key: str = field(default_factory=lambda: secrets.token_hex(10))
     secret_key: str = field(default_factory=lambda: secrets.token_hex(20))
     ray_token: str = field(default_factory=lambda: secrets.token_hex(32))
