@@ -13,6 +13,7 @@ from data_pipelines import storage, unfinished, uris
 from data_pipelines.image_codec import image_extensions, read_shape
 from data_pipelines.latent_format import EXTENSION
 from data_pipelines.shard_index import Shape, Shard, ShardIndex, common_shape, index_tar
+from data_pipelines.tar_members import Header, list_members
 
 LARGEST_MEMBER_BYTES = 2**30
 
@@ -82,8 +83,8 @@ def find_large_members(path: Path, uri: str) -> Iterator[str]:
     if path.stat().st_size <= LARGEST_MEMBER_BYTES:
         return
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
+        with tarfile.open(path, "r:", tarinfo=Header) as tar:
+            for member in list_members(tar):
                 if member.size > LARGEST_MEMBER_BYTES:
                     gibibytes = member.size / 2**30
                     yield (

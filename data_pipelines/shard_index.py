@@ -12,13 +12,15 @@ import tarfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_pipelines import storage, uris
 from data_pipelines.image_codec import image_extensions
+from data_pipelines.image_headers import MAX_PIXELS
+from data_pipelines.tar_members import Header, list_members
 
 INDEX_NAME = "index.json"
 VERSION = 1
@@ -107,8 +109,8 @@ class _MembersFile(_StrictModel):
 
 class _ShardFile(_StrictModel):
     name: str
-    bytes: int
-    sha256: str
+    bytes: Annotated[int, Field(ge=0, lt=2**63)]
+    sha256: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]  # it names a folder of the cache
     keys: list[str]
     members: dict[str, _MembersFile]
 
@@ -148,7 +150,7 @@ def parse_index(data: bytes, where: str) -> ShardIndex:
                 " package that wrote it, or build the shards again"
             )
         file = _IndexFile.model_validate(tree)
-    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, ValidationError) as error:
         detail = str(error)
         if isinstance(error, ValidationError):
             first = error.errors()[0]
@@ -158,6 +160,8 @@ def parse_index(data: bytes, where: str) -> ShardIndex:
     shape = file.image_shape
     if shape is not None and (len(shape) != 3 or min(shape) < 1):
         raise ValueError(f"{where}: image_shape {shape} is not (C, H, W)")
+    if shape is not None and shape[1] * shape[2] > MAX_PIXELS:
+        raise ValueError(f"{where}: image_shape {shape} has more than {MAX_PIXELS} pixels")
     if file.base is not None:
         _check_base(file.base, where)
     image_shape = (shape[0], shape[1], shape[2]) if shape else None
@@ -212,8 +216,8 @@ def index_tar(path: Path, name: str) -> Shard:
         raise ValueError(f"{name} is empty")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=Header) as tar:
+                for member in list_members(tar):
                     if not member.isfile():
                         continue
                     folder, _, base = member.name.rpartition("/")
@@ -253,10 +257,16 @@ def common_shape(shapes: set[Shape]) -> Shape | None:
 def _read_shard(file: _ShardFile, where: str) -> Shard:
     members: dict[str, Members] = {}
     for extension, columns in file.members.items():
-        arrays = [np.array(column, np.int64) for column in columns.model_dump().values()]
+        try:
+            arrays = [np.array(column, np.int64) for column in columns.model_dump().values()]
+        except OverflowError as error:
+            raise ValueError(f"{where}: {file.name}, {extension}: {error}") from error
         if any(len(array) != len(file.keys) for array in arrays):
             raise ValueError(f"{where}: {file.name}, {extension}: columns of unequal length")
-        if len(arrays[0]) and (arrays[0] + arrays[1]).max() > file.bytes:
+        offset, size, _ = arrays
+        if ((offset < -1) | (size < -1) | ((offset < 0) != (size < 0))).any():
+            raise ValueError(f"{where}: {file.name}, {extension}: members before the shard's start")
+        if (offset > file.bytes - size).any():
             raise ValueError(f"{where}: {file.name}, {extension}: members beyond the shard's end")
         members[extension] = Members(*arrays)
     if file.name.startswith("/") or ".." in file.name.split("/"):
