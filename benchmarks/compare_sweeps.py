@@ -83,9 +83,11 @@ def main() -> None:
         values.setdefault(split_of(trial), []).append(trial["metrics"]["psnr"])
     means = {split: statistics.fmean(found) for split, found in values.items()}
     best = max(means, key=lambda split: means[split])
-    noise = statistics.fmean(statistics.stdev(v) for v in values.values() if len(v) > 1)
     print(f"grid: {len(means)} splits, best {best}: {means[best]:.2f} dB")
-    print(f"  worst {min(means.values()):.2f} dB; two seeds differ by {noise:.2f} dB (std)")
+    print(f"  worst {min(means.values()):.2f} dB")
+    if others:
+        noise = statistics.fmean(statistics.stdev(found) for found in values.values())
+        print(f"  two seeds differ by {noise:.2f} dB (std)")
     for seed in range(arguments.seeds):
         found = run(f"{stem}-{seed}", arguments, f"--sweep.seed={seed}")
         (chosen,) = [t for t in found["trials"] if t["key"] == found["best"]["key"]]

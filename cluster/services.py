@@ -1,7 +1,8 @@
 """The three servers of the local stack: how each is started and how each is asked if it is ready.
 
-All listen on the one address of the stack, loopback if nobody says otherwise, and send no telemetry.
-Ready means that a real request was answered as it should be, with credentials where there are any.
+All listen on the stack's one address, loopback unless the code says otherwise, and send no
+telemetry. Ready means that a real request was answered as it should be, with credentials where
+there are any.
 """
 
 import json
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from cluster.ports import LOOPBACK
 from cluster.state import StackState
 
 BUCKETS = ("efae-data", "efae-runs", "mlflow")
@@ -77,15 +79,17 @@ def _s3_environment(state: StackState) -> dict[str, str]:
 
 
 def _ray_environment(state: StackState) -> dict[str, str]:
-    return {
+    environment = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(state.token_file),
-        # Despite its name: with 0 Ray leaves 127.0.0.1 as it is on Linux too, on servers and
-        # clients, instead of replacing it by the host's outward address.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
+    if state.host == LOOPBACK:
+        # Despite its name: with 0 Ray leaves 127.0.0.1 as it is on Linux too, on servers and
+        # clients, instead of replacing it by the host's outward address.
+        environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    return environment
 
 
 def _server_environment(extra: dict[str, str]) -> dict[str, str]:

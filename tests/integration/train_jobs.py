@@ -81,26 +81,32 @@ class Job:
 
 @contextmanager
 def submitted(
-    name: str, *options: str, inside: bool = True, job: str = "train", submission_id: str = ""
+    name: str,
+    *options: str,
+    inside: bool = True,
+    job: str = "train",
+    submission_id: str = "",
+    folder: Path = ROOT,
 ) -> Iterator[Job]:
     """The job under this name of its run or sweep, ended with the block.
 
-    Through `ray job submit`, or with its driver outside the cluster, where tests can be imported.
+    Through `ray job submit` from `folder`, a checkout, or with its driver outside the cluster,
+    where tests can be imported.
     """
     ray = str(Path(sys.executable).with_name("ray"))
-    command = [ray, "job", "submit", "--working-dir", str(ROOT)]
+    command = [ray, "job", "submit", "--working-dir", str(folder)]
     command += [f"--submission-id={submission_id}"] if submission_id else []
     command = [*([*command, "--", "python"] if inside else [sys.executable]), f"jobs/{job}.py"]
     names = {"train": "--tracking.run-name", "tune": "--sweep.name"}
     command += [*OPTIONS, *options, f"{names[job]}={name}"]
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
+    with tempfile.TemporaryDirectory() as temporary:
+        log = Path(temporary) / "log"
         with log.open("w") as output:
             process = subprocess.Popen(
                 command,
                 # The log is read while it grows.
-                env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
-                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(folder), "PYTHONUNBUFFERED": "1"},
+                cwd=folder,
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )

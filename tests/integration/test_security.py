@@ -1,0 +1,1 @@
+"""Attacks that need a server: each is what a stranger, or a hostile server, would try."""
