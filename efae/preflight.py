@@ -68,7 +68,7 @@ def check_configuration(config: Config) -> None:
         uris.check_uri(uri)
     for name in ("run_name", "registered_model", "experiment"):
         value = getattr(config.tracking, name)
-        if not value or set(value) & set("/:'\"%"):
+        if not value or value in (".", "..") or set(value) & set("/:'\"%"):
             raise ValueError(f"tracking.{name}={value!r}: use a name without / : ' \" %")
     Autoencoder(config)  # raises what is wrong with the sizes
     if config.loss.perceptual:

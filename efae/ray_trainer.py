@@ -110,15 +110,20 @@ def run_training(
 
 def _fit(config: Config, run_id: str, tracking_uri: str, on_look: UserCallback | None) -> None:
     fewest, most = config.ray.fewest_workers, config.ray.most_workers
+    settings = {
+        "config": configuration.to_json(config),
+        "run_id": run_id,
+        "tracking_uri": tracking_uri,
+        "reports": on_look is not None,
+    }
+
+    # Not as train_loop_config: Ray shows that to everybody who may see its dashboard.
+    def train() -> None:
+        _train_on_worker(settings)
+
     with tempfile.TemporaryDirectory(prefix="efae-ray-", ignore_cleanup_errors=True) as folder:
         trainer = TorchTrainer(
-            _train_on_worker,
-            train_loop_config={
-                "config": configuration.to_json(config),
-                "run_id": run_id,
-                "tracking_uri": tracking_uri,
-                "reports": on_look is not None,
-            },
+            train,
             torch_config=TorchConfig(timeout_s=config.ray.collective_timeout_seconds),
             scaling_config=ScalingConfig(
                 num_workers=most if fewest == most else (fewest, most),

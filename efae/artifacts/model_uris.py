@@ -10,6 +10,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
@@ -27,6 +28,9 @@ _MODEL_URI = re.compile(
     r"(@sha256:(?P<digest>[0-9a-f]{12,64})|@(?P<alias>[^/@:]+)|/(?P<version>\d+))"
 )
 _RUN_URI = re.compile(r"runs:/+(?P<run_id>\w+)/(?P<path>.+?)/?")
+_LOGGED_MODEL = re.compile(r"models:/+(?P<id>m-[^/]+)")
+_STORES = ("", "file", "s3", "gs", "abfss", "wasbs", "dbfs")
+"""Schemes of storage that is asked with credentials of its own, or none."""
 _SHOWN_VERSIONS = 5
 
 
@@ -63,13 +67,15 @@ def find_model(client: MlflowClient, uri: str) -> StoredModel:
     """Where the model is that `uri` names now.
 
     Raises:
-        ValueError: there is none; the message says what exists.
+        ValueError: there is none, and the message says what exists; or its files are not where
+            MLflow's credentials may be sent.
         MlflowException: the server refuses or does not answer, here and in the functions below.
     """
     if match := _RUN_URI.fullmatch(uri):
         _check_run_artifact(client, match["run_id"], match["path"])
         return StoredModel(uri)
     found = find_version(client, uri)
+    _check_place(client, uri, found.source or "")
     manifest_digest = found.tags.get("manifest_digest")
     return StoredModel(found.source or "", manifest_digest, found.name, int(found.version))
 
@@ -157,8 +163,34 @@ def _what_exists(client: Any, name: str) -> str:
     )
 
 
+def _check_place(client: Any, uri: str, place: str) -> None:
+    """MLflow sends its own token or password to whatever host an artifact's address names.
+
+    Args:
+        client: asked where the files of a run or logged model are.
+        uri: of the model, for messages.
+        place: the folder of its files; others than we may have written it.
+
+    Raises:
+        ValueError: on a host that is not the tracking server.
+    """
+    if match := _RUN_URI.fullmatch(place):
+        place = client.get_run(match["run_id"]).info.artifact_uri or ""
+    elif match := _LOGGED_MODEL.match(place):
+        place = client.get_logged_model(match["id"]).artifact_location or ""
+    parts, server = urlsplit(place), urlsplit(str(client.tracking_uri)).netloc
+    own = parts.netloc in ("", server, server.rpartition("@")[2])
+    if parts.scheme in _STORES or (parts.scheme == "mlflow-artifacts" and own):
+        return
+    raise ValueError(
+        f"{uri}: its files are said to be at {redact(place)}, where MLflow would send its own"
+        " credentials: register the model again, with files in the server's artifact storage"
+    )
+
+
 def _check_run_artifact(client: MlflowClient, run_id: str, path: str) -> None:
     try:
+        _check_place(client, f"runs:/{run_id}/{path}", f"runs:/{run_id}/{path}")
         found = [file.path for file in client.list_artifacts(run_id, path)]
         top = [file.path for file in client.list_artifacts(run_id)]
     except MlflowException as error:

@@ -35,8 +35,16 @@ _UNSENDABLE = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
 
 
 def default_spill_folder() -> Path:
-    """Where points wait on this node."""
-    return Path(tempfile.gettempdir()) / "efae-spill"
+    """Where points wait on this node: a folder of this user's alone in the temporary folder.
+
+    Raises:
+        ValueError: it belongs to another user, who could read and change what waits there.
+    """
+    folder = Path(tempfile.gettempdir()) / f"efae-spill-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid():
+        raise ValueError(f"{folder} belongs to another user: remove it, or set TMPDIR")
+    return folder
 
 
 def deliver_points(tracking_uri: str, run_id: str, points: Iterable[Sequence[Any]]) -> None:

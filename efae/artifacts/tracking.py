@@ -127,9 +127,9 @@ def _find_or_create_experiment(client: MlflowClient, name: str) -> str:
 
 
 def find_run_url(tracking_uri: str, run_id: str) -> str:
-    """Where a browser shows the run."""
+    """Where a browser shows the run; without a password, since it is printed."""
     experiment_id = MlflowClient(tracking_uri).get_run(run_id).info.experiment_id
-    return f"{tracking_uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+    return f"{redact(tracking_uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
 
 
 def log_config(tracking_uri: str, run_id: str, config: Config) -> None:

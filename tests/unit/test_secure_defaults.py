@@ -1,0 +1,57 @@
+"""What needs no server: folders of one user, names that are no paths, what Ray is told."""
+
+import ast
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from efae.artifacts.tracker import default_spill_folder
+from efae.preflight import check_configuration
+from efae.presets import PRESETS
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_points_that_wait_are_one_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = default_spill_folder()
+    assert folder == default_spill_folder()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    taken = tmp_path / f"efae-spill-{os.getuid() + 1}"
+    taken.symlink_to(folder)
+    monkeypatch.setattr(os, "getuid", lambda: int(taken.name.rpartition("-")[2]))
+    with pytest.raises(ValueError, match=f"{taken.name} belongs to another user"):
+        default_spill_folder()
+
+
+@pytest.mark.parametrize("field", ["run_name", "registered_model", "experiment"])
+@pytest.mark.parametrize("name", [".", "..", "../other", "/etc", "a/b", ""])
+def test_a_name_is_no_path(field: str, name: str):
+    config = PRESETS["quickstart"][1]
+    tracking = dataclasses.replace(config.tracking, **{"run_name": "run", field: name})
+    with pytest.raises(ValueError, match=f"tracking.{field}="):
+        check_configuration(dataclasses.replace(config, tracking=tracking))
+
+
+def find_keywords(names: set[str]) -> list[str]:
+    """Where our programs pass one of these arguments to anything."""
+    files = [
+        path for top in ("efae", "jobs", "data_pipelines") for path in (ROOT / top).rglob("*.py")
+    ]
+    assert len(files) > 80
+    return [
+        f"{path.relative_to(ROOT)}:{node.value.lineno}: {node.arg}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.keyword) and node.arg in names
+    ]
+
+
+def test_ray_is_told_nothing_that_it_shows():
+    """Runtime environments and train_loop_config stand in Ray's dashboard in clear text."""
+    shown = {"runtime_env", "env_vars", "worker_runtime_env", "train_loop_config", "metadata_json"}
+    assert find_keywords(shown) == []
+    assert find_keywords({"scaling_config"}) != []  # so that this would see one
