@@ -146,6 +146,8 @@ def _s3_command(state: StackState) -> list[str]:
         "-s3.autoCreateBucket=false",
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
+        # The filer and the master would hand out and take objects without credentials.
+        "-disableHttp",
         "-admin.ui=false",
         "-webdav=false",
         "-master.telemetry=false",
