@@ -124,7 +124,7 @@ def read_checkpoint(uri: str | Path) -> Checkpoint:
         model=_unpack(uri, MODEL, model),
         ema=_unpack(uri, EMA, ema),
         optimizer=_unpack(uri, OPTIMIZER, optimizer),
-        metadata=json.loads(state),
+        metadata=_parse_state(uri, state),
         config=_parse_config(uri, config),
     )
 
@@ -138,7 +138,7 @@ def read_origin(uri: str) -> tuple[dict[str, Any], Config]:
     """
     manifest = read_manifest(uri)
     state, config = (read_verified(uri, name, manifest) for name in (STATE, CONFIG))
-    return json.loads(state), _parse_config(uri, config)
+    return _parse_state(uri, state), _parse_config(uri, config)
 
 
 def write_model(
@@ -213,7 +213,7 @@ def parse_manifest(uri: str, data: bytes) -> dict[str, Any]:
         version, files = manifest["format_version"], manifest["files"]
         names = set(files)
         sizes_and_hashes = [(int(f["bytes"]), str(f["sha256"])) for f in files.values()]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(uri, f"{MANIFEST} is not a manifest") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -289,8 +289,15 @@ def _unpack(uri: str, name: str, data: bytes) -> dict[str, Tensor]:
         raise CheckpointError(uri, f"{name} is not a safetensors file ({error})") from error
 
 
+def _parse_state(uri: str, data: bytes) -> dict[str, Any]:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(uri, f"{STATE} is not JSON") from error
+
+
 def _parse_config(uri: str, data: bytes) -> Config:
     try:
         return configuration.from_json(data.decode())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(uri, f"{CONFIG} is not valid for this efae ({error})") from error

@@ -1,4 +1,4 @@
-"""Tars and indexes made to harm their reader: each is refused in time, in a sentence."""
+"""Tars, indexes and checkpoints made to harm their reader: refused in time, and nothing is run."""
 
 import hashlib
 import io
@@ -10,11 +10,28 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from data_pipelines.build_shards import build_shards
+from data_pipelines.image_codec import encode_png
+from data_pipelines.index_shards import index_shards
 from data_pipelines.shard_checks import check_tar
+from data_pipelines.shard_dataset import ShardDataset
 from data_pipelines.shard_index import VERSION, parse_index
+from data_pipelines.verify_shards import find_faults
+from efae.artifacts.checkpoint import (
+    CHECKPOINT_FILES,
+    CheckpointError,
+    read_checkpoint,
+    write_checkpoint,
+)
+from efae.presets import PRESETS
+from tests.planted import make_pickle
 
+CONFIG = PRESETS["quickstart"][1]
+PNG = encode_png(np.zeros((8, 8, 3), np.uint8))
 LINK_TO_NOTHING = b"A"  # a type that tarfile neither knows nor takes for a file
 END = b"\0" * 10240
 
@@ -144,3 +161,57 @@ def test_the_index_that_is_changed_below_is_a_good_one():
 def test_an_index_that_names_what_is_not_there_is_refused(index: bytes, said: str):
     with pytest.raises(ValueError, match=said):
         parse_index(index, "s3://bucket/set/index.json")
+
+
+def test_a_pickle_in_a_shard_stays_bytes(tmp_path: Path):
+    """Under each name that WebDataset would unpickle by, through all that reads a shard."""
+    trace = tmp_path / "unpickled"
+    data = make_pickle(trace)
+    names = ("pkl", "pyd", "pickle", "pth", "pt", "ten")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for key in "ab":
+            for name, content in (("png", PNG), *((name, data) for name in names)):
+                member = tarfile.TarInfo(f"{key}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    index_shards(str(folder))
+    assert list(find_faults(str(folder))) == []
+    dataset = ShardDataset.open(str(folder))
+    (batch,) = dataset.loader(2, members=names)
+    assert batch.members == {name: [data, data] for name in names}
+    build_shards(f"wds:{folder}", str(tmp_path / "built"))
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("file", CHECKPOINT_FILES)
+def test_a_pickle_in_a_checkpoint_is_refused(file: str, tmp_path: Path):
+    """Put there together with its hash, as who may write to the storage can."""
+    trace, uri = tmp_path / "unpickled", tmp_path / "step-00000001"
+    weights = {"w": torch.zeros(2)}
+    write_checkpoint(
+        uri, model=weights, ema=weights, optimizer={}, metadata={"step": 1}, config=CONFIG
+    )
+    assert read_checkpoint(uri).metadata == {"step": 1}
+    data = make_pickle(trace)
+    (uri / file).write_bytes(data)
+    manifest = json.loads((uri / "manifest.json").read_text())
+    manifest["files"][file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (uri / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=f"{file} is not"):
+        read_checkpoint(uri)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "state.json", "config.json"])
+def test_json_that_is_nested_too_deep_is_refused(file: str, tmp_path: Path):
+    uri, data = tmp_path / "step-00000001", b"[" * 200_000
+    write_checkpoint(uri, model={}, ema={}, optimizer={}, metadata={"step": 1}, config=CONFIG)
+    (uri / file).write_bytes(data)
+    if file != "manifest.json":
+        manifest = json.loads((uri / "manifest.json").read_text())
+        manifest["files"][file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (uri / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=f"{file} is not"):
+        read_checkpoint(uri)
