@@ -57,12 +57,23 @@ def record_event(run_uri: str, kind: str, what: str, **facts: Any) -> None:
 
 
 def read_events(run_uri: str) -> list[RunEvent]:
-    """All events of the run, in order of time.
+    """All events of the run, in order of time; what is not one is left out with a warning.
 
     Raises:
         StorageError: the storage refuses or does not answer.
     """
     folder = uris.join(run_uri, _FOLDER)
-    names = sorted(storage.list_files(folder))
-    events = [RunEvent(**json.loads(storage.read_bytes(uris.join(folder, name)))) for name in names]
+    events: list[RunEvent] = []
+    for name in sorted(storage.list_files(folder)):
+        uri = uris.join(folder, name)
+        try:
+            events.append(_parse_event(storage.read_bytes(uri)))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            logger.warning("%s is not an event that efae wrote, and is ignored", uri)
     return sorted(events, key=lambda event: event.time)
+
+
+def _parse_event(data: bytes) -> RunEvent:
+    tree = json.loads(data)
+    facts = {**tree["facts"], "what": str(tree["facts"]["what"])}
+    return RunEvent(float(tree["time"]), str(tree["kind"]), facts)

@@ -27,6 +27,7 @@ from efae.artifacts.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from efae.artifacts.run_events import read_events, record_event
 from efae.presets import PRESETS
 from tests.planted import make_pickle
 
@@ -215,3 +216,13 @@ def test_json_that_is_nested_too_deep_is_refused(file: str, tmp_path: Path):
         (uri / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=f"{file} is not"):
         read_checkpoint(uri)
+
+
+def test_what_is_no_event_does_not_end_the_run_that_reads_it(tmp_path: Path):
+    record_event(str(tmp_path), "start", "2 workers begin", world_size=2)
+    for number, data in enumerate(
+        [b"{", b"[]", b"{}", b'{"time": "x", "kind": 1, "facts": {"what": 1}}', b"[" * 200_000]
+    ):
+        (tmp_path / f"events/{number}.json").write_bytes(data)
+    (event,) = read_events(str(tmp_path))
+    assert event.facts == {"what": "2 workers begin", "world_size": 2}
