@@ -1,9 +1,11 @@
 """What `ray up` would be given: our launchers hold, and a slip in one is found and placed."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+import efae
 from cluster.launchers.check import PLACEHOLDER, check_launcher, main
 
 FOLDER = Path(__file__).parents[2] / "cluster" / "launchers"
@@ -58,6 +60,12 @@ def test_launcher_holds_as_it_is_and_filled_in(cloud: str, launcher: Path):
     assert check_launcher(FOLDER / f"{cloud}.yaml", template=True) == []
     launcher.write_text(fill(cloud))
     assert check_launcher(launcher) == []
+
+
+@pytest.mark.parametrize("cloud", ["aws", "gcp"])
+def test_images_are_of_this_version(cloud: str):
+    tags = re.findall(r"/efae:(\S+)", (FOLDER / f"{cloud}.yaml").read_text())
+    assert tags == [f"{efae.__version__}-cpu-{cloud}", f"{efae.__version__}-gpu"]
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
