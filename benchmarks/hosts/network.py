@@ -91,13 +91,22 @@ class Network:
 
     def limit(self, host: int, bytes_per_second: float) -> None:
         """Slows what the host receives; the last call counts."""
-        rate = ("rate", f"{8 * bytes_per_second:.0f}bit", "burst", "256kb", "latency", "400ms")
-        _run("tc", "qdisc", "replace", "dev", self._port(host), "root", "tbf", *rate)
+        _run("tc", "qdisc", "replace", "dev", self._port(host), *_bucket(bytes_per_second))
+
+    def limit_sent(self, host: int, bytes_per_second: float) -> None:
+        """Slows what the host sends; the last call counts."""
+        tc = ("tc", "-netns", self._namespace(host))
+        _run(*tc, "qdisc", "replace", "dev", "eth0", *_bucket(bytes_per_second))
 
     def count_received(self, host: int) -> int:
         """Bytes that the host received since it was made, with all headers."""
         # What the bridge's end has sent is what came in at the host's.
         counter = Path(f"/sys/class/net/{self._port(host)}/statistics/tx_bytes")
+        return int(counter.read_text())
+
+    def count_sent(self, host: int) -> int:
+        """The same of what the host sent."""
+        counter = Path(f"/sys/class/net/{self._port(host)}/statistics/rx_bytes")
         return int(counter.read_text())
 
     def _namespace(self, host: int) -> str:
@@ -106,6 +115,11 @@ class Network:
     def _port(self, host: int) -> str:
         """The bridge's end of the host's cable."""
         return f"{self._name}p{host}"
+
+
+def _bucket(bytes_per_second: float) -> tuple[str, ...]:
+    rate = f"{8 * bytes_per_second:.0f}bit"
+    return ("root", "tbf", "rate", rate, "burst", "256kb", "latency", "400ms")
 
 
 def _run(*command: str) -> None:
