@@ -1,9 +1,9 @@
 """Bad input ends before any work starts: one message with value, place and remedy, status != 0."""
 
+import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +11,42 @@ from PIL import Image
 
 from cluster.ports import pick_free
 from data_pipelines.build_shards import build_shards
+from jobs.train import main
+from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.s3, pytest.mark.ray]
-ROOT = Path(__file__).parents[2]
 
 
-def train(*arguments, **environment):
-    return subprocess.run(
+def assert_refused(status, said, *parts):
+    said = " ".join(said.replace("│", " ").split())
+    assert status != 0, said
+    assert "Traceback" not in said
+    for part in parts:
+        assert part in said
+
+
+@pytest.fixture
+def refuse(local_stack, capsys, monkeypatch):
+    """Asserts that arguments are refused with these parts of a message.
+
+    In this process: to start one for each takes longer than all else.
+    """
+    # Ray's log handler keeps the stderr of the test that imported it, and logging would complain.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+
+    def refuse(arguments, *parts):
+        try:
+            status = main(arguments)
+        except SystemExit as ended:
+            status = ended.code
+        captured = capsys.readouterr()
+        assert_refused(status, captured.out + captured.err, *parts)
+
+    return refuse
+
+
+def run_driver(*arguments, **environment):
+    result = subprocess.run(
         [sys.executable, "jobs/train.py", *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         cwd=ROOT,
@@ -25,14 +54,7 @@ def train(*arguments, **environment):
         text=True,
         timeout=100,
     )
-
-
-def assert_refused(result, *parts):
-    said = " ".join((result.stdout + result.stderr).replace("│", " ").split())
-    assert result.returncode != 0, said
-    assert "Traceback" not in said
-    for part in parts:
-        assert part in said
+    return result.returncode, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(
@@ -52,35 +74,33 @@ def assert_refused(result, *parts):
     ],
     ids=["preset", "override", "type", "batch", "resolution"],
 )
-def test_wrong_command_line(local_stack, arguments, parts):
-    assert_refused(train(*arguments), *parts)
+def test_wrong_command_line(refuse, arguments, parts):
+    refuse(arguments, *parts)
 
 
-def test_impossible_representation(local_stack):
-    result = train("quickstart", "--representation.rotation-dims", "15")
-    assert_refused(result, "rotation_dims=15", "even")
+def test_impossible_representation(refuse):
+    refuse(["quickstart", "--representation.rotation-dims", "15"], "rotation_dims=15", "even")
 
 
-def test_missing_bucket(local_stack):
-    result = train("quickstart", "--data.uri", "s3://no-such-bucket/set")
-    assert_refused(result, "s3://no-such-bucket", "error:")
+def test_missing_bucket(refuse):
+    refuse(["quickstart", "--data.uri", "s3://no-such-bucket/set"], "s3://no-such-bucket", "error:")
 
 
-def test_missing_shards(local_stack):
-    result = train("quickstart", "--data.uri", "s3://efae-data/nothing-here")
-    assert_refused(result, "s3://efae-data/nothing-here", "build_shards")
+def test_missing_shards(refuse):
+    uri = "s3://efae-data/nothing-here"
+    refuse(["quickstart", "--data.uri", uri], uri, "build_shards")
 
 
 def test_wrong_credentials(local_stack):
-    result = train("quickstart", AWS_SECRET_ACCESS_KEY="wrong")
-    assert_refused(result, "s3://efae-data", "AWS_SECRET_ACCESS_KEY")
-    assert "wrong" not in result.stdout + result.stderr
+    status, said = run_driver("quickstart", AWS_SECRET_ACCESS_KEY="wrong")
+    assert_refused(status, said, "s3://efae-data", "AWS_SECRET_ACCESS_KEY")
+    assert "wrong" not in said
 
 
-def test_mlflow_down(local_stack):
+def test_mlflow_down(refuse, monkeypatch):
     address = f"http://127.0.0.1:{pick_free(1)[0]}"
-    result = train("quickstart", MLFLOW_TRACKING_URI=address)
-    assert_refused(result, address, "MLFLOW_TRACKING_URI")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    refuse(["quickstart"], address, "MLFLOW_TRACKING_URI")
 
 
 @pytest.mark.parametrize(
@@ -91,21 +111,21 @@ def test_mlflow_down(local_stack):
     ],
     ids=["not square", "other size"],
 )
-def test_images_that_do_not_fit(local_stack, tmp_path, shape, parts):
+def test_images_that_do_not_fit(refuse, tmp_path, shape, parts):
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     for name in "ab":
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     uri = f"s3://efae-data/refusals-{shape[1]}"
     build_shards(f"folder:{tmp_path}", uri)
-    assert_refused(train("quickstart", f"--data.uri={uri}"), uri, *parts)
+    refuse(["quickstart", f"--data.uri={uri}"], uri, *parts)
 
 
 def test_more_workers_than_the_cluster_has(local_stack):
     uri = "s3://efae-data/refusals-cpus"
     build_shards("mnist", uri, resolution=32)
-    result = train(
+    status, said = run_driver(
         "quickstart",
         *("--data.channels=1", f"--data.uri={uri}", f"--data.held-out-uri={uri}"),
         *("--ray.num-workers=64", "--training.global-batch-size=64"),
     )
-    assert_refused(result, "ray.num_workers=64", "64 CPUs", "the cluster has")
+    assert_refused(status, said, "ray.num_workers=64", "64 CPUs", "the cluster has")
