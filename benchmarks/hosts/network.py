@@ -119,7 +119,8 @@ class Network:
 
 def _bucket(bytes_per_second: float) -> tuple[str, ...]:
     rate = f"{8 * bytes_per_second:.0f}bit"
-    return ("root", "tbf", "rate", rate, "burst", "256kb", "latency", "400ms")
+    # A short queue drops what many connections send at once, and they wait for seconds.
+    return ("root", "tbf", "rate", rate, "burst", "128kb", "latency", "1500ms")
 
 
 def _run(*command: str) -> None:

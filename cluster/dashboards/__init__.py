@@ -1,0 +1,1 @@
+"""What Prometheus scrapes of a cluster, and a Grafana dashboard over it."""
