@@ -118,7 +118,7 @@ def reach_cluster(connect_to_it: Callable[[], None]) -> None:
             _knock(address)
         connect_to_it()
     except (OSError, RuntimeError, RayError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"RAY_ADDRESS={address or '(unset)'}: {reason}; start the cluster (make up) and give"
             " this client its address and token (RAY_ADDRESS, RAY_AUTH_MODE=token,"

@@ -296,6 +296,9 @@ class RayConfig:
     """Newest checkpoints kept in storage."""
     best_checkpoint_by: Literal["", "psnr", "loss"] = ""
     """Keep the best one too, by held-out PSNR at the last look or by training loss."""
+    autoscaling: bool = False
+    """Nodes come when they are asked for: ask for those that the fewest workers need, and wait
+    placement_timeout_seconds for them, instead of refusing a cluster that is too small now."""
     placement_timeout_seconds: int = 20
     """How long to wait for the nodes of a group of workers before counting them anew; 300 where an
     autoscaler has to start machines."""

@@ -11,12 +11,15 @@ import itertools
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import ray
 import ray.train
 import torch
+from ray.autoscaler.sdk import request_resources  # pyright: ignore[reportUnknownVariableType]
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.collective import broadcast_from_rank_zero
@@ -58,21 +61,55 @@ def connect(config: Config) -> None:
     """Join the cluster that RAY_ADDRESS names (or start one here) and see that the run fits.
 
     Raises:
-        ValueError: the cluster has fewer CPUs or GPUs than the workers ask for.
+        ValueError: the cluster has fewer CPUs or GPUs than the workers ask for; with
+            ray.autoscaling, still has when it was waited for.
     """
     _set_environment()
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS") or "local", log_to_driver=True)
-    have = cast(dict[str, float], ray.cluster_resources())  # Ray says dict[?, int]
-    want = {"CPU": config.ray.cpus_per_worker, "GPU": 1 if config.ray.use_gpu else 0}
+    want = {"CPU": config.ray.cpus_per_worker}
+    if config.ray.use_gpu:
+        want["GPU"] = 1
+    workers = config.ray.fewest_workers
+    remedy = "add nodes, or set --ray.autoscaling where they come by themselves"
+    if config.ray.autoscaling:
+        _wait_for_nodes([want] * workers, config.ray.placement_timeout_seconds)
+        remedy = (
+            "see why the autoscaler brings no more (`ray status`), or raise"
+            f" ray.placement_timeout_seconds={config.ray.placement_timeout_seconds}"
+        )
+    have = _list_resources()
     for resource, each in want.items():
-        total = each * config.ray.fewest_workers
-        if total > have.get(resource, 0):
+        if each * workers > have.get(resource, 0):
             raise ValueError(
-                f"ray.num_workers={config.ray.num_workers}: the workers ask for {total}"
+                f"ray.num_workers={config.ray.num_workers}: the workers ask for {each * workers}"
                 f" {resource}s, but the cluster has {have.get(resource, 0):.0f}; lower"
-                " ray.num_workers or ray.cpus_per_worker, or add nodes"
+                f" ray.num_workers or ray.cpus_per_worker, {remedy}"
             )
+
+
+def _wait_for_nodes(bundles: Sequence[dict[str, int]], seconds: float) -> None:
+    """Asks the autoscaler for room for all bundles; returns when the cluster has it, or is late."""
+    wanted = Counter[str]()
+    for bundle in bundles:
+        wanted.update(bundle)
+    deadline = time.monotonic() + seconds
+    asked = False
+    try:
+        while any(_list_resources().get(name, 0) < total for name, total in wanted.items()):
+            if time.monotonic() > deadline:
+                return
+            if not asked:
+                request_resources(bundles=list(bundles))
+                asked = True
+            time.sleep(0.5)
+    finally:
+        if asked:  # else the nodes would stay for ever; from now on the workers keep them
+            request_resources(bundles=[])
+
+
+def _list_resources() -> dict[str, float]:
+    return cast(dict[str, float], ray.cluster_resources())  # Ray says dict[?, int]
 
 
 def _set_environment() -> None:
