@@ -12,8 +12,7 @@ import os
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import ray
@@ -73,7 +72,7 @@ def connect(config: Config) -> None:
     workers = config.ray.fewest_workers
     remedy = "add nodes, or set --ray.autoscaling where they come by themselves"
     if config.ray.autoscaling:
-        _wait_for_nodes([want] * workers, config.ray.placement_timeout_seconds)
+        _wait_for_nodes(want, workers, config.ray.placement_timeout_seconds)
         remedy = (
             "see why the autoscaler brings no more (`ray status`), or raise"
             f" ray.placement_timeout_seconds={config.ray.placement_timeout_seconds}"
@@ -88,24 +87,18 @@ def connect(config: Config) -> None:
             )
 
 
-def _wait_for_nodes(bundles: Sequence[dict[str, int]], seconds: float) -> None:
-    """Asks the autoscaler for room for all bundles; returns when the cluster has it, or is late."""
-    wanted = Counter[str]()
-    for bundle in bundles:
-        wanted.update(bundle)
+def _wait_for_nodes(want: dict[str, int], workers: int, seconds: float) -> None:
+    """Asks the autoscaler for room for all workers; returns when it is there, or time is up."""
     deadline = time.monotonic() + seconds
-    asked = False
+    request_resources(bundles=[want] * workers)
     try:
-        while any(_list_resources().get(name, 0) < total for name, total in wanted.items()):
-            if time.monotonic() > deadline:
+        while time.monotonic() < deadline:
+            have = _list_resources()
+            if all(have.get(name, 0) >= each * workers for name, each in want.items()):
                 return
-            if not asked:
-                request_resources(bundles=list(bundles))
-                asked = True
             time.sleep(0.5)
-    finally:
-        if asked:  # else the nodes would stay for ever; from now on the workers keep them
-            request_resources(bundles=[])
+    finally:  # else the nodes would stay for ever; from now on the workers keep them
+        request_resources(bundles=[])
 
 
 def _list_resources() -> dict[str, float]:
