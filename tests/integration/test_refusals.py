@@ -1,6 +1,5 @@
 """Bad input ends before any work starts: one message with value, place and remedy, status != 0."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -25,24 +24,14 @@ def assert_refused(status, said, *parts):
         assert part in said
 
 
-@pytest.fixture
-def refuse(local_stack, capsys, monkeypatch):
-    """Asserts that arguments are refused with these parts of a message.
-
-    In this process: to start one for each takes longer than all else.
-    """
-    # Ray's log handler keeps the stderr of the test that imported it, and logging would complain.
-    monkeypatch.setattr(logging, "raiseExceptions", False)
-
-    def refuse(arguments, *parts):
-        try:
-            status = main(arguments)
-        except SystemExit as ended:
-            status = ended.code
-        captured = capsys.readouterr()
-        assert_refused(status, captured.out + captured.err, *parts)
-
-    return refuse
+def refuse_here(capsys, arguments, *parts):
+    """What is refused before there is a driver needs no process of its own."""
+    try:
+        status = main(arguments)
+    except SystemExit as ended:
+        status = ended.code
+    captured = capsys.readouterr()
+    assert_refused(status, captured.out + captured.err, *parts)
 
 
 def run_driver(*arguments, **environment):
@@ -74,21 +63,23 @@ def run_driver(*arguments, **environment):
     ],
     ids=["preset", "override", "type", "batch", "resolution"],
 )
-def test_wrong_command_line(refuse, arguments, parts):
-    refuse(arguments, *parts)
+def test_wrong_command_line(capsys, arguments, parts):
+    refuse_here(capsys, arguments, *parts)
 
 
-def test_impossible_representation(refuse):
-    refuse(["quickstart", "--representation.rotation-dims", "15"], "rotation_dims=15", "even")
+def test_impossible_representation(local_stack, capsys):
+    arguments = ["quickstart", "--representation.rotation-dims", "15"]
+    refuse_here(capsys, arguments, "rotation_dims=15", "even")
 
 
-def test_missing_bucket(refuse):
-    refuse(["quickstart", "--data.uri", "s3://no-such-bucket/set"], "s3://no-such-bucket", "error:")
+def test_missing_bucket(local_stack):
+    status, said = run_driver("quickstart", "--data.uri", "s3://no-such-bucket/set")
+    assert_refused(status, said, "s3://no-such-bucket", "error:")
 
 
-def test_missing_shards(refuse):
-    uri = "s3://efae-data/nothing-here"
-    refuse(["quickstart", "--data.uri", uri], uri, "build_shards")
+def test_missing_shards(local_stack):
+    status, said = run_driver("quickstart", "--data.uri", "s3://efae-data/nothing-here")
+    assert_refused(status, said, "s3://efae-data/nothing-here", "build_shards")
 
 
 def test_wrong_credentials(local_stack):
@@ -97,10 +88,10 @@ def test_wrong_credentials(local_stack):
     assert "wrong" not in said
 
 
-def test_mlflow_down(refuse, monkeypatch):
+def test_mlflow_down(local_stack):
     address = f"http://127.0.0.1:{pick_free(1)[0]}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    refuse(["quickstart"], address, "MLFLOW_TRACKING_URI")
+    status, said = run_driver("quickstart", MLFLOW_TRACKING_URI=address)
+    assert_refused(status, said, address, "MLFLOW_TRACKING_URI")
 
 
 @pytest.mark.parametrize(
@@ -111,13 +102,14 @@ def test_mlflow_down(refuse, monkeypatch):
     ],
     ids=["not square", "other size"],
 )
-def test_images_that_do_not_fit(refuse, tmp_path, shape, parts):
+def test_images_that_do_not_fit(local_stack, tmp_path, shape, parts):
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     for name in "ab":
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     uri = f"s3://efae-data/refusals-{shape[1]}"
     build_shards(f"folder:{tmp_path}", uri)
-    refuse(["quickstart", f"--data.uri={uri}"], uri, *parts)
+    status, said = run_driver("quickstart", f"--data.uri={uri}")
+    assert_refused(status, said, uri, *parts)
 
 
 def test_more_workers_than_the_cluster_has(local_stack):
