@@ -3,148 +3,32 @@
 import base64
 import json
 import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from made_sweeps import (
+    CAUSE,
+    COLOURS,
+    DIM,
+    MULTIPLICITIES,
+    PLANTED,
+    RATE,
+    ROTATION,
+    SPLIT,
+    STEPS,
+    make_best,
+    make_full_sweep,
+    make_sweep,
+    make_trial,
+)
 from test_report import Page
 
-from efae.sweep.importance import rate_knobs
 from efae.sweep.report import write_sweep_report
 from efae.sweep.reported_trials import choose_pairs, find_front, read_trials
-from efae.sweep.surface import FEWEST_FINISHED, find_ends, find_optimum, fit_surface
-from efae.symmetry.representation import Representation
+from efae.sweep.surface import find_ends, find_optimum, fit_surface
 from jobs.train import parse_arguments
-
-ROTATION, SPLIT = "representation.rotation_dims", "representation.chirality_split"
-MULTIPLICITIES, RATE = "representation.multiplicities", "optimizer.learning_rate"
-DIM, COLOURS, STEPS, RUNGS = 32, 3, 400, [100, 200]
-CHOICES = {ROTATION: [0, 4, 8, 12, 16, 20, 24, 28], SPLIT: [0, 0.25, 0.5, 0.75]}
-CAUSE = "loss is nan at step 150 <script>alert(1)</script> in s3://me:hunter2@bucket/shard-3.tar"
-PLANTED = (14, 0.45)
-
-
-def psnr_at(rotation_dims: Any, split: Any) -> Any:
-    return 24 - 0.012 * (rotation_dims - PLANTED[0]) ** 2 - 5 * (split - PLANTED[1]) ** 2
-
-
-def make_trial(number: int, rotation_dims: int, split: float, **more: Any) -> dict[str, Any]:
-    """One trial of a smooth world with noise of 0.05 dB; `more` overrides what it has."""
-    seed = more.get("seed", 0)
-    split_config = {ROTATION: rotation_dims, SPLIT: split}
-    representation = Representation.from_split(
-        dim=DIM, rotation_dims=rotation_dims, chirality_split=split
-    )
-    generator = np.random.default_rng((number, seed))
-    rate = float(more.pop("rate", 1e-3))
-    end = psnr_at(rotation_dims, split) - 2 * abs(np.log10(rate / 1e-3)) + generator.normal(0, 0.05)
-    reached = {"finished": STEPS, "stopped": RUNGS[number % 2], "failed": 150, "running": 250}
-    steps = reached[more.get("state", "finished")]
-    looks = [
-        {
-            "step": step,
-            "psnr": float(value),
-            "held_out_loss": float(10 ** (-value / 10)),
-            "worst_gap_db": 0.0,
-        }
-        for step in range(50, steps + 1, 50)
-        for value in [end - 6 * np.exp(-step / 110) + generator.normal(0, 0.03)]
-    ]
-    last = looks[-1]
-    config = split_config | {RATE: rate, "training.seed": seed}
-    return {
-        "key": f"t{number:03d}",
-        "number": number,
-        "phase": "search",
-        "config": config,
-        "seed": seed,
-        "state": "finished",
-        "metrics": {
-            "psnr": last["psnr"],
-            "held_out_loss": last["held_out_loss"],
-            "worst_gap_db": 0.0,
-            "latent_size": 512,
-        },
-        "multiplicities": representation.multiplicities,
-        "looks": looks,
-        "mlflow_run_id": f"{number:032x}",
-        "seconds": 40.0 + 0.1 * steps + float(generator.normal(0, 1)),
-        "steps": steps,
-        "cause": "",
-    } | more
-
-
-def make_sweep(trials: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    return {
-        "sweep_name": "splits-20260801",
-        "mlflow_parent_run_id": "5f" * 16,
-        "mlflow_url": "http://127.0.0.1:5000/#/experiments/1",
-        "experiment": "efae-sweeps",
-        "level": "exact",
-        "dim": DIM,
-        "colours": COLOURS,
-        "downsampling": 8,
-        "train_data": "s3://data/openmoji/train (3981 images, id 9a41)",
-        "held_out_data": "s3://data/openmoji/held-out (256 images, id 11c0)",
-        "credits": ["OpenMoji, CC BY-SA 4.0"],
-        "objectives": [{"metric": "psnr", "mode": "max"}],
-        "space": {name: {"choices": values} for name, values in CHOICES.items()},
-        "search": "optuna",
-        "seed": 0,
-        "steps": STEPS,
-        "rungs": RUNGS,
-        "reduction_factor": 2,
-        "trials": trials,
-        "infeasible": 3,
-        "best": None,
-        "pareto": [],
-        "theory": {"rotation_dims": 16, "chirality_split": 0.69},
-        "cost": {
-            "trial_seconds": sum(trial["seconds"] for trial in trials),
-            "wall_seconds": 0.6 * sum(trial["seconds"] for trial in trials),
-            "steps": sum(trial["steps"] for trial in trials),
-            "full_steps": STEPS * len(trials),
-        },
-    } | more
-
-
-def make_full_sweep() -> dict[str, Any]:
-    """Twenty-odd trials in every state, and three seeds of two finalists."""
-    generator = np.random.default_rng(7)
-    trials: list[dict[str, Any]] = []
-    while len(trials) < 20:
-        rotation = int(generator.choice(CHOICES[ROTATION]))
-        split = float(generator.choice(CHOICES[SPLIT]))
-        a1 = DIM - rotation - round((DIM - rotation) * split)
-        known = {(trial["config"][ROTATION], trial["config"][SPLIT]) for trial in trials}
-        if a1 < COLOURS or (rotation, split) in known:
-            continue
-        poor = psnr_at(rotation, split) < 22.6 and len(trials) % 3
-        state = "stopped" if poor else "finished"
-        state = {4: "failed", 9: "running"}.get(len(trials), state)
-        trials.append(make_trial(len(trials), rotation, split, state=state))
-    trials[4] |= {"metrics": {"psnr": float("nan")}, "cause": CAUSE}
-    for split in (0.5, 0.75):
-        for seed in (1, 2):
-            trials.append(make_trial(len(trials), 16, split, seed=seed, phase="finalist"))
-    same = {ROTATION: 16, SPLIT: 0.5}.items()
-    return make_sweep(trials, best=make_best([t for t in trials if same <= t["config"].items()]))
-
-
-def make_best(trials: list[dict[str, Any]]) -> dict[str, Any]:
-    values = [trial["metrics"]["psnr"] for trial in trials]
-    return {
-        "key": trials[0]["key"],
-        "config": trials[0]["config"],
-        "metric": "psnr",
-        "value": float(np.mean(values)),
-        "spread": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        "seeds": [trial["seed"] for trial in trials],
-        "values": values,
-        "model_uri": "models:/efae/3",
-    }
 
 
 class Spaced(Page):
@@ -240,87 +124,6 @@ def test_hostile_text_is_escaped_and_passwords_are_left_out(folder, page, sweep)
     assert written["trials"][0] == json.loads(json.dumps(sweep["trials"][0]))
 
 
-def test_the_surface_finds_the_planted_optimum(sweep):
-    ends = find_ends(read_trials(sweep["trials"]), "psnr")
-    surface = fit_surface(ends, DIM)
-    assert surface
-    optimum = find_optimum(surface, ends, "max", COLOURS)
-    others = DIM - optimum.turning
-    assert abs(optimum.turning - PLANTED[0]) <= 2
-    assert abs(optimum.chiral / others - PLANTED[1]) <= 0.12
-    assert abs(optimum.value - 24) < 0.3
-    assert optimum.invariant >= COLOURS
-    near, far = surface.predict([16, 0], [0.5, 0.9])[1]
-    assert near < 0.1 < far  # measured three times; and far from any
-    assert find_optimum(surface, ends, "min", COLOURS).value < optimum.value - 1
-
-
-def test_the_surface_is_not_surer_than_it_may_be():
-    grid = np.meshgrid(np.arange(4, 25, 4), np.linspace(0.1, 0.7, 5))
-    truth = psnr_at(*grid) - 6 * np.exp(-STEPS / 110)  # what training for longer would add
-    within, widths = [], []
-    for start in (0, 100, 200, 300):
-        generator = np.random.default_rng(start)
-        drawn = [(2 * int(generator.integers(2, 12)), generator.uniform(0, 0.7)) for _ in range(12)]
-        trials = [make_trial(start + i, *knobs) for i, knobs in enumerate(drawn)]
-        surface = fit_surface(find_ends(read_trials(trials), "psnr"), DIM)
-        assert surface
-        mean, std = surface.predict(*grid)
-        within.append(np.abs(mean - truth) < 2 * std)
-        widths.append(std)
-    assert np.mean(within) > 0.85  # 0.91 here; by the likeliest scales alone, 0.77
-    assert np.mean(widths) < truth.std()  # that anything is possible would be no answer
-
-
-def test_a_stopped_trial_counts_by_the_end_it_was_heading_for():
-    generator = np.random.default_rng(5)
-    deviations = []
-    for start in range(0, 300, 30):
-        knobs = [(2 * int(generator.integers(0, 14)), generator.uniform(0, 0.7)) for _ in range(20)]
-        full = [make_trial(start + i, *knob) for i, knob in enumerate(knobs)]
-        trials = [
-            t if i < FEWEST_FINISHED else make_trial(start + i, *knobs[i], state="stopped")
-            for i, t in enumerate(full)
-        ]
-        ends = find_ends(read_trials(trials), "psnr")
-        assert [end.trial.number for end in ends] == [t["number"] for t in trials]
-        assert [end.error > 0 for end in ends] == [t["state"] == "stopped" for t in trials]
-        truth = np.array([t["metrics"]["psnr"] for t in full])
-        deviations += [(e.value - v) / e.error for e, v in zip(ends, truth, strict=True) if e.error]
-    assert np.mean(np.abs(deviations) < 2) > 0.85
-    assert abs(np.mean(deviations)) < 0.3  # at its last look it would be 2 dB too low
-
-
-def test_a_stopped_trial_pulls_no_further_than_it_is_known():
-    finished = [make_trial(i, 4 * (i % 6), 0.3 * (1 + i // 6)) for i in range(12)]
-    stopped = make_trial(12, 8, 0.3, state="stopped")
-    looks = [look | {"psnr": look["psnr"] - 6} for look in stopped["looks"]]
-    ends = find_ends(read_trials([*finished, stopped | {"looks": looks}]), "psnr")
-    at: dict[float | None, float] = {}
-    for error in (None, ends[-1].error, 0.0):
-        told = [*ends[:-1], replace(ends[-1], error=error)] if error is not None else ends[:-1]
-        surface = fit_surface(told, DIM)
-        assert surface
-        at[error] = float(surface.predict(8, 0.3)[0])
-    without, as_known, believed = at.values()
-    assert abs(as_known - without) < 0.7 * abs(believed - without)
-
-
-def test_what_would_have_been_gained_is_unknown_while_too_few_have_finished():
-    trials = [make_trial(i, 4 * i, 0.1 * i, state="stopped") for i in range(6)]
-    trials += [make_trial(6 + i, 16, 0.5, seed=i) for i in range(FEWEST_FINISHED - 1)]
-    lost = [make_trial(20, 8, 0.5, state="failed"), make_trial(21, 8, 0.5, state="running")]
-    ends = find_ends(read_trials(trials + lost), "psnr")
-    assert [end.trial.finished for end in ends] == [True] * (FEWEST_FINISHED - 1)
-    another = make_trial(9, 16, 0.5, seed=9)
-    ends = find_ends(read_trials([*trials, *lost, another]), "psnr")
-    assert {end.trial.state for end in ends} == {"finished", "stopped"}
-    assert len(ends) == len(trials) + 1
-    assert find_ends(read_trials([*trials, another]), "latent_size") == [
-        end for end in find_ends(read_trials([*trials, another]), "latent_size") if end.error == 0
-    ]
-
-
 def test_a_sweep_that_stopped_most_still_has_its_surface(tmp_path):
     """Few representations finish; where the others were heading says where not to look."""
     knobs = [(16, 0.5), (12, 0.5), (16, 0.25), (0, 0.0), (4, 0.25), (24, 0.5), (20, 0.75), (8, 0.0)]
@@ -336,22 +139,6 @@ def test_a_sweep_that_stopped_most_still_has_its_surface(tmp_path):
     surface = fit_surface(ends, DIM)
     assert surface
     assert abs(find_optimum(surface, ends, "max", COLOURS).turning - PLANTED[0]) <= 4
-
-
-def test_the_knob_that_matters_is_rated_first(capfd):
-    generator = np.random.default_rng(3)
-    trials = [
-        make_trial(i, int(generator.choice([12, 16])), 0.5, rate=10 ** generator.uniform(-4, -2))
-        for i in range(16)
-    ]
-    rated = rate_knobs(read_trials(trials), "psnr", [ROTATION, SPLIT, RATE])
-    assert list(rated) == [RATE, ROTATION]  # the split is the same in all
-    assert rated[RATE].share > 0.8
-    assert rated[RATE].share + rated[ROTATION].share == pytest.approx(1)
-    assert all(importance.low <= importance.high for importance in rated.values())
-    assert rate_knobs(read_trials(trials[:3]), "psnr", [ROTATION, RATE]) == {}
-    assert rate_knobs(read_trials(trials), "latent_size", [ROTATION, RATE]) == {}
-    assert "study" not in "".join(capfd.readouterr())  # optuna announces each
 
 
 def test_the_front_has_all_that_nothing_betters():
