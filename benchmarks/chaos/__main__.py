@@ -23,7 +23,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.chaos.cluster import TARGETS, Cluster, serve
+from benchmarks.chaos.cluster import TARGETS, Cluster
 from benchmarks.chaos.fire import KINDS, ROOT, plan_kills
 from benchmarks.chaos.suite import (
     CHECKPOINT_INTERVAL,
@@ -34,6 +34,7 @@ from benchmarks.chaos.suite import (
 )
 from cluster import processes
 from cluster.services import client_environment
+from cluster.serving import start, wait_until_ready
 from cluster.state import StackState
 
 
@@ -84,7 +85,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="efae-", ignore_cleanup_errors=True) as folder:
         state = StackState(Path(folder))
         try:
-            serve(state, "s3", "mlflow")
+            for name in ("s3", "mlflow"):
+                start(state, name)
+            wait_until_ready(state, "s3", "mlflow")
             with Cluster(state, arguments.nodes) as cluster:
                 os.environ.update(client_environment(state))
                 found = run_suite(cluster, arguments.steps, plan, Path(folder), "chaos")

@@ -15,7 +15,7 @@ import psutil
 
 from cluster import ports, processes
 from cluster.processes import ProcessRecord
-from cluster.services import SERVICES
+from cluster.serving import find_service, start, wait_until_ready
 from cluster.state import StackState
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray asks for 75 MiB at least
@@ -29,40 +29,6 @@ TARGETS: dict[str, tuple[bool, Callable[[list[str]], bool]]] = {
     "controller": (True, lambda command: "TrainController" in " ".join(command)),
     "head": (True, lambda command: True),
 }
-
-
-def serve(state: StackState, *names: str) -> None:
-    """Starts services of the local stack together and returns when all of them answer.
-
-    The ports that `state` does not have yet are picked free.
-
-    Raises:
-        RuntimeError: one did not answer in time; names its log.
-    """
-    services = [service for service in SERVICES if service.name in names]
-    for folder in ("logs", *names):
-        (state.folder / folder).mkdir(parents=True, exist_ok=True)
-    for service in services:
-        wanted = [service.name, *(f"{service.name}.{name}" for name in service.hidden_ports)]
-        missing = [name for name in wanted if name not in state.ports]
-        state.ports.update(zip(missing, ports.pick_free(len(missing)), strict=True))
-    state.save()
-    for service in services:
-        log = state.folder / "logs" / f"{service.name}.log"
-        state.processes[service.name] = processes.start(
-            service.command(state), service.environment(state), log
-        )
-    for service in services:
-        deadline = time.monotonic() + service.start_seconds
-        while True:
-            try:
-                service.check(state)
-                break
-            except (OSError, RuntimeError) as error:
-                if time.monotonic() > deadline:
-                    log = state.folder / "logs" / f"{service.name}.log"
-                    raise RuntimeError(f"{service.title}: {error}; its log is {log}") from error
-            time.sleep(0.2)
 
 
 class Cluster:
@@ -94,7 +60,8 @@ class Cluster:
 
     def start(self) -> None:
         """Starts the head and all nodes; returns when they have joined."""
-        serve(self.state, "ray")
+        start(self.state, "ray")
+        wait_until_ready(self.state, "ray")
         logs = [self.start_node() for _ in range(self.size)]
         deadline = time.monotonic() + _NODE_SECONDS
         while not all("Ray runtime started" in log.read_text() for log in logs):
@@ -105,7 +72,7 @@ class Cluster:
 
     def start_node(self) -> Path:
         """Starts one more node, without waiting for it; returns its log."""
-        ray = next(service for service in SERVICES if service.name == "ray")
+        ray = find_service("ray")
         self._count += 1
         log = self.state.folder / "logs" / f"node-{self._count}.log"
         # A loopback address of its own makes it another host to Ray, which would replace

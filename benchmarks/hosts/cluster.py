@@ -2,12 +2,14 @@
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from benchmarks.hosts.network import Network
-from cluster import ports, processes
+from cluster import processes
 from cluster.processes import ProcessRecord
-from cluster.services import SERVICES, Service, client_environment
+from cluster.services import client_environment
+from cluster.serving import find_service, start, wait_until_ready
 from cluster.state import StackState
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray asks for 75 MiB at least
@@ -69,7 +71,7 @@ class HostCluster:
 
     def start_node(self, host: int) -> None:
         """Starts the host's Ray node without waiting for it; the one before must have ended."""
-        ray = _find("ray")
+        ray = find_service("ray")
         command = [
             *(str(Path(sys.executable).with_name("ray")), "start", "--block"),
             f"--address={self.state.host}:{self.state.ports['ray.gcs']}",
@@ -109,34 +111,11 @@ class HostCluster:
         self.start_node(host)
 
     def _serve(self) -> None:
-        names = [name for service in SERVICES for name in _port_names(service)]
-        self.state.ports.update(zip(names, ports.pick_free(len(names)), strict=True))
-        for service in SERVICES:
-            for folder in ("logs", service.name):
-                (self.state.folder / folder).mkdir(exist_ok=True)
-        self.state.save()
-        for service in SERVICES:
-            environment = service.environment(self.state)
-            command = self.network.run_on(0, service.command(self.state))
-            if service.name == "ray":
-                command.append("--num-cpus=0")  # the last one counts
-                environment |= _HEAD_ENVIRONMENT
-            self.state.processes[service.name] = processes.start(
-                command, environment, self.log(service.name)
-            )
-        for service in SERVICES:
-            self._wait(service)
-
-    def _wait(self, service: Service) -> None:
-        deadline = time.monotonic() + service.start_seconds
-        while True:
-            try:
-                return service.check(self.state)
-            except (OSError, RuntimeError) as error:
-                if time.monotonic() > deadline:
-                    log = self.log(service.name).read_text(errors="replace")[-2000:]
-                    raise RuntimeError(f"{service.title}: {error}\n{log}") from error
-            time.sleep(0.2)
+        place = partial(self.network.run_on, 0)
+        for name in ("s3", "mlflow"):
+            start(self.state, name, place=place)
+        start(self.state, "ray", ["--num-cpus=0"], _HEAD_ENVIRONMENT, place)
+        wait_until_ready(self.state, "s3", "mlflow", "ray")
 
     def _wait_for_nodes(self) -> None:
         logs = [self.log(f"node-{host}") for host in self._nodes]
@@ -146,11 +125,3 @@ class HostCluster:
                 said = "\n".join(log.read_text()[-1000:] for log in logs)
                 raise RuntimeError(f"a node did not join the cluster:\n{said}")
             time.sleep(0.1)
-
-
-def _find(name: str) -> Service:
-    return next(service for service in SERVICES if service.name == name)
-
-
-def _port_names(service: Service) -> list[str]:
-    return [service.name, *(f"{service.name}.{name}" for name in service.hidden_ports)]

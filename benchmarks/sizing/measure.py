@@ -9,9 +9,9 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,8 @@ from benchmarks.hosts.network import Network
 from benchmarks.sizing.host import GLOBAL_BATCH_SIZE, make_state
 from benchmarks.sizing.model import BYTES_PER_PARAMETER
 from benchmarks.sizing.simulate import simulate
-from cluster import ports, processes
-from cluster.services import SERVICES
+from cluster import processes
+from cluster.serving import find_service, start, wait_until_ready
 from cluster.state import StackState
 from data_pipelines import ShardDataset
 from data_pipelines.build_shards import build_shards
@@ -170,27 +170,15 @@ def _hosts(network: Network, folder: Path, count: int) -> Iterator[list[_Host]]:
 @contextlib.contextmanager
 def _served(network: Network, folder: Path) -> Iterator[dict[str, str]]:
     """The environment of a client, while the local stack's S3 server runs on the first host."""
-    service = next(service for service in SERVICES if service.name == "s3")
-    names = ["s3", *(f"s3.{name}" for name in service.hidden_ports)]
     state = StackState(folder, host=network.address(SERVER))
-    state.ports.update(zip(names, ports.pick_free(len(names)), strict=True))
-    (folder / "s3").mkdir(parents=True)
-    environment, log = service.environment(state), folder / "s3.log"
-    record = processes.start(network.run_on(SERVER, service.command(state)), environment, log)
+    start(state, "s3", place=partial(network.run_on, SERVER))
     try:
-        deadline = time.monotonic() + service.start_seconds
-        while True:
-            try:
-                service.check(state)
-                break
-            except (OSError, RuntimeError) as error:
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"the S3 server did not start: {error}") from error
-                time.sleep(0.2)
+        wait_until_ready(state, "s3")
+        environment = find_service("s3").environment(state)
         names = ("AWS_", "NO_PROXY", "no_proxy")
         yield {name: value for name, value in environment.items() if name.startswith(names)}
     finally:
-        processes.stop(record)
+        processes.stop(state.processes["s3"])
 
 
 def _make_images(folder: Path, count: int) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from cluster import ports, processes
-from cluster.services import SERVICES, client_environment
+from cluster.services import client_environment
+from cluster.serving import start, wait_until_ready
 from cluster.state import load
 from tests.conftest import ROOT
 from tests.integration.train_jobs import OPTIONS
@@ -27,37 +28,25 @@ HEAD = f"{0:0>5}".rjust(56, "f")
 def cluster(session_stack, train_shards, monkeypatch):
     """A head without CPUs whose autoscaler may start two nodes of one CPU."""
     running = load(session_stack.folder)
-    ray = next(service for service in SERVICES if service.name == "ray")
-    names = ["ray", *(f"ray.{name}" for name in ray.hidden_ports)]
+    shared = {name: port for name, port in running.ports.items() if not name.startswith("ray")}
+    taken = shared | {"ray.gcs": ports.pick_free(1)[0]}
     with tempfile.TemporaryDirectory(prefix="efae-", ignore_cleanup_errors=True) as folder:
-        taken = running.ports | dict(zip(names, ports.pick_free(len(names)), strict=True))
         state = dataclasses.replace(running, folder=Path(folder), ports=taken, processes={})
-        state.save()
-        gcs = f"{state.host}:{taken['ray.gcs']}"
         config = Path(folder) / "autoscaling.json"
-        config.write_text(json.dumps(configure_autoscaler(gcs)))
-        command = [*ray.command(state), "--num-cpus=0", f"--autoscaling-config={config}"]
+        config.write_text(json.dumps(configure_autoscaler(f"{state.host}:{taken['ray.gcs']}")))
         settings = {
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "RAY_FAKE_CLUSTER": "1",
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD,
         }
-        log = Path(folder) / "ray.log"
-        head = processes.start(command, ray.environment(state) | settings, log)
+        start(state, "ray", ["--num-cpus=0", f"--autoscaling-config={config}"], settings)
         try:
-            give_up_at = time.monotonic() + ray.start_seconds
-            while True:
-                try:
-                    ray.check(state)
-                    break
-                except (OSError, RuntimeError):
-                    assert time.monotonic() < give_up_at, log.read_text()
-                    time.sleep(0.2)
+            wait_until_ready(state, "ray")
             for name, value in client_environment(state).items():
                 monkeypatch.setenv(name, value)
             yield
         finally:
-            processes.stop(head)
+            processes.stop(state.processes["ray"])
 
 
 def configure_autoscaler(gcs):
