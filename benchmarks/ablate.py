@@ -297,6 +297,8 @@ def print_table(results: dict[str, Any]) -> None:
     print("| variant | lr | parameters | images | PSNR dB | least / most symmetric half | gap dB |")
     print("|---|---|---|---|---|---|---|")
     for name, entry in results["variants"].items():
+        if not entry["runs"]:  # only its cost was measured so far
+            continue
         rate = best_rate(results, name)
         runs = [run for run in entry["runs"] if run["learning_rate"] == rate]
         scores = [score(run) for run in runs]

@@ -7,30 +7,35 @@ the loss of a worker, of the driver or of the whole cluster. Checkpoints do not 
 `ray.train.report`: its controller ends the run when it cannot write to storage itself.
 """
 
+import contextlib
 import itertools
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import ray
 import ray.train
 import torch
+import torch.distributed as dist
 from ray.autoscaler.sdk import request_resources  # pyright: ignore[reportUnknownVariableType]
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.util import get_node_ip_address  # pyright: ignore[reportUnknownVariableType]
 
+from data_pipelines.retries import StorageError
 from data_pipelines.shard_cache import ShardError
 from efae import config_forms as configuration
 from efae.artifacts.checkpoint import CheckpointError
 from efae.artifacts.redaction import first_cause
 from efae.artifacts.registry import load
 from efae.artifacts.run_checkpoints import locate_run
-from efae.artifacts.run_events import record_event
+from efae.artifacts.run_events import read_events, record_event
 from efae.config import Config
 from efae.training.divergence import TrainingDiverged
 from efae.training.evaluation import Evaluation, evaluate
@@ -201,19 +206,36 @@ class WorkerFailures(UserCallback):
         Raises:
             TrainingFailed: starting again would fail in the same way.
         """
-        ranks = sorted(worker_exceptions, key=lambda r: (not is_final(worker_exceptions[r]), r))
-        rank, error = ranks[0], worker_exceptions[ranks[0]]
-        what = f"rank {rank} was lost: {first_cause(error)}"
+        rank, error = find_culprit(worker_exceptions)
         # Storage may be what failed: the controller must not wait for it.
-        record = threading.Thread(
-            target=record_event, args=(self._uri, "failure", what), daemon=True
-        )
+        record = threading.Thread(target=self._record, args=(rank, first_cause(error)), daemon=True)
         record.start()
         again = isinstance(error, ShardError) and str(error) == self._last_shard_error
         self._last_shard_error = str(error) if isinstance(error, ShardError) else ""
         if is_final(error) or again:
             record.join(5)
             raise TrainingFailed(f"training failed on rank {rank}: {error}")
+
+    def _record(self, rank: int, cause: str) -> None:
+        host = ""
+        with contextlib.suppress(StorageError, LookupError):
+            starts = [event for event in read_events(self._uri) if event.kind == "start"]
+            host = f" on {starts[-1].facts['hosts'][rank]}"
+        record_event(self._uri, "failure", f"rank {rank}{host} was lost: {cause}")
+
+
+def find_culprit(errors: Mapping[int, Exception]) -> tuple[int, Exception]:
+    """Of the errors by rank the one that the others came from, with its rank.
+
+    One that would come again; else one whose process is gone: the others waited for it in vain.
+    """
+
+    def order(rank: int) -> tuple[bool, bool, int]:
+        error = errors[rank]
+        return not is_final(error), not isinstance(error, WorkerHealthCheckFailedError), rank
+
+    rank = min(errors, key=order)
+    return rank, errors[rank]
 
 
 def is_final(error: Exception) -> bool:
@@ -226,13 +248,15 @@ def is_final(error: Exception) -> bool:
 def _train_on_worker(settings: dict[str, Any]) -> None:
     config, context = configuration.from_json(settings["config"]), ray.train.get_context()
     rank = context.get_world_rank()
+    hosts = [""] * context.get_world_size()
+    dist.all_gather_object(hosts, cast(str, get_node_ip_address()))
     continue_run(
         config,
         settings["run_id"],
         settings["tracking_uri"],
         device=get_device(),
         rank=rank,
-        world_size=context.get_world_size(),
+        hosts=hosts,
         agree=broadcast_from_rank_zero,
         wrap=_make_parallel,
         ends_soon=_Notice(locate_run(config) if rank == 0 else None),

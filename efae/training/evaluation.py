@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import UInt8
@@ -38,7 +38,9 @@ from efae.training.measures import (
     symmetric_images,
     to_float,
 )
-from efae.training.networks import Fid, Lpips
+
+if TYPE_CHECKING:
+    from efae.training.networks import Fid, Lpips
 
 CHOSEN = 64
 """Images, at most, for the measures that take many decodes."""
@@ -125,8 +127,8 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 64,
     angles_degrees: Sequence[float] | None = None,
-    lpips: Lpips | None = None,
-    fid: Fid | None = None,
+    lpips: "Lpips | None" = None,
+    fid: "Fid | None" = None,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
 ) -> Evaluation:
     """Measure a model in fp32.
@@ -224,7 +226,7 @@ def _no_pictures(images: Tensor) -> Pictures:
 
 
 def _measure_elements(
-    model: Tokenizer, image: Tensor, noise: Tensor, totals: Totals, lpips: Lpips | None
+    model: Tokenizer, image: Tensor, noise: Tensor, totals: Totals, lpips: "Lpips | None"
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Encoder, decoder and both together, element by element; returns latent and decodes."""
     latent = model.encode(image)
@@ -377,8 +379,8 @@ def _protocol(
     totals: Totals,
     angles: Sequence[float],
     seed: int,
-    lpips: Lpips | None,
-    fid: Fid | None,
+    lpips: "Lpips | None",
+    fid: "Fid | None",
 ) -> dict[str, Any]:
     knobs = model.config.flow if isinstance(model, Autoencoder) else None
     chosen = (

@@ -2,6 +2,9 @@
 
 Images are in [-1, 1]: the range of PSNR and SSIM is 2. Both are torchmetrics', per image. Totals
 are sums over images, so neither the batch size nor the number of processes changes a result.
+
+torchmetrics takes two seconds to import, which a driver that only checks and submits never needs:
+it comes with the measures that use it.
 """
 
 import json
@@ -14,10 +17,6 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
-from torchmetrics.functional.image import (
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
 
 from efae.symmetry import D4, Element
 
@@ -49,6 +48,8 @@ def to_float(image: Tensor) -> Tensor:
 
 def psnr(image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
     """Peak signal to noise ratio per image, dB, at most LARGEST_PSNR; the range is 2."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
     ratio = peak_signal_noise_ratio(
         image, other, data_range=2.0, reduction="none", dim=(1, 2, 3), base=10.0
     )
@@ -72,6 +73,8 @@ def ssim(image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"]) -> Fl
 
     As torchmetrics has it: borders are reflected, so images may be as small as 6 pixels.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     score = structural_similarity_index_measure(
         image, other, gaussian_kernel=True, sigma=1.5, kernel_size=11, reduction="none",
         data_range=2.0, k1=0.01, k2=0.03,

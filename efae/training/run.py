@@ -1,7 +1,7 @@
 """One process of a run: from the run's newest checkpoint to its last, wherever it runs."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def continue_run(
     *,
     device: torch.device,
     rank: int = 0,
-    world_size: int = 1,
+    hosts: Sequence[str] = ("localhost",),
     agree: Callable[[Any], Any] = lambda value: value,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     ends_soon: Callable[[], bool] = lambda: False,
@@ -51,7 +51,7 @@ def continue_run(
         tracking_uri: of the MLflow server.
         device: of this process.
         rank: of this process.
-        world_size: number of processes.
+        hosts: addresses of the machines of all processes, by rank.
         agree: rank 0's value on every rank; all call it once.
         wrap: makes the model data parallel.
         ends_soon: see `train`, as the next.
@@ -64,6 +64,7 @@ def continue_run(
         ShardError: a shard or an image in it cannot be read.
         StorageError: the storage refuses or does not answer.
     """
+    world_size = len(hosts)
     if device.type == "cpu":
         torch.set_num_threads(config.ray.cpus_per_worker)
     for name in ("", "mlflow"):  # Ray, botocore and MLflow chat at INFO
@@ -78,7 +79,7 @@ def continue_run(
         what = f"{workers} begin{s}"
         if newest:
             what = f"{workers} continue{s} from step {step}, {newest[0]}"
-        record_event(uri, "start", what, step=step, world_size=world_size)
+        record_event(uri, "start", what, step=step, world_size=world_size, hosts=list(hosts))
         say(what)
         writer = CheckpointWriter(uri, config)
         tracker = Tracker(

@@ -120,8 +120,9 @@ def test_a_run_outlives_a_host_that_is_cut_off(cluster, run):
     assert run.info.status == "FINISHED"
     events = read_events(run_uri("over-hosts"))
     # The worker that was cut off may have noted that its storage was out of reach.
-    kinds = [event.kind for event in events if event.kind != "outage"]
-    assert kinds == ["start", "failure", "start"]
+    told = [event for event in events if event.kind != "outage"]
+    assert [event.kind for event in told] == ["start", "failure", "start"]
+    assert f" on {cluster.network.address(2)} was lost" in told[1].facts["what"]
     assert events[-1].facts["world_size"] == 2
     assert events[-1].facts["step"] >= 40
     for host in (1, 2):  # either read shards for itself

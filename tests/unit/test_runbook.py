@@ -4,20 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-
-from efae.ray_trainer import is_final
 
 ROOT = Path(__file__).parents[2]
 TEXT = "".join((ROOT / "docs" / name).read_text() for name in ("runbook.md", "operating.md"))
-
-
-def test_a_run_without_memory_is_not_tried_again():
-    with pytest.raises(RuntimeError, match="can't allocate memory") as caught:
-        torch.empty(2**60, dtype=torch.uint8)
-    assert is_final(caught.value)
-    assert is_final(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
-    assert not is_final(RuntimeError("the actor died"))
 
 
 def test_every_failure_has_a_test_that_makes_it_happen():
