@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from data_pipelines.epoch_plan import PlannedBatch
+from data_pipelines.pixel_cache import PixelCache
 from data_pipelines.sample_forms import Batch, SampleForm
 from data_pipelines.shard_cache import ShardCache, ShardError
 from data_pipelines.shard_index import Members, ShardIndex
@@ -43,6 +44,7 @@ class SampleReader:
         replace: bool,
         most_bad: int,
         pin_memory: bool,
+        pixels: PixelCache | None,
     ):
         self.cache = cache
         self.chunks = cache.chunks
@@ -51,7 +53,7 @@ class SampleReader:
         self._index, self._columns = index, columns
         self._shard_ends = np.cumsum([len(shard.keys) for shard in index.shards])
         self._form, self._replace, self._most_bad = form, replace, most_bad
-        self._pin_memory = pin_memory
+        self._pin_memory, self._pixels = pin_memory, pixels
         self._lock = threading.Lock()
         self._beyond_help: set[int] = set()
         """Chunks that were no better when they were fetched again: it is the storage's damage."""
@@ -60,6 +62,21 @@ class SampleReader:
     def count_bytes(self, sample: np.ndarray) -> int:
         """Bytes of these samples, without other members."""
         return int(self._columns[None].size[sample].sum())
+
+    def open(self) -> None:
+        """Open what is kept on this node; before the first batch.
+
+        Raises:
+            ValueError: its folder belongs to another user.
+        """
+        if self._pixels is not None:
+            self._pixels.open()
+
+    def find_chunks(self, sample: np.ndarray) -> list[int]:
+        """The chunks that are needed to read these samples."""
+        if self._pixels is not None and len(self._columns) == 1:
+            sample = sample[~self._pixels.holds(sample)]
+        return np.unique(self.chunks.of(sample)).tolist()
 
     def read(self, planned: PlannedBatch) -> Batch:
         """The samples and members of one planned batch.
@@ -76,7 +93,7 @@ class SampleReader:
         decoded = zip(rows.numpy(), samples, drawn, strict=True)
         for number, (row, places, draw) in enumerate(decoded):
             try:
-                found = self._decode(row, places, draw)
+                found = self._decode(row, wanted[number], places, draw)
             except ValueError as error:
                 taken, found = self._replace_bad(row, wanted[number], draw, error)
                 keys[number] = self._key(taken)
@@ -114,14 +131,20 @@ class SampleReader:
             found.append(zip(*lists, strict=True))
         return list(zip(*found, strict=True))
 
-    def _decode(self, row: np.ndarray, places: Sequence[_Place], draw: Any) -> list[bytes]:
-        """Decode the sample into `row`; its other members.
+    def _decode(
+        self, row: np.ndarray, sample: int, places: Sequence[_Place], draw: Any
+    ) -> list[bytes]:
+        """Decode the sample into `row`, or copy it from where it was kept; its other members.
 
         Raises:
             ValueError: one of them is damaged.
         """
-        data, *members = [self._read(*place) for place in places]
-        self._form.decode(row, data, draw)
+        members = [self._read(*place) for place in places[1:]]
+        if self._pixels is None:
+            self._form.decode(row, self._read(*places[0]), draw)
+        elif not self._pixels.read(sample, row):
+            self._form.decode(row, self._read(*places[0]), draw)
+            self._pixels.write(sample, row)
         return members
 
     def _read(self, chunk: int, start: int, end: int, crc32: int) -> bytes:
@@ -149,7 +172,7 @@ class SampleReader:
         others = (np.arange(1, count) + (sample - first)) % count + first
         for other, places in zip(others.tolist(), self._find_members(others), strict=True):
             try:
-                return other, self._decode(row, places, draw)
+                return other, self._decode(row, other, places, draw)
             except ValueError as error:
                 self._note_bad(other, error)
         raise ShardError(self._uri(sample), self._key(sample), f"no good sample near it: {fault}")

@@ -8,12 +8,10 @@ that already are local files are mapped where they lie.
 """
 
 import contextlib
-import errno
 import fcntl
 import mmap
 import os
 import re
-import tempfile
 import threading
 import time
 import zlib
@@ -25,6 +23,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data_pipelines import storage, uris
+from data_pipelines.cache_folder import explain_full_disk, make_cache_folder
 from data_pipelines.chunks import LARGEST_BYTES, Chunks
 from data_pipelines.shard_index import Shard, ShardIndex
 
@@ -47,11 +46,6 @@ class ShardError(OSError):
         return type(self), (self.uri, self.key, self.reason)
 
 
-def default_cache_dir() -> Path:
-    """A folder of this user's in the temporary folder."""
-    return Path(tempfile.gettempdir()) / f"efae-shards-{os.getuid()}"
-
-
 class ShardCache:
     """At most `capacity_bytes` of files in `folder`; the least recently opened go first.
 
@@ -62,13 +56,13 @@ class ShardCache:
     """
 
     def __init__(
-        self, uri: str, index: ShardIndex, chunks: Chunks, folder: Path | None, capacity_bytes: int
+        self, uri: str, index: ShardIndex, chunks: Chunks, folder: Path, capacity_bytes: int
     ):
         self._index, self.chunks = index, chunks
         self._uris = [uris.join(uri, shard.name) for shard in index.shards]
         self.local = uris.local_path(uri) is not None
         """Whether the shards are files of this machine, which need no fetching."""
-        self._folder = folder or default_cache_dir()
+        self._folder = folder
         self._capacity_bytes = capacity_bytes
         self._maps: dict[int, _Mapped] = {}
         self._lock = threading.Lock()
@@ -136,7 +130,7 @@ class ShardCache:
         return self._cut(chunks, path, start, _map(path, start, end - start))
 
     def _map_remote(self, chunks: Sequence[int]) -> dict[int, _Mapped]:
-        self._make_folder()
+        make_cache_folder(self._folder)
         mapped: dict[int, _Mapped] = {}
         with contextlib.ExitStack() as locks:  # one download a node, not one a rank
             for lock in self._lock_files(chunks):
@@ -215,11 +209,6 @@ class ShardCache:
         rows = list(chunks)
         return int(self.chunks.start[rows].min()), int(self.chunks.end[rows].max())
 
-    def _make_folder(self) -> None:
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self._folder.stat().st_uid != os.getuid():
-            raise ValueError(f"cache folder {self._folder} belongs to another user: pass cache_dir")
-
 
 def measure_cache(folder: Path) -> int:
     """Bytes that the cache in this folder holds; 0 where there is none."""
@@ -278,12 +267,8 @@ def _write(path: Path, data: bytes) -> memoryview:
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ValueError(
-                f"no space for {len(data)} bytes in the cache folder {path.parent.parent}: make"
-                " space, choose another (data.cache_dir), or lower data.cache_bytes"
-            ) from error
-        raise
+        folder = path.parent.parent
+        raise explain_full_disk(error, folder, len(data), "data.cache_bytes") from error
     return mapped
 
 

@@ -6,9 +6,11 @@ from typing import Any, Literal
 import numpy as np
 
 from data_pipelines import uris
+from data_pipelines.cache_folder import default_cache_dir
 from data_pipelines.chunks import cut_chunks
 from data_pipelines.epoch_plan import Tail
 from data_pipelines.latent_format import EXTENSION, find_format
+from data_pipelines.pixel_cache import PixelCache
 from data_pipelines.sample_forms import Crop, ImageForm, LatentForm, SampleForm
 from data_pipelines.sample_reader import SampleReader
 from data_pipelines.shard_cache import ShardCache
@@ -119,6 +121,7 @@ class ShardDataset:
         decode_threads: int = 2,
         cache_bytes: int = 20 * 2**30,
         cache_dir: str | Path | None = None,
+        pixel_cache_bytes: int = 0,
         pin_memory: bool = False,
     ) -> ShardLoader:
         """Batches for rank `rank` of `world_size`.
@@ -146,6 +149,8 @@ class ShardDataset:
             decode_threads: decoder threads of this rank.
             cache_bytes: bound of the node's shard cache, for sets that are not local files.
             cache_dir: where that cache is; None is a folder of the user's in the temporary folder.
+            pixel_cache_bytes: bound of the decoded images that are kept there, so that later epochs
+                need not decode them; 0 keeps none.
             pin_memory: hand out page-locked images, for copies to a GPU that do not block.
 
         Raises:
@@ -169,7 +174,7 @@ class ShardDataset:
                 f"cache_bytes={cache_bytes} is less than the largest piece of {self.uri} that is"
                 f" fetched at once ({largest}): raise it"
             )
-        folder = Path(cache_dir) if cache_dir else None
+        folder = Path(cache_dir) if cache_dir else default_cache_dir()
         cache = ShardCache(where, self.index, self.chunks, folder, cache_bytes)
         size = sum(shard.bytes for shard in self.index.shards)
         reader = SampleReader(
@@ -183,6 +188,7 @@ class ShardDataset:
             replace=bad_samples == "replace",
             most_bad=most_bad_samples,
             pin_memory=pin_memory,
+            pixels=self._keep_pixels(form, crop, folder, pixel_cache_bytes),
         )
         return ShardLoader(
             self.id,
@@ -196,6 +202,23 @@ class ShardDataset:
             decode_threads=decode_threads,
             prefetch_bytes=0 if cache.local else min(_PREFETCH_BYTES, cache_bytes // 4, size),
         )
+
+    def _keep_pixels(
+        self, form: SampleForm, crop: Crop, folder: Path, capacity_bytes: int
+    ) -> PixelCache | None:
+        if not capacity_bytes:
+            return None
+        if capacity_bytes < 0 or self.latents is not None:
+            raise ValueError(
+                f"pixel_cache_bytes={capacity_bytes}: must not be negative, and 0 for latents,"
+                " which are not decoded"
+            )
+        if crop == "random":
+            raise ValueError(
+                f"pixel_cache_bytes={capacity_bytes}: random crops differ in every epoch; use 0, or"
+                ' crop="center"'
+            )
+        return PixelCache(folder, self.id, len(self), form.shape, capacity_bytes)
 
     def _image_form(
         self,

@@ -82,6 +82,7 @@ class ShardLoader:
             self._shuffle,
             self._tail,
         )
+        self._reader.open()
         fetched = _FetchedAhead(planned, self._reader, self._prefetch_bytes)
         decoders = ThreadPoolExecutor(self._decode_threads, thread_name_prefix="decode")
         ahead: deque[tuple[Future[Batch], Position]] = deque()
@@ -163,7 +164,7 @@ class _FetchedAhead:
             self._ahead.append((batch, size))
             self._bytes_ahead += size
             if not self._reader.cache.local:
-                wanted |= dict.fromkeys(self._chunks(batch))
+                wanted |= dict.fromkeys(self._reader.find_chunks(batch.sample))
         self._fetch(wanted)
         if not self._ahead:
             return None

@@ -35,6 +35,9 @@ class DataConfig:
     """Upper bound of the node-local shard cache, bytes; shared by the ranks of a node."""
     cache_dir: str | None = None
     """Folder of that cache, on a fast local disk; None: one in the temporary folder."""
+    pixel_cache_bytes: int = 0
+    """Room for decoded training images beside it, bytes: what fits is decoded in the first epoch
+    only. For nodes whose CPUs, not disks, are short; 0 keeps none."""
     bad_samples: Literal["fail", "replace"] = "fail"
     """On a training image that is damaged: stop, or take its neighbour instead and count."""
     most_bad_samples: int = 100
@@ -44,6 +47,15 @@ class DataConfig:
 
     def __post_init__(self):
         require_positive("data", self, "cache_bytes", "decode_threads")
+        require(
+            self.pixel_cache_bytes >= 0,
+            f"data.pixel_cache_bytes={self.pixel_cache_bytes}: must be >= 0",
+        )
+        require(
+            self.crop == "center" or not self.pixel_cache_bytes,
+            f"data.pixel_cache_bytes={self.pixel_cache_bytes}: random crops differ in every epoch;"
+            " set it to 0, or data.crop to center",
+        )
         require(min(self.image_size) > 0, f"data.resolution={self.resolution}: must be positive")
 
     @property

@@ -17,7 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from data_pipelines import storage, uris
-from data_pipelines.shard_cache import default_cache_dir, measure_cache
+from data_pipelines.cache_folder import default_cache_dir
+from data_pipelines.pixel_cache import measure_pixels
+from data_pipelines.shard_cache import measure_cache
 from efae.checks import Note
 
 SPARE_BYTES = 2**30
@@ -107,14 +109,14 @@ def check_disk(cache_dir: str | None, cache_bytes: int) -> str:
 
     Args:
         cache_dir: data.cache_dir.
-        cache_bytes: what will be in the cache at most; what already is there counts as room.
+        cache_bytes: what will be in the caches at most; what already is there counts as room.
 
     Raises:
         ValueError: less is free.
     """
     cache = Path(cache_dir) if cache_dir else default_cache_dir()
     needs = [
-        (cache, max(0, cache_bytes - measure_cache(cache))),
+        (cache, max(0, cache_bytes - measure_cache(cache) - measure_pixels(cache))),
         (Path(tempfile.gettempdir()), SPARE_BYTES),
     ]
     disks: dict[int, list[tuple[Path, int]]] = {}
@@ -128,7 +130,8 @@ def check_disk(cache_dir: str | None, cache_bytes: int) -> str:
         if free < need:
             raise ValueError(
                 f"{_gib(free)} GiB free in {names}, the run may need {_gib(need)}: make space, name"
-                " another folder (data.cache_dir, TMPDIR), or lower data.cache_bytes"
+                " another folder (data.cache_dir, TMPDIR), or lower data.cache_bytes or"
+                " data.pixel_cache_bytes"
             )
         found.append(f"{_gib(free)} GiB free in {names}, {_gib(need)} needed at most")
     return "; ".join(found)

@@ -1,5 +1,6 @@
 """What must hold before any work starts, as seen from the driver; the nodes' are `node_checks`."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -33,7 +34,7 @@ def list_checks(config: Config, tracking_uri: str) -> Iterator[tuple[str, Check]
 
 
 def measure_data(config: Config) -> int:
-    """Bytes that the run's shards take in a node's cache at most; 0 where they are not fetched.
+    """Bytes that a node's caches take at most: of shards that are fetched, and of kept pixels.
 
     Raises:
         ValueError: no readable index there.
@@ -43,7 +44,12 @@ def measure_data(config: Config) -> int:
         uri for uri in (config.data.uri, config.data.held_out_uri) if not uris.local_path(uri)
     ]
     found = [shard.bytes for uri in remote for shard in load_index(uri).shards]
-    return min(sum(found), config.data.cache_bytes)
+    fetched = min(sum(found), config.data.cache_bytes)
+    if not config.data.pixel_cache_bytes:
+        return fetched
+    samples = sum(len(shard.keys) for shard in load_index(config.data.uri).shards)
+    pixels = samples * config.data.channels * math.prod(config.data.image_size)
+    return fetched + min(pixels, config.data.pixel_cache_bytes)
 
 
 def check_mlflow(tracking_uri: str) -> str:

@@ -55,6 +55,7 @@ PIPELINES = {
     "bare decode": Pipeline("bare", cold=False, ranks=(1,)),
     "ours": Pipeline("ours"),
     "ours, labels": Pipeline("ours", {"labels": True}),
+    "ours, pixels kept": Pipeline("ours", {"keep_pixels": True}),
     "webdataset, rgb8": Pipeline("stock", {"decode": "rgb8"}, _STOCK),
     "webdataset, rgb8, default tars": Pipeline(
         "stock", {"decode": "rgb8", "default_tars": True}, _STOCK, ranks=(1,)

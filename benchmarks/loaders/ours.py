@@ -7,14 +7,19 @@ from torch import Tensor
 from benchmarks.loaders import Task
 from data_pipelines import ShardDataset
 
+_PIXEL_CACHE_BYTES = 20 * 2**30  # as the cache of shards has
 
-def open_epochs(task: Task, labels: bool = False) -> Callable[[], Iterator[Tensor]]:
-    """The options stay at their defaults, but for the labels."""
+
+def open_epochs(
+    task: Task, labels: bool = False, keep_pixels: bool = False
+) -> Callable[[], Iterator[Tensor]]:
+    """The options stay at their defaults, but for the labels, and the cache of decoded images."""
     loader = ShardDataset.open(task.tars).loader(
         global_batch_size=task.batch_size * task.world_size,
         rank=task.rank,
         world_size=task.world_size,
         cache_dir=task.cache,
+        pixel_cache_bytes=_PIXEL_CACHE_BYTES if keep_pixels else 0,
         **({"members": ("cls",)} if labels else {}),
     )
 

@@ -90,6 +90,7 @@ def train(
         decode_threads=config.data.decode_threads,
         cache_bytes=config.data.cache_bytes,
         cache_dir=config.data.cache_dir,
+        pixel_cache_bytes=config.data.pixel_cache_bytes,
         pin_memory=device.type == "cuda",
     )
     scores: dict[str, float] = {}

@@ -51,6 +51,7 @@ def test_overrides_are_found_again(rate, steps, split, counts):
         ("model.num_heads", 3, "multiple of 8 \\* model.num_heads = 24"),
         ("model.level", "exakt", "model.level"),
         ("data.channels", 4, "data.channels"),
+        ("data.pixel_cache_bytes", -1, "data.pixel_cache_bytes=-1: must be >= 0"),
     ],
 )
 def test_bad_values_name_key_value_and_remedy(key, value, message):

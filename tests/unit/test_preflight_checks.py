@@ -213,6 +213,20 @@ def test_local_shards_need_no_cache(shards):
     assert measure_data(config) == 0
 
 
+@pytest.mark.parametrize(("bound", "expected"), [(2**20, 23 * 3 * 8 * 8), (1000, 1000)])
+def test_pixels_that_are_to_be_kept_need_room(shards, bound, expected):
+    config = with_overrides(
+        Config(),
+        {
+            "data.uri": shards,
+            "data.held_out_uri": shards,
+            "data.resolution": 8,
+            "data.pixel_cache_bytes": bound,
+        },
+    )
+    assert measure_data(config) == expected
+
+
 def test_a_wrong_configuration_is_not_asked_about():
     said = []
     config = with_overrides(Config(), {"data.uri": "pipe:ls", "tracking.run_name": "x"})
