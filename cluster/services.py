@@ -84,6 +84,8 @@ def _ray_environment(state: StackState) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(state.token_file),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # A job that is stopped gets 3 s by default, too few for a sweep to end its runs in MLflow.
+        "RAY_JOB_STOP_WAIT_TIME_S": "30",
     }
     if state.host == LOOPBACK:
         # Despite its name: with 0 Ray leaves 127.0.0.1 as it is on Linux too, on servers and

@@ -99,7 +99,7 @@ def run_sweep(
         _check_found(records, best)
     except BaseException as error:
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
-        # Ray gives a stopped job three seconds; the others have ended, but for a rare moment.
+        # Quickly: a stopped job is killed soon. The others have ended, but for a rare moment.
         begun = [record for record in records.trials.values() if record.state == "running"]
         _end_runs(sweep, config, begun, "KILLED" if interrupted else "FAILED")
         raise
