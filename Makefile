@@ -31,9 +31,8 @@ bench: up ## compare level exact with dense twins at one budget (ARGS="--cpu-sec
 	@source "$(LOCAL)/env" && $(OPENMOJI) && $(BIN)/python -m benchmarks.ablate --preset quickstart \
 	    --seeds 1 --variants exact none "exact, narrow" "none, narrow" $(ARGS)
 
-# All tests run in two processes, each with servers of its own and one thread for its arithmetic.
 test: $(STAMP) ## run every test that needs no GPU (ARGS="tests/unit -k latent")
-	@$(if $(ARGS),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(or $(ARGS),--numprocesses 2 --no-loadscope-reorder)
+	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP) ## check format, style, types and the direction of imports
 	@$(BIN)/ruff format --check --quiet .

@@ -15,20 +15,8 @@ import pytest
 from cluster import ports
 from cluster.services import client_environment
 from cluster.state import load
-from tests.scheduling import Scheduling, sort_items
 
 ROOT = Path(__file__).parents[1]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that two processes end at about the same time."""
-    items[:] = sort_items(items)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Scheduling:
-    """See `tests.scheduling`."""
-    return Scheduling(config, log)
 
 
 @dataclass(frozen=True)
