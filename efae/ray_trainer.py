@@ -33,7 +33,6 @@ from data_pipelines.shard_cache import ShardError
 from efae import config_forms as configuration
 from efae.artifacts.checkpoint import CheckpointError
 from efae.artifacts.redaction import first_cause
-from efae.artifacts.registry import load
 from efae.artifacts.run_checkpoints import locate_run
 from efae.artifacts.run_events import read_events, record_event
 from efae.config import Config
@@ -305,6 +304,8 @@ def evaluate_on_cluster(model_uri: str, config: Config) -> Evaluation:
 
 
 def _evaluate(model_uri: str, text: str) -> Evaluation:
+    from efae.artifacts.registry import load  # with MLflow, which workers that train do without
+
     config = configuration.from_json(text)
     torch.set_num_threads(config.ray.cpus_per_worker)
     model = load(model_uri, device="cuda" if config.ray.use_gpu else "cpu")

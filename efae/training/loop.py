@@ -8,7 +8,7 @@ rank), so a resumed run goes on as if nothing had happened.
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from data_pipelines import ShardDataset
 from efae.artifacts.checkpoint import Checkpoint
-from efae.artifacts.tracker import Tracker
 from efae.config import Config
 from efae.model.objective import Objective
 from efae.training.checkpoint_writer import CheckpointWriter
@@ -28,6 +27,9 @@ from efae.training.perceptual import load_perceptual
 from efae.training.preview import Preview
 from efae.training.sample_log import SampleLog
 from efae.training.state import TrainState
+
+if TYPE_CHECKING:  # of rank 0 alone
+    from efae.artifacts.tracker import Tracker
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,7 +46,7 @@ def train(
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     ends_soon: Callable[[], bool] = lambda: False,
     writer: CheckpointWriter | None = None,
-    tracker: Tracker | None = None,
+    tracker: "Tracker | None" = None,
     preview: Tensor | None = None,
     report: Callable[[dict[str, float]], None] = lambda look: None,
     say: Callable[[str], None] = lambda line: None,

@@ -3,16 +3,18 @@
 import copy
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from efae.artifacts.report import draw_reconstructions
-from efae.artifacts.tracker import Tracker
 from efae.training.flow_measures import TIME_BINS, measure_loss
 from efae.training.measures import Totals, draw_noise, full_precision, psnr, to_float
 from efae.training.state import TrainState
+
+if TYPE_CHECKING:
+    from efae.artifacts.tracker import Tracker
 
 _BATCH_SIZE = 64
 _PICTURED = 16
@@ -30,7 +32,7 @@ class Preview:
     """
 
     def __init__(
-        self, images: UInt8[Tensor, "n c h w"], state: TrainState, tracker: Tracker | None
+        self, images: UInt8[Tensor, "n c h w"], state: TrainState, tracker: "Tracker | None"
     ):
         self._images, self._state, self._tracker = images, state, tracker
 
@@ -81,6 +83,8 @@ class Preview:
     def _show(self, image: Tensor, sample: Tensor) -> None:
         if not self._tracker:
             return
+        from efae.artifacts.report import draw_reconstructions  # matplotlib, of rank 0 alone
+
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"step-{self._state.step:08d}.png"
             draw_reconstructions(image[:_PICTURED].cpu(), sample[:_PICTURED].cpu(), path)

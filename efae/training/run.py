@@ -16,7 +16,6 @@ from efae.artifacts.run_checkpoints import (
     warn_of_damage,
 )
 from efae.artifacts.run_events import read_events, record_event
-from efae.artifacts.tracker import Tracker, default_spill_folder
 from efae.config import Config
 from efae.training.checkpoint_writer import CheckpointWriter
 from efae.training.divergence import TrainingDiverged
@@ -72,6 +71,9 @@ def continue_run(
     uri = locate_run(config)
     newest, tracker, writer, preview, rollbacks = None, None, None, None, 0
     if rank == 0:
+        # Here, since MLflow takes two seconds to import, which no other rank has to wait for.
+        from efae.artifacts.tracker import Tracker, default_spill_folder
+
         newest = _find_start(config)
         rollbacks = sum(event.kind == "rollback" for event in read_events(uri))
         step = newest[1].metadata["step"] if newest else 0
