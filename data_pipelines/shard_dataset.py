@@ -1,5 +1,6 @@
 """A shard set on storage: its samples by number, and loaders over them."""
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,7 +119,7 @@ class ShardDataset:
         members: tuple[str, ...] = (),
         bad_samples: Literal["fail", "replace"] = "fail",
         most_bad_samples: int = 100,
-        decode_threads: int = 2,
+        decode_threads: int | None = None,
         cache_bytes: int = 20 * 2**30,
         cache_dir: str | Path | None = None,
         pixel_cache_bytes: int = 0,
@@ -146,7 +147,8 @@ class ShardDataset:
             bad_samples: what to do with an image that is damaged or cannot be decoded: "fail", or
                 "replace" it by its neighbour and count it.
             most_bad_samples: more different bad ones than this fail all the same.
-            decode_threads: decoder threads of this rank.
+            decode_threads: decoder threads of this rank; None: one for samples as small as 64 x 64
+                pixels or latents, which two decode more slowly, and two for larger ones.
             cache_bytes: bound of the node's shard cache, for sets that are not local files.
             cache_dir: where that cache is; None is a folder of the user's in the temporary folder.
             pixel_cache_bytes: bound of the decoded images that are kept there, so that later epochs
@@ -199,7 +201,7 @@ class ShardDataset:
             seed=seed,
             shuffle=shuffle,
             tail=tail,
-            decode_threads=decode_threads,
+            decode_threads=_choose_threads(form) if decode_threads is None else decode_threads,
             prefetch_bytes=0 if cache.local else min(_PREFETCH_BYTES, cache_bytes // 4, size),
         )
 
@@ -284,7 +286,13 @@ class ShardDataset:
         return size
 
 
+def _choose_threads(form: SampleForm) -> int:
+    return 1 if math.prod(form.shape) <= _SMALL_SAMPLE else 2
+
+
 LARGEST_DIFFERENCE = 0.01
 """Between act(g, encode(x)) and encode(g x), for latents of unit scale: what bfloat16 loses."""
+_SMALL_SAMPLE = 3 * 64 * 64
+"""Values of a sample that is decoded as soon as Python's lock has gone to another thread."""
 _PREFETCH_BYTES = 512 * 2**20
 """Images that are fetched ahead of the decoders, at most."""

@@ -42,11 +42,16 @@ class DataConfig:
     """On a training image that is damaged: stop, or take its neighbour instead and count."""
     most_bad_samples: int = 100
     """More different bad samples than this, on one worker, stop training all the same."""
-    decode_threads: int = 2
-    """Decoder threads per worker."""
+    decode_threads: int | None = None
+    """Decoder threads per worker; None: one for images of at most 64 x 64 pixels, which two decode
+    more slowly, and two for larger ones."""
 
     def __post_init__(self):
-        require_positive("data", self, "cache_bytes", "decode_threads")
+        require_positive("data", self, "cache_bytes")
+        require(
+            self.decode_threads is None or self.decode_threads > 0,
+            f"data.decode_threads={self.decode_threads}: must be positive",
+        )
         require(
             self.pixel_cache_bytes >= 0,
             f"data.pixel_cache_bytes={self.pixel_cache_bytes}: must be >= 0",

@@ -110,6 +110,14 @@ class TestRead:
             with pytest.raises(ValueError, match=message):
                 dataset.loader(5, **options)
 
+    @pytest.mark.parametrize(("side", "threads"), [(64, 1), (512, 2)])
+    def test_small_images_are_decoded_by_one_thread(self, shards, side, threads):
+        running = [
+            sum(thread.name.startswith("decode") for thread in threading.enumerate())
+            for _ in ShardDataset.open(shards).loader(2, resolution=side)
+        ]
+        assert max(running) == threads
+
     def test_converts_between_grey_and_colour(self, shards):
         batch = next(iter(ShardDataset.open(shards).loader(23, channels=1)))
         assert batch.image.shape == (23, 1, 8, 8)
