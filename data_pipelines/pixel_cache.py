@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import math
+import mmap
 import os
 import weakref
 import zlib
@@ -81,7 +82,9 @@ class PixelCache:
         size = self._first + self._rows * self._row_bytes
         with self._explained(size):
             os.ftruncate(file, size)
-        self._checks = np.memmap(self._path, _CHECK, "r", shape=(self._rows,))
+        # By its number: another process may have deleted the name before the lock was taken.
+        checks = mmap.mmap(file, self._first, access=mmap.ACCESS_READ)
+        self._checks = np.frombuffer(checks, _CHECK)
         self._file = file
 
     def holds(self, samples: np.ndarray) -> np.ndarray:
