@@ -135,7 +135,9 @@ class Trained:
             torch.manual_seed(config.training.seed)
             self.model: Any = OriginalSketch(config.data.channels, config.data.image_size[0])
             self.objective: nn.Module = self.model
-            self.optimizer: torch.optim.Optimizer = build_sketch_optimizer(self.model)
+            self.optimizer: torch.optim.Optimizer = build_sketch_optimizer(
+                self.model, config.optimizer.learning_rate
+            )
             return
         state = TrainState.create(config, torch.device("cpu"))
         self.model, self.optimizer, self.average = state.model, state.optimizer, state.average

@@ -289,6 +289,6 @@ class OriginalSketch(nn.Module):
         return error.square().mean((1, 2, 3)), t
 
 
-def build_optimizer(model: nn.Module) -> torch.optim.Adam:
-    """Adam at the original's learning rate, which never changes."""
-    return torch.optim.Adam(model.parameters(), lr=2e-3)
+def build_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
+    """Adam at a learning rate that never changes; the original's is 2e-3."""
+    return torch.optim.Adam(model.parameters(), lr=learning_rate)

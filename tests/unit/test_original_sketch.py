@@ -165,7 +165,7 @@ def test_rotary_inner_products_depend_on_the_distance_of_tokens():
 def test_training_lowers_the_loss_and_reaches_the_encoder():
     model = make_model()
     image = torch.nn.functional.interpolate(random_image(8, 1, 2, 2), scale_factor=8)
-    optimizer, losses = build_optimizer(model), []
+    optimizer, losses = build_optimizer(model, 2e-3), []
     for step in range(30):
         optimizer.zero_grad()
         loss = model(image, seeded(step))[0].mean()
