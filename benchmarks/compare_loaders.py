@@ -7,7 +7,8 @@ Starts an S3 server of its own, writes the images there as WebDataset tars, MDS 
 reads an epoch with each pipeline: in a process of its own, its set-up not counted, its first batch
 counted, all pipelines once a round. Cold is the first epoch, from S3; warm a later one, from the
 pipeline's own cache. Prints medians and their ratio to the best webdataset pipeline without our
-decoder, and writes benchmarks/results/loaders-IMAGES.json. The server's CPU time is not counted.
+decoder, and writes benchmarks/results/loaders-IMAGES.json after each round. The server's CPU time
+is not counted.
 
 The other loaders are not installed with this project; those that are missing are named and left
 out.
@@ -205,9 +206,9 @@ def format_table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def compare(
-    name: str, arguments: Arguments, folder: Path, environment: dict[str, str]
-) -> dict[str, Any]:
-    """Write one image set and measure everything on it, round by round."""
+    name: str, arguments: Arguments, environment: dict[str, str]
+) -> Iterator[dict[str, Any]]:
+    """Write one image set and measure everything on it; all results so far after each round."""
     chosen = IMAGE_SETS[name]
     cases = list_cases(arguments, chosen.extension)
     uri = f"s3://efae-data/{name}/tars"
@@ -219,8 +220,14 @@ def compare(
         for process in start(replace(modules[module], ranks=1), task, environment, "write"):
             if process.wait():
                 raise RuntimeError(f"{module}: its set could not be written")
+    waits = {
+        f"{'warm' if warm else 'cold'}": measure(
+            Case("ours", warm, 1), task, environment, "wait", str(STEP_SECONDS)
+        )[0]
+        for warm in (False, True)
+    }
     rounds: dict[Case, list[dict[str, float]]] = {case: [] for case in cases}
-    for _ in range(arguments.rounds):
+    for number in range(1, arguments.rounds + 1):
         for case in list(rounds):
             try:
                 found = measure(case, task, environment, "epoch")
@@ -229,13 +236,14 @@ def compare(
                 del rounds[case]
                 continue
             rounds[case].append(add_ranks(found, task.samples))
-    waits = {
-        f"{'warm' if warm else 'cold'}": measure(
-            Case("ours", warm, 1), task, environment, "wait", str(STEP_SECONDS)
-        )[0]
-        for warm in (False, True)
-    }
-    return {"images": origin, "rows": summarize(rounds), "wait_under_a_training_step": waits}
+        print(f"{name}: round {number} of {arguments.rounds} measured", flush=True)
+        rows = summarize(rounds)
+        yield {
+            "images": origin,
+            "rounds": number,
+            "rows": rows,
+            "wait_under_a_training_step": waits,
+        }
 
 
 def describe_machine() -> dict[str, Any]:
@@ -269,13 +277,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="efae-") as folder, serve_s3(Path(folder)) as variables:
         os.environ.update(variables)
         for name in arguments.images:
-            found = {**describe_machine(), **compare(name, arguments, Path(folder), variables)}
+            found: dict[str, Any] = {}
+            for found in compare(name, arguments, variables):
+                if arguments.share == 1:
+                    path = RESULTS / f"loaders-{name}.json"
+                    path.write_text(json.dumps(describe_machine() | found, indent=1) + "\n")
             print("\n".join(format_table(found["rows"])), flush=True)
             for cache, wait in found["wait_under_a_training_step"].items():
                 print(f"data wait, {cache}: {100 * wait['wait_fraction']:.2f} % of the step time")
-            if arguments.share == 1:
-                path = RESULTS / f"loaders-{name}.json"
-                path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

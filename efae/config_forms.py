@@ -11,6 +11,14 @@ from pydantic import TypeAdapter
 
 from efae.config import Config
 
+_OF_THE_RUN = ("tracking.", "ray.", "resume")
+_OF_THE_MACHINES = (
+    "data.cache_bytes",
+    "data.cache_dir",
+    "data.pixel_cache_bytes",
+    "data.decode_threads",
+)
+
 
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     """A copy of `config` with dotted keys replaced, e.g. ``{"optimizer.learning_rate": 3e-4}``.
@@ -63,9 +71,12 @@ def from_json(text: str) -> Config:
     return from_dict(json.loads(text))
 
 
+def decides_weights(key: str) -> bool:
+    """Whether this setting has a part in the weights; names, places and caches have none."""
+    return not key.startswith(_OF_THE_RUN) and key not in _OF_THE_MACHINES
+
+
 def digest(config: Config) -> str:
-    """A hash of everything that decides the weights: all but tracking, ray and resume."""
-    tree = asdict(config)
-    for name in ("tracking", "ray", "resume"):
-        tree.pop(name)
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+    """A hash of every setting that `decides_weights`."""
+    decisive = {key: value for key, value in flatten(config).items() if decides_weights(key)}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]

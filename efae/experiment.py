@@ -130,11 +130,8 @@ def find_start(config: Config) -> int:
                 f"resume=never, but there is a run {name!r} already, at step {metadata['step']}"
                 f" ({uri}); choose another tracking.run_name, or --resume auto to go on with it"
             )
-        changed = [
-            line
-            for key, line in _changes(found, config)
-            if not key.startswith(("tracking.", "ray.", "resume"))
-        ]
+        changes = _changes(found, config)
+        changed = [line for key, line in changes if configuration.decides_weights(key)]
         if changed:
             raise ValueError(
                 f"tracking.run_name={name!r}: that run has another configuration"
@@ -203,9 +200,12 @@ def describe_run(config: Config, totals: dict[str, Any]) -> dict[str, Any]:
 
 def describe_preset(config: Config) -> str:
     """The nearest preset, and the settings that differ from it, but for places and machines."""
-    apart = ("tracking.", "ray.", "resume", "data.uri", "data.held", "data.cache", "data.decode")
     changes = {
-        name: [line for key, line in _changes(preset, config) if not key.startswith(apart)]
+        name: [
+            line
+            for key, line in _changes(preset, config)
+            if configuration.decides_weights(key) and key not in ("data.uri", "data.held_out_uri")
+        ]
         for name, (_, preset) in PRESETS.items()
     }
     nearest = min(changes, key=lambda name: len(changes[name]))

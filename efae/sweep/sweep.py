@@ -140,7 +140,7 @@ def _begin(
     fixed |= {
         key: value
         for key, value in configuration.flatten(config).items()
-        if not key.startswith(("tracking.", "ray.", "resume"))
+        if configuration.decides_weights(key)
     }
     fixed["sweep.space"] = chooser.space.describe()
     fixed = json.loads(json.dumps(fixed))
@@ -158,7 +158,7 @@ def _begin(
         run_id, before = known["mlflow_run_id"], known["settings"]
         changed = [
             f"{key}: {before.get(key)!r} -> {fixed.get(key)!r}"
-            for key in sorted(set(before) | set(fixed))
+            for key in sorted(filter(configuration.decides_weights, {*before, *fixed}))
             if before.get(key) != fixed.get(key)
         ]
         if changed:

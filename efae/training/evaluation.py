@@ -361,7 +361,9 @@ def _summarize(
         sampler_steps=protocol["sampler_steps"],
         psnr_by_steps={n: mean(f"steps psnr {n}") for n in steps},
         ssim_by_steps={n: mean(f"steps ssim {n}") for n in steps},
-        sharpness_by_steps={n: mean(f"steps gradient {n}") / mean("gradient") for n in steps},
+        sharpness_by_steps={
+            n: mean(f"steps gradient {n}") / max(mean("gradient"), 1e-12) for n in steps
+        },
         loss_by_time=[mean(f"loss {i}") for i in range(TIME_BINS)] if has_flow else None,
         velocity_error_by_time=velocity_error or None,
         rotations=summarize_rotations(totals, angles, variance),

@@ -62,6 +62,8 @@ def test_bad_values_name_key_value_and_remedy(key, value, message):
 def test_digest_follows_what_decides_the_weights():
     config = Config()
     names = {"tracking.run_name": "other", "ray.num_workers": (1, 4), "resume": "never"}
+    names |= {"data.cache_dir": "/other", "data.cache_bytes": 1, "data.decode_threads": 7}
+    names |= {"data.pixel_cache_bytes": 1}
     assert configuration.digest(with_overrides(config, names)) == configuration.digest(config)
     changed = with_overrides(config, {"training.seed": 1})
     assert configuration.digest(changed) != configuration.digest(config)

@@ -230,6 +230,12 @@ def test_every_group_is_measured(group, planes, chirality, sides):
     assert ("diagonal" in result.symmetric_gap_db) == (height == width)
 
 
+def test_images_of_one_colour_each_have_finite_numbers(models):
+    grey = torch.arange(4, dtype=torch.uint8).mul(60).reshape(4, 1, 1, 1).expand(4, 3, 16, 16)
+    found = evaluate(models["exact"], grey.contiguous(), batch_size=4).numbers()
+    json.dumps(found, allow_nan=False)
+
+
 def test_no_images_are_refused(models):
     with pytest.raises(ValueError, match="no images"):
         evaluate(models["exact"], draw_images(0))

@@ -32,6 +32,8 @@ def test_the_same_name_goes_on_unless_told_never(tmp_path, config):
     uri = write(tmp_path, config, 80)
     assert find_start(config) == 80
     other_cluster = {"ray.num_workers": (1, 8), "ray.max_failures": 9, "tracking.commit": "abc"}
+    other_cluster |= {"data.cache_dir": "/other", "data.cache_bytes": 1, "data.decode_threads": 7}
+    other_cluster |= {"data.pixel_cache_bytes": 1}
     assert find_start(with_overrides(config, other_cluster)) == 80
     with pytest.raises(ValueError, match=rf"'mine' already, at step 80 \({uri}\).*--resume auto"):
         find_start(with_overrides(config, {"resume": "never"}))
