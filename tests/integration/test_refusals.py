@@ -72,14 +72,48 @@ def test_impossible_representation(local_stack, capsys):
     refuse_here(capsys, arguments, "rotation_dims=15", "even")
 
 
-def test_missing_bucket(local_stack):
-    status, said = run_driver("quickstart", "--data.uri", "s3://no-such-bucket/set")
-    assert_refused(status, said, "s3://no-such-bucket", "error:")
+@pytest.fixture(scope="module")
+def all_wrong(local_stack):
+    """What one driver says to four faults at once, and the address of the MLflow that is down."""
+    mlflow = f"http://127.0.0.1:{pick_free(1)[0]}"
+    status, said = run_driver(
+        "quickstart",
+        "--data.uri=s3://no-such-bucket/set",
+        "--data.held-out-uri=s3://efae-data/nothing-here",
+        *("--ray.num-workers=64", "--training.global-batch-size=64"),
+        MLFLOW_TRACKING_URI=mlflow,
+    )
+    assert_refused(status, said, "error: preflight: 4 of")
+    return said, mlflow
 
 
-def test_missing_shards(local_stack):
-    status, said = run_driver("quickstart", "--data.uri", "s3://efae-data/nothing-here")
-    assert_refused(status, said, "s3://efae-data/nothing-here", "build_shards")
+def find_line(said, what):
+    """Of the check that failed."""
+    return next(line for line in said.splitlines() if line.startswith(f"FAIL {what}:"))
+
+
+def test_missing_bucket(all_wrong):
+    assert "s3://no-such-bucket" in find_line(all_wrong[0], "images")
+
+
+def test_missing_shards(all_wrong):
+    line = find_line(all_wrong[0], "held-out images")
+    assert "s3://efae-data/nothing-here" in line
+    assert "build_shards" in line
+
+
+def test_mlflow_down(all_wrong):
+    said, address = all_wrong
+    line = find_line(said, "MLflow")
+    assert address in line
+    assert "MLFLOW_TRACKING_URI" in line
+
+
+def test_more_workers_than_the_cluster_has(all_wrong):
+    line = find_line(all_wrong[0], "cluster")
+    assert "ray.num_workers=64" in line
+    assert "64 CPUs" in line
+    assert "the cluster has" in line
 
 
 def test_wrong_credentials(local_stack):
@@ -88,36 +122,24 @@ def test_wrong_credentials(local_stack):
     assert "wrong" not in said
 
 
-def test_mlflow_down(local_stack):
-    address = f"http://127.0.0.1:{pick_free(1)[0]}"
-    status, said = run_driver("quickstart", MLFLOW_TRACKING_URI=address)
-    assert_refused(status, said, address, "MLFLOW_TRACKING_URI")
-
-
-@pytest.mark.parametrize(
-    ("shape", "parts"),
-    [
-        ((16, 32), ["16 x 32, not square", "group D4", "--representation.group flips"]),
-        ((16, 16), ["16 x 16", "data.resolution=32"]),
-    ],
-    ids=["not square", "other size"],
-)
-def test_images_that_do_not_fit(local_stack, tmp_path, shape, parts):
-    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
-    for name in "ab":
-        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-    uri = f"s3://efae-data/refusals-{shape[1]}"
-    build_shards(f"folder:{tmp_path}", uri)
-    status, said = run_driver("quickstart", f"--data.uri={uri}")
-    assert_refused(status, said, uri, *parts)
-
-
-def test_more_workers_than_the_cluster_has(local_stack):
-    uri = "s3://efae-data/refusals-cpus"
-    build_shards("mnist", uri, resolution=32)
+def test_images_that_do_not_fit(local_stack, tmp_path):
+    uris = []
+    for shape in ((16, 32), (16, 16)):
+        pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+        folder = tmp_path / str(shape[1])
+        folder.mkdir()
+        for name in "ab":
+            Image.fromarray(pixels).save(folder / f"{name}.png")
+        uris.append(f"s3://efae-data/refusals-{shape[1]}")
+        build_shards(f"folder:{folder}", uris[-1])
     status, said = run_driver(
-        "quickstart",
-        *("--data.channels=1", f"--data.uri={uri}", f"--data.held-out-uri={uri}"),
-        *("--ray.num-workers=64", "--training.global-batch-size=64"),
+        "quickstart", f"--data.uri={uris[0]}", f"--data.held-out-uri={uris[1]}"
     )
-    assert_refused(status, said, "ray.num_workers=64", "64 CPUs", "the cluster has")
+    assert_refused(status, said, *uris)
+    line = find_line(said, "images")
+    assert "16 x 32, not square" in line
+    assert "group D4" in line
+    assert "--representation.group flips" in line
+    line = find_line(said, "held-out images")
+    assert "16 x 16" in line
+    assert "data.resolution=32" in line
