@@ -1,5 +1,6 @@
 """Decoded images that are kept: later epochs give the same pixels without their shards."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -141,6 +142,24 @@ def test_files_that_nobody_uses_any_more_are_deleted(cache):
     row = np.ones(SHAPE, np.uint8)
     second.write(0, row)
     assert second.read(0, row)
+
+
+def test_a_name_that_goes_before_the_lock_is_taken_does_no_harm(cache, monkeypatch):
+    pixels, lock = PixelCache(cache, "set", 4, SHAPE, PLENTY), fcntl.flock
+
+    def come_late(file, operation):
+        monkeypatch.undo()
+        find_file(cache).unlink()  # as another process may, which holds the lock until now
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", come_late)
+    pixels.open()
+    assert not list(cache.iterdir())
+    row, found = np.ones(SHAPE, np.uint8), np.zeros(SHAPE, np.uint8)
+    pixels.write(1, row)
+    assert pixels.read(1, found)
+    assert np.array_equal(found, row)
+    assert pixels.holds(np.arange(4)).tolist() == [False, True, False, False]
 
 
 def test_opening_a_loader_makes_no_file(shards, cache):
