@@ -53,7 +53,7 @@ class Arguments:
     rounds: int = 3
     """Times that each pipeline is measured."""
     only: tuple[str, ...] = ()
-    """Pipelines whose names start so; all that are installed when empty."""
+    """Pipelines of these names, or whose names start so; all that are installed when empty."""
     ranks: tuple[int, ...] = (1, 2)
     """Processes that share an epoch, on one machine."""
     photos: Path | None = None
@@ -77,12 +77,15 @@ def list_cases(arguments: Arguments, extension: str) -> list[Case]:
     Raises:
         ValueError: a name that no pipeline's begins with.
     """
-    for start in arguments.only:
-        if not any(name.startswith(start) for name in PIPELINES):
-            raise ValueError(f"--only {start}: no such pipeline; there are {', '.join(PIPELINES)}")
+    chosen: set[str] = set()
+    for only in arguments.only:
+        names = {only} & PIPELINES.keys() or {n for n in PIPELINES if n.startswith(only)}
+        if not names:
+            raise ValueError(f"--only {only}: no such pipeline; there are {', '.join(PIPELINES)}")
+        chosen |= names
     cases: list[Case] = []
     for name, pipeline in PIPELINES.items():
-        if arguments.only and not name.startswith(arguments.only):
+        if chosen and name not in chosen:
             continue
         if pipeline.jpeg_only and extension != "jpg":
             continue

@@ -51,6 +51,15 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch, capsys):
     assert "simplejpeg" not in printed  # that pipeline is for JPEG
 
 
+def test_a_name_is_one_pipeline_and_its_start_all_that_begin_so():
+    def names(*only):
+        return {case.pipeline for case in list_cases(Arguments(only=only), "png")}
+
+    assert names("ours") == {"ours"}
+    assert names("our") == {"ours", "ours, labels", "ours, pixels kept"}
+    assert names("bare", "ours, labels") == {"bare decode", "ours, labels"}
+
+
 def test_a_pipeline_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="there are bare decode, ours"):
         list_cases(Arguments(only=("tensorflow",)), "jpg")
