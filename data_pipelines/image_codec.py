@@ -139,28 +139,28 @@ def _decode_jpeg(data: Buffer, channels: int, row: np.ndarray | None) -> np.ndar
     header = read_jpeg_header(data)
     if header is None:
         return _decode_with_pillow(data, channels)
-    straight = header.orientation == 1 and header.channels < 4
-    fits = straight and row is not None and row.shape[:2] == (header.height, header.width)
-    divisor = 1
-    if row is not None:
-        height, width = row.shape[:2] if header.orientation < 5 else row.shape[1::-1]
-        largest = min(header.height // height, header.width // width)
-        divisor = next((n for n in (8, 4, 2) if n <= largest), 1)  # n/8 is slower than to resample
     colours = "CMYK" if header.channels == 4 else "GRAY" if channels == 1 else "RGB"
+    height, width = header.height, header.width
     try:
-        pixels = simplejpeg.decode_jpeg(
-            data,
-            colours,
-            min_height=math.ceil(header.height / divisor),
-            min_width=math.ceil(header.width / divisor),
-            buffer=row if fits else None,
-        )
+        if row is None:
+            pixels = simplejpeg.decode_jpeg(data, colours)
+        elif (height, width, 1) == (*row.shape[:2], header.orientation) and colours != "CMYK":
+            simplejpeg.decode_jpeg(data, colours, buffer=row)
+            return row
+        else:
+            rows, columns = row.shape[:2] if header.orientation < 5 else row.shape[1::-1]
+            largest = min(height // rows, width // columns)
+            divisor = next((n for n in (8, 4, 2) if n <= largest), 1)  # n/8 is slower than resizing
+            pixels = simplejpeg.decode_jpeg(
+                data,
+                colours,
+                min_height=math.ceil(height / divisor),
+                min_width=math.ceil(width / divisor),
+            )
+            # The last pixels of a scaled JPEG may be only partly image.
+            pixels = pixels[: height // divisor, : width // divisor]
     except ValueError as error:
         raise ValueError(f"damaged or unusual JPEG ({error})") from error
-    if row is not None and fits:
-        return row
-    # The last pixels of a scaled JPEG may be only partly image.
-    pixels = pixels[: header.height // divisor, : header.width // divisor]
     if header.channels == 4:
         size = (pixels.shape[1], pixels.shape[0])
         image = Image.frombytes("CMYK", size, pixels.tobytes(), "raw", "CMYK;I")

@@ -54,10 +54,10 @@ def read_jpeg_header(data: Buffer) -> Header | None:
         ValueError: too large.
     """
     try:
-        *size, colours, _ = simplejpeg.decode_jpeg_header(data)
+        rows, columns, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    height, width = map(int, size)
+    height, width = int(rows), int(columns)
     check_size(height, width)
     channels = {"Gray": 1, "CMYK": 4, "YCCK": 4}.get(colours, 3)
     start = bytes(data[:_LONGEST_SEGMENT])  # Exif is the first segment, or the second
