@@ -59,7 +59,7 @@ class Arguments:
     photos: Path | None = None
     """Folder with .jpg photographs to crop for jpeg256; drawings of OpenMoji without it."""
     share: float = 1.0
-    """Part of the images to use; for trying it out, and then no result is written."""
+    """Times as many images; a part of them, below 1, is for trying it out: no result is written."""
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def main() -> None:
         for name in arguments.images:
             found: dict[str, Any] = {}
             for found in compare(name, arguments, variables):
-                if arguments.share == 1:
+                if arguments.share >= 1:
                     path = RESULTS / f"loaders-{name}.json"
                     path.write_text(json.dumps(describe_machine() | found, indent=1) + "\n")
             print("\n".join(format_table(found["rows"])), flush=True)

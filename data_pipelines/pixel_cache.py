@@ -14,10 +14,10 @@ import math
 import mmap
 import os
 import weakref
-import zlib
 from collections.abc import Generator
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 
 from data_pipelines.cache_folder import explain_full_disk, make_cache_folder
@@ -134,8 +134,11 @@ def measure_pixels(folder: Path) -> int:
 
 
 def _check(row: np.ndarray) -> int:
-    """A checksum that is never 0, which stands for none."""
-    return zlib.crc32(row.data) or 1
+    """A checksum that is never 0, which stands for none.
+
+    crc32 as zlib has it, which takes six times as long over a whole image.
+    """
+    return imagecodecs.deflate_crc32(row.data) or 1
 
 
 def _write(file: int, values: np.ndarray, offset: int) -> None:

@@ -1,6 +1,7 @@
 """A shard set on storage: its samples by number, and loaders over them."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -148,7 +149,8 @@ class ShardDataset:
                 "replace" it by its neighbour and count it.
             most_bad_samples: more different bad ones than this fail all the same.
             decode_threads: decoder threads of this rank; None: one for samples as small as 64 x 64
-                pixels or latents, which two decode more slowly, and two for larger ones.
+                pixels or latents, which two decode more slowly, or where this process may use one
+                CPU only, else two.
             cache_bytes: bound of the node's shard cache, for sets that are not local files.
             cache_dir: where that cache is; None is a folder of the user's in the temporary folder.
             pixel_cache_bytes: bound of the decoded images that are kept there, so that later epochs
@@ -287,7 +289,8 @@ class ShardDataset:
 
 
 def _choose_threads(form: SampleForm) -> int:
-    return 1 if math.prod(form.shape) <= _SMALL_SAMPLE else 2
+    alone = len(os.sched_getaffinity(0)) == 1
+    return 1 if alone or math.prod(form.shape) <= _SMALL_SAMPLE else 2
 
 
 LARGEST_DIFFERENCE = 0.01

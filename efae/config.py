@@ -44,7 +44,7 @@ class DataConfig:
     """More different bad samples than this, on one worker, stop training all the same."""
     decode_threads: int | None = None
     """Decoder threads per worker; None: one for images of at most 64 x 64 pixels, which two decode
-    more slowly, and two for larger ones."""
+    more slowly, or where a worker may use one CPU only, else two."""
 
     def __post_init__(self):
         require_positive("data", self, "cache_bytes")

@@ -1,5 +1,6 @@
 import gc
 import json
+import os
 import pickle
 import threading
 import zlib
@@ -268,6 +269,22 @@ class TestRead:
             places.add(next(batches).image.data_ptr())
         batches.close()
         assert len(places) < 16
+
+    @pytest.mark.parametrize(("side", "cpus", "threads"), [(64, 2, 1), (128, 2, 2), (128, 1, 1)])
+    def test_decoder_threads_fit_the_images_and_the_machine(self, shards, side, cpus, threads):
+        mine = os.sched_getaffinity(0)
+        if len(mine) < cpus:
+            pytest.skip("only one CPU")
+        os.sched_setaffinity(0, sorted(mine)[:cpus])
+        try:
+            loader = ShardDataset.open(shards).loader(2, resolution=side)
+            batches = iter(loader)
+            next(batches)
+            found = [t.name for t in threading.enumerate() if t.name.startswith("decode")]
+            batches.close()
+        finally:
+            os.sched_setaffinity(0, mine)
+        assert len(found) == threads
 
     def test_counts_the_time_it_waited(self, shards):
         loader = ShardDataset.open(shards).loader(4)
