@@ -277,6 +277,7 @@ def main() -> None:
     for name in arguments.images:
         if name not in IMAGE_SETS:
             sys.exit(f"--images {name}: use {' or '.join(IMAGE_SETS)}")
+    machine = describe_machine()  # before the results are written, which change the checkout
     with tempfile.TemporaryDirectory(prefix="efae-") as folder, serve_s3(Path(folder)) as variables:
         os.environ.update(variables)
         for name in arguments.images:
@@ -284,7 +285,7 @@ def main() -> None:
             for found in compare(name, arguments, variables):
                 if arguments.share >= 1:
                     path = RESULTS / f"loaders-{name}.json"
-                    path.write_text(json.dumps(describe_machine() | found, indent=1) + "\n")
+                    path.write_text(json.dumps(machine | found, indent=1) + "\n")
             print("\n".join(format_table(found["rows"])), flush=True)
             for cache, wait in found["wait_under_a_training_step"].items():
                 print(f"data wait, {cache}: {100 * wait['wait_fraction']:.2f} % of the step time")

@@ -20,11 +20,13 @@ import simplejpeg  # pyright: ignore[reportMissingTypeStubs]
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_pipelines.image_headers import (
+    CMYK_COLOURS,
     JPEG,
     NPY,
     ORIENTATION,
     PNG,
     Buffer,
+    find_exif,
     read_jpeg_header,
     read_png_header,
     view_npy,
@@ -33,6 +35,7 @@ from data_pipelines.image_resampling import cover
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 ARRAY_EXTENSION = "npy"
+_COLOURS = {1: "GRAY", 3: "RGB"}
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L")
 _PILLOW_FORMATS = ("WEBP", "JPEG", "BMP", "GIF", "TIFF", "PPM")
 
@@ -107,6 +110,8 @@ def decode_into(
     Raises:
         ValueError: damaged, or not an image that we read.
     """
+    if data[:2] == JPEG and _fill_from_jpeg(row, data):
+        return
     height, width, channels = row.shape
     pixels = _decode(data, channels, row)
     if pixels.shape != row.shape:
@@ -134,19 +139,31 @@ def _decode(data: Buffer, channels: int, row: np.ndarray | None = None) -> np.nd
     return _decode_with_pillow(data, channels)
 
 
+def _fill_from_jpeg(row: np.ndarray, data: Buffer) -> bool:
+    """Fill `row` where that takes no more than decoding: the usual case, in few steps.
+
+    False where it takes more, or where something is wrong: `_decode_jpeg` finds out what.
+    """
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if (height, width) != row.shape[:2] or colours in CMYK_COLOURS or find_exif(data) >= 0:
+            return False
+        simplejpeg.decode_jpeg(data, _COLOURS[row.shape[2]], buffer=row)
+    except ValueError:
+        return False
+    return True
+
+
 def _decode_jpeg(data: Buffer, channels: int, row: np.ndarray | None) -> np.ndarray:
-    """`row` itself, filled, where the image just fits; else not much larger than the row."""
+    """Not much larger than `row`, where there is one."""
     header = read_jpeg_header(data)
     if header is None:
         return _decode_with_pillow(data, channels)
-    colours = "CMYK" if header.channels == 4 else "GRAY" if channels == 1 else "RGB"
+    colours = "CMYK" if header.channels == 4 else _COLOURS[channels]
     height, width = header.height, header.width
     try:
         if row is None:
             pixels = simplejpeg.decode_jpeg(data, colours)
-        elif (height, width, 1) == (*row.shape[:2], header.orientation) and colours != "CMYK":
-            simplejpeg.decode_jpeg(data, colours, buffer=row)
-            return row
         else:
             rows, columns = row.shape[:2] if header.orientation < 5 else row.shape[1::-1]
             largest = min(height // rows, width // columns)

@@ -19,6 +19,8 @@ Buffer = bytes | memoryview
 
 JPEG, PNG, NPY = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
 """The first bytes of such a file."""
+CMYK_COLOURS = ("CMYK", "YCCK")
+"""What simplejpeg calls a JPEG's colours where there are four of them."""
 MAX_PIXELS = 178_956_970
 """A larger image is refused as a decompression bomb; Pillow's own limit."""
 ORIENTATION = 0x0112
@@ -59,10 +61,14 @@ def read_jpeg_header(data: Buffer) -> Header | None:
         return None
     height, width = int(rows), int(columns)
     check_size(height, width)
-    channels = {"Gray": 1, "CMYK": 4, "YCCK": 4}.get(colours, 3)
-    start = bytes(data[:_LONGEST_SEGMENT])  # Exif is the first segment, or the second
-    exif = start.find(b"Exif\0\0", 0, start.find(_JPEG_SCAN))  # not in the pixels: it takes long
-    return Header(height, width, channels, _read_orientation(data, exif))
+    channels = 1 if colours == "Gray" else 4 if colours in CMYK_COLOURS else 3
+    return Header(height, width, channels, _read_orientation(data, find_exif(data)))
+
+
+def find_exif(data: Buffer) -> int:
+    """Where a JPEG's Exif begins; -1 for nowhere."""
+    start = bytes(data[:_LONGEST_SEGMENT])  # it is the first segment, or the second
+    return start.find(b"Exif\0\0", 0, start.find(_JPEG_SCAN))  # not in the pixels: it takes long
 
 
 def is_upright_jpeg(data: Buffer) -> bool:

@@ -68,7 +68,7 @@ class SampleForm(Protocol):
         """What is drawn for this sample in this epoch, at any rank and world size."""
         ...
 
-    def decode(self, row: np.ndarray, data: bytes, drawn: Any) -> None:
+    def decode(self, row: np.ndarray, data: bytes, drawn: Any, /) -> None:
         """Decode into `row`; ValueError where the data are damaged."""
         ...
 
@@ -91,6 +91,7 @@ class ImageForm:
     crop: Crop
     seed: int
     dtype = np.dtype(np.uint8)
+    decode = staticmethod(decode_into)
 
     def draw(self, epoch: int, sample: int) -> tuple[float, float]:
         """Where in an image to cut: (down, right), each in [0, 1)."""
@@ -98,9 +99,6 @@ class ImageForm:
             return 0.5, 0.5
         down, right = _generator(self.seed, epoch, sample, _CROP).random(2)
         return float(down), float(right)
-
-    def decode(self, row: np.ndarray, data: bytes, drawn: tuple[float, float]) -> None:
-        decode_into(row, data, drawn)
 
     def make_batch(
         self,

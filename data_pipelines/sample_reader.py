@@ -30,6 +30,8 @@ _logger = logging.getLogger(__name__)
 
 _Place = tuple[int, int, int, int]
 """Of a member: its chunk, its bytes [start, end) in that, and their crc32."""
+_Content = list[bytes | None]
+"""A sample's members in the order of the columns; None for the first once it is decoded."""
 
 
 class SampleReader:
@@ -88,17 +90,31 @@ class SampleReader:
         wanted = planned.sample.tolist()
         drawn = [self._form.draw(*at) for at in zip(planned.epoch, wanted, strict=True)]
         keys = self._keys(planned.sample)
-        samples = self._find_members(planned.sample)
-        members: dict[str, list[bytes]] = {name: [] for name in self._columns if name is not None}
-        decoded = zip(rows.numpy(), samples, drawn, strict=True)
-        for number, (row, places, draw) in enumerate(decoded):
+        pixels = list(rows.numpy())
+        # First all bytes, then all decoding: by turns they would drive each other's code from the
+        # processor's caches, which costs twice as much as the code itself.
+        contents: list[_Content] = []
+        for number, places in enumerate(self._find_members(planned.sample)):
             try:
-                found = self._decode(row, wanted[number], places, draw)
-            except ValueError as error:
-                taken, found = self._replace_bad(row, wanted[number], draw, error)
-                keys[number] = self._key(taken)
-            for name, data in zip(members, found, strict=True):
-                members[name].append(data)
+                content = self._load(pixels[number], wanted[number], places)
+            except ValueError as fault:
+                at = pixels[number], wanted[number], drawn[number]
+                keys[number], content = self._replace_bad(*at, fault)
+            contents.append(content)
+        for number, (row, content, draw) in enumerate(zip(pixels, contents, drawn, strict=True)):
+            if (data := content[0]) is not None:
+                try:
+                    self._form.decode(row, data, draw)
+                except ValueError as fault:
+                    at = row, wanted[number], draw
+                    keys[number], contents[number] = self._replace_bad(*at, fault)
+                else:
+                    self._keep(wanted[number], row)
+        members: dict[str, list[Any]] = {
+            name: [content[column] for content in contents]
+            for column, name in enumerate(self._columns)
+            if name is not None
+        }
         return self._form.make_batch(rows, keys, members, drawn)
 
     def _allocate(self, size: int) -> torch.Tensor:
@@ -131,21 +147,19 @@ class SampleReader:
             found.append(zip(*lists, strict=True))
         return list(zip(*found, strict=True))
 
-    def _decode(
-        self, row: np.ndarray, sample: int, places: Sequence[_Place], draw: Any
-    ) -> list[bytes]:
-        """Decode the sample into `row`, or copy it from where it was kept; its other members.
+    def _load(self, row: np.ndarray, sample: int, places: Sequence[_Place]) -> _Content:
+        """The sample's members; `row` is filled instead where its pixels were kept.
 
         Raises:
             ValueError: one of them is damaged.
         """
-        members = [self._read(*place) for place in places[1:]]
-        if self._pixels is None:
-            self._form.decode(row, self._read(*places[0]), draw)
-        elif not self._pixels.read(sample, row):
-            self._form.decode(row, self._read(*places[0]), draw)
+        if self._pixels is not None and self._pixels.read(sample, row):
+            return [None, *(self._read(*place) for place in places[1:])]
+        return [self._read(*place) for place in places]
+
+    def _keep(self, sample: int, row: np.ndarray) -> None:
+        if self._pixels is not None:
             self._pixels.write(sample, row)
-        return members
 
     def _read(self, chunk: int, start: int, end: int, crc32: int) -> bytes:
         """A copy, since a file may change after it was checked."""
@@ -164,15 +178,19 @@ class SampleReader:
 
     def _replace_bad(
         self, row: np.ndarray, sample: int, draw: Any, fault: ValueError
-    ) -> tuple[int, list[bytes]]:
-        """Decode the next good sample of the chunk into `row`: its number and other members."""
+    ) -> tuple[str, _Content]:
+        """Decode the next good sample of the chunk into `row`: its key and other members."""
         self._note_bad(sample, fault)
         chunk = int(self.chunks.of(np.array([sample]))[0])
         first, count = int(self.chunks.first[chunk]), int(self.chunks.count[chunk])
         others = (np.arange(1, count) + (sample - first)) % count + first
         for other, places in zip(others.tolist(), self._find_members(others), strict=True):
             try:
-                return other, self._decode(row, other, places, draw)
+                data, *more = self._load(row, other, places)
+                if data is not None:
+                    self._form.decode(row, data, draw)
+                    self._keep(other, row)
+                return self._key(other), [None, *more]
             except ValueError as error:
                 self._note_bad(other, error)
         raise ShardError(self._uri(sample), self._key(sample), f"no good sample near it: {fault}")
