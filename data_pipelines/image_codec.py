@@ -116,8 +116,7 @@ def decode_into(
     pixels = _decode(data, channels, row)
     if pixels.shape != row.shape:
         pixels = cover(pixels, height, width, crop_at)
-    if pixels is not row:
-        row[:] = pixels
+    row[:] = pixels
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
