@@ -26,8 +26,8 @@ from data_pipelines.image_headers import (
     ORIENTATION,
     PNG,
     Buffer,
-    find_exif,
     read_jpeg_header,
+    read_jpeg_orientation,
     read_png_header,
     view_npy,
 )
@@ -145,7 +145,9 @@ def _fill_from_jpeg(row: np.ndarray, data: Buffer) -> bool:
     """
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if (height, width) != row.shape[:2] or colours in CMYK_COLOURS or find_exif(data) >= 0:
+        if (height, width) != row.shape[:2] or colours in CMYK_COLOURS:
+            return False
+        if read_jpeg_orientation(data) != 1:
             return False
         simplejpeg.decode_jpeg(data, _COLOURS[row.shape[2]], buffer=row)
     except ValueError:

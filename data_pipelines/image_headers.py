@@ -62,13 +62,14 @@ def read_jpeg_header(data: Buffer) -> Header | None:
     height, width = int(rows), int(columns)
     check_size(height, width)
     channels = 1 if colours == "Gray" else 4 if colours in CMYK_COLOURS else 3
-    return Header(height, width, channels, _read_orientation(data, find_exif(data)))
+    return Header(height, width, channels, read_jpeg_orientation(data))
 
 
-def find_exif(data: Buffer) -> int:
-    """Where a JPEG's Exif begins; -1 for nowhere."""
-    start = bytes(data[:_LONGEST_SEGMENT])  # it is the first segment, or the second
-    return start.find(b"Exif\0\0", 0, start.find(_JPEG_SCAN))  # not in the pixels: it takes long
+def read_jpeg_orientation(data: Buffer) -> int:
+    """Exif's, 1 for upright to 8; 1 where there is none, or Exif is damaged."""
+    start = bytes(data[:_LONGEST_SEGMENT])  # Exif is the first segment, or the second
+    exif = start.find(b"Exif\0\0", 0, start.find(_JPEG_SCAN))  # not in the pixels: it takes long
+    return _read_orientation(data, exif)
 
 
 def is_upright_jpeg(data: Buffer) -> bool:

@@ -91,8 +91,8 @@ class SampleReader:
         drawn = [self._form.draw(*at) for at in zip(planned.epoch, wanted, strict=True)]
         keys = self._keys(planned.sample)
         pixels = list(rows.numpy())
-        # First all bytes, then all decoding: by turns they would drive each other's code from the
-        # processor's caches, which costs twice as much as the code itself.
+        # First all bytes, then all decoding: by turns they drive each other's code from the
+        # processor's caches.
         contents: list[_Content] = []
         for number, places in enumerate(self._find_members(planned.sample)):
             try:
