@@ -20,14 +20,13 @@ import simplejpeg  # pyright: ignore[reportMissingTypeStubs]
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_pipelines.image_headers import (
-    CMYK_COLOURS,
     JPEG,
     NPY,
     ORIENTATION,
     PNG,
     Buffer,
+    is_jpeg_of_size,
     read_jpeg_header,
-    read_jpeg_orientation,
     read_png_header,
     view_npy,
 )
@@ -143,12 +142,9 @@ def _fill_from_jpeg(row: np.ndarray, data: Buffer) -> bool:
 
     False where it takes more, or where something is wrong: `_decode_jpeg` finds out what.
     """
+    if not is_jpeg_of_size(data, row.shape[:2]):
+        return False
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if (height, width) != row.shape[:2] or colours in CMYK_COLOURS:
-            return False
-        if read_jpeg_orientation(data) != 1:
-            return False
         simplejpeg.decode_jpeg(data, _COLOURS[row.shape[2]], buffer=row)
     except ValueError:
         return False

@@ -88,7 +88,8 @@ class SampleReader:
         """
         rows = self._allocate(len(planned.sample))
         wanted = planned.sample.tolist()
-        drawn = [self._form.draw(*at) for at in zip(planned.epoch, wanted, strict=True)]
+        epochs = planned.epoch.tolist()
+        drawn = [self._form.draw(*at) for at in zip(epochs, wanted, strict=True)]
         keys = self._keys(planned.sample)
         pixels = list(rows.numpy())
         # First all bytes, then all decoding: by turns they drive each other's code from the

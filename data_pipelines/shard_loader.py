@@ -174,11 +174,12 @@ class _FetchedAhead:
 
     def read(self, batch: PlannedBatch) -> Batch:
         """Decode the batch when its chunks are here; in a decoder thread."""
-        for chunk in self._chunks(batch):
-            fetch = self._fetches.get(chunk)
-            if fetch is not None:
-                fetch.result()
-                self._fetches.pop(chunk, None)  # may be evicted, and be fetched again, from now on
+        if self._fetches:
+            for chunk in self._chunks(batch):
+                fetch = self._fetches.get(chunk)
+                if fetch is not None:
+                    fetch.result()
+                    self._fetches.pop(chunk, None)  # may be evicted, and be fetched again, from now
         return self._reader.read(batch)
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from data_pipelines import image_codec
 from data_pipelines.image_codec import decode_image, decode_into, image_extensions, read_shape
+from data_pipelines.image_headers import is_jpeg_of_size
 
 GREY, RGB = "L", "RGB"
 
@@ -69,6 +70,9 @@ FILES: dict[str, bytes] = {
     "ppm": encode(picture(37, 53), "PPM"),
     "pgm": encode(picture(37, 53, GREY), "PPM"),
 }
+
+
+PLAIN_JPEGS = ("jpeg", "jpeg, progressive", "jpeg, 4:4:4", "jpeg, grey")
 
 
 @pytest.mark.parametrize("mode", [GREY, RGB])
@@ -172,6 +176,25 @@ def test_damaged_exif_is_no_damaged_image():
     broken = data.replace(b"Exif\0\0MM\0*\0\0\0\x08", b"Exif\0\0MM\0*\xff\xff\xff\x08")
     assert broken != data
     assert read_shape(broken) == (3, 24, 40)
+
+
+def test_a_jpeg_of_the_rows_size_is_known_by_its_markers():
+    size = (37, 53)
+    for name, data in FILES.items():
+        assert is_jpeg_of_size(data, size) == (name in PLAIN_JPEGS), name
+        assert not any(is_jpeg_of_size(data, other) for other in ((53, 37), (37, 52))), name
+    data = FILES["jpeg"]
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        turned = encode(picture(*size), exif=exif)
+        assert is_jpeg_of_size(turned, size) == (orientation == 1)
+    # A thumbnail of that size in the header of a larger picture is not the picture.
+    larger = encode(picture(80, 80), comment=data)
+    assert data in larger
+    assert not is_jpeg_of_size(larger, size)
+    for end in range(data.index(b"\xff\xda")):
+        assert not is_jpeg_of_size(data[:end], size)
 
 
 # --- size ---
