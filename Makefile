@@ -13,7 +13,7 @@ OPENMOJI := $(BIN)/python -m data_pipelines.build_shards --source openmoji \
     --output s3://efae-data/openmoji-32 --resolution 32 --held-out 512
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: up ## train the quick-start model on the local stack and register it (ARGS="--training.steps 500")
 	@source "$(LOCAL)/env" && $(OPENMOJI)
@@ -31,8 +31,11 @@ bench: up ## compare level exact with dense twins at one budget (ARGS="--cpu-sec
 	@source "$(LOCAL)/env" && $(OPENMOJI) && $(BIN)/python -m benchmarks.ablate --preset quickstart \
 	    --seeds 1 --variants exact none "exact, narrow" "none, narrow" $(ARGS)
 
-test: $(STAMP) ## run every test that needs no GPU (ARGS="tests/unit -k latent")
+test: $(STAMP) ## run the tests but for those that take minutes (ARGS="tests/unit -k latent")
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(STAMP) ## run every test that needs no GPU (ARGS="tests/integration/test_chaos.py")
+	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
 lint: $(STAMP) ## check format, style, types and the direction of imports
 	@$(BIN)/ruff format --check --quiet .
@@ -62,4 +65,4 @@ $(STAMP):
 	@rm -f .venv/installed-*
 	@touch $@
 
-.PHONY: help train tune bench test lint format up down ui clean
+.PHONY: help train tune bench test test-all lint format up down ui clean

@@ -19,7 +19,7 @@ from cluster.state import load
 from tests.conftest import ROOT
 from tests.integration.train_jobs import OPTIONS
 
-pytestmark = [pytest.mark.s3, pytest.mark.ray]
+pytestmark = [pytest.mark.s3, pytest.mark.ray, pytest.mark.slow]
 IDLE_SECONDS = 12
 HEAD = f"{0:0>5}".rjust(56, "f")
 

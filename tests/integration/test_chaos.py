@@ -36,6 +36,7 @@ def cluster(session_stack, local_stack, monkeypatch):
 
 @pytest.mark.s3
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_kills_cost_time_and_nothing_else(cluster, tmp_path):
     plan = [

@@ -8,7 +8,7 @@ from efae.artifacts.run_events import read_events
 from tests.integration import loss_terms
 from tests.integration.train_jobs import OPTIONS, find_run, read_curve, run_job, run_uri
 
-pytestmark = [pytest.mark.s3, pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.s3, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 SHORT = [
     *OPTIONS,
     "--training.steps=100",

@@ -150,6 +150,7 @@ def wait_for(condition, process=None):
     return found
 
 
+@pytest.mark.slow
 def test_killed_and_begun_again_it_is_byte_for_byte_the_same(whole, folder, local_stack):
     uri = f"{BUCKET}/killed"
     driver = subprocess.Popen(

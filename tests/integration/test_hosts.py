@@ -30,6 +30,7 @@ OBSTACLE = find_obstacle()
 pytestmark = [
     pytest.mark.s3,
     pytest.mark.ray,
+    pytest.mark.slow,
     pytest.mark.timeout(600),
     # Several nodes on the addresses of one host are in test_elastic.
     pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE),

@@ -107,6 +107,7 @@ def test_nothing_listens_beyond_loopback(session_stack):
     assert listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 
 
+@pytest.mark.slow
 def test_second_stack_runs_beside_keeps_data_and_leaves_nothing(session_stack, second_stack):
     result = second_stack.run("up")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -18,7 +18,7 @@ from tests.integration.train_jobs import (
     submitted,
 )
 
-pytestmark = [pytest.mark.s3, pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.s3, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def end_servers(stack, *names):

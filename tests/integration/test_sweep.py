@@ -111,6 +111,7 @@ def stormy_sweep(train_shards, local_stack, tmp_path_factory):
     return seen | {"output": result.stdout, "options": options, "cache": folder / "cache"}
 
 
+@pytest.mark.slow
 def test_every_trial_ends_in_a_clear_state(stormy_sweep):
     records = Records(run_uri("stormy"))
     found = {
@@ -131,6 +132,7 @@ def test_every_trial_ends_in_a_clear_state(stormy_sweep):
     assert all(r.steps == STEPS for r in found.values() if r.state == "finished")
 
 
+@pytest.mark.slow
 def test_what_had_ended_was_kept_and_what_had_begun_went_on(stormy_sweep):
     assert storage.read_bytes(f"{run_uri('stormy')}/001.json") == stormy_sweep["first trial"]
     for number in (1, 5):
@@ -142,6 +144,7 @@ def test_what_had_ended_was_kept_and_what_had_begun_went_on(stormy_sweep):
         assert [look["step"] for look in looks] == list(range(INTERVAL, STEPS + 1, INTERVAL))
 
 
+@pytest.mark.slow
 def test_mlflow_has_one_run_for_each_trial(stormy_sweep):
     children, parent = find_children("stormy")
     assert parent == "FINISHED"
@@ -158,6 +161,7 @@ def test_mlflow_has_one_run_for_each_trial(stormy_sweep):
             assert steps[-1] == STEPS
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind(stormy_sweep, local_stack):
     leftovers, (children, parent) = stormy_sweep["after the stop"]
     assert leftovers == []
@@ -166,11 +170,13 @@ def test_nothing_is_left_behind(stormy_sweep, local_stack):
     assert list_leftovers(local_stack) == []
 
 
+@pytest.mark.slow
 def test_shards_are_fetched_once_for_all_trials(stormy_sweep):
     assert stormy_sweep["chunks"]
     assert find_chunks(stormy_sweep["cache"]) == stormy_sweep["chunks"]
 
 
+@pytest.mark.slow
 def test_the_best_is_registered_as_candidate(stormy_sweep):
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     version = client.get_model_version_by_alias("efae", "candidate")
@@ -179,6 +185,7 @@ def test_the_best_is_registered_as_candidate(stormy_sweep):
     assert f"models:/efae/{version.version}" in stormy_sweep["output"]
 
 
+@pytest.mark.slow
 def test_a_sweep_that_ended_or_is_another_is_refused(stormy_sweep):
     options = [*OPTIONS, *stormy_sweep["options"], "--sweep.name=stormy"]
     for more, complaint in (
@@ -190,6 +197,7 @@ def test_a_sweep_that_ended_or_is_another_is_refused(stormy_sweep):
         assert complaint in result.stderr
 
 
+@pytest.mark.slow
 def test_trials_of_several_workers_are_stopped_early(train_shards, local_stack, tmp_path):
     space = tmp_path / "space.toml"
     space.write_text('"optimizer.learning_rate" = [0.004, 1e-9]')
