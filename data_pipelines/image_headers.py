@@ -82,16 +82,18 @@ def is_jpeg_of_size(data: Buffer, size: tuple[int, int]) -> bool:
     It follows the markers, in half the time of simplejpeg's reader. False where they cannot be
     followed; that all else is whole, the decoder finds out.
     """
-    fits, at = False, 2
+    fits, has_exif, at = False, False, 2
     try:
         while True:
             marker, length = _JPEG_SEGMENT.unpack_from(data, at)
             if marker == _SCAN:
-                return fits
+                return fits and not (has_exif and read_jpeg_orientation(data) != 1)
             if _BASELINE <= marker <= _PROGRESSIVE:
                 height, width, colours = _JPEG_FRAME.unpack_from(data, at + 5)
                 fits = (height, width) == size and colours in (1, 3)
-            elif marker < 0xFF00 or (marker == _APP1 and read_jpeg_orientation(data) != 1):
+            elif marker == _APP1:
+                has_exif = True
+            elif marker < 0xFF00:
                 return False
             at += 2 + length
     except struct.error:  # past the end
