@@ -1,17 +1,22 @@
 """Image file bytes <-> uint8 pixels, one channel for grey and three for RGB.
 
-An alpha channel is laid on white, palettes and CMYK become RGB, Exif orientation is applied (as
-`build_shards` does), more than 8 bits a channel is refused. Any fault is a ValueError: a decoder
-that only warns and fills the rest with grey is never trusted with a file.
+The pixels are those of Pillow's ``ImageOps.exif_transpose(image).convert("RGB")``, with an alpha
+channel laid on white: palettes and CMYK become RGB, orientation is applied (see `image_headers`),
+colour profiles are not. Of several frames or pages the first one is read. More than 8 bits a
+channel is refused. Any fault is a ValueError: a decoder that only warns and fills the rest with
+grey is never trusted with a file. One warning passes: bytes between the pixels of a JPEG and its
+end, which some cameras leave.
 
 JPEG goes through simplejpeg: 1.5 times as fast as Pillow, equal in its pixels, and strict about
 damage. PNG goes through imagecodecs (libpng): several times as fast as `Image.open` on small
-images, and strict, too. The rest is Pillow's. All of them release the GIL.
+images, and strict, too. JPEG XL is imagecodecs', the rest Pillow's. All of them release the GIL.
 """
 
+import contextlib
 import io
 import logging
 import math
+import re
 from collections.abc import Iterable
 
 import imagecodecs
@@ -25,6 +30,7 @@ from data_pipelines.image_headers import (
     ORIENTATION,
     PNG,
     Buffer,
+    check_size,
     is_jpeg_of_size,
     read_jpeg_header,
     read_png_header,
@@ -32,11 +38,30 @@ from data_pipelines.image_headers import (
 )
 from data_pipelines.image_resampling import cover
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
+_USUAL = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
+IMAGE_EXTENSIONS = (
+    *_USUAL,
+    *("apng", "jpe", "jfif", "dib", "pbm", "pnm", "pfm", "avif", "avifs", "jxl", "mpo", "qoi"),
+    *("jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "tga", "icb", "vda", "vst", "psd", "dds", "pcx"),
+    *("ico", "icns", "cur", "sgi", "rgb", "rgba", "bw", "ras", "im", "msp", "blp", "xbm", "xpm"),
+)
+"""Of the image files that are read, in small letters."""
+UNREAD_EXTENSIONS = (
+    *("heic", "heif", "hif", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf", "pef", "srw"),
+    *("jxr", "wdp", "hdp", "jls", "exr", "hdr", "fits", "fit"),
+)
+"""Of the image files that no decoder here reads, or reads to 8 bits a channel."""
 ARRAY_EXTENSION = "npy"
 _COLOURS = {1: "GRAY", 3: "RGB"}
-_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L")
-_PILLOW_FORMATS = ("WEBP", "JPEG", "BMP", "GIF", "TIFF", "PPM")
+_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+# None that runs another program, as EPS does.
+_PILLOW_FORMATS = (
+    *("WEBP", "JPEG", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "DIB", "QOI", "ICO", "ICNS"),
+    *("CUR", "PSD", "DDS", "PCX", "SGI", "SUN", "IM", "MSP", "BLP", "XBM", "XPM"),
+)
+_JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL ")
+_FILLING = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
+_JPEG_END = b"\xff\xd9"
 
 # libpng warns about metadata (an odd colour profile, say), once for each image of a set.
 logging.getLogger("imagecodecs").setLevel(logging.ERROR)
@@ -50,10 +75,14 @@ def is_image(extension: str) -> bool:
 def image_extensions(members: Iterable[str]) -> list[str]:
     """Those of a sample's members that may be its image, first choice first.
 
-    ``jpg`` before ``seg.png``, then by name. A member ``npy`` may be anything, so it counts only
-    where there is no image file, and ``latent.npy`` never.
+    ``jpg`` before ``seg.png``, usual formats before rare ones, then by name. A member ``npy`` may
+    be anything, so it counts only where there is no image file, and ``latent.npy`` never.
     """
-    files = sorted(filter(is_image, members), key=lambda name: (name.count("."), name))
+
+    def rank(name: str) -> tuple[int, bool, str]:
+        return name.count("."), name.rsplit(".", 1)[-1].lower() not in _USUAL, name
+
+    files = sorted(filter(is_image, members), key=rank)
     return [*files, *(name for name in members if name == ARRAY_EXTENSION)]
 
 
@@ -70,10 +99,13 @@ def read_shape(data: Buffer) -> tuple[int, int, int]:
     if data[:6] == NPY:
         height, width, channels = view_npy(data).shape
         return channels, height, width
+    if data[:2] == _JPEG_XL[0] or data[:8] == _JPEG_XL[1]:
+        height, width, found = _decode_jpeg_xl(data).shape
+        return 1 if found == 1 else 3, height, width
     try:
         with _open_with_pillow(data) as image:
             # Pillow turns a TIFF while it loads it and gives the upright size before.
-            orientation = image.getexif().get(ORIENTATION) if image.format != "TIFF" else 1
+            orientation = _read_orientation(image) if image.format != "TIFF" else 1
             turned = orientation in (5, 6, 7, 8)
             height, width = image.size if turned else (image.height, image.width)
             return 1 if image.mode in ("1", "L") else 3, height, width
@@ -134,6 +166,9 @@ def _decode(data: Buffer, channels: int, row: np.ndarray | None = None) -> np.nd
     if data[:6] == NPY:
         pixels = view_npy(data)
         return pixels if pixels.shape[2] == channels else _convert(pixels, channels)
+    if data[:2] == _JPEG_XL[0] or data[:8] == _JPEG_XL[1]:
+        pixels = _decode_jpeg_xl(data)
+        return pixels if pixels.shape[2] == channels else _convert(pixels, channels)
     return _decode_with_pillow(data, channels)
 
 
@@ -174,12 +209,25 @@ def _decode_jpeg(data: Buffer, channels: int, row: np.ndarray | None) -> np.ndar
             # The last pixels of a scaled JPEG may be only partly image.
             pixels = pixels[: height // divisor, : width // divisor]
     except ValueError as error:
+        if (mended := _drop_filling(data, str(error))) is not None:
+            return _decode_jpeg(mended, channels, row)
         raise ValueError(f"damaged or unusual JPEG ({error})") from error
     if header.channels == 4:
         size = (pixels.shape[1], pixels.shape[0])
         image = Image.frombytes("CMYK", size, pixels.tobytes(), "raw", "CMYK;I")
         pixels = _as_grey_or_rgb(image, channels)
     return _turn(pixels, header.orientation)
+
+
+def _drop_filling(data: Buffer, warning: str) -> bytes | None:
+    """The JPEG without the bytes before its end that the decoder warns of; None for all else."""
+    found = _FILLING.search(warning)
+    if found is None:
+        return None
+    data = bytes(data)
+    end = data.find(_JPEG_END, data.find(b"\xff\xda"))  # in pixels, 0xff is never before 0xd9
+    start = end - int(found[1])
+    return data[:start] + data[end:] if end >= 0 and start > 0 else None
 
 
 def _decode_png(data: Buffer, channels: int) -> np.ndarray:
@@ -192,7 +240,7 @@ def _decode_png(data: Buffer, channels: int) -> np.ndarray:
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     found = pixels.shape[2]
-    if found in (1, 3) and data.find(b"tRNS", 0, data.find(b"IDAT")) >= 0:
+    if found in (1, 3) and header.has_key:
         raise ValueError("damaged PNG (its transparency)")  # of which libpng only warns
     if found != channels:
         pixels = _convert(pixels, channels)
@@ -212,20 +260,47 @@ def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels
 
 
+def _decode_jpeg_xl(data: Buffer) -> np.ndarray:
+    """uint8 (H, W, 1 to 4), upright: libjxl turns it."""
+    try:
+        pixels = imagecodecs.jpegxl_decode(bytes(data), index=0)
+    except (imagecodecs.JpegxlError, RuntimeError, ValueError) as error:
+        raise ValueError(f"damaged JPEG XL ({error})") from error
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"JPEG XL of {pixels.dtype}: convert it to 8 bits a channel first")
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
 def _decode_with_pillow(data: Buffer, channels: int) -> np.ndarray:
     try:
         with _open_with_pillow(data) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            return _as_grey_or_rgb(image, channels)
+            image.load()
+            upright = image
+            with contextlib.suppress(Exception):  # damaged metadata is no damaged image
+                upright = ImageOps.exif_transpose(image)
+            return _as_grey_or_rgb(upright, channels)
     except Exception as error:
         raise _explain(error) from error
 
 
 def _open_with_pillow(data: Buffer) -> Image.Image:
+    # TGA has no first bytes of its own: a palette or none, and one of six types.
+    is_tga = len(data) > 18 and data[1] in (0, 1) and data[2] in (1, 2, 3, 9, 10, 11)
     try:
-        return Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
+        image = Image.open(
+            io.BytesIO(data), formats=[*_PILLOW_FORMATS, *(["TGA"] if is_tga else [])]
+        )
     except UnidentifiedImageError as error:
         raise ValueError("not an image, or its header is damaged") from error
+    check_size(image.height, image.width)
+    return image
+
+
+def _read_orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(ORIENTATION)
+    except Exception:  # damaged metadata is no damaged image
+        return None
 
 
 def _convert(pixels: np.ndarray, channels: int) -> np.ndarray:

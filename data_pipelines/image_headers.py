@@ -1,12 +1,14 @@
 """What an image file says of itself before its pixels: size, colours, which way is up.
 
-The header of a JPEG is simplejpeg's to read, but for the one question that the loader has of each
-image; Exif is Pillow's, an npy's header is numpy's. Of a PNG the first chunk is enough; that the
-rest of it is whole, libpng finds out as it decodes.
+simplejpeg reads the header of a JPEG, but for the one question that the loader has of each image;
+Pillow reads Exif, numpy the header of an npy. Which way is up is what Pillow's
+`ImageOps.exif_transpose` finds: Exif's orientation, wherever the Exif lies, and that of XMP where
+Exif has none. Damaged metadata is no damaged image: it is shown as it is stored.
 """
 
 import io
 import math
+import re
 import struct
 import zlib
 from functools import lru_cache
@@ -26,13 +28,17 @@ MAX_PIXELS = 178_956_970
 """A larger image is refused as a decompression bomb; Pillow's own limit."""
 ORIENTATION = 0x0112
 """Exif's tag."""
-_JPEG_SCAN = b"\xff\xda\0"
 _JPEG_SEGMENT = struct.Struct(">HH")  # marker, length without the marker
 _JPEG_FRAME = struct.Struct(">HHB")  # height, width, colours
 _APP1, _BASELINE, _PROGRESSIVE, _SCAN = 0xFFE1, 0xFFC0, 0xFFC2, 0xFFDA
+_EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
+"""What such a segment begins with."""
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _PNG_HEADER = struct.Struct(">4sIIBB3xI")
-_PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # length, name and checksum of an empty chunk
-_LONGEST_SEGMENT = 65536  # of a JPEG, and so of any Exif
+_PNG_CHUNK = struct.Struct(">I4s")  # length of the content, name
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+_PNG_XMP, _PNG_EXIF_AS_TEXT = b"XML:com.adobe.xmp\0", b"Raw profile type exif\0"
+"""What such a text begins with."""
 _LONGEST_NPY_HEADER = 1024
 
 
@@ -44,6 +50,8 @@ class Header(NamedTuple):
     """1 for grey, 4 for CMYK, 3 for all others, with or without alpha."""
     orientation: int
     """Exif's, 1 for upright to 8."""
+    has_key: bool = False
+    """Whether a chunk tRNS of a PNG makes a colour, or entries of the palette, transparent."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -70,10 +78,26 @@ def read_jpeg_header(data: Buffer) -> Header | None:
 
 
 def read_jpeg_orientation(data: Buffer) -> int:
-    """Exif's, 1 for upright to 8; 1 where there is none, or Exif is damaged."""
-    start = bytes(data[:_LONGEST_SEGMENT])  # Exif is the first segment, or the second
-    exif = start.find(b"Exif\0\0", 0, start.find(_JPEG_SCAN))  # not in the pixels: it takes long
-    return _read_orientation(data, exif)
+    """Exif's, 1 for upright to 8; 1 where there is none, or it is damaged."""
+    exif = xmp = b""
+    at = 2
+    try:
+        while True:
+            marker, length = _JPEG_SEGMENT.unpack_from(data, at)
+            if marker == _SCAN:
+                return _find_orientation(exif, xmp)
+            if not (_BASELINE <= marker < 0xFFD0 or _SCAN < marker < 0xFFFF):
+                break  # filling, or what does not belong here
+            if marker == _APP1:
+                content = bytes(data[at + 4 : at + 2 + length])
+                if content.startswith(_EXIF):  # a long one goes on in the next segment
+                    exif += content[len(_EXIF) if exif else 0 :]
+                elif content.startswith(_XMP):
+                    xmp = content
+            at += 2 + length
+    except struct.error:  # past the end
+        pass
+    return _ask_pillow(data, "JPEG")
 
 
 def is_jpeg_of_size(data: Buffer, size: tuple[int, int]) -> bool:
@@ -109,14 +133,32 @@ def is_upright_jpeg(data: Buffer) -> bool:
 def read_png_header(data: Buffer) -> Header:
     """Of a PNG with 8 bits a channel or less that has an end.
 
-    Orientation is looked for in a chunk eXIf alone: what older programs wrote as text, browsers
-    do not heed either.
-
     Raises:
         ValueError: damaged, too large, or deeper than 8 bits.
     """
     data = bytes(data)
-    if len(data) < 33 or data.rfind(_PNG_END) < 0:  # libpng does without an end
+    exif, xmp, is_unusual, has_key, pixels, at = b"", b"", False, False, -1, len(PNG)
+    try:
+        while True:
+            length, name = _PNG_CHUNK.unpack_from(data, at)
+            if name == b"IDAT":
+                pixels = at
+            elif name == b"eXIf":
+                exif = data[at + 8 : at + 8 + length]
+            elif name == b"tRNS":
+                has_key = has_key or pixels < 0
+            elif name in _PNG_TEXTS:
+                if data.startswith(_PNG_XMP, at + 8):
+                    xmp = data[at + 8 + len(_PNG_XMP) : at + 8 + length]
+                    is_unusual = is_unusual or name != b"iTXt" or xmp[:1] != b"\0"  # compressed
+                elif data.startswith(_PNG_EXIF_AS_TEXT, at + 8):  # as older programs wrote it
+                    is_unusual = True
+            at += 12 + length
+            if name == b"IEND":
+                break
+    except struct.error:
+        at = len(data) + 1
+    if len(data) < at:  # libpng does without an end
         raise ValueError("damaged PNG (it is cut off)")
     kind, width, height, bits, colour, crc = _PNG_HEADER.unpack_from(data, 12)
     if kind != b"IHDR" or zlib.crc32(data[12:29]) != crc:
@@ -124,9 +166,8 @@ def read_png_header(data: Buffer) -> Header:
     if bits > 8:
         raise ValueError(f"PNG with {bits} bits a channel: convert it to 8 first")
     check_size(height, width)
-    exif = data.find(b"eXIf")
-    orientation = _read_orientation(data, exif + 4 if exif >= 0 else exif)
-    return Header(height, width, 1 if colour == 0 else 3, orientation)
+    orientation = _ask_pillow(data, "PNG") if is_unusual else _find_orientation(exif, xmp)
+    return Header(height, width, 1 if colour == 0 else 3, orientation, has_key)
 
 
 def view_npy(data: Buffer) -> np.ndarray:
@@ -180,14 +221,30 @@ def check_size(height: int, width: int) -> None:
         raise ValueError(f"refused: {height} x {width} pixels are more than {MAX_PIXELS}")
 
 
-def _read_orientation(data: Buffer, place: int) -> int:
-    """Of the Exif at `place`; 1 where there is none (-1), or Exif is damaged."""
-    if place < 0:
-        return 1
-    exif = Image.Exif()
+def _find_orientation(exif: bytes, xmp: bytes) -> int:
+    """Exif's; XMP's where Exif has none."""
+    orientation: Any = None
+    if exif:
+        tags = Image.Exif()
+        try:
+            tags.load(exif)
+            orientation = tags.get(ORIENTATION)
+        except Exception:  # other programs also show such a picture as it is stored
+            orientation = None
+    if orientation is None and xmp:
+        found = _XMP_ORIENTATION.search(xmp)
+        orientation = int(found[1]) if found else None
+    return _check_orientation(orientation)
+
+
+def _ask_pillow(data: Buffer, form: str) -> int:
+    """Orientation by Pillow's own reader, which knows more ways than the usual ones."""
     try:
-        exif.load(bytes(data[place : place + _LONGEST_SEGMENT]))
-        orientation = exif.get(ORIENTATION)
-    except Exception:  # other programs also show such a picture as it is stored
+        with Image.open(io.BytesIO(data), formats=[form]) as image:
+            return _check_orientation(image.getexif().get(ORIENTATION))
+    except Exception:  # the decoder finds out what is wrong with the pixels
         return 1
-    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def _check_orientation(found: Any) -> int:
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1

@@ -25,7 +25,9 @@ def _resample(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """Antialiased bicubic, within 1 of Pillow's and, in torch, several times as fast."""
     import torch  # here, because building and indexing do without
 
-    image = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
+    # An axis of one pixel that was turned has a negative stride, which numpy calls contiguous.
+    pixels = np.require(pixels, requirements=["C", "W"])
+    image = torch.from_numpy(pixels if min(pixels.strides) > 0 else pixels.copy())
     image = image.view(1, *pixels.shape).permute(0, 3, 1, 2)  # keeps its strides: no copy below
     resized = torch.nn.functional.interpolate(
         image, (height, width), mode="bicubic", antialias=True
