@@ -43,7 +43,8 @@ class LeftOut:
     def add(self, reason: str, example: str, count: int = 1) -> None:
         """Count `count` files that were left out for `reason`; `example` names one."""
         self.counts[reason] = self.counts.get(reason, 0) + count
-        self.examples.setdefault(reason, example)
+        if reason not in self.examples:  # a name in Latin-1 can be neither printed nor encoded
+            self.examples[reason] = example.encode(errors="backslashreplace").decode()
 
     def merge(self, other: "LeftOut") -> None:
         """Add the counts of `other`."""
