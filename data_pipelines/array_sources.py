@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.encoded_images import EncodedImage, Encoding, Entry, fit, make_key
+from data_pipelines.intake import LeftOut
 from data_pipelines.source_names import digest, find_version
 
 
@@ -18,6 +19,7 @@ class _Arrays:
     def __init__(self, name: str, encoding: Encoding):
         self._name = name
         self._encoding = encoding
+        self.left_out, self.faults = LeftOut(), list[str]()
         self._images: np.ndarray | None = None
         self._labels: np.ndarray | None = None
 
@@ -49,10 +51,14 @@ class IdxFile(_Arrays):
             found = [file for file in found if file.name.startswith("train")] or found
             if not found:
                 raise ValueError(f"idx:{path}: holds no file named like train-images-idx3-ubyte.gz")
-            path = found[0]
+            path, *others = found
+        else:
+            others = []
         if not path.is_file():
             raise ValueError(f"idx:{path}: no such file")
         super().__init__(make_key(path.name.split("-images")[0].split(".")[0]), encoding)
+        for other in others:
+            self.left_out.add("other idx file of the folder", other.name)
         self._path = path
         self._labels_path = _find_labels(path)
 

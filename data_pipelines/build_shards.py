@@ -15,7 +15,18 @@ from typing import Any
 from data_pipelines import shard_tasks, storage, unfinished, uris
 from data_pipelines.contact_sheet import describe_set
 from data_pipelines.encoded_images import ENCODINGS, Encoding, Entry
-from data_pipelines.image_sources import SOURCES, SampleSource, check_keys, open_source
+from data_pipelines.image_sources import SOURCES, SampleSource, find_repeated, open_source
+from data_pipelines.intake import (
+    FAULTS,
+    FAULTS_NAME,
+    LEFT_OUT,
+    LeftOut,
+    SourceFaults,
+    add_bad_images,
+    pop_most_bad_images,
+    shorten,
+    write_faults,
+)
 from data_pipelines.shard_index import (
     INDEX_NAME,
     ShardIndex,
@@ -35,37 +46,49 @@ def build_shards(
     resolution: int | None = None,
     samples_per_shard: int = 1000,
     held_out: int = 0,
-    encoding: str = "png",
-    quality: int = 95,
+    encoding: Encoding = Encoding(),  # noqa: B008  # frozen
+    most_bad_images: int = 0,
     on: str = "here",
 ) -> str:
     """Write the shard set, or what is missing of it; the arguments are those of the command.
 
+    Args:
+        source: One of `SOURCES`.
+        output: URI of the set.
+        resolution: Side of every image in pixels; None keeps sizes.
+        samples_per_shard: Most images of a shard.
+        held_out: Images that go to ``held_out/``; 0 makes one set.
+        encoding: How images are written that do not keep their own bytes.
+        most_bad_images: Bad images that are skipped; with more, or one where it is 0, nothing is
+            finished. All of them are in ``faults.txt`` of the output.
+        on: One of `shard_tasks.PLACES`.
+
     Returns:
-        One sentence: what is there now.
+        What is there now, and what was not taken.
 
     Raises:
-        ValueError: a bad argument, a damaged image, or an output built from something else.
-        StorageError: the output cannot be written.
+        ValueError: A bad argument, or an output built from something else.
+        SourceFaults: Every bad image of the source.
+        StorageError: The output cannot be written.
         TaskFailed: Ray gave up on a shard.
     """
     for name, value, least in (
         ("resolution", resolution, 1),
         ("samples-per-shard", samples_per_shard, 1),
         ("held-out", held_out, 0),
+        ("most-bad-images", most_bad_images, 0),
     ):
         if value is not None and value < least:
             raise ValueError(f"--{name} {value}: must be at least {least}")
     output = make_absolute(output)
     shard_tasks.means_ray(on)
-    written_as = Encoding(encoding, quality)
-    origin = open_source(source, written_as)
+    origin = open_source(source, encoding, output)
     fingerprint = {
         "source": source,
         "resolution": resolution,
         "samples_per_shard": samples_per_shard,
         "held_out": held_out,
-        **written_as.describe(),
+        **encoding.describe(),
         **origin.describe(),
     }
     parts = [HELD_OUT, TRAIN] if held_out else [""]
@@ -73,15 +96,36 @@ def build_shards(
     storage.check_writable(output)
     if _find_finished(output, outputs, fingerprint):
         sets = [load_index(uri) for uri in outputs.values()]
-        return f"{_summarize(sets, outputs)} were complete: nothing to do"
+        return _summarize(sets, outputs, "were complete: nothing to do")
     entries = origin.list_entries()
-    check_keys(entries)
+    faults = [*origin.faults, *find_repeated(entries)]
+    if faults and most_bad_images == 0:
+        print(  # the images may take hours
+            f"{len(faults)} images cannot be taken; reading the others to find all faults:\n"
+            f"{shorten(faults)}",
+            file=sys.stderr,
+            flush=True,
+        )
     selections = split_entries(entries, held_out) if held_out else {"": entries}
-    sets = [
-        _write_set(origin, _shuffle(selections[part]), uri, fingerprint, on)
+    records = {
+        part: _write_shards(
+            origin, _shuffle(selections[part]), uri, fingerprint, most_bad_images, on
+        )
         for part, uri in outputs.items()
+    }
+    faults += [
+        fault
+        for part in parts
+        for record in records[part]
+        for fault in record.provenance.get(FAULTS, [])
     ]
-    return f"{_summarize(sets, outputs)} written"
+    if faults:
+        report = write_faults(output, faults)
+    if len(faults) > most_bad_images:
+        raise SourceFaults(source, faults)
+    sets = [_finish_set(origin, records[part], uri, fingerprint) for part, uri in outputs.items()]
+    skipped = f"; {len(faults)} bad images skipped, listed in {report}" if faults else ""
+    return _summarize(sets, outputs, f"written{skipped}")
 
 
 def _find_finished(output: str, outputs: dict[str, str], fingerprint: dict[str, Any]) -> bool:
@@ -120,13 +164,18 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _write_set(
-    source: SampleSource, entries: list[Entry], uri: str, fingerprint: dict[str, Any], on: str
-) -> ShardIndex:
-    """Write the shards that are not there yet, then the set's description and index."""
+def _write_shards(
+    source: SampleSource,
+    entries: list[Entry],
+    uri: str,
+    fingerprint: dict[str, Any],
+    most_bad_images: int,
+    on: str,
+) -> list[ShardIndex]:
+    """A record of every shard, in order; those that are not there yet are written."""
     there = storage.list_files(uri)
     if INDEX_NAME in there:
-        return load_index(uri)
+        return [load_index(uri)]
     tars = any(name.endswith(".tar") and "/" not in name for name in there)
     if tars and not unfinished.is_claimed(there):
         raise ValueError(
@@ -141,16 +190,34 @@ def _write_set(
             f"shard-{first // per_shard:06d}.tar",
             entries[first : first + per_shard],
             fingerprint["resolution"],
+            most_bad_images > 0,
         )
         for first in range(0, len(entries), per_shard)
     ]
-    records = _write_missing(source, uri, jobs, there, on)
-    shapes = {record.image_shape for record in records}
+    return _write_missing(source, uri, jobs, there, on)
+
+
+def _finish_set(
+    source: SampleSource, records: list[ShardIndex], uri: str, fingerprint: dict[str, Any]
+) -> ShardIndex:
+    """Write the set's description and index, unless they are there."""
+    if storage.exists(uris.join(uri, INDEX_NAME)):
+        return load_index(uri)
+    shards = tuple(shard for record in records for shard in record.shards)
+    if not any(shard.keys for shard in shards):
+        raise ValueError(f"{uri}: no image could be taken")
+    left_out = LeftOut()
+    left_out.merge(source.left_out)
+    for record in records:
+        left_out.merge(LeftOut.from_json(record.provenance[LEFT_OUT]))
+        if faults := record.provenance[FAULTS]:
+            left_out.add("bad image", faults[0], len(faults))
+    shapes = {record.image_shape for record in records if record.shards[0].keys}
     known = {shape for shape in shapes if shape is not None}
     index = ShardIndex(
-        tuple(shard for record in records for shard in record.shards),
+        shards,
         common_shape(known) if known == shapes else None,
-        {"fingerprint": fingerprint, **source.describe()},
+        {"fingerprint": fingerprint, **source.describe(), LEFT_OUT: left_out.to_json()},
     )
     describe_set(uri, index)
     write_index(uri, index)
@@ -175,7 +242,7 @@ def _write_missing(
             progress.update(len(missing[number].entries))
     there = storage.list_files(uri)
     for job in missing:
-        if there.get(job.name) != records[job.name].shards[0].bytes:
+        if records[job.name].shards and there.get(job.name) != records[job.name].shards[0].bytes:
             raise ValueError(
                 f"{uris.join(uri, job.name)} was written by another node and is not seen here:"
                 " use an --output on object storage or on a shared disk, or --on here"
@@ -183,13 +250,15 @@ def _write_missing(
     return [records[job.name] for job in jobs]
 
 
-def _summarize(sets: Sequence[ShardIndex], outputs: Mapping[str, str]) -> str:
+def _summarize(sets: Sequence[ShardIndex], outputs: Mapping[str, str], outcome: str) -> str:
     texts: list[str] = []
+    left_out = LeftOut()
     for index, uri in zip(sets, outputs.values(), strict=True):
         images = sum(len(shard.keys) for shard in index.shards)
         megabytes = sum(shard.bytes for shard in index.shards) / 1e6
         texts.append(f"{images} images in {len(index.shards)} shards ({megabytes:.1f} MB) at {uri}")
-    return " and ".join(texts)
+        left_out.merge(LeftOut.from_json(index.provenance.get(LEFT_OUT, {})))
+    return "\n".join(filter(None, [f"{' and '.join(texts)} {outcome}", str(left_out)]))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -229,13 +298,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         " JPEG file that needs no change stays as it is",
     )
     parser.add_argument("--quality", type=int, default=95, help="of --encoding jpeg, 1 to 100")
+    add_bad_images(parser)
     parser.add_argument("--on", default="auto", choices=shard_tasks.PLACES, help=shard_tasks.HELP)
-    options = parser.parse_args(arguments)
+    options = vars(parser.parse_args(arguments))
+    most_bad_images = pop_most_bad_images(options)
     try:
-        summary = build_shards(**vars(options))
+        encoding = Encoding(options.pop("encoding"), options.pop("quality"))
+        summary = build_shards(**options, encoding=encoding, most_bad_images=most_bad_images)
+    except SourceFaults as error:
+        print(shorten(error.faults), flush=True)
+        sys.exit(
+            f"build_shards: {len(error.faults)} images of {error.uri} cannot be taken, all listed"
+            f" in {uris.join(options['output'], FAULTS_NAME)}: mend them, or use --bad-images skip"
+        )
     except (ValueError, OSError, shard_tasks.TaskFailed) as error:
         sys.exit(f"build_shards: {error}")
-    print(f"{summary}; check: python -m data_pipelines.verify_shards {options.output}")
+    print(f"{summary}\ncheck: python -m data_pipelines.verify_shards {options['output']}")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import simplejpeg  # pyright: ignore[reportMissingTypeStubs]
 from PIL import Image, ImageOps
 
-from data_pipelines.image_codec import decode_image, encode_png, read_shape
+from data_pipelines.image_codec import count_frames, decode_image, encode_png, read_shape
 from data_pipelines.image_headers import is_upright_jpeg
 
 ENCODINGS = ("png", "jpeg")
@@ -36,6 +36,8 @@ class EncodedImage:
     """(C, H, W)."""
     others: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
     """Label and whatever else the source has, by extension."""
+    further_frames: int = 0
+    """Frames or pages of the source's file after the first, which alone is taken."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class Encoding:
         if resolution is None and is_upright_jpeg(data):
             return EncodedImage("jpg", data, shape, others or {})
         pixels = pixels[0] if shape[0] == 1 else pixels.transpose(1, 2, 0)
-        return self.encode(pixels if resolution is None else fit(pixels, resolution), others)
+        image = self.encode(pixels if resolution is None else fit(pixels, resolution), others)
+        return replace(image, further_frames=count_frames(data) - 1)
 
 
 def decode_png(data: bytes) -> np.ndarray:
@@ -107,7 +110,7 @@ def fit(pixels: np.ndarray, side: int) -> np.ndarray:
 
 def make_key(name: str) -> str:
     """A WebDataset key: no dots, which end a key; never absolute; short enough for a tar header."""
-    key = name.lstrip("/").replace(".", "_")
+    key = name.lstrip("/\\").replace(".", "_")
     if len(key.encode()) > _LONGEST_KEY:
         key = hashlib.sha256(name.encode()).hexdigest()[:32]
     return key

