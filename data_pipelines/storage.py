@@ -2,7 +2,7 @@
 
 Every write is whole or absent: a local file is renamed into place, an object store shows an object
 only when its PUT or multipart upload is complete. Every wait has an end: see `retries`. Credentials
-and other settings: see `storage_clients`.
+and other settings: see `storage_clients`. Names are literal: `[ ] * ? # %` stand for themselves.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +24,23 @@ from data_pipelines.retries import (
     describe_missing,
     retry,
 )
-from data_pipelines.storage_clients import ATTEMPT_SECONDS, open_client, read_http_range
+from data_pipelines.storage_clients import (
+    ATTEMPT_SECONDS,
+    delete_objects,
+    list_objects,
+    open_client,
+    read_http_range,
+)
+from data_pipelines.tree import UNLISTABLE, Tree, walk
 from data_pipelines.uris import display, join, local_path, split_uri
 
 PREFLIGHT_SECONDS = 5.0
 _SLOWEST_BYTES_PER_SECOND = 2**18
 _TRANSFER_THREADS = 4
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LONGEST_NAME_BYTES = 200
+"""Of a file in its temporary neighbour's name, which has 255 bytes at most."""
+_SYSTEM_FOLDER = "lost+found"
 
 
 def read_bytes(uri: str) -> bytes:
@@ -41,7 +52,7 @@ def read_bytes(uri: str) -> bytes:
     """
     path = local_path(uri)
     if path is not None:
-        return path.read_bytes()
+        return _refuse_endless(path).read_bytes()
     limit = _attempt_seconds(2**24)  # what is read at once is small
     return retry(uri, lambda: open_client(uri).cat_file(uri, timeout=limit))
 
@@ -66,7 +77,7 @@ def read_range(uri: str, start: int, end: int, deadline_seconds: float = DEADLIN
     def read_once() -> bytes:
         data: Any
         if path is not None:
-            with path.open("rb") as file:
+            with _refuse_endless(path).open("rb") as file:
                 file.seek(start)
                 data = file.read(end - start)
         elif scheme in ("http", "https"):
@@ -106,21 +117,58 @@ def exists(uri: str) -> bool:
 
 
 def list_files(uri: str) -> dict[str, int]:
-    """Every file below `uri`, as {name relative to it: bytes}, sorted; {} when there is none."""
+    """Every file below `uri`, as {name relative to it: bytes}, sorted; {} when there is none.
+
+    Raises:
+        StorageError: a folder below it may not be listed, so that files could be missing.
+    """
+    tree = list_tree(uri)
+    hidden = [
+        join(uri, name)
+        for name, reason in tree.others.items()
+        if reason == UNLISTABLE and name != _SYSTEM_FOLDER
+    ]
+    if hidden:
+        more = f" and {len(hidden) - 3} more" if len(hidden) > 3 else ""
+        raise StorageError(
+            f"{', '.join(hidden[:3])}{more} may not be listed: allow this user to read and search"
+            " the folder, or move it elsewhere"
+        )
+    return tree.files
+
+
+def list_tree(uri: str) -> Tree:
+    """Every file below `uri`, and what is there and no file that can be read.
+
+    Links are followed, to folders too, but for those to a folder that they lie in. In an object
+    store, objects whose names end in a slash stand for folders and are left out.
+
+    Raises:
+        ValueError: `uri` cannot be listed over http.
+        StorageError: denied or unreachable.
+    """
     path = local_path(uri)
     if path is not None:
-        files = (Path(root) / name for root, _, names in os.walk(path) for name in names)
-        found = {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
-        return dict(sorted(found.items()))
+        return walk(path)
     _refuse_read_only(uri, "be listed")
-    filesystem = open_client(uri)
-    prefix = filesystem._strip_protocol(uri).rstrip("/") + "/"
-    details = retry(uri, lambda: filesystem.find(uri, detail=True))
-    return {
-        name.removeprefix(prefix): int(details[name]["size"])
-        for name in sorted(details)
-        if name.startswith(prefix) and not name.endswith("/")
-    }
+    found = list_objects(uri)
+    return Tree(
+        {name: found[name] for name in sorted(found) if not name.endswith("/")},
+        {
+            name: "object whose name ends in a slash"
+            for name in sorted(found)
+            if name.endswith("/") and found[name]
+        },
+    )
+
+
+def _refuse_endless(path: Path) -> Path:
+    """The path, unless it is a named pipe, a socket or a device, where reading may never end."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        kind = "named pipe" if stat.S_ISFIFO(mode) else "socket or device"
+        raise StorageError(f"{path} is a {kind}: copy its content to a file, and name that")
+    return path
 
 
 def download(
@@ -145,7 +193,7 @@ def download(
     def copy_once() -> None:
         with _renamed_into(path, expected_bytes) as part:
             if source is not None:
-                shutil.copyfile(source, part)
+                shutil.copyfile(_refuse_endless(source), part)
             else:
                 open_client(uri).get_file(uri, str(part), timeout=limit)
             _check_content(part, expected_bytes, sha256)
@@ -158,36 +206,53 @@ def download_folder(uri: str, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: nothing is there.
+        StorageError: a name there is none of a file below a folder, as `../x` and `a//b`.
     """
     sizes = list_files(uri)
     if not sizes:
         raise FileNotFoundError(f"{uri} does not exist or is empty")
+    for name in sizes:
+        if not {"", ".", ".."}.isdisjoint(name.split("/")) or "\0" in name:
+            raise StorageError(f"{join(uri, name)!r} cannot be a file below {path}: rename it")
     _transfer(lambda name: download(join(uri, name), Path(path) / name, sizes[name]), list(sizes))
 
 
 def upload_folder(path: str | Path, uri: str) -> None:
-    """Copy every file below the folder `path` to the same name below `uri`."""
+    """Copy every file below the folder `path` to the same name below `uri`.
+
+    Raises:
+        ValueError: it is no folder, or holds what cannot be copied, as a broken link.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"cannot upload {folder}: it is not a folder")
-    _transfer(lambda name: upload(folder / name, join(uri, name)), list(list_files(str(folder))))
+    tree = walk(folder)
+    if tree.others:
+        name, reason = next(iter(tree.others.items()))
+        raise ValueError(f"cannot upload {folder}: {name} is a {reason}; remove or repair it")
+    _transfer(lambda name: upload(folder / name, join(uri, name)), list(tree.files))
 
 
 def upload(path: str | Path, uri: str) -> None:
     """Copy one local file to `uri`, atomically."""
-    target = local_path(uri)
+    target, path = local_path(uri), _refuse_endless(Path(path))
     if target is None:
         _refuse_read_only(uri)
-        limit = _attempt_seconds(Path(path).stat().st_size)
+        limit = _attempt_seconds(path.stat().st_size)
         retry(uri, lambda: open_client(uri).put_file(str(path), uri, timeout=limit))
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _renamed_into(target, Path(path).stat().st_size) as part:
+    with _renamed_into(target, path.stat().st_size) as part:
         shutil.copyfile(path, part)
 
 
 def delete(uri: str) -> None:
-    """Remove the object, or the folder and all below it; nothing there is no error."""
+    """Remove the object, or the folder and all below it; nothing there is no error.
+
+    Raises:
+        ValueError: `uri` is a whole bucket.
+        StorageError: denied or unreachable.
+    """
     path = local_path(uri)
     if path is not None:
         if path.is_dir() and not path.is_symlink():
@@ -195,9 +260,11 @@ def delete(uri: str) -> None:
         else:
             path.unlink(missing_ok=True)
         return
-    _refuse_read_only(uri)
-    with contextlib.suppress(FileNotFoundError):
-        retry(uri, lambda: open_client(uri).rm(uri, recursive=True))
+    _refuse_read_only(uri, "be deleted")
+    if "/" not in split_uri(uri)[1].strip("/"):
+        raise ValueError(f"{uri} is a whole bucket: name a folder in it")
+    with contextlib.suppress(FileNotFoundError):  # the bucket
+        delete_objects(uri)
 
 
 def check_readable(uri: str) -> None:
@@ -275,7 +342,8 @@ def _check_content(path: Path, expected_bytes: int | None, sha256: str | None) -
 @contextlib.contextmanager
 def _renamed_into(path: Path, size: int | None) -> Generator[Path]:
     """A temporary neighbour of `path` that replaces it when the block has written `size` bytes."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.part")
+    name = os.fsdecode(os.fsencode(path.name)[:_LONGEST_NAME_BYTES])
+    part = path.with_name(f".{name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.part")
     try:
         yield part
         part.replace(path)

@@ -1,0 +1,90 @@
+"""What lies below a folder of this machine: the files, and whatever is none that can be read."""
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+UNLISTABLE = "folder that may not be listed"
+
+# Path, name with a slash at its end, device and inode of it and of all folders that it lies in.
+_Folder = tuple[Path, str, tuple[tuple[int, int], ...]]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What lies below a folder.
+
+    Attributes:
+        files: {name relative to the folder: bytes}, sorted.
+        others: {name: why it is no file that can be read}, sorted.
+    """
+
+    files: dict[str, int]
+    others: dict[str, str]
+
+
+def walk(root: Path) -> Tree:
+    """What lies below the folder `root`; nothing where there is no such folder.
+
+    Links are followed, to folders too, but for those to a folder that they lie in.
+    """
+    files: dict[str, int] = {}
+    others: dict[str, str] = {}
+    try:
+        top = root.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return Tree(files, others)
+    waiting: list[_Folder] = []
+    if stat.S_ISDIR(top.st_mode):
+        waiting.append((root, "", ((top.st_dev, top.st_ino),)))
+    while waiting:
+        folder, prefix, above = waiting.pop()
+        try:
+            with os.scandir(folder) as listing:
+                found = [(entry, _look_at(entry)) for entry in listing]
+        except PermissionError:  # to read it, or to search it
+            others[prefix.rstrip("/") or "."] = UNLISTABLE
+            continue
+        except FileNotFoundError:  # deleted since its parent was listed
+            continue
+        for entry, facts in found:
+            name = f"{prefix}{entry.name}"
+            if facts is None:
+                continue
+            if not _is_utf8(entry.name):
+                printable = os.fsencode(name).decode(errors="backslashreplace")
+                others[printable] = "name that is not UTF-8"
+            elif isinstance(facts, str):
+                others[name] = facts
+            elif stat.S_ISREG(facts.st_mode):
+                files[name] = facts.st_size
+            elif not stat.S_ISDIR(facts.st_mode):
+                others[name] = "named pipe, socket or device"
+            elif (identity := (facts.st_dev, facts.st_ino)) in above:
+                others[name] = "link to a folder above it"
+            else:
+                waiting.append((folder / entry.name, f"{name}/", (*above, identity)))
+    return Tree(dict(sorted(files.items())), dict(sorted(others.items())))
+
+
+def _look_at(entry: os.DirEntry[str]) -> os.stat_result | str | None:
+    """Of what the entry means; why there is nothing; None where it was deleted meanwhile."""
+    try:
+        return entry.stat()
+    except OSError as error:
+        if not entry.is_symlink():
+            if isinstance(error, FileNotFoundError):
+                return None
+            raise
+        if isinstance(error, PermissionError):
+            return "link to what may not be read"
+        return "broken link"
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
