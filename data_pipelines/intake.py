@@ -97,8 +97,14 @@ def shorten(faults: list[str], separator: str = "\n") -> str:
 
 
 def write_faults(output: str, faults: list[str]) -> str:
-    """Write all faults beside the output, one a line; returns the URI of the file."""
+    """Write all faults beside the output, one a line; returns the URI of the file.
+
+    Without a fault there is no file.
+    """
     uri = uris.join(output, FAULTS_NAME)
+    if not faults:
+        storage.delete(uri)
+        return uri
     lines = (fault.replace("\n", "\\n") + "\n" for fault in faults)
     storage.write_bytes(uri, "".join(lines).encode(errors="backslashreplace"))
     return uri

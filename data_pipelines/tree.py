@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 UNLISTABLE = "folder that may not be listed"
+NOT_UTF8 = "name that is not UTF-8"
 
 # Path, name with a slash at its end, device and inode of it and of all folders that it lies in.
 _Folder = tuple[Path, str, tuple[tuple[int, int], ...]]
@@ -54,7 +55,7 @@ def walk(root: Path) -> Tree:
                 continue
             if not _is_utf8(entry.name):
                 printable = os.fsencode(name).decode(errors="backslashreplace")
-                others[printable] = "name that is not UTF-8"
+                others[printable] = NOT_UTF8
             elif isinstance(facts, str):
                 others[name] = facts
             elif stat.S_ISREG(facts.st_mode):

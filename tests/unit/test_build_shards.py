@@ -1,8 +1,14 @@
+import json
+import shutil
+import sys
+
 import pytest
 
-from data_pipelines import ShardDataset
+from data_pipelines import ShardDataset, unfinished
 from data_pipelines.build_shards import build_shards, main, split_entries
 from data_pipelines.image_sources import ImageFolder, open_source
+from data_pipelines.intake import SourceFaults
+from data_pipelines.verify_shards import find_faults
 
 
 def contents(path):
@@ -75,6 +81,74 @@ class TestBuild:
         (tmp_path / "other/mine.tar").write_bytes(b"mine")
         with pytest.raises(ValueError, match="not written by this command"):
             build_shards(f"folder:{folder}", f"{tmp_path}/other")
+
+    def test_all_faults_are_found_in_one_run_and_skipped_on_request(self, folder, tmp_path, capsys):
+        source, output = tmp_path / "source", tmp_path / "set"
+        shutil.copytree(folder, source)
+        bad = [f"n{number:02d}.png" for number in (1, 5, 11, 22)]
+        for name in bad:
+            (source / name).write_bytes((source / name).read_bytes()[:50])
+        (source / "z.heic").write_bytes(b"x")
+        with pytest.raises(SourceFaults) as error:
+            build_shards(f"folder:{source}", str(output), samples_per_shard=4, held_out=6)
+        assert sorted(f"{f}: ".split(": ")[0].rpartition("/")[2] for f in error.value.faults) == [
+            *bad,
+            "z.heic",
+        ]
+        assert (output / "faults.txt").read_text().splitlines() == error.value.faults
+        assert "1 images cannot be taken; reading the others" in capsys.readouterr().err
+        assert not list(output.rglob("index.json"))
+        with pytest.raises(SourceFaults):
+            build_shards(f"folder:{source}", str(output), None, 4, 6, most_bad_images=4)
+        text = build_shards(f"folder:{source}", str(output), None, 4, 6, most_bad_images=5)
+        assert f"5 bad images skipped, listed in {output}/faults.txt" in text
+        assert "4 x bad image (such as " in text
+        keys = [
+            key
+            for part in ("train", "held_out")
+            for key in ShardDataset.open(f"{output}/{part}").keys
+        ]
+        assert sorted(keys) == [
+            f"n{number:02d}" for number in range(23) if f"n{number:02d}.png" not in bad
+        ]
+        assert not list(find_faults(f"{output}/train"))
+        statistics = json.loads((output / "train/statistics.json").read_text())
+        assert statistics["left_out"]["bad image"]["count"] >= 1
+
+    def test_what_was_skipped_is_known_after_a_restart(self, folder, tmp_path, monkeypatch):
+        source, output = tmp_path / "source", tmp_path / "set"
+        shutil.copytree(folder, source)
+        (source / "n03.png").write_bytes(b"")
+        write = unfinished.clear
+        monkeypatch.setattr(unfinished, "clear", lambda uri: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            build_shards(f"folder:{source}", str(output), samples_per_shard=4, most_bad_images=1)
+        (output / "index.json").unlink()
+        monkeypatch.setattr(unfinished, "clear", write)
+        with pytest.raises(SourceFaults, match=r"n03\.png"):
+            build_shards(f"folder:{source}", str(output), samples_per_shard=4)
+        text = build_shards(f"folder:{source}", str(output), None, 4, most_bad_images=1)
+        assert "1 bad images skipped" in text
+        assert len(ShardDataset.open(str(output))) == 22
+
+    def test_the_command_says_what_it_did_not_take(self, folder, tmp_path, capsys):
+        source = tmp_path / "source"
+        shutil.copytree(folder, source)
+        (source / "notes.txt").write_text("x")
+        for number in range(22):
+            (source / f"bad{number:02d}.png").write_bytes(b"x")
+        command = ["--source", f"folder:{source}", "--output", f"{tmp_path}/set", "--on", "here"]
+        with pytest.raises(
+            SystemExit, match=r"22 images of .* mend them, or use --bad-images skip"
+        ):
+            main(command)
+        assert capsys.readouterr().out.splitlines()[20] == "… and 2 more"
+        main([*command, "--bad-images", "skip"])
+        said = capsys.readouterr().out
+        assert "22 x bad image (such as " in said
+        assert "1 x no image file (.txt) (such as notes.txt)" in said
+        with pytest.raises(SystemExit, match="22 images"):
+            main([*command[:3], f"{tmp_path}/b", "--bad-images", "skip", "--most-bad-images", "21"])
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -11,7 +11,7 @@ from webdataset.writer import TarWriter
 from data_pipelines.build_shards import build_shards
 from data_pipelines.encoded_images import Encoding
 from data_pipelines.image_codec import decode_image, encode_png
-from data_pipelines.image_sources import check_keys, open_source
+from data_pipelines.image_sources import open_source
 from data_pipelines.shard_index import load_index
 
 
@@ -89,11 +89,69 @@ class TestFolder:
         save(np.zeros((4, 4, 4), np.uint8), tmp_path / "clear.png")
         assert (load_all(f"folder:{tmp_path}")["clear"] == 255).all()
 
-    def test_refuses_two_files_of_one_key(self, tmp_path):
-        save(draw(4, 4), tmp_path / "x.png")
-        save(draw(4, 4), tmp_path / "x.bmp")
-        with pytest.raises(ValueError, match=r"key 'x': x\.bmp and x\.png"):
-            check_keys(open_source(f"folder:{tmp_path}").list_entries())
+    def test_two_files_of_one_stem_get_keys_of_their_own_and_stay_one_family(self, tmp_path):
+        for number, name in enumerate(("x.png", "x.bmp", "x_png.gif", "y.z.png", "y_z.png")):
+            save(draw(4, 4, seed=number), tmp_path / name)
+        entries = open_source(f"folder:{tmp_path}").list_entries()
+        keys = {entry.place: entry.key for entry in entries}
+        assert len(set(keys.values())) == 5
+        assert keys["x.bmp"] == "x_bmp"
+        assert len(keys["x.png"]) == len(keys["x_png.gif"]) == 32
+        families = {entry.place: entry.family for entry in entries}
+        assert families["x.png"] == families["x.bmp"] == "x"
+        assert families["x_png.gif"] == "x_png"
+
+    def test_nothing_is_left_out_without_a_word(self, tmp_path):
+        for name in ("a.jpg", "b.jfif", "c.JPE", "cats/d.png"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            Image.fromarray(draw(4, 4, 3)).save(
+                tmp_path / name, "PNG" if name.endswith("png") else "JPEG"
+            )
+        for name in (
+            *("._a.jpg", "__MACOSX/a.jpg", ".DS_Store", "Thumbs.db"),
+            *(".ipynb_checkpoints/a.jpg", "@eaDir/a.jpg/thumb.jpg", ".Trash-1000/files/a.jpg"),
+            *("notes.txt", "more.txt", "README", "IMG_1.HEIC", "raw.nef"),
+            *("set/contact_sheet.png", "set/statistics.json"),
+        ):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"x")
+        elsewhere = tmp_path.with_name(f"{tmp_path.name}-elsewhere")
+        save(draw(4, 4), elsewhere / "e.png")
+        (tmp_path / "dogs").symlink_to(elsewhere)
+        (tmp_path / "up").symlink_to(tmp_path)
+        (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+        source = open_source(f"folder:{tmp_path}")
+        assert [e.key for e in source.list_entries()] == ["a", "b", "c", "cats/d", "dogs/e"]
+        assert source.left_out.counts == {
+            "macOS metadata": 3,
+            "Windows metadata": 1,
+            "notebook checkpoint": 1,
+            "NAS thumbnail": 1,
+            "deleted file": 1,
+            "no image file (.txt)": 2,
+            "no image file (no extension)": 1,
+            "no image file (.json)": 1,
+            "picture of a shard set": 1,
+            "link to a folder above it": 1,
+        }
+        assert "2 x no image file (.txt) (such as more.txt)" in str(source.left_out)
+        assert [fault.rpartition("/")[2] for fault in source.faults] == [
+            "IMG_1.HEIC: .heic files are not read: convert it, to JPEG say",
+            "raw.nef: .nef files are not read: convert it, to JPEG say",
+            "gone.jpg: broken link",
+        ]
+
+    def test_the_output_is_no_part_of_the_source(self, tmp_path):
+        save(draw(4, 4), tmp_path / "a.png")
+        for name in ("one", "two"):
+            build_shards(f"folder:{tmp_path}", f"{tmp_path}/{name}")
+            assert load_index(f"{tmp_path}/{name}").shards[0].keys == ["a"]
+            assert "nothing to do" in build_shards(f"folder:{tmp_path}", f"{tmp_path}/{name}")
+        left_out = load_index(f"{tmp_path}/two").provenance["left_out"]
+        assert left_out["picture of a shard set"] == {
+            "count": 1,
+            "example": "one/contact_sheet.png",
+        }
 
     @pytest.mark.parametrize("name", ["broken.jpg", "broken.png", "deep.png"])
     def test_names_a_file_it_cannot_read(self, tmp_path, name):
@@ -123,6 +181,8 @@ class TestIdx:
         self.write(tmp_path / "train-images-idx3-ubyte.gz", draw(3, 6, 6))
         images = load_all(f"idx:{tmp_path}")
         assert list(images) == ["train-000000", "train-000001", "train-000002"]
+        left_out = open_source(f"idx:{tmp_path}").left_out
+        assert left_out.examples == {"other idx file of the folder": "t10k-images-idx3-ubyte.gz"}
         assert (np.stack(list(images.values()))[:, 0] == draw(3, 6, 6)).all()
         assert next(iter(load_all(f"idx:{tmp_path}/t10k-images-idx3-ubyte.gz"))) == "t10k-000000"
 
@@ -278,18 +338,18 @@ class TestEncoding:
     def test_is_part_of_what_a_set_is_built_from(self, tmp_path):
         save(draw(4, 4), tmp_path / "in/a.png")
         source, output = f"folder:{tmp_path}/in", f"{tmp_path}/set"
-        build_shards(source, output, encoding="jpeg")
+        build_shards(source, output, encoding=Encoding("jpeg"))
         assert load_index(output).shards[0].members.keys() == {"jpg"}
-        assert "nothing to do" in build_shards(source, output, encoding="jpeg")
+        assert "nothing to do" in build_shards(source, output, encoding=Encoding("jpeg"))
         with pytest.raises(ValueError, match="quality 95 instead of 80"):
-            build_shards(source, output, encoding="jpeg", quality=80)
+            build_shards(source, output, encoding=Encoding("jpeg", 80))
         with pytest.raises(ValueError, match="encoding 'jpeg' instead of None"):
             build_shards(source, output)
 
-    @pytest.mark.parametrize("options", [{"encoding": "gif"}, {"quality": 0}, {"quality": 101}])
-    def test_nonsense_is_refused(self, options, tmp_path):
-        with pytest.raises(ValueError, match=f"--{next(iter(options))}"):
-            build_shards("mnist", str(tmp_path), **options)
+    @pytest.mark.parametrize("options", [{"name": "gif"}, {"quality": 0}, {"quality": 101}])
+    def test_nonsense_is_refused(self, options):
+        with pytest.raises(ValueError, match=f" {next(iter(options.values()))}: "):
+            Encoding(**options)
 
 
 def test_openmoji_keeps_the_skin_tones_of_a_drawing_together():
