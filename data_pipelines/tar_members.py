@@ -85,7 +85,10 @@ class Header(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """As tarfile's own, which takes other fields of GNU's header for the first part of a name.
+        """As tarfile's own, but for two names that it misreads.
+
+        It takes other fields of GNU's header for the first part of a name, and a file for a folder
+        whose name has a slash where the header cuts it off.
 
         Raises:
             ReadError: a negative size, or an extended header of a size that no writer makes.
@@ -95,9 +98,14 @@ class Header(tarfile.TarInfo):
             raise ReadError(f"a header says {found.size} bytes")
         if found.type in _EXTENDED and found.size > LARGEST_EXTENDED_HEADER_BYTES:
             raise ReadError(f"an extended header of {found.size} bytes")
-        if buf[257:263] != b"ustar\0" and buf[345]:
-            name = bytes(buf[:100]).partition(b"\0")[0].decode(encoding, errors)
-            found.name = name.rstrip("/") if found.isdir() else name
+        posix = buf[257:263] == b"ustar\0"
+        cut_off = found.isdir() and buf[156:157] == tarfile.AREGTYPE
+        if cut_off or (buf[345] and not posix):
+            parts = [buf[345:500], buf[:100]] if buf[345] and posix else [buf[:100]]
+            texts = [bytes(part).partition(b"\0")[0].decode(encoding, errors) for part in parts]
+            found.type, found.name = bytes(buf[156:157]), "/".join(texts)
+            if found.isdir():
+                found.name = found.name.rstrip("/")
         return found
 
 
