@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_pipelines import storage, uris
 from data_pipelines.image_codec import decode_image
+from data_pipelines.intake import LeftOut, SourceFaults, shorten
 from data_pipelines.set_statistics import draw_sample, map_images, measure_set
 from data_pipelines.shard_index import ShardIndex, load_index
 
@@ -29,7 +30,7 @@ def describe_set(uri: str, index: ShardIndex, output: str | None = None) -> dict
         The statistics.
 
     Raises:
-        ValueError: a damaged image; the message names it.
+        SourceFaults: damaged images of the sample, all of them.
         StorageError: the output cannot be written.
     """
     statistics = measure_set(uri, index)
@@ -54,9 +55,11 @@ def draw_sheet(uri: str, index: ShardIndex) -> Image.Image:
         left, top = _GAP + number % COLUMNS * step, _CAPTION + _GAP + number // COLUMNS * step
         sheet.paste(tile, (left + (_TILE - tile.width) // 2, top + (_TILE - tile.height) // 2))
     font = ImageFont.load_default(15)
-    text, pen = _caption(uri, index), ImageDraw.Draw(sheet)
-    while pen.textlength(text, font) > size[0] - 4 * _GAP:
-        text = f"{text[:-2]}…"
+    name, figures = _caption(uri, index)
+    text, pen = f"{name}: {figures}", ImageDraw.Draw(sheet)
+    while name and pen.textlength(text, font) > size[0] - 4 * _GAP:
+        name = name[:-1]
+        text = f"{name}…: {figures}"
     pen.text((2 * _GAP, _CAPTION // 2 + 1), text, _INK, font, anchor="lm")
     return sheet
 
@@ -72,8 +75,8 @@ def _draw_tile(data: bytes) -> Image.Image:
     return image
 
 
-def _caption(uri: str, index: ShardIndex) -> str:
-    """Name, count and size; the name is that of the source, so that copies have equal sheets."""
+def _caption(uri: str, index: ShardIndex) -> tuple[str, str]:
+    """(Name of the source, so that copies have equal sheets; counts and size)."""
     fingerprint = index.provenance.get("fingerprint", index.provenance)
     source = uris.display(str(fingerprint.get("source", uri))).rstrip("/")
     name = source.rsplit("/", 1)[-1] or source
@@ -82,7 +85,9 @@ def _caption(uri: str, index: ShardIndex) -> str:
     if index.image_shape:
         channels, height, width = index.image_shape
         size = f"{width} x {height}, {'grey' if channels == 1 else 'RGB'}"
-    return f"{name}: {count:,} images, {size}"
+    left_out = LeftOut.from_json(index.provenance.get("left_out", {}))
+    more = f", {sum(left_out.counts.values()):,} not taken" if left_out.counts else ""
+    return name, f"{count:,} images, {size}{more}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -102,6 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         index = load_index(options.uri)
         figures = describe_set(options.uri, index, options.output)
+    except SourceFaults as error:
+        print(shorten(error.faults), flush=True)
+        sys.exit(f"contact_sheet: {len(error.faults)} damaged images in {options.uri}")
     except (ValueError, OSError) as error:
         sys.exit(f"contact_sheet: {error}")
     where = options.output or options.uri

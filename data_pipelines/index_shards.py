@@ -6,12 +6,20 @@ off goes on; the index is written only where no tar has a fault.
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from data_pipelines import shard_tasks, storage, unfinished, uris
 from data_pipelines.contact_sheet import describe_set
-from data_pipelines.shard_checks import check_tar, find_repeated_keys
+from data_pipelines.intake import (
+    FAULTS_NAME,
+    BadImages,
+    LeftOut,
+    SourceFaults,
+    shorten,
+    write_faults,
+)
+from data_pipelines.shard_checks import TarChecks, check_tar, find_repeated_keys, select_tars
 from data_pipelines.shard_index import (
     INDEX_NAME,
     ShardIndex,
@@ -22,61 +30,75 @@ from data_pipelines.shard_index import (
 from data_pipelines.source_names import digest, make_absolute
 
 _THREADS = 4
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+ALLOWED = ("dotted-keys",)
 
 
-class ShardFaults(ValueError):
-    """Tars that cannot be a shard set; `faults` has one sentence for each fault."""
-
-    def __init__(self, uri: str, faults: list[str]):
-        super().__init__(f"{len(faults)} faults in {uri}, no index written: {'; '.join(faults)}")
-        self.faults = faults
-
-
-def index_shards(uri: str, output: str | None = None, on: str = "here") -> str:
+def index_shards(
+    uri: str,
+    output: str | None = None,
+    on: str = "here",
+    bad_images: BadImages = "fail",
+    most_bad_images: int = 1000,
+    verify: bool = False,
+    allow: Collection[str] = (),
+) -> str:
     """Write the index of the tars at `uri`; the arguments are those of the command.
 
     Returns:
-        One sentence: what is there now.
+        What is there now, and on a second line what was not taken.
 
     Raises:
-        ShardFaults: every fault of every tar.
+        SourceFaults: every fault of every tar.
         ValueError: no tar there, or the output holds another set.
         StorageError: the output cannot be written.
         TaskFailed: Ray gave up on a tar.
     """
     shard_tasks.means_ray(on)
-    base, sizes = list_tars(uri)
+    base = _find_base(uri)
     output = make_absolute(output) if output else base
-    _check_places(base, output)
-    fingerprint = {"source": f"wds:{uri}", "tars": len(sizes), "files": digest(sizes)}
-    storage.check_writable(output)
-    if storage.exists(uris.join(output, INDEX_NAME)):
-        index = load_index(output)
-        unfinished.refuse_other(output, index.provenance.get("fingerprint", {}), fingerprint)
-        return f"{_summarize(index, output)} was complete: nothing to do"
-    there = storage.list_files(output)
-    unfinished.claim(output, there, fingerprint)
-    provenance = {"fingerprint": fingerprint, "source": fingerprint["source"]}
-    index = _index(base, sizes, output, provenance, there, on)
-    describe_set(output, index)
+    try:
+        _, sizes, left_out = list_tars(uri)
+        _check_places(base, output)
+        storage.check_writable(output)
+        fingerprint = {"source": f"wds:{uri}", "tars": len(sizes), "files": digest(sizes)}
+        if storage.exists(uris.join(output, INDEX_NAME)):
+            index = load_index(output)
+            unfinished.refuse_other(output, index.provenance.get("fingerprint", {}), fingerprint)
+            return f"{_summarize(index, output)} was complete: nothing to do{_tell_left_out(index)}"
+        there = storage.list_files(output)
+        unfinished.claim(output, there, fingerprint)
+        checks = TarChecks(base, output, bad_images, verify or bad_images == "skip", bool(allow))
+        records = _read_tars(checks, sizes, there, on)
+        provenance = {"fingerprint": fingerprint, "source": fingerprint["source"]}
+        index, skipped = _join(checks, records, left_out, provenance)
+        _check_number(uri, skipped, most_bad_images)
+        describe_set(output, index)
+    except SourceFaults as error:
+        write_faults(output, error.faults)
+        raise
+    if skipped:
+        write_faults(output, skipped)
+    elif FAULTS_NAME in there:
+        storage.delete(uris.join(output, FAULTS_NAME))  # of an earlier run
     write_index(output, index)
     unfinished.clear(output)
-    return f"{_summarize(index, output)} written"
+    return f"{_summarize(index, output)} written{_tell_left_out(index)}"
 
 
 def make_index(uri: str, provenance: dict[str, Any] | None = None) -> ShardIndex:
     """Index the tars at `uri`, which others wrote, without writing anything.
 
     Raises:
-        ShardFaults: a tar is damaged, holds a sample without an image, or a key occurs twice.
+        SourceFaults: a tar is damaged, holds a sample without an image, or a key occurs twice.
     """
-    base, sizes = list_tars(uri)
-    return _index(base, sizes, None, provenance or {"source": f"wds:{uri}"}, {}, "here")
+    base, sizes, left_out = list_tars(uri)
+    checks = TarChecks(base)
+    records = _read_tars(checks, sizes, {}, "here")
+    return _join(checks, records, left_out, provenance or {"source": f"wds:{uri}"})[0]
 
 
-def list_tars(uri: str) -> tuple[str, dict[str, int]]:
-    """(URI that their names are relative to, {name: bytes}) of the tars that `uri` means.
+def list_tars(uri: str) -> tuple[str, dict[str, int], LeftOut]:
+    """(URI that their names are relative to, {name: bytes}, other files) of what `uri` means.
 
     Args:
         uri: a folder; or, where nothing can be listed, the tars with braces as in
@@ -85,32 +107,29 @@ def list_tars(uri: str) -> tuple[str, dict[str, int]]:
     Raises:
         ValueError: no tar there, or compressed ones, all of them named.
     """
-    uri = make_absolute(uri)
-    if "?" in uri:
-        raise ValueError(f"{uris.display(uri)}?…: a query cannot be part of a set's URI")
-    if "{" in uri or uri.endswith(".tar"):
+    uri, base = make_absolute(uri), _find_base(uri)
+    if base != uri:
         from braceexpand import braceexpand
 
-        folder = uri.split("{", 1)[0].rpartition("/")[0]
-        names = [name.removeprefix(f"{folder}/") for name in braceexpand(uri)]
-        return folder, dict.fromkeys(names, 0)
+        names = [name.removeprefix(f"{base}/") for name in braceexpand(uri)]
+        return base, dict.fromkeys(names, 0), LeftOut()
     try:
-        found = storage.list_files(uri)
+        files = storage.list_files(uri)
     except ValueError as error:
         raise ValueError(
             f"{error}; to index tars there, name them: {uri}/NAME-{{000000..000099}}.tar"
         ) from error
-    compressed = [
-        f"{uris.join(uri, name)} is compressed: unpack it to a plain tar"
-        for name in found
-        if name.endswith(_COMPRESSED)
-    ]
-    if compressed:
-        raise ShardFaults(uri, compressed)
-    sizes = {name: size for name, size in found.items() if name.endswith(".tar")}
-    if not sizes:
-        raise ValueError(f"{uri} holds no .tar file")
-    return uri, sizes
+    return base, *select_tars(uri, files)
+
+
+def _find_base(uri: str) -> str:
+    """The folder that `list_tars` lists, or that its names are relative to."""
+    uri = make_absolute(uri)
+    if "?" in uri:
+        raise ValueError(f"{uris.display(uri)}?…: a query cannot be part of a set's URI")
+    if "{" in uri or uri.lower().endswith(".tar"):
+        return uri.split("{", 1)[0].rpartition("/")[0]
+    return uri
 
 
 def _check_places(base: str, output: str) -> None:
@@ -123,46 +142,66 @@ def _check_places(base: str, output: str) -> None:
         )
 
 
-def _index(
-    base: str,
-    sizes: Mapping[str, int],
-    output: str | None,
-    provenance: dict[str, Any],
-    there: Mapping[str, int],
-    on: str,
-) -> ShardIndex:
-    """The index of all tars; those with a record in `output` are not read again."""
+def _read_tars(
+    checks: TarChecks, sizes: Mapping[str, int], there: Mapping[str, int], on: str
+) -> list[ShardIndex]:
+    """A record of each tar; those with one in the output are not read again.
+
+    Raises:
+        SourceFaults: of all tars.
+    """
     from tqdm import tqdm
 
-    records = unfinished.read_records(output, sizes, there) if output else {}
+    noted = unfinished.read_records(checks.output, sizes, there) if checks.output else {}
+    records = {name: record for name, record in noted.items() if checks.accept(record)}
     missing = [name for name in sizes if name not in records]
     faults: dict[str, list[str]] = {}
-    done = len(sizes) - len(missing)
-    with tqdm(total=len(sizes), initial=done, unit="tar", desc=base, disable=None) as progress:
+    total, done = len(sizes), len(records)
+    with tqdm(total=total, initial=done, unit="tar", desc=checks.base, disable=None) as progress:
         for number, (record, found) in shard_tasks.run_tasks(
-            check_tar, (base, output), missing, on, _THREADS
+            check_tar, checks, missing, on, _THREADS
         ):
             name = missing[number]
             faults[name] = found
             if record is not None:
                 records[name] = record
             progress.update()
-    ordered = [records[name] for name in sizes if name in records]
-    shards = tuple(shard for record in ordered for shard in record.shards)
     every = [fault for name in sizes for fault in faults.get(name, [])]
-    every += [f"{base}: {fault}" for fault in find_repeated_keys(shards)]
-    if not every and not any(shard.keys for shard in shards):
-        every.append(f"{base}: the tars hold no sample")
+    shards = [records[name].shards[0] for name in sizes if name in records]
+    every += [f"{checks.base}: {fault}" for fault in find_repeated_keys(shards)]
     if every:
-        raise ShardFaults(base, every)
-    shapes = {record.image_shape for record in ordered if record.shards[0].keys}
+        raise SourceFaults(checks.base, every)
+    return [records[name] for name in sizes]
+
+
+def _join(
+    checks: TarChecks,
+    records: Sequence[ShardIndex],
+    left_out: LeftOut,
+    provenance: Mapping[str, Any],
+) -> tuple[ShardIndex, list[str]]:
+    """The index of all tars, and the faults of the samples that are not in it."""
+    skipped = [fault for record in records for fault in record.provenance.get("faults", [])]
+    for record in records:
+        left_out.merge(LeftOut.from_json(record.provenance.get("left_out", {})))
+    if not any(record.shards[0].keys for record in records):
+        raise SourceFaults(checks.base, [*skipped, f"{checks.base}: the tars hold no sample"])
+    shapes = {record.image_shape for record in records if record.shards[0].keys}
     known = {shape for shape in shapes if shape is not None}
-    return ShardIndex(
-        shards,
+    told = {"left_out": left_out.to_json()} if left_out.counts else {}
+    index = ShardIndex(
+        tuple(record.shards[0] for record in records),
         common_shape(known) if known == shapes else None,
-        provenance,
-        base if output not in (None, base) else None,
+        {**provenance, **told},
+        checks.base if checks.output not in (None, checks.base) else None,
     )
+    return index, skipped
+
+
+def _check_number(uri: str, skipped: list[str], most: int) -> None:
+    if len(skipped) > most:
+        text = f"{uri}: {len(skipped)} samples would be skipped, more than --most-bad-images {most}"
+        raise SourceFaults(uri, [text, *skipped])
 
 
 def _summarize(index: ShardIndex, output: str) -> str:
@@ -172,13 +211,19 @@ def _summarize(index: ShardIndex, output: str) -> str:
     return f"{where} of {images} images in {len(index.shards)} tars ({megabytes:.1f} MB)"
 
 
+def _tell_left_out(index: ShardIndex) -> str:
+    text = str(LeftOut.from_json(index.provenance.get("left_out", {})))
+    return f"\n{text}" if text else ""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; prints each fault and exits with one line on what is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m data_pipelines.index_shards",
         description="Index existing WebDataset tars without rewriting them, so that they can be"
         " trained on; statistics and a contact sheet come with it. Every tar is read once and"
-        " checked; every fault is named, and no index is written if there is any. Restartable.",
+        f" checked; every fault is named, in {FAULTS_NAME} beside the index, and no index is"
+        " written if there is any that is not skipped. Restartable.",
     )
     parser.add_argument(
         "uri",
@@ -190,13 +235,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="where the index goes when the tars' own folder cannot be written; left out, beside"
         " the tars",
     )
+    parser.add_argument(
+        "--bad-images",
+        default="fail",
+        choices=("fail", "skip"),
+        help="skip leaves out samples whose image is damaged or missing, or that have a member"
+        " which cannot be read, such as a link; it implies --verify",
+    )
+    parser.add_argument(
+        "--most-bad-images", type=int, default=1000, help="more of them than this fail all the same"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="decode every image, as training does; left out, headers are read, and a sample of"
+        " the images is decoded",
+    )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        choices=ALLOWED,
+        help="dotted-keys: samples of several images that all have a dot in their extension; the"
+        " one whose name comes first is then the sample's image",
+    )
     parser.add_argument("--on", default="auto", choices=shard_tasks.PLACES, help=shard_tasks.HELP)
     options = parser.parse_args(arguments)
     try:
         summary = index_shards(**vars(options))
-    except ShardFaults as error:
-        print(*error.faults, sep="\n", flush=True)
-        sys.exit(f"index_shards: {len(error.faults)} faults in {options.uri}: no index written")
+    except SourceFaults as error:
+        print(shorten(error.faults), flush=True)
+        where = uris.join(options.output or _find_base(options.uri), FAULTS_NAME)
+        sys.exit(
+            f"index_shards: {len(error.faults)} faults in {options.uri}: no index written; all of"
+            f" them: {where}"
+        )
     except (ValueError, OSError, shard_tasks.TaskFailed) as error:
         sys.exit(f"index_shards: {error}")
     print(summary)

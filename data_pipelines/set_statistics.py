@@ -4,18 +4,18 @@ The same set gives the same figures: samples are drawn by seed, and pixels are c
 histograms of integers.
 """
 
-import io
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from data_pipelines import storage, uris
 from data_pipelines.image_codec import decode_image, read_shape
-from data_pipelines.shard_index import Shard, ShardIndex
+from data_pipelines.image_headers import JPEG, NPY, PNG
+from data_pipelines.intake import SourceFaults
+from data_pipelines.shard_index import ShardIndex
 
 Result = TypeVar("Result")
 
@@ -27,6 +27,16 @@ _LONGEST_LABEL_BYTES = 64
 _READING_THREADS = 8
 _LARGEST_GAP_BYTES = 64 * 2**10
 _LARGEST_READ_BYTES = 8 * 2**20
+_FORMATS = {
+    JPEG: "JPEG",
+    PNG: "PNG",
+    NPY: "NPY",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"II": "TIFF",
+    b"MM": "TIFF",
+    **{b"P%d" % kind: "PPM" for kind in range(1, 7)},
+}
 
 
 def measure_set(uri: str, index: ShardIndex) -> dict[str, Any]:
@@ -37,7 +47,7 @@ def measure_set(uri: str, index: ShardIndex) -> dict[str, Any]:
         index: of the set.
 
     Raises:
-        ValueError: an image of the sample is damaged; the message names it.
+        SourceFaults: images of the sample are damaged; all of them are named.
     """
     images = [shard.images() for shard in index.shards]
     contents = np.concatenate([np.stack([m.crc32, m.size], axis=1) for m in images])
@@ -53,6 +63,8 @@ def measure_set(uri: str, index: ShardIndex) -> dict[str, Any]:
         "repeated_images": len(contents) - len(np.unique(contents, axis=0)),
         "sample": _measure_sample(uri, index),
     }
+    if left_out := index.provenance.get("left_out"):
+        figures["left_out"] = left_out
     labels = _count_labels(uri, index)
     return {**figures, "labels": labels} if labels else figures
 
@@ -74,22 +86,27 @@ def map_images(
     """`function` of each sample's image file, in the order of `samples`, by few reads.
 
     Raises:
-        ValueError: what `function` raised, with the sample's name.
+        SourceFaults: each ValueError that `function` raised, with the sample's name.
     """
     base = index.base or uri
+    faults: dict[tuple[int, int], str] = {}
     images = {number: index.shards[number].images() for number, _ in samples}
 
-    def read(run: list[tuple[int, int]]) -> list[Result]:
+    def read(run: list[tuple[int, int]]) -> dict[tuple[int, int], Result]:
         shard = index.shards[run[0][0]]
+        results: dict[tuple[int, int], Result] = {}
         places = [
             (int(images[number].offset[row]), int(images[number].size[row])) for number, row in run
         ]
         start, end = places[0][0], max(offset + size for offset, size in places)
         block = storage.read_range(uris.join(base, shard.name), start, end)
-        return [
-            _apply(function, block[offset - start : offset - start + size], shard, row, base)
-            for (offset, size), (_, row) in zip(places, run, strict=True)
-        ]
+        for (offset, size), sample in zip(places, run, strict=True):
+            try:
+                results[sample] = function(block[offset - start : offset - start + size])
+            except ValueError as error:
+                where = uris.join(base, shard.name)
+                faults[sample] = f"{where}, sample {shard.keys[sample[1]]!r}: {error}"
+        return results
 
     ordered = sorted(samples, key=lambda sample: (sample[0], images[sample[0]].offset[sample[1]]))
     runs: list[list[tuple[int, int]]] = []
@@ -104,19 +121,12 @@ def map_images(
             runs.append([(number, row)])
             start, end = offset, offset + size
     with ThreadPoolExecutor(_READING_THREADS) as threads:
-        results = [result for results in threads.map(read, runs) for result in results]
-    found = dict(zip(ordered, results, strict=True))
+        found = {
+            sample: result for part in threads.map(read, runs) for sample, result in part.items()
+        }
+    if faults:
+        raise SourceFaults(base, [faults[sample] for sample in sorted(faults)])
     return [found[sample] for sample in samples]
-
-
-def _apply(
-    function: Callable[[bytes], Result], data: bytes, shard: Shard, row: int, base: str
-) -> Result:
-    try:
-        return function(data)
-    except ValueError as error:
-        where = uris.join(base, shard.name)
-        raise ValueError(f"{where}, sample {shard.keys[row]!r}: {error}") from error
 
 
 def _measure_sample(uri: str, index: ShardIndex) -> dict[str, Any]:
@@ -153,10 +163,12 @@ def _measure_image(data: bytes) -> tuple[str, tuple[int, int], np.ndarray]:
 
 
 def _name_format(data: bytes) -> str:
-    if data.startswith(b"\x93NUMPY"):
-        return "NPY"
-    with Image.open(io.BytesIO(data)) as image:
-        return image.format or "unknown"
+    """By the first bytes; what follows them is the decoder's to judge."""
+    if data[4:8] == b"ftyp":
+        return "AVIF" if data[8:12] in (b"avif", b"avis") else "HEIF"
+    if data[:4] == b"RIFF":
+        return "WEBP"
+    return next((name for start, name in _FORMATS.items() if data.startswith(start)), "unknown")
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:

@@ -1,65 +1,195 @@
-"""What is wrong with a tar that others wrote, beyond what keeps it from being read at all."""
+"""What is wrong with tars that others wrote, and what of them is not taken."""
 
-import dataclasses
 import mmap
-import tarfile
+import re
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from data_pipelines import storage, unfinished, uris
-from data_pipelines.image_codec import image_extensions, read_shape
-from data_pipelines.latent_format import EXTENSION
-from data_pipelines.shard_index import Shape, Shard, ShardIndex, common_shape, index_tar
-from data_pipelines.tar_members import Header, list_members
+from data_pipelines.image_codec import ARRAY_EXTENSION, decode_image, image_extensions, read_shape
+from data_pipelines.intake import FAULTS_NAME, BadImages, LeftOut, SourceFaults, find_litter
+from data_pipelines.shard_index import (
+    INDEX_NAME,
+    Shape,
+    Shard,
+    ShardIndex,
+    common_shape,
+    make_shard,
+)
+from data_pipelines.tar_members import Fault, TarContent, read_members
 
-LARGEST_MEMBER_BYTES = 2**30
+_COMPRESSED = "(gz|bz2|xz|zst|lz4|lz|lzma|br|z)"
+_COMPRESSED_TAR = re.compile(rf"\.(tar\.{_COMPRESSED}|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+_COMPRESSED_MEMBER = re.compile(rf"\.{_COMPRESSED}$")
+_OUR_FILES = (INDEX_NAME, "statistics.json", "contact_sheet.png", FAULTS_NAME)
 
 
-def check_tar(place: tuple[str, str | None], name: str) -> tuple[ShardIndex | None, list[str]]:
+@dataclass(frozen=True)
+class TarChecks:
+    """What is asked of every tar."""
+
+    base: str
+    """URI that the tars' names are relative to."""
+    output: str | None = None
+    """Where a sound tar's record goes, if anywhere."""
+    bad_images: BadImages = "fail"
+    verify: bool = False
+    """Whether images are decoded; else their headers are read."""
+    dotted_keys: bool = False
+    """Whether a sample may have several images that all have a dot in their extension."""
+
+    def describe(self) -> dict[str, Any]:
+        """What a record was made with, of JSON's types."""
+        return {
+            "bad_images": self.bad_images,
+            "verify": self.verify,
+            "dotted_keys": self.dotted_keys,
+        }
+
+    def accept(self, record: ShardIndex) -> bool:
+        """Whether the same tar would have this record now; an earlier run may have asked less."""
+        made = record.provenance.get("checks")
+        return made is not None and (
+            (made["verify"] or not self.verify)
+            and (self.dotted_keys or not made["dotted_keys"])
+            and (self.bad_images == "skip" or not record.shards[0].left_out)
+        )
+
+
+def select_tars(uri: str, files: Mapping[str, int]) -> tuple[dict[str, int], LeftOut]:
+    """({name: bytes} of the tars among `files` of `uri`, what else there is).
+
+    Raises:
+        SourceFaults: compressed tars, all of them named.
+        ValueError: no tar.
+    """
+    tars: dict[str, int] = {}
+    compressed: list[str] = []
+    left_out = LeftOut()
+    for name, size in files.items():
+        path = PurePosixPath(name)
+        suffix = path.suffix.lower()
+        if litter := find_litter(name):
+            left_out.add(litter, name)
+        elif suffix == ".tar":
+            tars[name] = size
+        elif _COMPRESSED_TAR.search(name):
+            compressed.append(f"{uris.join(uri, name)} is compressed: unpack it to a plain tar")
+        elif path.name not in _OUR_FILES and unfinished.FOLDER not in path.parts:
+            left_out.add(f"{suffix} file" if suffix else "file without an extension", name)
+    if compressed:
+        raise SourceFaults(uri, compressed)
+    if not tars:
+        raise ValueError(f"{uri} holds no .tar file")
+    return tars, left_out
+
+
+def check_tar(checks: TarChecks, name: str) -> tuple[ShardIndex | None, list[str]]:
     """Index one tar that others wrote, and leave its record; a Ray task or a call here.
 
-    Args:
-        place: (URI that `name` is relative to, output that gets the record if there is one).
-        name: of the tar.
-
     Returns:
-        An index of this tar alone and no faults, or None and one sentence for each fault.
+        An index of this tar alone and no faults, or None and one sentence for each fault. The
+        index's provenance has `left_out` and `faults` of the samples that are skipped.
 
     Raises:
         StorageError: the storage refuses or does not answer.
     """
-    base, output = place
-    uri = uris.join(base, name)
+    uri = uris.join(checks.base, name)
     try:
         with open_copy(uri) as path:
-            record, faults = _read_tar(path, uri, name)
+            record, faults = _read_tar(path, uri, name, checks)
     except FileNotFoundError as error:
         if uris.local_path(uri) is not None:
             raise  # it was listed: this is another machine
         return None, [str(error)]
-    if record is not None and output is not None:
-        unfinished.keep_record(output, name, record)
+    if record is not None and checks.output is not None:
+        unfinished.keep_record(checks.output, name, record)
     return record, faults
 
 
-def _read_tar(path: Path, uri: str, name: str) -> tuple[ShardIndex | None, list[str]]:
-    try:
-        faults = list(find_large_members(path, uri))
-        if faults:
-            return None, faults
-        shard = dataclasses.replace(index_tar(path, uri), name=name)
-    except ValueError as error:
-        return None, [str(error)]
+def _read_tar(
+    path: Path, uri: str, name: str, checks: TarChecks
+) -> tuple[ShardIndex | None, list[str]]:
+    content = read_samples(path, name, uri, checks.dotted_keys)
+    shard, faults = make_shard(name, content), content.faults
+    for key in shard.keys:
+        if leaves_folder(key):
+            text = f"{uri}: sample {key!r} leaves the folder: rename its members"
+            faults.append(Fault("name that leaves the folder", key, text, skippable=False))
     shapes: set[Shape] = set()
-    faults = list(find_bad_samples(uri, shard)) or list(_read_shapes(path, uri, shard, shapes))
-    return (None, faults) if faults else (ShardIndex((shard,), common_shape(shapes)), [])
+    sound = shard.leave_out({fault.key for fault in faults}) if faults else shard
+    faults += _find_bad_images(path, uri, sound, checks.verify, shapes)
+    texts = [fault.text for fault in faults]
+    if any(checks.bad_images == "fail" or not fault.skippable for fault in faults):
+        return None, texts
+    provenance: dict[str, Any] = {"checks": checks.describe()}
+    if faults:
+        first = {fault.key: fault.reason for fault in reversed(faults)}
+        shard = shard.leave_out(dict(reversed(first.items())))
+        for key in shard.left_out:
+            content.left_out.add(first[key], f"{name}: {key}")
+        provenance["faults"] = texts
+    if content.left_out.counts:
+        provenance["left_out"] = content.left_out.to_json()
+    return ShardIndex((shard,), common_shape(shapes), provenance), []
+
+
+def read_samples(path: Path, name: str, where: str, dotted_keys: bool) -> TarContent:
+    """A tar that others wrote, with the faults of its samples.
+
+    Args:
+        path: File that is read.
+        name: Of the tar in its set.
+        where: Name or URI of the tar, for faults.
+        dotted_keys: Whether a sample may have several images that have a dot in their extension.
+    """
+    content = read_members(path, name, where, ())
+    faulty = {fault.key for fault in content.faults}
+    for key, row in content.rows.items():
+        images = _find_image_files(tuple(row))
+        if not images and ARRAY_EXTENSION not in row:
+            if key not in faulty:
+                content.faults.append(_miss_image(key, sorted(row), where))
+        elif len(images) > 1:
+            if dotted_keys or "." not in images[0]:
+                example = f"{name}: {key}.{images[1]}"
+                content.left_out.add("further image of a sample", example, len(images) - 1)
+            else:
+                content.faults.append(_refuse_dotted_key(key, images, where))
+    return content
+
+
+@lru_cache
+def _find_image_files(extensions: tuple[str, ...]) -> list[str]:
+    return [name for name in image_extensions(extensions) if name != ARRAY_EXTENSION]
+
+
+def _miss_image(key: str, extensions: list[str], where: str) -> Fault:
+    text = f"{where}: sample {key!r} has no image member"
+    for extension in extensions:
+        if packed := _COMPRESSED_MEMBER.search(f".{extension}"):
+            text += f", but .{extension}, which is compressed: unpack it"
+            return Fault(f"sample compressed as {packed[0]}", key, text)
+    return Fault("sample without an image", key, f"{text}, but .{', .'.join(extensions[:3])}")
+
+
+def _refuse_dotted_key(key: str, images: list[str], where: str) -> Fault:
+    more = f" and {len(images) - 2} more" if len(images) > 2 else ""
+    text = (
+        f"{where}: {key + '.' + images[0]!r} and {key + '.' + images[1]!r}{more} are one sample,"
+        f" {key!r}, since a key ends at the first dot: rename them, or give --allow dotted-keys"
+    )
+    return Fault("dotted key", key, text, skippable=False)
 
 
 @contextmanager
-def open_copy(uri: str) -> Generator[Path]:
+def open_copy(uri: str, expected_bytes: int | None = None) -> Generator[Path]:
     """The file itself where it is local, or else a copy that is gone after the block."""
     path = uris.local_path(uri)
     if path is not None:
@@ -67,7 +197,7 @@ def open_copy(uri: str) -> Generator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "copy.tar"
-        storage.download(uri, path)
+        storage.download(uri, path, expected_bytes)
         yield path
 
 
@@ -78,36 +208,9 @@ def map_file(path: Path) -> Generator[mmap.mmap]:
         yield content
 
 
-def find_large_members(path: Path, uri: str) -> Iterator[str]:
-    """Members over `LARGEST_MEMBER_BYTES`, by their headers: a tar may claim anything."""
-    if path.stat().st_size <= LARGEST_MEMBER_BYTES:
-        return
-    try:
-        with tarfile.open(path, "r:", tarinfo=Header) as tar:
-            for member in list_members(tar):
-                if member.size > LARGEST_MEMBER_BYTES:
-                    gibibytes = member.size / 2**30
-                    yield (
-                        f"{uri}: member {member.name!r} has {gibibytes:.1f} GiB, more than"
-                        f" {LARGEST_MEMBER_BYTES / 2**30:.0f} GiB: no sample of images"
-                    )
-    except tarfile.TarError as error:
-        raise ValueError(f"{uri} is not a plain, whole tar ({error})") from error
-
-
-def find_bad_samples(uri: str, shard: Shard, latents: bool = False) -> Iterator[str]:
-    """Keys that leave the folder where a reader would extract them; samples without image, or
-    without latent.
-    """
-    whole: set[int] = set()
-    for extension in [EXTENSION] if latents else image_extensions(shard.members):
-        if extension in shard.members:
-            whole.update((shard.members[extension].offset >= 0).nonzero()[0].tolist())
-    for row, key in enumerate(shard.keys):
-        if key.startswith(("/", "\\")) or ".." in key.replace("\\", "/").split("/"):
-            yield f"{uri}: sample {key!r} leaves the folder: rename its members"
-        if row not in whole:
-            yield f"{uri}: sample {key!r} has no {'latent' if latents else 'image'} member"
+def leaves_folder(key: str) -> bool:
+    """Whether a reader would extract the sample to somewhere else."""
+    return key.startswith(("/", "\\")) or ".." in key.replace("\\", "/").split("/")
 
 
 def find_repeated_keys(shards: Iterable[Shard]) -> Iterator[str]:
@@ -120,13 +223,19 @@ def find_repeated_keys(shards: Iterable[Shard]) -> Iterator[str]:
                 yield f"key {key!r} is in {where} and in {shard.name}"
 
 
-def _read_shapes(path: Path, uri: str, shard: Shard, shapes: set[Shape]) -> Iterator[str]:
-    """Adds each image's shape to `shapes`; yields the images whose header is damaged."""
+def _find_bad_images(
+    path: Path, uri: str, shard: Shard, verify: bool, shapes: set[Shape]
+) -> Iterator[Fault]:
+    """Adds the shapes of sound images to `shapes`."""
     if not shard.keys:
         return
     with map_file(path) as content:
         for key, offset, size in zip(shard.keys, *shard.image_place(), strict=True):
+            data = content[offset : offset + size]
             try:
-                shapes.add(read_shape(content[offset : offset + size]))
+                shape = read_shape(data)
+                if verify:
+                    decode_image(data, shape[0])
+                shapes.add(shape)
             except ValueError as error:
-                yield f"{uri}: sample {key!r}: {error}"
+                yield Fault("damaged image", key, f"{uri}: sample {key!r}: {error}")

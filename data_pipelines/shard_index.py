@@ -7,10 +7,8 @@ not one object per sample, keep it near 50 bytes a sample.
 
 import hashlib
 import json
-import mmap
-import tarfile
-import zlib
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -20,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from data_pipelines import storage, uris
 from data_pipelines.image_codec import image_extensions
 from data_pipelines.image_headers import MAX_PIXELS
-from data_pipelines.tar_members import Header, list_members
+from data_pipelines.intake import shorten
+from data_pipelines.tar_members import TarContent, read_members
 
 INDEX_NAME = "index.json"
 VERSION = 1
@@ -45,6 +44,19 @@ class Shard:
     sha256: str
     keys: list[str]
     members: dict[str, Members]
+    left_out: list[str] = field(default_factory=list[str])
+    """Keys of samples that the tar holds and the set does not, such as damaged images."""
+
+    def leave_out(self, keys: Collection[str]) -> "Shard":
+        """The same tar without the samples of these keys."""
+        kept = np.array([key not in keys for key in self.keys], bool)
+        members = {
+            extension: Members(columns.offset[kept], columns.size[kept], columns.crc32[kept])
+            for extension, columns in self.members.items()
+            if (columns.offset[kept] >= 0).any()
+        }
+        left = [key for key in self.keys if key not in keys]
+        return replace(self, keys=left, members=members, left_out=list(keys))
 
     def images(self) -> Members:
         """Each sample's image: the member that `image_extensions` puts first.
@@ -93,7 +105,15 @@ class ShardIndex:
     @property
     def id(self) -> str:
         """A hash of the content: the same bytes in the same shards have the same id."""
-        content = [[shard.name, shard.sha256, len(shard.keys)] for shard in self.shards]
+        content = [
+            [
+                shard.name,
+                shard.sha256,
+                len(shard.keys),
+                *([shard.left_out] if shard.left_out else []),
+            ]
+            for shard in self.shards
+        ]
         return hashlib.sha256(json.dumps([VERSION, content]).encode()).hexdigest()[:16]
 
 
@@ -113,6 +133,7 @@ class _ShardFile(_StrictModel):
     sha256: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]  # it names a folder of the cache
     keys: list[str]
     members: dict[str, _MembersFile]
+    left_out: list[str] = Field(default_factory=list[str])
 
 
 class _IndexFile(_StrictModel):
@@ -187,6 +208,7 @@ def dump_index(index: ShardIndex) -> bytes:
                 }
                 for extension, members in sorted(shard.members.items())
             },
+            **({"left_out": shard.left_out} if shard.left_out else {}),
         }
         for shard in index.shards
     ]
@@ -203,43 +225,25 @@ def dump_index(index: ShardIndex) -> bytes:
 
 
 def index_tar(path: Path, name: str) -> Shard:
-    """Read one tar's structure and checksums by WebDataset's convention: key, first dot, extension.
+    """Read the structure and checksums of a tar that we wrote.
 
     Raises:
-        ValueError: compressed, cut off, or a member that occurs twice.
+        ValueError: compressed, cut off, or a member that cannot be taken; names all faults.
     """
-    rows: dict[str, dict[str, tuple[int, int, int]]] = {}
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    size = path.stat().st_size
-    if size == 0:
-        raise ValueError(f"{name} is empty")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        try:
-            with tarfile.open(fileobj=file, mode="r:", tarinfo=Header) as tar:
-                for member in list_members(tar):
-                    if not member.isfile():
-                        continue
-                    folder, _, base = member.name.rpartition("/")
-                    stem, _, extension = base.partition(".")
-                    key = f"{folder}/{stem}" if folder else stem
-                    extension = extension.lower()
-                    if extension in rows.setdefault(key, {}):
-                        raise ValueError(f"{name} holds {member.name!r} twice")
-                    end = member.offset_data + member.size
-                    crc = zlib.crc32(content[member.offset_data : end])
-                    rows[key][extension] = (member.offset_data, member.size, crc)
-                rest = content[tar.offset :]  # tarfile takes a damaged header for the end
-        except tarfile.TarError as error:
-            raise ValueError(f"{name} is not a plain, whole tar ({error})") from error
-    if len(rest) < 512 or rest.strip(b"\0"):
-        raise ValueError(f"{name} is damaged or cut off after {len(rows)} samples")
-    extensions = sorted({extension for row in rows.values() for extension in row})
+    content = read_members(path, name, name, None)
+    if content.faults:
+        raise ValueError(shorten([fault.text for fault in content.faults], "; "))
+    return make_shard(name, content)
+
+
+def make_shard(name: str, content: TarContent) -> Shard:
+    """What the index says of a tar."""
+    rows = content.rows.values()
     members: dict[str, Members] = {}
-    for extension in extensions:
-        columns = np.array([row.get(extension, (-1, -1, -1)) for row in rows.values()], np.int64)
+    for extension in sorted({extension for row in rows for extension in row}):
+        columns = np.array([row.get(extension, (-1, -1, -1)) for row in rows], np.int64)
         members[extension] = Members(*columns.T)
-    return Shard(name, size, sha256, list(rows), members)
+    return Shard(name, content.bytes, content.sha256, list(content.rows), members)
 
 
 def write_index(uri: str, index: ShardIndex) -> None:
@@ -271,7 +275,7 @@ def _read_shard(file: _ShardFile, where: str) -> Shard:
         members[extension] = Members(*arrays)
     if file.name.startswith("/") or ".." in file.name.split("/"):
         raise ValueError(f"{where}: shard name {file.name!r} leaves the folder")
-    return Shard(file.name, file.bytes, file.sha256, file.keys, members)
+    return Shard(file.name, file.bytes, file.sha256, file.keys, members, file.left_out)
 
 
 def _check_base(base: str, where: str) -> None:

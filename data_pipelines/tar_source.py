@@ -1,19 +1,18 @@
 """Tars that others wrote as a source of images."""
 
-import tempfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from data_pipelines import storage, uris
 from data_pipelines.encoded_images import EncodedImage, Encoding, Entry, make_key
-from data_pipelines.shard_index import Shard, index_tar
+from data_pipelines.image_codec import image_extensions
+from data_pipelines.intake import LeftOut, SourceFaults
+from data_pipelines.shard_checks import open_copy, read_samples, select_tars
 from data_pipelines.source_names import digest, make_absolute
+from data_pipelines.tar_members import Fault, TarContent
 
 _LISTING_THREADS = 4
 _LARGEST_GAP_BYTES = 64 * 2**10
@@ -35,34 +34,60 @@ class _Sample:
 
 
 class ForeignTars:
-    """Every ``*.tar`` below a URI, by WebDataset's convention; all members of a sample are kept.
+    """Every tar below a URI, by WebDataset's convention; all members of a sample are kept.
 
     A tar is read once, in whole, to list its samples; no copy of it stays. Loading a sample then
     reads its own bytes only.
+
+    Attributes:
+        left_out: Files and members that are not taken, after `list_entries`.
+        faults: One sentence for each sample that cannot be taken, after `list_entries`.
+        reasons: What the samples of `faults` are counted by where they are skipped.
     """
 
-    def __init__(self, uri: str, encoding: Encoding):
+    def __init__(self, uri: str, encoding: Encoding, dotted_keys: bool = False):
         storage.check_readable(uri)
         self._uri = make_absolute(uri)
         self._encoding = encoding
-        self._sizes = {n: s for n, s in storage.list_files(uri).items() if n.endswith(".tar")}
-        if not self._sizes:
-            raise ValueError(f"wds:{uri}: holds no .tar file")
+        self._dotted_keys = dotted_keys
+        self._sizes, self._other_files = select_tars(f"wds:{uri}", storage.list_files(uri))
+        self.left_out, self.reasons = LeftOut(), LeftOut()
+        self.faults: list[str] = []
 
     def describe(self) -> dict[str, Any]:
         return {"files": digest(self._sizes), "tars": len(self._sizes), "members": "all"}
 
     def list_entries(self) -> list[Entry]:
+        """All samples, in the order of the tars.
+
+        Raises:
+            SourceFaults: a tar is damaged, or names one sample twice; with all other faults.
+            ValueError: the tars hold no sample.
+        """
         from tqdm import tqdm
 
         entries: list[Entry] = []
+        faults: list[Fault] = []
+        self.left_out, self.reasons = LeftOut(), LeftOut()
+        self.left_out.merge(self._other_files)
         with ThreadPoolExecutor(_LISTING_THREADS) as threads:
-            shards = threads.map(self._index, self._sizes)
+            contents = threads.map(self._read_tar, self._sizes)
             total, text = len(self._sizes), f"listing {self._uri}"
-            for shard in tqdm(shards, total=total, unit="tar", desc=text, disable=None):
-                for sample in _list_samples(shard):
+            tars = tqdm(contents, total=total, unit="tar", desc=text, disable=None)
+            for name, content in zip(self._sizes, tars, strict=True):
+                self.left_out.merge(content.left_out)
+                first = {fault.key: fault.reason for fault in reversed(content.faults)}
+                for key, reason in first.items():
+                    self.reasons.add(reason, f"{name}: {key}")
+                for sample in _list_samples(name, content, first):
                     key = make_key(sample.key)
                     entries.append(Entry(key, key, sample))
+                faults += content.faults
+        self.faults = [fault.text for fault in faults]
+        if not all(fault.skippable for fault in faults):
+            raise SourceFaults(f"wds:{self._uri}", self.faults)
+        if not entries and not faults:
+            raise ValueError(f"wds:{self._uri}: the tars hold no sample")
         return entries
 
     def load(self, entry: Entry, resolution: int | None) -> EncodedImage:
@@ -72,17 +97,18 @@ class ForeignTars:
         return self._encoding.encode_file(image, resolution, f"{self._uri}: {sample}", data)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sizes": {}}
+        return {**self.__dict__, "_sizes": {}, "faults": []}  # long; tasks elsewhere only load
 
-    def _index(self, name: str) -> Shard:
+    def _read_tar(self, name: str) -> TarContent:
         uri = uris.join(self._uri, name)
-        path = uris.local_path(uri)
-        if path is not None:
-            return index_tar(path, name)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "copy.tar"
-            storage.download(uri, path, self._sizes[name])
-            return index_tar(path, name)
+        with open_copy(uri, self._sizes[name]) as path:
+            content = read_samples(path, name, name, self._dotted_keys)
+        for key, row in content.rows.items():
+            for extension in row:
+                if extension.startswith("_"):  # TarWriter would leave it out
+                    text = f"{name}: member {key + '.' + extension!r} cannot be kept: rename it"
+                    content.faults.append(Fault("member that cannot be kept", key, text))
+        return content
 
     def _read(self, sample: _Sample) -> dict[str, bytes]:
         """{extension: bytes}, by one read where the members lie together, as they usually do."""
@@ -101,26 +127,8 @@ class ForeignTars:
         return data
 
 
-def _list_samples(shard: Shard) -> Iterable[_Sample]:
-    """The samples of a tar, in its order.
-
-    Raises:
-        ValueError: a sample without an image, or a member that TarWriter would leave out.
-    """
-    image_offsets = shard.images().offset.tolist()
-    columns = {
-        extension: np.stack([members.offset, members.size, members.crc32], axis=1).tolist()
-        for extension, members in shard.members.items()
-    }
-    for row, key in enumerate(shard.keys):
-        members = {
-            extension: (rows[row][0], rows[row][1], rows[row][2])
-            for extension, rows in columns.items()
-            if rows[row][0] >= 0
-        }
-        for extension in members:
-            if not extension or extension.startswith("_"):
-                name = f"{key}.{extension}" if extension else key
-                raise ValueError(f"{shard.name}: member {name!r} cannot be kept: rename it")
-        image = next(e for e, (offset, _, _) in members.items() if offset == image_offsets[row])
-        yield _Sample(shard.name, key, image, members)
+def _list_samples(tar: str, content: TarContent, faulty: Container[str]) -> Iterator[_Sample]:
+    """The samples of a tar that are not `faulty`, in its order."""
+    for key, members in content.rows.items():
+        if key not in faulty:
+            yield _Sample(tar, key, image_extensions(members)[0], members)

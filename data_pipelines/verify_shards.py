@@ -11,16 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines import shard_tasks, storage, uris
-from data_pipelines.image_codec import decode_image
+from data_pipelines.image_codec import decode_image, image_extensions
+from data_pipelines.intake import find_litter
 from data_pipelines.latent_format import EXTENSION, LatentFormat, find_format, read_bits
-from data_pipelines.shard_checks import (
-    find_bad_samples,
-    find_large_members,
-    find_repeated_keys,
-    map_file,
-    open_copy,
-)
-from data_pipelines.shard_index import INDEX_NAME, Shape, Shard, index_tar, load_index
+from data_pipelines.shard_checks import find_repeated_keys, leaves_folder, map_file, open_copy
+from data_pipelines.shard_index import INDEX_NAME, Shape, Shard, load_index, make_shard
+from data_pipelines.tar_members import read_members
 
 
 def find_faults(uri: str) -> Iterator[str]:
@@ -41,7 +37,8 @@ def find_faults(uri: str) -> Iterator[str]:
     names = {shard.name for shard in index.shards}
     try:
         for name in storage.list_files(base):
-            if name.endswith(".tar") and name not in names:
+            foreign = name.lower().endswith(".tar") and name not in names
+            if foreign and not find_litter(name):
                 yield f"{uris.join(base, name)}: not in the index"
     except ValueError:  # http cannot be listed
         pass
@@ -73,19 +70,19 @@ def _compare(
     if size == 0:
         return
     yield from _find_other_bytes(path, uri, shard)
-    large = list(find_large_members(path, uri))
-    yield from large
-    if large:
-        return
-    try:
-        found = index_tar(path, uri)
-    except ValueError as error:
-        yield str(error)
+    content = read_members(path, shard.name, uri, set(shard.keys))
+    left_out = set(shard.left_out)
+    unexpected = [fault for fault in content.faults if fault.key not in left_out]
+    yield from (fault.text for fault in unexpected)
+    if unexpected:
         yield from _find_bad_headers(path, uri, shard)
         return
+    found = make_shard(shard.name, content)
+    if left_out:
+        found = found.leave_out(left_out)
     if found.sha256 != shard.sha256:
         yield f"{uri}: sha256 {found.sha256[:12]}…, the index says {shard.sha256[:12]}…"
-    bad = list(find_bad_samples(uri, found, latents is not None))
+    bad = list(_find_bad_samples(uri, found, latents is not None))
     yield from bad
     yield from _find_other_places(uri, found, shard)
     if bad:
@@ -112,6 +109,21 @@ def _find_other_bytes(path: Path, uri: str, shard: Shard) -> Iterator[str]:
             if lost:
                 more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
                 yield f"{uri}, sample {lost[0]!r}{more}: .{extension} lies beyond the tar's end"
+
+
+def _find_bad_samples(uri: str, shard: Shard, latents: bool) -> Iterator[str]:
+    """Keys that leave the folder where a reader would extract them; samples without image, or
+    without latent.
+    """
+    whole: set[int] = set()
+    for extension in [EXTENSION] if latents else image_extensions(shard.members):
+        if extension in shard.members:
+            whole.update((shard.members[extension].offset >= 0).nonzero()[0].tolist())
+    for row, key in enumerate(shard.keys):
+        if leaves_folder(key):
+            yield f"{uri}: sample {key!r} leaves the folder: rename its members"
+        if row not in whole:
+            yield f"{uri}: sample {key!r} has no {'latent' if latents else 'image'} member"
 
 
 def _find_bad_headers(path: Path, uri: str, shard: Shard) -> Iterator[str]:

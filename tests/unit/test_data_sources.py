@@ -1,6 +1,7 @@
 import gzip
 import io
 import json
+import pickle
 import tarfile
 
 import numpy as np
@@ -273,18 +274,29 @@ class TestForeignTars:
         with pytest.raises(ValueError, match=r"'same' of a\.tar and sample 'same' of b\.tar"):
             build_shards(f"wds:{tmp_path}", f"{tmp_path}/set")
 
-    def test_a_sample_without_image_is_refused(self, tmp_path):
-        self.write(tmp_path / "a.tar", ("alone", {"cls": b"1"}))
-        with pytest.raises(ValueError, match=r"'alone' of a\.tar has no image"):
-            load_all(f"wds:{tmp_path}")
-
-    @pytest.mark.parametrize(("name", "said"), [("x", "'x'"), ("x._hidden", "'x._hidden'")])
-    def test_a_member_that_would_vanish_is_refused(self, tmp_path, name, said):
-        self.write(tmp_path / "a.tar", ("x", {"png": encode_png(draw(4, 4))}))
+    @pytest.mark.parametrize(
+        ("name", "said", "reason"),
+        [
+            ("y.cls", "sample 'y' has no image member", "sample without an image"),
+            ("x", "member 'x' has no extension", "member without an extension"),
+            ("x._hidden", "member 'x._hidden' cannot be kept", "member that cannot be kept"),
+        ],
+    )
+    def test_samples_that_cannot_be_taken_are_faults(self, tmp_path, name, said, reason):
+        image = encode_png(draw(4, 4))
+        self.write(tmp_path / "a.tar", ("x", {"png": image}), ("z", {"png": image}))
+        self.write(tmp_path / "b.tar", ("good", {"png": image}))
         with tarfile.open(tmp_path / "a.tar", "a") as tar:
             tar.addfile(tarfile.TarInfo(name))
-        with pytest.raises(ValueError, match=rf"a\.tar: member {said} cannot be kept"):
-            load_all(f"wds:{tmp_path}")
+        source = open_source(f"wds:{tmp_path}")
+        keys = [entry.key for entry in source.list_entries()]
+        assert keys == (["x", "z", "good"] if name[0] == "y" else ["z", "good"])
+        assert len(source.faults) == 1
+        assert source.faults[0].startswith(f"a.tar: {said}")
+        assert source.reasons.counts == {reason: 1}
+        assert not source.left_out.counts
+        pickled = pickle.loads(pickle.dumps(source))
+        assert pickled.load(source.list_entries()[-1], None).data == image
 
     def test_two_members_of_one_name_are_refused(self, tmp_path):
         both = {"jpg": encode_png(draw(4, 4)), "png": encode_png(draw(4, 4))}

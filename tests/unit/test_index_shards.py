@@ -15,7 +15,8 @@ from webdataset.writer import TarWriter
 
 from data_pipelines import build_shards, contact_sheet, storage
 from data_pipelines.image_codec import decode_image, encode_png
-from data_pipelines.index_shards import ShardFaults, index_shards, list_tars, main
+from data_pipelines.index_shards import index_shards, list_tars, main
+from data_pipelines.intake import SourceFaults
 from data_pipelines.set_statistics import draw_sample, map_images
 from data_pipelines.shard_index import load_index
 from data_pipelines.verify_shards import find_faults
@@ -98,7 +99,7 @@ def test_what_cannot_be_listed_is_named_with_braces(server, tars, tmp_path):
         index_shards(server, f"{tmp_path}/index")
     with pytest.raises(ValueError, match="--output"):
         index_shards(f"{server}/part-{{0..3}}.tar")
-    with pytest.raises(ShardFaults) as error:
+    with pytest.raises(SourceFaults) as error:
         index_shards(f"{server}/part-{{0..5}}.tar", f"{tmp_path}/index")
     assert [("part-4" in f, "part-5" in f) for f in error.value.faults] == [
         (True, False),
@@ -158,7 +159,7 @@ NAMES = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_named_and_no_index_written(fault, tars):
     FAULTS[fault](tars / "part-1.tar")
-    with pytest.raises(ShardFaults) as error:
+    with pytest.raises(SourceFaults) as error:
         index_shards(str(tars))
     assert len(error.value.faults) == 1
     assert NAMES[fault] in error.value.faults[0]
@@ -168,7 +169,7 @@ def test_a_fault_is_named_and_no_index_written(fault, tars):
 def test_compressed_tars_are_all_named(tars):
     for number in (0, 2):
         (tars / f"part-{number}.tar").rename(tars / f"part-{number}.tar.gz")
-    with pytest.raises(ShardFaults) as error:
+    with pytest.raises(SourceFaults) as error:
         index_shards(str(tars))
     assert [fault.split(" is ")[0] for fault in error.value.faults] == [
         f"{tars}/part-0.tar.gz",
@@ -181,14 +182,15 @@ def test_all_faults_are_listed_and_repaired_tars_alone_are_read_again(tars, caps
     add_member(tars / "part-1.tar", "../a.png", PNG)
     add_member(tars / "part-1.tar", "b.txt", PNG)
     FAULTS["empty"](tars / "part-3.tar")
-    with pytest.raises(SystemExit, match="3 faults"):
+    with pytest.raises(SystemExit, match=rf"3 faults.*{tars}/faults\.txt"):
         main([str(tars), "--on", "here"])
     lines = capsys.readouterr().out.splitlines()
     assert [("'../a'" in line, "'b'" in line, "part-3" in line) for line in lines] == [
-        (True, False, False),
         (False, True, False),
+        (True, False, False),
         (False, False, True),
     ]
+    assert (tars / "faults.txt").read_text().splitlines() == lines
     records = sorted(path.name for path in (tars / ".unfinished").iterdir())
     assert records == ["build.json", "part-0.tar.json", "part-2.tar.json"]
     (tars / "part-1.tar").write_bytes(good)
@@ -197,17 +199,18 @@ def test_all_faults_are_listed_and_repaired_tars_alone_are_read_again(tars, caps
         index_shards(str(tars))
     shutil.rmtree(tars / ".unfinished")
     assert "9 images in 3 tars" in index_shards(str(tars))
+    assert not (tars / "faults.txt").exists()
     assert not (tars / ".unfinished").exists()
 
 
 def test_a_record_spares_reading_its_tar(tars, monkeypatch):
     FAULTS["empty"](tars / "part-3.tar")
-    with pytest.raises(ShardFaults):
+    with pytest.raises(SourceFaults):
         index_shards(str(tars))
     with (tars / "part-0.tar").open("r+b") as file:  # would be found if it were read again
         file.seek(600)
         file.write(b"?")
-    with pytest.raises(ShardFaults) as error:
+    with pytest.raises(SourceFaults) as error:
         index_shards(str(tars))
     assert ["part-3.tar" in fault for fault in error.value.faults] == [True]
 
@@ -274,15 +277,18 @@ class TestDescription:
         for (shard, row), image in zip(back, found, strict=True):
             assert (image.transpose(1, 2, 0) == draw((3 * shard + row) // 2)).all()
 
-    def test_a_damaged_image_is_named(self, tars):
+    def test_damaged_images_are_all_named(self, tars, capsys):
         index_shards(str(tars))
         index = load_index(str(tars))
-        place = int(index.shards[2].images().offset[1])
-        with (tars / "part-2.tar").open("r+b") as file:
-            file.seek(place)
-            file.write(b"?")
-        with pytest.raises(SystemExit, match=r"part-2\.tar, sample 's07'"):
+        for number, row in ((2, 1), (3, 0)):
+            with (tars / f"part-{number}.tar").open("r+b") as file:
+                file.seek(int(index.shards[number].images().offset[row]))
+                file.write(b"?")
+        with pytest.raises(SystemExit, match="2 damaged images"):
             contact_sheet.main([str(tars)])
+        one, other = capsys.readouterr().out.splitlines()
+        assert "part-2.tar, sample 's07'" in one
+        assert "part-3.tar, sample 's09'" in other
 
 
 @pytest.mark.parametrize("command", [main, contact_sheet.main, build_shards.main])
@@ -297,7 +303,7 @@ def test_nothing_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no \.tar file"):
         index_shards(str(tmp_path))
     write_tar(tmp_path / "a.tar", {})
-    with pytest.raises(ShardFaults, match="hold no sample"):
+    with pytest.raises(SourceFaults, match="hold no sample"):
         index_shards(str(tmp_path))
     with pytest.raises(ValueError, match="on this machine"):
         index_shards(str(tmp_path), "s3://bucket/index")
