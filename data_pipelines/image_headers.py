@@ -79,21 +79,17 @@ def read_jpeg_header(data: Buffer) -> Header | None:
 
 def read_jpeg_orientation(data: Buffer) -> int:
     """Exif's, 1 for upright to 8; 1 where there is none, or it is damaged."""
-    exif = xmp = b""
+    places: list[tuple[int, int]] = []
     at = 2
     try:
         while True:
             marker, length = _JPEG_SEGMENT.unpack_from(data, at)
             if marker == _SCAN:
-                return _find_orientation(exif, xmp)
+                return _read_app1(data, places) if places else 1
             if not (_BASELINE <= marker < 0xFFD0 or _SCAN < marker < 0xFFFF):
                 break  # filling, or what does not belong here
             if marker == _APP1:
-                content = bytes(data[at + 4 : at + 2 + length])
-                if content.startswith(_EXIF):  # a long one goes on in the next segment
-                    exif += content[len(_EXIF) if exif else 0 :]
-                elif content.startswith(_XMP):
-                    xmp = content
+                places.append((at + 4, at + 2 + length))
             at += 2 + length
     except struct.error:  # past the end
         pass
@@ -106,22 +102,34 @@ def is_jpeg_of_size(data: Buffer, size: tuple[int, int]) -> bool:
     It follows the markers, in half the time of simplejpeg's reader. False where they cannot be
     followed; that all else is whole, the decoder finds out.
     """
-    fits, has_exif, at = False, False, 2
+    fits, places, at = False, list[tuple[int, int]](), 2
     try:
         while True:
             marker, length = _JPEG_SEGMENT.unpack_from(data, at)
             if marker == _SCAN:
-                return fits and not (has_exif and read_jpeg_orientation(data) != 1)
+                return fits and not (places and _read_app1(data, places) != 1)
             if _BASELINE <= marker <= _PROGRESSIVE:
                 height, width, colours = _JPEG_FRAME.unpack_from(data, at + 5)
                 fits = (height, width) == size and colours in (1, 3)
             elif marker == _APP1:
-                has_exif = True
-            elif marker < 0xFF00:
+                places.append((at + 4, at + 2 + length))
+            elif not 0xFF00 < marker < 0xFFFF:
                 return False
             at += 2 + length
     except struct.error:  # past the end
         return False
+
+
+def _read_app1(data: Buffer, places: list[tuple[int, int]]) -> int:
+    """Orientation by the segments APP1, which are [start, end)."""
+    exif = xmp = b""
+    for start, end in places:
+        content = bytes(data[start:end])
+        if content.startswith(_EXIF):  # a long one goes on in the next segment
+            exif += content[len(_EXIF) if exif else 0 :]
+        elif content.startswith(_XMP):
+            xmp = content
+    return _find_orientation(exif, xmp)
 
 
 def is_upright_jpeg(data: Buffer) -> bool:

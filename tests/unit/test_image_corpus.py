@@ -187,9 +187,9 @@ def list_transparent_files() -> Iterator[File]:
 def open_with_pillow(data: bytes) -> np.ndarray | None:
     """uint8 (H, W, 3); None of one with more than 8 bits a channel."""
     with Image.open(io.BytesIO(data)) as stored:
-        if stored.mode.startswith(DEEP_MODES):
-            return None
         image = ImageOps.exif_transpose(stored)
+    if image.mode.startswith(DEEP_MODES):
+        return None
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
