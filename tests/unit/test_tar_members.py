@@ -173,7 +173,10 @@ kinds = st.sampled_from([b"0", b"\0", b"7", b"1", b"2", b"3", b"4", b"5", b"6", 
     members=st.lists(st.tuples(names, kinds, st.binary(max_size=1100)), max_size=6),
     tar_format=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
 )
-@example([("n" * 99 + "/a.jpg", b"\0", b"taken for a folder by tarfile")], tarfile.GNU_FORMAT)
+@example(
+    members=[("n" * 99 + "/a.jpg", b"\0", b"tarfile takes it for a folder")],
+    tar_format=tarfile.GNU_FORMAT,
+)
 def test_any_member_is_taken_as_it_lies_or_named(
     members: list[tuple[str, bytes, bytes]],
     tar_format: int,
