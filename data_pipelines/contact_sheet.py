@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_pipelines import storage, uris
 from data_pipelines.image_codec import decode_image
-from data_pipelines.intake import LeftOut, SourceFaults, shorten
+from data_pipelines.intake import LEFT_OUT, LeftOut, SourceFaults, shorten
 from data_pipelines.set_statistics import draw_sample, map_images, measure_set
 from data_pipelines.shard_index import ShardIndex, load_index
 
@@ -85,7 +85,7 @@ def _caption(uri: str, index: ShardIndex) -> tuple[str, str]:
     if index.image_shape:
         channels, height, width = index.image_shape
         size = f"{width} x {height}, {'grey' if channels == 1 else 'RGB'}"
-    left_out = LeftOut.from_json(index.provenance.get("left_out", {}))
+    left_out = LeftOut.from_json(index.provenance.get(LEFT_OUT, {}))
     more = f", {sum(left_out.counts.values()):,} not taken" if left_out.counts else ""
     return name, f"{count:,} images, {size}{more}"
 

@@ -12,10 +12,13 @@ from typing import Any
 from data_pipelines import shard_tasks, storage, unfinished, uris
 from data_pipelines.contact_sheet import describe_set
 from data_pipelines.intake import (
+    FAULTS,
     FAULTS_NAME,
-    BadImages,
+    LEFT_OUT,
     LeftOut,
     SourceFaults,
+    add_bad_images,
+    pop_most_bad_images,
     shorten,
     write_faults,
 )
@@ -37,12 +40,20 @@ def index_shards(
     uri: str,
     output: str | None = None,
     on: str = "here",
-    bad_images: BadImages = "fail",
-    most_bad_images: int = 1000,
+    most_bad_images: int = 0,
     verify: bool = False,
     allow: Collection[str] = (),
 ) -> str:
     """Write the index of the tars at `uri`; the arguments are those of the command.
+
+    Args:
+        uri: Folder of the tars, or the tars themselves: see `list_tars`.
+        output: URI of the index; None is the tars' own folder.
+        on: One of `shard_tasks.PLACES`.
+        most_bad_images: Samples that are skipped where they cannot be taken; with more, or one
+            where it is 0, no index is written. All of them are in ``faults.txt`` of the output.
+        verify: Whether every image is decoded; so it is where bad ones may be skipped.
+        allow: Any of `ALLOWED`.
 
     Returns:
         What is there now, and on a second line what was not taken.
@@ -67,19 +78,18 @@ def index_shards(
             return f"{_summarize(index, output)} was complete: nothing to do{_tell_left_out(index)}"
         there = storage.list_files(output)
         unfinished.claim(output, there, fingerprint)
-        checks = TarChecks(base, output, bad_images, verify or bad_images == "skip", bool(allow))
+        skips = most_bad_images > 0
+        checks = TarChecks(base, output, skips, verify or skips, "dotted-keys" in allow)
         records = _read_tars(checks, sizes, there, on)
         provenance = {"fingerprint": fingerprint, "source": fingerprint["source"]}
         index, skipped = _join(checks, records, left_out, provenance)
-        _check_number(uri, skipped, most_bad_images)
+        if len(skipped) > most_bad_images:
+            raise SourceFaults(uri, skipped)  # noqa: TRY301
         describe_set(output, index)
     except SourceFaults as error:
         write_faults(output, error.faults)
         raise
-    if skipped:
-        write_faults(output, skipped)
-    elif FAULTS_NAME in there:
-        storage.delete(uris.join(output, FAULTS_NAME))  # of an earlier run
+    write_faults(output, skipped)
     write_index(output, index)
     unfinished.clear(output)
     return f"{_summarize(index, output)} written{_tell_left_out(index)}"
@@ -114,12 +124,12 @@ def list_tars(uri: str) -> tuple[str, dict[str, int], LeftOut]:
         names = [name.removeprefix(f"{base}/") for name in braceexpand(uri)]
         return base, dict.fromkeys(names, 0), LeftOut()
     try:
-        files = storage.list_files(uri)
+        tree = storage.list_tree(uri)
     except ValueError as error:
         raise ValueError(
             f"{error}; to index tars there, name them: {uri}/NAME-{{000000..000099}}.tar"
         ) from error
-    return base, *select_tars(uri, files)
+    return base, *select_tars(uri, tree)
 
 
 def _find_base(uri: str) -> str:
@@ -181,14 +191,14 @@ def _join(
     provenance: Mapping[str, Any],
 ) -> tuple[ShardIndex, list[str]]:
     """The index of all tars, and the faults of the samples that are not in it."""
-    skipped = [fault for record in records for fault in record.provenance.get("faults", [])]
+    skipped = [fault for record in records for fault in record.provenance.get(FAULTS, [])]
     for record in records:
-        left_out.merge(LeftOut.from_json(record.provenance.get("left_out", {})))
+        left_out.merge(LeftOut.from_json(record.provenance.get(LEFT_OUT, {})))
     if not any(record.shards[0].keys for record in records):
         raise SourceFaults(checks.base, [*skipped, f"{checks.base}: the tars hold no sample"])
     shapes = {record.image_shape for record in records if record.shards[0].keys}
     known = {shape for shape in shapes if shape is not None}
-    told = {"left_out": left_out.to_json()} if left_out.counts else {}
+    told = {LEFT_OUT: left_out.to_json()} if left_out.counts else {}
     index = ShardIndex(
         tuple(record.shards[0] for record in records),
         common_shape(known) if known == shapes else None,
@@ -196,12 +206,6 @@ def _join(
         checks.base if checks.output not in (None, checks.base) else None,
     )
     return index, skipped
-
-
-def _check_number(uri: str, skipped: list[str], most: int) -> None:
-    if len(skipped) > most:
-        text = f"{uri}: {len(skipped)} samples would be skipped, more than --most-bad-images {most}"
-        raise SourceFaults(uri, [text, *skipped])
 
 
 def _summarize(index: ShardIndex, output: str) -> str:
@@ -212,7 +216,7 @@ def _summarize(index: ShardIndex, output: str) -> str:
 
 
 def _tell_left_out(index: ShardIndex) -> str:
-    text = str(LeftOut.from_json(index.provenance.get("left_out", {})))
+    text = str(LeftOut.from_json(index.provenance.get(LEFT_OUT, {})))
     return f"\n{text}" if text else ""
 
 
@@ -235,21 +239,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="where the index goes when the tars' own folder cannot be written; left out, beside"
         " the tars",
     )
-    parser.add_argument(
-        "--bad-images",
-        default="fail",
-        choices=("fail", "skip"),
-        help="skip leaves out samples whose image is damaged or missing, or that have a member"
-        " which cannot be read, such as a link; it implies --verify",
-    )
-    parser.add_argument(
-        "--most-bad-images", type=int, default=1000, help="more of them than this fail all the same"
-    )
+    add_bad_images(parser)
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="decode every image, as training does; left out, headers are read, and a sample of"
-        " the images is decoded",
+        help="decode every image, as training does, which --bad-images skip does anyway; left out,"
+        " headers are read, and a sample of the images is decoded",
     )
     parser.add_argument(
         "--allow",
@@ -260,15 +255,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         " one whose name comes first is then the sample's image",
     )
     parser.add_argument("--on", default="auto", choices=shard_tasks.PLACES, help=shard_tasks.HELP)
-    options = parser.parse_args(arguments)
+    options = vars(parser.parse_args(arguments))
+    most_bad_images = pop_most_bad_images(options)
     try:
-        summary = index_shards(**vars(options))
+        summary = index_shards(**options, most_bad_images=most_bad_images)
     except SourceFaults as error:
         print(shorten(error.faults), flush=True)
-        where = uris.join(options.output or _find_base(options.uri), FAULTS_NAME)
+        where = uris.join(options["output"] or _find_base(options["uri"]), FAULTS_NAME)
+        most = f", more than --most-bad-images {most_bad_images}" if most_bad_images else ""
         sys.exit(
-            f"index_shards: {len(error.faults)} faults in {options.uri}: no index written; all of"
-            f" them: {where}"
+            f"index_shards: {len(error.faults)} faults in {error.uri}{most}, all listed in {where}:"
+            " no index written; mend them, or use --bad-images skip for those of single samples"
         )
     except (ValueError, OSError, shard_tasks.TaskFailed) as error:
         sys.exit(f"index_shards: {error}")

@@ -8,7 +8,6 @@ pass: the first are printed, and all of them are written to ``faults.txt`` besid
 import argparse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any
 
 from data_pipelines import storage, uris
@@ -135,14 +134,14 @@ def pop_most_bad_images(options: dict[str, Any]) -> int:
 
 def find_litter(name: str) -> str | None:
     """Why no user means the file `name`, a path with slashes; None for all others."""
-    path = PurePosixPath(name)
-    for part in path.parts[:-1]:
-        if part in _LITTER_FOLDERS:
-            return _LITTER_FOLDERS[part]
-        if part.startswith(".Trash-"):
+    *folders, base = name.split("/")
+    for folder in folders:
+        if folder in _LITTER_FOLDERS:
+            return _LITTER_FOLDERS[folder]
+        if folder.startswith(".Trash-"):
             return "deleted file"
-    if path.name.startswith("._") or path.name == ".DS_Store":
+    if base.startswith("._") or base == ".DS_Store":
         return "macOS metadata"
-    if path.name in ("Thumbs.db", "ehthumbs.db", "desktop.ini"):
+    if base in ("Thumbs.db", "ehthumbs.db", "desktop.ini"):
         return "Windows metadata"
     return None

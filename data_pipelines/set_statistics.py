@@ -14,7 +14,7 @@ import numpy as np
 from data_pipelines import storage, uris
 from data_pipelines.image_codec import decode_image, read_shape
 from data_pipelines.image_headers import JPEG, NPY, PNG
-from data_pipelines.intake import SourceFaults
+from data_pipelines.intake import LEFT_OUT, SourceFaults
 from data_pipelines.shard_index import ShardIndex
 
 Result = TypeVar("Result")
@@ -63,8 +63,8 @@ def measure_set(uri: str, index: ShardIndex) -> dict[str, Any]:
         "repeated_images": len(contents) - len(np.unique(contents, axis=0)),
         "sample": _measure_sample(uri, index),
     }
-    if left_out := index.provenance.get("left_out"):
-        figures["left_out"] = left_out
+    if left_out := index.provenance.get(LEFT_OUT):
+        figures[LEFT_OUT] = left_out
     labels = _count_labels(uri, index)
     return {**figures, "labels": labels} if labels else figures
 

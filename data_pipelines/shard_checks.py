@@ -4,7 +4,7 @@ import mmap
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +13,14 @@ from typing import Any
 
 from data_pipelines import storage, unfinished, uris
 from data_pipelines.image_codec import ARRAY_EXTENSION, decode_image, image_extensions, read_shape
-from data_pipelines.intake import FAULTS_NAME, BadImages, LeftOut, SourceFaults, find_litter
+from data_pipelines.intake import (
+    FAULTS,
+    FAULTS_NAME,
+    LEFT_OUT,
+    LeftOut,
+    SourceFaults,
+    find_litter,
+)
 from data_pipelines.shard_index import (
     INDEX_NAME,
     Shape,
@@ -23,10 +30,12 @@ from data_pipelines.shard_index import (
     make_shard,
 )
 from data_pipelines.tar_members import Fault, TarContent, read_members
+from data_pipelines.tree import NOT_UTF8, UNLISTABLE, Tree
 
 _COMPRESSED = "(gz|bz2|xz|zst|lz4|lz|lzma|br|z)"
 _COMPRESSED_TAR = re.compile(rf"\.(tar\.{_COMPRESSED}|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _COMPRESSED_MEMBER = re.compile(rf"\.{_COMPRESSED}$")
+_UNNAMED = (NOT_UTF8, "")  # it may be a folder of tars
 _OUR_FILES = (INDEX_NAME, "statistics.json", "contact_sheet.png", FAULTS_NAME)
 
 
@@ -38,7 +47,7 @@ class TarChecks:
     """URI that the tars' names are relative to."""
     output: str | None = None
     """Where a sound tar's record goes, if anywhere."""
-    bad_images: BadImages = "fail"
+    skips_bad_images: bool = False
     verify: bool = False
     """Whether images are decoded; else their headers are read."""
     dotted_keys: bool = False
@@ -47,7 +56,7 @@ class TarChecks:
     def describe(self) -> dict[str, Any]:
         """What a record was made with, of JSON's types."""
         return {
-            "bad_images": self.bad_images,
+            "skips_bad_images": self.skips_bad_images,
             "verify": self.verify,
             "dotted_keys": self.dotted_keys,
         }
@@ -58,33 +67,44 @@ class TarChecks:
         return made is not None and (
             (made["verify"] or not self.verify)
             and (self.dotted_keys or not made["dotted_keys"])
-            and (self.bad_images == "skip" or not record.shards[0].left_out)
+            and (self.skips_bad_images or not record.shards[0].left_out)
         )
 
 
-def select_tars(uri: str, files: Mapping[str, int]) -> tuple[dict[str, int], LeftOut]:
-    """({name: bytes} of the tars among `files` of `uri`, what else there is).
+def select_tars(uri: str, tree: Tree, output: str | None = None) -> tuple[dict[str, int], LeftOut]:
+    """({name: bytes} of the tars below `uri`, what else there is).
+
+    Args:
+        uri: Where `tree` was listed.
+        tree: All that lies there.
+        output: URI that is written to; what lies below it is no source.
 
     Raises:
-        SourceFaults: compressed tars, all of them named.
-        ValueError: no tar.
+        SourceFaults: Compressed tars, and tars that cannot be read, all of them named.
+        ValueError: No tar.
     """
+    own = f"{output}/".removeprefix(f"{uri}/") if output else "/"
     tars: dict[str, int] = {}
-    compressed: list[str] = []
+    faults: list[str] = []
     left_out = LeftOut()
-    for name, size in files.items():
-        path = PurePosixPath(name)
+    for name in (*tree.files, *tree.others):
+        path, reason = PurePosixPath(name), tree.others.get(name)
         suffix = path.suffix.lower()
+        if name.startswith(own) or path.name in _OUR_FILES or unfinished.FOLDER in path.parts:
+            continue
         if litter := find_litter(name):
             left_out.add(litter, name)
-        elif suffix == ".tar":
-            tars[name] = size
+        elif reason and (suffix == ".tar" or reason == UNLISTABLE or (reason, suffix) == _UNNAMED):
+            faults.append(f"{uris.join(uri, name)}: {reason}")
         elif _COMPRESSED_TAR.search(name):
-            compressed.append(f"{uris.join(uri, name)} is compressed: unpack it to a plain tar")
-        elif path.name not in _OUR_FILES and unfinished.FOLDER not in path.parts:
-            left_out.add(f"{suffix} file" if suffix else "file without an extension", name)
-    if compressed:
-        raise SourceFaults(uri, compressed)
+            faults.append(f"{uris.join(uri, name)} is compressed: unpack it to a plain tar")
+        elif reason or suffix != ".tar":
+            kind = suffix if re.fullmatch("[.][a-z0-9]{1,8}", suffix) else "no extension"
+            left_out.add(reason or f"no tar ({kind})", name)
+        else:
+            tars[name] = tree.files[name]
+    if faults:
+        raise SourceFaults(uri, faults)
     if not tars:
         raise ValueError(f"{uri} holds no .tar file")
     return tars, left_out
@@ -95,7 +115,7 @@ def check_tar(checks: TarChecks, name: str) -> tuple[ShardIndex | None, list[str
 
     Returns:
         An index of this tar alone and no faults, or None and one sentence for each fault. The
-        index's provenance has `left_out` and `faults` of the samples that are skipped.
+        index's provenance has `LEFT_OUT`, and `FAULTS` of the samples that are skipped.
 
     Raises:
         StorageError: the storage refuses or does not answer.
@@ -126,7 +146,7 @@ def _read_tar(
     sound = shard.leave_out({fault.key for fault in faults}) if faults else shard
     faults += _find_bad_images(path, uri, sound, checks.verify, shapes)
     texts = [fault.text for fault in faults]
-    if any(checks.bad_images == "fail" or not fault.skippable for fault in faults):
+    if faults and not (checks.skips_bad_images and all(fault.skippable for fault in faults)):
         return None, texts
     provenance: dict[str, Any] = {"checks": checks.describe()}
     if faults:
@@ -134,9 +154,9 @@ def _read_tar(
         shard = shard.leave_out(dict(reversed(first.items())))
         for key in shard.left_out:
             content.left_out.add(first[key], f"{name}: {key}")
-        provenance["faults"] = texts
+        provenance[FAULTS] = texts
     if content.left_out.counts:
-        provenance["left_out"] = content.left_out.to_json()
+        provenance[LEFT_OUT] = content.left_out.to_json()
     return ShardIndex((shard,), common_shape(shapes), provenance), []
 
 

@@ -9,6 +9,7 @@ ends, and takes a time that grows with the square of an extended header's length
 
 import hashlib
 import mmap
+import re
 import tarfile
 import zlib
 from collections.abc import Container, Iterator
@@ -25,6 +26,8 @@ LARGEST_EXTENDED_HEADER_BYTES = 2**14
 LARGEST_MEMBER_BYTES = 2**30
 _UNPACKED_IN_PLACE = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _FOLDERS = (tarfile.DIRTYPE, b"D")  # D: of an incremental GNU tar
+_USTAR = b"ustar\0"
+_NUMBER = re.compile(rb" *([0-7]*)[ \0]*")
 _VOLUME_LABEL = b"V"
 _OTHERS = {
     tarfile.LNKTYPE: ("hard link", "pack the tar again with --hard-dereference"),
@@ -85,27 +88,36 @@ class Header(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """As tarfile's own, but for two names that it misreads.
-
-        It takes other fields of GNU's header for the first part of a name, and a file for a folder
-        whose name has a slash where the header cuts it off.
+        """As tarfile's own.
 
         Raises:
             ReadError: a negative size, or an extended header of a size that no writer makes.
         """
-        found = super().frombuf(buf, encoding, errors)
+        found = cls._read_regular(buf, encoding, errors) or super().frombuf(buf, encoding, errors)
         if found.size < 0:
             raise ReadError(f"a header says {found.size} bytes")
         if found.type in _EXTENDED and found.size > LARGEST_EXTENDED_HEADER_BYTES:
             raise ReadError(f"an extended header of {found.size} bytes")
-        posix = buf[257:263] == b"ustar\0"
-        cut_off = found.isdir() and buf[156:157] == tarfile.AREGTYPE
-        if cut_off or (buf[345] and not posix):
-            parts = [buf[345:500], buf[:100]] if buf[345] and posix else [buf[:100]]
-            texts = [bytes(part).partition(b"\0")[0].decode(encoding, errors) for part in parts]
-            found.type, found.name = bytes(buf[156:157]), "/".join(texts)
-            if found.isdir():
-                found.name = found.name.rstrip("/")
+        return found
+
+    @classmethod
+    def _read_regular(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self | None:
+        """Name and size, all that we need of a regular member; None: tarfile finds out what it is.
+
+        Its name is right where tarfile errs: that takes other fields of GNU's header for the first
+        part of a name, and a file for a folder where a long name is cut off at a slash.
+        """
+        size, checksum = _NUMBER.fullmatch(buf, 124, 136), _NUMBER.fullmatch(buf, 148, 156)
+        if len(buf) != tarfile.BLOCKSIZE or buf[156:157] not in _UNPACKED_IN_PLACE:
+            return None
+        if not size or not checksum:
+            return None
+        if sum(buf) - sum(buf[148:156]) + 8 * ord(" ") != int(checksum[1] or b"0", 8):
+            return None
+        parts = [buf[345:500], buf[:100]] if buf[345] and buf[257:263] == _USTAR else [buf[:100]]
+        texts = [part.partition(b"\0")[0].decode(encoding, errors) for part in parts]
+        found = cls("/".join(texts))
+        found.type, found.size = bytes(buf[156:157]), int(size[1] or b"0", 8)
         return found
 
 
@@ -121,12 +133,13 @@ def list_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in tar:
         if tar.offset <= member.offset:  # an extended header gave it a negative size
             raise ReadError(f"the member after {member.name!r} lies before it")
-        if "GNU.volume.offset" in tar.pax_headers:
-            raise ReadError("it is a later volume of a tar of several: join them")
-        if not _OF_ONE_MEMBER.isdisjoint(tar.pax_headers):
-            raise ReadError("a global header gives all members one name or one size")
-        if not member.pax_headers.get("size", "0").isdecimal():
-            raise ReadError(f"the size of {member.name!r} is no number")
+        if member.pax_headers:
+            if "GNU.volume.offset" in tar.pax_headers:
+                raise ReadError("it is a later volume of a tar of several: join them")
+            if not _OF_ONE_MEMBER.isdisjoint(tar.pax_headers):
+                raise ReadError("a global header gives all members one name or one size")
+            if not member.pax_headers.get("size", "0").isdecimal():
+                raise ReadError(f"the size of {member.name!r} is no number")
         yield member
 
 
@@ -204,7 +217,7 @@ def _find_left_out(member: tarfile.TarInfo, extension: str, named_by_others: boo
 
 def _find_fault(member: tarfile.TarInfo, key: str, where: str) -> Fault | None:
     """Why the member's bytes cannot be taken as they lie."""
-    if member.sparse is not None or any(name.startswith(_SPARSE) for name in member.pax_headers):
+    if member.sparse is not None or any(map(_is_of_sparse_file, member.pax_headers)):
         reason, text = "sparse file", "is a sparse file: pack the tar again without --sparse"
     elif member.type in _OTHERS:
         reason, remedy = _OTHERS[member.type]
@@ -220,6 +233,10 @@ def _find_fault(member: tarfile.TarInfo, key: str, where: str) -> Fault | None:
     else:
         return None
     return Fault(reason, _as_text(key), f"{where}: member {member.name!r} {text}")
+
+
+def _is_of_sparse_file(keyword: str) -> bool:
+    return keyword.startswith(_SPARSE)
 
 
 def _find_bad_name(name: str, key: str, extension: str, where: str) -> Fault | None:

@@ -41,18 +41,20 @@ class ForeignTars:
 
     Attributes:
         left_out: Files and members that are not taken, after `list_entries`.
-        faults: One sentence for each sample that cannot be taken, after `list_entries`.
-        reasons: What the samples of `faults` are counted by where they are skipped.
+        faults: Samples that cannot be taken, one sentence each, after `list_entries`.
     """
 
-    def __init__(self, uri: str, encoding: Encoding, dotted_keys: bool = False):
+    def __init__(
+        self, uri: str, encoding: Encoding, output: str | None = None, dotted_keys: bool = False
+    ):
         storage.check_readable(uri)
         self._uri = make_absolute(uri)
         self._encoding = encoding
         self._dotted_keys = dotted_keys
-        self._sizes, self._other_files = select_tars(f"wds:{uri}", storage.list_files(uri))
-        self.left_out, self.reasons = LeftOut(), LeftOut()
-        self.faults: list[str] = []
+        self._sizes, self._other_files = select_tars(
+            self._uri, storage.list_tree(self._uri), make_absolute(output) if output else None
+        )
+        self.left_out, self.faults = LeftOut(), list[str]()
 
     def describe(self) -> dict[str, Any]:
         return {"files": digest(self._sizes), "tars": len(self._sizes), "members": "all"}
@@ -68,7 +70,7 @@ class ForeignTars:
 
         entries: list[Entry] = []
         faults: list[Fault] = []
-        self.left_out, self.reasons = LeftOut(), LeftOut()
+        self.left_out = LeftOut()
         self.left_out.merge(self._other_files)
         with ThreadPoolExecutor(_LISTING_THREADS) as threads:
             contents = threads.map(self._read_tar, self._sizes)
@@ -76,10 +78,8 @@ class ForeignTars:
             tars = tqdm(contents, total=total, unit="tar", desc=text, disable=None)
             for name, content in zip(self._sizes, tars, strict=True):
                 self.left_out.merge(content.left_out)
-                first = {fault.key: fault.reason for fault in reversed(content.faults)}
-                for key, reason in first.items():
-                    self.reasons.add(reason, f"{name}: {key}")
-                for sample in _list_samples(name, content, first):
+                faulty = {fault.key for fault in content.faults}
+                for sample in _list_samples(name, content, faulty):
                     key = make_key(sample.key)
                     entries.append(Entry(key, key, sample))
                 faults += content.faults

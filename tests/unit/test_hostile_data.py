@@ -55,12 +55,13 @@ def fill_in_sum(block: bytearray) -> bytes:
     return bytes(block)
 
 
-def make_pax(payload: bytes) -> bytes:
+def make_pax(payload: bytes, kind: bytes = b"x") -> bytes:
     whole_blocks = -(-len(payload) // 512) * 512
-    return make_header(b"pax", len(payload), b"x") + payload.ljust(whole_blocks, b"\0")
+    return make_header(b"pax", len(payload), kind) + payload.ljust(whole_blocks, b"\0")
 
 
 FOLDER = make_header(b"folder", 0, b"5")
+IMAGE = make_header(b"a.png", 512) + b"1" * 512
 SPARSE = make_header(b"sparse.png", 512, b"S")
 TARS = {
     "a negative size, back to its own header": FOLDER + make_header(b"a", -512, LINK_TO_NOTHING),
@@ -69,6 +70,10 @@ TARS = {
     + make_pax(b"14 size=-1536\n")
     + make_header(b"a", 0, LINK_TO_NOTHING),
     "a pax header that is slow to parse": make_pax(b"1" * 400_000) + make_header(b"a.png", 0),
+    "one size for all": make_pax(b"11 size=10\n", b"g") + IMAGE,
+    "one name for all": make_pax(b"14 path=b.png\n", b"g") + IMAGE,
+    "a size that is no number": make_pax(b"12 size=0x9\n") + IMAGE,
+    "a later volume": make_pax(b"24 GNU.volume.offset=18\n", b"g") + IMAGE,
     "a size beyond the end": make_header(b"a.png", 8**11 - 1),
     "a sparse file, cut off": fill_in_sum(
         bytearray(SPARSE[:482] + b"\1" + SPARSE[483:])  # it says that more of its map follows
