@@ -9,10 +9,11 @@ import argparse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from data_pipelines import storage, uris
 
+BadImages = Literal["fail", "skip"]
 FAULTS_NAME = "faults.txt"
 LEFT_OUT, FAULTS = "left_out", "faults"
 """Keys of an index's provenance."""
