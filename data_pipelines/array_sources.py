@@ -19,7 +19,7 @@ class _Arrays:
     def __init__(self, name: str, encoding: Encoding):
         self._name = name
         self._encoding = encoding
-        self.left_out, self.faults = LeftOut(), list[str]()
+        self.left_out, self.reasons, self.faults = LeftOut(), LeftOut(), list[str]()
         self._images: np.ndarray | None = None
         self._labels: np.ndarray | None = None
 

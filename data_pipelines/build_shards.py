@@ -97,8 +97,13 @@ def build_shards(
     if _find_finished(output, outputs, fingerprint):
         sets = [load_index(uri) for uri in outputs.values()]
         return _summarize(sets, outputs, "were complete: nothing to do")
-    entries, faults = drop_repeated(origin.list_entries())
-    faults = [*origin.faults, *faults]
+    entries, repeated = drop_repeated(origin.list_entries())
+    faults = [*origin.faults, *repeated]
+    left_out = LeftOut()
+    left_out.merge(origin.left_out)
+    left_out.merge(origin.reasons)
+    if repeated:
+        left_out.add("image of a repeated key", repeated[0], len(repeated))
     if faults and most_bad_images == 0:
         print(  # the images may take hours
             f"{len(faults)} images cannot be taken; reading the others to find all faults:\n"
@@ -122,7 +127,8 @@ def build_shards(
     report = write_faults(output, faults)
     if len(faults) > most_bad_images:
         raise SourceFaults(source, faults)
-    sets = [_finish_set(origin, records[part], uri, fingerprint) for part, uri in outputs.items()]
+    provenance = {"fingerprint": fingerprint, **origin.describe()}
+    sets = [_finish_set(records[part], uri, provenance, left_out) for part, uri in outputs.items()]
     skipped = f"; {len(faults)} bad images skipped, listed in {report}" if faults else ""
     return _summarize(sets, outputs, f"written{skipped}")
 
@@ -197,16 +203,22 @@ def _write_shards(
 
 
 def _finish_set(
-    source: SampleSource, records: list[ShardIndex], uri: str, fingerprint: dict[str, Any]
+    records: list[ShardIndex], uri: str, provenance: Mapping[str, Any], left_out: LeftOut
 ) -> ShardIndex:
-    """Write the set's description and index, unless they are there."""
+    """Write the set's description and index, unless they are there.
+
+    Args:
+        records: Of its shards.
+        uri: Of the set.
+        provenance: Of its index.
+        left_out: What the source left out, to which that of the shards is added.
+    """
     if storage.exists(uris.join(uri, INDEX_NAME)):
         return load_index(uri)
     shards = tuple(shard for record in records for shard in record.shards)
     if not any(shard.keys for shard in shards):
         raise ValueError(f"{uri}: no image could be taken")
-    left_out = LeftOut()
-    left_out.merge(source.left_out)
+    left_out = LeftOut(dict(left_out.counts), dict(left_out.examples))
     for record in records:
         left_out.merge(LeftOut.from_json(record.provenance[LEFT_OUT]))
         if faults := record.provenance[FAULTS]:
@@ -216,7 +228,7 @@ def _finish_set(
     index = ShardIndex(
         shards,
         common_shape(known) if known == shapes else None,
-        {"fingerprint": fingerprint, **source.describe(), LEFT_OUT: left_out.to_json()},
+        {**provenance, **({LEFT_OUT: left_out.to_json()} if left_out.counts else {})},
     )
     describe_set(uri, index)
     write_index(uri, index)

@@ -108,6 +108,7 @@ def read_shape(data: Buffer) -> tuple[int, int, int]:
             orientation = _read_orientation(image) if image.format != "TIFF" else 1
             turned = orientation in (5, 6, 7, 8)
             height, width = image.size if turned else (image.height, image.width)
+            _refuse_deep(image)
             return 1 if image.mode in ("1", "L") else 3, height, width
     except Exception as error:
         raise _explain(error) from error
@@ -324,13 +325,17 @@ def _convert(pixels: np.ndarray, channels: int) -> np.ndarray:
 
 def _as_grey_or_rgb(image: Image.Image, channels: int) -> np.ndarray:
     """uint8 (H, W, channels); transparency becomes white."""
-    if image.mode in _DEEP_MODES:
-        raise ValueError(f"mode {image.mode} has more than 8 bits a channel: convert it first")
+    _refuse_deep(image)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     return pixels.reshape(image.height, image.width, channels)
+
+
+def _refuse_deep(image: Image.Image) -> None:
+    if image.mode in _DEEP_MODES:
+        raise ValueError(f"mode {image.mode} has more than 8 bits a channel: convert it first")
 
 
 def _explain(error: Exception) -> ValueError:

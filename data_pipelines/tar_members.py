@@ -12,7 +12,7 @@ import mmap
 import re
 import tarfile
 import zlib
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from tarfile import ReadError
@@ -200,6 +200,14 @@ def split_name(name: str) -> tuple[str, str]:
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return f"{folder}/{stem}" if folder else stem, extension.lower()
+
+
+def list_reasons(faults: Iterable[Fault]) -> dict[str, str]:
+    """{key: why its sample is left out}: the first of its faults."""
+    reasons: dict[str, str] = {}
+    for fault in faults:
+        reasons.setdefault(fault.key, fault.reason)
+    return reasons
 
 
 def _find_left_out(member: tarfile.TarInfo, extension: str, named_by_others: bool) -> str | None:

@@ -12,7 +12,7 @@ from data_pipelines.image_codec import image_extensions
 from data_pipelines.intake import LeftOut, SourceFaults
 from data_pipelines.shard_checks import open_copy, read_samples, select_tars
 from data_pipelines.source_names import digest, make_absolute
-from data_pipelines.tar_members import Fault, TarContent
+from data_pipelines.tar_members import Fault, TarContent, list_reasons
 
 _LISTING_THREADS = 4
 _LARGEST_GAP_BYTES = 64 * 2**10
@@ -42,6 +42,7 @@ class ForeignTars:
     Attributes:
         left_out: Files and members that are not taken, after `list_entries`.
         faults: Samples that cannot be taken, one sentence each, after `list_entries`.
+        reasons: What the samples of `faults` are counted by where they are skipped.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class ForeignTars:
         self._sizes, self._other_files = select_tars(
             self._uri, storage.list_tree(self._uri), make_absolute(output) if output else None
         )
-        self.left_out, self.faults = LeftOut(), list[str]()
+        self.left_out, self.reasons, self.faults = LeftOut(), LeftOut(), list[str]()
 
     def describe(self) -> dict[str, Any]:
         return {"files": digest(self._sizes), "tars": len(self._sizes), "members": "all"}
@@ -70,7 +71,7 @@ class ForeignTars:
 
         entries: list[Entry] = []
         faults: list[Fault] = []
-        self.left_out = LeftOut()
+        self.left_out, self.reasons = LeftOut(), LeftOut()
         self.left_out.merge(self._other_files)
         with ThreadPoolExecutor(_LISTING_THREADS) as threads:
             contents = threads.map(self._read_tar, self._sizes)
@@ -78,7 +79,9 @@ class ForeignTars:
             tars = tqdm(contents, total=total, unit="tar", desc=text, disable=None)
             for name, content in zip(self._sizes, tars, strict=True):
                 self.left_out.merge(content.left_out)
-                faulty = {fault.key for fault in content.faults}
+                faulty = list_reasons(content.faults)
+                for key, reason in faulty.items():
+                    self.reasons.add(reason, f"{name}: {key}")
                 for sample in _list_samples(name, content, faulty):
                     key = make_key(sample.key)
                     entries.append(Entry(key, key, sample))

@@ -234,7 +234,8 @@ def test_faults_of_tars_are_listed_by_tasks(environment, tmp_path):
     assert "a.tar: sample '../x' leaves the folder" in out
     assert "b.tar: sample 'y' has no image" in out
     assert err.strip().splitlines()[-1] == (
-        f"index_shards: 2 faults in {tmp_path}: no index written"
+        f"index_shards: 2 faults in {tmp_path}, all listed in {tmp_path}/faults.txt: no index"
+        " written; mend them, or use --bad-images skip for those of single samples"
     )
 
 

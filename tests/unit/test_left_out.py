@@ -1,5 +1,6 @@
 """Tars of which something is not taken: it is counted or named, and the rest can be had."""
 
+import dataclasses
 import io
 import json
 import re
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from webdataset.writer import TarWriter
 
 from data_pipelines import ShardDataset
+from data_pipelines.contact_sheet import draw_sheet
+from data_pipelines.encoded_images import Encoding
 from data_pipelines.image_codec import encode_png
 from data_pipelines.image_sources import open_source
 from data_pipelines.index_shards import index_shards, main
@@ -103,6 +107,10 @@ def test_the_rest_is_a_set(tars: Path, capsys: pytest.CaptureFixture[str]):
     assert len((tars / "faults.txt").read_text().splitlines()) == 4
     statistics = json.loads((tars / "statistics.json").read_text())
     assert statistics["left_out"] == index.provenance["left_out"]
+    silent = dataclasses.replace(index, provenance={"source": index.provenance["source"]})
+    told, untold = (np.asarray(draw_sheet(str(tars), i)) for i in (index, silent))
+    assert (told[:28] != untold[:28]).any()
+    assert (told[28:] == untold[28:]).all()
     assert list(find_faults(str(tars))) == []
     dataset = ShardDataset.open(str(tars))
     assert dataset.keys == GOOD
@@ -205,6 +213,23 @@ def test_litter_is_counted(tmp_path: Path):
     assert list(find_faults(f"{tmp_path}/index")) == []
 
 
+def test_an_output_below_the_source_is_no_part_of_it(tmp_path: Path):
+    for name in ("a.tar", "out/shard-000000.tar", "output/b.tar"):
+        write_tar(tmp_path / name, {f"{Path(name).stem}.png": PNG})
+    source = ForeignTars(str(tmp_path), Encoding(), output=f"{tmp_path}/out")
+    assert [entry.key for entry in source.list_entries()] == ["a", "b"]
+
+
+def test_a_later_fault_is_not_hidden_by_what_was_left_out(tars: Path):
+    with tarfile.open(tars / "0.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo(".png"))  # its sample is called "", like that of a damage
+    index_shards(str(tars), most_bad_images=9)
+    assert list(find_faults(str(tars))) == []
+    path = tars / "0.tar"
+    path.write_bytes(path.read_bytes()[:3000])
+    assert any("is not a plain, whole tar" in fault for fault in find_faults(str(tars)))
+
+
 def test_compressed_tars_are_refused_by_both(tmp_path: Path):
     write_tar(tmp_path / "a.tar", {"a.png": PNG})
     names = "b.tar.gz c.TGZ d.tar.bz2 e.tbz2 f.tar.xz g.txz h.tar.zst i.tzst j.tar.lz4 k.tar.Z"
@@ -280,6 +305,18 @@ def test_thousands_of_repeated_keys_are_bounded_on_the_screen(
     faults = (tmp_path / "faults.txt").read_text().splitlines()
     assert len(faults) == 3000
     assert "'2999' is in a.tar and in b.tar" in faults[-1]
+
+
+def test_further_frames_are_counted(tmp_path: Path):
+    frames = [Image.new("RGB", (6, 6), colour) for colour in ("red", "green", "blue")]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    write_tar(tmp_path / "a.tar", {"a.gif": file.getvalue(), "b.png": PNG})
+    index_shards(str(tmp_path))
+    left_out = load_index(str(tmp_path)).provenance["left_out"]
+    assert left_out == {
+        "further frame or page of a file": {"count": 2, "example": "a.tar: a"},
+    }
 
 
 def test_a_source_without_samples_says_so(tmp_path: Path):
