@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 from data_pipelines import shard_tasks, storage, unfinished, uris
 from data_pipelines.contact_sheet import describe_set
@@ -86,13 +87,15 @@ def list_tars(uri: str) -> tuple[str, dict[str, int]]:
         ValueError: no tar there, or compressed ones, all of them named.
     """
     uri = make_absolute(uri)
-    if "?" in uri:
+    if uris.display(uri) != uri:
         raise ValueError(f"{uris.display(uri)}?…: a query cannot be part of a set's URI")
     if "{" in uri or uri.endswith(".tar"):
         from braceexpand import braceexpand
 
         folder = uri.split("{", 1)[0].rpartition("/")[0]
         names = [name.removeprefix(f"{folder}/") for name in braceexpand(uri)]
+        if uris.split_uri(uri)[0] in ("http", "https"):
+            names = [unquote(name) for name in names]  # `uris.join` quotes them
         return folder, dict.fromkeys(names, 0)
     try:
         found = storage.list_files(uri)
