@@ -5,7 +5,8 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 
 BIN := .venv/bin
-LOCAL := $(or $(EFAE_LOCAL_DIR),.local)
+# The shell's to expand, between quotes: a folder may have spaces and dollar signs.
+LOCAL = $${EFAE_LOCAL_DIR:-.local}
 # Names what is installed; another hash of pins, settings or place means another set-up.
 STAMP := .venv/installed-$(shell (pwd; cat constraints.txt pyproject.toml) | cksum | tr ' ' '-')
 
@@ -18,13 +19,13 @@ help: ## list the targets
 train: up ## train the quick-start model on the local stack and register it (ARGS="--training.steps 500")
 	@source "$(LOCAL)/env" && $(OPENMOJI)
 	@cluster/submit_job.sh "$(LOCAL)/env" jobs/train.py quickstart \
-	    --tracking.report-folder "$(abspath $(LOCAL))/reports" \
+	    --tracking.report-folder "$$(cd "$(LOCAL)" && pwd)/reports" \
 	    --tracking.commit "$(shell git rev-parse --short HEAD 2>/dev/null)" $(ARGS)
 
 tune: up ## search the latent's split on the local stack and register the best (ARGS="--sweep.trials 24")
 	@source "$(LOCAL)/env" && $(OPENMOJI)
 	@cluster/submit_job.sh "$(LOCAL)/env" jobs/tune.py quickstart_trial \
-	    --tracking.report-folder "$(abspath $(LOCAL))/reports" \
+	    --tracking.report-folder "$$(cd "$(LOCAL)" && pwd)/reports" \
 	    --tracking.commit "$(shell git rev-parse --short HEAD 2>/dev/null)" $(ARGS)
 
 bench: up ## compare level exact with dense twins at one budget (ARGS="--cpu-seconds 30")

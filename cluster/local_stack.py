@@ -8,6 +8,7 @@ EFAE_LOCAL_DIR and the ports EFAE_S3_PORT, EFAE_MLFLOW_PORT, EFAE_RAY_DASHBOARD_
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 import threading
@@ -50,7 +51,7 @@ def up(folder: Path) -> None:
                 _stop(state, service)
             raise
         write_exports(folder / "env", client_environment(state))
-    print(f"in a shell: source {_relative(folder / 'env')}")
+    print(f"in a shell: source {shlex.quote(str(_relative(folder / 'env')))}")
 
 
 def down(folder: Path) -> None:

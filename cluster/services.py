@@ -137,7 +137,7 @@ def _s3_command(state: StackState) -> list[str]:
     return [
         _program("weed"),
         "mini",
-        f"-dir={state.folder / 's3'}",
+        "-dir=../s3",  # from the logs, where servers start: a path of its own may hold commas
         f"-ip={state.host}",
         f"-ip.bind={state.host}",
         f"-s3.port={state.ports['s3']}",
@@ -189,7 +189,7 @@ def _mlflow_command(state: StackState) -> list[str]:
         f"--host={state.host}",
         f"--port={state.ports['mlflow']}",
         "--workers=1",
-        f"--backend-store-uri=sqlite:///{state.folder / 'mlflow' / 'mlflow.db'}",
+        "--backend-store-uri=sqlite:///../mlflow/mlflow.db",  # a path may hold ? and #
         "--artifacts-destination=s3://mlflow/artifacts",
     ]
 

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shlex
 import tempfile
@@ -19,8 +20,13 @@ from pathlib import Path
 from cluster.ports import LOOPBACK
 from cluster.processes import ProcessRecord
 
-# A Unix socket's path holds 107 bytes; Ray appends up to 64 ("/session_.../sockets/plasma_store").
-_LONGEST_SOCKET_FOLDER = 38
+# A Unix socket's path holds 107 bytes; Ray appends up to 72 to it:
+# "/ray/session_YYYY-MM-DD_hh-mm-ss_uuuuuu_PID/sockets/dash_MetricsHead".
+_LONGEST_SOCKET_FOLDER = 35
+_LONGEST_TMPDIR = 75
+"""Python's own servers append 32: "/pymp-XXXXXXXX/listener-XXXXXXXX"."""
+_PLAIN = re.compile(r"[A-Za-z0-9/._-]+")
+_SHORT_FOLDERS = ("/tmp", "/var/tmp")
 
 
 def state_folder() -> Path:
@@ -49,11 +55,29 @@ class StackState:
 
     @property
     def socket_folder(self) -> Path:
-        """A folder of this stack whose path is short enough for Unix sockets."""
-        if len(os.fsencode(self.folder)) <= _LONGEST_SOCKET_FOLDER:
-            return self.folder
-        name = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:12]
-        return Path(tempfile.gettempdir()) / f"efae-{name}"
+        """A folder of this stack whose path is short and plain enough for Unix sockets.
+
+        Raises:
+            ValueError: there is no such folder that can be written; or the one for temporary files
+                has too long a path, too.
+        """
+        temporary = tempfile.gettempdir()
+        if len(os.fsencode(temporary)) > _LONGEST_TMPDIR:
+            raise ValueError(
+                f"TMPDIR={temporary}: too long for the paths of sockets: set it to a folder of at"
+                f" most {_LONGEST_TMPDIR} bytes"
+            )
+        name = f"efae-{hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:12]}"
+        places = [place for place in _SHORT_FOLDERS if os.access(place, os.W_OK)]
+        for folder in (self.folder, *(Path(place) / name for place in (temporary, *places))):
+            text = str(folder)
+            if len(text) <= _LONGEST_SOCKET_FOLDER and _PLAIN.fullmatch(text):
+                return folder
+        raise ValueError(
+            f"the paths of EFAE_LOCAL_DIR ({self.folder}) and TMPDIR ({temporary}) are"
+            f" too long for sockets: set one of them to at most {_LONGEST_SOCKET_FOLDER - 18}"
+            " characters of A-Z a-z 0-9 / . _ -"
+        )
 
     def save(self) -> None:
         """Writes `stack.json` and Ray's token, readable by their owner only."""

@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 from data_pipelines import shard_tasks, storage, unfinished, uris
 from data_pipelines.contact_sheet import describe_set
@@ -120,6 +121,8 @@ def list_tars(uri: str) -> tuple[str, dict[str, int], LeftOut]:
         from braceexpand import braceexpand
 
         names = [name.removeprefix(f"{base}/") for name in braceexpand(uri)]
+        if uris.split_uri(uri)[0] in ("http", "https"):
+            names = [unquote(name) for name in names]  # `uris.join` quotes them
         return base, dict.fromkeys(names, 0), LeftOut()
     try:
         tree = storage.list_tree(uri)
@@ -133,9 +136,9 @@ def list_tars(uri: str) -> tuple[str, dict[str, int], LeftOut]:
 def _find_base(uri: str) -> str:
     """The folder that `list_tars` lists, or that its names are relative to."""
     uri = make_absolute(uri)
-    if "?" in uri:
+    if uris.display(uri) != uri:
         raise ValueError(f"{uris.display(uri)}?…: a query cannot be part of a set's URI")
-    if "{" in uri or uri.lower().endswith(".tar"):
+    if uri.lower().endswith(".tar"):
         return uri.split("{", 1)[0].rpartition("/")[0]
     return uri
 

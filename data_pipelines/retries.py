@@ -5,7 +5,9 @@ doubles, and at least what the server's Retry-After asks for. Nothing retries on
 attempt starts after the deadline; how long one may take is `storage`'s to say.
 """
 
+import email.utils
 import errno
+import os
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -56,6 +58,36 @@ _CREDENTIALS = {
         "GOOGLE_APPLICATION_CREDENTIALS or the role",
         " (FSSPEC_GS_TOKEN=anon reads a public bucket without any)",
     ),
+    **dict.fromkeys(("http", "https"), ("FSSPEC_HTTP, or the URL's signature", "")),
+}
+_CLOCK_SECONDS = 900
+"""A request that is signed further off the server's time is refused."""
+_CLOCK = (
+    "this machine's clock is more than 15 minutes off the server's: set it, and keep it set with"
+    " chrony or systemd-timesyncd"
+)
+_TOKEN = "the session token has expired or is malformed: renew AWS_SESSION_TOKEN or the login"
+_REGION = (
+    "the bucket is in another region: set AWS_DEFAULT_REGION to it, and AWS_ENDPOINT_URL, if you"
+    " set that, to the region's server"
+)
+# What S3 says, and what to do. It answers a HEAD without a word: then the code is the status.
+_S3_CAUSES = {
+    **dict.fromkeys(("ExpiredToken", "InvalidToken", "TokenRefreshRequired"), _TOKEN),
+    "400": f"refused without a reason; most often {_TOKEN}, or unset it",
+    **dict.fromkeys(("RequestTimeTooSkewed", "RequestExpired"), _CLOCK),
+    **dict.fromkeys(
+        (
+            *("PermanentRedirect", "TemporaryRedirect", "Redirect", "301", "307"),
+            *("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"),
+        ),
+        _REGION,
+    ),
+    "InvalidAccessKeyId": "the server does not know the access key: check AWS_ACCESS_KEY_ID,"
+    " AWS_PROFILE or the role, and whether the endpoint is theirs",
+    "SignatureDoesNotMatch": "the secret is not the one of the access key: check"
+    " AWS_SECRET_ACCESS_KEY",
+    "InvalidBucketName": "no name of a bucket: 3 to 63 of a-z 0-9 . and -",
 }
 
 
@@ -87,7 +119,7 @@ def retry(
             bad_downloads += _is_damage(error)
             hopeless = not (_is_transient(error) or _is_damage(error)) or bad_downloads == 3
             if hopeless or time.monotonic() + wait_seconds > give_up_at:
-                raise _explain(uri, error) from (None if "?" in uri else error)
+                raise _explain(uri, error) from (None if _is_signed(uri) else error)
         time.sleep(wait_seconds)
         longest_wait = min(2 * longest_wait, 10.0)
 
@@ -134,15 +166,20 @@ def _explain(uri: str, error: Exception) -> Exception:
         return error
     scheme, name, (status, _) = split_uri(uri)[0], type(error).__name__, _answer(error)
     at = f" at {endpoint()}" if scheme == "s3" and endpoint() else ""
-    keys, public = _CREDENTIALS.get(scheme, ("your credentials", ""))
+    keys, public = _CREDENTIALS.get(scheme, ("", ""))
     # An HTTP client's text repeats the query, where a presigned URL carries its signature.
-    first_line = name if "?" in uri else (str(error) or name).splitlines()[0]
+    text = name if _is_signed(uri) else " ".join((str(error) or name).split())[:300]
     if _is_damage(error):
         remedy = "damaged, or not what was indexed: write it again"
         return StorageError(f"{display(uri)}: {error}; {remedy}")
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{display(uri)} does not exist{at}")
-    if isinstance(error, PermissionError) or status in (401, 403):
+    denied = isinstance(error, PermissionError) or status in (401, 403)
+    cause = _find_s3_cause(error) if scheme == "s3" else ""
+    if cause:
+        what = "access denied" if denied else "refused"
+        return StorageError(f"{display(uri)}: {what}{at}; {cause}")
+    if denied:
         return StorageError(f"{display(uri)}: access denied{at}; check {keys}{public}")
     if name in ("NoCredentialsError", "PartialCredentialsError"):
         return StorageError(f"{display(uri)}: no credentials{at}; set {keys}{public}")
@@ -152,15 +189,41 @@ def _explain(uri: str, error: Exception) -> Exception:
             " one that was indexed, or cut short; write it, or its index, again"
         )
     if isinstance(error, TimeoutError) and not str(error):
-        first_line = "too slow, or silent"
+        text = "too slow, or silent"
     if _is_transient(error):
         remedy = "is AWS_ENDPOINT_URL right and the server up?" if at else "is the network open?"
-        return StorageError(f"{display(uri)}: no answer{at} ({first_line}); {remedy}")
-    return StorageError(f"{display(uri)}: failed{at} ({first_line})")
+        return StorageError(f"{display(uri)}: no answer{at} ({text}); {remedy}")
+    return StorageError(f"{display(uri)}: failed{at} ({text})")
+
+
+def _is_signed(uri: str) -> bool:
+    return display(uri) != uri
+
+
+def _find_s3_cause(error: Exception) -> str:
+    """What S3's code says of the cause, with what to do; "" where that is not known."""
+    response: Any = getattr(error.__cause__, "response", None)
+    if not isinstance(response, dict):
+        return ""
+    answer = cast(dict[str, Any], response)
+    code = str(answer.get("Error", {}).get("Code", ""))
+    _, headers = _answer(error)
+    cause = _S3_CAUSES.get(code, "")
+    if cause is _REGION and (region := headers.get("x-amz-bucket-region")):
+        cause = cause.replace("another region", f"region {region}")
+    date = email.utils.parsedate_tz(headers.get("date", "")) if code == "403" else None
+    if date and abs(time.time() - email.utils.mktime_tz(date)) > _CLOCK_SECONDS:
+        cause = _CLOCK
+    if code == "InvalidAccessKeyId" and os.environ.get("AWS_SESSION_TOKEN"):
+        cause += "; a session token that has expired also looks like this: renew AWS_SESSION_TOKEN"
+    return cause
 
 
 def describe_missing(uri: str) -> str:
     """That nothing is at `uri`, and what to do."""
-    bucket = split_uri(uri)[1].split("/", 1)[0]
-    at = f" at {endpoint()}" if endpoint() else ""
-    return f"{display(uri)} does not exist{at}: check the name, or create bucket {bucket!r}"
+    scheme, rest = split_uri(uri)
+    if scheme not in ("s3", "gs"):
+        return f"{display(uri)} does not exist: check the address"
+    at = f" at {endpoint()}" if scheme == "s3" and endpoint() else ""
+    bucket = rest.split("/", 1)[0]
+    return f"{uri} does not exist{at}: check the name, or create bucket {bucket!r}"

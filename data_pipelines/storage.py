@@ -27,6 +27,7 @@ from data_pipelines.retries import (
 from data_pipelines.storage_clients import (
     ATTEMPT_SECONDS,
     delete_objects,
+    find_http,
     list_objects,
     open_client,
     read_http_range,
@@ -71,7 +72,7 @@ def read_range(uri: str, start: int, end: int, deadline_seconds: float = DEADLIN
         raise ValueError(f"{display(uri)}: there is no range of bytes [{start}, {end})")
     if start == end:
         return b""
-    path, scheme = local_path(uri), split_uri(uri)[0]
+    path = local_path(uri)
     limit = min(ATTEMPT_SECONDS, deadline_seconds)
 
     def read_once() -> bytes:
@@ -80,7 +81,7 @@ def read_range(uri: str, start: int, end: int, deadline_seconds: float = DEADLIN
             with _refuse_endless(path).open("rb") as file:
                 file.seek(start)
                 data = file.read(end - start)
-        elif scheme in ("http", "https"):
+        elif _is_http(uri):
             data = read_http_range(uri, start, end, limit)
         else:
             data = open_client(uri).cat_file(uri, start=start, end=end, timeout=limit)
@@ -109,6 +110,9 @@ def exists(uri: str) -> bool:
     if path is not None:
         return path.exists()
     try:
+        if _is_http(uri):
+            retry(uri, lambda: find_http(uri, ATTEMPT_SECONDS))
+            return True
         found = retry(uri, lambda: open_client(uri).info(uri))
     except FileNotFoundError:
         return False
@@ -270,6 +274,8 @@ def delete(uri: str) -> None:
 def check_readable(uri: str) -> None:
     """Answer within seconds whether something can be read at `uri`.
 
+    Over http, where a folder need not have a page of its own, whether the server answers.
+
     Raises:
         StorageError: missing, denied or unreachable, in one sentence with a remedy.
     """
@@ -281,11 +287,24 @@ def check_readable(uri: str) -> None:
             raise StorageError(f"{uri} cannot be read: check its permissions")
         return
     filesystem = open_client(uri)
+    if _is_http(uri):
+        retry(uri, lambda: _knock_at_http(uri), PREFLIGHT_SECONDS / 2)
+        return
     try:
         retry(uri, lambda: filesystem.info(uri, timeout=PREFLIGHT_SECONDS), PREFLIGHT_SECONDS / 2)
     except FileNotFoundError as error:
         remedy = "or write shards there with python -m data_pipelines.build_shards"
         raise StorageError(f"{describe_missing(uri)}, {remedy}") from error
+
+
+def _knock_at_http(uri: str) -> None:
+    try:
+        find_http(uri, PREFLIGHT_SECONDS)
+    except FileNotFoundError:
+        pass
+    except Exception as error:
+        if getattr(error, "status", None) != 403:  # many servers list no folders
+            raise
 
 
 def check_writable(uri: str) -> None:
@@ -308,7 +327,7 @@ def check_writable(uri: str) -> None:
     def write_probe() -> None:
         if split_uri(uri)[0] == "s3":  # some servers create a missing bucket on PUT
             with contextlib.suppress(PermissionError):
-                bucket = split_uri(uri)[1].split("/", 1)[0]
+                bucket = filesystem.split_path(uri)[0]
                 filesystem.call_s3("head_bucket", Bucket=bucket, timeout=PREFLIGHT_SECONDS)
         filesystem.pipe_file(probe, b"", timeout=PREFLIGHT_SECONDS)
         filesystem.rm_file(probe)
@@ -323,8 +342,12 @@ def _attempt_seconds(size: int, deadline_seconds: float = DEADLINE_SECONDS) -> f
     return min(ATTEMPT_SECONDS, deadline_seconds) + size / _SLOWEST_BYTES_PER_SECOND
 
 
+def _is_http(uri: str) -> bool:
+    return split_uri(uri)[0] in ("http", "https")
+
+
 def _refuse_read_only(uri: str, operation: str = "be written") -> None:
-    if split_uri(uri)[0] in ("http", "https"):
+    if _is_http(uri):
         raise ValueError(f"{display(uri)} cannot {operation} over http: use s3://, gs:// or a path")
 
 

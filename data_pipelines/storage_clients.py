@@ -47,6 +47,8 @@ def open_client(uri: str) -> Any:
     identity = tuple(item for item in sorted(os.environ.items()) if item[0].startswith("AWS_"))
     key = (os.getpid(), scheme, identity, repr(settings))
     if key not in _filesystems:
+        if scheme == "s3":
+            _check_credentials()
         options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
         if scheme in ("s3", "gs"):
             options["version_aware"] = False  # else gcsfs takes `#123` for a generation
@@ -162,6 +164,44 @@ def _delete_together(client: Any, names: Sequence[str]) -> None:
             f" ({first.get('Code')}: {first.get('Message', '')}), as {len(failed)} of"
             f" {len(names)} objects: see whether your credentials may delete there"
         )
+
+
+def _check_credentials() -> None:
+    """Refuses keys that no request can carry, before hours of work or minutes of retries.
+
+    Raises:
+        StorageError: names the variable, not its value.
+    """
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        value = os.environ.get(name, "")
+        if not value.isascii():
+            fault = "a character outside ASCII"
+        elif not value.isprintable():
+            fault = "a line break or another control character"
+        elif " " in value:
+            fault = "a space"
+        else:
+            continue
+        raise StorageError(f"{name} holds {fault}: set it again, to the key alone")
+
+
+def find_http(uri: str, timeout_seconds: float) -> None:
+    """Ask for the first byte: fsspec's own takes each failure for a missing object.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        Exception: aiohttp's, where the server refuses or does not answer.
+    """
+    client = open_client(uri)
+    fsspec.asyn.sync(client.loop, _find_http, client, uri, timeout=timeout_seconds)
+
+
+async def _find_http(client: Any, uri: str) -> None:
+    session, options = await client.set_session(), client.kwargs
+    headers = {**options.get("headers", {}), "Range": "bytes=0-0"}
+    async with session.get(client.encode_url(uri), **{**options, "headers": headers}) as response:
+        if response.status != 416:  # there is one, without a byte
+            client._raise_not_found_for_status(response, uri)
 
 
 def read_http_range(uri: str, start: int, end: int, timeout_seconds: float) -> bytes:

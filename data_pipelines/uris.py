@@ -2,13 +2,23 @@
 
 import os
 from pathlib import Path
+from urllib.parse import quote
 
 _REMOTE_SCHEMES = ("s3", "gs", "http", "https")
+_KEY_BYTES = 1024
+"""The longest name of an object in S3 and Google's storage."""
 _ALLOWED = "a file path, file://, s3://, gs://, http:// or https://"
 
 
 def join(uri: str, *names: str) -> str:
-    """`uri` with `names` appended, one slash between each."""
+    """`uri` with `names` appended, one slash between each; over http with %XX where a URL wants it.
+
+    Args:
+        uri: Folder.
+        names: Names below it, as they are: none is syntax.
+    """
+    if split_uri(uri)[0] in ("http", "https"):
+        names = tuple(quote(name) for name in names)
     return "/".join([uri.rstrip("/") or "/", *names]).replace("//", "/", uri == "/")
 
 
@@ -16,9 +26,12 @@ def check_uri(uri: str) -> None:
     """Refuse what `storage` would not open, without touching the network.
 
     Raises:
-        ValueError: an unknown scheme, or user name and password inside the URI.
+        ValueError: an unknown scheme, user name and password inside the URI, or a name that no
+            storage of this scheme can hold.
     """
     scheme, rest = split_uri(uri)
+    if "\0" in uri:
+        raise ValueError(f"cannot open {uri!r}: it holds a zero byte: remove that")
     if scheme and "@" in rest.split("/", 1)[0]:
         host = rest.split("/", 1)[0].rsplit("@", 1)[1]
         raise ValueError(
@@ -26,9 +39,33 @@ def check_uri(uri: str) -> None:
             " environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or by an instance role"
         )
     if scheme not in ("", "file", *_REMOTE_SCHEMES):
-        raise ValueError(f"cannot open {uri!r}: scheme {scheme!r} is refused; use {_ALLOWED}")
-    if scheme in _REMOTE_SCHEMES and not rest.strip("/"):
+        raise ValueError(
+            f"cannot open {uri!r}: scheme {scheme!r} is refused; use {_ALLOWED}; a file of this"
+            f" name is {'./' + uri!r}"
+        )
+    if scheme and not uri.startswith(scheme):
+        raise ValueError(f"cannot open {uri!r}: write {scheme}: in small letters")
+    if scheme in _REMOTE_SCHEMES:
+        _check_remote(uri, scheme, rest)
+
+
+def _check_remote(uri: str, scheme: str, rest: str) -> None:
+    if not rest.strip("/"):
         raise ValueError(f"cannot open {uri!r}: the bucket or host is missing")
+    path = display(uri)[len(scheme) + 3 :]
+    if "/." in path and not {".", ".."}.isdisjoint(path.split("/")):
+        raise ValueError(f"cannot open {display(uri)!r}: take . and .. out of it")
+    try:
+        length = len(rest.partition("/")[2].encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"cannot open {display(uri)!r}: the name is not UTF-8: rename it"
+        ) from error
+    if length > _KEY_BYTES and scheme in ("s3", "gs"):
+        raise ValueError(
+            f"cannot open {uri[:80]!r}…: the name has {length} bytes, {scheme}:// takes"
+            f" {_KEY_BYTES}: choose a shorter one"
+        )
 
 
 def local_path(uri: str) -> Path | None:
@@ -54,5 +91,5 @@ def endpoint() -> str | None:
 
 
 def display(uri: str) -> str:
-    """`uri` without its query, where presigned URLs carry their signature."""
-    return uri.split("?", 1)[0]
+    """`uri`; over http without its query, where presigned URLs carry their signature."""
+    return uri.split("?", 1)[0] if "http://" in uri or "https://" in uri else uri

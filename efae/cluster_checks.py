@@ -30,6 +30,10 @@ NODE_SECONDS = 60.0
 """How long all nodes together may take: a cold worker imports torch from a slow disk."""
 _KNOCK_SECONDS = 3.0
 _HEAD = "node:__internal_head__"
+# The path of a socket has 107 bytes at most: Ray appends 72 to its folder, and the servers that
+# Python starts for it append 32 to the one for temporary files.
+_LONGEST_RAY_FOLDER = 35
+_LONGEST_TMPDIR = 75
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,8 @@ def reach_cluster(connect_to_it: Callable[[], None]) -> None:
         ValueError: none answers, or it refuses; and what the call raises.
     """
     address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "local"):
+        _shorten_ray_folder()
     try:
         if not ray.is_initialized():
             _knock(address)
@@ -124,6 +130,24 @@ def reach_cluster(connect_to_it: Callable[[], None]) -> None:
             " this client its address and token (RAY_ADDRESS, RAY_AUTH_MODE=token,"
             " RAY_AUTH_TOKEN_PATH; locally `source .local/env`)"
         ) from error
+
+
+def _shorten_ray_folder() -> None:
+    """Has a cluster that Ray starts here keep its sockets where their paths are short enough.
+
+    Raises:
+        ValueError: RAY_TMPDIR or TMPDIR is too long.
+    """
+    limits = {"RAY_TMPDIR": _LONGEST_RAY_FOLDER, "TMPDIR": _LONGEST_TMPDIR}
+    lengths = {name: len(os.fsencode(os.environ.get(name, ""))) for name in limits}
+    for name, longest in limits.items():
+        if lengths[name] > longest:
+            raise ValueError(
+                f"{name}={os.environ[name]}: too long for the paths of sockets: set it to a folder"
+                f" of at most {longest} bytes"
+            )
+    if not lengths["RAY_TMPDIR"] and lengths["TMPDIR"] > _LONGEST_RAY_FOLDER:
+        os.environ["RAY_TMPDIR"] = "/tmp"
 
 
 def _knock(address: str) -> None:

@@ -13,6 +13,8 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
+from efae.names import LONGEST_BYTES, find_fault
+
 _STRICT = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
 
@@ -371,6 +373,13 @@ class TrackingConfig:
     """Local folder where each training process notes the keys that every step consumed, for audits;
     empty notes nothing."""
 
+    def __post_init__(self):
+        if self.run_name:
+            require_name("tracking.run_name", self.run_name, "/\\")
+        # MLflow refuses / and :, and in models:/NAME@ALIAS the others would be syntax.
+        require_name("tracking.registered_model", self.registered_model, "/\\:@?#%")
+        require_name("tracking.experiment", self.experiment)
+
 
 @dataclass(frozen=True, config=_STRICT)
 class Config:
@@ -431,3 +440,10 @@ def require_positive(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value > 0, f"{section}.{name}={value}: must be positive")
+
+
+def require_name(where: str, name: str, syntax: str = "", longest: int = LONGEST_BYTES) -> None:
+    """The same for a name that cannot work somewhere on its way; see `names.find_fault`."""
+    fault = find_fault(name, syntax, longest)
+    shown = name if len(name) <= longest else f"{name[:40]}…"
+    require(not fault, f"{where}={shown!r}: {fault}; choose another name")

@@ -7,7 +7,9 @@ import torch
 
 from data_pipelines import ShardDataset, storage, uris
 from data_pipelines.shard_index import load_index
+from efae.artifacts.checkpoint import checkpoint_name
 from efae.artifacts.redaction import redact
+from efae.artifacts.run_checkpoints import locate_run
 from efae.artifacts.tracking import check_server
 from efae.checks import Check
 from efae.config import Config
@@ -72,10 +74,10 @@ def check_configuration(config: Config) -> None:
     """
     for uri in (config.data.uri, config.data.held_out_uri, config.ray.storage_uri):
         uris.check_uri(uri)
-    for name in ("run_name", "registered_model", "experiment"):
-        value = getattr(config.tracking, name)
-        if not value or value in (".", "..") or set(value) & set("/:'\"%"):
-            raise ValueError(f"tracking.{name}={value!r}: use a name without / : ' \" %")
+    if not config.tracking.run_name:
+        raise ValueError("tracking.run_name='': name the run")
+    # The longest name of an object that the run will write, or about.
+    uris.check_uri(uris.join(locate_run(config), checkpoint_name(0), "optimizer.safetensors"))
     Autoencoder(config)  # raises what is wrong with the sizes
     if config.loss.perceptual:
         load_perceptual(config.loss.perceptual, torch.device("cpu"))

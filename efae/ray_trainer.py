@@ -36,6 +36,7 @@ from efae.artifacts.redaction import first_cause
 from efae.artifacts.run_checkpoints import locate_run
 from efae.artifacts.run_events import read_events, record_event
 from efae.config import Config
+from efae.names import make_ascii
 from efae.training.divergence import TrainingDiverged
 from efae.training.evaluation import Evaluation, evaluate
 from efae.training.held_out import read_held_out
@@ -169,7 +170,7 @@ def _fit(config: Config, run_id: str, tracking_uri: str, on_look: UserCallback |
                 elastic_resize_monitor_interval_s=config.ray.resize_interval_seconds,
             ),
             run_config=RunConfig(
-                name=config.tracking.run_name,
+                name=make_ascii(config.tracking.run_name),
                 storage_path=folder,  # of Ray's own notes
                 failure_config=FailureConfig(
                     max_failures=config.ray.max_failures + config.ray.rollbacks

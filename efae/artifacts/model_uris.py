@@ -104,9 +104,7 @@ def find_version(client: MlflowClient, uri: str) -> ModelVersion:
 
 def _find_digest(client: MlflowClient, name: str, digits: str) -> ModelVersion:
     client.get_registered_model(name)  # so that a name that is wrong is said to be
-    versions = client.search_model_versions(
-        f"name = '{name}' and tags.digest LIKE '{digits}%'", order_by=["version_number DESC"]
-    )
+    versions = search_versions(client, name, f"tags.digest LIKE '{digits}%'")
     digests = {version.tags["digest"] for version in versions}
     if len(digests) > 1:
         raise ValueError(
@@ -114,15 +112,39 @@ def _find_digest(client: MlflowClient, name: str, digits: str) -> ModelVersion:
             f" {' or '.join(sorted(digests))}"
         )
     if not versions:
-        newest = client.search_model_versions(
-            f"name = '{name}'", _SHOWN_VERSIONS, order_by=["version_number DESC"]
-        )
+        newest = search_versions(client, name)[:_SHOWN_VERSIONS]
         known = ", ".join(f"{v.version} ({v.tags.get('digest', 'none')})" for v in newest)
         raise ValueError(
             f"no version of {name} has the digest {digits}; its newest versions and their digests:"
             f" {known or 'none'}"
         )
     return versions[0]
+
+
+def search_versions(client: MlflowClient, name: str, also: str = "") -> list[ModelVersion]:
+    """The versions of the registered model of this name, newest first.
+
+    Args:
+        client: Client of MLflow.
+        name: Name, any.
+        also: Condition of MLflow's filters that they meet, too.
+    """
+    condition = f"name {is_named(name)}" + (f" and {also}" if also else "")
+    found = client.search_model_versions(condition, order_by=["version_number DESC"])
+    return [version for version in found if version.name == name]
+
+
+def is_named(name: str) -> str:
+    """The end of a filter of MLflow's that finds what has this name, and perhaps more.
+
+    The filters cannot quote a quote: where a name holds both, others that look like it are found,
+    too; and some databases do not tell capital letters from small ones.
+    """
+    if "\\" not in name:
+        for quote in "'\"":
+            if quote not in name:
+                return f"= {quote}{name}{quote}"
+    return "LIKE '" + re.sub(r"""['"\\]""", "_", name) + "'"
 
 
 @contextmanager
@@ -156,7 +178,7 @@ def _what_exists(client: Any, name: str) -> str:
             max_results=20, order_by=["last_updated_timestamp DESC"]
         )
         return f"registered models: {', '.join(model.name for model in newest) or 'none'}"
-    versions = sorted(int(v.version) for v in client.search_model_versions(f"name = '{name}'"))
+    versions = sorted(int(version.version) for version in search_versions(client, name))
     return (
         f"{name} has versions {', '.join(map(str, versions)) or 'none'} and aliases"
         f" {', '.join(f'{alias} ({number})' for alias, number in aliases.items()) or 'none'}"

@@ -90,7 +90,7 @@ def _create_registered_model(client: MlflowClient, name: str) -> None:
 
 
 def _find_version(client: MlflowClient, name: str, run_id: str, digest: str) -> ModelVersion | None:
-    versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    versions = model_uris.search_versions(client, name, f"run_id = '{run_id}'")
     return next((v for v in versions if v.tags.get("digest") == digest), None)
 
 

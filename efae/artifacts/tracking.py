@@ -5,11 +5,12 @@ thread, and a restarted worker would open a second one.
 """
 
 import logging
+import re
 import time
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
@@ -17,6 +18,7 @@ from mlflow.entities import Metric, Param, RunInfo
 from mlflow.exceptions import MlflowException
 
 from efae import config_forms as configuration
+from efae.artifacts.model_uris import is_named
 from efae.artifacts.redaction import first_cause, redact
 from efae.artifacts.request_limits import PATIENT, QUICK, request_limits
 from efae.config import Config
@@ -42,10 +44,25 @@ def check_server(tracking_uri: str) -> None:
         with request_limits(QUICK):
             MlflowClient(tracking_uri).search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
+        if status := _find_refusal(error):
+            raise ValueError(
+                f"MLflow at {redact(tracking_uri)} refuses these credentials ({status}): set"
+                " MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN,"
+                " to what the server accepts"
+            ) from error
         raise ValueError(
             f"MLflow at {redact(tracking_uri)} does not answer ({first_cause(error)}); start the"
             " local stack (make up) or set MLFLOW_TRACKING_URI to a running server"
         ) from error
+
+
+def _find_refusal(error: Exception) -> int | None:
+    """401 or 403, where the server, or a proxy before it, answered so."""
+    status = error.get_http_status_code() if isinstance(error, MlflowException) else None
+    if status in (401, 403):
+        return status
+    found = re.search(r"error code (401|403)\b", str(error))
+    return int(found[1]) if found else None
 
 
 def find_or_create_run(
@@ -58,15 +75,15 @@ def find_or_create_run(
     Args:
         tracking_uri: of the MLflow server, here and in the functions below.
         experiment: its name; made if there is none.
-        run_name: without single quotes.
+        run_name: its name; not "".
         tags: of a new run.
 
     Raises:
-        ValueError: a deleted experiment, or a name that MLflow cannot search for.
+        ValueError: a deleted experiment, or no name.
         MlflowException: the server refuses or does not answer, here and in the functions below.
     """
-    if "'" in run_name or not run_name:
-        raise ValueError(f"tracking.run_name={run_name!r}: use a name without single quotes")
+    if not run_name:
+        raise ValueError("tracking.run_name='': name the run")
     client = MlflowClient(tracking_uri)
     run_id = find_unfinished_run(tracking_uri, experiment, run_name)
     if run_id is not None:
@@ -101,13 +118,22 @@ def find_run(tracking_uri: str, experiment: str, run_name: str) -> str:
 
 def _find_newest_run(tracking_uri: str, experiment: str, run_name: str) -> RunInfo | None:
     client = MlflowClient(tracking_uri)
-    newest = client.search_runs(
-        [_find_or_create_experiment(client, experiment)],
-        filter_string=f"attributes.run_name = '{run_name}'",
-        order_by=["attributes.start_time DESC"],
-        max_results=1,
-    )
-    return newest[0].info if newest else None
+    experiment_id = _find_or_create_experiment(client, experiment)
+    token: str | None = None
+    while True:
+        page = client.search_runs(
+            [experiment_id],
+            filter_string=f"attributes.run_name {is_named(run_name)}",
+            order_by=["attributes.start_time DESC"],
+            max_results=50,
+            page_token=token,
+        )
+        for run in page:
+            if run.info.run_name == run_name:
+                return run.info
+        token = cast(str | None, page.token)
+        if not token:
+            return None
 
 
 def _find_or_create_experiment(client: MlflowClient, name: str) -> str:

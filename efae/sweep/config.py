@@ -5,7 +5,8 @@ from typing import Literal
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from efae.config import require, require_positive
+from efae.config import require, require_name, require_positive
+from efae.names import LONGEST_BYTES
 
 OBJECTIVES = {"psnr": "max", "held_out_loss": "min", "worst_gap_db": "min", "latent_size": "min"}
 """What can be searched for, and which way: PSNR of held-out reconstructions in dB, flow loss on
@@ -52,6 +53,8 @@ class SweepConfig:
         return "held_out_loss" if self.objectives[0] == "held_out_loss" else "psnr"
 
     def __post_init__(self):
+        if self.name:  # each trial's run is called NAME-NUMBER
+            require_name("sweep.name", self.name, "/\\", LONGEST_BYTES - 10)
         require_positive("sweep", self, "trials")
         for name in ("finalists", "finalist_seeds", "concurrency", "seed"):
             value = getattr(self, name)

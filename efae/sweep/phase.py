@@ -16,6 +16,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from efae.artifacts.redaction import first_cause
 from efae.config import Config
+from efae.names import make_ascii
 from efae.sweep.config import OBJECTIVES, SweepConfig
 from efae.sweep.proposals import Proposals
 from efae.sweep.records import Records, TrialRecord
@@ -100,7 +101,7 @@ class Phases:
                     **tune_config,
                 ),
                 run_config=tune.RunConfig(
-                    name=self.sweep.name,
+                    name=make_ascii(self.sweep.name),
                     storage_path=folder,  # of Tune's own notes
                     failure_config=tune.FailureConfig(max_failures=self.config.ray.max_failures),
                     callbacks=[bookkeeper],

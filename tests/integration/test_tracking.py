@@ -21,6 +21,7 @@ from mlflow.entities import Metric
 from cluster import ports
 from efae import config_forms as configuration
 from efae.artifacts import tracking
+from efae.artifacts.model_uris import find_version, search_versions
 from efae.artifacts.tracker import Tracker, deliver_points
 from efae.config import Config, DataConfig
 
@@ -355,3 +356,50 @@ def test_a_checkpoint_carries_what_an_outage_held_up(server, client, run_id, tmp
     deliver_points(server.uri, run_id, saved)
     deliver_points(server.uri, run_id, saved)
     assert read_history(client, run_id, "loss") == [(0, 0.5), (1, 0.1), (2, 0.2), (3, 0.3)]
+
+
+NAMES = [
+    *("it's", 'a "b"', 'it\'s "both"', "100%", "a_b", "axb", "A_B", "versuch-\u00fc", "lr[1]*?"),
+    *("a' or 'x'='x", "a; drop", "a--b", "/* a", "a and b", "a`b", "\U0001f986", "both's \"it"),
+]
+
+
+def test_a_run_is_found_by_its_very_name(server: MlflowServer, client: MlflowClient):
+    experiment = 'it\'s "odd", 100%_\u00fc'
+    names = [name for name in NAMES if "/" not in name]
+    made = {
+        name: tracking.find_or_create_run(server.uri, experiment, name, {})[0] for name in names
+    }
+    assert len(set(made.values())) == len(names)
+    for name, run_id in made.items():
+        assert tracking.find_or_create_run(server.uri, experiment, name, {}) == (run_id, True)
+        assert tracking.find_run(server.uri, experiment, name) == run_id
+    tracking.finish_run(server.uri, made["it's"], "FINISHED")
+    assert tracking.find_unfinished_run(server.uri, experiment, "it's") is None
+    assert tracking.find_unfinished_run(server.uri, experiment, 'it\'s "both"')
+    for missing in ("it", "a%", "_", "%", 'it\'s "b_th"', "%'\""):
+        with pytest.raises(ValueError, match="MLflow has no run"):
+            tracking.find_run(server.uri, experiment, missing)
+
+
+def test_many_runs_that_look_alike_do_not_hide_one(server: MlflowServer, client: MlflowClient):
+    experiment = client.create_experiment("alike")
+    wanted = client.create_run(experiment, run_name="'\"").info.run_id
+    for number in range(60):  # more than one page; all match the pattern that finds it
+        client.create_run(experiment, run_name=f"{chr(200 + number)}x")
+    assert tracking.find_run(server.uri, "alike", "'\"") == wanted
+
+
+def test_the_versions_of_a_model_are_those_of_its_very_name(client: MlflowClient):
+    names = [name for name in NAMES if not set(name) & set("/:@?#%\\")]
+    digests = {name: f"{number:064x}" for number, name in enumerate(names)}
+    for name, digest in digests.items():
+        client.create_registered_model(name)
+        client.create_model_version(name, "s3://bucket/x", tags={"digest": digest})
+    for name, digest in digests.items():
+        found = search_versions(client, name)
+        assert [version.tags["digest"] for version in found] == [digest]
+        uri = f"models:/{name}@sha256:{digest}"
+        assert find_version(client, uri).name == name
+        with pytest.raises(ValueError, match="has the digest"):
+            find_version(client, f"models:/{name}@sha256:{'f' * 64}")

@@ -1,15 +1,19 @@
+import contextlib
+import email.utils
 import hashlib
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
+from urllib.parse import unquote
 
 import pytest
 
 from data_pipelines import storage, uris
-from data_pipelines.retries import StorageError
+from data_pipelines.index_shards import list_tars
+from data_pipelines.retries import StorageError, describe_missing
 
 
 @pytest.mark.parametrize("uri", ["pipe:cat /etc/passwd", "ftp://host/x", "memory://x", "S3X://b"])
@@ -20,6 +24,37 @@ def test_other_schemes_are_refused(uri):
         ) as error:
             operation(uri)
         assert repr(uri) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("S3://bucket/x", r"'S3://bucket/x': write s3: in small letters"),
+        ("HTTPS://host/x", r"write https: in small letters"),
+        ("photos:2024/x", r"a file of this name is './photos:2024/x'"),
+        ("s3://bucket/a/../x", r"take \. and \.\. out of it"),
+        ("s3://bucket/" + "n" * 1025, r"the name has 1025 bytes, s3:// takes 1024"),
+        ("s3://bucket/caf\udce9", r"not UTF-8: rename it"),
+        ("a\0b", r"zero byte"),
+    ],
+)
+def test_what_no_storage_takes_is_refused_with_a_remedy(uri, message):
+    for operation in (storage.read_bytes, storage.exists, storage.list_files, storage.delete):
+        with pytest.raises(ValueError, match=message):
+            operation(uri)
+
+
+def test_a_whole_bucket_is_not_deleted():
+    for uri in ("s3://bucket", "gs://bucket/"):
+        with pytest.raises(ValueError, match="is a whole bucket: name a folder in it"):
+            storage.delete(uri)
+
+
+def test_a_long_name_has_room_for_its_temporary_neighbour(tmp_path):
+    for name in ("x" * 255, "\u00e9" * 127):
+        storage.write_bytes(str(tmp_path / name), b"x")
+        assert storage.list_files(str(tmp_path)) == {name: 1}
+        storage.delete(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("scheme", ["s3", "https", "ftp", "file"])
@@ -164,6 +199,24 @@ def test_permanent_errors_are_not_retried(flaky_server, name, error):
     assert len(_Handler.requests) == 1
 
 
+def test_a_missing_web_address_is_not_a_bucket(flaky_server, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    uri = f"{flaky_server}/missing"
+    assert not storage.exists(uri)
+    storage.check_readable(uri)  # a folder need not have a page
+    assert describe_missing(uri) == f"{uri} does not exist: check the address"
+    with pytest.raises(FileNotFoundError, match=f"^{uri} does not exist$"):
+        storage.read_bytes(uri)
+
+
+def test_a_web_server_that_refuses_does_not_say_that_nothing_is_there(flaky_server):
+    with pytest.raises(StorageError, match="access denied; check FSSPEC_HTTP"):
+        storage.exists(f"{flaky_server}/forbidden")
+    storage.check_readable(f"{flaky_server}/forbidden")
+    with pytest.raises(StorageError, match="no answer"):
+        storage.check_readable(f"{flaky_server}/down")
+
+
 def test_retries_end_with_the_deadline_and_hide_the_query(flaky_server, tmp_path):
     uri = f"{flaky_server}/down?signature=secret"
     with pytest.raises(StorageError, match="no answer") as error:
@@ -189,3 +242,152 @@ def test_a_forked_process_gets_a_client_of_its_own(flaky_server):
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+class _Files(BaseHTTPRequestHandler):
+    """Serves `files` by their decoded names."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def do_GET(self):
+        path, _, query = self.path.partition("?")
+        data = self.files.get(unquote(path)) if not query else None
+        self.send_response(404 if data is None else 200)
+        self.send_header("Content-Length", str(len(data or b"")))
+        self.end_headers()
+        self.wfile.write(data or b"")
+
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[type[BaseHTTPRequestHandler]], str]]:
+    """Starts a server; returns its address."""
+    with contextlib.ExitStack() as stack:
+
+        def start(handler: type[BaseHTTPRequestHandler]) -> str:
+            server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), handler))
+            thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_address[1]}"
+
+        yield start
+
+
+def test_names_below_a_web_address_are_literal(serve, tmp_path):
+    names = [
+        *(
+            "a?b",
+            "a#b",
+            "a%20b",
+            "a b",
+            "a+b",
+            "a%2Fb",
+            "a&b=c;d",
+            "[1]",
+            "{1}",
+            "e\u0301",
+            "\u00e9",
+        ),
+        *("a\\b", "~x", "a?versionId=3", "100%", "a%", "a:b@c", "a'b\"c", "(1)*!,", "a|b", "a\tb"),
+    ]
+    base = serve(_Files) + "/set one"
+    _Files.files = {f"/set one/{name}": name.encode() for name in names}
+    for name in names:
+        uri = uris.join(base, name)
+        assert storage.exists(uri)
+        assert storage.read_bytes(uri) == name.encode()
+        assert storage.read_range(uri, 1, len(name.encode())) == name.encode()[1:]
+        storage.download(uri, tmp_path / "x")
+        assert (tmp_path / "x").read_bytes() == name.encode()
+        del _Files.files[f"/set one/{name}"]
+        assert not storage.exists(uri)
+
+
+def test_tars_of_a_web_address_are_named_as_they_are():
+    base, sizes = list_tars("https://host/a%20set/x%20{0..1}%23.tar")
+    assert (base, list(sizes)) == ("https://host/a%20set", ["x 0#.tar", "x 1#.tar"])
+    assert uris.join(base, "x 0#.tar") == "https://host/a%20set/x%200%23.tar"
+
+
+ANSWERS = {
+    # bucket: (status, headers, code in the body), the message's parts
+    "expired": ((400, {}, "ExpiredToken"), ["session token has expired", "AWS_SESSION_TOKEN"]),
+    "skewed": ((403, {}, "RequestTimeTooSkewed"), ["clock is more than 15 minutes off"]),
+    "unknown": ((403, {}, "InvalidAccessKeyId"), ["does not know the access key"]),
+    "secret": ((403, {}, "SignatureDoesNotMatch"), ["the secret is not the one of"]),
+    "moved": (
+        (301, {"x-amz-bucket-region": "eu-west-7"}, "PermanentRedirect"),
+        ["in region eu-west-7: set AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"],
+    ),
+    "late": ((403, {"Date": "Mon, 01 Jan 2001 00:00:00 GMT"}, ""), ["clock is more than 15 min"]),
+}
+
+BY_STATUS = ("expired", "moved", "late")  # known from the answer to a HEAD, too
+
+
+class _Amazon(BaseHTTPRequestHandler):
+    """Answers as Amazon does: no body to a HEAD, else a code in XML."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        (status, headers, code), _ = ANSWERS[self.path.split("/")[1]]
+        body = f"<Error><Code>{code}</Code></Error>".encode() if code else b""
+        self.send_response_only(status)
+        for name, value in {"Date": email.utils.formatdate(usegmt=True), **headers}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.fixture
+def amazon(serve, monkeypatch) -> None:
+    """S3 is `_Amazon`."""
+    _Amazon.asked = []
+    monkeypatch.setenv("AWS_ENDPOINT_URL", serve(_Amazon))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, "value-of-the-variable")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+
+
+def read_first_byte(uri):
+    storage.read_range(uri, 0, 1)
+
+
+@pytest.mark.parametrize("bucket", ANSWERS)
+def test_an_answer_of_s3_names_its_cause(amazon, bucket):
+    (_, _, code), parts = ANSWERS[bucket]
+    by_head = [storage.exists, storage.check_readable] if bucket in BY_STATUS else []
+    for ask in [*([read_first_byte] if code else []), *by_head]:
+        with pytest.raises(StorageError) as error:
+            ask(f"s3://{bucket}/x")
+        message = str(error.value)
+        assert f"s3://{bucket}/x" in message
+        assert "value-of" not in message
+        assert not [part for part in parts if part not in message], message
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [("key\n", "a line break"), (" key", "a space"), ("k\u00e9y", "a character outside ASCII")],
+)
+def test_a_key_that_no_request_can_carry_is_named_at_once(amazon, monkeypatch, name, value, fault):
+    monkeypatch.setenv(name, value)
+    for ask in (storage.read_bytes, storage.check_writable, storage.exists):
+        with pytest.raises(StorageError, match=f"^{name} holds {fault}") as error:
+            ask("s3://late/x")
+        assert value.strip() not in str(error.value).replace(name, "").replace("key alone", "")
+    assert _Amazon.asked == []

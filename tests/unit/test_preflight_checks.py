@@ -38,6 +38,8 @@ def serve():
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
+            do_POST = do_GET
+
             def log_message(self, *_):
                 pass
 
@@ -52,6 +54,23 @@ def serve():
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_mlflow_that_refuses_the_credentials_names_them(serve, status):
+    address = serve(status)
+    with pytest.raises(ValueError, match=rf"refuses these credentials \({status}\)") as error:
+        node_checks.check_mlflow(f"http://someone:hunter2@{address}")
+    message = str(error.value)
+    assert f"MLflow at http://***@{address}" in message
+    assert "hunter2" not in message
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
+        assert name in message
+
+
+def test_mlflow_that_fails_is_not_said_to_refuse(serve):
+    with pytest.raises(ValueError, match=r"does not answer .*; start the local stack"):
+        node_checks.check_mlflow(f"http://{serve(500)}")
 
 
 @pytest.mark.parametrize("status", [200, 403])

@@ -1,0 +1,112 @@
+"""Names that work everywhere on their way, and names that are refused when they are parsed."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipelines import uris
+from efae.artifacts.run_checkpoints import locate_run
+from efae.config import Config
+from efae.config_forms import with_overrides
+from efae.names import LONGEST_BYTES, find_fault, make_ascii
+from efae.preflight import check_configuration
+from efae.presets import PRESETS
+from efae.sweep.config import SweepConfig
+
+EVERYWHERE = [
+    (".", "reads like a folder"),
+    ("..", "reads like a folder"),
+    ("...", "reads like a folder"),
+    (" run", "begins or ends with a space"),
+    ("run ", "begins or ends with a space"),
+    ("a\nb", "a line break"),
+    ("a\x1b[31m", "cannot be printed"),
+    ("caf\udce9", "cannot be printed"),
+    ("x" * 300, "it has 300 bytes of UTF-8, and at most"),
+    ("\u00fc" * 101, r"it has 202 bytes of UTF-8"),
+]
+PATHS = [
+    ("a/b", "it holds /"),
+    ("../other", "it holds /"),
+    ("/etc", "it holds /"),
+    ("a\\b", "it holds"),
+]
+
+
+@pytest.mark.parametrize(("name", "fault"), [*EVERYWHERE, *PATHS])
+def test_a_run_that_cannot_work_is_refused_when_it_is_named(name, fault):
+    with pytest.raises(ValueError, match=rf"tracking.run_name='.*{fault}.*; choose another name"):
+        with_overrides(Config(), {"tracking.run_name": name})
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        *EVERYWHERE,
+        *PATHS,
+        ("", "is empty"),
+        ("a:1", "holds :"),
+        ("a@b", "holds @"),
+        ("a#", "holds #"),
+    ],
+)
+def test_a_model_that_cannot_work_is_refused_when_it_is_named(name, fault):
+    with pytest.raises(ValueError, match=rf"tracking.registered_model='.*{fault}"):
+        with_overrides(Config(), {"tracking.registered_model": name})
+
+
+@pytest.mark.parametrize(("name", "fault"), [*EVERYWHERE, ("", "is empty")])
+def test_an_experiment_that_cannot_work_is_refused_when_it_is_named(name, fault):
+    with pytest.raises(ValueError, match=rf"tracking.experiment='.*{fault}"):
+        with_overrides(Config(), {"tracking.experiment": name})
+
+
+@pytest.mark.parametrize(("name", "fault"), [*EVERYWHERE, *PATHS, ("x" * 195, "at most 190 work")])
+def test_a_sweep_that_cannot_work_is_refused_when_it_is_named(name, fault):
+    with pytest.raises(ValueError, match=rf"sweep.name='.*{fault}"):
+        SweepConfig(name=name)
+
+
+def test_names_that_work_are_taken():
+    assert SweepConfig(name="x" * 190).name
+    for name in (
+        "versuch-\u00fc",
+        'it\'s "1" of 100%',
+        "lr[1]*?",
+        "a:b",
+        "x" * 200,
+        ".hidden",
+        "-1",
+    ):
+        config = with_overrides(Config(), {"tracking.run_name": name})
+        assert locate_run(config) == f"s3://efae-runs/ray/{name}"
+        uris.check_uri(locate_run(config))
+    for name in ("/Users/me@host/sketches", "a:b", "it's"):
+        with_overrides(Config(), {"tracking.experiment": name})
+    with_overrides(Config(), {"tracking.registered_model": 'it\'s "mine", \u00fc'})
+
+
+def test_a_run_needs_a_name_and_room_for_it_in_storage():
+    config = PRESETS["quickstart"][1]
+    with pytest.raises(ValueError, match=r"tracking.run_name='': name the run"):
+        check_configuration(config)
+    named = {"tracking.run_name": "x" * 200, "ray.storage_uri": "s3://bucket/" + "y" * 800}
+    with pytest.raises(ValueError, match=r"bytes, s3:// takes 1024: choose a shorter one"):
+        check_configuration(with_overrides(config, named))
+
+
+@given(st.text(min_size=1, max_size=300), st.text(min_size=1, max_size=300))
+def test_ray_gets_a_short_ascii_name_of_each_run(a, b):
+    names = [name for name in (a, b) if not find_fault(name, "/\\")]
+    short = [make_ascii(name) for name in names]
+    assert len(set(short)) == len(set(names))
+    for name in short:
+        assert re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", name)
+
+
+def test_a_plain_name_is_itself_in_ray():
+    assert make_ascii("quickstart-20261128-230000") == "quickstart-20261128-230000"
+    assert re.fullmatch(r"versuch---[0-9a-f]{12}", make_ascii("versuch-\u00fc"))
+    assert len(make_ascii("x" * LONGEST_BYTES)) < 100
