@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_pipelines import storage, unfinished, uris
+from data_pipelines.contact_sheet import SHEET_NAME, STATISTICS_NAME
 from data_pipelines.image_codec import (
     ARRAY_EXTENSION,
     count_frames,
@@ -42,7 +43,7 @@ _COMPRESSED = "(gz|bz2|xz|zst|lz4|lz|lzma|br|z)"
 _COMPRESSED_TAR = re.compile(rf"\.(tar\.{_COMPRESSED}|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _COMPRESSED_MEMBER = re.compile(rf"\.{_COMPRESSED}$")
 _UNNAMED = (NOT_UTF8, "")  # it may be a folder of tars
-_OUR_FILES = (INDEX_NAME, "statistics.json", "contact_sheet.png", FAULTS_NAME)
+_OUR_FILES = (INDEX_NAME, STATISTICS_NAME, SHEET_NAME, FAULTS_NAME)
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,11 @@ from data_pipelines.intake import LeftOut, find_litter
 LARGEST_EXTENDED_HEADER_BYTES = 2**14
 """Of a pax header or a long name; real ones have some hundred bytes."""
 LARGEST_MEMBER_BYTES = 2**30
-_UNPACKED_IN_PLACE = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _FOLDERS = (tarfile.DIRTYPE, b"D")  # D: of an incremental GNU tar
 _USTAR = b"ustar\0"
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
+"""First bytes of gzip, bzip2, xz, zstd and lz4."""
 _NUMBER = re.compile(rb" *([0-7]*)[ \0]*")
 _VOLUME_LABEL = b"V"
 _OTHERS = {
@@ -108,7 +110,7 @@ class Header(tarfile.TarInfo):
         part of a name, and a file for a folder where a long name is cut off at a slash.
         """
         size, checksum = _NUMBER.fullmatch(buf, 124, 136), _NUMBER.fullmatch(buf, 148, 156)
-        if len(buf) != tarfile.BLOCKSIZE or buf[156:157] not in _UNPACKED_IN_PLACE:
+        if len(buf) != tarfile.BLOCKSIZE or buf[156:157] not in _REGULAR:
             return None
         if not size or not checksum:
             return None
@@ -188,10 +190,17 @@ def read_members(path: Path, name: str, where: str, known: Container[str] | None
                         content.rows[key][extension] = (member.offset_data, member.size, crc32)
                 rest = data[tar.offset :]  # tarfile takes a damaged header for the end
         except tarfile.TarError as error:
-            return _give_up(content, f"{where} is not a plain, whole tar ({error})")
-    if len(rest) < 512 or rest.strip(b"\0"):
-        samples = len(content.rows)
-        return _give_up(content, f"{where} is damaged or cut off after {samples} samples")
+            why = "it is compressed: unpack it" if data[:6].startswith(_COMPRESSED) else error
+            return _give_up(content, f"{where} is not a plain, whole tar ({why})")
+    if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
+        samples, after = len(content.rows), len(rest) - len(rest.lstrip(b"\0"))
+        magic = after // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE + 257
+        why = (
+            f"holds another tar after {samples} samples: take them apart"
+            if after >= tarfile.BLOCKSIZE and rest[magic : magic + 5] == b"ustar"
+            else f"is damaged or cut off after {samples} samples"
+        )
+        return _give_up(content, f"{where} {why}")
     return content
 
 
@@ -231,7 +240,7 @@ def _find_fault(member: tarfile.TarInfo, key: str, where: str) -> Fault | None:
         reason, remedy = _OTHERS[member.type]
         target = f" to {member.linkname!r}" if member.linkname else ""
         text = f"is a {reason}{target}: {remedy}"
-    elif member.type not in _UNPACKED_IN_PLACE:
+    elif member.type not in _REGULAR:
         reason = "member of unknown type"
         text = f"is of unknown type {member.type.decode('latin-1')!r}: pack the tar again"
     elif member.size > LARGEST_MEMBER_BYTES:

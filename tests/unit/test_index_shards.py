@@ -133,6 +133,7 @@ PNG = encode_png(draw(99))
 FAULTS = {
     "cut": lambda p: p.write_bytes(p.read_bytes()[:2000]),
     "compressed inside": lambda p: p.write_bytes(gzip.compress(p.read_bytes())),
+    "concatenated": lambda p: p.write_bytes(p.read_bytes() * 2),
     "empty": lambda p: p.write_bytes(b""),
     "leaves": lambda p: add_member(p, "../../x.png", PNG),
     "absolute": lambda p: add_member(p, "/etc/x.png", PNG),
@@ -144,7 +145,8 @@ FAULTS = {
 }
 NAMES = {
     "cut": "part-1.tar",
-    "compressed inside": "part-1.tar is not a plain, whole tar",
+    "compressed inside": "part-1.tar is not a plain, whole tar (it is compressed: unpack it)",
+    "concatenated": "part-1.tar holds another tar after 3 samples: take them apart",
     "empty": "part-1.tar is empty",
     "leaves": "part-1.tar: sample '../../x' leaves the folder",
     "absolute": "part-1.tar: sample '/etc/x' leaves the folder",

@@ -191,6 +191,14 @@ def test_faults_of_all_shards_come_in_their_order(folder):
     assert [fault.split("sample ")[1][:5] for fault in found] == ["'s00'", "'s04'", "'s08'"]
 
 
+def test_names_that_an_index_has_are_not_judged_again(tmp_path):
+    """Sets were made before such names counted as litter."""
+    write_tar(tmp_path / "a.tar", {"@eaDir/a": {"png": png(1)}, "__MACOSX/b": {"png": png(2)}})
+    write_index(str(tmp_path), ShardIndex((index_tar(tmp_path / "a.tar", "a.tar"),), (3, 6, 6)))
+    assert load_index(str(tmp_path)).shards[0].keys == ["@eaDir/a", "__MACOSX/b"]
+    assert list(find_faults(str(tmp_path))) == []
+
+
 def test_a_tar_elsewhere_leaves_no_copy_behind(folder, tmp_path_factory, monkeypatch):
     scratch = tmp_path_factory.mktemp("scratch")
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
