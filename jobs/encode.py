@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from data_pipelines.commands import run_command
 from efae.encoding.request import Request
 
 if TYPE_CHECKING:
@@ -75,4 +76,4 @@ next:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(lambda: main(sys.argv[1:]))

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from data_pipelines.commands import run_command
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -213,4 +215,4 @@ def _print_table(summary: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(lambda: main(sys.argv[1:]))

@@ -14,6 +14,7 @@ import sys
 
 import tyro
 
+from data_pipelines.commands import run_command
 from efae.config import Config
 from efae.presets import PRESETS
 
@@ -48,4 +49,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(lambda: main(sys.argv[1:]))

@@ -24,6 +24,7 @@ from typing import Annotated
 
 import tyro
 
+from data_pipelines.commands import run_command
 from efae.artifacts.promotion import GATES, GateName, Promotion, Terms, promote
 
 
@@ -102,4 +103,4 @@ def describe(promotion: Promotion) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(lambda: main(sys.argv[1:]))

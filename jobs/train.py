@@ -19,6 +19,7 @@ from typing import Any
 
 import tyro
 
+from data_pipelines.commands import run_command
 from efae.config import Config
 from efae.presets import PRESETS
 
@@ -89,4 +90,4 @@ next:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(lambda: main(sys.argv[1:]))

@@ -22,6 +22,7 @@ from typing import Any
 import tyro
 from pydantic.dataclasses import dataclass
 
+from data_pipelines.commands import run_command
 from efae.config import Config
 from efae.presets import PRESETS
 from efae.sweep.config import SweepConfig
@@ -113,4 +114,4 @@ next:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(lambda: main(sys.argv[1:]))

@@ -44,9 +44,9 @@ class RunningStack:
         return client_environment(load(self.folder))
 
 
-def make_stack() -> RunningStack:
-    """A stack that is not started yet; its path is short because Unix sockets lie in it."""
-    folder = Path(tempfile.mkdtemp(prefix="efae-"))
+def make_stack(prefix: str = "efae-") -> RunningStack:
+    """A stack that is not started yet; where its path is short, Unix sockets lie in it."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
     s3, mlflow, ray = map(str, ports.pick_free(3))
     return RunningStack(
         folder,
@@ -62,7 +62,8 @@ def make_stack() -> RunningStack:
 def end_stack(stack: RunningStack) -> None:
     """Ends the stack and removes its folder."""
     result = stack.run("down")
-    shutil.rmtree(stack.folder)
+    shutil.rmtree(load(stack.folder).socket_folder, ignore_errors=True)
+    shutil.rmtree(stack.folder, ignore_errors=True)
     assert result.returncode == 0, result.stderr
 
 

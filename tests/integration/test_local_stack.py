@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.s3, pytest.mark.ray]
 
 @pytest.fixture
 def second_stack():
-    stack = make_stack()
+    stack = make_stack("a st\u00fcck, $x'#?%20:=")  # a path that is syntax to somebody
     yield stack
     end_stack(stack)
 

@@ -391,3 +391,46 @@ def test_a_key_that_no_request_can_carry_is_named_at_once(amazon, monkeypatch, n
             ask("s3://late/x")
         assert value.strip() not in str(error.value).replace(name, "").replace("key alone", "")
     assert _Amazon.asked == []
+
+
+class _Undeletable(BaseHTTPRequestHandler):
+    """A bucket of two objects, one of which it does not delete: with `codes`, in order."""
+
+    codes: ClassVar[list[str]] = []
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        names = "".join(
+            f"<Contents><Key>run%5B1%5D/{name}</Key><Size>1</Size></Contents>" for name in "ab"
+        )
+        kind = "<EncodingType>url</EncodingType>"
+        self._answer(f"<ListBucketResult>{kind}{names}</ListBucketResult>")
+
+    def do_POST(self):
+        self.asked.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        code = self.codes.pop(0)
+        error = f"<Error><Key>run[1]/b</Key><Code>{code}</Code><Message>no</Message></Error>"
+        self._answer(f"<DeleteResult>{error if code else ''}</DeleteResult>")
+
+    def _answer(self, text):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, format, *args):
+        pass
+
+
+def test_what_a_server_did_not_delete_is_an_error(serve, amazon, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", serve(_Undeletable))
+    _Undeletable.codes = ["AccessDenied"]
+    with pytest.raises(
+        StorageError, match=r"s3://bucket/run\[1\]/b could not .* \(AccessDenied: no\)"
+    ):
+        storage.delete("s3://bucket/run[1]")
+    _Undeletable.codes = ["InternalError", "SlowDown", ""]
+    storage.delete("s3://bucket/run[1]")
+    assert _Undeletable.codes == []
+    keys = "".join(f"<Object><Key>run[1]{end}</Key></Object>" for end in ("/a", "/b", ""))
+    assert [keys in body for body in _Undeletable.asked] == [True] * 4
