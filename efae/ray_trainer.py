@@ -8,6 +8,7 @@ the loss of a worker, of the driver or of the whole cluster. Checkpoints do not 
 """
 
 import contextlib
+import hashlib
 import itertools
 import os
 import tempfile
@@ -41,6 +42,7 @@ from efae.training.divergence import TrainingDiverged
 from efae.training.evaluation import Evaluation, evaluate
 from efae.training.held_out import read_held_out
 from efae.training.run import continue_run, print_line
+from efae.worker_groups import GroupStarts, TrainingFailed, free_orphans
 
 _RAY_ENVIRONMENT = {
     # How soon a lost worker is noticed; Ray's own interval, 2 s, suits hours-long runs.
@@ -55,10 +57,6 @@ _HOPELESS = (
     *(torch.OutOfMemoryError, MemoryError),
 )
 _NO_HOST_MEMORY = "can't allocate memory"  # torch has no class for it
-
-
-class TrainingFailed(RuntimeError):
-    """The run cannot go on; says the first cause and its rank."""
 
 
 def connect(config: Config) -> None:
@@ -176,9 +174,20 @@ def _fit(config: Config, run_id: str, tracking_uri: str, on_look: UserCallback |
                     max_failures=config.ray.max_failures + config.ray.rollbacks
                 ),
                 logging_config=LoggingConfig(log_level="WARNING"),
-                callbacks=[WorkerFailures(locate_run(config)), *([on_look] if on_look else [])],
+                callbacks=cast(
+                    list[UserCallback],  # Ray takes others as well
+                    [
+                        WorkerFailures(locate_run(config)),
+                        GroupStarts(locate_run(config), config.ray),
+                        *([on_look] if on_look else []),
+                    ],
+                ),
             ),
         )
+        # By this id the controller of an elastic run reserves nodes. What a lost one reserved stays
+        # for three minutes, out of the reach of the next unless that has the same.
+        run = hashlib.sha256(locate_run(config).encode()).hexdigest()[:32]
+        object.__setattr__(trainer.train_run_context, "run_id", run)
         try:
             trainer.fit()
         except ray.train.ControllerError as error:
@@ -298,6 +307,7 @@ def evaluate_on_cluster(model_uri: str, config: Config) -> Evaluation:
     Raises:
         ray.exceptions.RayTaskError: the task failed; it is also an instance of its cause's class.
     """
+    free_orphans()
     task = ray.remote(_evaluate).options(
         num_cpus=config.ray.cpus_per_worker, num_gpus=1 if config.ray.use_gpu else 0
     )

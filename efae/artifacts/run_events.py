@@ -25,8 +25,8 @@ class RunEvent:
     Attributes:
         time: seconds since 1970.
         kind: "start" (a group of workers began), "failure" (a worker was lost), "damage" (a
-            checkpoint could not be used), "rollback", "notice" (a node is to be taken away) or
-            "outage".
+            checkpoint could not be used), "rollback", "notice" (a node is to be taken away),
+            "standstill" (workers cannot start) or "outage".
         facts: JSON values.
     """
 

@@ -1,0 +1,250 @@
+"""Groups of workers as Ray's controller starts them: they get room, and waiting for it ends.
+
+Ray frees a placement group when the actor *and* the job that made it are dead
+(ray-project/ray#65881), and Ray Train loses sight of one when its controller, or a worker, dies
+while the group starts. On a full cluster nothing could start again as long as the driver lives. A
+start that fails for want of room is tried again without end, too.
+"""
+
+import threading
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import ray
+from ray._private import state as ray_state
+from ray.core.generated import gcs_pb2
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller.state import (
+    InitializingState,
+    ReschedulingState,
+    RestartingState,
+    RunningState,
+)
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from efae.artifacts.redaction import first_cause
+from efae.artifacts.run_events import record_event
+from efae.config import RayConfig
+
+_FIRST_NOTE_SECONDS = 60.0
+_LOOK_SECONDS = 1.0
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on; says the first cause and its rank."""
+
+
+@dataclass(frozen=True)
+class _Reservation:
+    """A placement group that was not removed, or what an actor holds outside of one.
+
+    Attributes:
+        id: Of the placement group; empty for an actor.
+        job_id: Of the job that made it, hexadecimal.
+        creator_id: Of the actor that made it, hexadecimal.
+        is_orphan: Whether that actor is dead and it was meant to go with it.
+        state: "PENDING", "PREPARED", "CREATED" or "RESCHEDULING".
+        resources: Amounts by name.
+    """
+
+    id: bytes
+    job_id: str
+    creator_id: str
+    is_orphan: bool
+    state: str
+    resources: Mapping[str, float]
+
+
+class GroupStarts(ControllerCallback, WorkerGroupCallback):
+    """In Ray's controller: frees what keeps a group from its start, and counts failed starts.
+
+    Args:
+        uri: Of the run, for its events.
+        settings: How long to wait for room, and how many starts in a row may fail.
+    """
+
+    def __init__(self, uri: str, settings: RayConfig):
+        self._uri, self._settings = uri, settings
+        self._failed = 0
+        self._stands_since = self._waits_since = 0.0
+        self._next_note = _FIRST_NOTE_SECONDS
+
+    @contextmanager
+    def on_worker_group_start(self) -> Generator[None]:
+        """Called around a start, until all workers have begun."""
+        me = cast(str, ray.get_runtime_context().get_actor_id())
+        free_orphans(me)  # an earlier group of this controller's, too: it has one at a time
+        started = threading.Event()
+        threading.Thread(target=self._watch_start, args=(me, started), daemon=True).start()
+        try:
+            yield
+        finally:
+            started.set()
+
+    def _watch_start(self, me: str, started: threading.Event) -> None:
+        """Gives up a group that lost a node while its workers start: Ray would wait for ever."""
+        lost_at: float | None = None
+        while not started.wait(_LOOK_SECONDS):
+            mine = [group for group in _list_placement_groups() if group.creator_id == me]
+            if not any(group.state == "RESCHEDULING" for group in mine):
+                lost_at = None
+            elif lost_at is None:
+                lost_at = time.monotonic()
+            elif time.monotonic() - lost_at > self._settings.placement_timeout_seconds:
+                for group in mine:
+                    _remove(group)
+                return
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Called after every turn of the controller, also when nothing has changed.
+
+        Raises:
+            TrainingFailed: more starts in a row have failed than ray.max_failures.
+        """
+        now = time.monotonic()
+        if isinstance(current_state, RunningState):
+            self._failed, self._stands_since = 0, 0.0
+            return
+        if not self._stands_since:
+            self._stands_since = self._waits_since = now
+            self._next_note = _FIRST_NOTE_SECONDS
+        if current_state is not previous_state:
+            self._waits_since = now
+            if isinstance(current_state, ReschedulingState):
+                error = current_state.training_failed_error
+                self._note_failure(getattr(error, "controller_failure", error))
+        elif isinstance(current_state, InitializingState | RestartingState | ReschedulingState):
+            # An elastic run starts no group that it sees no room for, and asks again at once.
+            time.sleep(_LOOK_SECONDS / 4)
+            if now - self._waits_since >= self._settings.placement_timeout_seconds:
+                self._waits_since = now
+                self._note_failure(None)
+
+    def _note_failure(self, error: Exception | None) -> None:
+        """Counts a start that failed, or one that was not tried for want of room."""
+        self._failed += 1
+        limit = self._settings.max_failures
+        seconds = time.monotonic() - self._stands_since
+        if error is None or isinstance(error, WorkerGroupStartupTimeoutError):
+            workers = error.num_workers if error else self._settings.fewest_workers
+            what = f"the run has stood still for {seconds:.0f} s: {self._find_shortage(workers)}"
+            kind, is_due = "standstill", seconds >= self._next_note
+        else:
+            what = f"workers were lost while they started: {first_cause(error)}"
+            kind, is_due = "failure", True
+        gives_up = self._failed > limit
+        if is_due or gives_up:
+            self._next_note = max(self._next_note, 2 * seconds)
+            print(what, flush=True)
+            # Storage may be away: the controller must not wait for it.
+            record = threading.Thread(
+                target=record_event, args=(self._uri, kind, what), daemon=True
+            )
+            record.start()
+            if gives_up:
+                record.join(5)
+                wait = self._settings.placement_timeout_seconds
+                raise TrainingFailed(
+                    f"{what}. {self._failed} starts of workers in a row failed, more than"
+                    f" ray.max_failures={limit}. Nothing is lost: submit again under the same name"
+                    f" when there is room, or raise ray.placement_timeout_seconds={wait} (300 where"
+                    " machines have to start)"
+                )
+
+    def _find_shortage(self, workers: int) -> str:
+        want = {"CPU": self._settings.cpus_per_worker}
+        if self._settings.use_gpu:
+            want["GPU"] = 1
+        return describe_shortage({name: each * workers for name, each in want.items()}, workers)
+
+
+def free_orphans(creator_id: str | None = None) -> None:
+    """Removes the placement groups of this job whose creators died, with all that runs in them.
+
+    Args:
+        creator_id: Actor of this job whose groups are removed although it lives.
+    """
+    job_id = ray.get_runtime_context().get_job_id()
+    for group in _list_placement_groups():
+        if group.job_id == job_id and (group.is_orphan or group.creator_id == creator_id):
+            _remove(group)
+
+
+def describe_shortage(want: Mapping[str, float], workers: int) -> str:
+    """What is missing for so many workers, and which jobs hold it.
+
+    Args:
+        want: Amounts by resource, for all workers.
+        workers: Their number.
+    """
+    total = cast(dict[str, float], ray.cluster_resources())
+    free = cast(dict[str, float], ray.available_resources())
+    held = [group for group in _list_placement_groups() if group.state == "CREATED"]
+    held += _list_actors()
+    lines: list[str] = []
+    for name, amount in want.items():
+        if free.get(name, 0) >= amount:
+            continue
+        line = (
+            f"{workers} workers need {amount:g} {name}s, the living nodes have"
+            f" {total.get(name, 0):g}, {free.get(name, 0):g} of them free"
+        )
+        by_job: dict[str, float] = {}
+        for one in held:
+            by_job[one.job_id] = by_job.get(one.job_id, 0) + one.resources.get(name, 0)
+        holders = [f"job {job_id} holds {n:g}" for job_id, n in sorted(by_job.items()) if n]
+        lines.append("; ".join([line, *holders]))
+    return ", ".join(lines) or f"{workers} workers found no place, though there seems to be room"
+
+
+# Of Ray's public tables none says which actor made a placement group, and whether it lives.
+_tables = cast(Any, gcs_pb2)
+
+
+def _list_placement_groups() -> list[_Reservation]:
+    found: list[_Reservation] = []
+    for data in _accessor().get_placement_group_table():
+        group = _tables.PlacementGroupTableData.FromString(data)
+        state = _tables.PlacementGroupTableData.PlacementGroupState.Name(group.state)
+        if state == "REMOVED":
+            continue
+        resources: dict[str, float] = {}
+        for bundle in group.bundles:
+            for name, amount in bundle.unit_resources.items():
+                resources[name] = resources.get(name, 0) + amount
+        found.append(
+            _Reservation(
+                id=group.placement_group_id,
+                job_id=group.creator_job_id.hex(),
+                creator_id=group.creator_actor_id.hex(),
+                is_orphan=group.creator_actor_dead
+                and bool(group.creator_actor_id.strip(b"\xff"))
+                and not group.is_detached,
+                state=state,
+                resources=resources,
+            )
+        )
+    return found
+
+
+def _list_actors() -> list[_Reservation]:
+    """Living actors that hold resources outside of placement groups."""
+    found: list[_Reservation] = []
+    for data in _accessor().get_actor_table(None, "ALIVE"):
+        actor = _tables.ActorTableData.FromString(data)
+        if not actor.placement_group_id.strip(b"\xff"):
+            resources = dict(actor.required_resources)
+            found.append(_Reservation(b"", actor.job_id.hex(), "", False, "CREATED", resources))
+    return found
+
+
+def _remove(group: _Reservation) -> None:
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.id)))
+
+
+def _accessor() -> Any:
+    return cast(Any, ray_state.state)._connect_and_get_accessor()
