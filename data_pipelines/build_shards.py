@@ -13,17 +13,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_pipelines import shard_tasks, storage, unfinished, uris
+from data_pipelines.commands import run_command
 from data_pipelines.contact_sheet import describe_set
 from data_pipelines.encoded_images import ENCODINGS, Encoding, Entry
 from data_pipelines.image_sources import SOURCES, SampleSource, drop_repeated, open_source
 from data_pipelines.intake import (
     FAULTS,
-    FAULTS_NAME,
     LEFT_OUT,
     LeftOut,
     SourceFaults,
-    add_bad_images,
-    pop_most_bad_images,
+    Tolerance,
+    add_tolerance,
+    describe_faults,
+    pop_tolerance,
     shorten,
     write_faults,
 )
@@ -47,7 +49,7 @@ def build_shards(
     samples_per_shard: int = 1000,
     held_out: int = 0,
     encoding: Encoding = Encoding(),  # noqa: B008  # frozen
-    most_bad_images: int = 0,
+    tolerance: Tolerance = Tolerance(),  # noqa: B008  # frozen
     on: str = "here",
 ) -> str:
     """Write the shard set, or what is missing of it; the arguments are those of the command.
@@ -59,8 +61,8 @@ def build_shards(
         samples_per_shard: Most images of a shard.
         held_out: Images that go to ``held_out/``; 0 makes one set.
         encoding: How images are written that do not keep their own bytes.
-        most_bad_images: Bad images that are skipped; with more, or one where it is 0, nothing is
-            finished. All of them are in ``faults.txt`` of the output.
+        tolerance: Images that are left out where they cannot be taken, up to a number; with more,
+            nothing is finished. All of them are in ``faults.txt`` of the output.
         on: One of `shard_tasks.PLACES`.
 
     Returns:
@@ -76,22 +78,32 @@ def build_shards(
         ("resolution", resolution, 1),
         ("samples-per-shard", samples_per_shard, 1),
         ("held-out", held_out, 0),
-        ("most-bad-images", most_bad_images, 0),
     ):
         if value is not None and value < least:
             raise ValueError(f"--{name} {value}: must be at least {least}")
     output = make_absolute(output)
     shard_tasks.means_ray(on)
-    origin = open_source(source, encoding, output)
-    fingerprint = {
-        "source": source,
-        "resolution": resolution,
-        "samples_per_shard": samples_per_shard,
-        "held_out": held_out,
-        **encoding.describe(),
-        **origin.describe(),
-    }
-    parts = [HELD_OUT, TRAIN] if held_out else [""]
+    try:
+        origin = open_source(source, encoding, output, tolerance.dotted_keys)
+        fingerprint = {
+            "source": source,
+            "resolution": resolution,
+            "samples_per_shard": samples_per_shard,
+            "held_out": held_out,
+            **encoding.describe(),
+            **origin.describe(),
+        }
+        return _build(origin, output, fingerprint, tolerance.bad_images, on)
+    except SourceFaults as error:
+        write_faults(output, error.faults)
+        raise
+
+
+def _build(
+    origin: SampleSource, output: str, fingerprint: dict[str, Any], most_bad_images: int, on: str
+) -> str:
+    """What `build_shards` does, once it is known what is built."""
+    parts = [HELD_OUT, TRAIN] if fingerprint["held_out"] else [""]
     outputs = {part: uris.join(output, part) if part else output for part in parts}
     storage.check_writable(output)
     if _find_finished(output, outputs, fingerprint):
@@ -111,6 +123,7 @@ def build_shards(
             file=sys.stderr,
             flush=True,
         )
+    held_out = fingerprint["held_out"]
     selections = split_entries(entries, held_out) if held_out else {"": entries}
     records = {
         part: _write_shards(
@@ -124,12 +137,12 @@ def build_shards(
         for record in records[part]
         for fault in record.provenance.get(FAULTS, [])
     ]
-    report = write_faults(output, faults)
     if len(faults) > most_bad_images:
-        raise SourceFaults(source, faults)
+        raise SourceFaults(fingerprint["source"], faults)
+    report = write_faults(output, faults)
     provenance = {"fingerprint": fingerprint, **origin.describe()}
     sets = [_finish_set(records[part], uri, provenance, left_out) for part, uri in outputs.items()]
-    skipped = f"; {len(faults)} bad images skipped, listed in {report}" if faults else ""
+    skipped = f"; {len(faults)} bad images left out, listed in {report}" if faults else ""
     return _summarize(sets, outputs, f"written{skipped}")
 
 
@@ -222,7 +235,7 @@ def _finish_set(
     for record in records:
         left_out.merge(LeftOut.from_json(record.provenance[LEFT_OUT]))
         if faults := record.provenance[FAULTS]:
-            left_out.add("bad image", faults[0], len(faults))
+            left_out.add("bad image", faults[0].split(": ")[0], len(faults))
     shapes = {record.image_shape for record in records if record.shards[0].keys}
     known = {shape for shape in shapes if shape is not None}
     index = ShardIndex(
@@ -309,23 +322,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         " JPEG file that needs no change stays as it is",
     )
     parser.add_argument("--quality", type=int, default=95, help="of --encoding jpeg, 1 to 100")
-    add_bad_images(parser)
+    add_tolerance(parser)
     parser.add_argument("--on", default="auto", choices=shard_tasks.PLACES, help=shard_tasks.HELP)
     options = vars(parser.parse_args(arguments))
-    most_bad_images = pop_most_bad_images(options)
+    tolerance = pop_tolerance(options)
     try:
         encoding = Encoding(options.pop("encoding"), options.pop("quality"))
-        summary = build_shards(**options, encoding=encoding, most_bad_images=most_bad_images)
+        summary = build_shards(**options, encoding=encoding, tolerance=tolerance)
     except SourceFaults as error:
         print(shorten(error.faults), flush=True)
-        sys.exit(
-            f"build_shards: {len(error.faults)} images of {error.uri} cannot be taken, all listed"
-            f" in {uris.join(options['output'], FAULTS_NAME)}: mend them, or use --bad-images skip"
-        )
+        sys.exit(f"build_shards: {describe_faults(error, tolerance, options['output'])}")
     except (ValueError, OSError, shard_tasks.TaskFailed) as error:
         sys.exit(f"build_shards: {error}")
     print(f"{summary}\ncheck: python -m data_pipelines.verify_shards {options['output']}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from data_pipelines import storage, uris
+from data_pipelines.commands import run_command
 from data_pipelines.image_codec import decode_image
 from data_pipelines.intake import LEFT_OUT, LeftOut, SourceFaults, shorten
 from data_pipelines.set_statistics import draw_sample, map_images, measure_set
@@ -120,4 +121,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

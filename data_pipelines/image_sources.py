@@ -56,14 +56,19 @@ class SampleSource(Protocol):
 
 
 def open_source(
-    text: str, encoding: Encoding | None = None, output: str | None = None
+    text: str,
+    encoding: Encoding | None = None,
+    output: str | None = None,
+    dotted_keys: bool = False,
 ) -> SampleSource:
     """The source that `text` names; `SOURCES` lists the forms.
 
     Args:
         text: What the user wrote.
         encoding: How images are written that do not keep their own bytes; PNG by default.
-        output: URI that the shards go to; what lies there is no part of a folder.
+        output: URI that the shards go to; what lies there is no part of the source.
+        dotted_keys: Whether a sample of a tar may have several images that all have a dot in their
+            extension.
 
     Raises:
         ValueError: unknown, not installed, or nothing there.
@@ -80,7 +85,7 @@ def open_source(
         if kind == "idx":
             return IdxFile(Path(place), encoding)
         if kind == "wds":
-            return ForeignTars(place, encoding)
+            return ForeignTars(place, encoding, output, dotted_keys)
     raise ValueError(f"unknown source {text!r}: use one of {SOURCES}")
 
 
@@ -109,7 +114,9 @@ class ImageFolder:
     def _select(self, output: str | None) -> dict[str, int]:
         """{name: bytes} of the image files; the others are counted, or faults."""
         tree = storage.list_tree(self._uri)
-        own = f"{output}/".removeprefix(f"{self._uri}/") if output else "/"
+        # What lies in the output is no source, but for an output that is the source itself.
+        below = (output or "").removeprefix(f"{self._uri}/")
+        own = f"{below}/" if below != output else "/"
         sizes: dict[str, int] = {}
         for name, size in tree.files.items():
             if not name.startswith(own) and self._is_taken(name, tree.files):

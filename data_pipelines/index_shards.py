@@ -6,11 +6,12 @@ off goes on; the index is written only where no tar has a fault.
 
 import argparse
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
 
 from data_pipelines import shard_tasks, storage, unfinished, uris
+from data_pipelines.commands import run_command
 from data_pipelines.contact_sheet import describe_set
 from data_pipelines.intake import (
     FAULTS,
@@ -18,8 +19,10 @@ from data_pipelines.intake import (
     LEFT_OUT,
     LeftOut,
     SourceFaults,
-    add_bad_images,
-    pop_most_bad_images,
+    Tolerance,
+    add_tolerance,
+    describe_faults,
+    pop_tolerance,
     shorten,
     write_faults,
 )
@@ -34,16 +37,14 @@ from data_pipelines.shard_index import (
 from data_pipelines.source_names import digest, make_absolute
 
 _THREADS = 4
-ALLOWED = ("dotted-keys",)
 
 
 def index_shards(
     uri: str,
     output: str | None = None,
     on: str = "here",
-    most_bad_images: int = 0,
+    tolerance: Tolerance = Tolerance(),  # noqa: B008  # frozen
     verify: bool = False,
-    allow: Collection[str] = (),
 ) -> str:
     """Write the index of the tars at `uri`; the arguments are those of the command.
 
@@ -51,10 +52,9 @@ def index_shards(
         uri: Folder of the tars, or the tars themselves: see `list_tars`.
         output: URI of the index; None is the tars' own folder.
         on: One of `shard_tasks.PLACES`.
-        most_bad_images: Samples that are skipped where they cannot be taken; with more, or one
-            where it is 0, no index is written. All of them are in ``faults.txt`` of the output.
+        tolerance: Samples that are left out where they cannot be taken, up to a number; with more,
+            no index is written. All of them are in ``faults.txt`` of the output.
         verify: Whether every image is decoded; so it is where bad ones may be skipped.
-        allow: Any of `ALLOWED`.
 
     Returns:
         What is there now, and on a second line what was not taken.
@@ -79,11 +79,11 @@ def index_shards(
             return f"{_summarize(index, output)} was complete: nothing to do{_tell_left_out(index)}"
         there = storage.list_files(output)
         unfinished.claim(output, there, fingerprint)
-        skips = most_bad_images > 0
-        checks = TarChecks(base, output, skips, verify or skips, "dotted-keys" in allow)
+        skips = tolerance.bad_images > 0
+        checks = TarChecks(base, output, skips, verify or skips, tolerance.dotted_keys)
         records = _read_tars(checks, sizes, there, on)
         provenance = {"fingerprint": fingerprint, "source": fingerprint["source"]}
-        index, skipped = _join(checks, records, left_out, provenance, most_bad_images)
+        index, skipped = _join(checks, records, left_out, provenance, tolerance.bad_images)
         describe_set(output, index)
     except SourceFaults as error:
         write_faults(output, error.faults)
@@ -247,38 +247,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="where the index goes when the tars' own folder cannot be written; left out, beside"
         " the tars",
     )
-    add_bad_images(parser)
+    add_tolerance(parser)
     parser.add_argument(
         "--verify",
         action="store_true",
         help="decode every image, as training does, which --bad-images skip does anyway; left out,"
         " headers are read, and a sample of the images is decoded",
     )
-    parser.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        choices=ALLOWED,
-        help="dotted-keys: samples of several images that all have a dot in their extension; the"
-        " one whose name comes first is then the sample's image",
-    )
     parser.add_argument("--on", default="auto", choices=shard_tasks.PLACES, help=shard_tasks.HELP)
     options = vars(parser.parse_args(arguments))
-    most_bad_images = pop_most_bad_images(options)
+    tolerance = pop_tolerance(options)
     try:
-        summary = index_shards(**options, most_bad_images=most_bad_images)
+        summary = index_shards(**options, tolerance=tolerance)
     except SourceFaults as error:
         print(shorten(error.faults), flush=True)
-        where = uris.join(options["output"] or _find_base(options["uri"]), FAULTS_NAME)
-        most = f", more than --most-bad-images {most_bad_images}" if most_bad_images else ""
-        sys.exit(
-            f"index_shards: {len(error.faults)} faults in {error.uri}{most}, all listed in {where}:"
-            " no index written; mend them, or use --bad-images skip for those of single samples"
-        )
+        output = options["output"] or _find_base(options["uri"])
+        sys.exit(f"index_shards: {describe_faults(error, tolerance, output)}")
     except (ValueError, OSError, shard_tasks.TaskFailed) as error:
         sys.exit(f"index_shards: {error}")
     print(summary)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -69,12 +69,22 @@ class LeftOut:
         )
 
     def __str__(self) -> str:
-        """One line; "" where nothing was left out."""
-        parts = [
-            f"{entry['count']} x {reason} (such as {entry['example']})"
+        """One line for each reason; "" where nothing was left out."""
+        lines = [
+            f"  {entry['count']} x {reason} (such as {entry['example']})"
             for reason, entry in self.to_json().items()
         ]
-        return f"not taken: {', '.join(parts)}" if parts else ""
+        return f"not taken:\n{shorten(lines)}" if lines else ""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a source may have wrong."""
+
+    bad_images: int = 0
+    """Most images that are left out because they cannot be taken."""
+    dotted_keys: bool = False
+    """Whether a sample of a tar may have several images that all have a dot in their extension."""
 
 
 class SourceFaults(ValueError):
@@ -109,8 +119,8 @@ def write_faults(output: str, faults: list[str]) -> str:
     return uri
 
 
-def add_bad_images(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what becomes of bad images."""
+def add_tolerance(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `pop_tolerance` reads."""
     parser.add_argument(
         "--bad-images",
         choices=("fail", "skip"),
@@ -120,16 +130,42 @@ def add_bad_images(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--most-bad-images",
-        type=int,
+        type=_parse_count,
         default=MOST_BAD_IMAGES,
         help="with --bad-images skip: fail where more than so many would be left out",
     )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        choices=("dotted-keys",),
+        help="dotted-keys: samples of a tar with several images that all have a dot in their"
+        " extension; the one whose name comes first is then the sample's image",
+    )
 
 
-def pop_most_bad_images(options: dict[str, Any]) -> int:
-    """Bad images that may be skipped, from the options of `add_bad_images`, which are removed."""
+def _parse_count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return count
+
+
+def pop_tolerance(options: dict[str, Any]) -> Tolerance:
+    """The tolerance that the command's options ask for; removes these options."""
     most = options.pop("most_bad_images")
-    return most if options.pop("bad_images") == "skip" else 0
+    skips = options.pop("bad_images") == "skip"
+    return Tolerance(most if skips else 0, "dotted-keys" in options.pop("allow"))
+
+
+def describe_faults(error: SourceFaults, tolerance: Tolerance, output: str) -> str:
+    """One line: how many there are, where they are listed, and what to do."""
+    more = f", more than --most-bad-images {tolerance.bad_images}" if tolerance.bad_images else ""
+    remedy = "" if tolerance.bad_images else ", or use --bad-images skip for those of single images"
+    return (
+        f"{len(error.faults)} faults in {error.uri}{more}, all listed in"
+        f" {uris.join(output, FAULTS_NAME)}: no index written; mend them{remedy}"
+    )
 
 
 def find_litter(name: str) -> str | None:

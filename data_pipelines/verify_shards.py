@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines import shard_tasks, storage, uris
+from data_pipelines.commands import run_command
 from data_pipelines.image_codec import decode_image, image_extensions
 from data_pipelines.intake import find_litter
 from data_pipelines.latent_format import EXTENSION, LatentFormat, find_format, read_bits
@@ -209,4 +210,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

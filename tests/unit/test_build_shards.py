@@ -7,7 +7,7 @@ import pytest
 from data_pipelines import ShardDataset, unfinished
 from data_pipelines.build_shards import build_shards, main, split_entries
 from data_pipelines.image_sources import ImageFolder, open_source
-from data_pipelines.intake import SourceFaults
+from data_pipelines.intake import SourceFaults, Tolerance
 from data_pipelines.verify_shards import find_faults
 
 
@@ -99,9 +99,9 @@ class TestBuild:
         assert "1 images cannot be taken; reading the others" in capsys.readouterr().err
         assert not list(output.rglob("index.json"))
         with pytest.raises(SourceFaults):
-            build_shards(f"folder:{source}", str(output), None, 4, 6, most_bad_images=4)
-        text = build_shards(f"folder:{source}", str(output), None, 4, 6, most_bad_images=5)
-        assert f"5 bad images skipped, listed in {output}/faults.txt" in text
+            build_shards(f"folder:{source}", str(output), None, 4, 6, tolerance=Tolerance(4))
+        text = build_shards(f"folder:{source}", str(output), None, 4, 6, tolerance=Tolerance(5))
+        assert f"5 bad images left out, listed in {output}/faults.txt" in text
         assert "4 x bad image (such as " in text
         keys = [
             key
@@ -122,13 +122,15 @@ class TestBuild:
         write = unfinished.clear
         monkeypatch.setattr(unfinished, "clear", lambda uri: sys.exit("killed"))
         with pytest.raises(SystemExit):
-            build_shards(f"folder:{source}", str(output), samples_per_shard=4, most_bad_images=1)
+            build_shards(
+                f"folder:{source}", str(output), samples_per_shard=4, tolerance=Tolerance(1)
+            )
         (output / "index.json").unlink()
         monkeypatch.setattr(unfinished, "clear", write)
         with pytest.raises(SourceFaults, match=r"n03\.png"):
             build_shards(f"folder:{source}", str(output), samples_per_shard=4)
-        text = build_shards(f"folder:{source}", str(output), None, 4, most_bad_images=1)
-        assert "1 bad images skipped" in text
+        text = build_shards(f"folder:{source}", str(output), None, 4, tolerance=Tolerance(1))
+        assert "1 bad images left out" in text
         assert len(ShardDataset.open(str(output))) == 22
 
     def test_the_command_says_what_it_did_not_take(self, folder, tmp_path, capsys):
@@ -138,14 +140,14 @@ class TestBuild:
         for number in range(22):
             (source / f"bad{number:02d}.png").write_bytes(b"x")
         command = ["--source", f"folder:{source}", "--output", f"{tmp_path}/set", "--on=here"]
-        with pytest.raises(SystemExit, match=r"22 images .* or use --bad-images skip"):
+        with pytest.raises(SystemExit, match=r"22 faults .* or use --bad-images skip"):
             main(command)
         assert capsys.readouterr().out.splitlines()[20] == "… and 2 more"
         main([*command, "--bad-images", "skip"])
         said = capsys.readouterr().out
         assert "22 x bad image (such as " in said
         assert "1 x no image file (.txt) (such as notes.txt)" in said
-        with pytest.raises(SystemExit, match="22 images"):
+        with pytest.raises(SystemExit, match=r"22 faults in .*, more than --most-bad-images 21"):
             main([*command[:3], f"{tmp_path}/b", "--bad-images", "skip", "--most-bad-images", "21"])
 
     @pytest.mark.parametrize(

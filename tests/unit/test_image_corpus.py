@@ -18,7 +18,7 @@ from data_pipelines.build_shards import build_shards
 from data_pipelines.encoded_images import make_key
 from data_pipelines.image_codec import decode_image, decode_into, read_shape
 from data_pipelines.index_shards import index_shards
-from data_pipelines.intake import MOST_BAD_IMAGES
+from data_pipelines.intake import MOST_BAD_IMAGES, Tolerance
 
 FORMATS = {
     "AVIF": "avif",
@@ -250,7 +250,7 @@ def test_a_build_has_pillows_pixels(tmp_path: Path, corpus: Corpus):
         (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "source" / name).write_bytes(data)
     output = str(tmp_path / "set")
-    said = build_shards(f"folder:{tmp_path}/source", output, most_bad_images=MOST_BAD_IMAGES)
+    said = build_shards(f"folder:{tmp_path}/source", output, tolerance=Tolerance(MOST_BAD_IMAGES))
     assert find_differences(read_all(output), corpus) == []
     faults = (tmp_path / "set/faults.txt").read_text().splitlines()
     deep = [name for name, pixels in corpus.expected.items() if pixels is None]
@@ -267,7 +267,7 @@ def test_an_index_has_pillows_pixels(tmp_path: Path, corpus: Corpus):
     with (tmp_path / "set/a.tar").open("wb") as file, TarWriter(file, encoder=False) as writer:
         for key, name in corpus.keys.items():
             writer.write({"__key__": key, name.rpartition(".")[2]: corpus.files[name]})
-    index_shards(f"{tmp_path}/set", most_bad_images=MOST_BAD_IMAGES)
+    index_shards(f"{tmp_path}/set", tolerance=Tolerance(MOST_BAD_IMAGES))
     assert find_differences(read_all(f"{tmp_path}/set"), corpus) == []
 
 

@@ -21,7 +21,7 @@ from data_pipelines.encoded_images import Encoding
 from data_pipelines.image_codec import encode_png
 from data_pipelines.image_sources import open_source
 from data_pipelines.index_shards import index_shards, main
-from data_pipelines.intake import LeftOut, SourceFaults
+from data_pipelines.intake import LeftOut, SourceFaults, Tolerance
 from data_pipelines.shard_index import load_index
 from data_pipelines.tar_source import ForeignTars
 from data_pipelines.verify_shards import find_faults
@@ -123,7 +123,7 @@ def test_the_rest_is_a_set(tars: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_what_is_left_out_is_part_of_the_id(tars: Path):
-    index_shards(str(tars), most_bad_images=9)
+    index_shards(str(tars), tolerance=Tolerance(9))
     index = load_index(str(tars))
     path = tars / "index.json"
     tree = json.loads(path.read_text())
@@ -141,7 +141,7 @@ def test_too_many_fail_and_a_higher_limit_goes_on(tars: Path):
         data = bytearray((tars / f"{tar}.tar").read_bytes())
         data[100] ^= 1
         (tars / f"{tar}.tar").write_bytes(data)
-    assert "hard link" in index_shards(str(tars), most_bad_images=4)
+    assert "hard link" in index_shards(str(tars), tolerance=Tolerance(4))
     assert load_index(str(tars)).shards[0].left_out == ["s1"]
 
 
@@ -150,7 +150,7 @@ def test_a_record_made_with_other_options_is_not_taken_over(tmp_path: Path):
     write_tar(tmp_path / "1.tar", {"c.png": draw(1)})
     (tmp_path / "2.tar").write_bytes(b"")
     for options, texts in (
-        ({"most_bad_images": 9}, ["2.tar is empty"]),
+        ({"tolerance": Tolerance(9)}, ["2.tar is empty"]),
         ({"verify": True}, ["'b'", "2.tar is empty"]),
         ({}, ["2.tar is empty"]),
     ):
@@ -175,7 +175,7 @@ def test_a_damaged_tar_is_never_skipped(damage: str, tars: Path):
         with tarfile.open(path, "a") as tar:
             tar.addfile(tarfile.TarInfo(name))
     with pytest.raises(SourceFaults):
-        index_shards(str(tars), most_bad_images=9)
+        index_shards(str(tars), tolerance=Tolerance(9))
     assert not (tars / "index.json").exists()
 
 
@@ -223,7 +223,7 @@ def test_an_output_below_the_source_is_no_part_of_it(tmp_path: Path):
 def test_a_later_fault_is_not_hidden_by_what_was_left_out(tars: Path):
     with tarfile.open(tars / "0.tar", "a") as tar:
         tar.addfile(tarfile.TarInfo(".png"))  # its sample is called "", like that of a damage
-    index_shards(str(tars), most_bad_images=9)
+    index_shards(str(tars), tolerance=Tolerance(9))
     assert list(find_faults(str(tars))) == []
     path = tars / "0.tar"
     path.write_bytes(path.read_bytes()[:3000])
@@ -267,7 +267,7 @@ def test_images_that_a_dot_makes_one_sample_are_named_or_allowed(tmp_path: Path)
     assert "'2024.05.01_a.png' and '2024.05.01_b.png' and 1 more are one sample, '2024'" in fault
     with pytest.raises(SourceFaults, match="one sample"):
         open_source(f"wds:{tmp_path}/set").list_entries()
-    index_shards(f"{tmp_path}/set", allow=["dotted-keys"])
+    index_shards(f"{tmp_path}/set", tolerance=Tolerance(dotted_keys=True))
     index = load_index(f"{tmp_path}/set")
     assert index.provenance["left_out"]["further image of a sample"]["count"] == 3
     assert index.shards[0].keys == ["2024", "d/000", "e"]
@@ -287,7 +287,7 @@ def test_a_name_in_latin_1_is_named_and_can_be_left_out(tmp_path: Path):
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == 1
     assert rb"member './gr\udcfc\udcdf.png' has a name that is not UTF-8" in done.stdout
-    index_shards(*arguments[1::2], most_bad_images=9)
+    index_shards(*arguments[1::2], tolerance=Tolerance(9))
     assert ShardDataset.open(f"{tmp_path}/index").keys == ["./a"]
     assert list(find_faults(f"{tmp_path}/index")) == []
 
@@ -325,4 +325,4 @@ def test_a_source_without_samples_says_so(tmp_path: Path):
         open_source(f"wds:{tmp_path}").list_entries()
     write_tar(tmp_path / "a.tar", {"a.txt": b""})
     with pytest.raises(SourceFaults, match=r"no image.*hold no sample"):
-        index_shards(str(tmp_path), most_bad_images=9)
+        index_shards(str(tmp_path), tolerance=Tolerance(9))
