@@ -240,6 +240,8 @@ def upload_folder(path: str | Path, uri: str) -> None:
 def upload(path: str | Path, uri: str) -> None:
     """Copy one local file to `uri`, atomically."""
     target, path = local_path(uri), _refuse_endless(Path(path))
+    if path.is_dir():  # which s3fs leaves out without a word
+        raise IsADirectoryError(f"cannot upload {path} as one object: it is a folder")
     if target is None:
         _refuse_read_only(uri)
         limit = _attempt_seconds(path.stat().st_size)
