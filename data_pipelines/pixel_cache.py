@@ -23,7 +23,7 @@ from imagecodecs import deflate_crc32 as compute_crc32  # zlib's value in a fift
 from data_pipelines.cache_folder import explain_full_disk, make_cache_folder
 
 _SUFFIX = ".pixels"
-_FORMAT = 1
+_FORMAT = 2
 """Goes up when the decoders change what they make of a file."""
 _CHECK = np.dtype("<u4")
 

@@ -74,7 +74,7 @@ _REGION = (
 # What S3 says, and what to do. It answers a HEAD without a word: then the code is the status.
 _S3_CAUSES = {
     **dict.fromkeys(("ExpiredToken", "InvalidToken", "TokenRefreshRequired"), _TOKEN),
-    "400": f"refused without a reason; most often {_TOKEN}, or unset it",
+    "400": f"without a reason; most often {_TOKEN}, or unset it",
     **dict.fromkeys(("RequestTimeTooSkewed", "RequestExpired"), _CLOCK),
     **dict.fromkeys(
         (

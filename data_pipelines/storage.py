@@ -53,7 +53,7 @@ def read_bytes(uri: str) -> bytes:
     """
     path = local_path(uri)
     if path is not None:
-        return _refuse_endless(path).read_bytes()
+        return _read_file(path)
     limit = _attempt_seconds(2**24)  # what is read at once is small
     return retry(uri, lambda: open_client(uri).cat_file(uri, timeout=limit))
 
@@ -78,9 +78,7 @@ def read_range(uri: str, start: int, end: int, deadline_seconds: float = DEADLIN
     def read_once() -> bytes:
         data: Any
         if path is not None:
-            with _refuse_endless(path).open("rb") as file:
-                file.seek(start)
-                data = file.read(end - start)
+            data = _read_file(path, start, end)
         elif _is_http(uri):
             data = read_http_range(uri, start, end, limit)
         else:
@@ -166,9 +164,28 @@ def list_tree(uri: str) -> Tree:
     )
 
 
-def _refuse_endless(path: Path) -> Path:
+def _read_file(path: Path, start: int = 0, end: int | None = None) -> bytes:
+    """Bytes [start, end) of a file, fewer where it ends before; None is its end."""
+    # Without waiting for somebody to write into a named pipe; for a file it means nothing.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        facts = os.fstat(descriptor)
+        _refuse_endless(path, facts.st_mode)
+        if stat.S_ISDIR(facts.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        end = facts.st_size if end is None else end
+        blocks: list[bytes] = []
+        while start < end and (block := os.pread(descriptor, end - start, start)):
+            blocks.append(block)
+            start += len(block)
+    finally:
+        os.close(descriptor)
+    return blocks[0] if len(blocks) == 1 else b"".join(blocks)
+
+
+def _refuse_endless(path: Path, mode: int | None = None) -> Path:
     """The path, unless it is a named pipe, a socket or a device, where reading may never end."""
-    mode = path.stat().st_mode
+    mode = path.stat().st_mode if mode is None else mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         kind = "named pipe" if stat.S_ISFIFO(mode) else "socket or device"
         raise StorageError(f"{path} is a {kind}: copy its content to a file, and name that")
@@ -240,6 +257,8 @@ def upload_folder(path: str | Path, uri: str) -> None:
 def upload(path: str | Path, uri: str) -> None:
     """Copy one local file to `uri`, atomically."""
     target, path = local_path(uri), _refuse_endless(Path(path))
+    if path.is_dir():  # which s3fs leaves out without a word
+        raise IsADirectoryError(f"cannot upload {path} as one object: it is a folder")
     if target is None:
         _refuse_read_only(uri)
         limit = _attempt_seconds(path.stat().st_size)

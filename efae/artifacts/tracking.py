@@ -5,6 +5,7 @@ thread, and a restarted worker would open a second one.
 """
 
 import logging
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -39,6 +40,12 @@ def check_server(tracking_uri: str) -> None:
         raise ValueError(
             f"MLflow at {redact(tracking_uri)!r}: workers on other nodes cannot reach it; start a"
             " server (make up) and set MLFLOW_TRACKING_URI=http://HOST:PORT"
+        )
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN", "")
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise ValueError(  # before the client does, whose error repeats it
+            "MLFLOW_TRACKING_TOKEN holds a line break, a space or a character outside ASCII: set it"
+            " again, to the token alone"
         )
     try:
         with request_limits(QUICK):

@@ -158,7 +158,7 @@ class TestPreflight:
     @pytest.mark.parametrize("check", [storage.check_readable, storage.check_writable])
     def test_wrong_secret(self, s3_endpoint, check, monkeypatch):
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
-        self.expect(check, f"{BUCKET}/x", s3_endpoint, "check AWS_ACCESS_KEY_ID")
+        self.expect(check, f"{BUCKET}/x", s3_endpoint, "AWS_SECRET_ACCESS_KEY")
 
     @pytest.mark.parametrize("check", [storage.check_readable, storage.check_writable])
     def test_nobody_listens(self, s3_endpoint, check, monkeypatch):

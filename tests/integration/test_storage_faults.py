@@ -158,7 +158,7 @@ def test_a_range_beyond_the_end_is_an_error_at_once(proxy):
     [
         (404, FileNotFoundError, "does not exist at http"),
         (403, StorageError, "access denied at http"),
-        (400, StorageError, "failed at http"),
+        (400, StorageError, "refused at http"),
         (501, StorageError, "failed at http"),
     ],
 )

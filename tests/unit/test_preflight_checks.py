@@ -68,6 +68,13 @@ def test_mlflow_that_refuses_the_credentials_names_them(serve, status):
         assert name in message
 
 
+def test_a_token_of_mlflow_that_no_request_can_carry_is_not_repeated(serve, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "hunter2\n")
+    with pytest.raises(ValueError, match=r"^MLFLOW_TRACKING_TOKEN holds a line break") as error:
+        node_checks.check_mlflow(f"http://{serve()}")
+    assert "hunter2" not in str(error.value)
+
+
 def test_mlflow_that_fails_is_not_said_to_refuse(serve):
     with pytest.raises(ValueError, match=r"does not answer .*; start the local stack"):
         node_checks.check_mlflow(f"http://{serve(500)}")

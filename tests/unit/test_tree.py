@@ -114,3 +114,9 @@ def test_a_named_pipe_is_refused_instead_of_waited_for(tmp_path):
         with pytest.raises(StorageError, match=r"pipe is a named pipe: copy its content to a file"):
             action()
     assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_folder_is_no_object(tmp_path):
+    for uri in ("s3://bucket/x", str(tmp_path / "x")):
+        with pytest.raises(IsADirectoryError, match=r"cannot upload .* it is a folder"):
+            storage.upload(tmp_path, uri)
