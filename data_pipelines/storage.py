@@ -316,7 +316,7 @@ def check_readable(uri: str) -> None:
 
 
 def _is_served(uri: str, timeout_seconds: float) -> bool:
-    """Whether something has this address; 403 counts as no, as public buckets answer for nothing."""
+    """Whether something has this address; public buckets answer 403 where nothing has."""
     try:
         find_http(uri, timeout_seconds)
     except FileNotFoundError:
