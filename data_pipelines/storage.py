@@ -109,8 +109,7 @@ def exists(uri: str) -> bool:
         return path.exists()
     try:
         if _is_http(uri):
-            retry(uri, lambda: find_http(uri, ATTEMPT_SECONDS))
-            return True
+            return retry(uri, lambda: _is_served(uri, ATTEMPT_SECONDS))
         found = retry(uri, lambda: open_client(uri).info(uri))
     except FileNotFoundError:
         return False
@@ -307,7 +306,7 @@ def check_readable(uri: str) -> None:
         return
     filesystem = open_client(uri)
     if _is_http(uri):
-        retry(uri, lambda: _knock_at_http(uri), PREFLIGHT_SECONDS / 2)
+        retry(uri, lambda: _is_served(uri, PREFLIGHT_SECONDS), PREFLIGHT_SECONDS / 2)
         return
     try:
         retry(uri, lambda: filesystem.info(uri, timeout=PREFLIGHT_SECONDS), PREFLIGHT_SECONDS / 2)
@@ -316,14 +315,17 @@ def check_readable(uri: str) -> None:
         raise StorageError(f"{describe_missing(uri)}, {remedy}") from error
 
 
-def _knock_at_http(uri: str) -> None:
+def _is_served(uri: str, timeout_seconds: float) -> bool:
+    """Whether something has this address; public buckets answer 403 where nothing has."""
     try:
-        find_http(uri, PREFLIGHT_SECONDS)
+        find_http(uri, timeout_seconds)
     except FileNotFoundError:
-        pass
+        return False
     except Exception as error:
-        if getattr(error, "status", None) != 403:  # many servers list no folders
+        if getattr(error, "status", None) != 403:
             raise
+        return False
+    return True
 
 
 def check_writable(uri: str) -> None:

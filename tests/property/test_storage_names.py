@@ -121,7 +121,7 @@ def test_names_of_files_are_literal(folder):
 @with_examples
 @given(folders())
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_names_of_objects_are_literal(local_stack, folder):
     assume(not any("\\" in name for name in folder[0]))  # SeaweedFS makes them slashes

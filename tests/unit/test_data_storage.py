@@ -171,6 +171,7 @@ def flaky_server() -> Iterator[str]:
         "/cut": ["cut", 200],
         "/missing": [404],
         "/forbidden": [403],
+        "/closed": [401],
         "/down": [500],
     }
     _Handler.requests = []
@@ -210,8 +211,11 @@ def test_a_missing_web_address_is_not_a_bucket(flaky_server, monkeypatch):
 
 
 def test_a_web_server_that_refuses_does_not_say_that_nothing_is_there(flaky_server):
-    with pytest.raises(StorageError, match="access denied; check FSSPEC_HTTP"):
-        storage.exists(f"{flaky_server}/forbidden")
+    for ask in (storage.exists, storage.check_readable):
+        with pytest.raises(StorageError, match="access denied; check FSSPEC_HTTP"):
+            ask(f"{flaky_server}/closed")
+    # A public bucket answers so for what is not there, and many servers for a folder.
+    assert not storage.exists(f"{flaky_server}/forbidden")
     storage.check_readable(f"{flaky_server}/forbidden")
     with pytest.raises(StorageError, match="no answer"):
         storage.check_readable(f"{flaky_server}/down")
