@@ -177,7 +177,7 @@ def _fit(config: Config, run_id: str, tracking_uri: str, on_look: UserCallback |
                     list[UserCallback],  # Ray takes others as well
                     [
                         WorkerFailures(locate_run(config)),
-                        GroupStarts(locate_run(config), config.ray),
+                        GroupStarts(locate_run(config), config.ray, in_sweep=on_look is not None),
                         *([on_look] if on_look else []),
                     ],
                 ),

@@ -66,10 +66,11 @@ class GroupStarts(ControllerCallback, WorkerGroupCallback):
     Args:
         uri: Of the run, for its events.
         settings: How long to wait for room, and how many starts in a row may fail.
+        in_sweep: Whether other runs of the same job hold nodes, too: they come free.
     """
 
-    def __init__(self, uri: str, settings: RayConfig):
-        self._uri, self._settings = uri, settings
+    def __init__(self, uri: str, settings: RayConfig, in_sweep: bool):
+        self._uri, self._settings, self._in_sweep = uri, settings, in_sweep
         self._failed = 0
         self._stands_since = self._waits_since = 0.0
         self._next_note = _FIRST_NOTE_SECONDS
@@ -131,8 +132,7 @@ class GroupStarts(ControllerCallback, WorkerGroupCallback):
         if error is None or isinstance(error, WorkerGroupStartupTimeoutError):
             workers = error.num_workers if error else self._settings.fewest_workers
             missing, holders = find_shortage(self._list_wanted(workers), workers)
-            # What other trials of a sweep hold comes free when they end.
-            counts = ray.get_runtime_context().get_job_id() not in holders
+            counts = not (self._in_sweep and ray.get_runtime_context().get_job_id() in holders)
             kind, what = "standstill", f"the run has stood still for {seconds:.0f} s: {missing}"
             is_due = seconds >= self._next_note
             remedy = (
