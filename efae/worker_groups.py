@@ -130,8 +130,11 @@ class GroupStarts(ControllerCallback, WorkerGroupCallback):
         """Counts a start that failed, or one that was not tried for want of room."""
         seconds = time.monotonic() - self._stands_since
         if error is None or isinstance(error, WorkerGroupStartupTimeoutError):
-            workers = error.num_workers if error else self._settings.fewest_workers
+            workers = self._settings.fewest_workers
             missing, holders = find_shortage(self._list_wanted(workers), workers)
+            if error and error.num_workers > workers and not missing:
+                return  # an elastic run asks for lost nodes until Ray has counted them anew
+            missing = missing or f"{workers} workers found no place, though there seems to be room"
             counts = not (self._in_sweep and ray.get_runtime_context().get_job_id() in holders)
             kind, what = "standstill", f"the run has stood still for {seconds:.0f} s: {missing}"
             is_due = seconds >= self._next_note
@@ -178,7 +181,7 @@ def free_orphans(creator_id: str | None = None) -> None:
 
 
 def find_shortage(wanted: Mapping[str, float], workers: int) -> tuple[str, set[str]]:
-    """What is missing for so many workers, and the ids of the jobs that hold it.
+    """What is missing for so many workers, empty if nothing is, and the ids of the jobs that hold it.
 
     Args:
         wanted: Amounts by resource, for all workers.
@@ -203,8 +206,7 @@ def find_shortage(wanted: Mapping[str, float], workers: int) -> tuple[str, set[s
             f" {total.get(name, 0):g}, {free.get(name, 0):g} of them free"
             + "".join(f"; job {job_id} holds {n:g}" for job_id, n in by_job.items())
         )
-    none = f"{workers} workers found no place, though there seems to be room"
-    return ", ".join(lines) or none, holders
+    return ", ".join(lines), holders
 
 
 # Of Ray's public tables none says which actor made a placement group, and whether it lives.
