@@ -181,7 +181,7 @@ def free_orphans(creator_id: str | None = None) -> None:
 
 
 def find_shortage(wanted: Mapping[str, float], workers: int) -> tuple[str, set[str]]:
-    """What is missing for so many workers, empty if nothing is, and the ids of the jobs that hold it.
+    """What is missing for so many workers, if anything is, and the ids of the jobs that hold it.
 
     Args:
         wanted: Amounts by resource, for all workers.
