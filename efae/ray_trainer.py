@@ -125,7 +125,8 @@ def run_training(
 
     Raises:
         TrainingFailed: the workers, or Ray's controller, were lost more often than
-            ray.max_failures, or failed in a way that would repeat itself.
+            ray.max_failures, found no room that often in a row, or failed in a way that would
+            repeat itself.
     """
     _set_environment()
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.ray.placement_timeout_seconds)
