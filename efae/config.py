@@ -307,7 +307,7 @@ class RayConfig:
     """Where checkpoints go; every node must reach it."""
     max_failures: int = 3
     """Losses of workers that a run survives; nodes that the cluster takes back with notice do not
-    count."""
+    count. Also the starts of workers that may fail in a row."""
     rollbacks: int = 0
     """Times that a run whose loss is no longer a number goes back to its newest checkpoint, each
     time at half the learning rate, instead of stopping."""
@@ -320,7 +320,7 @@ class RayConfig:
     placement_timeout_seconds for them, instead of refusing a cluster that is too small now."""
     placement_timeout_seconds: int = 20
     """How long to wait for the nodes of a group of workers before counting them anew; 300 where an
-    autoscaler has to start machines."""
+    autoscaler has to start machines. After max_failures + 1 such waits in a row the run ends."""
     resize_interval_seconds: int = 60
     """How often an elastic run looks for more nodes; growing repeats the steps since the newest
     checkpoint."""

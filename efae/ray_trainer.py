@@ -126,7 +126,8 @@ def run_training(
 
     Raises:
         TrainingFailed: the workers, or Ray's controller, were lost more often than
-            ray.max_failures, or failed in a way that would repeat itself.
+            ray.max_failures, found no room that often in a row, or failed in a way that would
+            repeat itself.
     """
     _set_environment()
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.ray.placement_timeout_seconds)
@@ -178,7 +179,7 @@ def _fit(config: Config, run_id: str, tracking_uri: str, on_look: UserCallback |
                     list[UserCallback],  # Ray takes others as well
                     [
                         WorkerFailures(locate_run(config)),
-                        GroupStarts(locate_run(config), config.ray),
+                        GroupStarts(locate_run(config), config.ray, in_sweep=on_look is not None),
                         *([on_look] if on_look else []),
                     ],
                 ),

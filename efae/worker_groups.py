@@ -1,9 +1,9 @@
-"""Groups of workers as Ray's controller starts them: they get room, and waiting for it ends.
+"""How Ray's controller starts groups of workers: it frees their room, and does not wait for ever.
 
 Ray frees a placement group when the actor *and* the job that made it are dead
 (ray-project/ray#65881), and Ray Train loses sight of one when its controller, or a worker, dies
-while the group starts. On a full cluster nothing could start again as long as the driver lives. A
-start that fails for want of room is tried again without end, too.
+while the group starts: on a full cluster nothing could start again as long as the driver lives. It
+also repeats a start that fails, without end and without a word.
 """
 
 import threading
@@ -20,6 +20,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller.state import (
     InitializingState,
+    PreemptingState,
     ReschedulingState,
     RestartingState,
     RunningState,
@@ -65,10 +66,11 @@ class GroupStarts(ControllerCallback, WorkerGroupCallback):
     Args:
         uri: Of the run, for its events.
         settings: How long to wait for room, and how many starts in a row may fail.
+        in_sweep: Whether other runs of the same job hold nodes, too: they come free.
     """
 
-    def __init__(self, uri: str, settings: RayConfig):
-        self._uri, self._settings = uri, settings
+    def __init__(self, uri: str, settings: RayConfig, in_sweep: bool):
+        self._uri, self._settings, self._in_sweep = uri, settings, in_sweep
         self._failed = 0
         self._stands_since = self._waits_since = 0.0
         self._next_note = _FIRST_NOTE_SECONDS
@@ -106,7 +108,7 @@ class GroupStarts(ControllerCallback, WorkerGroupCallback):
             TrainingFailed: more starts in a row have failed than ray.max_failures.
         """
         now = time.monotonic()
-        if isinstance(current_state, RunningState):
+        if isinstance(current_state, RunningState | PreemptingState):
             self._failed, self._stands_since = 0, 0.0
             return
         if not self._stands_since:
@@ -126,40 +128,44 @@ class GroupStarts(ControllerCallback, WorkerGroupCallback):
 
     def _note_failure(self, error: Exception | None) -> None:
         """Counts a start that failed, or one that was not tried for want of room."""
-        self._failed += 1
-        limit = self._settings.max_failures
         seconds = time.monotonic() - self._stands_since
         if error is None or isinstance(error, WorkerGroupStartupTimeoutError):
-            workers = error.num_workers if error else self._settings.fewest_workers
-            what = f"the run has stood still for {seconds:.0f} s: {self._find_shortage(workers)}"
-            kind, is_due = "standstill", seconds >= self._next_note
-        else:
-            what = f"workers were lost while they started: {first_cause(error)}"
-            kind, is_due = "failure", True
-        gives_up = self._failed > limit
-        if is_due or gives_up:
-            self._next_note = max(self._next_note, 2 * seconds)
-            print(what, flush=True)
-            # Storage may be away: the controller must not wait for it.
-            record = threading.Thread(
-                target=record_event, args=(self._uri, kind, what), daemon=True
+            workers = self._settings.fewest_workers
+            missing, holders = find_shortage(self._list_wanted(workers), workers)
+            if error and error.num_workers > workers and not missing:
+                return  # an elastic run asks for lost nodes until Ray has counted them anew
+            missing = missing or f"{workers} workers found no place, though there seems to be room"
+            counts = not (self._in_sweep and ray.get_runtime_context().get_job_id() in holders)
+            kind, what = "standstill", f"the run has stood still for {seconds:.0f} s: {missing}"
+            is_due = seconds >= self._next_note
+            remedy = (
+                "submit again under the same name when there is room, or raise"
+                f" ray.placement_timeout_seconds={self._settings.placement_timeout_seconds} (300"
+                " where machines have to start)"
             )
-            record.start()
-            if gives_up:
-                record.join(5)
-                wait = self._settings.placement_timeout_seconds
-                raise TrainingFailed(
-                    f"{what}. {self._failed} starts of workers in a row failed, more than"
-                    f" ray.max_failures={limit}. Nothing is lost: submit again under the same name"
-                    f" when there is room, or raise ray.placement_timeout_seconds={wait} (300 where"
-                    " machines have to start)"
-                )
+        else:
+            kind, what = "failure", f"workers were lost while they started: {first_cause(error)}"
+            counts = is_due = True
+            remedy = "look at the nodes' memory, then submit again under the same name"
+        self._failed += counts
+        gives_up = self._failed > self._settings.max_failures
+        if not (is_due or gives_up):
+            return
+        self._next_note = max(self._next_note, 2 * seconds)
+        print(what, flush=True)
+        # Storage may be away: the controller must not wait for it.
+        record = threading.Thread(target=record_event, args=(self._uri, kind, what), daemon=True)
+        record.start()
+        if gives_up:
+            record.join(5)
+            raise TrainingFailed(
+                f"{what}. {self._failed} starts of workers in a row failed, more than"
+                f" ray.max_failures={self._settings.max_failures}. Nothing is lost: {remedy}"
+            )
 
-    def _find_shortage(self, workers: int) -> str:
-        want = {"CPU": self._settings.cpus_per_worker}
-        if self._settings.use_gpu:
-            want["GPU"] = 1
-        return describe_shortage({name: each * workers for name, each in want.items()}, workers)
+    def _list_wanted(self, workers: int) -> dict[str, float]:
+        wanted = {"CPU": float(self._settings.cpus_per_worker * workers)}
+        return wanted | ({"GPU": float(workers)} if self._settings.use_gpu else {})
 
 
 def free_orphans(creator_id: str | None = None) -> None:
@@ -174,11 +180,11 @@ def free_orphans(creator_id: str | None = None) -> None:
             _remove(group)
 
 
-def describe_shortage(want: Mapping[str, float], workers: int) -> str:
-    """What is missing for so many workers, and which jobs hold it.
+def find_shortage(wanted: Mapping[str, float], workers: int) -> tuple[str, set[str]]:
+    """What is missing for so many workers, if anything is, and the ids of the jobs that hold it.
 
     Args:
-        want: Amounts by resource, for all workers.
+        wanted: Amounts by resource, for all workers.
         workers: Their number.
     """
     total = cast(dict[str, float], ray.cluster_resources())
@@ -186,19 +192,21 @@ def describe_shortage(want: Mapping[str, float], workers: int) -> str:
     held = [group for group in _list_placement_groups() if group.state == "CREATED"]
     held += _list_actors()
     lines: list[str] = []
-    for name, amount in want.items():
+    holders: set[str] = set()
+    for name, amount in wanted.items():
         if free.get(name, 0) >= amount:
             continue
-        line = (
-            f"{workers} workers need {amount:g} {name}s, the living nodes have"
-            f" {total.get(name, 0):g}, {free.get(name, 0):g} of them free"
-        )
         by_job: dict[str, float] = {}
         for one in held:
             by_job[one.job_id] = by_job.get(one.job_id, 0) + one.resources.get(name, 0)
-        holders = [f"job {job_id} holds {n:g}" for job_id, n in sorted(by_job.items()) if n]
-        lines.append("; ".join([line, *holders]))
-    return ", ".join(lines) or f"{workers} workers found no place, though there seems to be room"
+        by_job = {job_id: n for job_id, n in sorted(by_job.items()) if n}
+        holders |= by_job.keys()
+        lines.append(
+            f"{workers} workers need {amount:g} {name}s, the living nodes have"
+            f" {total.get(name, 0):g}, {free.get(name, 0):g} of them free"
+            + "".join(f"; job {job_id} holds {n:g}" for job_id, n in by_job.items())
+        )
+    return ", ".join(lines), holders
 
 
 # Of Ray's public tables none says which actor made a placement group, and whether it lives.

@@ -17,6 +17,7 @@ from cluster.state import load
 from efae.artifacts.run_events import read_events
 from tests.integration.train_jobs import (
     OPTIONS,
+    ROOT,
     find_run,
     find_version,
     run_job,
@@ -63,7 +64,7 @@ def test_a_controller_that_dies_before_its_workers_begin_leaves_the_nodes_free(w
     with submitted("unborn", "--ray.max-failures=1") as job:
         job.wait_for("placement group", lambda: has_reserved(cluster))
         kill(cluster, "controller")
-        job.wait(timeout=120)
+        job.wait()
     kinds = [event.kind for event in read_events(run_uri("unborn"))]
     assert kinds == ["failure", "start"]
     assert find_version(find_run("unborn")).tags["digest"] == find_version(whole_run).tags["digest"]
@@ -103,3 +104,53 @@ def test_an_elastic_group_that_loses_a_node_while_it_starts_goes_on_with_what_is
         job.wait(timeout=200)
     starts = [event for event in read_events(run_uri("shrunk")) if event.kind == "start"]
     assert [event.facts["world_size"] for event in starts] == [1]
+
+
+RESERVE = """
+import ray, sys
+from ray.util import placement_group, placement_group_table
+from efae.worker_groups import find_shortage, free_orphans
+
+def reserve(name, lifetime=None):
+    assert placement_group([{"memory": 1}], name=name, lifetime=lifetime).wait(60)
+
+@ray.remote(num_cpus=0)
+class Creator:
+    def reserve(self, *arguments):
+        reserve(*arguments)
+
+job = sys.argv[1]
+ray.init(log_to_driver=False)
+reserve(f"{job}-driver")
+living, dead = Creator.remote(), Creator.remote()
+ray.get([living.reserve.remote(f"{job}-living"), dead.reserve.remote(f"{job}-dead")])
+ray.get(dead.reserve.remote(f"{job}-detached", "detached"))
+ray.kill(dead)
+print("reserved", flush=True)
+if input() == "free":
+    free_orphans()
+    _, holders = find_shortage({"memory": 2.0**60}, 1)
+    assert ray.get_runtime_context().get_job_id() in holders
+    table = placement_group_table().values()
+    print("left", *(group["name"] for group in table if group["state"] == "CREATED"), flush=True)
+    input()
+"""
+
+
+def test_only_what_dead_actors_of_the_same_job_reserved_is_freed(cluster):
+    def begin(name):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        return subprocess.Popen([sys.executable, "-c", RESERVE, name], cwd=ROOT, **pipes)
+
+    with begin("other") as other, begin("mine") as mine:
+        try:
+            for driver in (other, mine):
+                assert "reserved\n" in iter(driver.stdout.readline, "")
+            print("free", file=mine.stdin, flush=True)
+            left = next(line for line in mine.stdout if line.startswith("left"))
+        finally:
+            other.kill()
+            mine.kill()
+    kinds = {"driver", "living", "detached"}
+    expected = {f"{job}-{kind}" for job in ("mine", "other") for kind in kinds}
+    assert set(left.split()[1:]) == expected | {"other-dead"}

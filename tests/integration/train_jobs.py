@@ -47,7 +47,10 @@ class Job:
 
     def wait(self, timeout: float = 280) -> str:
         """Its output, when it has ended with status 0."""
-        status = self.process.wait(timeout)
+        try:
+            status = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"runs for {timeout} s: {self.log.read_text()}") from None
         assert status == 0, self.log.read_text()
         return self.log.read_text()
 

@@ -4,10 +4,17 @@ import time
 
 import pytest
 import torch
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train import ControllerError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerHealthCheckFailedError,
+)
+from ray.train.v2._internal.execution.controller.state import ReschedulingState, RunningState
 
 from efae.artifacts.run_events import read_events, record_event
+from efae.config import RayConfig
 from efae.ray_trainer import TrainingFailed, WorkerFailures, find_culprit, is_final
+from efae.worker_groups import GroupStarts
 
 GONE = WorkerHealthCheckFailedError(
     "A worker health check failed.\nIts process is gone.", OSError()
@@ -59,3 +66,22 @@ def test_workers_that_were_lost_before_they_began_have_no_host(tmp_path):
     with pytest.raises(TrainingFailed, match="rank 0: wrong"):
         WorkerFailures(str(tmp_path)).after_exception(None, {0: ValueError("wrong")})
     assert find_failure(str(tmp_path)) == "rank 0 was lost: wrong"
+
+
+def test_workers_that_die_in_every_start_end_the_run(tmp_path):
+    """Ray itself would start them for ever; starts that succeed between do not add up."""
+    starts = GroupStarts(str(tmp_path), RayConfig(max_failures=2), in_sweep=False)
+
+    def fail():
+        error = ControllerError(WorkerGroupStartupFailedError("no memory"))
+        starts.after_controller_state_update(None, ReschedulingState(error))
+
+    for _ in range(3):
+        fail()
+        fail()
+        starts.after_controller_state_update(None, RunningState())
+    fail()
+    fail()
+    with pytest.raises(TrainingFailed, match=r"no memory.* 3 starts .* ray\.max_failures=2"):
+        fail()
+    assert find_failure(str(tmp_path)) == "workers were lost while they started: no memory"
