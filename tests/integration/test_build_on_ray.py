@@ -189,7 +189,7 @@ import pathlib, sys
 from data_pipelines import image_sources, shard_tasks, shard_writer
 folder = pathlib.Path(sys.argv[1])
 source = image_sources.open_source(f"folder:{folder}")
-job = shard_writer.ShardJob(f"{folder}/set", "x.tar", source.list_entries(), None)
+job = shard_writer.ShardJob(f"{folder}/set", "x.tar", source.list_entries(), None, False)
 (folder / "a.png").unlink()
 list(shard_tasks.run_tasks(shard_writer.write_shard, source, [job], "ray"))
 """
@@ -235,7 +235,7 @@ def test_faults_of_tars_are_listed_by_tasks(environment, tmp_path):
     assert "b.tar: sample 'y' has no image" in out
     assert err.strip().splitlines()[-1] == (
         f"index_shards: 2 faults in {tmp_path}, all listed in {tmp_path}/faults.txt: no index"
-        " written; mend them, or use --bad-images skip for those of single samples"
+        " written; mend them, or use --bad-images skip for those of single images"
     )
 
 
