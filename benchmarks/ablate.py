@@ -30,13 +30,13 @@ from benchmarks.original_sketch import build_optimizer as build_sketch_optimizer
 from data_pipelines import ShardDataset
 from efae.config import Config
 from efae.config_forms import with_overrides
+from efae.evaluation.held_out import read_held_out
+from efae.evaluation.measures import gradient_energy, psnr, ssim, to_float
 from efae.model.objective import Objective
 from efae.presets import PRESETS
 from efae.symmetry import Element, Representation
 from efae.symmetry.representation import irrep_matrix
-from efae.training.held_out import read_held_out
 from efae.training.loop import seed_of
-from efae.training.measures import gradient_energy, psnr, ssim, to_float
 from efae.training.optimizer import learning_rate_at, set_learning_rate
 from efae.training.state import TrainState
 

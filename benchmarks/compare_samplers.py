@@ -18,9 +18,9 @@ import tyro
 
 from benchmarks.ablate import RESULTS, Experiment, choose_experiment, read_all, train
 from efae.config_forms import with_overrides
+from efae.evaluation.held_out import read_held_out
+from efae.evaluation.measures import gradient_energy, psnr, ssim, to_float
 from efae.model.sampler import EVALUATIONS
-from efae.training.held_out import read_held_out
-from efae.training.measures import gradient_energy, psnr, ssim, to_float
 
 STEP_COUNTS = (1, 2, 4, 8, 16, 50)
 IMAGES = 128

@@ -12,12 +12,22 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_pipelines import shard_tasks, storage, unfinished, uris
+from data_pipelines import storage
+from data_pipelines.building import ray_tasks, unfinished
+from data_pipelines.building.fingerprint import make_absolute
+from data_pipelines.building.sample_encoding import ENCODINGS, Encoding, Entry
+from data_pipelines.building.shard_writer import ShardJob, write_shard
+from data_pipelines.building.sources import SOURCES, SampleSource, drop_repeated, open_source
 from data_pipelines.commands import run_command
 from data_pipelines.contact_sheet import describe_set
-from data_pipelines.encoded_images import ENCODINGS, Encoding, Entry
-from data_pipelines.image_sources import SOURCES, SampleSource, drop_repeated, open_source
-from data_pipelines.intake import (
+from data_pipelines.shards.index import (
+    INDEX_NAME,
+    ShardIndex,
+    common_shape,
+    load_index,
+    write_index,
+)
+from data_pipelines.shards.intake import (
     FAULTS,
     LEFT_OUT,
     LeftOut,
@@ -29,15 +39,7 @@ from data_pipelines.intake import (
     shorten,
     write_faults,
 )
-from data_pipelines.shard_index import (
-    INDEX_NAME,
-    ShardIndex,
-    common_shape,
-    load_index,
-    write_index,
-)
-from data_pipelines.shard_writer import ShardJob, write_shard
-from data_pipelines.source_names import make_absolute
+from data_pipelines.storage import uris
 
 TRAIN, HELD_OUT = "train", "held_out"
 
@@ -63,7 +65,7 @@ def build_shards(
         encoding: How images are written that do not keep their own bytes.
         tolerance: Images that are left out where they cannot be taken, up to a number; with more,
             nothing is finished. All of them are in ``faults.txt`` of the output.
-        on: One of `shard_tasks.PLACES`.
+        on: One of `ray_tasks.PLACES`.
 
     Returns:
         What is there now, and what was not taken.
@@ -82,7 +84,7 @@ def build_shards(
         if value is not None and value < least:
             raise ValueError(f"--{name} {value}: must be at least {least}")
     output = make_absolute(output)
-    shard_tasks.means_ray(on)
+    ray_tasks.means_ray(on)
     try:
         origin = open_source(source, encoding, output, tolerance.dotted_keys)
         fingerprint = {
@@ -261,7 +263,7 @@ def _write_missing(
     total = sum(len(job.entries) for job in jobs)
     done = total - sum(len(job.entries) for job in missing)
     with tqdm(total=total, initial=done, unit="image", desc=uri, disable=None) as progress:
-        for number, record in shard_tasks.run_tasks(write_shard, source, missing, on):
+        for number, record in ray_tasks.run_tasks(write_shard, source, missing, on):
             records[missing[number].name] = record
             progress.update(len(missing[number].entries))
     there = storage.list_files(uri)
@@ -323,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--quality", type=int, default=95, help="of --encoding jpeg, 1 to 100")
     add_tolerance(parser)
-    parser.add_argument("--on", default="auto", choices=shard_tasks.PLACES, help=shard_tasks.HELP)
+    parser.add_argument("--on", default="auto", choices=ray_tasks.PLACES, help=ray_tasks.HELP)
     options = vars(parser.parse_args(arguments))
     tolerance = pop_tolerance(options)
     try:
@@ -332,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SourceFaults as error:
         print(shorten(error.faults), flush=True)
         sys.exit(f"build_shards: {describe_faults(error, tolerance, options['output'])}")
-    except (ValueError, OSError, shard_tasks.TaskFailed) as error:
+    except (ValueError, OSError, ray_tasks.TaskFailed) as error:
         sys.exit(f"build_shards: {error}")
     print(f"{summary}\ncheck: python -m data_pipelines.verify_shards {options['output']}")
 

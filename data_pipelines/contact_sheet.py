@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipelines import storage, uris
+from data_pipelines import storage
+from data_pipelines.building.statistics import draw_sample, map_images, measure_set
 from data_pipelines.commands import run_command
-from data_pipelines.image_codec import decode_image
-from data_pipelines.intake import LEFT_OUT, LeftOut, SourceFaults, shorten
-from data_pipelines.set_statistics import draw_sample, map_images, measure_set
-from data_pipelines.shard_index import ShardIndex, load_index
+from data_pipelines.images.codec import decode_image
+from data_pipelines.shards.index import SHEET_NAME, STATISTICS_NAME, ShardIndex, load_index
+from data_pipelines.shards.intake import LEFT_OUT, LeftOut, SourceFaults, shorten
+from data_pipelines.storage import uris
 
-SHEET_NAME = "contact_sheet.png"
-STATISTICS_NAME = "statistics.json"
 ROWS, COLUMNS = 8, 12
 _TILE, _GAP, _CAPTION = 96, 4, 28  # pixels
 _BACKGROUND, _INK = (236, 236, 236), (32, 32, 32)

@@ -10,10 +10,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
 
-from data_pipelines import shard_tasks, storage, unfinished, uris
+from data_pipelines import storage
+from data_pipelines.building import ray_tasks, unfinished
+from data_pipelines.building.checks import TarChecks, check_tar, find_repeated_keys, select_tars
+from data_pipelines.building.fingerprint import digest, make_absolute
 from data_pipelines.commands import run_command
 from data_pipelines.contact_sheet import describe_set
-from data_pipelines.intake import (
+from data_pipelines.shards.index import (
+    INDEX_NAME,
+    ShardIndex,
+    common_shape,
+    load_index,
+    write_index,
+)
+from data_pipelines.shards.intake import (
     FAULTS,
     FAULTS_NAME,
     LEFT_OUT,
@@ -26,15 +36,7 @@ from data_pipelines.intake import (
     shorten,
     write_faults,
 )
-from data_pipelines.shard_checks import TarChecks, check_tar, find_repeated_keys, select_tars
-from data_pipelines.shard_index import (
-    INDEX_NAME,
-    ShardIndex,
-    common_shape,
-    load_index,
-    write_index,
-)
-from data_pipelines.source_names import digest, make_absolute
+from data_pipelines.storage import uris
 
 _THREADS = 4
 
@@ -51,7 +53,7 @@ def index_shards(
     Args:
         uri: Folder of the tars, or the tars themselves: see `list_tars`.
         output: URI of the index; None is the tars' own folder.
-        on: One of `shard_tasks.PLACES`.
+        on: One of `ray_tasks.PLACES`.
         tolerance: Samples that are left out where they cannot be taken, up to a number; with more,
             no index is written. All of them are in ``faults.txt`` of the output.
         verify: Whether every image is decoded; so it is where bad ones may be skipped.
@@ -65,7 +67,7 @@ def index_shards(
         StorageError: the output cannot be written.
         TaskFailed: Ray gave up on a tar.
     """
-    shard_tasks.means_ray(on)
+    ray_tasks.means_ray(on)
     base = _find_base(uri)
     output = make_absolute(output) if output else base
     try:
@@ -169,7 +171,7 @@ def _read_tars(
     faults: dict[str, list[str]] = {}
     total, done = len(sizes), len(records)
     with tqdm(total=total, initial=done, unit="tar", desc=checks.base, disable=None) as progress:
-        for number, (record, found) in shard_tasks.run_tasks(
+        for number, (record, found) in ray_tasks.run_tasks(
             check_tar, checks, missing, on, _THREADS
         ):
             name = missing[number]
@@ -254,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="decode every image, as training does, which --bad-images skip does anyway; left out,"
         " headers are read, and a sample of the images is decoded",
     )
-    parser.add_argument("--on", default="auto", choices=shard_tasks.PLACES, help=shard_tasks.HELP)
+    parser.add_argument("--on", default="auto", choices=ray_tasks.PLACES, help=ray_tasks.HELP)
     options = vars(parser.parse_args(arguments))
     tolerance = pop_tolerance(options)
     try:
@@ -263,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(shorten(error.faults), flush=True)
         output = options["output"] or _find_base(options["uri"])
         sys.exit(f"index_shards: {describe_faults(error, tolerance, output)}")
-    except (ValueError, OSError, shard_tasks.TaskFailed) as error:
+    except (ValueError, OSError, ray_tasks.TaskFailed) as error:
         sys.exit(f"index_shards: {error}")
     print(summary)
 

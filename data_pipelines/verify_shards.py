@@ -10,14 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines import shard_tasks, storage, uris
+from data_pipelines import storage
+from data_pipelines.building import ray_tasks
+from data_pipelines.building.checks import find_repeated_keys, leaves_folder, map_file, open_copy
 from data_pipelines.commands import run_command
-from data_pipelines.image_codec import decode_image, image_extensions
-from data_pipelines.intake import find_litter
-from data_pipelines.latent_format import EXTENSION, LatentFormat, find_format, read_bits
-from data_pipelines.shard_checks import find_repeated_keys, leaves_folder, map_file, open_copy
-from data_pipelines.shard_index import INDEX_NAME, Shape, Shard, load_index, make_shard
-from data_pipelines.tar_members import read_members
+from data_pipelines.images.codec import decode_image, image_extensions
+from data_pipelines.shards.index import INDEX_NAME, Shape, Shard, load_index, make_shard
+from data_pipelines.shards.intake import find_litter
+from data_pipelines.shards.latent_format import EXTENSION, LatentFormat, find_format, read_bits
+from data_pipelines.shards.tar_members import read_members
+from data_pipelines.storage import uris
 
 
 def find_faults(uri: str) -> Iterator[str]:
@@ -43,7 +45,7 @@ def find_faults(uri: str) -> Iterator[str]:
                 yield f"{uris.join(base, name)}: not in the index"
     except ValueError:  # http cannot be listed
         pass
-    results = shard_tasks.run_tasks(
+    results = ray_tasks.run_tasks(
         _check_shard, (base, index.image_shape, latents), index.shards, threads=os.cpu_count() or 1
     )
     total = len(index.shards)

@@ -32,6 +32,6 @@ def load(uri: str, device: str = "cpu") -> Autoencoder:
         ConnectionError: MLflow fails.
         StorageError: the storage refuses or does not answer.
     """
-    from efae.artifacts import registry
+    from efae.registry import pull
 
-    return registry.load(uri, device)
+    return pull.load(uri, device)

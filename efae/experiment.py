@@ -12,19 +12,22 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from data_pipelines import ShardDataset, storage, uris
+from data_pipelines import ShardDataset, storage
+from data_pipelines.storage import uris
 from efae import config_forms as configuration
-from efae.artifacts import checkpoint, registration, run_checkpoints, tracking
-from efae.artifacts.model_card import render_model_card
-from efae.artifacts.redaction import redact
-from efae.artifacts.report import write_report
-from efae.artifacts.run_events import read_events
-from efae.artifacts.tracker import deliver_points
-from efae.cluster_checks import run_preflight
+from efae.checkpoints import checkpoint, run_folder
+from efae.checkpoints.events import read_events
 from efae.config import Config
+from efae.evaluation.evaluate import Evaluation
+from efae.preflight.cluster_checks import run_preflight
 from efae.presets import PRESETS
 from efae.ray_trainer import evaluate_on_cluster, run_training
-from efae.training.evaluation import Evaluation
+from efae.registry import registration
+from efae.report.card import write_report
+from efae.report.model_card import render_model_card
+from efae.tracking import runs
+from efae.tracking.redaction import redact
+from efae.tracking.sender import deliver_points
 
 MLFLOW_PATIENCE_SECONDS = 60
 
@@ -54,23 +57,23 @@ def run_experiment(config: Config, tracking_uri: str, say: Callable[[str], None]
     run_preflight(config, tracking_uri, say)
     step = find_start(config)
     experiment, run_name = config.tracking.experiment, config.tracking.run_name
-    if step == config.training.steps and not tracking.find_unfinished_run(
+    if step == config.training.steps and not runs.find_unfinished_run(
         tracking_uri, experiment, run_name
     ):
         raise ValueError(
             f"tracking.run_name={run_name!r}: that run is finished (step {step}); choose another"
             " name to train again"
         )
-    run_id, _ = tracking.find_or_create_run(
+    run_id, _ = runs.find_or_create_run(
         tracking_uri,
         experiment,
         run_name,
         {"efae.commit": config.tracking.commit, "efae.config": configuration.digest(config)},
     )
-    say(f"ok   run {run_name}: {tracking.find_run_url(tracking_uri, run_id)}")
+    say(f"ok   run {run_name}: {runs.find_run_url(tracking_uri, run_id)}")
     if step:
         say(f"    goes on from step {step}")
-    tracking.log_config(tracking_uri, run_id, config)
+    runs.log_config(tracking_uri, run_id, config)
     try:
         run_training(config, run_id, tracking_uri)
         final, metadata = find_final(config)
@@ -86,9 +89,9 @@ def run_experiment(config: Config, tracking_uri: str, say: Callable[[str], None]
         deliver_points(tracking_uri, run_id, metadata["unsent_metrics"])
         summary = publish(config, tracking_uri, final, evaluation, facts)
     except BaseException:
-        tracking.finish_run(tracking_uri, run_id, "FAILED")
+        runs.finish_run(tracking_uri, run_id, "FAILED")
         raise
-    tracking.finish_run(tracking_uri, run_id, "FINISHED")
+    runs.finish_run(tracking_uri, run_id, "FINISHED")
     return summary
 
 
@@ -101,7 +104,7 @@ def wait_for_mlflow(tracking_uri: str, run_name: str, say: Callable[[str], None]
     give_up_at = time.monotonic() + MLFLOW_PATIENCE_SECONDS
     while True:
         try:
-            return tracking.check_server(tracking_uri)
+            return runs.check_server(tracking_uri)
         except ValueError as error:
             if time.monotonic() > give_up_at:
                 raise ConnectionError(
@@ -122,7 +125,7 @@ def find_start(config: Config) -> int:
         StorageError: the storage refuses or does not answer.
     """
     name = config.tracking.run_name
-    newest = run_checkpoints.read_newest_origin(run_checkpoints.locate_run(config))
+    newest = run_folder.read_newest_origin(run_folder.locate_run(config))
     if newest is not None:
         uri, (metadata, found) = newest
         if config.resume == "never":
@@ -165,7 +168,7 @@ def _changes(before: Config, now: Config) -> list[tuple[str, str]]:
 
 def find_final(config: Config) -> tuple[str, dict[str, Any]]:
     """URI of the last checkpoint, and its metadata."""
-    newest = run_checkpoints.read_newest_origin(run_checkpoints.locate_run(config))
+    newest = run_folder.read_newest_origin(run_folder.locate_run(config))
     assert newest is not None, "training ended without a checkpoint"
     uri, (metadata, _) = newest
     return uri, metadata
@@ -184,7 +187,7 @@ def describe_run(config: Config, totals: dict[str, Any]) -> dict[str, Any]:
     Raises:
         StorageError: the storage refuses or does not answer.
     """
-    events = read_events(run_checkpoints.locate_run(config))
+    events = read_events(run_folder.locate_run(config))
     return {
         "run_name": config.tracking.run_name,
         "preset": describe_preset(config),
@@ -298,10 +301,10 @@ def publish(
             pictures=evaluation.pictures,
             config=config,
             facts=facts | {"model_uri": version.uri},
-            curves=tracking.read_curve(tracking_uri, run_id, "loss"),
+            curves=runs.read_curve(tracking_uri, run_id, "loss"),
         )
         summary = json.loads((report_folder / "summary.json").read_text())
-        tracking.log_report(tracking_uri, run_id, report_folder, summary)
+        runs.log_report(tracking_uri, run_id, report_folder, summary)
         if config.tracking.report_folder:
             copy = uris.join(config.tracking.report_folder, config.tracking.run_name)
             storage.upload_folder(report_folder, copy)

@@ -39,3 +39,16 @@ def make_ascii(name: str) -> str:
     if letters == name and len(name) <= _LONGEST_IN_RAY:
         return name
     return f"{letters[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+def is_named(name: str) -> str:
+    """The end of a filter of MLflow's that finds what has this name, and perhaps more.
+
+    The filters cannot quote a quote: where a name holds both, others that look like it are found,
+    too; and some databases do not tell capital letters from small ones.
+    """
+    if "\\" not in name:
+        for quote in "'\"":
+            if quote not in name:
+                return f"= {quote}{name}{quote}"
+    return "LIKE '" + re.sub(r"""['"\\]""", "_", name) + "'"

@@ -29,19 +29,19 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.util import get_node_ip_address  # pyright: ignore[reportUnknownVariableType]
 
-from data_pipelines.retries import StorageError
-from data_pipelines.shard_cache import ShardError
+from data_pipelines.loading.shard_cache import ShardError
+from data_pipelines.storage.retries import StorageError
 from efae import config_forms as configuration
-from efae.artifacts.checkpoint import CheckpointError
-from efae.artifacts.redaction import first_cause
-from efae.artifacts.run_checkpoints import locate_run
-from efae.artifacts.run_events import read_events, record_event
+from efae.checkpoints.checkpoint import CheckpointError
+from efae.checkpoints.events import read_events, record_event
+from efae.checkpoints.run_folder import locate_run
 from efae.config import Config
+from efae.evaluation.evaluate import Evaluation, evaluate
+from efae.evaluation.held_out import read_held_out
 from efae.names import make_ascii
+from efae.tracking.redaction import first_cause
 from efae.training.divergence import TrainingDiverged
-from efae.training.evaluation import Evaluation, evaluate
-from efae.training.held_out import read_held_out
-from efae.training.run import continue_run, print_line
+from efae.training.process import continue_run, print_line
 from efae.worker_groups import GroupStarts, TrainingFailed, free_orphans
 
 _RAY_ENVIRONMENT = {
@@ -302,7 +302,7 @@ def evaluate_on_cluster(model_uri: str, config: Config) -> Evaluation:
     """Measure a model on the run's held-out images, in a Ray task.
 
     Args:
-        model_uri: as `registry.load` takes it, reachable from the cluster's nodes.
+        model_uri: as `pull.load` takes it, reachable from the cluster's nodes.
         config: which images, and the CPUs and GPU to use; the model brings its own.
 
     Raises:
@@ -316,7 +316,7 @@ def evaluate_on_cluster(model_uri: str, config: Config) -> Evaluation:
 
 
 def _evaluate(model_uri: str, text: str) -> Evaluation:
-    from efae.artifacts.registry import load  # with MLflow, which workers that train do without
+    from efae.registry.pull import load  # with MLflow, which workers that train do without
 
     config = configuration.from_json(text)
     torch.set_num_threads(config.ray.cpus_per_worker)

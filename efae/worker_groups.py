@@ -27,9 +27,9 @@ from ray.train.v2._internal.execution.controller.state import (
 )
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from efae.artifacts.redaction import first_cause
-from efae.artifacts.run_events import record_event
+from efae.checkpoints.events import record_event
 from efae.config import RayConfig
+from efae.tracking.redaction import first_cause
 
 _FIRST_NOTE_SECONDS = 60.0
 _LOOK_SECONDS = 1.0

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import tyro
 
 from data_pipelines.commands import run_command
-from efae.encoding.request import Request
+from efae.latents.request import Request
 
 if TYPE_CHECKING:
-    from efae.encoding.encode import Encoded
+    from efae.latents.encode import Encoded
 
 
 def main(arguments: list[str]) -> int:
@@ -30,9 +30,9 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     request = tyro.cli(Request, description=__doc__, args=arguments, prog="jobs/encode.py")
     # Importing the platform takes seconds; a mistyped option should not.
-    from data_pipelines.shard_cache import ShardError
-    from efae.artifacts.checkpoint import CheckpointError
-    from efae.encoding.encode import EncodingFailed, encode_set
+    from data_pipelines.loading.shard_cache import ShardError
+    from efae.checkpoints.checkpoint import CheckpointError
+    from efae.latents.encode import EncodingFailed, encode_set
 
     try:
         encoded = encode_set(request, say=lambda line: print(line, flush=True))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from efae.config import Config
-    from efae.model.tokenizer import Tokenizer
+    from efae.evaluation.protocol import Tokenizer
 
 
 @dataclass
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
     """Exit status 0 only if the report was written."""
     chosen = tyro.cli(Arguments, description=__doc__, args=arguments, prog="jobs/evaluate.py")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    from efae.artifacts.checkpoint import CheckpointError
+    from efae.checkpoints.checkpoint import CheckpointError
 
     try:
         report = _run(chosen)
@@ -81,10 +81,10 @@ def _run(chosen: Arguments) -> Path:
     """
     from tqdm import tqdm
 
-    from efae.artifacts.report import Card, write_comparison, write_report
-    from efae.training.angles import choose_angles
-    from efae.training.evaluation import evaluate
-    from efae.training.networks import Lpips, load_fid
+    from efae.evaluation.any_angle import choose_angles
+    from efae.evaluation.evaluate import evaluate
+    from efae.evaluation.lpips_fid import Lpips, load_fid
+    from efae.report.card import Card, write_comparison, write_report
 
     if not chosen.model or len(set(chosen.model)) < len(chosen.model):
         raise ValueError(f"--model {' '.join(chosen.model)}: name one or more, each once")
@@ -167,8 +167,8 @@ def _load(
         ValueError: there is no such model, or it does not take images of this shape.
     """
     import efae
-    from efae.model.foreign import load_diffusers
-    from efae.preflight import check_images
+    from efae.exchange.diffusers_tokenizer import load_diffusers
+    from efae.preflight.driver_checks import check_images
     from efae.symmetry import D4, FLIPS
 
     channels, height, width = shape
@@ -197,7 +197,7 @@ def _load(
 def _read(chosen: Arguments, channels: Literal[1, 3], shape: tuple[int, int, int]) -> "Tensor":
     """The images as uint8; grey ones repeated for a model that takes colour."""
     from efae.config import DataConfig
-    from efae.training.held_out import read_held_out
+    from efae.evaluation.held_out import read_held_out
 
     data = DataConfig(held_out_uri=chosen.data, channels=channels, resolution=shape[1:])
     return read_held_out(data, chosen.images)

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     config = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Importing the platform takes seconds; a mistyped option should not.
-    from efae.cluster_checks import run_preflight
+    from efae.preflight.cluster_checks import run_preflight
 
     try:
         outcomes = run_preflight(

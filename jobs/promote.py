@@ -25,7 +25,7 @@ from typing import Annotated
 import tyro
 
 from data_pipelines.commands import run_command
-from efae.artifacts.promotion import GATES, GateName, Promotion, Terms, promote
+from efae.registry.promotion import GATES, GateName, Promotion, Terms, promote
 
 
 @dataclass

@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Importing the platform takes seconds; a mistyped option should not.
-    from efae.artifacts.checkpoint import CheckpointError
+    from efae.checkpoints.checkpoint import CheckpointError
     from efae.experiment import run_experiment
     from efae.ray_trainer import TrainingFailed
 

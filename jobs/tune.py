@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Importing the platform takes seconds; a mistyped option should not.
-    from efae.artifacts.checkpoint import CheckpointError
+    from efae.checkpoints.checkpoint import CheckpointError
     from efae.sweep.phase import Interrupted
     from efae.sweep.sweep import run_sweep
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines import ShardDataset
-from data_pipelines.sample_forms import Batch
+from data_pipelines.loading.batch import Batch
 from efae.symmetry import D4
 from efae.symmetry.group import act_on_grid
 from efae.training.loop import seed_of

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efae.evaluation.measures import to_float
 from efae.symmetry import D4
 from efae.symmetry.group import act_on_grid
 from efae.training.loop import seed_of
-from efae.training.measures import to_float
 
 LABELS, FEATURES = 10, 64
 _UPRIGHT = [D4.index(D4[name]) for name in ("identity", "flip_h")]

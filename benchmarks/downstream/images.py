@@ -9,9 +9,9 @@ from webdataset.writer import TarWriter
 from benchmarks.downstream.settings import Pose, Settings
 from data_pipelines import ShardDataset
 from data_pipelines.build_shards import build_shards
-from data_pipelines.image_codec import encode_png
+from data_pipelines.images.codec import encode_png
 from data_pipelines.index_shards import make_index
-from data_pipelines.shard_index import INDEX_NAME, write_index
+from data_pipelines.shards.index import INDEX_NAME, write_index
 from efae.symmetry import D4
 from efae.symmetry.group import act_on_grid
 

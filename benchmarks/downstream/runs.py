@@ -32,9 +32,9 @@ from benchmarks.downstream.latent_flow import measure_loss, sample_latents, trai
 from benchmarks.downstream.settings import Pose, Settings
 from benchmarks.downstream.tokenizers import decode, encode, encode_images, train_tokenizer
 from data_pipelines import ShardDataset
+from efae.evaluation.measures import psnr, to_float
 from efae.symmetry import D4
 from efae.symmetry.group import act_on_grid
-from efae.training.measures import psnr, to_float
 
 PICTURED = 16
 Say = Callable[[str], None]

@@ -12,17 +12,18 @@ from torch import Tensor
 from benchmarks.ablate import NARROW
 from benchmarks.downstream.arms import TokenizerName
 from benchmarks.downstream.settings import Settings
-from data_pipelines import ShardDataset, unfinished
-from data_pipelines.latent_format import FORMAT, LatentFormat
-from data_pipelines.shard_index import INDEX_NAME, ShardIndex, load_index, write_index
+from data_pipelines import ShardDataset
+from data_pipelines.building import unfinished
+from data_pipelines.shards.index import INDEX_NAME, ShardIndex, load_index, write_index
+from data_pipelines.shards.latent_format import FORMAT, LatentFormat
 from efae.config_forms import with_overrides
-from efae.encoding.shard_encoder import ShardEncoder, Source
+from efae.evaluation.measures import to_float
+from efae.latents.shard_encoder import ShardEncoder, Source
 from efae.model.autoencoder import Autoencoder
 from efae.model.pretrained import WEIGHTS
 from efae.presets import PRESETS
 from efae.symmetry import D4
 from efae.training.loop import train
-from efae.training.measures import to_float
 
 # The widths and learning rate that are best at equal compute and about a minute or two (docs/
 # choosing.md), and what a step costs there on a quiet core (results/ablation-fashion_mnist-60).

@@ -12,7 +12,7 @@ import simplejpeg
 
 from benchmarks.loaders import Task
 from data_pipelines import storage
-from data_pipelines.image_codec import decode_into
+from data_pipelines.images.codec import decode_into
 
 
 def read_members(task: Task) -> Iterator[tuple[str, bytes, int]]:

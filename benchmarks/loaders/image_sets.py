@@ -18,9 +18,9 @@ from webdataset.writer import TarWriter
 
 from benchmarks.loaders import DEFAULT_TARS
 from data_pipelines import storage
-from data_pipelines.image_sources import open_source
+from data_pipelines.building.sources import open_source
 from data_pipelines.index_shards import make_index
-from data_pipelines.shard_index import write_index
+from data_pipelines.shards.index import write_index
 
 QUALITY = 90
 SMALLEST_CROP = 256

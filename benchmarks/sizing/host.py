@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from data_pipelines import ShardDataset
-from efae.artifacts.checkpoint import read_checkpoint, write_checkpoint
+from efae.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from efae.config import Config
 from efae.presets import QUICKSTART
 from efae.training.state import TrainState

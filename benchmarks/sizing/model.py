@@ -7,8 +7,8 @@ own plan to check the ones about shards, and `measure` moves the bytes.
 from dataclasses import dataclass, replace
 from math import ceil, log
 
-from data_pipelines.chunks import LARGEST_BYTES
-from data_pipelines.epoch_plan import MOST_LANES, WINDOW_CHUNKS
+from data_pipelines.loading.epoch_plan import MOST_LANES, WINDOW_CHUNKS
+from data_pipelines.shards.chunks import LARGEST_BYTES
 
 BYTES_PER_PARAMETER = 16
 """Of a checkpoint: weights, their average and AdamW's two moments, 4 bytes each."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_pipelines.chunks import Chunks, cut_chunks
-from data_pipelines.epoch_plan import Position, plan_batches
-from data_pipelines.shard_index import Members, Shard, ShardIndex
+from data_pipelines.loading.epoch_plan import Position, plan_batches
+from data_pipelines.shards.chunks import Chunks, cut_chunks
+from data_pipelines.shards.index import Members, Shard, ShardIndex
 
 
 @dataclass

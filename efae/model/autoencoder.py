@@ -18,8 +18,8 @@ from efae.model.decoder import Decoder
 from efae.model.encoder import Encoder
 from efae.model.sampler import Field, Method, guide, integrate, time_grid
 from efae.symmetry import GROUPS, TRIVIAL, Element, Representation
-from efae.symmetry.basis import Basis
-from efae.symmetry.rotation import check_turns_by_any_angle
+from efae.symmetry.any_angle import check_turns_by_any_angle
+from efae.symmetry.learned_basis import Basis
 
 
 def build_representation(config: Config) -> Representation:

@@ -16,7 +16,7 @@ from efae.config import DataConfig, ModelConfig
 from efae.model.encoder import Positions, patchify, unpatchify
 from efae.model.octic import Block, Lift, latent_action, normalize, patch_action
 from efae.model.octic_layout import embed_invariant, layout_of, spread_gains, take_invariant
-from efae.model.resample import Resample
+from efae.model.token_grid import Resample
 from efae.symmetry.group import Group
 from efae.symmetry.representation import Representation
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from efae.model import flow
 from efae.model.autoencoder import Autoencoder
+from efae.symmetry.any_angle import act_by_angle, disk_mask, rotate_image
 from efae.symmetry.group import act_on_grid
-from efae.symmetry.rotation import act_by_angle, disk_mask, rotate_image
 
 
 class Objective(nn.Module):

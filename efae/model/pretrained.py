@@ -1,10 +1,10 @@
 """A model as a folder in the style of diffusers: config.json and safetensors, nothing else.
 
-Two readers share it: `Autoencoder.from_pretrained` and `efae.model.diffusers_adapter`. Beside our
-configuration, config.json says what latent-diffusion code asks of an autoencoder. The header of the
-weights holds the hash of config.json and that of the tensors, so that neither goes with another.
-The hashes find accidents and mix-ups; somebody who means harm can write new ones, and can still not
-make a reader run code.
+Two readers share it: `Autoencoder.from_pretrained` and `efae.exchange.diffusers_adapter`. Beside
+our configuration, config.json says what latent-diffusion code asks of an autoencoder. The header of
+the weights holds the hash of config.json and that of the tensors, so that neither goes with
+another. The hashes find accidents and mix-ups; somebody who means harm can write new ones, and can
+still not make a reader run code.
 """
 
 import hashlib

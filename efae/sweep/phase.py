@@ -14,13 +14,13 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from efae.artifacts.redaction import first_cause
 from efae.config import Config
 from efae.names import make_ascii
 from efae.sweep.config import OBJECTIVES, SweepConfig
-from efae.sweep.proposals import Proposals
 from efae.sweep.records import Records, TrialRecord
-from efae.sweep.trial import Sweep, list_resources, run_trial
+from efae.sweep.run_trial import Sweep, list_resources, run_trial
+from efae.sweep.searcher import Proposals
+from efae.tracking.redaction import first_cause
 
 # The sweep says itself what happens; of Tune's two ways of printing only the older can be silent.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -54,7 +54,7 @@ class Phases:
     on_end: Callable[[TrialRecord], None]
 
     def search(self, proposals: Proposals) -> None:
-        """Run trials of what `proposals` says until settings.trials have ended.
+        """Run trials of what `searcher` says until settings.trials have ended.
 
         Raises:
             Interrupted: the driver was told to stop; trials that had begun are still "running".

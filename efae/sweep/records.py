@@ -8,7 +8,8 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from data_pipelines import storage, uris
+from data_pipelines import storage
+from data_pipelines.storage import uris
 
 _SWEEP = "sweep.json"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from efae.artifacts.page import finite, plain, render_page, write_json
+from efae.report.html import finite, plain, render_page, write_json
 from efae.sweep.importance import FEWEST_TRIALS, rate_knobs
 from efae.sweep.report_charts import draw_curves, draw_importance, draw_pareto, draw_surface
 from efae.sweep.reported_trials import (

@@ -11,8 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from efae.artifacts.charts import BLUE, ORANGE, begin_charts, name_chart
-from efae.artifacts.figures import GREY, save
+from efae.report.charts import BLUE, ORANGE, begin_charts, name_chart
+from efae.report.image_grids import GREY, save
 from efae.sweep.importance import Importance
 from efae.sweep.reported_trials import Trial, describe, find_front
 from efae.sweep.surface import Surface

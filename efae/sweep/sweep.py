@@ -11,17 +11,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_pipelines import storage, uris
+from data_pipelines import storage
+from data_pipelines.storage import uris
 from efae import config_forms as configuration
-from efae.artifacts import registry, run_checkpoints, tracking
-from efae.cluster_checks import run_preflight
+from efae.checkpoints import run_folder
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.experiment import describe_data, describe_run, find_final, publish, wait_for_mlflow
+from efae.preflight.cluster_checks import run_preflight
 from efae.ray_trainer import evaluate_on_cluster
+from efae.registry import pull
 from efae.sweep.config import SweepConfig
 from efae.sweep.phase import Interrupted, Phases
-from efae.sweep.proposals import Proposals
 from efae.sweep.ranking import (
     choose_finalists,
     describe_cost,
@@ -31,8 +32,10 @@ from efae.sweep.ranking import (
 )
 from efae.sweep.records import Records, TrialRecord
 from efae.sweep.report import write_sweep_report
+from efae.sweep.run_trial import Sweep, configure_trial, name_run
+from efae.sweep.searcher import Proposals
 from efae.sweep.space import Chooser, read_space
-from efae.sweep.trial import Sweep, configure_trial, name_run
+from efae.tracking import runs
 
 CANDIDATE = "candidate"
 _STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "running": "KILLED"}
@@ -70,9 +73,9 @@ def run_sweep(
     chooser = Chooser(config, read_space(settings.space, config))
     chooser.list_possible()
     run_preflight(config, tracking_uri, say)
-    records = Records(run_checkpoints.locate_run(config))
+    records = Records(run_folder.locate_run(config))
     parent = _begin(config, settings, chooser, records, tracking_uri)
-    say(f"ok   sweep {settings.name}: {tracking.find_run_url(tracking_uri, parent)}")
+    say(f"ok   sweep {settings.name}: {runs.find_run_url(tracking_uri, parent)}")
     if records.trials:
         states = [record.state for record in records.trials.values()]
         found = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
@@ -90,7 +93,7 @@ def run_sweep(
         facts = {
             "sweep_name": settings.name,
             "mlflow_parent_run_id": parent,
-            "mlflow_url": tracking.find_run_url(tracking_uri, parent),
+            "mlflow_url": runs.find_run_url(tracking_uri, parent),
             **describe_sweep(config, settings, chooser, records),
             "best": best,
             "cost": describe_cost(config, records) | {"wall_seconds": time.monotonic() - started},
@@ -133,7 +136,7 @@ def _begin(
         ValueError: there is a sweep or a run of this name that is another or has ended.
     """
     name = settings.name
-    if run_checkpoints.find_newest_checkpoint(run_checkpoints.locate_run(config)):
+    if run_folder.find_newest_checkpoint(run_folder.locate_run(config)):
         raise ValueError(f"sweep.name={name!r}: there is a run of that name; choose another")
     free = (*_MAY_GROW, "concurrency")
     fixed = {f"sweep.{k}": v for k, v in asdict(settings).items() if k not in free}
@@ -146,13 +149,13 @@ def _begin(
     fixed = json.loads(json.dumps(fixed))
     known = records.read_sweep()
     if known is None:
-        run_id, _ = tracking.find_or_create_run(
+        run_id, _ = runs.find_or_create_run(
             tracking_uri,
             config.tracking.experiment,
             name,
             {"efae.commit": config.tracking.commit, "efae.sweep": "parent"},
         )
-        tracking.log_params(tracking_uri, run_id, fixed)
+        runs.log_params(tracking_uri, run_id, fixed)
         records.write_sweep({"mlflow_run_id": run_id, "settings": fixed, "ended": None})
     else:
         run_id, before = known["mlflow_run_id"], known["settings"]
@@ -173,7 +176,7 @@ def _begin(
                 " sweep.trials to go on with it"
             )
         records.write_sweep(known | {"ended": None})
-        tracking.reopen_run(tracking_uri, run_id)
+        runs.reopen_run(tracking_uri, run_id)
     for record in records.trials.values():
         chooser.accept(record.combination)
     return run_id
@@ -218,7 +221,7 @@ class _Diary:
 
 def end_trial(sweep: Sweep, config: Config, record: TrialRecord) -> None:
     """End the trial's run in MLflow, with its last numbers for the comparison of runs."""
-    tracking.end_trial(
+    runs.end_trial(
         sweep.tracking_uri,
         config.tracking.experiment,
         name_run(sweep.name, record),
@@ -231,7 +234,7 @@ def end_trial(sweep: Sweep, config: Config, record: TrialRecord) -> None:
 def _end_runs(sweep: Sweep, config: Config, trials: Iterable[TrialRecord], status: str) -> None:
     for record in trials:
         end_trial(sweep, config, record)
-    tracking.finish_run(sweep.tracking_uri, sweep.parent_run_id, status)
+    runs.finish_run(sweep.tracking_uri, sweep.parent_run_id, status)
 
 
 def _register(sweep: Sweep, winner: TrialRecord, say: Callable[[str], None]) -> str:
@@ -243,13 +246,13 @@ def _register(sweep: Sweep, winner: TrialRecord, say: Callable[[str], None]) -> 
     facts = {
         **describe_run(config, metadata["totals"]),
         **describe_data(config),
-        "mlflow_run_id": tracking.find_run(uri, names.experiment, names.run_name),
+        "mlflow_run_id": runs.find_run(uri, names.experiment, names.run_name),
         "wall_seconds": winner.seconds,
     }
     evaluation = evaluate_on_cluster(final, config)
     summary = publish(config, uri, final, evaluation, facts)
     name, version = names.registered_model, int(summary["model_uri"].rpartition("/")[2])
-    registry.set_alias(name, CANDIDATE, version, uri)
+    pull.set_alias(name, CANDIDATE, version, uri)
     return summary["model_uri"]
 
 
@@ -261,7 +264,7 @@ def _report(config: Config, facts: dict[str, Any], parent: str, tracking_uri: st
         summary = {"steps": facts["cost"]["steps"]}
         if best is not None:
             summary[f"best_{best['metric']}"] = best["value"]
-        tracking.log_report(tracking_uri, parent, path, summary)
+        runs.log_report(tracking_uri, parent, path, summary)
         if config.tracking.report_folder:
             copy = uris.join(config.tracking.report_folder, config.tracking.run_name)
             storage.upload_folder(path, copy)

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from data_pipelines import uris
-from efae.artifacts.checkpoint import checkpoint_name, write_checkpoint
-from efae.artifacts.run_checkpoints import prune_checkpoints
-from efae.artifacts.run_events import record_event
+from data_pipelines.storage import uris
+from efae.checkpoints.checkpoint import checkpoint_name, write_checkpoint
+from efae.checkpoints.events import record_event
+from efae.checkpoints.run_folder import prune_checkpoints
 from efae.config import Config
 from efae.training.state import TrainState
 

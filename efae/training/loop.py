@@ -15,21 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines import ShardDataset
-from efae.artifacts.checkpoint import Checkpoint
+from efae.checkpoints.checkpoint import Checkpoint
 from efae.config import Config
+from efae.evaluation.measures import to_float
 from efae.model.objective import Objective
 from efae.training.checkpoint_writer import CheckpointWriter
 from efae.training.divergence import DivergenceGuard
-from efae.training.measures import to_float
 from efae.training.meter import Meter
 from efae.training.optimizer import learning_rate_at, set_learning_rate
 from efae.training.perceptual import load_perceptual
-from efae.training.preview import Preview
 from efae.training.sample_log import SampleLog
 from efae.training.state import TrainState
+from efae.training.validation import Preview
 
 if TYPE_CHECKING:  # of rank 0 alone
-    from efae.artifacts.tracker import Tracker
+    from efae.tracking.sender import Tracker
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from efae.training.flow_measures import TIME_BINS
+from efae.evaluation.flow_measures import TIME_BINS
 
 
 class Meter:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efae.artifacts.checkpoint import Checkpoint
+from efae.checkpoints.checkpoint import Checkpoint
 from efae.config import Config
 from efae.model.autoencoder import Autoencoder
 from efae.training.ema import MovingAverage

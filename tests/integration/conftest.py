@@ -6,8 +6,9 @@ import pytest
 from mlflow import MlflowClient
 
 from data_pipelines.build_shards import build_shards
-from efae.artifacts import registration, tracking
-from efae.artifacts.registry import RegisteredVersion
+from efae.registry import registration
+from efae.registry.pull import RegisteredVersion
+from efae.tracking import runs
 from tests.integration.stored_models import write_model
 from tests.integration.train_jobs import OPTIONS, SHARDS, find_run, run_job
 
@@ -51,7 +52,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def run_id(tracking_uri: str, name: str) -> str:
-    return tracking.find_or_create_run(tracking_uri, "registry", name, {})[0]
+    return runs.find_or_create_run(tracking_uri, "registry", name, {})[0]
 
 
 @pytest.fixture

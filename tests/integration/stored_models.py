@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from mlflow import MlflowClient
 
-from data_pipelines import uris
+from data_pipelines.storage import uris
 from efae import config_forms as configuration
-from efae.artifacts import checkpoint
+from efae.checkpoints import checkpoint
 from efae.config import Config
 from efae.model.autoencoder import Autoencoder
 

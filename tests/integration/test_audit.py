@@ -27,7 +27,7 @@ SAMPLES, GLOBAL_BATCH, SAVE_EVERY = 310, 24, 4
 STEPS = 3 * SAMPLES // GLOBAL_BATCH + 1  # three epochs and a little
 WORLDS = (1, 3, 2, 4)
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["data_pipelines.shard_dataset", "s3fs"])
+PROCESSES.set_forkserver_preload(["data_pipelines.loading.dataset", "s3fs"])
 
 
 def consume(rank, world, folder, attempt, barrier):

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import storage, storage_clients
+from data_pipelines import storage
 from data_pipelines.build_shards import build_shards
 from data_pipelines.index_shards import index_shards
+from data_pipelines.storage import clients
 from data_pipelines.verify_shards import find_faults
 from tests.conftest import find_workers
 
@@ -59,7 +60,7 @@ def read_set(uri):
 
 def find_written(uri):
     """{name: time of its last write}, as the server keeps it."""
-    details = storage_clients.open_client(uri).find(uri, detail=True)
+    details = clients.open_client(uri).find(uri, detail=True)
     return {name.rsplit("/", 1)[-1]: entry["LastModified"] for name, entry in details.items()}
 
 
@@ -165,10 +166,10 @@ def test_a_package_that_a_node_lacks_is_said_in_one_line(environment, tmp_path):
     (tmp_path / "only_here.py").write_text("def double(shared, job):\n    return 2 * job\n")
     code = """
 import only_here
-from data_pipelines import shard_tasks
+from data_pipelines.building import ray_tasks
 try:
-    list(shard_tasks.run_tasks(only_here.double, None, [1], "ray"))
-except shard_tasks.TaskFailed as error:
+    list(ray_tasks.run_tasks(only_here.double, None, [1], "ray"))
+except ray_tasks.TaskFailed as error:
     print(error)
 """
     result = subprocess.run(
@@ -186,12 +187,12 @@ except shard_tasks.TaskFailed as error:
 
 SCRIPT = """
 import pathlib, sys
-from data_pipelines import image_sources, shard_tasks, shard_writer
+from data_pipelines.building import ray_tasks, shard_writer, sources
 folder = pathlib.Path(sys.argv[1])
-source = image_sources.open_source(f"folder:{folder}")
+source = sources.open_source(f"folder:{folder}")
 job = shard_writer.ShardJob(f"{folder}/set", "x.tar", source.list_entries(), None, False)
 (folder / "a.png").unlink()
-list(shard_tasks.run_tasks(shard_writer.write_shard, source, [job], "ray"))
+list(ray_tasks.run_tasks(shard_writer.write_shard, source, [job], "ray"))
 """
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from efae.artifacts.run_events import read_events
+from efae.checkpoints.events import read_events
 from tests.integration import loss_terms
 from tests.integration.train_jobs import OPTIONS, find_run, read_curve, run_job, run_uri
 

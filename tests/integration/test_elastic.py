@@ -18,7 +18,7 @@ from benchmarks.chaos.cluster import Cluster
 from cluster.services import client_environment
 from cluster.state import load
 from data_pipelines import ShardDataset
-from efae.artifacts.run_events import read_events
+from efae.checkpoints.events import read_events
 from tests.integration.train_jobs import (
     LOG_INTERVAL,
     SHARDS,

@@ -16,7 +16,7 @@ from PIL import Image
 from data_pipelines import ShardDataset, storage
 from data_pipelines.build_shards import build_shards
 from data_pipelines.verify_shards import find_faults
-from efae.artifacts import checkpoint
+from efae.checkpoints import checkpoint
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from data_pipelines.build_shards import build_shards
-from efae.artifacts import checkpoint
+from efae.checkpoints import checkpoint
 from efae.config import Config
 from efae.config_forms import with_overrides
+from efae.evaluation.any_angle import ANGLES
 from efae.model.autoencoder import Autoencoder
-from efae.training.angles import ANGLES
 from jobs.evaluate import main
 
 OURS = {

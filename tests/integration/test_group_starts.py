@@ -14,7 +14,7 @@ import pytest
 from benchmarks.chaos.cluster import Cluster
 from cluster.services import client_environment
 from cluster.state import load
-from efae.artifacts.run_events import read_events
+from efae.checkpoints.events import read_events
 from tests.integration.train_jobs import (
     OPTIONS,
     ROOT,

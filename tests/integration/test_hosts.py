@@ -15,7 +15,7 @@ from benchmarks.hosts.network import Network, find_obstacle
 from data_pipelines import ShardDataset
 from data_pipelines.build_shards import build_shards
 from data_pipelines.verify_shards import find_faults
-from efae.artifacts.run_events import read_events
+from efae.checkpoints.events import read_events
 from tests.conftest import ROOT
 from tests.integration.train_jobs import (
     SHARDS,

@@ -26,8 +26,8 @@ from PIL import Image
 
 from data_pipelines import ShardDataset, ShardError, storage
 from data_pipelines.build_shards import build_shards
-from data_pipelines.shard_cache import ShardCache
-from data_pipelines.shard_loader import _FETCH_THREADS
+from data_pipelines.loading.loader import _FETCH_THREADS
+from data_pipelines.loading.shard_cache import ShardCache
 from tests.conftest import ROOT
 from tests.integration.fault_proxy import FaultProxy
 
@@ -41,7 +41,7 @@ VICTIM = 40
 """Number of the sample that is damaged; it is of shard 1 of 0 to 3."""
 SHARD = "shard-000001.tar"
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["data_pipelines.shard_dataset", "s3fs"])
+PROCESSES.set_forkserver_preload(["data_pipelines.loading.dataset", "s3fs"])
 
 
 def draw(key, side=48):

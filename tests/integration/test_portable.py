@@ -11,10 +11,12 @@ from mlflow import MlflowClient
 
 import efae
 from efae import config_forms as configuration
-from efae.artifacts import checkpoint, registration, registry, tracking
-from efae.artifacts.portable import PORTABLE_FILES
+from efae.checkpoints import checkpoint
+from efae.exchange.torch_export import PORTABLE_FILES
 from efae.model.autoencoder import Autoencoder
+from efae.registry import pull, registration
 from efae.symmetry import D4
+from efae.tracking import runs
 from tests.clean_environment import make_environment, run_alone
 from tests.integration.stored_models import TINY, make_model
 
@@ -69,7 +71,7 @@ def stored(model, local_stack, tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EFAE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         tracking_uri = local_stack["MLFLOW_TRACKING_URI"]
-        run_id, _ = tracking.find_or_create_run(tracking_uri, "portable", "portable", {})
+        run_id, _ = runs.find_or_create_run(tracking_uri, "portable", "portable", {})
         folder = tmp_path_factory.mktemp("model")
         checkpoint.write_model(folder, model.state_dict(), TINY, {})
         registration.register_model(folder, "portable", run_id, {}, {}, tracking_uri)
@@ -126,11 +128,11 @@ def test_tags_of_the_version_say_what_the_portable_files_were(stored, local_stac
     client = MlflowClient(local_stack["MLFLOW_TRACKING_URI"])
     tags = client.get_model_version("portable", "1").tags
     for name in PORTABLE_FILES:
-        assert tags[f"sha256.{name}"] == registry.sha256((stored / name).read_bytes())
+        assert tags[f"sha256.{name}"] == pull.sha256((stored / name).read_bytes())
 
 
 def test_our_own_load_takes_nothing_of_the_portable_files(stored):
-    files = {path.name for path in registry.pull("models:/portable@champion").iterdir()}
+    files = {path.name for path in pull.pull("models:/portable@champion").iterdir()}
     assert files == {*checkpoint.MODEL_FILES, "manifest.json"}
 
 
@@ -138,7 +140,7 @@ def test_what_cannot_be_exported_is_registered_with_a_warning(local_stack, tmp_p
     other = configuration.with_overrides(TINY, {"model.depth": 2})
     checkpoint.write_model(tmp_path / "model", make_model().state_dict(), other, {})
     tracking_uri = local_stack["MLFLOW_TRACKING_URI"]
-    run_id, _ = tracking.find_or_create_run(tracking_uri, "portable", "unportable", {})
+    run_id, _ = runs.find_or_create_run(tracking_uri, "portable", "unportable", {})
     with caplog.at_level(logging.WARNING, "efae"):
         version = registration.register_model(
             tmp_path / "model", "unportable", run_id, {}, {}, tracking_uri

@@ -17,14 +17,15 @@ from PIL import Image
 from data_pipelines import ShardDataset, storage
 from data_pipelines.build_shards import build_shards
 from efae import config_forms as configuration
-from efae.artifacts import checkpoint, registration, registry
-from efae.artifacts.promotion import GATES
-from efae.artifacts.registry import RegisteredVersion
+from efae.checkpoints import checkpoint
 from efae.config import Config
+from efae.evaluation.evaluate import evaluate
+from efae.evaluation.held_out import read_held_out
 from efae.experiment import publish
 from efae.model.autoencoder import Autoencoder
-from efae.training.evaluation import evaluate
-from efae.training.held_out import read_held_out
+from efae.registry import pull, registration
+from efae.registry.promotion import GATES
+from efae.registry.pull import RegisteredVersion
 from jobs.promote import main
 
 pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("cache")]
@@ -162,7 +163,7 @@ def test_a_damaged_model_gets_no_alias_though_the_cache_holds_a_sound_one(
 ):
     register(24.0)
     version = register(25.0)
-    registry.pull(version.uri)
+    pull.pull(version.uri)
     root = client.get_run(run_id).info.artifact_uri.replace(
         "mlflow-artifacts:/", "s3://mlflow/artifacts/"
     )
@@ -229,11 +230,11 @@ def test_another_promotion_under_way_is_waited_for_unless_it_was_killed(
 ):
     register(24.0)
     version = register(25.0)
-    with registry.promote_alone(name, tracking_uri):
+    with pull.promote_alone(name, tracking_uri):
         assert promote(version) == 1
     assert f"another promotion of '{name}' began" in capsys.readouterr().err
     assert aliases() == {"champion": 1}
-    killed = time.time() - registry.ABANDONED_AFTER_SECONDS - 1
+    killed = time.time() - pull.ABANDONED_AFTER_SECONDS - 1
     client.set_registered_model_tag(name, "promoting.killed", f"{killed:.0f}")
     assert promote(version) == 0
     assert client.get_registered_model(name).tags == {}
@@ -247,7 +248,7 @@ def test_of_promotions_at_the_same_time_one_at_most_goes_on(register, name, trac
     def enter(_: int) -> None:
         nonlocal inside, most, entered, refused
         try:
-            with registry.promote_alone(name, tracking_uri):
+            with pull.promote_alone(name, tracking_uri):
                 with lock:
                     inside, entered = inside + 1, entered + 1
                     most = max(most, inside)

@@ -11,12 +11,14 @@ from mlflow.models import Model
 
 import efae
 from data_pipelines import storage
-from data_pipelines.retries import StorageError
+from data_pipelines.storage.retries import StorageError
 from efae import config_forms as configuration
-from efae.artifacts import checkpoint, registration, registry, tracking
-from efae.artifacts.checkpoint import CheckpointError
-from efae.artifacts.model_cache import sha256
-from efae.artifacts.registry import RegisteredVersion
+from efae.checkpoints import checkpoint
+from efae.checkpoints.checkpoint import CheckpointError
+from efae.registry import pull, registration
+from efae.registry.cache import sha256
+from efae.registry.pull import RegisteredVersion
+from efae.tracking import runs
 from tests.integration.fault_proxy import FaultProxy
 from tests.integration.stored_models import (
     TINY,
@@ -60,7 +62,7 @@ def test_a_file_changed_in_the_store_is_refused(
     address = artifact_address(client, run_id, f"model/{file}")
     storage.write_bytes(address, change(storage.read_bytes(address)))
     with pytest.raises(CheckpointError, match=f"{version.uri}: {file} is damaged"):
-        registry.pull(version.uri)
+        pull.pull(version.uri)
     assert list((cache / "models").glob("*")) == []
 
 
@@ -113,7 +115,7 @@ def test_a_pickle_and_code_planted_beside_the_model_are_ignored(
     storage.write_bytes(f"{address}/MLmodel", text.encode())
     efae.load(version.uri)
     assert not trace.exists()
-    files = {path.name for path in registry.pull(version.uri).iterdir()}
+    files = {path.name for path in pull.pull(version.uri).iterdir()}
     assert files == {*checkpoint.MODEL_FILES, "manifest.json"}
 
 
@@ -125,8 +127,8 @@ def test_a_digest_names_a_version_by_its_weights(register, client, name, trackin
     first, second = register(seed=0), register(seed=1)
     digest = read_digest(client, first)
     for uri in (f"models:/{name}@sha256:{digest}", f"models:/{name}@sha256:{digest[:12]}"):
-        assert registry.pull(uri) == registry.pull(first.uri)
-        assert registry.read_version(uri, tracking_uri) == first
+        assert pull.pull(uri) == pull.pull(first.uri)
+        assert pull.read_version(uri, tracking_uri) == first
     newest = f"2 \\({read_digest(client, second)}\\), 1 \\({digest}\\)"
     with pytest.raises(
         ValueError, match=f"no version of {name} has the digest {'0' * 64}; .*{newest}"
@@ -143,15 +145,15 @@ def test_versions_of_one_digest_are_one_model_and_of_two_are_told_apart(
     register, client, name, tracking_uri, tmp_path
 ):
     first = register()
-    again = tracking.find_or_create_run(tracking_uri, "registry", f"{name}-again", {})[0]
+    again = runs.find_or_create_run(tracking_uri, "registry", f"{name}-again", {})[0]
     folder = tmp_path / "model-0"
     second = registration.register_model(folder, name, again, {}, {}, tracking_uri, portable=False)
     assert (first.version, second.version) == (1, 2)
     digest = read_digest(client, first)
-    assert registry.pull(f"models:/{name}@sha256:{digest}") == registry.pull(first.uri)
+    assert pull.pull(f"models:/{name}@sha256:{digest}") == pull.pull(first.uri)
     client.set_model_version_tag(name, "2", "digest", digest[:20] + "0" * 44)
     with pytest.raises(ValueError, match=f"names several models: write more digits of .*{digest}"):
-        registry.pull(f"models:/{name}@sha256:{digest[:12]}")
+        pull.pull(f"models:/{name}@sha256:{digest[:12]}")
 
 
 def test_a_version_that_only_claims_a_digest_is_refused(register, client, name):
@@ -159,9 +161,9 @@ def test_a_version_that_only_claims_a_digest_is_refused(register, client, name):
     wanted = read_digest(client, first)
     client.delete_model_version(name, "1")
     client.set_model_version_tag(name, "2", "digest", wanted)
-    actual = sha256((registry.pull(second.uri) / "model.safetensors").read_bytes())
+    actual = sha256((pull.pull(second.uri) / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=f"the weights of version 2 are {actual}"):
-        registry.pull(f"models:/{name}@sha256:{wanted}")
+        pull.pull(f"models:/{name}@sha256:{wanted}")
 
 
 def test_offline_nobody_is_asked_and_what_was_pulled_is_used(
@@ -171,43 +173,43 @@ def test_offline_nobody_is_asked_and_what_was_pulled_is_used(
     champion, digest = f"models:/{name}@champion", read_digest(client, version)
     with FaultProxy(tracking_uri) as proxy:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
-        folder = registry.pull(champion)
-        of_run = registry.pull(f"runs:/{run_id}/model/")
+        folder = pull.pull(champion)
+        of_run = pull.pull(f"runs:/{run_id}/model/")
         proxy.drop("*")
         with pytest.raises(ValueError, match=r"does not answer.*a copy .*: EFAE_OFFLINE=1 uses it"):
-            registry.pull(champion)
+            pull.pull(champion)
         with pytest.raises(ValueError, match="does not answer") as error:
-            registry.pull(f"models:/{name}/2")
+            pull.pull(f"models:/{name}/2")
         assert "EFAE_OFFLINE" not in str(error.value)
         proxy.clear()
         monkeypatch.setenv("EFAE_OFFLINE", "1")
         by_digest = [f"models:/{name}@sha256:{digest[:length]}" for length in (12, 64)]
         for uri in (champion, version.uri, *by_digest):
-            assert registry.pull(uri) == folder
-        assert registry.pull(f"runs:/{run_id}/model") == of_run
+            assert pull.pull(uri) == folder
+        assert pull.pull(f"runs:/{run_id}/model") == of_run
         expected = make_model().state_dict()
         loaded = efae.load(champion).state_dict()
         assert all(torch.equal(loaded[key], expected[key]) for key in expected)
         with pytest.raises(ValueError, match=f"/2 of {proxy.url} was not pulled before") as error:
-            registry.pull(f"models:/{name}/2")
+            pull.pull(f"models:/{name}/2")
         for part in (str(cache), f"{champion} of {proxy.url}", "pull it once without EFAE_OFFLINE"):
             assert part in str(error.value)
         assert proxy.requests("*") == 0
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)  # another server, for all we know
     with pytest.raises(ValueError, match=f"{champion} of {tracking_uri} was not pulled before"):
-        registry.pull(champion)
+        pull.pull(champion)
     monkeypatch.setenv("EFAE_OFFLINE", "0")
-    assert registry.pull(champion) == folder
+    assert pull.pull(champion) == folder
 
 
 def test_a_checkpoint_on_s3_is_used_offline(local_stack, monkeypatch):
     uri = "s3://efae-runs/registry/offline/step-00000005"
     write_run(uri.rpartition("/")[0], (5,))
-    folder = registry.pull(f"{uri}/")
+    folder = pull.pull(f"{uri}/")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StorageError, match=r"a copy .*: EFAE_OFFLINE=1 uses it"):
-        registry.pull(uri)
+        pull.pull(uri)
     monkeypatch.setenv("EFAE_OFFLINE", "1")
-    assert registry.pull(uri) == folder
+    assert pull.pull(uri) == folder
     with pytest.raises(ValueError, match=r"step-00000006 of .* was not pulled before"):
-        registry.pull(uri.replace("5", "6"))
+        pull.pull(uri.replace("5", "6"))

@@ -13,9 +13,10 @@ from mlflow.models import Model
 import efae
 from data_pipelines import storage
 from efae import config_forms as configuration
-from efae.artifacts import checkpoint, registration, registry, run_checkpoints
-from efae.artifacts.checkpoint import CheckpointError
-from efae.artifacts.registry import RegisteredVersion
+from efae.checkpoints import checkpoint, run_folder
+from efae.checkpoints.checkpoint import CheckpointError
+from efae.registry import pull, registration
+from efae.registry.pull import RegisteredVersion
 from tests.integration.stored_models import (
     TINY,
     artifact_address,
@@ -59,7 +60,7 @@ def test_the_first_version_becomes_the_champion_and_stays_it(register, client, n
 def test_weights_of_one_run_do_not_overwrite_each_other(register):
     versions = [register(seed) for seed in (0, 1)]
     for seed, version in enumerate(versions):
-        weights, _ = checkpoint.read_model(registry.pull(version.uri))
+        weights, _ = checkpoint.read_model(pull.pull(version.uri))
         expected = make_model(seed).state_dict()
         assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
@@ -92,22 +93,22 @@ def test_the_card_is_the_description_and_a_file_that_no_pull_reads(
     assert described[:4900] == card[:4900]
     assert len(described) == 5000
     assert described.endswith("README.md, beside the files.)")
-    assert not (registry.pull(version.uri) / "README.md").exists()
+    assert not (pull.pull(version.uri) / "README.md").exists()
 
 
 def test_a_second_pull_downloads_nothing(register, client, run_id, cache):
     version = register()
-    folder = registry.pull(version.uri)
+    folder = pull.pull(version.uri)
     assert folder.is_relative_to(cache)
     storage.delete(artifact_address(client, run_id, "model"))
-    assert registry.pull(version.uri) == folder
+    assert pull.pull(version.uri) == folder
     (folder / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
-        registry.pull(version.uri)
+        pull.pull(version.uri)
 
 
 def test_pull_copies_the_model_to_a_destination(register, tmp_path):
-    folder = registry.pull(register().uri, tmp_path / "mine")
+    folder = pull.pull(register().uri, tmp_path / "mine")
     assert folder == tmp_path / "mine"
     assert {path.name for path in folder.iterdir()} == {*checkpoint.MODEL_FILES, "manifest.json"}
     checkpoint.read_model(folder)
@@ -116,24 +117,24 @@ def test_pull_copies_the_model_to_a_destination(register, tmp_path):
 def test_what_does_not_exist_is_named_beside_what_does(register, name, run_id):
     register()
     with pytest.raises(ValueError, match=f"{name}@best.*versions 1 and aliases champion \\(1\\)"):
-        registry.pull(f"models:/{name}@best")
+        pull.pull(f"models:/{name}@best")
     with pytest.raises(ValueError, match=f"{name}/77.*versions 1 and"):
-        registry.pull(f"models:/{name}/77")
+        pull.pull(f"models:/{name}/77")
     with pytest.raises(ValueError, match=f"other@champion'; registered models: .*{name}"):
-        registry.pull("models:/other@champion")
+        pull.pull("models:/other@champion")
     with pytest.raises(ValueError, match="no run '0123'"):
-        registry.pull("runs:/0123/model")
+        pull.pull("runs:/0123/model")
     with pytest.raises(ValueError, match="no model at 'weights'; it has model"):
-        registry.pull(f"runs:/{run_id}/weights")
+        pull.pull(f"runs:/{run_id}/weights")
     with pytest.raises(ValueError, match="use models:/NAME@ALIAS"):
-        registry.pull(f"models:/{name}")
+        pull.pull(f"models:/{name}")
 
 
 def test_without_a_server_pull_says_so_and_makes_no_database(monkeypatch, tmp_path):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="MLFLOW_TRACKING_URI"):
-        registry.pull("models:/efae@champion")
+        pull.pull("models:/efae@champion")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -141,7 +142,7 @@ def test_without_a_server_pull_says_so_and_makes_no_database(monkeypatch, tmp_pa
 def test_a_checkpoint_loads_as_a_model_of_its_ema(where, local_stack, tmp_path):
     run_uri = "s3://efae-runs/registry/load" if where == "s3" else str(tmp_path / "run")
     write_run(run_uri, (3, 7))
-    newest = run_checkpoints.find_newest_checkpoint(run_uri)
+    newest = run_folder.find_newest_checkpoint(run_uri)
     assert newest == f"{run_uri}/step-00000007"
     model = efae.load(newest)
     expected = make_model(seed=7).state_dict()
@@ -154,7 +155,7 @@ def test_a_checkpoint_loads_as_a_model_of_its_ema(where, local_stack, tmp_path):
 
 def test_only_what_a_model_needs_is_cached_of_a_checkpoint(local_stack):
     write_run("s3://efae-runs/registry/cached", (5,))
-    folder = registry.pull("s3://efae-runs/registry/cached/step-00000005")
+    folder = pull.pull("s3://efae-runs/registry/cached/step-00000005")
     names = {path.name for path in folder.iterdir()}
     assert names == {"ema.safetensors", "config.json", "manifest.json"}
 
@@ -168,7 +169,7 @@ def test_a_half_uploaded_or_damaged_checkpoint_on_s3_gives_way_to_the_one_before
     manifest = json.loads(storage.read_bytes(f"{run_uri}/step-00000002/manifest.json"))
     size = manifest["files"]["ema.safetensors"]["bytes"]
     storage.write_bytes(f"{run_uri}/step-00000002/ema.safetensors", os.urandom(size))
-    found = run_checkpoints.read_newest_checkpoint(run_uri, run_checkpoints.warn_of_damage)
+    found = run_folder.read_newest_checkpoint(run_uri, run_folder.warn_of_damage)
     assert found is not None
     assert found[0] == f"{run_uri}/step-00000001"
     assert [record.levelname for record in caplog.records] == ["WARNING", "ERROR"]

@@ -22,7 +22,8 @@ from mlflow import MlflowClient
 from cluster.state import load
 from data_pipelines import storage
 from efae import presets
-from efae.artifacts import registry, tracking
+from efae.registry import pull
+from efae.tracking import runs
 from tests.conftest import RunningStack
 
 pytestmark = [pytest.mark.s3, pytest.mark.ray]
@@ -239,7 +240,7 @@ class TestHostileRegistry:
             with serve(answers) as (address, sent):
                 monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{address}")
                 with pytest.raises(ValueError, match="would send its own credentials"):
-                    registry.pull(uri)
+                    pull.pull(uri)
             assert set(sent) == {"Bearer the-token-of-who-pulls"}
             assert stolen == []
 
@@ -255,8 +256,8 @@ class TestHostileRegistry:
         }
         with serve(answers) as (address, _):
             monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{address}")
-            with pytest.raises(registry.CheckpointError, match="cannot be read"):
-                registry.pull("models:/m/1")
+            with pytest.raises(pull.CheckpointError, match="cannot be read"):
+                pull.pull("models:/m/1")
         assert not planted.exists()
 
 
@@ -333,9 +334,9 @@ class TestSecrets:
     def test_a_password_in_mlflows_address_is_neither_printed_nor_stored(self, tracking_uri):
         parts = urlsplit(tracking_uri)
         uri = f"http://someone:hunter2@{parts.netloc}"
-        run_id, _ = tracking.find_or_create_run(uri, "security", "password", {})
+        run_id, _ = runs.find_or_create_run(uri, "security", "password", {})
         config = presets.PRESETS["quickstart"][1]
-        tracking.log_config(uri, run_id, config)
-        assert tracking.find_run_url(uri, run_id).startswith(f"http://***@{parts.netloc}/#/")
+        runs.log_config(uri, run_id, config)
+        assert runs.find_run_url(uri, run_id).startswith(f"http://***@{parts.netloc}/#/")
         run = MlflowClient(tracking_uri).get_run(run_id)
         assert "hunter2" not in json.dumps(run.to_dictionary(), default=str)

@@ -10,7 +10,7 @@ from PIL import Image
 from data_pipelines import ShardDataset, ShardError, storage
 from data_pipelines.build_shards import build_shards
 from data_pipelines.build_shards import main as build
-from data_pipelines.retries import StorageError
+from data_pipelines.storage.retries import StorageError
 from data_pipelines.verify_shards import find_faults
 from data_pipelines.verify_shards import main as verify
 

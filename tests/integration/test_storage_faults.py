@@ -16,7 +16,7 @@ import pytest
 
 from cluster.ports import LOOPBACK, pick_free
 from data_pipelines import storage
-from data_pipelines.retries import StorageError
+from data_pipelines.storage.retries import StorageError
 from tests.conftest import ROOT
 from tests.integration.fault_proxy import FaultProxy
 

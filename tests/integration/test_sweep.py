@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from data_pipelines import storage
-from efae.artifacts.run_events import read_events
+from efae.checkpoints.events import read_events
 from efae.sweep.records import Records
 from tests.conftest import find_workers
 from tests.integration.train_jobs import OPTIONS, read_curve, run_job, run_uri, submitted

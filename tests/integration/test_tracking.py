@@ -20,10 +20,10 @@ from mlflow.entities import Metric
 
 from cluster import ports
 from efae import config_forms as configuration
-from efae.artifacts import tracking
-from efae.artifacts.model_uris import find_version, search_versions
-from efae.artifacts.tracker import Tracker, deliver_points
 from efae.config import Config, DataConfig
+from efae.registry.model_uris import find_version, search_versions
+from efae.tracking import runs
+from efae.tracking.sender import Tracker, deliver_points
 
 
 class MlflowServer:
@@ -101,7 +101,7 @@ def client(server: MlflowServer) -> MlflowClient:
 
 @pytest.fixture
 def run_id(server: MlflowServer, request: pytest.FixtureRequest) -> str:
-    return tracking.find_or_create_run(server.uri, "tests", request.node.name, {})[0]
+    return runs.find_or_create_run(server.uri, "tests", request.node.name, {})[0]
 
 
 def read_history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:
@@ -114,19 +114,19 @@ def log_steps(tracker: Tracker, steps: range, sign: float = 1.0) -> None:
 
 
 def test_check_server_accepts_a_server(server):
-    tracking.check_server(server.uri)
+    runs.check_server(server.uri)
 
 
 @pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "file:///mlruns", "mlruns", ""])
 def test_check_server_refuses_what_other_nodes_cannot_reach(uri):
     with pytest.raises(ValueError, match=r"other nodes.*make up.*MLFLOW_TRACKING_URI"):
-        tracking.check_server(uri)
+        runs.check_server(uri)
 
 
 def test_check_server_names_address_and_remedy_when_nobody_listens():
     uri = f"http://127.0.0.1:{ports.pick_free(1)[0]}"
     with pytest.raises(ValueError, match=rf"{uri}.*Connection refused.*make up") as caught:
-        tracking.check_server(uri)
+        runs.check_server(uri)
     assert "\n" not in str(caught.value)
 
 
@@ -134,7 +134,7 @@ def test_check_server_gives_up_on_silence_within_seconds_and_hides_the_password(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         start = time.monotonic()
         with pytest.raises(ValueError, match="does not answer") as caught:
-            tracking.check_server(f"http://user:hunter2@127.0.0.1:{silent.getsockname()[1]}")
+            runs.check_server(f"http://user:hunter2@127.0.0.1:{silent.getsockname()[1]}")
         assert time.monotonic() - start < 10
         assert "hunter2" not in str(caught.value)
 
@@ -142,36 +142,36 @@ def test_check_server_gives_up_on_silence_within_seconds_and_hides_the_password(
 @pytest.mark.parametrize("status", ["RUNNING", "FAILED", "KILLED"])
 def test_an_unfinished_run_is_continued(server, client, status):
     name = f"continued-{status}"
-    first, existed = tracking.find_or_create_run(server.uri, "tests", name, {"preset": "p"})
+    first, existed = runs.find_or_create_run(server.uri, "tests", name, {"preset": "p"})
     assert not existed
     assert client.get_run(first).data.tags["preset"] == "p"
     if status != "RUNNING":
-        tracking.finish_run(server.uri, first, status)
-    assert tracking.find_or_create_run(server.uri, "tests", name, {}) == (first, True)
+        runs.finish_run(server.uri, first, status)
+    assert runs.find_or_create_run(server.uri, "tests", name, {}) == (first, True)
     assert client.get_run(first).info.status == "RUNNING"
 
 
 def test_a_finished_run_is_left_alone_and_the_newest_decides(server):
-    first, _ = tracking.find_or_create_run(server.uri, "tests", "finished", {})
-    tracking.finish_run(server.uri, first, "FINISHED")
-    second, existed = tracking.find_or_create_run(server.uri, "tests", "finished", {})
+    first, _ = runs.find_or_create_run(server.uri, "tests", "finished", {})
+    runs.finish_run(server.uri, first, "FINISHED")
+    second, existed = runs.find_or_create_run(server.uri, "tests", "finished", {})
     assert second != first
     assert not existed
-    assert tracking.find_or_create_run(server.uri, "tests", "finished", {}) == (second, True)
+    assert runs.find_or_create_run(server.uri, "tests", "finished", {}) == (second, True)
 
 
 def test_a_deleted_experiment_is_named(server, client):
     client.delete_experiment(client.create_experiment("gone"))
     with pytest.raises(ValueError, match=r"tracking\.experiment='gone'"):
-        tracking.find_or_create_run(server.uri, "gone", "run", {})
+        runs.find_or_create_run(server.uri, "gone", "run", {})
 
 
 def test_config_is_logged_once_and_may_differ_after_a_restart(server, client, run_id, tmp_path):
     secret = "s3://AKIA:hunter2@bucket/train?secret_key=hunter2&region=here"
     config = replace(Config(), data=DataConfig(uri=secret))
-    tracking.log_config(server.uri, run_id, config)
+    runs.log_config(server.uri, run_id, config)
     changed = configuration.with_overrides(config, {"ray.num_workers": 4})
-    tracking.log_config(server.uri, run_id, changed)
+    runs.log_config(server.uri, run_id, changed)
     run = client.get_run(run_id)
     assert run.data.params["ray.num_workers"] == "2"
     assert run.data.params["representation.multiplicities"] == "None"
@@ -187,17 +187,17 @@ def test_config_is_logged_once_and_may_differ_after_a_restart(server, client, ru
 def test_a_report_is_stored_with_the_numbers_of_its_summary(server, client, run_id, tmp_path):
     (tmp_path / "report.html").write_text("<html></html>")
     summary = {"steps": 300, "psnr": 24.5, "run_name": "r", "gap_db": {"rot90": 0.0}}
-    tracking.log_report(server.uri, run_id, tmp_path, summary)
+    runs.log_report(server.uri, run_id, tmp_path, summary)
     assert [f.path for f in client.list_artifacts(run_id, "report")] == ["report/report.html"]
     assert client.get_run(run_id).data.metrics == {"summary/steps": 300.0, "summary/psnr": 24.5}
     assert read_history(client, run_id, "summary/psnr") == [(300, 24.5)]
 
 
 def test_a_curve_is_read_back_in_order(server, client, run_id):
-    assert tracking.read_curve(server.uri, run_id, "loss") == []
+    assert runs.read_curve(server.uri, run_id, "loss") == []
     points = [Metric("loss", float(step), 1000 - step, step) for step in (20, 5, 10)]
     client.log_batch(run_id, metrics=points, synchronous=True)
-    assert tracking.read_curve(server.uri, run_id, "loss") == [(5, 5.0), (10, 10.0), (20, 20.0)]
+    assert runs.read_curve(server.uri, run_id, "loss") == [(5, 5.0), (10, 10.0), (20, 20.0)]
 
 
 def test_every_point_arrives_in_order_and_logging_takes_microseconds(
@@ -367,19 +367,17 @@ NAMES = [
 def test_a_run_is_found_by_its_very_name(server: MlflowServer, client: MlflowClient):
     experiment = 'it\'s "odd", 100%_\u00fc'
     names = [name for name in NAMES if "/" not in name]
-    made = {
-        name: tracking.find_or_create_run(server.uri, experiment, name, {})[0] for name in names
-    }
+    made = {name: runs.find_or_create_run(server.uri, experiment, name, {})[0] for name in names}
     assert len(set(made.values())) == len(names)
     for name, run_id in made.items():
-        assert tracking.find_or_create_run(server.uri, experiment, name, {}) == (run_id, True)
-        assert tracking.find_run(server.uri, experiment, name) == run_id
-    tracking.finish_run(server.uri, made["it's"], "FINISHED")
-    assert tracking.find_unfinished_run(server.uri, experiment, "it's") is None
-    assert tracking.find_unfinished_run(server.uri, experiment, 'it\'s "both"')
+        assert runs.find_or_create_run(server.uri, experiment, name, {}) == (run_id, True)
+        assert runs.find_run(server.uri, experiment, name) == run_id
+    runs.finish_run(server.uri, made["it's"], "FINISHED")
+    assert runs.find_unfinished_run(server.uri, experiment, "it's") is None
+    assert runs.find_unfinished_run(server.uri, experiment, 'it\'s "both"')
     for missing in ("it", "a%", "_", "%", 'it\'s "b_th"', "%'\""):
         with pytest.raises(ValueError, match="MLflow has no run"):
-            tracking.find_run(server.uri, experiment, missing)
+            runs.find_run(server.uri, experiment, missing)
 
 
 def test_many_runs_that_look_alike_do_not_hide_one(server: MlflowServer, client: MlflowClient):
@@ -387,7 +385,7 @@ def test_many_runs_that_look_alike_do_not_hide_one(server: MlflowServer, client:
     wanted = client.create_run(experiment, run_name="'\"").info.run_id
     for number in range(60):  # more than one page; all match the pattern that finds it
         client.create_run(experiment, run_name=f"{chr(200 + number)}x")
-    assert tracking.find_run(server.uri, "alike", "'\"") == wanted
+    assert runs.find_run(server.uri, "alike", "'\"") == wanted
 
 
 def test_the_versions_of_a_model_are_those_of_its_very_name(client: MlflowClient):

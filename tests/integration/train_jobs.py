@@ -15,9 +15,9 @@ from typing import Any
 from mlflow import MlflowClient
 
 from benchmarks.chaos.suite import SMALL_MODEL
-from efae.artifacts.checkpoint import checkpoint_name
-from efae.artifacts.run_checkpoints import find_newest_checkpoint
-from efae.artifacts.run_events import read_events
+from efae.checkpoints.checkpoint import checkpoint_name
+from efae.checkpoints.events import read_events
+from efae.checkpoints.run_folder import find_newest_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SHARDS = "s3://efae-data/train-job"

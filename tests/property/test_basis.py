@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from efae.symmetry import D4, Representation
-from efae.symmetry.basis import Basis
+from efae.symmetry.learned_basis import Basis
 from efae.symmetry.representation import group_law_error
 from efae.training.ema import MovingAverage
 

@@ -8,7 +8,7 @@ from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.model import octic
 from efae.model.autoencoder import Autoencoder
-from efae.model.dense import to_dense
+from efae.model.export_dense import to_dense
 from efae.model.objective import Objective
 from efae.symmetry import GROUPS
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.epoch_plan import (
+from data_pipelines.loading.epoch_plan import (
     MOST_LANES,
     EpochOrder,
     Position,

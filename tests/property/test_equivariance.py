@@ -13,7 +13,7 @@ from efae.model import octic
 from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective
 from efae.model.octic_layout import embed_invariant, layout_of, take_invariant
-from efae.model.resample import Resample
+from efae.model.token_grid import Resample
 from efae.symmetry import D4, GROUPS, Representation
 
 M = 6

@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from data_pipelines.image_codec import decode_image
-from data_pipelines.image_sources import open_source
+from data_pipelines.building.sources import open_source
+from data_pipelines.images.codec import decode_image
 from efae.config import Config
 from efae.config_forms import with_overrides
+from efae.evaluation.measures import psnr, symmetric_images, to_float
 from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective
 from efae.symmetry import D4, GROUPS
 from efae.symmetry.group import act_on_grid
-from efae.training.measures import psnr, symmetric_images, to_float
 from efae.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 
 LIMITS = {"encoder": 2e-6, "decoder": 2e-6, "gap": 0.001}  # relative, relative, dB

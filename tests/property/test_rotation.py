@@ -6,15 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from efae.evaluation.measures import masked_psnr
 from efae.symmetry import C4, D4, FLIPS, GROUPS, Representation
+from efae.symmetry.any_angle import act_by_angle, check_turns_by_any_angle, disk_mask, rotate_image
 from efae.symmetry.representation import irrep_matrix
-from efae.symmetry.rotation import (
-    act_by_angle,
-    check_turns_by_any_angle,
-    disk_mask,
-    rotate_image,
-)
-from efae.training.measures import masked_psnr
 
 GENERATOR = torch.Generator().manual_seed(0)
 REPRESENTATIONS = [

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from data_pipelines import storage, uris
+from data_pipelines import storage
+from data_pipelines.storage import uris
 
 # What some client, shell or server between here and the store takes for syntax.
 HOSTILE = "[]*?!#%+&=;:@$'\"`\\ {}~^|<>,()-_.\u00e9e\u0301\U0001f986\n\t\r\x01\x7f\u2028"

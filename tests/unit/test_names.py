@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines import uris
-from efae.artifacts.run_checkpoints import locate_run
+from data_pipelines.storage import uris
+from efae.checkpoints.run_folder import locate_run
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.names import LONGEST_BYTES, find_fault, make_ascii
-from efae.preflight import check_configuration
+from efae.preflight.driver_checks import check_configuration
 from efae.presets import PRESETS
 from efae.sweep.config import SweepConfig
 

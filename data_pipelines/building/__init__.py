@@ -1,0 +1,1 @@
+"""Sources -> shards: what the four commands are made of."""

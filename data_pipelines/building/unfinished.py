@@ -1,0 +1,80 @@
+"""The notes that let a cut-off build go on: in ``.unfinished/`` of its output, until it is whole.
+
+``build.json`` says what is being built; ``NAME.json`` is the index of one finished shard.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from data_pipelines import storage
+from data_pipelines.shards.index import ShardIndex, dump_index, parse_index
+from data_pipelines.storage import uris
+
+FOLDER = ".unfinished"
+_MARKER = f"{FOLDER}/build.json"
+_READING_THREADS = 8
+
+
+def claim(uri: str, there: Mapping[str, int], fingerprint: Mapping[str, Any]) -> None:
+    """Mark `uri` as being built from `fingerprint`, or see that it already is.
+
+    Args:
+        uri: the output.
+        there: what lies there, as `storage.list_files` says.
+        fingerprint: what is built, of JSON's types.
+
+    Raises:
+        ValueError: something else is being built there.
+    """
+    if _MARKER in there:
+        found = json.loads(storage.read_bytes(uris.join(uri, _MARKER)))
+        refuse_other(f"{uri} (unfinished)", found, fingerprint)
+    else:
+        storage.write_bytes(uris.join(uri, _MARKER), json.dumps(fingerprint).encode())
+
+
+def is_claimed(there: Mapping[str, int]) -> bool:
+    """Whether a build was begun here."""
+    return _MARKER in there
+
+
+def refuse_other(uri: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the differences, where `uri` was made from something else."""
+    differences = [
+        f"{name} {found.get(name)!r} instead of {wanted.get(name)!r}"
+        for name in {**wanted, **found}
+        if found.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"{uri} already holds shards with {', '.join(differences)}: choose another --output,"
+            " or delete that one"
+        )
+
+
+def keep_record(uri: str, name: str, record: ShardIndex) -> None:
+    """Note that the shard `name` is finished; `record` is an index of it alone."""
+    storage.write_bytes(uris.join(uri, _record(name)), dump_index(record))
+
+
+def read_records(uri: str, names: Iterable[str], there: Mapping[str, int]) -> dict[str, ShardIndex]:
+    """{shard: its record} of those `names` that an earlier run finished."""
+
+    def read(name: str) -> ShardIndex:
+        record_uri = uris.join(uri, _record(name))
+        return parse_index(storage.read_bytes(record_uri), record_uri)
+
+    noted = [name for name in names if _record(name) in there]
+    with ThreadPoolExecutor(_READING_THREADS) as threads:
+        return dict(zip(noted, threads.map(read, noted), strict=True))
+
+
+def clear(uri: str) -> None:
+    """Forget the notes: the set is whole."""
+    storage.delete(uris.join(uri, FOLDER))
+
+
+def _record(name: str) -> str:
+    return f"{FOLDER}/{name}.json"

@@ -1,0 +1,1 @@
+"""Shards -> batches, in the order of a plan that is a pure function."""

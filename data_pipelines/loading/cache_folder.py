@@ -1,0 +1,43 @@
+"""The folder of a node's caches, of one user."""
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+from data_pipelines.storage.retries import StorageError
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def default_cache_dir() -> Path:
+    """A folder of this user's in the temporary folder."""
+    return Path(tempfile.gettempdir()) / f"efae-shards-{os.getuid()}"
+
+
+def make_cache_folder(folder: Path) -> None:
+    """Make it, for this user alone.
+
+    Raises:
+        ValueError: it is there and belongs to another user.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise ValueError(f"cache folder {folder} belongs to another user: pass cache_dir")
+
+
+def explain_full_disk(error: OSError, folder: Path, size: int, setting: str) -> OSError:
+    """What to do about a write that failed, where the disk is full; else the error itself.
+
+    Args:
+        error: of the write.
+        folder: that of the cache.
+        size: bytes that were to be written.
+        setting: of the configuration, that bounds the cache.
+    """
+    if error.errno not in _FULL_DISK:
+        return error
+    return StorageError(
+        f"no space for {size} bytes in the cache folder {folder}: make space, choose another"
+        f" (data.cache_dir), or lower {setting}"
+    )

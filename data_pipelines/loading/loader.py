@@ -1,0 +1,212 @@
+"""Planned batches -> decoded ones, in the order of `epoch_plan`, from any position on.
+
+Chunks are fetched ahead of the decoders, and threads decode whole batches ahead of the consumer
+(the decoders release the GIL), each into one array; normalising is the device's work. The position
+counts the batches handed out, not those decoded ahead, and holds nothing per worker, so it resumes
+at another world size.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.loading.batch import Batch
+from data_pipelines.loading.epoch_plan import VERSION, PlannedBatch, Position, Tail, plan_batches
+from data_pipelines.loading.sample_reader import SampleReader
+from data_pipelines.loading.shard_cache import ShardError
+
+_BATCHES_AHEAD = 2
+"""Decoded batches that may wait for the consumer, beside one in each decoder thread."""
+_FETCH_THREADS = 16
+
+
+class ShardLoader:
+    """An iterable over batches that knows its position; made by `ShardDataset.loader`."""
+
+    def __init__(
+        self,
+        dataset_id: str,
+        reader: SampleReader,
+        global_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        shuffle: bool,
+        tail: Tail,
+        decode_threads: int,
+        prefetch_bytes: int,
+    ):
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank}: must be in [0, world_size={world_size})")
+        if global_batch_size < world_size:
+            raise ValueError(
+                f"global_batch_size={global_batch_size}: must be at least world_size={world_size}"
+            )
+        if tail not in ("ragged", "carry"):
+            raise ValueError(f"tail={tail!r}: use 'ragged' or 'carry'")
+        if decode_threads < 1 or seed < 0:
+            raise ValueError(f"{decode_threads=}, {seed=}: at least one thread, no negative seed")
+        self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
+        self.wait_seconds = 0.0
+        """Time that the consumer has waited for batches, in all."""
+        self._dataset_id, self._reader = dataset_id, reader
+        self._decode_threads, self._prefetch_bytes = decode_threads, prefetch_bytes
+        self._seed, self._shuffle = seed, shuffle
+        self._tail: Tail = tail
+        self._position: Position = Position()
+        self._iteration = 0
+
+    @property
+    def bad_samples(self) -> dict[str, str]:
+        """Key and fault of every bad sample that this rank has replaced since it was made."""
+        return dict(self._reader.bad_samples)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches from the position on; a newer iterator ends the older ones."""
+        self._iteration += 1
+        return self._iterate(self._iteration)
+
+    def _iterate(self, iteration: int) -> Iterator[Batch]:
+        planned = plan_batches(
+            self._reader.chunks.count,
+            self._seed,
+            self._position,
+            self.global_batch_size,
+            self.rank,
+            self.world_size,
+            self._shuffle,
+            self._tail,
+        )
+        self._reader.open()
+        fetched = _FetchedAhead(planned, self._reader, self._prefetch_bytes)
+        decoders = ThreadPoolExecutor(self._decode_threads, thread_name_prefix="decode")
+        ahead: deque[tuple[Future[Batch], Position]] = deque()
+        try:
+            while True:
+                started = time.perf_counter()
+                while len(ahead) < self._decode_threads + _BATCHES_AHEAD:
+                    batch = fetched.take()
+                    if batch is None:
+                        break
+                    ahead.append((decoders.submit(fetched.read, batch), batch.position))
+                if not ahead:
+                    return
+                future, position = ahead.popleft()
+                decoded = future.result()
+                self.wait_seconds += time.perf_counter() - started
+                if iteration != self._iteration:
+                    raise RuntimeError("this loader was moved on: its older iterator has ended")
+                self._position = position
+                yield decoded
+        finally:
+            fetched.close()
+            decoders.shutdown(wait=True, cancel_futures=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch handed out; JSON types, the same on every rank."""
+        return {**self._identity(), **asdict(self._position)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the last batch that the saved loader handed out, at any world size.
+
+        Raises:
+            ValueError: the state belongs to other data or another order.
+        """
+        for name, mine in self._identity().items():
+            if state.get(name) != mine:
+                raise ValueError(
+                    f"the saved position has {name}={state.get(name)!r}, this loader {mine!r}:"
+                    " resume with the same data, seed, batch size and version of this package, or"
+                    " start a new run"
+                )
+        position = Position(int(state["epoch"]), int(state["consumed"]))
+        samples = int(self._reader.chunks.count.sum())
+        if position.epoch < 0 or not 0 <= position.consumed < samples:
+            raise ValueError(f"the saved position {position} is outside the data: it is damaged")
+        self._iteration += 1
+        self._position = position
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "dataset_id": self._dataset_id,
+            "seed": self._seed,
+            "global_batch_size": self.global_batch_size,
+            "shuffle": self._shuffle,
+            "tail": self._tail,
+            "order_version": VERSION,
+        }
+
+
+class _FetchedAhead:
+    """Planned batches, whose chunks are being fetched by threads before they are taken."""
+
+    def __init__(self, planned: Iterator[PlannedBatch], reader: SampleReader, prefetch_bytes: int):
+        self._planned, self._reader, self._prefetch_bytes = planned, reader, prefetch_bytes
+        self._ahead: deque[tuple[PlannedBatch, int]] = deque()
+        self._bytes_ahead = 0
+        self._threads = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="fetch")
+        self._fetches: dict[int, Future[Any]] = {}
+        self._failure: ShardError | None = None
+
+    def take(self) -> PlannedBatch | None:
+        """The next batch, or None after the last."""
+        wanted: dict[int, None] = {}  # a set in order
+        while not self._ahead or self._bytes_ahead < self._prefetch_bytes:
+            batch = next(self._planned, None)
+            if batch is None:
+                break
+            size = self._reader.count_bytes(batch.sample)
+            self._ahead.append((batch, size))
+            self._bytes_ahead += size
+            if not self._reader.cache.local:
+                wanted |= dict.fromkeys(self._reader.find_chunks(batch.sample))
+        self._fetch(wanted)
+        if not self._ahead:
+            return None
+        batch, size = self._ahead.popleft()
+        self._bytes_ahead -= size
+        return batch
+
+    def read(self, batch: PlannedBatch) -> Batch:
+        """Decode the batch when its chunks are here; in a decoder thread."""
+        if self._fetches:
+            for chunk in self._chunks(batch):
+                fetch = self._fetches.get(chunk)
+                if fetch is not None:
+                    fetch.result()
+                    self._fetches.pop(chunk, None)  # may be evicted, and be fetched again, from now
+        return self._reader.read(batch)
+
+    def close(self) -> None:
+        """Cancel what has not begun and wait for the rest."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _fetch(self, wanted: Iterable[int]) -> None:
+        """Begin to fetch, what is needed first first, and its wanted neighbours along with it."""
+        cache = self._reader.cache
+        missing = dict.fromkeys(c for c in wanted if c not in self._fetches and not cache.holds(c))
+        for chunk in list(missing):
+            if chunk in missing:
+                run = self._reader.chunks.neighbours(chunk, missing)
+                fetch = self._threads.submit(self._fetch_run, run)
+                for fetched in run:
+                    del missing[fetched]
+                    self._fetches[fetched] = fetch
+
+    def _fetch_run(self, chunks: list[int]) -> None:
+        """In a thread; after the first failure no other fetch begins, which would be waited for."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            self._reader.cache.fetch(chunks)
+        except ShardError as failure:
+            self._failure = failure
+            raise
+
+    def _chunks(self, batch: PlannedBatch) -> list[int]:
+        return np.unique(self._reader.chunks.of(batch.sample)).tolist()

@@ -1,0 +1,229 @@
+"""Sample numbers -> checked bytes -> rows of a batch.
+
+Every member is compared with the index's crc32 when it is read: what differs is fetched once more
+(a flipped bit on the way or on this node's disk), and then is a bad sample, like an image that does
+not decode. A bad sample fails, or is replaced by the next good one of its chunk.
+"""
+
+import logging
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from imagecodecs import deflate_crc32 as compute_crc32  # zlib's value in half its time or less
+
+from data_pipelines.loading.batch import Batch, SampleForm
+from data_pipelines.loading.epoch_plan import PlannedBatch
+from data_pipelines.loading.pixel_cache import PixelCache
+from data_pipelines.loading.shard_cache import ShardCache, ShardError
+from data_pipelines.shards.index import Members, ShardIndex
+
+_MOST_ARRAYS = 16
+_UNUSED = 3
+"""References to an array that only the list of arrays knows: that, a variable, an argument."""
+_logger = logging.getLogger(__name__)
+
+
+_Place = tuple[int, int, int, int]
+"""Of a member: its chunk, its bytes [start, end) in that, and their crc32."""
+_Content = list[bytes | None]
+"""A sample's members in the order of the columns; None for the first once it is decoded."""
+
+
+class SampleReader:
+    """Reads batches of one set; thread-safe."""
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        cache: ShardCache,
+        columns: Mapping[str | None, Members],  # None, first, is what the form decodes
+        form: SampleForm,
+        replace: bool,
+        most_bad: int,
+        pin_memory: bool,
+        pixels: PixelCache | None,
+    ):
+        self.cache = cache
+        self.chunks = cache.chunks
+        self.bad_samples: dict[str, str] = {}
+        """Key and fault of every bad sample that was replaced."""
+        self._index, self._columns = index, columns
+        self._shard_ends = np.cumsum([len(shard.keys) for shard in index.shards])
+        self._form, self._replace, self._most_bad = form, replace, most_bad
+        self._pin_memory, self._pixels = pin_memory, pixels
+        self._lock = threading.Lock()
+        self._beyond_help: set[int] = set()
+        """Chunks that were no better when they were fetched again: it is the storage's damage."""
+        self._arrays: deque[np.ndarray] = deque(maxlen=_MOST_ARRAYS)
+
+    def count_bytes(self, sample: np.ndarray) -> int:
+        """Bytes of these samples, without other members."""
+        return int(self._columns[None].size[sample].sum())
+
+    def open(self) -> None:
+        """Open what is kept on this node; before the first batch.
+
+        Raises:
+            ValueError: its folder belongs to another user.
+        """
+        if self._pixels is not None:
+            self._pixels.open()
+
+    def find_chunks(self, sample: np.ndarray) -> list[int]:
+        """The chunks that are needed to read these samples."""
+        if self._pixels is not None and len(self._columns) == 1:
+            sample = sample[~self._pixels.holds(sample)]
+        return np.unique(self.chunks.of(sample)).tolist()
+
+    def read(self, planned: PlannedBatch) -> Batch:
+        """The samples and members of one planned batch.
+
+        Raises:
+            ShardError: a shard that cannot be read, a bad sample, or too many of them.
+        """
+        rows = self._allocate(len(planned.sample))
+        wanted = planned.sample.tolist()
+        epochs = planned.epoch.tolist()
+        drawn = [self._form.draw(*at) for at in zip(epochs, wanted, strict=True)]
+        keys = self._keys(planned.sample)
+        pixels = list(rows.numpy())
+        # First all bytes, then all decoding: by turns they drive each other's code from the
+        # processor's caches.
+        contents: list[_Content] = []
+        for number, places in enumerate(self._find_members(planned.sample)):
+            try:
+                content = self._load(pixels[number], wanted[number], places)
+            except ValueError as fault:
+                at = pixels[number], wanted[number], drawn[number]
+                keys[number], content = self._replace_bad(*at, fault)
+            contents.append(content)
+        for number, (row, content, draw) in enumerate(zip(pixels, contents, drawn, strict=True)):
+            if (data := content[0]) is not None:
+                try:
+                    self._form.decode(row, data, draw)
+                except ValueError as fault:
+                    at = row, wanted[number], draw
+                    keys[number], contents[number] = self._replace_bad(*at, fault)
+                else:
+                    self._keep(wanted[number], row)
+        members: dict[str, list[Any]] = {
+            name: [content[column] for content in contents]
+            for column, name in enumerate(self._columns)
+            if name is not None
+        }
+        return self._form.make_batch(rows, keys, members, drawn)
+
+    def _allocate(self, size: int) -> torch.Tensor:
+        """Room for a batch: memory of an earlier one that nobody holds any more, or new.
+
+        The kernel clears new memory page by page, which would cost a tenth of decoding.
+        """
+        shape = (size, *self._form.shape)
+        if self._pin_memory:  # torch keeps page-locked memory for reuse itself
+            dtype = torch.from_numpy(np.empty(0, self._form.dtype)).dtype
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        with self._lock:
+            for array in self._arrays:
+                # A tensor, and every view of one, holds a reference to the array that it is of.
+                if sys.getrefcount(array) == _UNUSED and len(array) == size:
+                    return torch.from_numpy(array)
+            array = np.empty(shape, self._form.dtype)
+            self._arrays.append(array)
+            return torch.from_numpy(array)
+
+    def _find_members(self, samples: np.ndarray) -> list[tuple[_Place, ...]]:
+        """Where each sample and its other members lie."""
+        chunk = self.chunks.of(samples)
+        before = self.chunks.start[chunk]
+        found: list[zip[_Place]] = []
+        for columns in self._columns.values():
+            start = columns.offset[samples] - before
+            end = start + columns.size[samples]
+            lists = (column.tolist() for column in (chunk, start, end, columns.crc32[samples]))
+            found.append(zip(*lists, strict=True))
+        return list(zip(*found, strict=True))
+
+    def _load(self, row: np.ndarray, sample: int, places: Sequence[_Place]) -> _Content:
+        """The sample's members; `row` is filled instead where its pixels were kept.
+
+        Raises:
+            ValueError: one of them is damaged.
+        """
+        if self._pixels is not None and self._pixels.read(sample, row):
+            return [None, *(self._read(*place) for place in places[1:])]
+        return [self._read(*place) for place in places]
+
+    def _keep(self, sample: int, row: np.ndarray) -> None:
+        if self._pixels is not None:
+            self._pixels.write(sample, row)
+
+    def _read(self, chunk: int, start: int, end: int, crc32: int) -> bytes:
+        """A copy, since a file may change after it was checked."""
+        data = self.cache.open(chunk)[start:end].tobytes()
+        if compute_crc32(data) == crc32:
+            return data
+        if chunk not in self._beyond_help:
+            data = self.cache.refetch(chunk)[start:end].tobytes()
+            if compute_crc32(data) == crc32:
+                return data
+            self._beyond_help.add(chunk)
+        raise ValueError(
+            "its bytes are not those that the index was made from: damaged, or the index belongs"
+            " to other shards"
+        )
+
+    def _replace_bad(
+        self, row: np.ndarray, sample: int, draw: Any, fault: ValueError
+    ) -> tuple[str, _Content]:
+        """Decode the next good sample of the chunk into `row`: its key and other members."""
+        self._note_bad(sample, fault)
+        chunk = int(self.chunks.of(np.array([sample]))[0])
+        first, count = int(self.chunks.first[chunk]), int(self.chunks.count[chunk])
+        others = (np.arange(1, count) + (sample - first)) % count + first
+        for other, places in zip(others.tolist(), self._find_members(others), strict=True):
+            try:
+                data, *more = self._load(row, other, places)
+                if data is not None:
+                    self._form.decode(row, data, draw)
+                    self._keep(other, row)
+                return self._key(other), [None, *more]
+            except ValueError as error:
+                self._note_bad(other, error)
+        raise ShardError(self._uri(sample), self._key(sample), f"no good sample near it: {fault}")
+
+    def _note_bad(self, sample: int, fault: ValueError) -> None:
+        key, uri = self._key(sample), self._uri(sample)
+        if not self._replace:
+            raise ShardError(uri, key, str(fault)) from fault
+        with self._lock:
+            if key in self.bad_samples:
+                return
+            self.bad_samples[key] = str(fault)
+            if len(self.bad_samples) > self._most_bad:
+                raise ShardError(
+                    uri,
+                    key,
+                    f"{fault}; and {self._most_bad} more bad samples, the most that may be"
+                    " replaced: run python -m data_pipelines.verify_shards",
+                )
+        _logger.warning("replaced a bad sample: %s, sample %r: %s", uri, key, fault)
+
+    def _key(self, sample: int) -> str:
+        return self._keys(np.array([sample]))[0]
+
+    def _keys(self, samples: np.ndarray) -> list[str]:
+        shard = np.searchsorted(self._shard_ends, samples, side="right")
+        place = (samples - self._shard_ends[shard]).tolist()  # from the end of the shard, below 0
+        return [
+            self._index.shards[number].keys[at]
+            for number, at in zip(shard.tolist(), place, strict=True)
+        ]
+
+    def _uri(self, sample: int) -> str:
+        chunk = int(self.chunks.of(np.array([sample]))[0])
+        return self.cache.uri(chunk)

@@ -1,0 +1,299 @@
+"""What a shard set holds: the object ``index.json`` beside its tars, written last.
+
+The shards are plain WebDataset tars that any reader reads; the index adds sizes, checksums and the
+place of every member, so that a sample is sliced from its shard without parsing the tar. Columns,
+not one object per sample, keep it near 50 bytes a sample.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data_pipelines import storage
+from data_pipelines.images.codec import image_extensions
+from data_pipelines.images.headers import MAX_PIXELS
+from data_pipelines.shards.intake import shorten
+from data_pipelines.shards.tar_members import TarContent, read_members
+from data_pipelines.storage import uris
+
+INDEX_NAME = "index.json"
+SHEET_NAME, STATISTICS_NAME = "contact_sheet.png", "statistics.json"
+"""What `describe_set` writes beside it."""
+VERSION = 1
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Members:
+    """Where the members with one extension lie in a shard; one row per sample, -1 for none."""
+
+    offset: np.ndarray
+    size: np.ndarray
+    crc32: np.ndarray
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar."""
+
+    name: str
+    bytes: int
+    sha256: str
+    keys: list[str]
+    members: dict[str, Members]
+    left_out: list[str] = field(default_factory=list[str])
+    """Keys of samples that the tar holds and the set does not, such as damaged images."""
+
+    def leave_out(self, keys: Collection[str]) -> "Shard":
+        """The same tar without the samples of these keys."""
+        kept = np.array([key not in keys for key in self.keys], bool)
+        members = {
+            extension: Members(columns.offset[kept], columns.size[kept], columns.crc32[kept])
+            for extension, columns in self.members.items()
+            if (columns.offset[kept] >= 0).any()
+        }
+        left = [key for key in self.keys if key not in keys]
+        return replace(self, keys=left, members=members, left_out=list(keys))
+
+    def images(self) -> Members:
+        """Each sample's image: the member that `image_extensions` puts first.
+
+        Raises:
+            ValueError: a sample without an image.
+        """
+        found = Members(*np.full((3, len(self.keys)), -1, np.int64))
+        for extension in image_extensions(self.members):
+            missing, members = found.offset < 0, self.members[extension]
+            for column in ("offset", "size", "crc32"):
+                getattr(found, column)[missing] = getattr(members, column)[missing]
+        if (found.offset < 0).any():
+            key = self.keys[int(np.argmax(found.offset < 0))]
+            raise ValueError(f"sample {key!r} of {self.name} has no image member")
+        return found
+
+    def image_place(self) -> tuple[np.ndarray, np.ndarray]:
+        """(offset, size) of each sample's image."""
+        images = self.images()
+        return images.offset, images.size
+
+    def span(self) -> tuple[np.ndarray, np.ndarray]:
+        """(start, end) of the bytes that hold all members of each sample."""
+        start = np.full(len(self.keys), self.bytes, np.int64)
+        end = np.zeros(len(self.keys), np.int64)
+        for members in self.members.values():
+            there = members.offset >= 0
+            start[there] = np.minimum(start, members.offset)[there]
+            end[there] = np.maximum(end, members.offset + members.size)[there]
+        return start, end
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """All shards of a set, in order."""
+
+    shards: tuple[Shard, ...]
+    image_shape: Shape | None
+    """(C, H, W) of every image, C the most channels of any; None when heights or widths differ."""
+    provenance: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Where the images came from: source, fingerprint, licence, credit."""
+    base: str | None = None
+    """URI that the shards' names are relative to; None: they lie beside the index."""
+
+    @property
+    def id(self) -> str:
+        """A hash of the content: the same bytes in the same shards have the same id."""
+        content = [
+            [
+                shard.name,
+                shard.sha256,
+                len(shard.keys),
+                *([shard.left_out] if shard.left_out else []),
+            ]
+            for shard in self.shards
+        ]
+        return hashlib.sha256(json.dumps([VERSION, content]).encode()).hexdigest()[:16]
+
+
+class _StrictModel(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _MembersFile(_StrictModel):
+    offset: list[int]
+    size: list[int]
+    crc32: list[int]
+
+
+class _ShardFile(_StrictModel):
+    name: str
+    bytes: Annotated[int, Field(ge=0, lt=2**63)]
+    sha256: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]  # it names a folder of the cache
+    keys: list[str]
+    members: dict[str, _MembersFile]
+    left_out: list[str] = Field(default_factory=list[str])
+
+
+class _IndexFile(_StrictModel):
+    format: Literal["efae-shards"]
+    version: int
+    id: str
+    image_shape: list[int] | None
+    provenance: dict[str, Any]
+    base: str | None = None
+    shards: list[_ShardFile]
+
+
+def load_index(uri: str) -> ShardIndex:
+    """Read and check ``index.json`` of the shard set at `uri`.
+
+    Raises:
+        ValueError: none there, or not one that this version reads.
+    """
+    index_uri = uris.join(uri, INDEX_NAME)
+    try:
+        data = storage.read_bytes(index_uri)
+    except FileNotFoundError as error:
+        raise ValueError(_explain_missing(uri)) from error
+    return parse_index(data, index_uri)
+
+
+def parse_index(data: bytes, where: str) -> ShardIndex:
+    """The inverse of `dump_index`; `where` names the file in errors."""
+    try:
+        tree = json.loads(data)
+        version = cast(dict[str, Any], tree).get("version") if isinstance(tree, dict) else None
+        if isinstance(version, int) and version != VERSION:
+            raise ValueError(
+                f"{where} has format version {version}; this package reads {VERSION}: install the"
+                " package that wrote it, or build the shards again"
+            )
+        file = _IndexFile.model_validate(tree)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, ValidationError) as error:
+        detail = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            detail = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise ValueError(f"{where} is not a shard index ({detail}): build it again") from error
+    shards = tuple(_read_shard(shard, where) for shard in file.shards)
+    shape = file.image_shape
+    if shape is not None and (len(shape) != 3 or min(shape) < 1):
+        raise ValueError(f"{where}: image_shape {shape} is not (C, H, W)")
+    if shape is not None and shape[1] * shape[2] > MAX_PIXELS:
+        raise ValueError(f"{where}: image_shape {shape} has more than {MAX_PIXELS} pixels")
+    if file.base is not None:
+        _check_base(file.base, where)
+    image_shape = (shape[0], shape[1], shape[2]) if shape else None
+    index = ShardIndex(shards, image_shape, file.provenance, file.base)
+    if index.id != file.id:
+        raise ValueError(f"{where}: id {file.id} does not match its shards ({index.id}): damaged")
+    return index
+
+
+def dump_index(index: ShardIndex) -> bytes:
+    """``index.json``, the same bytes for the same index."""
+    shards = [
+        {
+            "name": shard.name,
+            "bytes": shard.bytes,
+            "sha256": shard.sha256,
+            "keys": shard.keys,
+            "members": {
+                extension: {
+                    "offset": members.offset.tolist(),
+                    "size": members.size.tolist(),
+                    "crc32": members.crc32.tolist(),
+                }
+                for extension, members in sorted(shard.members.items())
+            },
+            **({"left_out": shard.left_out} if shard.left_out else {}),
+        }
+        for shard in index.shards
+    ]
+    tree = {
+        "format": "efae-shards",
+        "version": VERSION,
+        "id": index.id,
+        "image_shape": list(index.image_shape) if index.image_shape else None,
+        "provenance": index.provenance,
+        **({"base": index.base} if index.base else {}),
+        "shards": shards,
+    }
+    return json.dumps(tree, separators=(",", ":")).encode()
+
+
+def index_tar(path: Path, name: str) -> Shard:
+    """Read the structure and checksums of a tar that we wrote.
+
+    Raises:
+        ValueError: compressed, cut off, or a member that cannot be taken; names all faults.
+    """
+    content = read_members(path, name, name, None)
+    if content.faults:
+        raise ValueError(shorten([fault.text for fault in content.faults], "; "))
+    return make_shard(name, content)
+
+
+def make_shard(name: str, content: TarContent) -> Shard:
+    """What the index says of a tar."""
+    rows = content.rows.values()
+    members: dict[str, Members] = {}
+    for extension in sorted({extension for row in rows for extension in row}):
+        columns = np.array([row.get(extension, (-1, -1, -1)) for row in rows], np.int64)
+        members[extension] = Members(*columns.T)
+    return Shard(name, content.bytes, content.sha256, list(content.rows), members)
+
+
+def write_index(uri: str, index: ShardIndex) -> None:
+    """Write ``index.json``: from now on the set counts as complete."""
+    storage.write_bytes(uris.join(uri, INDEX_NAME), dump_index(index))
+
+
+def common_shape(shapes: set[Shape]) -> Shape | None:
+    """(C, H, W) of images of these shapes, C the most channels; None when H or W differ."""
+    if len({shape[1:] for shape in shapes}) != 1:
+        return None
+    return max(shapes)
+
+
+def _read_shard(file: _ShardFile, where: str) -> Shard:
+    members: dict[str, Members] = {}
+    for extension, columns in file.members.items():
+        try:
+            arrays = [np.array(column, np.int64) for column in columns.model_dump().values()]
+        except OverflowError as error:
+            raise ValueError(f"{where}: {file.name}, {extension}: {error}") from error
+        if any(len(array) != len(file.keys) for array in arrays):
+            raise ValueError(f"{where}: {file.name}, {extension}: columns of unequal length")
+        offset, size, _ = arrays
+        if ((offset < -1) | (size < -1) | ((offset < 0) != (size < 0))).any():
+            raise ValueError(f"{where}: {file.name}, {extension}: members before the shard's start")
+        if (offset > file.bytes - size).any():
+            raise ValueError(f"{where}: {file.name}, {extension}: members beyond the shard's end")
+        members[extension] = Members(*arrays)
+    if file.name.startswith("/") or ".." in file.name.split("/"):
+        raise ValueError(f"{where}: shard name {file.name!r} leaves the folder")
+    return Shard(file.name, file.bytes, file.sha256, file.keys, members, file.left_out)
+
+
+def _check_base(base: str, where: str) -> None:
+    """An index from elsewhere must not make this machine read files of its own."""
+    uris.check_uri(base)
+    if uris.local_path(base) is not None and uris.local_path(where) is None:
+        raise ValueError(f"{where}: base {base!r} is a local path, but the index is remote")
+
+
+def _explain_missing(uri: str) -> str:
+    parts = [uris.join(uri, part) for part in ("train", "held_out")]
+    if all(storage.exists(uris.join(part, INDEX_NAME)) for part in parts):
+        return f"{uri} holds two shard sets: open {parts[0]} or {parts[1]}"
+    return (
+        f"{uri} holds no {INDEX_NAME}: check the URI, or build shards there with"
+        f" `python -m data_pipelines.build_shards --source SOURCE --output {uri}`, or index tars"
+        f" that are there with `python -m data_pipelines.index_shards {uri}`"
+    )

@@ -1,0 +1,33 @@
+"""The only room that opens a URI: local files, s3://, gs:// and http(s)://."""
+
+from data_pipelines.storage.objects import (
+    check_readable,
+    check_writable,
+    delete,
+    download,
+    download_folder,
+    exists,
+    list_files,
+    list_tree,
+    read_bytes,
+    read_range,
+    upload,
+    upload_folder,
+    write_bytes,
+)
+
+__all__ = [
+    "check_readable",
+    "check_writable",
+    "delete",
+    "download",
+    "download_folder",
+    "exists",
+    "list_files",
+    "list_tree",
+    "read_bytes",
+    "read_range",
+    "upload",
+    "upload_folder",
+    "write_bytes",
+]

@@ -1,0 +1,233 @@
+"""The clients behind `storage`: one per process and identity, with their limits and credentials.
+
+Credentials come from the environment or a role, never from the URI. What users set:
+
+- s3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN; or AWS_PROFILE and the shared
+  files; or nothing, where an instance, container or web identity has a role. FSSPEC_S3_ANON=true
+  reads a public bucket without any. AWS_ENDPOINT_URL_S3 (or AWS_ENDPOINT_URL) names another server.
+- gs: GOOGLE_APPLICATION_CREDENTIALS or a role; FSSPEC_GS_TOKEN=anon for a public bucket.
+- http: FSSPEC_HTTP='{"headers": {"Authorization": "Bearer …"}}', or a presigned URL.
+
+fsspec reads the FSSPEC_ variables (any option of s3fs, gcsfs or its HTTP client) when it is
+imported: set them before the program starts.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import fsspec  # pyright: ignore[reportMissingTypeStubs]
+import fsspec.asyn  # pyright: ignore[reportMissingTypeStubs]
+import fsspec.config  # pyright: ignore[reportMissingTypeStubs]
+
+from data_pipelines.storage.retries import StorageError, retry
+from data_pipelines.storage.uris import display, endpoint, split_uri
+
+ATTEMPT_SECONDS = 30.0
+"""The longest silence of a server, and the longest that one attempt at a range takes."""
+_CONNECT_SECONDS = 3.0
+_CONNECTIONS = 32
+"""As many at once as threads fetch, and some more; botocore allows 10."""
+_LARGEST_PREFIX_BYTES = 2**24
+_KEYS_PER_REQUEST = 1000
+_DELETING_THREADS = 8
+_TRANSIENT_CODES = {"InternalError", "SlowDown", "ServiceUnavailable", "OperationAborted"}
+
+_filesystems: dict[tuple[Any, ...], Any] = {}
+
+
+def open_client(uri: str) -> Any:
+    """One client per process and environment, shared by its threads but not across a fork."""
+    scheme, _ = split_uri(uri)
+    settings: dict[str, Any] = fsspec.config.conf.get(scheme, {})  # the FSSPEC_ variables
+    identity = tuple(item for item in sorted(os.environ.items()) if item[0].startswith("AWS_"))
+    key = (os.getpid(), scheme, identity, repr(settings))
+    if key not in _filesystems:
+        if scheme == "s3":
+            _check_credentials()
+        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+        if scheme in ("s3", "gs"):
+            options["version_aware"] = False  # else gcsfs takes `#123` for a generation
+        if scheme == "s3":
+            config: dict[str, Any] = {
+                "connect_timeout": _CONNECT_SECONDS,
+                "read_timeout": ATTEMPT_SECONDS,
+                "max_pool_connections": _CONNECTIONS,
+            }
+            options["config_kwargs"] = {
+                **config,
+                **settings.get("config_kwargs", {}),
+                "retries": {"total_max_attempts": 1},
+            }
+            if endpoint():
+                options["endpoint_url"] = endpoint()
+        elif scheme in ("http", "https"):
+            from aiohttp import ClientTimeout  # local use does without aiohttp
+
+            wait = ClientTimeout(sock_connect=_CONNECT_SECONDS, sock_read=ATTEMPT_SECONDS)
+            options["client_kwargs"] = {"timeout": wait, **settings.get("client_kwargs", {})}
+        try:
+            filesystem = fsspec.filesystem(scheme, **options)
+        except ImportError as error:
+            package = {"gs": "gcsfs", "s3": "s3fs"}.get(scheme, "aiohttp")
+            raise StorageError(
+                f"cannot open {display(uri)}: {scheme}:// needs `pip install {package}`"
+            ) from error
+        filesystem.retries = 1  # s3fs would retry inside our retries
+        if scheme == "s3":
+            filesystem.split_path = partial(_split_literally, filesystem)
+        _filesystems.setdefault(key, filesystem)  # another thread may have been faster
+    return _filesystems[key]
+
+
+def _split_literally(client: Any, path: str) -> tuple[str, str, None]:
+    """(bucket, key, no version): s3fs's own cuts a key at `?versionId=`."""
+    path = path.removeprefix("s3://").lstrip("/")
+    bucket, key = client._find_bucket_key(path)  # a bucket may be an ARN, with slashes
+    return bucket, key, None
+
+
+def list_objects(uri: str) -> dict[str, int]:
+    """{name relative to `uri`: bytes} of all objects below it, folder markers too.
+
+    Raises:
+        FileNotFoundError: there is no such bucket.
+        StorageError: denied or unreachable.
+    """
+    client = open_client(uri)
+    if split_uri(uri)[0] == "gs":
+        prefix = client._strip_protocol(uri).rstrip("/") + "/"
+        found = retry(uri, lambda: client.find(uri, detail=True))
+        return {
+            name.removeprefix(prefix): int(facts["size"])
+            for name, facts in found.items()
+            if name.startswith(prefix)
+        }
+    bucket, key, _ = client.split_path(uri.rstrip("/"))
+    # s3fs's own would take a leading slash off the prefix, and list another folder.
+    prefix = f"{key}/" if key else ""
+    objects: dict[str, int] = {}
+    page: dict[str, Any] = {"NextContinuationToken": None}
+    while "NextContinuationToken" in page:
+        token = page["NextContinuationToken"]
+        where = {"Bucket": bucket, "Prefix": prefix}
+        if token is not None:
+            where["ContinuationToken"] = token
+        page = retry(uri, partial(client.call_s3, "list_objects_v2", **where))
+        for entry in page.get("Contents", []):
+            if entry["Key"].startswith(prefix):
+                objects[entry["Key"].removeprefix(prefix)] = int(entry["Size"])
+    return objects
+
+
+def delete_objects(uri: str) -> None:
+    """Remove the object of this name and all below it; no name is a pattern.
+
+    Raises:
+        FileNotFoundError: there is no such bucket.
+        StorageError: denied or unreachable.
+    """
+    client, scheme, uri = open_client(uri), split_uri(uri)[0], uri.rstrip("/")
+    found = [*(f"{uri}/{name}" for name in list_objects(uri)), uri]
+    # A request for many is XML, which cannot carry control characters.
+    together = [name for name in found if scheme == "s3" and name.isprintable()]
+    single = [name for name in found if scheme != "s3" or not name.isprintable()]
+    for start in range(0, len(together), _KEYS_PER_REQUEST):
+        batch = together[start : start + _KEYS_PER_REQUEST]
+        retry(uri, partial(_delete_together, client, batch))
+
+    def delete_one(name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            retry(name, lambda: client.rm_file(name))
+
+    with ThreadPoolExecutor(_DELETING_THREADS) as threads:
+        list(threads.map(delete_one, single))
+
+
+def _delete_together(client: Any, names: Sequence[str]) -> None:
+    places = [client.split_path(name) for name in names]
+    objects = {"Objects": [{"Key": key} for _, key, _ in places], "Quiet": True}
+    answer: dict[str, Any] = client.call_s3("delete_objects", Bucket=places[0][0], Delete=objects)
+    failed: list[dict[str, str]] = [
+        error for error in answer.get("Errors", []) if error.get("Code") != "NoSuchKey"
+    ]
+    if any(error.get("Code") in _TRANSIENT_CODES for error in failed):
+        raise OSError(errno.EBUSY, f"{len(failed)} of {len(names)} objects were not deleted")
+    if failed:
+        first = failed[0]
+        raise StorageError(
+            f"{names[0].split('://')[0]}://{places[0][0]}/{first.get('Key')} could not be deleted"
+            f" ({first.get('Code')}: {first.get('Message', '')}), as {len(failed)} of"
+            f" {len(names)} objects: see whether your credentials may delete there"
+        )
+
+
+def _check_credentials() -> None:
+    """Refuses keys that no request can carry, before hours of work or minutes of retries.
+
+    Raises:
+        StorageError: names the variable, not its value.
+    """
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        value = os.environ.get(name, "")
+        if not value.isascii():
+            fault = "a character outside ASCII"
+        elif not value.isprintable():
+            fault = "a line break or another control character"
+        elif " " in value:
+            fault = "a space"
+        else:
+            continue
+        raise StorageError(f"{name} holds {fault}: set it again, to the key alone")
+
+
+def find_http(uri: str, timeout_seconds: float) -> None:
+    """Ask for the first byte: fsspec's own takes each failure for a missing object.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        Exception: aiohttp's, where the server refuses or does not answer.
+    """
+    client = open_client(uri)
+    fsspec.asyn.sync(client.loop, _find_http, client, uri, timeout=timeout_seconds)
+
+
+async def _find_http(client: Any, uri: str) -> None:
+    session, options = await client.set_session(), client.kwargs
+    headers = {**options.get("headers", {}), "Range": "bytes=0-0"}
+    async with session.get(client.encode_url(uri), **{**options, "headers": headers}) as response:
+        if response.status != 416:  # there is one, without a byte
+            client._raise_not_found_for_status(response, uri)
+
+
+def read_http_range(uri: str, start: int, end: int, timeout_seconds: float) -> bytes:
+    """Bytes [start, end), fewer where the object ends before.
+
+    fsspec's own would fetch the whole object where ranges are not known.
+    """
+    client = open_client(uri)
+    data: Any = fsspec.asyn.sync(
+        client.loop, _get_http_range, client, uri, start, end, timeout=timeout_seconds
+    )
+    return data
+
+
+async def _get_http_range(client: Any, uri: str, start: int, end: int) -> bytes:
+    session, options = await client.set_session(), client.kwargs
+    headers = {**options.get("headers", {}), "Range": f"bytes={start}-{end - 1}"}
+    headers["Accept-Encoding"] = "identity"
+    async with session.get(client.encode_url(uri), **{**options, "headers": headers}) as response:
+        client._raise_not_found_for_status(response, uri)
+        if response.status == 206:
+            return await response.read()
+        size = response.content_length
+        if size is None or size > _LARGEST_PREFIX_BYTES:
+            raise StorageError(
+                f"{display(uri)}: the server ignores Range and would send the whole object for"
+                " every part of it: use one that knows ranges, or copy the object to s3:// or here"
+            )
+        return (await response.read())[start:end]

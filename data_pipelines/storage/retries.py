@@ -1,0 +1,229 @@
+"""Storage errors: the transient ones are tried again until a deadline, the others explained.
+
+Transient are connection errors, timeouts, 5xx and throttling. Waits are random, up to a limit that
+doubles, and at least what the server's Retry-After asks for. Nothing retries on top of this. No
+attempt starts after the deadline; how long one may take is `storage`'s to say.
+"""
+
+import email.utils
+import errno
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+from data_pipelines.storage.uris import display, endpoint, local_path, split_uri
+
+Result = TypeVar("Result")
+
+DEADLINE_SECONDS = 180.0
+"""An outage of storage that everything waits for; a minute is common."""
+
+_PERMANENT_ERRNOS = {
+    errno.EINVAL,
+    errno.EPERM,
+    errno.ENOSYS,
+    errno.ENAMETOOLONG,
+    errno.EMSGSIZE,
+    errno.EREMCHG,
+    errno.ENOSPC,
+    errno.EROFS,
+    errno.EDQUOT,
+}
+_TRANSIENT_STATUSES = (408, 409, 425, 429)
+_PERMANENT_ERRORS = (
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+)
+# Errors of botocore and aiohttp that are not OSErrors, by name: neither is imported for local use.
+_TRANSIENT_NAMES = {
+    "EndpointConnectionError",
+    "HTTPClientError",
+    "ClientConnectionError",
+    "ClientPayloadError",
+    "ResponseParserError",
+}
+
+
+_CREDENTIALS = {
+    "s3": (
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the role",
+        " (FSSPEC_S3_ANON=true reads a public bucket without any)",
+    ),
+    "gs": (
+        "GOOGLE_APPLICATION_CREDENTIALS or the role",
+        " (FSSPEC_GS_TOKEN=anon reads a public bucket without any)",
+    ),
+    **dict.fromkeys(("http", "https"), ("FSSPEC_HTTP, or the URL's signature", "")),
+}
+_CLOCK_SECONDS = 900
+"""A request that is signed further off the server's time is refused."""
+_CLOCK = (
+    "this machine's clock is more than 15 minutes off the server's: set it, and keep it set with"
+    " chrony or systemd-timesyncd"
+)
+_TOKEN = "the session token has expired or is malformed: renew AWS_SESSION_TOKEN or the login"
+_REGION = (
+    "the bucket is in another region: set AWS_DEFAULT_REGION to it, and AWS_ENDPOINT_URL, if you"
+    " set that, to the region's server"
+)
+# What S3 says, and what to do. It answers a HEAD without a word: then the code is the status.
+_S3_CAUSES = {
+    **dict.fromkeys(("ExpiredToken", "InvalidToken", "TokenRefreshRequired"), _TOKEN),
+    "400": f"without a reason; most often {_TOKEN}, or unset it",
+    **dict.fromkeys(("RequestTimeTooSkewed", "RequestExpired"), _CLOCK),
+    **dict.fromkeys(
+        (
+            *("PermanentRedirect", "TemporaryRedirect", "Redirect", "301", "307"),
+            *("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"),
+        ),
+        _REGION,
+    ),
+    "InvalidAccessKeyId": "the server does not know the access key: check AWS_ACCESS_KEY_ID,"
+    " AWS_PROFILE or the role, and whether the endpoint is theirs",
+    "SignatureDoesNotMatch": "the secret is not the one of the access key: check"
+    " AWS_SECRET_ACCESS_KEY",
+    "InvalidBucketName": "no name of a bucket: 3 to 63 of a-z 0-9 . and -",
+}
+
+
+class StorageError(OSError):
+    """Storage refused or did not answer; the message names the URI, the endpoint and a remedy."""
+
+
+class BadDownload(OSError):
+    """The bytes that arrived are not the bytes that were expected."""
+
+
+def retry(
+    uri: str, action: Callable[[], Result], deadline_seconds: float = DEADLINE_SECONDS
+) -> Result:
+    """The result of `action`, tried again after transient errors until the deadline.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        StorageError: denied, unreachable, or damaged three times.
+        Exception: what `action` raised, where `uri` is local.
+    """
+    give_up_at = time.monotonic() + deadline_seconds
+    longest_wait, bad_downloads = 0.2, 0
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            wait_seconds = max(random.uniform(0, longest_wait), _asked_wait_seconds(error))
+            bad_downloads += _is_damage(error)
+            hopeless = not (_is_transient(error) or _is_damage(error)) or bad_downloads == 3
+            if hopeless or time.monotonic() + wait_seconds > give_up_at:
+                raise _explain(uri, error) from (None if _is_signed(uri) else error)
+        time.sleep(wait_seconds)
+        longest_wait = min(2 * longest_wait, 10.0)
+
+
+def _is_transient(error: Exception) -> bool:
+    if isinstance(error, TimeoutError):
+        return True
+    if isinstance(error, (StorageError, *_PERMANENT_ERRORS)):
+        return False
+    status, _ = _answer(error)
+    if status is not None:
+        return (status >= 500 and status != 501) or status in _TRANSIENT_STATUSES
+    if isinstance(error, OSError):
+        return error.errno not in _PERMANENT_ERRNOS
+    return any(cls.__name__ in _TRANSIENT_NAMES for cls in type(error).__mro__)
+
+
+def _is_damage(error: Exception) -> bool:
+    # botocore's, by name: the body is not of the checksum that the server keeps of the object.
+    return isinstance(error, BadDownload) or type(error).__name__ == "FlexibleChecksumError"
+
+
+def _answer(error: Exception) -> tuple[int | None, Mapping[str, str]]:
+    """Status and headers of the server's answer, where there was one; in s3fs the cause has it."""
+    response: Any = getattr(error.__cause__, "response", None)
+    if isinstance(response, dict):
+        metadata: dict[str, Any] = cast(dict[str, Any], response).get("ResponseMetadata", {})
+        return metadata.get("HTTPStatusCode"), metadata.get("HTTPHeaders", {})
+    status: Any = getattr(error, "status", None)
+    return (status if isinstance(status, int) else None), getattr(error, "headers", None) or {}
+
+
+def _asked_wait_seconds(error: Exception) -> float:
+    _, headers = _answer(error)
+    text = headers.get("retry-after") or headers.get("Retry-After") or ""
+    return float(text) if text.isdecimal() else 0.0
+
+
+def _explain(uri: str, error: Exception) -> Exception:
+    """The error that the user sees: what was asked, of whom, and what to do."""
+    if isinstance(error, StorageError):
+        return error
+    if local_path(uri) is not None and not _is_damage(error):
+        return error
+    scheme, name, (status, _) = split_uri(uri)[0], type(error).__name__, _answer(error)
+    at = f" at {endpoint()}" if scheme == "s3" and endpoint() else ""
+    keys, public = _CREDENTIALS.get(scheme, ("", ""))
+    # An HTTP client's text repeats the query, where a presigned URL carries its signature.
+    text = name if _is_signed(uri) else " ".join((str(error) or name).split())[:300]
+    if _is_damage(error):
+        remedy = "damaged, or not what was indexed: write it again"
+        return StorageError(f"{display(uri)}: {error}; {remedy}")
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(f"{display(uri)} does not exist{at}")
+    denied = isinstance(error, PermissionError) or status in (401, 403)
+    cause = _find_s3_cause(error) if scheme == "s3" else ""
+    if cause:
+        what = "access denied" if denied else "refused"
+        return StorageError(f"{display(uri)}: {what}{at}; {cause}")
+    if denied:
+        return StorageError(f"{display(uri)}: access denied{at}; check {keys}{public}")
+    if name in ("NoCredentialsError", "PartialCredentialsError"):
+        return StorageError(f"{display(uri)}: no credentials{at}; set {keys}{public}")
+    if status == 416:
+        return StorageError(
+            f"{display(uri)}: the object ends before the bytes that were asked for: it is not the"
+            " one that was indexed, or cut short; write it, or its index, again"
+        )
+    if isinstance(error, TimeoutError) and not str(error):
+        text = "too slow, or silent"
+    if _is_transient(error):
+        remedy = "is AWS_ENDPOINT_URL right and the server up?" if at else "is the network open?"
+        return StorageError(f"{display(uri)}: no answer{at} ({text}); {remedy}")
+    return StorageError(f"{display(uri)}: failed{at} ({text})")
+
+
+def _is_signed(uri: str) -> bool:
+    return display(uri) != uri
+
+
+def _find_s3_cause(error: Exception) -> str:
+    """What S3's code says of the cause, with what to do; "" where that is not known."""
+    response: Any = getattr(error.__cause__, "response", None)
+    if not isinstance(response, dict):
+        return ""
+    answer = cast(dict[str, Any], response)
+    code = str(answer.get("Error", {}).get("Code", ""))
+    _, headers = _answer(error)
+    cause = _S3_CAUSES.get(code, "")
+    if cause is _REGION and (region := headers.get("x-amz-bucket-region")):
+        cause = cause.replace("another region", f"region {region}")
+    date = email.utils.parsedate_tz(headers.get("date", "")) if code == "403" else None
+    if date and abs(time.time() - email.utils.mktime_tz(date)) > _CLOCK_SECONDS:
+        cause = _CLOCK
+    if code == "InvalidAccessKeyId" and os.environ.get("AWS_SESSION_TOKEN"):
+        cause += "; a session token that has expired also looks like this: renew AWS_SESSION_TOKEN"
+    return cause
+
+
+def describe_missing(uri: str) -> str:
+    """That nothing is at `uri`, and what to do."""
+    scheme, rest = split_uri(uri)
+    if scheme not in ("s3", "gs"):
+        return f"{display(uri)} does not exist: check the address"
+    at = f" at {endpoint()}" if scheme == "s3" and endpoint() else ""
+    bucket = rest.split("/", 1)[0]
+    return f"{uri} does not exist{at}: check the name, or create bucket {bucket!r}"

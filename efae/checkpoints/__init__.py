@@ -1,0 +1,1 @@
+"""Training states in storage: one of them, and the folder of a run."""

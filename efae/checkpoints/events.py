@@ -1,0 +1,80 @@
+"""What happened to a run: one small object per event in its folder, from whichever process saw it.
+
+The driver that ends the run reads them for the summary, even where earlier drivers are gone.
+"""
+
+import json
+import logging
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipelines import storage
+from data_pipelines.storage import uris
+from data_pipelines.storage.retries import StorageError
+
+logger = logging.getLogger(__name__)
+
+_FOLDER = "events"
+
+
+@dataclass(frozen=True)
+class RunEvent:
+    """One event.
+
+    Attributes:
+        time: seconds since 1970.
+        kind: "start" (a group of workers began), "failure" (a worker was lost), "damage" (a
+            checkpoint could not be used), "rollback", "notice" (a node is to be taken away),
+            "standstill" (workers cannot start) or "outage".
+        facts: JSON values.
+    """
+
+    time: float
+    kind: str
+    facts: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{time.strftime('%H:%M:%S', time.localtime(self.time))}  {self.facts['what']}"
+
+
+def record_event(run_uri: str, kind: str, what: str, **facts: Any) -> None:
+    """Adds an event; where storage is away it is logged and left out, since training goes on.
+
+    Args:
+        run_uri: the run's folder.
+        kind: as in `RunEvent`.
+        what: one line for people.
+        facts: JSON values.
+    """
+    now = time.time_ns()
+    uri = uris.join(run_uri, _FOLDER, f"{now}-{kind}-{uuid.uuid4().hex[:8]}.json")
+    event = {"time": now / 1e9, "kind": kind, "facts": {"what": what, **facts}}
+    try:
+        storage.write_bytes(uri, json.dumps(event).encode(), deadline_seconds=5)
+    except StorageError as error:
+        logger.warning("event not recorded (%s): %s", error, what)
+
+
+def read_events(run_uri: str) -> list[RunEvent]:
+    """All events of the run, in order of time; what is not one is left out with a warning.
+
+    Raises:
+        StorageError: the storage refuses or does not answer.
+    """
+    folder = uris.join(run_uri, _FOLDER)
+    events: list[RunEvent] = []
+    for name in sorted(storage.list_files(folder)):
+        uri = uris.join(folder, name)
+        try:
+            events.append(_parse_event(storage.read_bytes(uri)))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            logger.warning("%s is not an event that efae wrote, and is ignored", uri)
+    return sorted(events, key=lambda event: event.time)
+
+
+def _parse_event(data: bytes) -> RunEvent:
+    tree = json.loads(data)
+    facts = {**tree["facts"], "what": str(tree["facts"]["what"])}
+    return RunEvent(float(tree["time"]), str(tree["kind"]), facts)

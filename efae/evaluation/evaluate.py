@@ -1,0 +1,418 @@
+"""What is measured about a tokenizer: reconstruction, equivariance, and what its latent carries.
+
+Element g is measured with coupled noise: D(rho(g) E(x); g eps), undone by g^-1, against x. A small
+gap alone is worthless (a latent that cannot carry pose has gap 0), so it always stands beside PSNR.
+What needs many decodes is measured on an even choice of CHOSEN images; `Evaluation.protocol` says
+how every number came about.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from efae.evaluation.any_angle import choose_angles, measure_rotations, summarize_rotations
+from efae.evaluation.flow_measures import (
+    STEP_COUNTS,
+    TIME_BINS,
+    measure_loss,
+    measure_steps,
+    measure_velocity,
+)
+from efae.evaluation.measures import (
+    LARGEST_PSNR,
+    Totals,
+    draw_noise,
+    full_precision,
+    gather_json,
+    psnr,
+    ssim,
+    symmetric_images,
+    to_float,
+)
+from efae.evaluation.protocol import FlowTokenizer, Tokenizer
+from efae.model.autoencoder import Autoencoder
+from efae.symmetry.representation import group_law_error
+
+if TYPE_CHECKING:
+    from efae.evaluation.lpips_fid import Fid, Lpips
+
+CHOSEN = 64
+"""Images, at most, for the measures that take many decodes."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A few held-out examples for figures; images (n, c, h, w) in [-1, 1]."""
+
+    original: Tensor
+    reconstruction: Tensor
+    acted: dict[str, Tensor]
+    """By element: decodes of act(g, z)."""
+    states: list[tuple[float, Tensor]]
+    """(t, x_t) from noise to image of the first examples; none of a deterministic decoder."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The numbers of one model on one held-out set; PSNR and gaps in dB."""
+
+    images: int
+    image_shape: tuple[int, ...]
+    latent_shape: tuple[int, ...]
+    representation: str
+    multiplicities: dict[str, int]
+    """By irrep."""
+    psnr: float
+    ssim: float
+    psnr_by_element: dict[str, float]
+    ssim_by_element: dict[str, float]
+    gap_db: dict[str, float]
+    worst_gap_db: float
+    """The largest |gap|."""
+    symmetric_gap_db: dict[str, float]
+    """The same on images made symmetric, by the kind of symmetry."""
+    symmetric_worst_gap_db: float
+    deterministic: bool
+    """Whether the noise changes nothing."""
+    noise_floor_db: float | None
+    """PSNR between two decodes of one latent from different noise; None of a deterministic one."""
+    encoder_error: dict[str, float]
+    """E |E(gx) - rho(g) E(x)|^2 / Var E(x), by element."""
+    encoder_error_by_irrep: dict[str, dict[str, float]]
+    """The same on the channels of one irrep alone, by irrep and element."""
+    decoder_error_db: dict[str, float]
+    """PSNR of D(rho(g) z; g eps) against g D(z; eps), by element."""
+    group_law_error: float
+    energy_by_irrep: dict[str, float]
+    """Share of the latent's energy."""
+    sampler_steps: int | None
+    psnr_by_steps: dict[int, float]
+    """Empty without a flow, as the two below."""
+    ssim_by_steps: dict[int, float]
+    sharpness_by_steps: dict[int, float]
+    """Gradient energy of the samples over that of the images."""
+    loss_by_time: list[float] | None
+    """Flow loss in equal bins of t over [0, 1]; None without a flow."""
+    velocity_error_by_time: list[float] | None
+    """|v(g x_t, t, rho(g) z) - g v(x_t, t, z)|^2 / |v|^2 of the worst g, in the same bins."""
+    rotations: dict[float, dict[str, float]]
+    """By angle in degrees, see efae/training/angles.py; empty where not measured."""
+    lpips: float | None
+    """Of reconstructions; None where no weights were given, as the two below."""
+    lpips_by_element: dict[str, float] | None
+    fid: float | None
+    """Of reconstructions against the images themselves."""
+    protocol: dict[str, Any]
+    """All that it takes to measure the same again."""
+    seconds: float
+    pictures: Pictures = field(repr=False)
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything but the pictures, ready for JSON."""
+        return {name: value for name, value in asdict(self).items() if name != "pictures"}
+
+
+@full_precision()
+@torch.no_grad()
+def evaluate(
+    model: Tokenizer,
+    images: UInt8[Tensor, "n c h w"],
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    angles_degrees: Sequence[float] | None = None,
+    lpips: "Lpips | None" = None,
+    fid: "Fid | None" = None,
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
+) -> Evaluation:
+    """Measure a model in fp32.
+
+    Where torch.distributed is initialised, every process calls this with its own images, and all
+    get the numbers of the whole set: the images of rank 0, then of rank 1, ... The pictures are of
+    a process's own images.
+
+    Args:
+        model: in eval mode; velocity and sampler are measured where it has a `velocity`.
+        images: in [0, 255], held out from training.
+        seed: of the noise; image i of the set always meets the same noise.
+        batch_size: images at a time; changes no number beyond rounding.
+        angles_degrees: measures rotations by these angles too; None does so by ANGLES if the model
+            was trained on rotations by any angle.
+        lpips: measures LPIPS too.
+        fid: measures FID too.
+        progress: wraps the long loops, given a description.
+
+    Raises:
+        ValueError: no images, too small for `lpips`, or model or images that cannot turn by any
+            angle.
+    """
+    started = time.monotonic()
+    device = _device_of(model)
+    counts: list[int] = gather_json(len(images), device)
+    total = sum(counts)
+    if total == 0:
+        raise ValueError("no images to measure on")
+    if lpips is not None:
+        lpips.check_size(*images.shape[-2:])
+    angles = choose_angles(model, angles_degrees, *images.shape[-2:])
+    first = sum(counts[: _rank(counts)])
+    stride = -(-total // CHOSEN)
+
+    totals = Totals()
+    pictures: Pictures | None = None
+    for start in progress(range(0, len(images), batch_size), "reconstruct and act"):
+        part = images[start : start + batch_size]
+        image = to_float(part.to(device))
+        positions = range(first + start, first + start + len(image))
+        noise = draw_noise(positions, tuple(image.shape[1:]), seed).to(device)
+        latent, acted = _measure_elements(model, image, noise, totals, lpips)
+        if isinstance(model, FlowTokenizer):
+            measure_loss(model, image, noise, latent, totals)
+        if fid is not None:
+            fid.add(image, acted["identity"])
+        if pictures is None:
+            shown = {name: sample.clamp(-1, 1).cpu() for name, sample in acted.items()}
+            states = _follow(model, latent[:8], noise[:8])
+            pictures = Pictures(image.cpu(), shown["identity"], shown, states)
+    chosen = list(range(-first % stride, len(images), stride))
+    batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    for places in progress(batches, "few images, closer"):
+        image = to_float(images[places].to(device))
+        positions = [first + i for i in places]
+        noise, other = (
+            draw_noise(positions, tuple(image.shape[1:]), seed, stream).to(device)
+            for stream in (0, 1)
+        )
+        latent = model.encode(image)
+        _measure_law(model, latent, totals)
+        _measure_floor(model, latent, noise, other, totals)
+        _measure_symmetric(model, image, noise, totals)
+        measure_rotations(model, image, noise, latent, angles, totals)
+        if isinstance(model, FlowTokenizer):
+            measure_steps(model, image, noise, latent, totals)
+            measure_velocity(model, image, noise, latent, totals)
+    totals.gather(device)
+    return _summarize(
+        model,
+        totals,
+        angles,
+        image_shape=tuple(images.shape[1:]),
+        pictures=pictures or _no_pictures(images),
+        protocol=_protocol(model, totals, angles, seed, lpips, fid),
+        fid=None if fid is None else fid.compute(),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _device_of(model: Tokenizer) -> torch.device:
+    if isinstance(model, nn.Module):
+        return next(model.parameters()).device
+    return torch.device("cpu")
+
+
+def _rank(counts: list[int]) -> int:
+    return torch.distributed.get_rank() if len(counts) > 1 else 0
+
+
+def _no_pictures(images: Tensor) -> Pictures:
+    """Of a process that has no images."""
+    return Pictures(to_float(images), to_float(images), {}, [])
+
+
+def _measure_elements(
+    model: Tokenizer, image: Tensor, noise: Tensor, totals: Totals, lpips: "Lpips | None"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Encoder, decoder and both together, element by element; returns latent and decodes."""
+    latent = model.encode(image)
+    totals.add("latent", latent)
+    totals.add("latent squared", latent.double().square())
+    acted: dict[str, Tensor] = {}
+    for g in model.group:
+        sample = model.decode(model.act(g, latent), noise=g.act_on_image(noise))
+        acted[g.name] = sample
+        undone = g.inverse.act_on_image(sample)
+        clamped = undone.clamp(-1, 1)
+        totals.add(f"psnr {g}", psnr(clamped, image))
+        totals.add(f"ssim {g}", ssim(clamped, image))
+        totals.add(f"agreement {g}", psnr(undone, acted["identity"]))
+        if lpips is not None:
+            totals.add(f"lpips {g}", lpips(clamped, image))
+        difference = model.encode(g.act_on_image(image)) - model.act(g, latent)
+        totals.add(f"encoder {g}", difference.square().mean((2, 3)))
+    return latent, acted
+
+
+def _measure_law(model: Tokenizer, latent: Tensor, totals: Totals) -> None:
+    """act(a, act(b, z)) against act(ab, z) for the worst pair."""
+    size = latent.square().sum((1, 2, 3)).clamp(min=1e-12)
+    worst = torch.zeros_like(size)
+    for b in model.group:
+        once = model.act(b, latent)
+        for a in model.group:
+            difference = model.act(a, once) - model.act(a @ b, latent)
+            worst = worst.maximum(difference.square().sum((1, 2, 3)) / size)
+    totals.add("law", worst.sqrt())
+
+
+def _measure_floor(
+    model: Tokenizer, latent: Tensor, noise: Tensor, other: Tensor, totals: Totals
+) -> None:
+    sample, again = model.decode(latent, noise=noise), model.decode(latent, noise=other)
+    totals.add("floor", psnr(sample, again))
+    totals.add("floor difference", (sample - again).square().mean((1, 2, 3)))
+
+
+def _measure_symmetric(model: Tokenizer, image: Tensor, noise: Tensor, totals: Totals) -> None:
+    """PSNR by element on images made symmetric: where an equivariant model is easiest broken."""
+    for kind, symmetric in symmetric_images(image).items():
+        latent = model.encode(symmetric)
+        for g in model.group:
+            sample = model.decode(model.act(g, latent), noise=g.act_on_image(noise))
+            undone = g.inverse.act_on_image(sample).clamp(-1, 1)
+            totals.add(f"symmetric {kind} {g}", psnr(undone, symmetric))
+
+
+def _follow(model: Tokenizer, latent: Tensor, noise: Tensor) -> list[tuple[float, Tensor]]:
+    """What the sampler passes through."""
+    states: list[tuple[float, Tensor]] = []
+    if isinstance(model, Autoencoder):
+        model.decode(
+            latent, steps=16, noise=noise, visit=lambda t, x: states.append((t, x.clone().cpu()))
+        )
+    return states
+
+
+def _summarize(
+    model: Tokenizer,
+    totals: Totals,
+    angles: Sequence[float],
+    *,
+    image_shape: tuple[int, ...],
+    pictures: Pictures,
+    protocol: dict[str, Any],
+    fid: float | None,
+    seconds: float,
+) -> Evaluation:
+    names = [g.name for g in model.group]
+    blocks = model.representation.blocks
+
+    def mean(name: str) -> float:
+        return float(totals.mean(name))
+
+    count = totals.count("latent")
+    squared = totals.mean("latent squared")
+    # Over images, as the mean latent carries no information.
+    variance = (squared - totals.mean("latent").square()) * count / max(count - 1, 1)
+
+    def encoder_error(g: str, channels: slice) -> float:
+        spread = max(float(variance[channels].mean()), 1e-12)
+        return float(totals.mean(f"encoder {g}")[channels].mean()) / spread
+
+    psnr_by_element = {g: mean(f"psnr {g}") for g in names}
+    gaps = {g: psnr_by_element["identity"] - value for g, value in psnr_by_element.items()}
+    symmetric = {
+        kind: max(
+            abs(mean(f"symmetric {kind} identity") - mean(f"symmetric {kind} {g}")) for g in names
+        )
+        for kind in symmetric_images(torch.zeros(1, *image_shape))
+    }
+    deterministic = mean("floor difference") == 0
+    has_flow = isinstance(model, FlowTokenizer)
+    steps = STEP_COUNTS if has_flow else ()
+    velocity_error = [
+        max(mean(f"velocity {i} {g}") for g in names) / max(mean(f"velocity {i}"), 1e-12)
+        for i in range(TIME_BINS if has_flow else 0)
+    ]
+    lpips = {g: mean(f"lpips {g}") for g in names if totals.count(f"lpips {g}")}
+    matrices = {g.name: model.representation.matrix(g) for g in model.group}
+    return Evaluation(
+        images=count,
+        image_shape=image_shape,
+        latent_shape=tuple(squared.shape),
+        representation=repr(model.representation),
+        multiplicities=dict(model.representation.multiplicities),
+        psnr=psnr_by_element["identity"],
+        ssim=mean("ssim identity"),
+        psnr_by_element=psnr_by_element,
+        ssim_by_element={g: mean(f"ssim {g}") for g in names},
+        gap_db=gaps,
+        worst_gap_db=max(map(abs, gaps.values())),
+        symmetric_gap_db=symmetric,
+        symmetric_worst_gap_db=max(symmetric.values()),
+        deterministic=deterministic,
+        noise_floor_db=None if deterministic else mean("floor"),
+        encoder_error={g: encoder_error(g, slice(None)) for g in names},
+        encoder_error_by_irrep={
+            irrep: {g: encoder_error(g, channels) for g in names}
+            for irrep, channels in blocks.items()
+        },
+        decoder_error_db={g: mean(f"agreement {g}") for g in names},
+        group_law_error=max(group_law_error(model.group, matrices)[0], mean("law")),
+        energy_by_irrep={
+            irrep: float(squared[channels].sum() / squared.sum())
+            for irrep, channels in blocks.items()
+        },
+        sampler_steps=protocol["sampler_steps"],
+        psnr_by_steps={n: mean(f"steps psnr {n}") for n in steps},
+        ssim_by_steps={n: mean(f"steps ssim {n}") for n in steps},
+        sharpness_by_steps={
+            n: mean(f"steps gradient {n}") / max(mean("gradient"), 1e-12) for n in steps
+        },
+        loss_by_time=[mean(f"loss {i}") for i in range(TIME_BINS)] if has_flow else None,
+        velocity_error_by_time=velocity_error or None,
+        rotations=summarize_rotations(totals, angles, variance),
+        lpips=lpips.get("identity"),
+        lpips_by_element=lpips or None,
+        fid=fid,
+        protocol=protocol,
+        seconds=seconds,
+        pictures=pictures,
+    )
+
+
+def _protocol(
+    model: Tokenizer,
+    totals: Totals,
+    angles: Sequence[float],
+    seed: int,
+    lpips: "Lpips | None",
+    fid: "Fid | None",
+) -> dict[str, Any]:
+    knobs = model.config.flow if isinstance(model, Autoencoder) else None
+    chosen = (
+        "group_law_error, noise_floor_db, symmetric_gap_db, rotations, *_by_steps,"
+        " velocity_error_by_time"
+    )
+    return {
+        "images": totals.count("latent"),
+        "chosen_images": totals.count("law"),
+        "on_chosen_images": f"{chosen}: every k-th image, so that at most {CHOSEN} remain",
+        "data_range": 2.0,
+        "clamping": "decodes to [-1, 1], for all but the decoder's agreement and the noise floor",
+        "mean": f"per image, then over images; PSNR of an image is at most {LARGEST_PSNR} dB",
+        "psnr": "torchmetrics peak_signal_noise_ratio over channels, height and width",
+        "ssim": "torchmetrics structural_similarity_index_measure, Gaussian window 11, sigma 1.5,"
+        " k1 0.01, k2 0.03, reflected borders",
+        "elements": "g^-1 decode(act(g, encode(x)), g noise) against x",
+        "rotations": None
+        if not angles
+        else "decode(act(R, encode(x)), noise) against R x in the"
+        " inscribed disk, from the same noise at all angles; resampling: band-limited, bicubic",
+        "sampler": None if knobs is None else knobs.sampler,
+        "sampler_steps": None if knobs is None else knobs.sampler_steps,
+        "sampler_power": None if knobs is None else knobs.sampler_power,
+        "sampler_shift": None if knobs is None else knobs.sampler_shift,
+        "guidance_scale": None if knobs is None else knobs.guidance_scale,
+        "seed": seed,
+        "noise": "image i's from (seed, i)",
+        "precision": "fp32, no TF32",
+        "lpips": None if lpips is None else lpips.protocol,
+        "fid": None if fid is None else fid.protocol,
+        "versions": {name: version(name) for name in ("torch", "torchmetrics")},
+    }

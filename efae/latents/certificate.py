@@ -1,0 +1,43 @@
+"""How exactly an encoder commutes with its group: the certificate of a set of latents."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from efae.evaluation.measures import full_precision, to_float
+from efae.model.autoencoder import Autoencoder
+
+
+@torch.no_grad()
+def certify(model: Autoencoder, batches: Iterable[UInt8[Tensor, "b c h w"]]) -> dict[str, Any]:
+    """The largest |act(g, encode(x)) - encode(g x)|, over all numbers of all latents.
+
+    Args:
+        model: in evaluation mode; hands out latents at unit scale.
+        batches: images, on the CPU.
+
+    Returns:
+        {"max_abs_difference": float, "by_element": {name: float}, "images": int}.
+
+    Raises:
+        ValueError: a latent that is not finite.
+    """
+    device = next(model.parameters()).device
+    worst = torch.zeros(len(model.group), device=device)
+    count = 0
+    for batch in batches:
+        image = to_float(batch.to(device))
+        with full_precision():
+            latent = model.encode(image)
+            for number, element in enumerate(model.group):
+                difference = model.act(element, latent) - model.encode(element.act_on_image(image))
+                worst[number] = torch.maximum(worst[number], difference.abs().max())
+        count += len(image)
+    found = [float(value) for value in worst]
+    by_element = {g.name: value for g, value in zip(model.group, found, strict=True)}
+    if not bool(worst.isfinite().all()):
+        raise ValueError("the model gives latents that are not finite: use an earlier checkpoint")
+    return {"max_abs_difference": max(found), "by_element": by_element, "images": count}

@@ -1,0 +1,318 @@
+"""A shard set -> the set of its latents, by a pool of actors on a Ray cluster.
+
+Ray Data hands shards to actors that hold the model, starts lost actors again and takes more of them
+as nodes come. Every finished shard leaves a record in storage, and the index is written last: the
+same command goes on where it was stopped, and a set is whole or not there.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import ray
+import ray.data
+from ray.exceptions import RayError
+
+from data_pipelines import ShardDataset, storage
+from data_pipelines.building import unfinished
+from data_pipelines.building.fingerprint import make_absolute
+from data_pipelines.images.codec import image_extensions
+from data_pipelines.loading.shard_cache import ShardError
+from data_pipelines.shards.index import INDEX_NAME, ShardIndex, load_index, write_index
+from data_pipelines.shards.latent_format import FORMAT, LatentFormat
+from data_pipelines.storage import uris
+from efae.checkpoints import checkpoint
+from efae.latents.request import Request
+from efae.latents.shard_encoder import ShardEncoder, Source
+from efae.model.autoencoder import check_model
+from efae.preflight.cluster_checks import reach_cluster
+from efae.preflight.driver_checks import check_images
+from efae.registry import pull
+from efae.tracking.redaction import first_cause, redact
+
+_PATIENCE_SECONDS = 20
+_CLEAR = (ValueError, OSError, ShardError)
+"""What says by itself what is wrong."""
+
+
+class EncodingFailed(RuntimeError):
+    """A shard cannot be encoded, or Ray gave up on it; says why."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What came of it.
+
+    Attributes:
+        latents: the set.
+        images: the index of the set that it was made from.
+        encoded: samples that this run encoded; the others were there.
+        largest_difference: of stored latents from fresh ones; None where nothing was to do.
+    """
+
+    latents: ShardDataset
+    images: ShardIndex
+    encoded: int
+    largest_difference: float | None
+
+
+def encode_set(request: Request, say: Callable[[str], None]) -> Encoded:
+    """Encode what is not encoded yet, certify and verify it, write the index.
+
+    Raises:
+        ValueError: something that the user gave cannot work, or an output that holds something
+            else.
+        CheckpointError: the model is damaged.
+        ShardError: images of the certificate that cannot be read.
+        StorageError: the storage refuses or does not answer.
+        EncodingFailed: a shard cannot be encoded, or Ray gave up on it.
+    """
+    output = make_absolute(request.output)
+    storage.check_writable(output)
+    data = make_absolute(request.data)
+    certificate_data = make_absolute(request.certificate_data or _find_held_out(data))
+    source, facts = _describe(request, data, certificate_data)
+    fingerprint = {
+        "data": source.index.id,
+        "certificate_data": load_index(certificate_data).id,
+        "certificate_images": request.certificate_images,
+        "members": list(source.members),
+        **{name: facts[name] for name in ("model_digest", "config_digest", "shape", "dtype")},
+    }
+    there = storage.list_files(output)
+    if INDEX_NAME in there:
+        found = load_index(output)
+        unfinished.refuse_other(output, found.provenance.get("fingerprint", {}), fingerprint)
+        return Encoded(ShardDataset(output, found), source.index, 0, None)
+    if any(name.endswith(".tar") for name in there) and not unfinished.is_claimed(there):
+        raise ValueError(
+            f"{output} holds tars but no {INDEX_NAME}: not written by this command; choose another"
+            " --output"
+        )
+    reach_cluster(_connect)
+    unfinished.claim(output, there, fingerprint)
+    shared = ray.put(source)
+    certificate = _run(
+        _measure, shared, certificate_data, request.certificate_images, request=request, say=say
+    )
+    certificate["data"] = uris.display(certificate_data)
+    say(f"certificate: largest difference {certificate['max_abs_difference']:.1e}")
+    form = LatentFormat(
+        certificate=certificate,
+        **{name: facts[name] for name in LatentFormat.model_fields if name != "certificate"},
+    )
+    missing = _find_missing(source.index, output, there)
+    _encode_shards(shared, source.index, missing, output, form, request)
+    latents = _assemble(source.index, output, form, fingerprint)
+    difference = _run(_compare, shared, latents, request.compared, request=request, say=say)
+    write_index(output, latents.index)
+    unfinished.clear(output)
+    encoded = sum(len(source.index.shards[number].keys) for number in missing)
+    return Encoded(latents, source.index, encoded, difference)
+
+
+def _describe(request: Request, data: str, certificate_data: str) -> tuple[Source, dict[str, Any]]:
+    """What is sent to the actors, and what the set of latents is to say about itself."""
+    folder = pull.pull(request.model)
+    manifest = checkpoint.read_manifest(str(folder))
+    weights, config = checkpoint.read_model(folder)
+    weights_name, config_name = checkpoint.model_files(manifest)
+    for uri in (data, certificate_data):
+        check_images(config, uri)
+    index = load_index(data)
+    representation = check_model(config)
+    f, (height, width) = config.model.downsampling, config.data.image_size
+    source = Source(
+        data,
+        index,
+        weights,
+        config,
+        _common_members(index),
+        request.batch_size,
+        "cuda" if request.use_gpu else "cpu",
+        request.cache_dir,
+    )
+    return source, {
+        "shape": [representation.dim, height // f, width // f],
+        "dtype": request.dtype,
+        "group": representation.group.name,
+        "multiplicities": representation.multiplicities,
+        "model_digest": manifest["files"][weights_name]["sha256"],
+        "config_digest": manifest["files"][config_name]["sha256"],
+        "model_uri": redact(request.model),
+    }
+
+
+def _find_held_out(data: str) -> str:
+    """The set of held-out images that build_shards wrote beside these, or these themselves."""
+    folder, _, name = data.rpartition("/")
+    held_out = uris.join(folder, "held_out")
+    there = name == "train" and storage.exists(uris.join(held_out, INDEX_NAME))
+    return held_out if there else data
+
+
+def _common_members(index: ShardIndex) -> tuple[str, ...]:
+    """The members that every sample has beside images: labels, captions."""
+    shards = [shard for shard in index.shards if shard.keys]
+    names = {name for shard in shards for name in shard.members} - {
+        name for shard in shards for name in image_extensions(shard.members)
+    }
+    return tuple(
+        sorted(
+            name
+            for name in names
+            if all(
+                name in shard.members and bool((shard.members[name].offset >= 0).all())
+                for shard in shards
+            )
+        )
+    )
+
+
+def _find_missing(index: ShardIndex, output: str, there: dict[str, int]) -> list[int]:
+    """Positions of the shards that are not encoded yet."""
+    records = unfinished.read_records(output, [shard.name for shard in index.shards], there)
+    return [
+        number
+        for number, shard in enumerate(index.shards)
+        if shard.name not in records or there.get(shard.name) != records[shard.name].shards[0].bytes
+    ]
+
+
+def _assemble(
+    images: ShardIndex, output: str, form: LatentFormat, fingerprint: dict[str, Any]
+) -> ShardDataset:
+    """The set of all encoded shards; its index is not written yet."""
+    names = [shard.name for shard in images.shards]
+    records = unfinished.read_records(output, names, storage.list_files(output))
+    if unseen := [name for name in names if name not in records]:
+        raise ValueError(
+            f"{uris.join(output, unseen[0])} was written by another node and is not seen here: use"
+            " an --output on object storage or on a shared disk"
+        )
+    origin = {n: images.provenance[n] for n in ("licence", "credit") if n in images.provenance}
+    provenance = {"fingerprint": fingerprint, FORMAT: form.model_dump(), **origin}
+    shards = tuple(records[name].shards[0] for name in names)
+    return ShardDataset(output, ShardIndex(shards, None, provenance))
+
+
+class _Encoder:
+    """An actor of Ray Data's pool.
+
+    It gets the model with its first shard: Ray warns of large arguments of a constructor, which
+    could be gone when the actor is started again. It gives faults back as texts, since Ray Data
+    keeps of an exception no more than its traceback.
+    """
+
+    def __init__(self, output: str, form: LatentFormat):
+        self.encoder: ShardEncoder | None = None
+        self.output, self.form = output, form
+
+    def __call__(self, row: dict[str, Any], shared: list[Any]) -> dict[str, Any]:
+        if self.encoder is None:
+            self.encoder = ShardEncoder(cast(Source, ray.get(shared[0])))
+        try:
+            record = self.encoder.write_shard(int(row["shard"]), self.output, self.form)
+        except _CLEAR as error:
+            return {"samples": 0, "fault": str(error)}
+        return {"samples": len(record.shards[0].keys), "fault": ""}
+
+
+def _encode_shards(
+    shared: Any,
+    index: ShardIndex,
+    missing: list[int],
+    output: str,
+    form: LatentFormat,
+    request: Request,
+) -> None:
+    from tqdm import tqdm
+
+    if not missing:
+        return
+    ray.data.DataContext.get_current().enable_progress_bars = False  # it has one of blocks
+    for name in ("ray.data", "ray.data._internal"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    actors = min(request.actors or _count_room(request), len(missing))
+    rows = ray.data.from_items(
+        [{"shard": number} for number in missing], override_num_blocks=len(missing)
+    ).map(
+        cast(Any, _Encoder),
+        fn_constructor_args=(output, form),
+        fn_args=([shared],),  # in a list Ray leaves a reference as it is
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        **_ask(request),
+    )
+    total = sum(len(shard.keys) for shard in index.shards)
+    done = total - sum(len(index.shards[number].keys) for number in missing)
+    # In the log of a Ray job a line now and then.
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    with (
+        tqdm(
+            total=total, initial=done, unit="image", desc=output, mininterval=interval
+        ) as progress,
+        _first_causes(),
+    ):
+        for row in rows.iter_rows():
+            if row["fault"]:
+                raise EncodingFailed(row["fault"])
+            progress.update(int(row["samples"]))
+
+
+def _count_room(request: Request) -> int:
+    have = cast(dict[str, float], ray.cluster_resources())  # Ray says dict[?, int]
+    room = int(have.get("CPU", 0) // request.cpus_per_actor)
+    if request.use_gpu:
+        room = min(room, int(have.get("GPU", 0)))
+    return max(1, room)
+
+
+def _measure(shared: Source, data: str, count: int) -> dict[str, Any]:
+    return ShardEncoder(shared).measure(data, count)
+
+
+def _compare(shared: Source, latents: ShardDataset, count: int) -> float:
+    return ShardEncoder(shared).compare(latents, count)
+
+
+def _run(
+    function: Callable[..., Any], *arguments: Any, request: Request, say: Callable[[str], None]
+) -> Any:
+    """One call where an actor could be."""
+    reference = ray.remote(max_retries=3, **_ask(request))(function).remote(*arguments)
+    if not cast(list[Any], ray.wait([reference], timeout=_PATIENCE_SECONDS)[0]):
+        say(f"waiting for a node with {_ask(request)} free: the cluster is busy, or still grows")
+    with _first_causes():
+        return ray.get(reference)
+
+
+def _ask(request: Request) -> dict[str, Any]:
+    return {"num_cpus": request.cpus_per_actor, "num_gpus": 1 if request.use_gpu else 0}
+
+
+@contextmanager
+def _first_causes() -> Generator[None]:
+    """Raises what was raised on the node, without Ray's wall of text."""
+    try:
+        yield
+    except RayError as error:
+        cause: BaseException = error  # Ray's own is also of the class of what was raised
+        while isinstance(cause, RayError) or not isinstance(cause, _CLEAR):
+            inner = getattr(cause, "cause", None) or cause.__cause__
+            if inner is None:
+                raise EncodingFailed(first_cause(error)) from error
+            cause = inner
+        raise cause from None
+
+
+def _connect() -> None:
+    if not ray.is_initialized():
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS") or "local",
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )

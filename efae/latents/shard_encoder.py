@@ -1,0 +1,176 @@
+"""One shard of images -> the shard of their latents. Runs on any node, without Ray's help.
+
+A shard's batches are the same wherever and whenever it is encoded, so on the same kind of machine
+its bytes are too.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from webdataset.writer import TarWriter
+
+from data_pipelines import ShardDataset, storage
+from data_pipelines.building import unfinished
+from data_pipelines.loading.batch import Batch
+from data_pipelines.shards.index import ShardIndex, index_tar
+from data_pipelines.shards.latent_bits import pack_latents, torch_dtype
+from data_pipelines.shards.latent_format import EXTENSION, LatentFormat
+from data_pipelines.storage import uris
+from efae.config import Config
+from efae.evaluation.held_out import read_held_out
+from efae.evaluation.measures import full_precision, to_float
+from efae.latents.certificate import certify
+from efae.model.autoencoder import Autoencoder
+
+_TOLERANCE = 1e-4
+"""Of numbers of unit scale, beside rounding: batches of other sizes add up in another order."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is encoded, by what; the same for every shard.
+
+    Attributes:
+        uri: of the shard set.
+        index: of it.
+        weights: of the model.
+        config: of the model.
+        members: extensions that go along with the latents.
+        batch_size: images at a time.
+        device: as torch names devices.
+        cache_dir: of the node's shard cache; None as in `ShardDataset.loader`.
+    """
+
+    uri: str
+    index: ShardIndex
+    weights: Mapping[str, Tensor]
+    config: Config
+    members: tuple[str, ...]
+    batch_size: int
+    device: str
+    cache_dir: str | None = None
+
+
+class ShardEncoder:
+    """A model on its device, and the shards that it may be asked for."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.model = Autoencoder(source.config)
+        self.model.load_state_dict(dict(source.weights), strict=True)
+        self.model.to(source.device).eval().requires_grad_(False)
+
+    def write_shard(self, number: int, output: str, form: LatentFormat) -> ShardIndex:
+        """Encode and upload shard `number` and leave its record.
+
+        Args:
+            number: its position in the source's index.
+            output: URI of the set of latents.
+            form: of that set.
+
+        Returns:
+            An index of this shard alone.
+
+        Raises:
+            ShardError: the shard cannot be read, or an image in it.
+            ValueError: latents that are not finite in the set's dtype.
+            StorageError: the output cannot be written.
+        """
+        shard = self.source.index.shards[number]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / shard.name.replace("/", "-")
+            with path.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
+                for batch in self._read(number):
+                    latents = pack_latents(self._encode(batch.image), form)
+                    for row, (key, data) in enumerate(zip(batch.key, latents, strict=True)):
+                        others = {name: values[row] for name, values in batch.members.items()}
+                        writer.write({"__key__": key, EXTENSION: data, **others})
+            record = ShardIndex((index_tar(path, shard.name),), None)
+            storage.upload(path, uris.join(output, shard.name))
+        unfinished.keep_record(output, shard.name, record)
+        return record
+
+    def measure(self, data: str, count: int) -> dict[str, Any]:
+        """The certificate over the first `count` images of the set at `data`.
+
+        Raises:
+            ValueError: no such set, or a model whose latents are not finite.
+            ShardError: it cannot be read.
+        """
+        config = replace(
+            self.source.config.data, held_out_uri=data, cache_dir=self.source.cache_dir
+        )
+        images = read_held_out(config, count)
+        size = self.source.batch_size
+        return certify(self.model, (images[i : i + size] for i in range(0, len(images), size)))
+
+    def compare(self, latents: ShardDataset, count: int) -> float:
+        """The largest difference of stored latents from fresh ones, over about `count` samples.
+
+        They are the first of every shard.
+
+        Args:
+            latents: the set that was made from the source.
+            count: samples to compare, at least.
+
+        Raises:
+            ShardError: latents or images cannot be read.
+            ValueError: a sample with another key than its image's, or that differs by more than
+                rounding to the set's dtype.
+        """
+        assert latents.latents is not None
+        rounding = torch.finfo(torch_dtype(latents.latents)).eps
+        filled = [n for n, shard in enumerate(latents.index.shards) if shard.keys]
+        each = -(-count // max(1, len(filled)))
+        worst = 0.0
+        for number in filled:
+            fresh = next(self._read(number, each))
+            stored = next(_read_shard(latents, number, len(fresh.key), self.source.cache_dir))
+            where = uris.join(latents.uri, latents.index.shards[number].name)
+            if stored.key != fresh.key:
+                raise ValueError(f"{where}: its keys are not those of the images: encode it again")
+            expected = self._encode(fresh.image).cpu()
+            difference = (stored.latent.float() - expected).abs()
+            off = (difference > rounding * expected.abs() + _TOLERANCE).flatten(1).any(1)
+            if bool(off.any()):
+                key = stored.key[int(off.int().argmax())]
+                raise ValueError(
+                    f"{where}, sample {key!r}: differs by {float(difference.max()):.2g} from what"
+                    " the model gives now: encode it again"
+                )
+            worst = max(worst, float(difference.max()))
+        return worst
+
+    @torch.no_grad()
+    def _encode(self, image: Tensor) -> Tensor:
+        with full_precision():
+            return self.model.encode(to_float(image.to(self.source.device, non_blocking=True)))
+
+    def _read(self, number: int, most: int | None = None) -> Iterator[Batch]:
+        """The images of one shard in its order, in batches of `most` at most."""
+        data = self.source.config.data
+        size = min(self.source.batch_size, most or self.source.batch_size)
+        return _read_shard(
+            ShardDataset(self.source.uri, self.source.index),
+            number,
+            size,
+            self.source.cache_dir,
+            channels=data.channels,
+            resolution=data.image_size,
+            members=self.source.members,
+        )
+
+
+def _read_shard(
+    dataset: ShardDataset, number: int, size: int, cache_dir: str | None, **options: Any
+) -> Iterator[Batch]:
+    shard = dataset.index.shards[number]
+    if not shard.keys:
+        return
+    one = ShardDataset(dataset.uri, replace(dataset.index, shards=(shard,)))
+    yield from one.loader(size, shuffle=False, cache_dir=cache_dir, **options)

@@ -1,0 +1,1 @@
+"""What must hold before work starts: on the driver, on every node, on the cluster."""

@@ -1,0 +1,271 @@
+"""Preflight: the checks of the driver's machine, of the Ray cluster and of every node in it.
+
+The checks of a node run in a Ray task that is pinned to it and takes no CPU, on all nodes at once.
+What the driver found broken is not asked of the nodes again.
+"""
+
+import os
+import socket
+import uuid
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import ray
+from ray._private.worker import get_dashboard_url
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from data_pipelines import storage
+from data_pipelines.storage import uris
+from efae.config import Config
+from efae.preflight import node_checks
+from efae.preflight.checks import Check, Outcome, merge_outcomes, run_check, run_checks
+from efae.preflight.driver_checks import list_checks, measure_data
+from efae.ray_trainer import connect
+
+NODE_SECONDS = 60.0
+"""How long all nodes together may take: a cold worker imports torch from a slow disk."""
+_KNOCK_SECONDS = 3.0
+_HEAD = "node:__internal_head__"
+# The path of a socket has 107 bytes at most: Ray appends 72 to its folder, and the servers that
+# Python starts for it append 32 to the one for temporary files.
+_LONGEST_RAY_FOLDER = 35
+_LONGEST_TMPDIR = 75
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster, or on a cluster for tests a part of one."""
+
+    id: str
+    name: str
+    resources: Mapping[str, float]
+
+
+def run_preflight(config: Config, tracking_uri: str, say: Callable[[str], None]) -> list[Outcome]:
+    """Check all that the run needs, and connect to the cluster; one line for each check.
+
+    A configuration that cannot work ends it at once, since the other checks go by it.
+
+    Args:
+        config: the experiment.
+        tracking_uri: of the MLflow server; "" where none is set.
+        say: prints one line.
+
+    Returns:
+        The outcomes; none failed.
+
+    Raises:
+        ValueError: some failed; `say` had their lines.
+    """
+    outcomes: list[Outcome] = []
+    for outcome in check_all(config, tracking_uri):
+        outcomes.append(outcome)
+        say(str(outcome))
+    failed = [outcome.what for outcome in outcomes if outcome.state == "FAIL"]
+    if failed:
+        raise ValueError(
+            f"preflight: {len(failed)} of {len(outcomes)} checks failed: {'; '.join(failed)}"
+        )
+    return outcomes
+
+
+def check_all(config: Config, tracking_uri: str) -> Iterator[Outcome]:
+    """The outcomes of `run_preflight`, as they come in."""
+    passed: set[str] = set()
+    for what, check in list_checks(config, tracking_uri):
+        yield (outcome := run_check(what, check))
+        if outcome.state != "FAIL":
+            passed.add(what)
+        elif what == "configuration":
+            return
+    yield run_check("cluster", lambda: join_cluster(config))
+    if not ray.is_initialized():
+        return
+    if not find_dashboard():
+        yield Outcome("note", "auth", "not checked: this cluster has no dashboard")
+    cache_bytes = measure_data(config) if passed >= {"images", "held-out images"} else 0
+    with leave_mark(config.ray.storage_uri if "storage" in passed else None) as mark:
+        asked = [
+            (node, list_node_checks(node, config, tracking_uri, passed, mark, cache_bytes))
+            for node in list_nodes()
+        ]
+        yield from merge_outcomes(ask_nodes(asked))
+
+
+def join_cluster(config: Config) -> str:
+    """Connect to the cluster; see `connect`.
+
+    Raises:
+        ValueError: none answers, it refuses, or it lacks CPUs or GPUs.
+    """
+    reach_cluster(partial(connect, config))
+    nodes = list_nodes()
+    total = Counter[str]()
+    for node in nodes:
+        total.update({name: int(node.resources.get(name, 0)) for name in ("CPU", "GPU")})
+    return f"nodes: {len(nodes)}, CPUs: {total['CPU']}, GPUs: {total['GPU']}"
+
+
+def reach_cluster(connect_to_it: Callable[[], None]) -> None:
+    """Connect to the cluster of RAY_ADDRESS with the given call.
+
+    Raises:
+        ValueError: none answers, or it refuses; and what the call raises.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "local"):
+        _shorten_ray_folder()
+    try:
+        if not ray.is_initialized():
+            _knock(address)
+        connect_to_it()
+    except (OSError, RuntimeError, RayError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"RAY_ADDRESS={address or '(unset)'}: {reason}; start the cluster (make up) and give"
+            " this client its address and token (RAY_ADDRESS, RAY_AUTH_MODE=token,"
+            " RAY_AUTH_TOKEN_PATH; locally `source .local/env`)"
+        ) from error
+
+
+def _shorten_ray_folder() -> None:
+    """Has a cluster that Ray starts here keep its sockets where their paths are short enough.
+
+    Raises:
+        ValueError: RAY_TMPDIR or TMPDIR is too long.
+    """
+    limits = {"RAY_TMPDIR": _LONGEST_RAY_FOLDER, "TMPDIR": _LONGEST_TMPDIR}
+    lengths = {name: len(os.fsencode(os.environ.get(name, ""))) for name in limits}
+    for name, longest in limits.items():
+        if lengths[name] > longest:
+            raise ValueError(
+                f"{name}={os.environ[name]}: too long for the paths of sockets: set it to a folder"
+                f" of at most {longest} bytes"
+            )
+    if not lengths["RAY_TMPDIR"] and lengths["TMPDIR"] > _LONGEST_RAY_FOLDER:
+        os.environ["RAY_TMPDIR"] = "/tmp"
+
+
+def _knock(address: str) -> None:
+    """Ray itself tries a dead address for two minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), _KNOCK_SECONDS).close()
+
+
+def list_nodes() -> list[Node]:
+    """Those that are alive; named by their address, and by their id too where several share it."""
+    found = [entry for entry in cast(list[dict[str, Any]], ray.nodes()) if entry["Alive"]]
+    shared = Counter(entry["NodeManagerAddress"] for entry in found)
+    return [
+        Node(
+            entry["NodeID"],
+            address if shared[address] == 1 else f"{address} ({entry['NodeID'][:6]})",
+            entry["Resources"],
+        )
+        for entry in found
+        for address in [entry["NodeManagerAddress"]]
+    ]
+
+
+def find_dashboard() -> str:
+    """Host and port of the connected cluster's dashboard; "" where it has none."""
+    return cast(str | None, get_dashboard_url()) or ""
+
+
+@contextmanager
+def leave_mark(folder: str | None) -> Generator[str | None]:
+    """A small object in storage for a while; its URI. None leaves none."""
+    if folder is None:
+        yield None
+        return
+    mark = uris.join(folder, f".preflight-{uuid.uuid4().hex}")
+    storage.write_bytes(mark, b"efae")
+    try:
+        yield mark
+    finally:
+        storage.delete(mark)
+
+
+def list_node_checks(
+    node: Node,
+    config: Config,
+    tracking_uri: str,
+    passed: Set[str],
+    mark: str | None,
+    cache_bytes: int,
+) -> Iterator[tuple[str, Check]]:
+    """(what it is about, check) pairs for one node.
+
+    Args:
+        node: where they will run.
+        config: the experiment.
+        tracking_uri: of the MLflow server.
+        passed: what holds on the driver's machine, by the names of `list_checks`.
+        mark: URI of an object that the driver wrote.
+        cache_bytes: what the run may put into the node's shard cache.
+    """
+    several = config.ray.num_workers != 1
+    trains = node.resources.get("CPU", 0) > 0
+    yield "versions", partial(node_checks.check_versions, node_checks.list_versions())
+    if server := node_checks.find_clock(config.ray.storage_uri, tracking_uri):
+        yield "clock", partial(node_checks.check_clock, server)
+    if trains:
+        yield "disk", partial(node_checks.check_disk, config.data.cache_dir, cache_bytes)
+    if trains and several:
+        yield "shared memory", partial(node_checks.check_shared_memory, config.ray.use_gpu)
+    if "images" in passed:
+        yield "images", partial(storage.check_readable, config.data.uri)
+    if mark:
+        yield "storage", partial(node_checks.check_mark, mark)
+    if "MLflow" in passed:
+        yield "MLflow", partial(node_checks.check_mlflow, tracking_uri)
+    if _HEAD in node.resources and (dashboard := find_dashboard()):
+        yield "auth", partial(node_checks.check_auth, dashboard)
+    if config.ray.use_gpu and (gpus := int(node.resources.get("GPU", 0))):
+        precision = config.training.precision
+        yield "GPUs", partial(node_checks.check_gpus, gpus, precision, several)
+
+
+def ask_nodes(
+    asked: Iterable[tuple[Node, Iterable[tuple[str, Check]]]],
+) -> dict[str, list[Outcome]]:
+    """Run the checks of each node there, on all at once.
+
+    Args:
+        asked: nodes and their checks, which must be functions of importable modules.
+
+    Returns:
+        The outcomes, by the node's name; one that did not answer has one that says so.
+    """
+    # One call each: a process that looked at GPUs keeps some of their memory until it ends.
+    task = ray.remote(max_calls=1, max_retries=0, num_cpus=0)(run_checks)
+    references: dict[Any, Node] = {}
+    for node, checks in asked:
+        pinned = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        references[task.options(scheduling_strategy=pinned).remote(list(checks))] = node
+    ray.wait(list(references), num_returns=len(references), timeout=NODE_SECONDS)
+    return {node.name: _read_answer(reference) for reference, node in references.items()}
+
+
+def _read_answer(reference: Any) -> list[Outcome]:
+    ready = cast(list[Any], ray.wait([reference], timeout=0)[0])
+    if not ready:
+        ray.cancel(reference, force=True)
+        slow = f"no answer within {NODE_SECONDS:.0f} s: is the node overloaded, or gone?"
+        return [Outcome("FAIL", "checks", slow)]
+    try:
+        return cast(list[Outcome], ray.get(reference))
+    except RayError as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        missing = next((line.strip() for line in lines if "No module named" in line), None)
+        remedy = (
+            "install the package on every node, or submit this command with `ray job submit"
+            " --working-dir .`"
+        )
+        return [Outcome("FAIL", "checks", f"{missing}: {remedy}" if missing else lines[-1])]

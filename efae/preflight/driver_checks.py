@@ -1,0 +1,126 @@
+"""What must hold before any work starts, as seen from the driver; the nodes' are `node_checks`."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from data_pipelines import ShardDataset, storage
+from data_pipelines.shards.index import load_index
+from data_pipelines.storage import uris
+from efae.checkpoints.checkpoint import checkpoint_name
+from efae.checkpoints.run_folder import locate_run
+from efae.config import Config
+from efae.model.autoencoder import Autoencoder
+from efae.preflight.checks import Check
+from efae.symmetry import GROUPS
+from efae.tracking.redaction import redact
+from efae.tracking.runs import check_server
+from efae.training.perceptual import load_perceptual
+
+
+def list_checks(config: Config, tracking_uri: str) -> Iterator[tuple[str, Check]]:
+    """(what it is about, check) pairs, the cheap ones first.
+
+    Args:
+        config: the experiment.
+        tracking_uri: of the MLflow server; "" where none is set.
+
+    Returns:
+        Checks that raise ValueError or StorageError where something does not hold.
+    """
+    yield "configuration", lambda: check_configuration(config)
+    yield "MLflow", lambda: check_mlflow(tracking_uri)
+    yield "images", lambda: check_images(config, config.data.uri)
+    yield "held-out images", lambda: check_images(config, config.data.held_out_uri)
+    yield "storage", lambda: check_storage(config.ray.storage_uri)
+
+
+def measure_data(config: Config) -> int:
+    """Bytes that a node's caches take at most: of shards that are fetched, and of kept pixels.
+
+    Raises:
+        ValueError: no readable index there.
+        StorageError: the storage refuses or does not answer.
+    """
+    remote = [
+        uri for uri in (config.data.uri, config.data.held_out_uri) if not uris.local_path(uri)
+    ]
+    found = [shard.bytes for uri in remote for shard in load_index(uri).shards]
+    fetched = min(sum(found), config.data.cache_bytes)
+    if not config.data.pixel_cache_bytes:
+        return fetched
+    samples = sum(len(shard.keys) for shard in load_index(config.data.uri).shards)
+    pixels = samples * config.data.channels * math.prod(config.data.image_size)
+    return fetched + min(pixels, config.data.pixel_cache_bytes)
+
+
+def check_mlflow(tracking_uri: str) -> str:
+    """The MLflow server answers; see `check_server`."""
+    check_server(tracking_uri)
+    return redact(tracking_uri)
+
+
+def check_storage(uri: str) -> str:
+    """Objects below `uri` can be written and deleted; see `storage.check_writable`."""
+    storage.check_writable(uri)
+    return uri
+
+
+def check_configuration(config: Config) -> None:
+    """What one page of settings cannot see by itself: addresses, names, the model's sizes.
+
+    Raises:
+        ValueError: one of them cannot work.
+    """
+    for uri in (config.data.uri, config.data.held_out_uri, config.ray.storage_uri):
+        uris.check_uri(uri)
+    if not config.tracking.run_name:
+        raise ValueError("tracking.run_name='': name the run")
+    # The longest name of an object that the run will write, or about.
+    uris.check_uri(uris.join(locate_run(config), checkpoint_name(0), "optimizer.safetensors"))
+    Autoencoder(config)  # raises what is wrong with the sizes
+    if config.loss.perceptual:
+        load_perceptual(config.loss.perceptual, torch.device("cpu"))
+
+
+def check_images(config: Config, uri: str, cut: bool = True) -> str:
+    """The shard set answers and its images are what the model takes.
+
+    Args:
+        config: says the size of images and the group that acts on them.
+        uri: of the shard set.
+        cut: whether larger images, or images of several sizes, are cut to the model's.
+
+    Returns:
+        Where and how many they are.
+
+    Raises:
+        ValueError: images that are too small; without `cut`, of another size or of several.
+        StorageError: nothing can be read there.
+    """
+    storage.check_readable(uri)
+    dataset = ShardDataset.open(uri)
+    shape, wanted = dataset.image_shape, config.data.image_size
+    found = f"{len(dataset)} at {uris.display(uri)}"
+    if shape is None and cut:
+        return found
+    if shape is None:
+        raise ValueError(
+            f"{uri}: its images differ in size; build the shards with --resolution {wanted[0]}"
+        )
+    height, width = shape[1:]
+    if (height, width) == wanted or (cut and height >= wanted[0] and width >= wanted[1]):
+        return found
+    if height != width and GROUPS[config.representation.group].swaps_sides:
+        raise ValueError(
+            f"{uri}: its images are {height} x {width}, not square, but group"
+            f" {config.representation.group} holds quarter turns; build the shards with"
+            f" --resolution {wanted[0]}, or set --data.resolution {height} {width}"
+            " --representation.group flips"
+        )
+    raise ValueError(
+        f"{uri}: its images are {height} x {width}, but data.resolution="
+        f"{config.data.resolution}: set --data.resolution to theirs, or build the shards with"
+        f" --resolution {wanted[0]}"
+    )

@@ -1,0 +1,1 @@
+"""Registered models: pulling, registering and promoting them."""

@@ -1,0 +1,129 @@
+"""What a URI named when its server last said so, for EFAE_OFFLINE=1.
+
+Every answer is one small file in the folder `refs` of the cache, named by a hash of server and URI
+and replaced whole, so processes that pull at the same time need not wait for each other. What one
+server said is never taken for what another means by the same name. Passwords are not written.
+"""
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data_pipelines import storage
+from efae.registry.cache import check_copy, is_sha256, sha256
+from efae.tracking.redaction import redact
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class PulledName:
+    """An answer of a server.
+
+    Attributes:
+        uri: what was asked for, normalized.
+        server: the tracking server or storage endpoint that was asked, "" where the URI names it.
+        manifest_digest: of the model that it named, which is the model's folder in the cache.
+    """
+
+    uri: str
+    server: str
+    manifest_digest: str
+
+    def __str__(self) -> str:
+        return f"{self.uri} of {self.server}" if self.server else self.uri
+
+
+def is_offline() -> bool:
+    """Whether EFAE_OFFLINE is set, to anything but 0."""
+    return os.environ.get("EFAE_OFFLINE", "") not in ("", "0")
+
+
+def remember(cache: Path, server: str, uri: str, manifest_digest: str) -> None:
+    """Keeps what `uri` names now; warns where the cache cannot be written."""
+    name = PulledName(redact(uri), _show(server), manifest_digest)
+    text = json.dumps(asdict(name))
+    path = _folder(cache) / f"{sha256(str(name).encode())}.json"
+    try:
+        if not (path.exists() and path.read_text() == text):
+            storage.write_bytes(str(path), text.encode())
+    except OSError as error:  # a cache that came with an image may be read-only
+        logger.warning("%s cannot be used offline later: %s", name, error)
+
+
+def recall(cache: Path, server: str, uri: str) -> Path:
+    """The verified folder of the model that `uri` named when it was last pulled from `server`.
+
+    Args:
+        cache: as `find_cache` gives it.
+        server: tracking server or storage endpoint; nobody asks it.
+        uri: normalized.
+
+    Raises:
+        ValueError: it was not pulled before, or names several models; the message says what was.
+        CheckpointError: the copy was damaged or exchanged since.
+    """
+    found = _find(cache, server, uri)
+    if len(found) == 1:
+        check_copy(uri, found[0])
+        return found[0]
+    if found:
+        raise ValueError(f"{uri} names {len(found)} models in {cache}: write more of its digits")
+    asked = PulledName(redact(uri), _show(server), "")
+    names = _read_names(cache)
+    held = [str(name) for name in names[:_SHOWN]]
+    held += [f"{len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    raise ValueError(
+        f"EFAE_OFFLINE is set, and {asked} was not pulled before; {cache} holds"
+        f" {', '.join(held) or 'nothing'}: pull it once without EFAE_OFFLINE, or set what names"
+        " the cache and the server (EFAE_CACHE_DIR, MLFLOW_TRACKING_URI, AWS_ENDPOINT_URL) as it"
+        " was then"
+    )
+
+
+def mention_copy(cache: Path, server: str, uri: str) -> str:
+    """What an error about a server that is away says besides: that there is a copy, if so."""
+    if not _find(cache, server, uri):
+        return ""
+    return f"; a copy pulled before is in {cache}: EFAE_OFFLINE=1 uses it"
+
+
+def _find(cache: Path, server: str, uri: str) -> list[Path]:
+    """Folders of the models that were pulled under this name."""
+    asked, server = redact(uri), _show(server)
+    is_digest = uri.startswith("models:") and "@sha256:" in uri  # its first digits will do
+    digests = {
+        name.manifest_digest
+        for name in _read_names(cache)
+        if name.server == server
+        and (name.uri == asked or (is_digest and name.uri.startswith(asked)))
+    }
+    return [cache / digest for digest in sorted(digests)]
+
+
+def _read_names(cache: Path) -> list[PulledName]:
+    """Those whose model is still there, newest first."""
+    paths = _folder(cache).glob("[0-9a-f]*.json")
+    names: list[PulledName] = []
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            name = PulledName(**json.loads(path.read_text()))
+            is_folder = is_sha256(name.manifest_digest) and (cache / name.manifest_digest).is_dir()
+        except (ValueError, TypeError):
+            logger.warning("%s is not what efae wrote, and is ignored", path)
+            continue
+        if is_folder:
+            names.append(name)
+    return names
+
+
+def _folder(cache: Path) -> Path:
+    return cache / "refs"
+
+
+def _show(server: str) -> str:
+    return redact(server).rstrip("/")

@@ -1,0 +1,283 @@
+"""Which version of the registry may have an alias: gates on what the versions' tags say.
+
+Numbers are compared as the tags spell them, as decimals: 24.1 is 0.1 more than 24.0, and no more.
+What a tag does not say is unknown, and unknown never passes.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    from efae.registry.pull import RegisteredVersion
+
+HIGHER_IS_BETTER = {
+    "psnr": True,
+    "ssim": True,
+    "held_out_loss": False,
+    "worst_gap_db": False,
+    "encoder_error": False,
+    "lpips": False,
+    "fid": False,
+}
+GateName = Literal["lineage", "images", "metric", "gap"]
+GATES: tuple[GateName, ...] = get_args(GateName)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is asked of a version.
+
+    Attributes:
+        metric: a key of `HIGHER_IS_BETTER`, that must be better than the present version's.
+        margin: by more than this, in the metric's unit.
+        gap_tolerance_db: the worst gap may be this much larger, as rounding makes it.
+        skip: gates that need not pass.
+    """
+
+    metric: str = "psnr"
+    margin: float = 0.0
+    gap_tolerance_db: float = 1e-3
+    skip: tuple[GateName, ...] = ()
+
+    def __post_init__(self):
+        for option, value in (("margin", self.margin), ("gap-tolerance", self.gap_tolerance_db)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"--{option} {value}: use a finite number, 0 or more")
+        for gate in self.skip:
+            if gate not in GATES:
+                raise ValueError(f"--skip {gate}: the gates are {', '.join(GATES)}")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A version as the gates see it: its URI and its tags."""
+
+    uri: str
+    tags: Mapping[str, str]
+
+    def number(self, name: str) -> Decimal | None:
+        """A metric; None where it is missing or not a finite number."""
+        try:
+            value = Decimal(self.tags.get(f"metric.{name}", ""))
+        except InvalidOperation:
+            return None
+        return value if value.is_finite() else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one gate says.
+
+    Attributes:
+        gate: its name.
+        outcome: "skipped" where the user did so.
+        candidate: what counts of the version that wants the alias.
+        present: the same of the version that has it; empty where there is none.
+        remark: what is asked; of a gate that fails, the remedy too.
+    """
+
+    gate: str
+    outcome: Literal["ok", "FAIL", "skipped"]
+    candidate: str
+    present: str
+    remark: str
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What came of it.
+
+    Attributes:
+        version: the one that wanted the alias.
+        alias: the alias.
+        verdicts: integrity first.
+        before: the version that had the alias, if any.
+        now: the version that it points to at the end, if any.
+    """
+
+    version: "RegisteredVersion"
+    alias: str
+    verdicts: list[Verdict]
+    before: "RegisteredVersion | None"
+    now: "RegisteredVersion | None"
+
+    @property
+    def refused(self) -> bool:
+        """A gate failed, and nothing was changed."""
+        return any(verdict.outcome == "FAIL" for verdict in self.verdicts)
+
+    @property
+    def succeeded(self) -> bool:
+        """The alias names the version, and rightly."""
+        return not self.refused and self.now == self.version
+
+
+def promote(model: str, alias: str, terms: Terms, tracking_uri: str, *, compare: bool) -> Promotion:
+    """Give a version an alias, if the gates let it pass.
+
+    Tag "promoted.ALIAS" of the version then says what it replaced, and which gates it passed or
+    skipped.
+
+    Args:
+        model: "models:/NAME/VERSION" or "models:/NAME@ALIAS".
+        alias: to move; it need not exist.
+        terms: of the gates.
+        tracking_uri: of the MLflow server.
+        compare: holds the version to the gates; without it only its integrity counts.
+
+    Raises:
+        ValueError: there is no such version or metric, MLflow does not take the alias or does not
+            answer, or another promotion is under way.
+        ConnectionError: MLflow fails.
+    """
+    from efae.registry import pull  # MLflow takes seconds to import; deciding needs none
+
+    version = pull.read_version(model, tracking_uri)
+    integrity = _check_integrity(version, tracking_uri)
+    with pull.promote_alone(version.name, tracking_uri):
+        before = pull.read_alias(version.name, alias, tracking_uri)
+        verdicts = [integrity]
+        if compare and before != version:
+            present = before and Contender(before.uri, before.tags)
+            verdicts += judge(Contender(version.uri, version.tags), present, terms)
+        if before == version or any(verdict.outcome == "FAIL" for verdict in verdicts):
+            return Promotion(version, alias, verdicts, before, before)
+        passed, skipped = (
+            ", ".join(v.gate for v in verdicts if v.outcome == outcome) or "none"
+            for outcome in ("ok", "skipped")
+        )
+        replaced = before.uri if before else "nothing"
+        note = f"replaced: {replaced}; passed: {passed}; skipped: {skipped}"
+        pull.set_tag(version, f"promoted.{alias}", note, tracking_uri)
+        pull.set_alias(version.name, alias, version.version, tracking_uri)
+        now = pull.read_alias(version.name, alias, tracking_uri)
+    return Promotion(version, alias, verdicts, before, now)
+
+
+def _check_integrity(version: "RegisteredVersion", tracking_uri: str) -> Verdict:
+    from efae.checkpoints.checkpoint import CheckpointError
+    from efae.registry import pull
+
+    try:
+        pull.verify(version, tracking_uri)
+    except CheckpointError as error:
+        remedy = f"{error.reason}: restore the files of its run {version.tags.get('run_name', '')}"
+        return Verdict("integrity", "FAIL", "damaged", "", remedy.rstrip())
+    digest = version.tags.get("digest", "")[:12]
+    return Verdict("integrity", "ok", digest, "", "the stored files are those registered, and load")
+
+
+def judge(candidate: Contender, present: Contender | None, terms: Terms) -> list[Verdict]:
+    """What every gate says; what compares passes where there is no `present` and all is known.
+
+    Raises:
+        ValueError: no such metric; says which could be used.
+    """
+    if terms.metric not in HIGHER_IS_BETTER:
+        raise ValueError(f"--metric {terms.metric}: unknown; {_name_metrics(candidate, present)}")
+    way = "higher" if HIGHER_IS_BETTER[terms.metric] else "lower"
+    gates: dict[GateName, tuple[tuple[str, ...], str, str | None]] = {
+        "lineage": (
+            ("train_data", "held_out_data"),
+            "not measured on the images trained on",
+            _find_fault_of_lineage(candidate, present),
+        ),
+        "images": (
+            ("held_out_data", "held_out_images", "image_shape"),
+            "both measured on the same images",
+            _find_fault_of_images(candidate, present),
+        ),
+        "metric": (
+            (f"metric.{terms.metric}",),
+            f"{terms.metric} {way} by more than {terms.margin:g}",
+            _find_fault_of_metric(candidate, present, terms),
+        ),
+        "gap": (
+            ("metric.worst_gap_db",),
+            f"worst_gap_db larger by {terms.gap_tolerance_db:g} at most",
+            _find_fault_of_gap(candidate, present, terms),
+        ),
+    }
+    verdicts: list[Verdict] = []
+    for gate, (keys, asked, fault) in gates.items():
+        outcome = "skipped" if gate in terms.skip else "FAIL" if fault else "ok"
+        if fault:
+            asked += f": {fault}"
+        elif present is None and gate != "lineage":
+            asked += ": nothing to compare with"
+        shown = _show(candidate, keys), _show(present, keys)
+        verdicts.append(Verdict(gate, outcome, *shown, asked))
+    return verdicts
+
+
+def _find_fault_of_lineage(candidate: Contender, present: Contender | None) -> str | None:
+    train, held_out = (candidate.tags.get(key) for key in ("train_data", "held_out_data"))
+    if not (train and held_out):
+        return f"unknown; {_measure_again(candidate, present)}"
+    return f"it was; {_measure_again(candidate, present, 'URI')}" if train == held_out else None
+
+
+def _find_fault_of_images(candidate: Contender, present: Contender | None) -> str | None:
+    sets = [
+        [contender.tags.get(key) for key in ("held_out_data", "held_out_images", "image_shape")]
+        for contender in (candidate, present)
+        if contender is not None
+    ]
+    if not all(map(all, sets)):
+        return f"unknown; {_measure_again(candidate, present)}"
+    if sets[0] != sets[-1]:
+        return f"other images, so no number compares; {_measure_again(candidate, present)}"
+    return None
+
+
+def _find_fault_of_metric(
+    candidate: Contender, present: Contender | None, terms: Terms
+) -> str | None:
+    mine = candidate.number(terms.metric)
+    other = mine if present is None else present.number(terms.metric)
+    if mine is None or other is None:
+        return f"unknown; {_name_metrics(candidate, present)}: choose with --metric"
+    gain = mine - other if HIGHER_IS_BETTER[terms.metric] else other - mine
+    if present is None or gain > Decimal(str(terms.margin)):
+        return None
+    return "not so; train a better one, or keep what there is"
+
+
+def _find_fault_of_gap(candidate: Contender, present: Contender | None, terms: Terms) -> str | None:
+    mine = candidate.number("worst_gap_db")
+    other = mine if present is None else present.number("worst_gap_db")
+    if mine is None or other is None:
+        return f"unknown; {_measure_again(candidate, present)}"
+    if mine - other <= Decimal(str(terms.gap_tolerance_db)):
+        return None
+    return "not so; train with --model.level exact, or say with --gap-tolerance what you accept"
+
+
+def _show(contender: Contender | None, keys: tuple[str, ...]) -> str:
+    """Tags in words; nothing of no contender."""
+    return " / ".join(contender.tags.get(key) or "unknown" for key in keys) if contender else ""
+
+
+def _name_metrics(candidate: Contender, present: Contender | None) -> str:
+    """Which metrics could be compared."""
+    both = [
+        name
+        for name in HIGHER_IS_BETTER
+        if candidate.number(name) is not None
+        and (present is None or present.number(name) is not None)
+    ]
+    who = f"{candidate.uri} and {present.uri} both carry" if present else f"{candidate.uri} carries"
+    return f"{who} {', '.join(both) or 'none that is known'}"
+
+
+def _measure_again(candidate: Contender, present: Contender | None, data: str = "") -> str:
+    """What to do where tags cannot tell: measure, look, and answer for it."""
+    models = f"{present.uri} {candidate.uri}" if present else candidate.uri
+    data = data or candidate.tags.get("held_out_uri") or "URI"
+    return (
+        f"measure with python jobs/evaluate.py --model {models} --data {data} and name in --skip"
+        " the gates that you answer for then"
+    )

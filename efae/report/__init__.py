@@ -1,0 +1,1 @@
+"""The report card: pictures, charts and the page that holds them."""

@@ -1,0 +1,73 @@
+"""Pages that work offline: a template, its figures inline, and no secret."""
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from efae.tracking.redaction import redact
+
+
+def render_page(folder: Path, template: Path, **context: Any) -> Path:
+    """Write ``report.html`` from a template; gives its path.
+
+    The template may extend those that lie beside this file. It has the filter `plain`, and
+    `figure(name)` for the picture of that name in `folder`, inline.
+    """
+    environment = Environment(
+        loader=FileSystemLoader([template.parent, Path(__file__).with_name("templates")]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["plain"] = plain
+
+    def figure(name: str) -> str:
+        data = base64.b64encode((folder / name).read_bytes()).decode()
+        return f"data:image/{Path(name).suffix[1:]};base64,{data}"
+
+    page = environment.get_template(template.name).render(figure=figure, **context)
+    path = folder / "report.html"
+    path.write_text(redact(page), encoding="utf-8")
+    return path
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Indented, without passwords and keys; ValueError for a number that is not finite."""
+    path.write_text(redact(json.dumps(values, indent=2, allow_nan=False)) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for each number in it that is not finite."""
+    if isinstance(value, Mapping):
+        entries = cast(Mapping[str, Any], value)
+        return {name: finite(entry) for name, entry in entries.items()}
+    if isinstance(value, list):
+        return [finite(entry) for entry in cast(list[Any], value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def plain(value: Any) -> str:
+    """A value as a person would write it: 4 significant digits, 3e-07 as 3.0e-7."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "unknown"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if not value or not math.isfinite(value):
+            return f"{value:g}"
+        if 1e-3 <= abs(value) < 1e6:
+            return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    if isinstance(value, Mapping):
+        entries = cast(Mapping[str, Any], value)
+        return ", ".join(f"{name}: {plain(entry)}" for name, entry in entries.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(entry) for entry in cast(Sequence[Any], value))
+    return str(value)

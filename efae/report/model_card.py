@@ -1,0 +1,164 @@
+"""The model card: what a model is, what it is worth and how to use it, as Hugging Face lays it out.
+
+Markdown below a YAML header. Texts from a run go in as texts: nothing in them becomes markup.
+"""
+
+import html
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from efae.config import Config
+from efae.report.html import finite, plain
+from efae.symmetry import GROUPS, Group
+from efae.symmetry.representation import IRREPS, irrep_matrix
+from efae.tracking.redaction import redact
+
+_TRAINING = (
+    *("preset", "run_name", "steps", "images_seen", "precision", "device", "world_size"),
+    *("wall_seconds", "recoveries", "commit", "mlflow_run_id"),
+)
+
+
+def render_model_card(numbers: Mapping[str, Any], config: Config, facts: Mapping[str, Any]) -> str:
+    """README.md of one model; no secret is in it.
+
+    Args:
+        numbers: an evaluation's `numbers()`.
+        config: of the model.
+        facts: about the run, as `efae.report.card.Card` has them; what is missing is left out.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"plain": plain, "text": _escape, "quoted": _quote}
+    group = GROUPS[config.representation.group]
+    image_shape, latent_shape = numbers["image_shape"], numbers["latent_shape"]
+    credits: Any = facts.get("credits", [])
+    model_uri = facts.get("model_uri") or f"models:/{config.tracking.registered_model}/VERSION"
+    downsampling = config.model.downsampling
+    card = environment.get_template("model_card.md.jinja").render(
+        title=str(facts.get("run_name") or config.tracking.registered_model),
+        numbers=numbers,
+        level=config.model.level,
+        group=group.name,
+        image_shape=image_shape,
+        latent_shape=latent_shape,
+        compression=math.prod(image_shape) / math.prod(latent_shape),
+        held_out=str(facts.get("held_out_data") or facts.get("data") or "not recorded which"),
+        train_data=facts.get("train_data"),
+        credits=[credits] if isinstance(credits, str) else credits,
+        front=_summarize(numbers),
+        rows=_tabulate(numbers),
+        irreps=_describe_irreps(group, numbers),
+        encoder_error=max(numbers["encoder_error"].values()),
+        example="rot90" if "rot90" in numbers["gap_db"] else list(numbers["gap_db"])[-1],
+        model_uri=str(model_uri),
+        downsampling=downsampling,
+        power_of_two=downsampling & (downsampling - 1) == 0,
+        training={
+            name.replace("_", " "): facts[name]
+            for name in _TRAINING
+            if "steps" in facts and facts.get(name) not in (None, "")
+        },
+    )
+    return redact(card)
+
+
+def _summarize(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    named = {
+        "psnr": "PSNR, dB",
+        "ssim": "SSIM",
+        "lpips": "LPIPS",
+        "fid": "FID of reconstructions",
+        "worst_gap_db": "worst equivariance gap, dB",
+    }
+    return [
+        (name, label, _as_yaml(numbers[name]))
+        for name, label in named.items()
+        if finite(numbers[name]) is not None
+    ]
+
+
+def _tabulate(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    protocol = numbers["protocol"]
+    chosen = f"{protocol['chosen_images']} of the images"
+    rows = [
+        ("PSNR", f"{numbers['psnr']:.2f} dB", protocol["psnr"]),
+        ("SSIM", f"{numbers['ssim']:.4f}", protocol["ssim"]),
+        (
+            "worst gap",
+            f"{plain(abs(numbers['worst_gap_db']))} dB",
+            "largest difference of PSNR between an element and the identity",
+        ),
+        (
+            "worst gap, symmetric images",
+            f"{plain(abs(numbers['symmetric_worst_gap_db']))} dB",
+            f"the same on {chosen}, made exactly symmetric",
+        ),
+        (
+            "group law error",
+            plain(numbers["group_law_error"]),
+            f"largest entry of rho(a b) - rho(a) rho(b), and of a (b z) - (a b) z on {chosen}",
+        ),
+        (
+            "encoder error",
+            plain(max(numbers["encoder_error"].values())),
+            "E|encode(g x) - act(g, encode(x))|^2 over the latent's variance, of the worst g",
+        ),
+    ]
+    for name in ("lpips", "fid"):
+        if numbers[name] is not None:
+            rows.append((name.upper(), plain(numbers[name]), str(protocol[name])))
+    return rows
+
+
+def _describe_irreps(group: Group, numbers: Mapping[str, Any]) -> list[dict[str, str]]:
+    rows: list[dict[str, str]] = []
+    start = 0
+    for irrep in IRREPS:
+        count = numbers["multiplicities"].get(irrep, 0)
+        if not count:
+            continue
+        size = 2 * count if irrep == "e" else count
+        energy = numbers["energy_by_irrep"].get(irrep)
+        rows.append(
+            {
+                "channels": f"{start} to {start + size - 1}" if size > 1 else str(start),
+                "name": irrep.upper(),
+                "energy": "unknown" if finite(energy) is None else f"{100 * energy:.0f} %",
+                "does": _describe_irrep(irrep, group),
+            }
+        )
+        start += size
+    return rows
+
+
+def _describe_irrep(irrep: str, group: Group) -> str:
+    if irrep == "e":
+        return "planes of two channels, which turn and flip as the axes of the image do"
+    flipped = [g.name for g in group if irrep_matrix(irrep, g).item() < 0]
+    return f"changes sign under {', '.join(flipped)}" if flipped else "nothing: invariant"
+
+
+def _as_yaml(value: float) -> str:
+    # YAML 1.1 reads 3e-07 as a text, 3.0e-07 as a number.
+    return f"{value:.2e}" if 0 < abs(value) < 1e-3 else str(float(f"{value:.6g}"))
+
+
+def _quote(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False)  # in YAML and in Python
+
+
+def _escape(value: Any) -> str:
+    one_line = " ".join(str(value).split())
+    return re.sub(r"([\\`\[\]|])", r"\\\1", html.escape(one_line, quote=False))

@@ -1,0 +1,135 @@
+"""One trial: a run of its own, in the process that Ray Tune starts for it.
+
+One worker trains in that process; several are the workers of a Ray Train `TorchTrainer`, which asks
+for their resources itself. Either way the trial goes on from its newest checkpoint, if it has any.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from efae import config_forms as configuration
+from efae.config import Config
+from efae.config_forms import with_overrides
+from efae.model.autoencoder import build_representation
+from efae.ray_trainer import TrainingFailed, is_final, run_training
+from efae.sweep.records import TrialRecord
+from efae.sweep.space import apply_combination
+from efae.tracking import runs
+from efae.tracking.redaction import first_cause
+from efae.tracking.timeouts import PATIENT, request_limits
+from efae.training.divergence import TrainingDiverged
+from efae.training.process import continue_run
+
+DRIVER_BYTES = 64 * 2**20
+"""Memory that a trial asks for when its workers ask for the rest: Tune refuses to start a trial
+that asks for nothing, and CPUs would be missing for the workers."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What all trials of a sweep share.
+
+    Attributes:
+        name: of the sweep.
+        config: what every trial starts from, as JSON.
+        tracking_uri: of the MLflow server.
+        parent_run_id: the MLflow run of the sweep.
+    """
+
+    name: str
+    config: str
+    tracking_uri: str
+    parent_run_id: str
+
+
+def configure_trial(sweep: Sweep, record: TrialRecord) -> Config:
+    """The configuration of one trial.
+
+    Raises:
+        ValueError: its combination cannot work.
+    """
+    base = configuration.from_json(sweep.config)
+    return with_overrides(
+        apply_combination(base, record.combination),
+        {"training.seed": record.seed, "tracking.run_name": name_run(sweep.name, record)},
+    )
+
+
+def name_run(sweep_name: str, record: TrialRecord) -> str:
+    """Of the trial, in MLflow and in storage."""
+    return f"{sweep_name}-{record.key}"
+
+
+def list_resources(config: Config) -> dict[str, float]:
+    """What Tune reserves for the trial's own process."""
+    if config.ray.most_workers > 1:
+        return {"memory": DRIVER_BYTES}
+    return {"CPU": config.ray.cpus_per_worker, **({"GPU": 1} if config.ray.use_gpu else {})}
+
+
+def run_trial(proposal: dict[str, Any], sweep: Sweep) -> None:
+    """Train and report every look to Tune; a fault that would repeat itself is reported too.
+
+    Args:
+        proposal: {"record": the fields of a `TrialRecord`}.
+        sweep: what all trials share.
+
+    Raises:
+        Exception: what Tune may try again, as the loss of a worker.
+    """
+    record = TrialRecord(**proposal["record"])
+    config = configure_trial(sweep, record)
+    with request_limits(PATIENT):
+        run_id = _begin_run(sweep, record, config)
+    try:
+        if config.ray.most_workers > 1:
+            run_training(config, run_id, sweep.tracking_uri, on_look=TuneReportCallback())
+        else:
+            _train_here(config, run_id, sweep.tracking_uri)
+    except Exception as error:
+        if not (isinstance(error, TrainingFailed) or is_final(error)):
+            raise
+        nothing = dict.fromkeys(("psnr", "held_out_loss", "worst_gap_db"), math.nan)
+        tune.report({"step": 0, **nothing, "cause": first_cause(error)})
+
+
+def _begin_run(sweep: Sweep, record: TrialRecord, config: Config) -> str:
+    """The trial's MLflow run, with its parameters."""
+    uri = sweep.tracking_uri
+    run_id, _ = runs.find_or_create_run(
+        uri,
+        config.tracking.experiment,
+        config.tracking.run_name,
+        {
+            runs.PARENT: sweep.parent_run_id,
+            "efae.phase": record.phase,
+            "efae.commit": config.tracking.commit,
+            "efae.config": configuration.digest(config),
+        },
+    )
+    runs.log_config(uri, run_id, config)
+    counts = build_representation(config).multiplicities
+    runs.log_params(uri, run_id, {f"latent.{irrep}": n for irrep, n in counts.items()})
+    return run_id
+
+
+def _train_here(config: Config, run_id: str, tracking_uri: str) -> None:
+    while True:
+        try:
+            return continue_run(
+                config,
+                run_id,
+                tracking_uri,
+                device=torch.device("cuda" if config.ray.use_gpu else "cpu"),
+                report=cast(Callable[[dict[str, float]], None], tune.report),
+                say=lambda line: None,
+            )
+        except TrainingDiverged as error:
+            if not error.goes_back:
+                raise

@@ -1,0 +1,327 @@
+"""Metrics, figures and texts of a running training -> MLflow, which never stops or slows it.
+
+Points go to a background thread, which sends them in batches. While the server is away they wait
+in a local file, in order.
+
+Every point reaches the run once. MLflow ignores a point that it already holds (same name, step,
+time and value), so sending again after an unclear failure is safe; and a point at or before the
+last logged step of its name is skipped, so a restart from a checkpoint repeats no step.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+from efae.tracking.redaction import first_cause, redact
+from efae.tracking.spill import Point, Spill
+from efae.tracking.timeouts import PATIENT, QUICK, request_limits
+
+logger = logging.getLogger(__name__)
+
+_POINTS_PER_REQUEST = 1000  # MLflow's limit
+_UNSENDABLE = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
+
+
+def default_spill_folder() -> Path:
+    """Where points wait on this node: a folder of this user's alone in the temporary folder.
+
+    Raises:
+        ValueError: it belongs to another user, who could read and change what waits there.
+    """
+    folder = Path(tempfile.gettempdir()) / f"efae-spill-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid():
+        raise ValueError(f"{folder} belongs to another user: remove it, or set TMPDIR")
+    return folder
+
+
+def deliver_points(tracking_uri: str, run_id: str, points: Iterable[Sequence[Any]]) -> None:
+    """Sends what a tracker that has ended left behind, where MLflow lacks it.
+
+    Args:
+        tracking_uri: of the MLflow server.
+        run_id: the run.
+        points: what `Tracker.unsent` gave; what waits in this node's spill folder goes first.
+
+    Raises:
+        ConnectionError: they could not be sent within a minute.
+    """
+    with request_limits(PATIENT):
+        tracker = Tracker(tracking_uri, run_id, default_spill_folder())
+        tracker.resend(points)
+        if not tracker.close(timeout_seconds=60):
+            raise ConnectionError(f"MLflow at {redact(tracking_uri)} does not take the curves")
+
+
+class Tracker:
+    """Sends metrics, figures and texts of one run from a background thread.
+
+    `spill_folder` is local and outlives the process: what could not be sent waits there and is
+    sent by the next tracker of the run on this node.
+
+    Args:
+        tracking_uri: of the MLflow server; it need not answer.
+        run_id: an existing run.
+        spill_folder: made if need be.
+        send_interval_seconds: longest wait between two rounds of sending.
+        queue_size: calls of `log_metrics` that may wait in memory.
+        system_metrics_interval_seconds: between two samples of CPU, memory, disk, network and
+            GPU; None takes none.
+
+    Attributes:
+        spilled: points that had to wait.
+        dropped: points that were lost (the queue was full, or MLflow refused them).
+    """
+
+    def __init__(
+        self,
+        tracking_uri: str,
+        run_id: str,
+        spill_folder: Path,
+        *,
+        send_interval_seconds: float = 2.0,
+        queue_size: int = 10_000,
+        system_metrics_interval_seconds: float | None = None,
+    ):
+        for name, value in QUICK.items():
+            os.environ.setdefault(name, value)
+        self.dropped = 0
+        self.spilled = 0
+        self._client = MlflowClient(tracking_uri)
+        self._tracking_uri = tracking_uri
+        self._run_id = run_id
+        self._address = redact(tracking_uri)
+        self._spill = Spill(spill_folder / f"{run_id}.jsonl")
+        self._outbox = spill_folder / run_id
+        self._queue: deque[tuple[int, int, dict[str, float]]] = deque()
+        self._in_flight: list[Point] = []
+        self._handing_over = threading.Lock()
+        self._queue_size = queue_size
+        self._last_steps: dict[str, int] | None = None
+        self._away = False
+        self._send_interval_seconds = send_interval_seconds
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._system_metrics_interval_seconds = system_metrics_interval_seconds
+        self._system_metrics: _SystemMetrics | None = None
+        self._thread = threading.Thread(target=self._run, name="efae-tracker", daemon=True)
+        self._thread.start()
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Queues one value per name; returns at once and never raises.
+
+        What is not a number is dropped with a warning.
+        """
+        if len(self._queue) >= self._queue_size:
+            self.dropped += len(metrics)
+            return
+        values: dict[str, float] = {}
+        for name, value in metrics.items():
+            try:
+                values[name] = float(value)
+            except (TypeError, ValueError) as error:
+                self.dropped += 1
+                logger.warning("metric %s=%r is not logged: %s", name, value, error)
+        self._queue.append((int(step), time.time_ns() // 1_000_000, values))
+        if len(self._queue) >= 100:
+            self._wake.set()
+
+    def unsent(self) -> list[Point]:
+        """What MLflow may not have yet, for a checkpoint: it would be lost with this node."""
+        with self._handing_over:
+            points = [*self._spill.read(), *self._in_flight, *_split_points(list(self._queue))]
+        return [point for point in points if not point.name.startswith("system/")]
+
+    def resend(self, points: Iterable[Sequence[Any]]) -> None:
+        """Queues what `unsent` gave to another tracker of the run; what arrived is skipped."""
+        for name, step, time_ms, value in points:
+            self._queue.append((step, time_ms, {name: value}))
+
+    def log_figure(self, path: Path, name: str) -> None:
+        """Queues a copy of the file `path` as the artifact `name`, such as figures/step-100.png."""
+        try:
+            self._post(path.read_bytes(), name)
+        except OSError as error:
+            logger.warning("figure %s is not logged: %s", name, error)
+
+    def log_text(self, text: str, name: str) -> None:
+        """Queues a text as the artifact `name`."""
+        try:
+            self._post(text.encode(), name)
+        except OSError as error:
+            logger.warning("text %s is not logged: %s", name, error)
+
+    def close(self, timeout_seconds: float = 15.0) -> bool:
+        """Sends what is left, and says whether all is sent; the rest stays in the spill folder."""
+        self._closing.set()
+        if self._system_metrics is not None:
+            self._system_metrics.finish()
+        self._wake.set()
+        self._thread.join(timeout_seconds)
+        if self._thread.is_alive() or not self._spill.is_empty() or self._letters():
+            logger.warning(
+                "MLflow at %s is away: what it lacks of run %s is kept in %s",
+                *(self._address, self._run_id, self._outbox.parent),
+            )
+            return False
+        shutil.rmtree(self._outbox, ignore_errors=True)  # empty folders
+        return True
+
+    def _post(self, content: bytes, name: str) -> None:
+        # A rename makes the letter visible to the background thread only when it is complete.
+        target = self._outbox / PurePosixPath(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self._outbox.parent, delete=False) as draft:
+            draft.write(content)
+        Path(draft.name).replace(target)
+
+    def _letters(self) -> list[Path]:
+        return sorted(path for path in self._outbox.rglob("*") if path.is_file())
+
+    def _run(self) -> None:
+        last_round = False
+        while not last_round:
+            self._wake.wait(self._send_interval_seconds)
+            self._wake.clear()
+            last_round = self._closing.is_set()
+            with self._handing_over:
+                self._in_flight = _split_points(
+                    self._queue.popleft() for _ in range(len(self._queue))
+                )
+            try:
+                self._deliver(self._in_flight)
+            except OSError as error:  # the local disk is full or gone; training goes on
+                lost = len(self._in_flight)
+                self.dropped += lost
+                logger.warning("run %s: %d points are lost: %s", self._run_id, lost, error)
+            self._in_flight = []
+
+    def _deliver(self, points: list[Point]) -> None:
+        if not self._spill.is_empty() or not self._send(points):
+            self._spill.append(points)
+            self.spilled += len(points)
+            self._spill.drain(self._send)
+        if not self._away:
+            self._send_letters()
+
+    def _send(self, points: list[Point]) -> bool:
+        """Sends points that the run does not have yet; False if the server is away."""
+        try:
+            last_steps = dict(self._connect())
+            fresh: list[Point] = []
+            for point in points:
+                if point.step > last_steps.get(point.name, -1):
+                    fresh.append(point)
+                    last_steps[point.name] = point.step
+            for start in range(0, len(fresh), _POINTS_PER_REQUEST):
+                self._send_batch(fresh[start : start + _POINTS_PER_REQUEST])
+            self._last_steps = last_steps
+        except (MlflowException, OSError) as error:
+            if not self._away:
+                logger.warning(
+                    "MLflow at %s is away (%s): points wait in %s",
+                    *(self._address, first_cause(error), self._spill.path),
+                )
+            self._away = True
+            return False
+        if self._away:
+            logger.warning("MLflow at %s is back", self._address)
+        self._away = False
+        return True
+
+    def _send_batch(self, points: list[Point]) -> None:
+        metrics = [Metric(name, value, time_ms, step) for name, step, time_ms, value in points]
+        try:
+            self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
+        except MlflowException as error:
+            if error.error_code not in _UNSENDABLE:
+                raise
+            if len(points) > 1:  # one bad point must not take the others along
+                self._send_batch(points[: len(points) // 2])
+                self._send_batch(points[len(points) // 2 :])
+            else:
+                self.dropped += 1
+                logger.warning("MLflow refuses %s: %s", points[0], first_cause(error))
+
+    def _connect(self) -> dict[str, int]:
+        """The last logged step of each metric; asked once, when the server first answers."""
+        if self._last_steps is None:
+            metrics = self._client.get_run(self._run_id).data.to_proto().metrics
+            self._last_steps = {metric.key: metric.step for metric in metrics}
+            if self._system_metrics_interval_seconds is not None and not self._closing.is_set():
+                self._system_metrics = _SystemMetrics(
+                    self,
+                    self._tracking_uri,
+                    self._run_id,
+                    self._system_metrics_interval_seconds,
+                    _next_system_step(self._last_steps),
+                )
+                self._system_metrics.start()
+        return self._last_steps
+
+    def _send_letters(self) -> None:
+        for path in self._letters():
+            folder = path.relative_to(self._outbox).parent.as_posix()
+            try:
+                self._client.log_artifact(
+                    self._run_id, str(path), None if folder == "." else folder
+                )
+            except (MlflowException, OSError) as error:
+                logger.info("artifact %s waits: %s", path.name, first_cause(error))
+                return
+            path.unlink()
+
+
+def _split_points(queued: Iterable[tuple[int, int, dict[str, float]]]) -> list[Point]:
+    return [
+        Point(name, step, time_ms, value)
+        for step, time_ms, metrics in queued
+        for name, value in metrics.items()
+    ]
+
+
+class _SystemMetrics(SystemMetricsMonitor):
+    """MLflow's own sampler of CPU, memory, disk, network and GPU, delivered by a tracker.
+
+    MLflow's delivery ends for good at the first request that fails.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        tracking_uri: str,
+        run_id: str,
+        interval_seconds: float,
+        first_step: int,
+    ):
+        super().__init__(run_id, tracking_uri=tracking_uri)
+        self._tracker = tracker
+        self._interval_seconds = interval_seconds
+        self._logging_step = first_step
+
+    def monitor(self) -> None:
+        while not self._shutdown_event.wait(self._interval_seconds):
+            self.collect_metrics()
+            metrics = cast(dict[str, float], self.aggregate_metrics())  # MLflow does not type it
+            self._tracker.log_metrics(
+                self._logging_step, {f"system/{name}": value for name, value in metrics.items()}
+            )
+            self._logging_step += 1
+            for monitor in self.monitors:
+                monitor.clear_metrics()
+
+
+def _next_system_step(last_steps: Mapping[str, int]) -> int:
+    return 1 + max((s for name, s in last_steps.items() if name.startswith("system/")), default=-1)

@@ -1,0 +1,166 @@
+import json
+import shutil
+import sys
+
+import pytest
+
+from data_pipelines import ShardDataset
+from data_pipelines.build_shards import build_shards, main, split_entries
+from data_pipelines.building import unfinished
+from data_pipelines.building.sources import ImageFolder, open_source
+from data_pipelines.shards.intake import SourceFaults, Tolerance
+from data_pipelines.verify_shards import find_faults
+
+
+def contents(path):
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+class TestBuild:
+    def test_is_reproducible_and_a_second_run_does_nothing(self, folder, tmp_path, monkeypatch):
+        for name in ("a", "b"):
+            build_shards(f"folder:{folder}", f"{tmp_path}/{name}", samples_per_shard=5, held_out=6)
+        assert contents(tmp_path / "a") == contents(tmp_path / "b")
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*")}
+        monkeypatch.setattr(ImageFolder, "list_entries", None)  # would raise if it were called
+        text = build_shards(f"folder:{folder}", f"{tmp_path}/a", samples_per_shard=5, held_out=6)
+        assert "nothing to do" in text
+        assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*")}
+
+    def test_splits_exactly_and_completely(self, folder, tmp_path):
+        build_shards(f"folder:{folder}", str(tmp_path), held_out=6)
+        train = ShardDataset.open(f"{tmp_path}/train").keys
+        held_out = ShardDataset.open(f"{tmp_path}/held_out").keys
+        assert len(held_out) == 6
+        assert sorted(train + held_out) == [f"n{number:02d}" for number in range(23)]
+        assert train != sorted(train)
+        with pytest.raises(ValueError, match=rf"open {tmp_path}/train or {tmp_path}/held_out"):
+            ShardDataset.open(str(tmp_path))
+
+    @pytest.mark.parametrize("held_out", [1, 100, 512])
+    def test_families_stay_on_one_side(self, held_out):
+        parts = split_entries(open_source("openmoji").list_entries(), held_out)
+        families = {name: {entry.family for entry in part} for name, part in parts.items()}
+        assert len(parts["held_out"]) == held_out
+        assert len(parts["train"]) == 4495 - held_out
+        assert not families["train"] & families["held_out"]
+
+    def test_goes_on_where_it_was_cut_off(self, folder, tmp_path, monkeypatch):
+        whole, cut = tmp_path / "whole", tmp_path / "cut"
+        build_shards(f"folder:{folder}", str(whole), samples_per_shard=5)
+        load = ImageFolder.load
+        calls = []
+
+        def load_until_killed(self, entry, resolution):
+            calls.append(entry.key)
+            if len(calls) == 12:
+                raise KeyboardInterrupt
+            return load(self, entry, resolution)
+
+        monkeypatch.setattr(ImageFolder, "load", load_until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            build_shards(f"folder:{folder}", str(cut), samples_per_shard=5)
+        with pytest.raises(ValueError, match=r"holds no index\.json"):
+            ShardDataset.open(str(cut))
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match=r"unfinished.*samples_per_shard 5 instead of 6"):
+            build_shards(f"folder:{folder}", str(cut), samples_per_shard=6)
+        calls.clear()
+        monkeypatch.setattr(
+            ImageFolder, "load", lambda *args: calls.append(args[1].key) or load(*args)
+        )
+        build_shards(f"folder:{folder}", str(cut), samples_per_shard=5)
+        assert len(calls) == 23 - 2 * 5
+        assert contents(cut) == contents(whole)
+
+    def test_refuses_an_output_built_from_something_else(self, folder, shards, tmp_path):
+        with pytest.raises(ValueError, match=r"resolution None instead of 4.*delete that one"):
+            build_shards(f"folder:{folder}", shards, samples_per_shard=5, resolution=4)
+        with pytest.raises(ValueError, match="held_out 0 instead of 3"):
+            build_shards(f"folder:{folder}", shards, samples_per_shard=5, held_out=3)
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other/mine.tar").write_bytes(b"mine")
+        with pytest.raises(ValueError, match="not written by this command"):
+            build_shards(f"folder:{folder}", f"{tmp_path}/other")
+
+    def test_all_faults_are_found_in_one_run_and_skipped_on_request(self, folder, tmp_path, capsys):
+        source, output = tmp_path / "source", tmp_path / "set"
+        shutil.copytree(folder, source)
+        bad = [f"n{number:02d}.png" for number in (1, 5, 11, 22)]
+        for name in bad:
+            (source / name).write_bytes((source / name).read_bytes()[:50])
+        (source / "z.heic").write_bytes(b"x")
+        with pytest.raises(SourceFaults) as error:
+            build_shards(f"folder:{source}", str(output), samples_per_shard=4, held_out=6)
+        assert sorted(f"{f}: ".split(": ")[0].rpartition("/")[2] for f in error.value.faults) == [
+            *bad,
+            "z.heic",
+        ]
+        assert (output / "faults.txt").read_text().splitlines() == error.value.faults
+        assert "1 images cannot be taken; reading the others" in capsys.readouterr().err
+        assert not list(output.rglob("index.json"))
+        with pytest.raises(SourceFaults):
+            build_shards(f"folder:{source}", str(output), None, 4, 6, tolerance=Tolerance(4))
+        text = build_shards(f"folder:{source}", str(output), None, 4, 6, tolerance=Tolerance(5))
+        assert f"5 bad images left out, listed in {output}/faults.txt" in text
+        assert "4 x bad image (such as " in text
+        keys = [
+            key
+            for part in ("train", "held_out")
+            for key in ShardDataset.open(f"{output}/{part}").keys
+        ]
+        assert sorted(keys) == [
+            f"n{number:02d}" for number in range(23) if f"n{number:02d}.png" not in bad
+        ]
+        assert not list(find_faults(f"{output}/train"))
+        statistics = json.loads((output / "train/statistics.json").read_text())
+        assert statistics["left_out"]["bad image"]["count"] >= 1
+
+    def test_what_was_skipped_is_known_after_a_restart(self, folder, tmp_path, monkeypatch):
+        source, output = tmp_path / "source", tmp_path / "set"
+        shutil.copytree(folder, source)
+        (source / "n03.png").write_bytes(b"")
+        write = unfinished.clear
+        monkeypatch.setattr(unfinished, "clear", lambda uri: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            build_shards(
+                f"folder:{source}", str(output), samples_per_shard=4, tolerance=Tolerance(1)
+            )
+        (output / "index.json").unlink()
+        monkeypatch.setattr(unfinished, "clear", write)
+        with pytest.raises(SourceFaults, match=r"n03\.png"):
+            build_shards(f"folder:{source}", str(output), samples_per_shard=4)
+        text = build_shards(f"folder:{source}", str(output), None, 4, tolerance=Tolerance(1))
+        assert "1 bad images left out" in text
+        assert len(ShardDataset.open(str(output))) == 22
+
+    def test_the_command_says_what_it_did_not_take(self, folder, tmp_path, capsys):
+        source = tmp_path / "source"
+        shutil.copytree(folder, source)
+        (source / "notes.txt").write_text("x")
+        for number in range(22):
+            (source / f"bad{number:02d}.png").write_bytes(b"x")
+        command = ["--source", f"folder:{source}", "--output", f"{tmp_path}/set", "--on=here"]
+        with pytest.raises(SystemExit, match=r"22 faults .* or use --bad-images skip"):
+            main(command)
+        assert capsys.readouterr().out.splitlines()[20] == "… and 2 more"
+        main([*command, "--bad-images", "skip"])
+        said = capsys.readouterr().out
+        assert "22 x bad image (such as " in said
+        assert "1 x no image file (.txt) (such as notes.txt)" in said
+        with pytest.raises(SystemExit, match=r"22 faults in .*, more than --most-bad-images 21"):
+            main([*command[:3], f"{tmp_path}/b", "--bad-images", "skip", "--most-bad-images", "21"])
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--source", "nonsense", "--output", "x"], "unknown source 'nonsense'"),
+            (["--source", "mnist", "--output", "pipe:x"], "'pipe' is refused"),
+            (["--source", "mnist", "--output", "x", "--resolution", "0"], "--resolution 0"),
+            (["--source", "mnist", "--output", "x", "--held-out", "-1"], "--held-out -1"),
+        ],
+    )
+    def test_the_command_ends_with_one_line(self, arguments, message):
+        with pytest.raises(SystemExit, match=message) as error:
+            main(arguments)
+        assert "\n" not in str(error.value)

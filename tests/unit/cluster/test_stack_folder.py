@@ -1,0 +1,47 @@
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from cluster.state import StackState
+from efae.preflight.cluster_checks import reach_cluster
+
+LONGEST_IN_RAY = "/ray/session_2026-11-28_23-12-33_123456_4194304/sockets/dash_MetricsHead"
+
+
+def test_sockets_of_a_stack_lie_where_their_paths_are_short_and_plain(monkeypatch):
+    assert StackState(Path("/tmp/efae-x")).socket_folder == Path("/tmp/efae-x")
+    long, odd = Path("/home") / ("x" * 200), Path("/tmp/a st\u00fcck")
+    for temporary in ("/tmp", "/tmp/" + "y" * 70, "/tmp/\u00fc"):
+        monkeypatch.setattr(tempfile, "tempdir", temporary)
+        found = [StackState(folder).socket_folder for folder in (long, odd)]
+        assert len(set(found)) == 2
+        for folder in found:
+            assert folder.parent == Path("/tmp")
+            assert len(os.fsencode(f"{folder}{LONGEST_IN_RAY}")) <= 107
+
+
+def test_a_temporary_folder_that_no_socket_fits_into_is_refused(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + "y" * 71)
+    with pytest.raises(ValueError, match=r"^TMPDIR=/tmp/y+: too long .* of at most 75 bytes"):
+        _ = StackState(Path("/tmp/efae-x")).socket_folder
+
+
+@pytest.mark.parametrize(("name", "longest"), [("RAY_TMPDIR", 35), ("TMPDIR", 75)])
+def test_a_cluster_is_not_begun_where_its_sockets_do_not_fit(monkeypatch, name, longest):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv(name, "/" + "y" * longest)
+    begun = []
+    with pytest.raises(ValueError, match=rf"^{name}=/y+: too long .* of at most {longest} bytes"):
+        reach_cluster(lambda: begun.append(name))
+    assert begun == []
+
+
+def test_a_cluster_that_begins_here_has_its_sockets_in_a_short_folder(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", "")
+    for temporary, expected in (("/scratch", ""), ("/" + "y" * 74, "/tmp")):
+        monkeypatch.setenv("TMPDIR", temporary)
+        reach_cluster(lambda: None)
+        assert os.environ["RAY_TMPDIR"] == expected

@@ -1,0 +1,122 @@
+"""LPIPS and FID: what is refused before any work, and what they measure where they can."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from efae.evaluation import lpips_fid
+from efae.evaluation.lpips_fid import Fid, Lpips, load_fid
+
+ALEXNET = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+
+
+@pytest.fixture(scope="module")
+def alexnet() -> dict[str, torch.Tensor]:
+    """Random weights by torchvision's names, with what LPIPS does not need."""
+    generator = torch.Generator().manual_seed(0)
+    found = {"classifier.6.bias": torch.zeros(1000)}
+    for place, (out, into, side) in ALEXNET.items():
+        weight = torch.randn(out, into, side, side, generator=generator)
+        found[f"features.{place}.weight"] = weight / (into * side * side) ** 0.5
+        found[f"features.{place}.bias"] = 0.1 * torch.randn(out, generator=generator)
+    return found
+
+
+@pytest.fixture(scope="module")
+def lpips(alexnet, tmp_path_factory) -> Lpips:
+    path = tmp_path_factory.mktemp("weights") / "alexnet.pth"
+    torch.save(alexnet, path)
+    return Lpips(path)
+
+
+def draw(seed: int, channels: int = 3) -> torch.Tensor:
+    return torch.rand(2, channels, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_lpips_is_a_distance_per_pair_that_grows_with_the_error(lpips):
+    image, other = draw(0), draw(1)
+    assert lpips(image, image).tolist() == [0, 0]
+    assert torch.allclose(lpips(image, other), lpips(other, image))
+    near, far = (lpips(image, image + s * (other - image)) for s in (0.1, 1.0))
+    assert (near > 0).all()
+    assert (far > near).all()
+    assert torch.allclose(lpips(image, other)[1:], lpips(image[1:], other[1:]), atol=1e-6)
+    grey, grey_other = draw(0, 1), draw(1, 1)
+    repeated = lpips(grey.repeat(1, 3, 1, 1), grey_other.repeat(1, 3, 1, 1))
+    assert torch.equal(lpips(grey, grey_other), repeated)
+
+
+def test_lpips_of_safetensors_is_the_same(lpips, alexnet, tmp_path):
+    safetensors.torch.save_file(alexnet, tmp_path / "alexnet.safetensors")
+    again = Lpips(tmp_path / "alexnet.safetensors")
+    assert torch.equal(again(draw(0), draw(1)), lpips(draw(0), draw(1)))
+    assert len(lpips.protocol["weights_sha256"]) == 64
+
+
+def test_lpips_refuses_small_images(lpips):
+    lpips.check_size(32, 40)
+    with pytest.raises(ValueError, match="31 x 40 pixels: LPIPS needs 32"):
+        lpips.check_size(31, 40)
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+@pytest.mark.parametrize("name", ["missing.pth", "trap.pth", "text.safetensors", "other.pth"])
+def test_files_that_are_not_the_weights_are_refused_and_never_run(tmp_path, name):
+    (tmp_path / "trap.pth").write_bytes(pickle.dumps(Trap(str(tmp_path / "sprung")), 2))
+    (tmp_path / "text.safetensors").write_text("not a file of tensors")
+    torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=rf"{name}: .*alexnet-owt-7be5be79.pth"):
+        Lpips(tmp_path / name)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_fid_names_the_packages_that_are_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(lpips_fid, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="torch-fidelity and torchvision"):
+        load_fid(tmp_path / "inception.pth")
+
+
+def test_fid_names_the_file_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(lpips_fid, "find_spec", lambda name: object())
+    with pytest.raises(ValueError, match=r"no such file; FID needs torch-fidelity's Inception"):
+        load_fid(tmp_path / "inception.pth")
+
+
+class Colours(torch.nn.Module):
+    """A network of three features: the mean colours."""
+
+    num_features = 3
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        assert pixels.dtype == torch.uint8
+        return pixels.float().mean((2, 3))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_fid_is_zero_for_equal_images_and_the_shift_of_the_mean_else(channels):
+    image = torch.randint(0, 200, (9, channels, 8, 8)) / 127.5 - 1
+    for shift, expected in ((0, 0.0), (20, 3 * 20.0**2)):
+        fid = Fid(FrechetInceptionDistance(Colours()), "none")
+        fid.add(image[:4], image[:4] + shift / 127.5)
+        fid.add(image[4:], image[4:] + shift / 127.5)
+        assert fid.compute() == pytest.approx(expected, abs=0.05)
+
+
+def test_fid_of_one_image_is_refused():
+    fid = Fid(FrechetInceptionDistance(Colours()), "none")
+    fid.add(draw(0)[:1], draw(1)[:1])
+    with pytest.raises(ValueError, match="two images"):
+        fid.compute()

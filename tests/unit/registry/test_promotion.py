@@ -1,0 +1,178 @@
+"""Every gate of promotion: what passes, what does not, and that unknown never does."""
+
+from decimal import Decimal
+
+import pytest
+
+from efae.registry.promotion import GATES, HIGHER_IS_BETTER, Contender, Terms, judge
+
+TAGS = {
+    "train_data": "aaaa",
+    "held_out_data": "bbbb",
+    "held_out_images": "512",
+    "held_out_uri": "s3://data/held_out",
+    "image_shape": "3x32x32",
+    "metric.psnr": "24.0",
+    "metric.worst_gap_db": "2e-06",
+}
+
+
+def contender(version: int, **changes: str | None) -> Contender:
+    """With other tags; None takes one away. "metric_psnr" stands for "metric.psnr"."""
+    named = {key.replace("metric_", "metric."): value for key, value in changes.items()}
+    tags = {key: value for key, value in (TAGS | named).items() if value is not None}
+    return Contender(f"models:/efae/{version}", tags)
+
+
+CHAMPION = contender(1)
+BETTER = contender(2, metric_psnr="24.5")
+
+
+def outcomes(candidate: Contender, present: Contender | None, **terms) -> dict[str, str]:
+    return {v.gate: v.outcome for v in judge(candidate, present, Terms(**terms))}
+
+
+def remark(gate: str, candidate: Contender, present: Contender | None, **terms) -> str:
+    return next(v.remark for v in judge(candidate, present, Terms(**terms)) if v.gate == gate)
+
+
+def failing(candidate: Contender, present: Contender | None, **terms) -> list[str]:
+    return [gate for gate, out in outcomes(candidate, present, **terms).items() if out == "FAIL"]
+
+
+def test_a_better_version_passes_every_gate():
+    assert outcomes(BETTER, CHAMPION) == dict.fromkeys(GATES, "ok")
+
+
+def test_a_version_is_not_better_than_itself():
+    assert failing(CHAMPION, CHAMPION) == ["metric"]
+
+
+@pytest.mark.parametrize("metric", [name for name in HIGHER_IS_BETTER if name != "worst_gap_db"])
+def test_of_two_versions_one_at_most_is_better(metric):
+    high, low = (
+        contender(version, **{f"metric_{metric}": value})
+        for version, value in ((1, "0.75"), (2, "0.5"))
+    )
+    better, worse = (high, low) if metric in ("psnr", "ssim") else (low, high)
+    assert failing(better, worse, metric=metric) == []
+    assert failing(worse, better, metric=metric) == ["metric"]
+
+
+def test_a_smaller_gap_can_be_what_is_asked():
+    small, large = contender(1, metric_worst_gap_db="0.01"), contender(2, metric_worst_gap_db="0.3")
+    assert failing(small, large, metric="worst_gap_db") == []
+    assert failing(large, small, metric="worst_gap_db") == ["metric", "gap"]
+
+
+def test_better_by_exactly_the_margin_is_not_enough():
+    assert 24.1 - 24.0 > 0.1  # in binary, so decimals are compared
+    by = contender(2, metric_psnr="24.1")
+    assert failing(by, CHAMPION, margin=0.1) == ["metric"]
+    assert failing(by, CHAMPION, margin=0.0999) == []
+    assert "psnr higher by more than 0.1" in remark("metric", by, CHAMPION, margin=0.1)
+
+
+@pytest.mark.parametrize(
+    ("gap", "fails"), [("0.00099", False), ("0.001002", False), ("0.001003", True), ("16", True)]
+)
+def test_a_gap_may_be_larger_by_rounding_only(gap, fails):
+    candidate = contender(2, metric_psnr="30", metric_worst_gap_db=gap)
+    assert failing(candidate, CHAMPION) == (["gap"] if fails else [])
+    assert failing(candidate, CHAMPION, gap_tolerance_db=20.0) == []
+    assert failing(candidate, CHAMPION, gap_tolerance_db=0.0) == ["gap"]
+
+
+@pytest.mark.parametrize("value", [None, "", "nan", "NaN", "inf", "-Infinity", "sNaN", "good"])
+@pytest.mark.parametrize("who", ["candidate", "champion"])
+def test_what_is_no_number_never_passes(value, who):
+    def change(contender_: Contender, key: str) -> Contender:
+        tags = {k: v for k, v in contender_.tags.items() if k != key}
+        return Contender(contender_.uri, tags if value is None else tags | {key: value})
+
+    for key, gate in (("metric.psnr", "metric"), ("metric.worst_gap_db", "gap")):
+        pair = [BETTER, CHAMPION]
+        pair[who == "champion"] = change(pair[who == "champion"], key)
+        assert failing(*pair) == [gate]
+        if who == "candidate":
+            assert failing(pair[0], None) == [gate]
+    assert "both carry worst_gap_db: choose with --metric" in remark(
+        "metric", change(BETTER, "metric.psnr"), CHAMPION
+    )
+
+
+@pytest.mark.parametrize("key", ["held_out_data", "held_out_images", "image_shape"])
+def test_numbers_of_other_images_do_not_compare(key):
+    for present in (contender(1, **{key: "other"}), contender(1, **{key: None})):
+        assert failing(BETTER, present) == ["images"]
+        assert (
+            "jobs/evaluate.py --model models:/efae/1 models:/efae/2 --data s3://data/held_out"
+        ) in remark("images", BETTER, present)
+    lacking = contender(2, metric_psnr="24.5", **{key: None})
+    assert "images" in failing(lacking, CHAMPION)
+    assert "images" in failing(lacking, contender(1, **{key: None}))  # unknown is not the same
+    assert "images" in failing(lacking, None)
+
+
+def test_a_version_of_before_there_was_lineage_is_unknown():
+    old = Contender("models:/efae/1", {"metric.psnr": "20", "metric.worst_gap_db": "1e-6"})
+    assert failing(old, None) == ["lineage", "images"]
+    assert failing(BETTER, old) == ["images"]  # the champion's own lineage is not judged again
+    assert "unknown" in remark("images", BETTER, old)
+
+
+def test_a_version_measured_on_what_it_was_trained_on_is_refused():
+    assert failing(contender(2, metric_psnr="40", train_data="bbbb"), CHAMPION) == ["lineage"]
+    assert failing(contender(2, train_data="bbbb"), None) == ["lineage"]
+
+
+def test_the_first_champion_needs_no_other_and_that_is_said():
+    assert failing(CHAMPION, None) == []
+    assert [v.gate for v in judge(CHAMPION, None, Terms()) if "nothing to compare" in v.remark] == [
+        "images",
+        "metric",
+        "gap",
+    ]
+    assert {v.present for v in judge(CHAMPION, None, Terms())} == {""}
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_gate_is_skipped_alone_and_shows_what_it_would_say(gate):
+    hopeless = Contender("models:/efae/2", {})
+    expected = dict.fromkeys(GATES, "FAIL") | {gate: "skipped"}
+    assert outcomes(hopeless, CHAMPION, skip=(gate,)) == expected
+    assert "unknown" in remark(gate, hopeless, CHAMPION, skip=(gate,))
+
+
+def test_both_values_stand_in_a_verdict_as_the_tags_spell_them():
+    verdict = judge(BETTER, CHAMPION, Terms())[GATES.index("metric")]
+    assert (verdict.candidate, verdict.present) == ("24.5", "24.0")
+
+
+def test_an_unknown_metric_names_those_that_both_carry():
+    mine = contender(2, metric_ssim="0.9", metric_fid="3", metric_taste="7")
+    present = contender(1, metric_fid="4", metric_taste="6")
+    with pytest.raises(ValueError, match=r"--metric taste.*both carry psnr, worst_gap_db, fid$"):
+        judge(mine, present, Terms(metric="taste"))
+    with pytest.raises(ValueError, match=r"models:/efae/2 carries psnr, ssim, worst_gap_db, fid$"):
+        judge(mine, None, Terms(metric="taste"))
+    with pytest.raises(ValueError, match="none that is known"):
+        judge(Contender("models:/efae/2", {}), present, Terms(metric="taste"))
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({"margin": -0.1}, "--margin -0.1"),
+        ({"margin": float("nan")}, "--margin nan"),
+        ({"gap_tolerance_db": float("inf")}, "--gap-tolerance inf"),
+        ({"skip": ("integrity",)}, "--skip integrity: the gates are lineage, images"),
+    ],
+)
+def test_terms_that_mean_nothing_are_refused(terms, message):
+    with pytest.raises(ValueError, match=message):
+        Terms(**terms)
+
+
+def test_a_number_is_read_to_its_last_digit():
+    assert contender(1, metric_psnr="0.1000001").number("psnr") == Decimal("0.1000001")

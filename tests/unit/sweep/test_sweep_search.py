@@ -1,0 +1,237 @@
+"""How a sweep searches, without training: a formula stands in for the value of a combination."""
+
+import math
+from dataclasses import asdict
+
+import pytest
+
+from efae.presets import PRESETS
+from efae.sweep.config import SweepConfig
+from efae.sweep.phase import find_first_rung, make_scheduler, replay
+from efae.sweep.ranking import choose_finalists, find_best, find_pareto, predict, rank
+from efae.sweep.records import Records, TrialRecord
+from efae.sweep.searcher import Proposals
+from efae.sweep.space import Chooser, read_space
+
+CONFIG = PRESETS["quickstart_trial"][1]
+STEPS = CONFIG.training.steps
+ROTATION, CHIRALITY = "representation.rotation_dims", "representation.chirality_split"
+
+
+def value_of(combination):
+    """Best at 16 and 0.5."""
+    return 25 - abs(combination[ROTATION] - 16) / 8 - 4 * abs(combination[CHIRALITY] - 0.5)
+
+
+def look_at(combination, step=STEPS):
+    value = value_of(combination) - (STEPS - step) / 100
+    return {"step": step, "psnr": value, "held_out_loss": 1 / value, "worst_gap_db": 0.0}
+
+
+def begin(folder, settings):
+    """A driver that finds what is in storage."""
+    records = Records(str(folder))
+    chooser = Chooser(CONFIG, read_space(settings.space, CONFIG))
+    for record in records.trials.values():
+        chooser.accept(record.combination)
+    return records, Proposals(chooser, records, settings)
+
+
+def run(records, proposals, count, first_id=0):
+    """Propose and end `count` trials; their combinations."""
+    found = []
+    for i in range(first_id, first_id + count):
+        proposal = proposals.suggest(str(i))
+        if proposal == "FINISHED":
+            break
+        record = TrialRecord(**proposal["record"])
+        look = look_at(record.combination)
+        proposals.on_trial_result(str(i), look)
+        proposals.on_trial_complete(str(i), look)
+        records.update(record.number, state="finished", looks=[look])
+        found.append(record.combination)
+    return found
+
+
+@pytest.mark.parametrize("search", ["optuna", "random", "grid"])
+def test_no_combination_comes_twice_and_all_come_once(tmp_path, search):
+    settings = SweepConfig(name="s", search=search, trials=100)
+    records, proposals = begin(tmp_path, settings)
+    found = run(records, proposals, 100)
+    possible = Chooser(CONFIG, read_space("split", CONFIG)).list_possible()
+    chooser = Chooser(CONFIG, read_space("split", CONFIG))
+    assert possible is not None
+    signed = [chooser.sign(combination) for combination in found]
+    assert len(set(signed)) == len(signed) == len(possible)
+    assert None not in signed
+    if search == "grid":
+        assert found == possible
+
+
+def test_optuna_finds_the_best_sooner_than_chance(tmp_path):
+    def best_after(search, seed):
+        settings = SweepConfig(name="s", search=search, trials=12, seed=seed)
+        records, proposals = begin(tmp_path / f"{search}{seed}", settings)
+        return max(map(value_of, run(records, proposals, 12)))
+
+    by_model = [best_after("optuna", seed) for seed in range(4)]
+    by_chance = [best_after("random", seed) for seed in range(4)]
+    assert sum(by_model) > sum(by_chance)
+
+
+def test_a_later_driver_goes_on(tmp_path):
+    """What ended is remembered and not tried again; what had begun is begun again, first."""
+    settings = SweepConfig(name="s", trials=12)
+    records, proposals = begin(tmp_path, settings)
+    found = run(records, proposals, 5)
+    begun = [proposals.suggest(f"left-{i}")["record"] for i in range(2)]
+    again, taken_up = begin(tmp_path, settings)
+    assert {r.number: r.state for r in again.trials.values()} == {
+        **dict.fromkeys(range(1, 6), "finished"),
+        **dict.fromkeys((6, 7), "running"),
+    }
+    proposed = [taken_up.suggest(f"again-{i}")["record"] for i in range(5)]
+    assert proposed[:2] == begun
+    combinations = [*found, *(record["combination"] for record in proposed)]
+    assert len({tuple(c.values()) for c in combinations}) == len(combinations)
+    assert len(again.trials) == 10
+
+
+def test_a_later_driver_knows_the_values(tmp_path):
+    """Optuna goes by what earlier drivers found: its next proposals are near the best."""
+    settings = SweepConfig(name="s", trials=30)
+    records, proposals = begin(tmp_path, settings)
+    run(records, proposals, 14)
+    _, taken_up = begin(tmp_path, settings)
+    study = taken_up._study
+    assert study.best_value == max(r.metrics["psnr"] for r in records.trials.values())
+    assert len(study.trials) == 14
+
+
+def test_a_trial_stopped_early_is_no_whole_one(tmp_path):
+    settings = SweepConfig(name="s", trials=3)
+    records, proposals = begin(tmp_path, settings)
+    for name, step in (("whole", STEPS), ("stopped", 150)):
+        record = TrialRecord(**proposals.suggest(name)["record"])
+        look = look_at(record.combination, step)
+        proposals.on_trial_result(name, look)
+        proposals.on_trial_complete(name, look)
+        state = "finished" if step == STEPS else "stopped"
+        records.update(record.number, state=state, looks=[look])
+    proposals.suggest("failed")
+    nothing = dict.fromkeys(("psnr", "held_out_loss", "worst_gap_db"), math.nan)
+    proposals.on_trial_result("failed", {"step": 0, **nothing, "cause": "no memory"})
+    proposals.on_trial_complete("failed", {"step": 0, **nothing, "cause": "no memory"})
+    records.update(3, state="failed", cause="no memory")
+    wanted = ["COMPLETE", "PRUNED", "FAIL"]
+    told = [trial.state.name for trial in proposals._study.trials if trial.params]
+    assert [state for state in told if state != "FAIL"] == wanted[:2]
+    _, taken_up = begin(tmp_path, settings)
+    assert [trial.state.name for trial in taken_up._study.trials] == wanted
+
+
+def test_several_objectives_give_a_front(tmp_path):
+    space = tmp_path / "space.toml"
+    space.write_text('"representation.dim" = {choices = [16, 24, 32]}')
+    objectives = ("psnr", "latent_size")
+    settings = SweepConfig(name="s", space=str(space), trials=3, objectives=objectives)
+    records, proposals = begin(tmp_path / "sweep", settings)
+    psnr = {16: 20.0, 24: 19.0, 32: 24.0}
+    for i in range(3):
+        record = TrialRecord(**proposals.suggest(str(i))["record"])
+        dim = record.combination["representation.dim"]
+        look = {"step": STEPS, "psnr": psnr[dim], "held_out_loss": 1.0, "worst_gap_db": 0.0}
+        proposals.on_trial_result(str(i), look)
+        proposals.on_trial_complete(str(i), look)
+        records.update(record.number, state="finished", looks=[look])
+    assert [list(t.params.values()) for t in proposals._study.best_trials if t.values] == [
+        [record.combination["representation.dim"]]
+        for record in records.trials.values()
+        if record.combination["representation.dim"] != 24
+    ]
+    front = {
+        records.trials[int(key)].combination["representation.dim"]: key
+        for key in find_pareto(records, settings)
+    }
+    assert set(front) == {16, 32}
+    assert find_best(records, settings)["config"] == {"representation.dim": 32}
+
+
+@pytest.mark.parametrize("metric", ["psnr", "held_out_loss"])
+def test_asha_remembers_what_earlier_drivers_saw(metric):
+    """A trial in the worse half at a rung is stopped, also when the others ended before."""
+    settings = SweepConfig(name="s", objectives=(metric,))
+    assert find_first_rung(CONFIG, settings) == 150
+    scheduler = make_scheduler(CONFIG, settings)
+
+    def record(number, loss):
+        looks = [
+            {"step": step, "psnr": -loss, "held_out_loss": loss, "worst_gap_db": 0.0}
+            for step in range(150, STEPS + 1, 150)
+        ]
+        return TrialRecord(number, "search", {}, 0, 1, "finished", looks)
+
+    for number, loss in enumerate((0.1, 0.2, 0.3, 0.4), start=1):
+        replay(scheduler, record(number, loss))
+
+    class Live:
+        def __init__(self, name):
+            self.trial_id = name
+
+    def decide(name, loss, steps):
+        trial = Live(name)
+        scheduler.on_trial_add(None, trial)
+        return [
+            scheduler.on_trial_result(
+                None, trial, {"step": step, "held_out_loss": loss, "psnr": -loss}
+            )
+            for step in steps
+        ]
+
+    assert decide("good", 0.15, (150, 300, 450, 600)) == ["CONTINUE"] * 4
+    assert decide("bad", 0.5, (75, 150)) == ["CONTINUE", "STOP"]
+
+
+def test_finalists_are_the_best_and_planned_once(tmp_path):
+    settings = SweepConfig(name="s", search="grid", trials=8, finalists=2, finalist_seeds=2)
+    records, proposals = begin(tmp_path, settings)
+    run(records, proposals, 8)
+    records.update(3, state="stopped")
+    best = [record.combination for record in rank(records.in_phase("search"), settings)[:2]]
+    chosen = choose_finalists(records, settings, 0)
+    assert [(r.combination, r.seed) for r in chosen] == [(c, s) for c in best for s in (1, 2)]
+    assert choose_finalists(records, settings, 0) == chosen
+    records.update(chosen[0].number, state="finished", looks=[look_at(best[0])])
+    assert choose_finalists(Records(str(tmp_path)), settings, 0) == chosen[1:]
+
+
+def test_the_best_is_the_mean_over_most_seeds(tmp_path):
+    settings = SweepConfig(name="s")
+    records = Records(str(tmp_path))
+    for combination, seed, psnr in (("a", 0, 30.0), ("b", 0, 25.0), ("b", 1, 26.0), ("c", 0, 25.8)):
+        record = records.add("search", {"k": combination}, seed, 512)
+        look = {"step": STEPS, "psnr": psnr, "held_out_loss": 1.0, "worst_gap_db": 0.0}
+        records.update(record.number, state="finished", looks=[look])
+    best = find_best(records, settings)
+    assert (best["config"], best["value"], best["seeds"]) == ({"k": "b"}, 25.5, [0, 1])
+    assert records.trials[best["number"]].metrics["psnr"] == 26.0
+    assert find_best(Records(str(tmp_path / "none")), settings) is None
+
+
+def test_records_come_back_from_storage(tmp_path):
+    records = Records(str(tmp_path))
+    record = records.add("search", {ROTATION: 4}, 3, 512)
+    records.update(record.number, looks=[look_at({ROTATION: 4, CHIRALITY: 0.5}, 100)], seconds=2.5)
+    records.write_sweep({"ended": False})
+    again = Records(str(tmp_path))
+    assert list(map(asdict, again.trials.values())) == list(map(asdict, records.trials.values()))
+    assert again.trials[1].steps == 100
+    assert again.read_sweep() == {"ended": False}
+    (tmp_path / "002.json").write_text("{")
+    with pytest.raises(ValueError, match=r"002\.json: not a trial's record"):
+        Records(str(tmp_path))
+
+
+def test_the_theory_is_the_action_on_a_patch():
+    """An 8 x 8 patch splits 10:6:6:10:16 (E twice): half of the channels turn."""
+    assert predict(CONFIG) == {"rotation_dims": 16.0, "chirality_split": 22 / 32}

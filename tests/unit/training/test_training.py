@@ -1,0 +1,304 @@
+"""The loop on real shards in one process: determinism, resume, precision, refusals."""
+
+import itertools
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_pipelines import ShardDataset
+from data_pipelines.build_shards import build_shards
+from efae.checkpoints.checkpoint import read_checkpoint
+from efae.config import Config, OptimizerConfig
+from efae.config_forms import with_overrides
+from efae.training.checkpoint_writer import CheckpointWriter
+from efae.training.divergence import DivergenceGuard, TrainingDiverged
+from efae.training.ema import MovingAverage
+from efae.training.loop import seed_of, train
+from efae.training.optimizer import build_optimizer, learning_rate_at
+
+TINY = {
+    "data.resolution": 16,
+    "data.decode_threads": 1,
+    "representation.dim": 12,
+    "representation.rotation_dims": 4,
+    "model.hidden_size": 32,
+    "model.encoder_hidden_size": 32,
+    "model.num_heads": 2,
+    "model.depth": 2,
+    "model.patch_size": 4,
+    "training.steps": 8,
+    "training.global_batch_size": 8,
+    "training.precision": "fp32",
+    "training.log_interval": 2,
+    "training.checkpoint_interval": 4,
+    "optimizer.warmup_steps": 2,
+}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i:02d}.png")
+    output = tmp_path_factory.mktemp("shards") / "set"
+    build_shards(f"folder:{folder}", str(output), samples_per_shard=6)
+    return str(output)
+
+
+def run(shards, folder=None, checkpoint=None, say=lambda line: None, rate_factor=1.0, **overrides):
+    config = with_overrides(Config(), TINY | {"data.uri": shards} | overrides)
+    return train(
+        config,
+        ShardDataset.open(shards),
+        device=CPU,
+        writer=CheckpointWriter(str(folder), config) if folder else None,
+        checkpoint=checkpoint,
+        rate_factor=rate_factor,
+        say=say,
+    )
+
+
+def assert_same_state(a, b):
+    assert a.step == b.step
+    first, second = a.snapshot(), b.snapshot()
+    assert first[1] == second[1]
+    for kind, tensors in first[0].items():
+        assert tensors.keys() == second[0][kind].keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, second[0][kind][name]), (kind, name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("level", ["exact", "objective"])
+def test_resumed_equals_uninterrupted_bit_for_bit(shards, tmp_path, precision, level):
+    overrides = {"training.precision": precision, "model.level": level}
+    whole = run(shards, tmp_path, **overrides)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000008"]
+    halfway = read_checkpoint(tmp_path / "step-00000004")
+    assert_same_state(run(shards, checkpoint=halfway, **overrides), whole)
+    other = run(shards, **overrides, **{"training.seed": 1})
+    assert not torch.equal(next(other.model.parameters()), next(whole.model.parameters()))
+
+
+def test_a_run_that_was_trained_to_the_end_trains_no_more(shards, tmp_path):
+    state = run(shards, tmp_path)
+    again = run(shards, tmp_path, checkpoint=read_checkpoint(tmp_path / "step-00000008"))
+    assert_same_state(again, state)
+
+
+def test_a_notice_makes_every_log_interval_a_checkpoint(shards, tmp_path):
+    config = with_overrides(
+        Config(), TINY | {"data.uri": shards, "ray.checkpoints_to_keep": 9, "training.steps": 7}
+    )
+    asked = []
+    train(
+        config,
+        ShardDataset.open(shards),
+        device=CPU,
+        writer=CheckpointWriter(str(tmp_path), config),
+        ends_soon=lambda: asked.append(0) or len(asked) > 2,
+    )
+    assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [4, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model.downsampling": 16},
+        {"flow.prediction": "velocity", "flow.time_law": "uniform"},
+        {
+            "model.level": "none",
+            "data.channels": 1,
+            "representation.multiplicities": (1, 0, 0, 0, 0),
+        }
+        | {"representation.dim": 1},
+        {"representation.group": "C4"},
+    ],
+    ids=["vector latent", "velocity", "grey", "turns only"],
+)
+def test_every_kind_of_model_trains(shards, overrides):
+    state = run(shards, **{"training.steps": 3} | overrides)
+    assert state.step == 3
+    assert all(torch.isfinite(p).all() for p in state.model.parameters())
+
+
+def test_global_random_state_changes_nothing(shards):
+    torch.manual_seed(1)
+    first = run(shards)
+    torch.manual_seed(2)
+    torch.rand(5)
+    assert_same_state(first, run(shards))
+
+
+def test_training_lowers_the_loss(shards):
+    lines = []
+    intervals = {"training.log_interval": 10, "training.checkpoint_interval": 50}
+    run(shards, say=lines.append, **{"training.steps": 150} | intervals)
+    assert "step 150/150" in lines[-1]
+    untrained = []
+    run(shards, say=untrained.append, **{"training.steps": 10} | intervals)
+
+    def read_loss(line):
+        return float(line.split("loss ")[1].split()[0])
+
+    assert read_loss(lines[-1]) < 0.8 * read_loss(untrained[-1])
+
+
+def test_golden_loss_curve(shards):
+    """A change of these numbers is a change of what training does: say so in the CHANGELOG."""
+    losses = []
+    run(
+        shards,
+        say=lambda line: losses.append(float(line.split("loss ")[1].split()[0])),
+        **{
+            "training.steps": 20,
+            "training.log_interval": 20,
+            "training.checkpoint_interval": 20,
+        },
+    )
+    assert losses == pytest.approx([0.9561], rel=0.005)
+
+
+def poison(prediction, image):
+    """A loss term that is not a number for the image that is all white."""
+    return torch.where((image > 0.999).all((1, 2, 3)), torch.nan, 0.0)
+
+
+@pytest.fixture(scope="module")
+def poisoned_shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
+    pixels[7] = 255
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i:02d}.png")
+    output = tmp_path_factory.mktemp("shards") / "set"
+    build_shards(f"folder:{folder}", str(output))
+    return str(output)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_loss_that_is_not_finite_names_step_and_sample(poisoned_shards, tmp_path, precision):
+    log = tmp_path / "log"
+    with pytest.raises(TrainingDiverged) as caught:
+        run(
+            poisoned_shards,
+            tmp_path / "run",
+            **{
+                "loss.perceptual": "tests.unit.training.test_training:poison",
+                "training.precision": precision,
+                "training.steps": 20,
+                "training.log_interval": 10,
+                "tracking.sample_log": str(log),
+            },
+        )
+    lines = [json.loads(line) for line in next(log.iterdir()).read_text().splitlines()]
+    guilty = next(step for _, step, _, keys in lines if "07" in keys)
+    assert (caught.value.step, caught.value.samples) == (guilty, ["07"])
+    # No checkpoint holds a step from there on, although the host looked later.
+    saved = [int(path.name[5:]) for path in (tmp_path / "run").glob("step-*")]
+    assert all(step <= guilty for step in saved)
+    assert len(lines) > guilty + 1 or guilty % 10 in (3, 9)
+
+
+def test_the_update_of_a_gradient_that_is_not_finite_is_left_out():
+    """And so are those after it, until the host looks."""
+    layer = torch.nn.Linear(4, 4)
+    optimizer = build_optimizer(layer, OptimizerConfig())
+    guard = DivergenceGuard(optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    weights = []
+    for step, norm in enumerate([1.0, 1.0, float("inf"), 1.0]):
+        layer(torch.ones(2, 4)).square().mean().backward()
+        guard.watch(step, ["a", "b"], torch.tensor([1.0, 2.0]), torch.tensor(norm))
+        optimizer.step()
+        optimizer.zero_grad()
+        weights.append(layer.weight.detach().clone())
+    assert not torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[1], weights[2])
+    assert torch.equal(weights[1], weights[3])
+    with pytest.raises(TrainingDiverged, match=r"step 2 is not finite.*'a', 'b'"):
+        guard.check(1.0)
+
+
+def test_watching_changes_no_update():
+    def train_twice(watch):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 4)
+        optimizer = build_optimizer(layer, OptimizerConfig(weight_decay=0.1))
+        guard = DivergenceGuard(optimizer, torch.amp.GradScaler("cpu", enabled=False))
+        for step in range(3):
+            layer(torch.ones(2, 4)).square().mean().backward()
+            if watch:
+                guard.watch(step, ["a"], torch.ones(1), torch.tensor(1.0))
+            optimizer.step()
+            optimizer.zero_grad()
+        return layer.weight
+
+    assert torch.equal(train_twice(watch=True), train_twice(watch=False))
+
+
+def test_divergence_says_what_to_do_also_in_another_process():
+    error = pickle.loads(pickle.dumps(TrainingDiverged(7, ["a"], "s3://b/step-00000004", False)))
+    assert "step 7" in str(error)
+    assert "s3://b/step-00000004" in str(error)
+    assert "--ray.rollbacks" in str(error)
+    assert "half the rate" in str(TrainingDiverged(7, ["a"], None, True))
+
+
+def test_a_rate_factor_scales_every_rate(shards):
+    first = run(shards, rate_factor=0.5)
+    halved = run(shards, **{"optimizer.learning_rate": Config().optimizer.learning_rate / 2})
+    assert_same_state(first, halved)
+
+
+def test_group_elements_differ_within_a_batch_and_repeat_by_seed():
+    chosen = [
+        torch.randint(8, (64,), generator=torch.Generator().manual_seed(seed_of(0, step, rank)))
+        for step, rank in ((3, 1), (3, 1), (4, 1), (3, 0))
+    ]
+    assert len(chosen[0].unique()) == 8
+    assert torch.equal(chosen[0], chosen[1])
+    assert not torch.equal(chosen[0], chosen[2])
+    assert not torch.equal(chosen[0], chosen[3])
+
+
+def test_seeds_do_not_collide():
+    seeds = {seed_of(s, step, rank) for s in range(3) for step in range(200) for rank in range(8)}
+    assert len(seeds) == 3 * 200 * 8
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_learning_rate_fraction=0.1)
+    rates = [learning_rate_at(step, 100, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[-1] == pytest.approx(0.1, abs=0.001)
+
+
+def test_weight_decay_spares_vectors():
+    model = torch.nn.Linear(3, 2)
+    decay = {
+        id(p): group["weight_decay"]
+        for group in build_optimizer(model, OptimizerConfig(weight_decay=0.5)).param_groups
+        for p in group["params"]
+    }
+    assert decay == {id(model.weight): 0.5, id(model.bias): 0.0}
+
+
+def test_moving_average_follows_its_formula():
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = MovingAverage(model, decay=0.6)
+    expected = float(model.weight.detach())
+    for step in range(20):
+        with torch.no_grad():
+            model.weight.fill_(step)
+        average.update(model, step)
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert float(average.weights["weight"]) == pytest.approx(expected, rel=1e-5)

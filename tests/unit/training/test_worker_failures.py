@@ -1,0 +1,87 @@
+"""What is said of workers that were lost, and whether the run is tried again."""
+
+import time
+
+import pytest
+import torch
+from ray.train import ControllerError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerHealthCheckFailedError,
+)
+from ray.train.v2._internal.execution.controller.state import ReschedulingState, RunningState
+
+from efae.checkpoints.events import read_events, record_event
+from efae.config import RayConfig
+from efae.ray_trainer import TrainingFailed, WorkerFailures, find_culprit, is_final
+from efae.worker_groups import GroupStarts
+
+GONE = WorkerHealthCheckFailedError(
+    "A worker health check failed.\nIts process is gone.", OSError()
+)
+ALONE = RuntimeError("Connection closed by peer")
+
+
+def test_a_run_without_memory_is_not_tried_again():
+    with pytest.raises(RuntimeError, match="can't allocate memory") as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_final(caught.value)
+    assert is_final(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert not is_final(RuntimeError("the actor died"))
+
+
+@pytest.mark.parametrize(
+    ("errors", "rank"),
+    [
+        ({0: ALONE, 1: GONE, 2: ALONE}, 1),
+        ({0: GONE, 1: ALONE, 2: ValueError("wrong")}, 2),
+        ({2: ALONE, 1: ALONE}, 1),
+    ],
+)
+def test_the_error_that_the_others_came_from_is_named(errors, rank):
+    assert find_culprit(errors) == (rank, errors[rank])
+
+
+def find_failure(uri):
+    """The event, which is written in the background."""
+    give_up_at = time.monotonic() + 20
+    while time.monotonic() < give_up_at:
+        for event in read_events(uri):
+            if event.kind == "failure":
+                return event.facts["what"]
+        time.sleep(0.05)
+    raise AssertionError("no event")
+
+
+def test_the_host_is_the_one_of_the_last_start(tmp_path):
+    uri = str(tmp_path)
+    for hosts in (["10.0.0.1", "10.0.0.2"], ["10.0.0.1", "10.0.0.3"]):
+        record_event(uri, "start", "2 workers begin", hosts=hosts)
+    WorkerFailures(uri).after_exception(None, {0: ALONE, 1: GONE})
+    said = "rank 1 on 10.0.0.3 was lost: A worker health check failed."
+    assert find_failure(uri) == said
+
+
+def test_workers_that_were_lost_before_they_began_have_no_host(tmp_path):
+    with pytest.raises(TrainingFailed, match="rank 0: wrong"):
+        WorkerFailures(str(tmp_path)).after_exception(None, {0: ValueError("wrong")})
+    assert find_failure(str(tmp_path)) == "rank 0 was lost: wrong"
+
+
+def test_workers_that_die_in_every_start_end_the_run(tmp_path):
+    """Ray itself would start them for ever; starts that succeed between do not add up."""
+    starts = GroupStarts(str(tmp_path), RayConfig(max_failures=2), in_sweep=False)
+
+    def fail():
+        error = ControllerError(WorkerGroupStartupFailedError("no memory"))
+        starts.after_controller_state_update(None, ReschedulingState(error))
+
+    for _ in range(3):
+        fail()
+        fail()
+        starts.after_controller_state_update(None, RunningState())
+    fail()
+    fail()
+    with pytest.raises(TrainingFailed, match=r"no memory.* 3 starts .* ray\.max_failures=2"):
+        fail()
+    assert find_failure(str(tmp_path)) == "workers were lost while they started: no memory"
