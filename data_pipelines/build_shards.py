@@ -8,6 +8,7 @@ what it was built from.
 
 import argparse
 import hashlib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,6 +43,7 @@ from data_pipelines.shards.intake import (
 from data_pipelines.storage import uris
 
 TRAIN, HELD_OUT = "train", "held_out"
+_OUR_SHARD = re.compile(r"shard-\d{6,}\.tar")
 
 
 def build_shards(
@@ -109,6 +111,8 @@ def _build(
     outputs = {part: uris.join(output, part) if part else output for part in parts}
     storage.check_writable(output)
     if _find_finished(output, outputs, fingerprint):
+        for uri in outputs.values():  # of a run that was cut off while it did so
+            unfinished.clear(uri)
         sets = [load_index(uri) for uri in outputs.values()]
         return _summarize(sets, outputs, "were complete: nothing to do")
     entries, repeated = drop_repeated(origin.list_entries())
@@ -143,7 +147,13 @@ def _build(
         raise SourceFaults(fingerprint["source"], faults)
     report = write_faults(output, faults)
     provenance = {"fingerprint": fingerprint, **origin.describe()}
-    sets = [_finish_set(records[part], uri, provenance, left_out) for part, uri in outputs.items()]
+    sets = [
+        # What the source left out is counted once, in the last of its sets.
+        _finish_set(records[part], uri, provenance, left_out if part == parts[-1] else LeftOut())
+        for part, uri in outputs.items()
+    ]
+    for uri in outputs.values():  # until all are whole, a run that goes on needs all faults
+        unfinished.clear(uri)
     skipped = f"; {len(faults)} bad images left out, listed in {report}" if faults else ""
     return _summarize(sets, outputs, f"written{skipped}")
 
@@ -194,7 +204,7 @@ def _write_shards(
 ) -> list[ShardIndex]:
     """A record of every shard, in order; those that are not there yet are written."""
     there = storage.list_files(uri)
-    if INDEX_NAME in there:
+    if INDEX_NAME in there and not unfinished.is_claimed(there):
         return [load_index(uri)]
     tars = any(name.endswith(".tar") and "/" not in name for name in there)
     if tars and not unfinished.is_claimed(there):
@@ -211,9 +221,12 @@ def _write_shards(
             entries[first : first + per_shard],
             fingerprint["resolution"],
             most_bad_images > 0,
+            fingerprint,
         )
         for first in range(0, len(entries), per_shard)
     ]
+    for name in {name for name in there if _OUR_SHARD.fullmatch(name)} - {job.name for job in jobs}:
+        storage.delete(uris.join(uri, name))  # of an earlier run, when the source had more images
     return _write_missing(source, uri, jobs, there, on)
 
 
@@ -236,8 +249,6 @@ def _finish_set(
     left_out = LeftOut(dict(left_out.counts), dict(left_out.examples))
     for record in records:
         left_out.merge(LeftOut.from_json(record.provenance[LEFT_OUT]))
-        if faults := record.provenance[FAULTS]:
-            left_out.add("bad image", faults[0].split(": ")[0], len(faults))
     shapes = {record.image_shape for record in records if record.shards[0].keys}
     known = {shape for shape in shapes if shape is not None}
     index = ShardIndex(
@@ -247,7 +258,6 @@ def _finish_set(
     )
     describe_set(uri, index)
     write_index(uri, index)
-    unfinished.clear(uri)
     return index
 
 
@@ -258,7 +268,13 @@ def _write_missing(
     from tqdm import tqdm
 
     noted = unfinished.read_records(uri, [job.name for job in jobs], there)
-    records = {n: record for n, record in noted.items() if there.get(n) == record.shards[0].bytes}
+    records = {
+        job.name: noted[job.name]
+        for job in jobs
+        if job.name in noted
+        and there.get(job.name) == noted[job.name].shards[0].bytes
+        and job.is_done(noted[job.name])
+    }
     missing = [job for job in jobs if job.name not in records]
     total = sum(len(job.entries) for job in jobs)
     done = total - sum(len(job.entries) for job in missing)

@@ -69,7 +69,7 @@ def index_shards(
     """
     ray_tasks.means_ray(on)
     base = _find_base(uri)
-    output = make_absolute(output) if output else base
+    output = base if output is None else make_absolute(output)
     try:
         _, sizes, left_out = list_tars(uri)
         _check_places(base, output)
@@ -78,6 +78,7 @@ def index_shards(
         if storage.exists(uris.join(output, INDEX_NAME)):
             index = load_index(output)
             unfinished.refuse_other(output, index.provenance.get("fingerprint", {}), fingerprint)
+            unfinished.clear(output)  # of a run that was cut off before it did so
             return f"{_summarize(index, output)} was complete: nothing to do{_tell_left_out(index)}"
         there = storage.list_files(output)
         unfinished.claim(output, there, fingerprint)
@@ -125,6 +126,12 @@ def list_tars(uri: str) -> tuple[str, dict[str, int], LeftOut]:
         names = [name.removeprefix(f"{base}/") for name in braceexpand(uri)]
         if uris.split_uri(uri)[0] in ("http", "https"):
             names = [unquote(name) for name in names]  # `uris.join` quotes them
+        if (folder := uris.local_path(base)) is not None:
+            missing = [
+                f"{folder / name} does not exist" for name in names if not (folder / name).exists()
+            ]
+            if missing:
+                raise SourceFaults(uri, missing)
         return base, dict.fromkeys(names, 0), LeftOut()
     try:
         tree = storage.list_tree(uri)
@@ -132,6 +139,8 @@ def list_tars(uri: str) -> tuple[str, dict[str, int], LeftOut]:
         raise ValueError(
             f"{error}; to index tars there, name them: {uri}/NAME-{{000000..000099}}.tar"
         ) from error
+    if not tree.files and not tree.others:
+        storage.check_readable(uri)
     return base, *select_tars(uri, tree)
 
 
@@ -166,7 +175,11 @@ def _read_tars(
     from tqdm import tqdm
 
     noted = unfinished.read_records(checks.output, sizes, there) if checks.output else {}
-    records = {name: record for name, record in noted.items() if checks.accept(record)}
+    records = {
+        name: record
+        for name, record in noted.items()
+        if checks.accept(record) and sizes[name] in (0, record.shards[0].bytes)  # 0: not known
+    }
     missing = [name for name in sizes if name not in records]
     faults: dict[str, list[str]] = {}
     total, done = len(sizes), len(records)

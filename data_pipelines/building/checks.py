@@ -116,7 +116,8 @@ def select_tars(uri: str, tree: Tree, output: str | None = None) -> tuple[dict[s
     if faults:
         raise SourceFaults(uri, faults)
     if not tars:
-        raise ValueError(f"{uri} holds no .tar file")
+        remedy = ": name the folder that it lies in" if uri.lower().endswith(".tar") else ""
+        raise ValueError(f"{uri} holds no .tar file{remedy}")
     return tars, left_out
 
 

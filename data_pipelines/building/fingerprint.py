@@ -27,6 +27,12 @@ def find_version(package: str) -> str:
 
 
 def make_absolute(uri: str) -> str:
-    """The same place for a worker, which runs in another folder; without a slash at the end."""
+    """The same place for a worker, which runs in another folder; without a slash at the end.
+
+    Raises:
+        ValueError: it is empty, as a variable of the shell that is not set.
+    """
+    if not uri:
+        raise ValueError("an empty path: name a folder, . for this one")
     path = uris.local_path(uri)
     return uri.rstrip("/") if path is None else str(path.absolute())

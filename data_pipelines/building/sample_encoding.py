@@ -90,11 +90,12 @@ class Encoding:
             pixels = decode_image(data, shape[0])
         except ValueError as error:
             raise ValueError(f"{where}: {error}; remove or replace it") from error
+        further_frames = count_frames(data) - 1
         if resolution is None and is_upright_jpeg(data):
-            return EncodedImage("jpg", data, shape, others or {})
+            return EncodedImage("jpg", data, shape, others or {}, further_frames)
         pixels = pixels[0] if shape[0] == 1 else pixels.transpose(1, 2, 0)
         image = self.encode(pixels if resolution is None else fit(pixels, resolution), others)
-        return replace(image, further_frames=count_frames(data) - 1)
+        return replace(image, further_frames=further_frames)
 
 
 def decode_png(data: bytes) -> np.ndarray:

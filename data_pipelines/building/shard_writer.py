@@ -1,12 +1,15 @@
 """One shard: read its images, write the tar, upload it, leave its record. Runs on any node."""
 
+import hashlib
+import json
 import os
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +17,14 @@ from data_pipelines import storage
 from data_pipelines.building import unfinished
 from data_pipelines.building.sample_encoding import EncodedImage, Entry
 from data_pipelines.building.sources import SampleSource
+from data_pipelines.images.codec import image_extensions
 from data_pipelines.shards.index import Shape, Shard, ShardIndex, common_shape, index_tar
 from data_pipelines.shards.intake import FAULTS, LEFT_OUT, LeftOut
 from data_pipelines.storage import uris
+from data_pipelines.storage.objects import FULL_DISK
+from data_pipelines.storage.retries import StorageError
+
+_JOB = "job"
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,19 @@ class ShardJob:
     entries: list[Entry]
     resolution: int | None
     skips_bad_images: bool
+    fingerprint: Mapping[str, Any]
+    """What the set is built from."""
+
+    def is_done(self, record: ShardIndex) -> bool:
+        """Whether `record` is of these entries, from files of the same names and sizes."""
+        return record.provenance.get(_JOB) == self.digest()
+
+    def digest(self) -> str:
+        """A hash of the fingerprint and, since equal sizes say little, of each key and place."""
+        sha256 = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode())
+        for entry in self.entries:
+            sha256.update(repr((entry.key, entry.place)).encode())
+        return sha256.hexdigest()[:16]
 
 
 def write_shard(source: SampleSource, job: ShardJob) -> ShardIndex:
@@ -39,7 +60,6 @@ def write_shard(source: SampleSource, job: ShardJob) -> ShardIndex:
         shard, and nothing is uploaded, where there are faults and the job skips none.
 
     Raises:
-        ValueError: Members that cannot lie in one sample; names the key.
         FileNotFoundError: This node does not see the source.
         StorageError: The output cannot be written.
     """
@@ -47,14 +67,18 @@ def write_shard(source: SampleSource, job: ShardJob) -> ShardIndex:
 
     def load(entry: Entry) -> EncodedImage | str:
         try:
-            return source.load(entry, job.resolution)
-        except (ValueError, PermissionError) as error:
+            image = source.load(entry, job.resolution)
+        except PermissionError as error:
+            return f"{error.filename or entry.place}: may not be read ({error.strerror or error})"
+        except ValueError as error:
             return str(error)
+        return _find_clash(entry, image) or image
 
     def take(loaded: Iterable[EncodedImage | str]) -> Iterator[tuple[Entry, EncodedImage]]:
         for entry, image in zip(job.entries, loaded, strict=True):
             if isinstance(image, str):
                 faults.append(image)
+                left_out.add("bad image", str(entry.place))
                 continue
             if image.further_frames:
                 left_out.add("further frame or page of a file", entry.key, image.further_frames)
@@ -65,8 +89,16 @@ def write_shard(source: SampleSource, job: ShardJob) -> ShardIndex:
         ThreadPoolExecutor(os.cpu_count()) as threads,
     ):
         path = Path(folder) / job.name
-        shard, shapes = _write_tar(path, take(threads.map(load, job.entries)))
-        provenance = {LEFT_OUT: left_out.to_json(), FAULTS: faults}
+        try:
+            shard, shapes = _write_tar(path, take(threads.map(load, job.entries)))
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            raise StorageError(
+                f"{tempfile.gettempdir()}: no room to pack {job.name} ({error.strerror}): free some"
+                " space there, or set TMPDIR to another folder"
+            ) from error
+        provenance = {LEFT_OUT: left_out.to_json(), FAULTS: faults, _JOB: job.digest()}
         if faults and not job.skips_bad_images:
             return ShardIndex((), None, provenance)
         storage.upload(path, uris.join(job.uri, job.name))
@@ -75,27 +107,32 @@ def write_shard(source: SampleSource, job: ShardJob) -> ShardIndex:
     return record
 
 
+def _find_clash(entry: Entry, image: EncodedImage) -> str | None:
+    """Why the members of a sample cannot lie in one; None where they can."""
+    if image.extension in image.others:
+        return f"{entry.place}: has two members .{image.extension}: drop one"
+    # As PNG, the image of gif and jpg would come after the latter.
+    if image.others and image_extensions([*image.others, image.extension])[0] != image.extension:
+        return (
+            f"{entry.place}: another member would be taken for its image: rename it, or choose"
+            " another --encoding"
+        )
+    return None
+
+
 def _write_tar(
     path: Path, samples: Iterable[tuple[Entry, EncodedImage]]
 ) -> tuple[Shard, set[Shape]]:
     from webdataset.writer import TarWriter
 
     shapes: set[Shape] = set()
-    written: list[tuple[Entry, int]] = []
+    crc32: list[int] = []
     with path.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
         for entry, image in samples:
-            if image.extension in image.others:
-                raise ValueError(f"{entry.place}: has two members .{image.extension}; drop one")
             members = {**image.others, image.extension: image.data}
             writer.write({"__key__": entry.key, **members})
             shapes.add(image.shape)
-            written.append((entry, zlib.crc32(image.data)))
+            crc32.append(zlib.crc32(image.data))
     shard = index_tar(path, path.name)
-    crc32 = np.array([crc for _, crc in written], np.int64)
-    others = np.flatnonzero(shard.images().crc32 != crc32)
-    if len(others):  # as PNG, the image of jpg and mask.png would come after the mask
-        raise ValueError(
-            f"{written[others[0]][0].place}: another member would be taken for its image; rename"
-            " it, or choose another --encoding"
-        )
+    assert np.array_equal(shard.images().crc32, np.array(crc32, np.int64))
     return shard, shapes

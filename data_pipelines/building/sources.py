@@ -27,7 +27,7 @@ from data_pipelines.building.sample_encoding import (
 from data_pipelines.building.tar_source import ForeignTars
 from data_pipelines.images.codec import UNREAD_EXTENSIONS, is_image
 from data_pipelines.shards.index import SHEET_NAME, STATISTICS_NAME
-from data_pipelines.shards.intake import LeftOut, find_litter
+from data_pipelines.shards.intake import LeftOut, SourceFaults, find_litter
 from data_pipelines.storage import uris
 from data_pipelines.storage.tree import NOT_UTF8, UNLISTABLE
 
@@ -113,6 +113,9 @@ class ImageFolder:
         self._encoding = encoding
         self.left_out, self.reasons, self.faults = LeftOut(), LeftOut(), list[str]()
         self._sizes = self._select(make_absolute(output) if output else None)
+        if not self._sizes and self.faults:
+            nothing = f"folder:{uri}: holds no other image files"
+            raise SourceFaults(f"folder:{uri}", [*self.faults, nothing])
         if not self._sizes:
             raise ValueError(
                 "; ".join(filter(None, [f"folder:{uri}: holds no image files", str(self.left_out)]))

@@ -14,25 +14,38 @@ from data_pipelines.storage import uris
 
 FOLDER = ".unfinished"
 _MARKER = f"{FOLDER}/build.json"
+_LISTING = ("files", "images", "tars")
+"""Keys of a fingerprint that change with the source's files."""
 _READING_THREADS = 8
 
 
 def claim(uri: str, there: Mapping[str, int], fingerprint: Mapping[str, Any]) -> None:
     """Mark `uri` as being built from `fingerprint`, or see that it already is.
 
+    Only the source's files may be others than before, as when bad ones were mended: the caller then
+    finds out which records still hold.
+
     Args:
-        uri: the output.
-        there: what lies there, as `storage.list_files` says.
-        fingerprint: what is built, of JSON's types.
+        uri: Output.
+        there: What lies there, as `storage.list_files` says.
+        fingerprint: What is built, of JSON's types.
 
     Raises:
         ValueError: something else is being built there.
     """
+    marker = uris.join(uri, _MARKER)
     if _MARKER in there:
-        found = json.loads(storage.read_bytes(uris.join(uri, _MARKER)))
-        refuse_other(f"{uri} (unfinished)", found, fingerprint)
-    else:
-        storage.write_bytes(uris.join(uri, _MARKER), json.dumps(fingerprint).encode())
+        try:
+            found = json.loads(storage.read_bytes(marker))
+        except ValueError as error:
+            raise ValueError(
+                f"{marker} is damaged ({error}): delete {uris.join(uri, FOLDER)}"
+            ) from error
+        listing = {name: fingerprint.get(name) for name in _LISTING if name in found}
+        refuse_other(f"{uri} (unfinished)", {**found, **listing}, fingerprint)
+        if found == fingerprint:
+            return
+    storage.write_bytes(marker, json.dumps(fingerprint).encode())
 
 
 def is_claimed(there: Mapping[str, int]) -> bool:

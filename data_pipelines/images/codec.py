@@ -31,6 +31,7 @@ from data_pipelines.images.headers import (
     PNG,
     Buffer,
     check_size,
+    has_further_jpegs,
     is_jpeg_of_size,
     read_jpeg_header,
     read_png_header,
@@ -60,6 +61,7 @@ _PILLOW_FORMATS = (
     *("CUR", "PSD", "DDS", "PCX", "SGI", "SUN", "IM", "MSP", "BLP", "XBM", "XPM"),
 )
 _JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL ")
+_HEIC = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1"))
 _FILLING = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 _JPEG_END = b"\xff\xd9"
 
@@ -116,12 +118,14 @@ def read_shape(data: Buffer) -> tuple[int, int, int]:
 
 def count_frames(data: Buffer) -> int:
     """Frames of an animation or pages of a document; 1 where they cannot be told."""
-    if data[:2] == JPEG or (data[:8] == PNG and bytes(data[37:41]) != b"acTL"):
+    if data[:2] == JPEG and not has_further_jpegs(data):
+        return 1
+    if data[:8] == PNG and bytes(data[37:41]) != b"acTL":
         return 1
     try:
         with _open_with_pillow(data) as image:
             # Layers, sizes and the like are one picture.
-            animated = image.format in ("GIF", "TIFF", "WEBP", "AVIF", "PNG")
+            animated = image.format in ("GIF", "TIFF", "WEBP", "AVIF", "PNG", "MPO")
             return int(getattr(image, "n_frames", 1)) if animated else 1
     except Exception:  # the first one was read
         return 1
@@ -249,6 +253,8 @@ def _decode_png(data: Buffer, channels: int) -> np.ndarray:
     header = read_png_header(data)
     try:
         pixels = imagecodecs.png_decode(data)
+    except UnicodeDecodeError as error:  # imagecodecs cannot read libpng's message
+        raise ValueError("damaged PNG (a chunk unknown or out of place)") from error
     except (imagecodecs.PngError, ValueError) as error:
         raise ValueError(f"damaged PNG ({error})") from error
     if pixels.ndim == 2:
@@ -305,9 +311,20 @@ def _open_with_pillow(data: Buffer) -> Image.Image:
             io.BytesIO(data), formats=[*_PILLOW_FORMATS, *(["TGA"] if is_tga else [])]
         )
     except UnidentifiedImageError as error:
-        raise ValueError("not an image, or its header is damaged") from error
+        raise ValueError(_describe_unknown(data)) from error
     check_size(image.height, image.width)
     return image
+
+
+def _describe_unknown(data: Buffer) -> str:
+    """Why Pillow cannot say what it is."""
+    if not data:
+        return "the file is empty"
+    if bytes(data[4:12]) in _HEIC:
+        return "HEIC, which is not read: convert it, to JPEG say"
+    if bytes(data[:40]).startswith(b"version https://git-lfs."):
+        return "a pointer of Git LFS: fetch the file with `git lfs pull`"
+    return "not an image, or its header is damaged"
 
 
 def _read_orientation(image: Image.Image) -> int | None:

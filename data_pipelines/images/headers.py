@@ -30,8 +30,8 @@ ORIENTATION = 0x0112
 """Exif's tag."""
 _JPEG_SEGMENT = struct.Struct(">HH")  # marker, length without the marker
 _JPEG_FRAME = struct.Struct(">HHB")  # height, width, colours
-_APP1, _BASELINE, _PROGRESSIVE, _SCAN = 0xFFE1, 0xFFC0, 0xFFC2, 0xFFDA
-_EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
+_APP1, _APP2, _BASELINE, _PROGRESSIVE, _SCAN = 0xFFE1, 0xFFE2, 0xFFC0, 0xFFC2, 0xFFDA
+_EXIF, _XMP, _MPF = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"MPF\0"
 """What such a segment begins with."""
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _PNG_HEADER = struct.Struct(">4sIIBB3xI")
@@ -115,6 +115,21 @@ def is_jpeg_of_size(data: Buffer, size: tuple[int, int]) -> bool:
                 places.append((at + 4, at + 2 + length))
             elif not 0xFF00 < marker < 0xFFFF:
                 return False
+            at += 2 + length
+    except struct.error:  # past the end
+        return False
+
+
+def has_further_jpegs(data: Buffer) -> bool:
+    """Whether a JPEG says where others lie in the same file, as an MPO does."""
+    at = 2
+    try:
+        while True:
+            marker, length = _JPEG_SEGMENT.unpack_from(data, at)
+            if marker == _SCAN or not 0xFF00 < marker < 0xFFFF:
+                return False
+            if marker == _APP2 and data[at + 4 : at + 4 + len(_MPF)] == _MPF:
+                return True
             at += 2 + length
     except struct.error:  # past the end
         return False
@@ -238,7 +253,7 @@ def _find_orientation(exif: bytes, xmp: bytes) -> int:
             tags.load(exif)
             orientation = tags.get(ORIENTATION)
         except Exception:  # other programs also show such a picture as it is stored
-            orientation = None
+            return 1
     if orientation is None and xmp:
         found = _XMP_ORIENTATION.search(xmp)
         orientation = int(found[1]) if found else None

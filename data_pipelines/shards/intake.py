@@ -31,7 +31,12 @@ _LITTER_FOLDERS = {
     ".Trash": "deleted file",
     ".Trashes": "deleted file",
     "$RECYCLE.BIN": "deleted file",
+    "$Recycle.Bin": "deleted file",
+    "RECYCLER": "deleted file",
     "#recycle": "deleted file",
+    "@Recycle": "deleted file",
+    ".stversions": "file of a synchroniser",
+    ".dropbox.cache": "file of a synchroniser",
     "lost+found": "deleted file",
 }
 
@@ -161,7 +166,8 @@ def pop_tolerance(options: dict[str, Any]) -> Tolerance:
 
 def describe_faults(error: SourceFaults, tolerance: Tolerance, output: str) -> str:
     """One line: how many there are, where they are listed, and what to do."""
-    more = f", more than --most-bad-images {tolerance.bad_images}" if tolerance.bad_images else ""
+    is_over = 0 < tolerance.bad_images < len(error.faults)
+    more = f", more than --most-bad-images {tolerance.bad_images}" if is_over else ""
     remedy = "" if tolerance.bad_images else ", or use --bad-images skip for those of single images"
     return (
         f"{len(error.faults)} faults in {error.uri}{more}, all listed in"

@@ -154,8 +154,11 @@ def read_members(path: Path, name: str, where: str, known: Container[str] | None
         where: Name or URI of the tar, for faults.
         known: Keys that an index has, whose names are then not judged; None: all keys.
     """
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except PermissionError as error:
+        return _give_up(TarContent(0, "", {}), f"{where} may not be read ({error.strerror})")
     content = TarContent(path.stat().st_size, sha256, {})
     if content.bytes == 0:
         return _give_up(content, f"{where} is empty")

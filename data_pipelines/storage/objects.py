@@ -38,7 +38,8 @@ from data_pipelines.storage.uris import display, join, local_path, split_uri
 PREFLIGHT_SECONDS = 5.0
 _SLOWEST_BYTES_PER_SECOND = 2**18
 _TRANSFER_THREADS = 4
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of errors where there is no room for a file."""
 _LONGEST_NAME_BYTES = 200
 """Of a file in its temporary neighbour's name, which has 255 bytes at most."""
 _SYSTEM_FOLDER = "lost+found"
@@ -392,7 +393,7 @@ def _renamed_into(path: Path, size: int | None) -> Generator[Path]:
         yield part
         part.replace(path)
     except OSError as error:
-        if error.errno not in _FULL_DISK:
+        if error.errno not in FULL_DISK:
             raise
         amount = "an object" if size is None else f"{size} bytes"
         raise StorageError(

@@ -28,7 +28,8 @@ class Tree:
 def walk(root: Path) -> Tree:
     """What lies below the folder `root`; nothing where there is no such folder.
 
-    Links are followed, to folders too, but for those to a folder that they lie in.
+    Links are followed, to folders too, but for those to a folder of this tree, or around it, whose
+    files would be found twice.
     """
     files: dict[str, int] = {}
     others: dict[str, str] = {}
@@ -36,6 +37,7 @@ def walk(root: Path) -> Tree:
         top = root.stat()
     except (FileNotFoundError, NotADirectoryError):
         return Tree(files, others)
+    inside = f"{root.resolve()}{os.sep}"
     waiting: list[_Folder] = []
     if stat.S_ISDIR(top.st_mode):
         waiting.append((root, "", ((top.st_dev, top.st_ino),)))
@@ -64,6 +66,8 @@ def walk(root: Path) -> Tree:
                 others[name] = "named pipe, socket or device"
             elif (identity := (facts.st_dev, facts.st_ino)) in above:
                 others[name] = "link to a folder above it"
+            elif entry.is_symlink() and os.path.realpath(entry.path).startswith(inside):
+                others[name] = "link to a folder of the same tree"
             else:
                 waiting.append((folder / entry.name, f"{name}/", (*above, identity)))
     return Tree(dict(sorted(files.items())), dict(sorted(others.items())))

@@ -46,6 +46,8 @@ def check_uri(uri: str) -> None:
     if scheme and not uri.startswith(scheme):
         raise ValueError(f"cannot open {uri!r}: write {scheme}: in small letters")
     if scheme in _REMOTE_SCHEMES:
+        if not uri.startswith(f"{scheme}://"):
+            raise ValueError(f"cannot open {display(uri)!r}: write {scheme}:// with two slashes")
         _check_remote(uri, scheme, rest)
 
 

@@ -190,7 +190,7 @@ import pathlib, sys
 from data_pipelines.building import ray_tasks, shard_writer, sources
 folder = pathlib.Path(sys.argv[1])
 source = sources.open_source(f"folder:{folder}")
-job = shard_writer.ShardJob(f"{folder}/set", "x.tar", source.list_entries(), None, False)
+job = shard_writer.ShardJob(f"{folder}/set", "x.tar", source.list_entries(), None, False, {})
 (folder / "a.png").unlink()
 list(ray_tasks.run_tasks(shard_writer.write_shard, source, [job], "ray"))
 """

@@ -1,4 +1,6 @@
 import json
+import re
+import resource
 import shutil
 import sys
 
@@ -8,7 +10,9 @@ from data_pipelines import ShardDataset
 from data_pipelines.build_shards import build_shards, main, split_entries
 from data_pipelines.building import unfinished
 from data_pipelines.building.sources import ImageFolder, open_source
+from data_pipelines.shards.index import write_index
 from data_pipelines.shards.intake import SourceFaults, Tolerance
+from data_pipelines.storage.retries import StorageError
 from data_pipelines.verify_shards import find_faults
 
 
@@ -103,7 +107,7 @@ class TestBuild:
             build_shards(f"folder:{source}", str(output), None, 4, 6, tolerance=Tolerance(4))
         text = build_shards(f"folder:{source}", str(output), None, 4, 6, tolerance=Tolerance(5))
         assert f"5 bad images left out, listed in {output}/faults.txt" in text
-        assert "4 x bad image (such as " in text
+        assert re.search(r"4 x bad image \(such as n\d\d\.png\)", text)
         keys = [
             key
             for part in ("train", "held_out")
@@ -116,23 +120,89 @@ class TestBuild:
         statistics = json.loads((output / "train/statistics.json").read_text())
         assert statistics["left_out"]["bad image"]["count"] >= 1
 
+    def test_a_full_folder_for_temporary_files_is_named(self, folder, tmp_path):
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limit[1]))
+        try:
+            with pytest.raises(
+                StorageError, match=r"no room to pack shard-000000\.tar.*set TMPDIR"
+            ):
+                build_shards(f"folder:{folder}", str(tmp_path))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    def test_mended_files_are_built_under_the_same_output(self, folder, tmp_path):
+        source, output = tmp_path / "source", tmp_path / "set"
+        shutil.copytree(folder, source)
+        good = (source / "n03.png").read_bytes()
+        (source / "n03.png").write_bytes(good[:50])
+        with pytest.raises(SourceFaults, match=r"n03\.png"):
+            build_shards(f"folder:{source}", str(output), samples_per_shard=4)
+        (output / "mine.txt").write_text("mine")
+        (source / "n03.png").write_bytes(good)
+        for number in range(4, 12):  # two shards fewer than before
+            (source / f"n{number:02d}.png").unlink()
+        with pytest.raises(ValueError, match="resolution None instead of 4"):
+            build_shards(f"folder:{source}", str(output), 4, 4)
+        build_shards(f"folder:{source}", str(output), samples_per_shard=4)
+        build_shards(f"folder:{source}", f"{tmp_path}/afresh", samples_per_shard=4)
+        (output / "mine.txt").unlink()
+        assert contents(output) == contents(tmp_path / "afresh")
+
+    def test_a_restart_between_the_sets_keeps_the_report(self, folder, tmp_path, monkeypatch):
+        source, output = tmp_path / "source", tmp_path / "set"
+        shutil.copytree(folder, source)
+        for number in range(1, 23, 2):
+            (source / f"n{number:02d}.png").write_bytes(b"")
+        (source / "notes.txt").write_text("")
+        options = {"samples_per_shard": 4, "held_out": 10, "tolerance": Tolerance(20)}
+        build_shards(f"folder:{source}", f"{tmp_path}/whole", **options)
+        write = write_index
+
+        def write_one(uri, index):
+            if uri.endswith("train"):
+                raise KeyboardInterrupt
+            write(uri, index)
+
+        monkeypatch.setattr("data_pipelines.build_shards.write_index", write_one)
+        with pytest.raises(KeyboardInterrupt):
+            build_shards(f"folder:{source}", str(output), **options)
+        monkeypatch.undo()
+        text = build_shards(f"folder:{source}", str(output), **options)
+        assert not list(output.glob("*/.unfinished"))
+        assert "11 bad images left out" in text
+        assert "11 x bad image" in text
+        assert "1 x no image file (.txt)" in text
+        assert contents(output) == contents(tmp_path / "whole")
+        assert len((output / "faults.txt").read_text().splitlines()) == 11
+
     def test_what_was_skipped_is_known_after_a_restart(self, folder, tmp_path, monkeypatch):
         source, output = tmp_path / "source", tmp_path / "set"
         shutil.copytree(folder, source)
         (source / "n03.png").write_bytes(b"")
-        write = unfinished.clear
+        clear = unfinished.clear
         monkeypatch.setattr(unfinished, "clear", lambda uri: sys.exit("killed"))
         with pytest.raises(SystemExit):
             build_shards(
                 f"folder:{source}", str(output), samples_per_shard=4, tolerance=Tolerance(1)
             )
         (output / "index.json").unlink()
-        monkeypatch.setattr(unfinished, "clear", write)
+        monkeypatch.setattr(unfinished, "clear", clear)
         with pytest.raises(SourceFaults, match=r"n03\.png"):
             build_shards(f"folder:{source}", str(output), samples_per_shard=4)
         text = build_shards(f"folder:{source}", str(output), None, 4, tolerance=Tolerance(1))
         assert "1 bad images left out" in text
         assert len(ShardDataset.open(str(output))) == 22
+
+    def test_a_run_after_one_cut_off_at_its_very_end_clears_up(self, folder, tmp_path, monkeypatch):
+        clear = unfinished.clear
+        monkeypatch.setattr(unfinished, "clear", lambda uri: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            build_shards(f"folder:{folder}", str(tmp_path), held_out=5)
+        monkeypatch.setattr(unfinished, "clear", clear)
+        assert list(tmp_path.glob("*/.unfinished"))
+        assert "nothing to do" in build_shards(f"folder:{folder}", str(tmp_path), held_out=5)
+        assert not list(tmp_path.glob("*/.unfinished"))
 
     def test_the_command_says_what_it_did_not_take(self, folder, tmp_path, capsys):
         source = tmp_path / "source"

@@ -9,11 +9,13 @@ import pytest
 from PIL import Image
 from webdataset.writer import TarWriter
 
+from data_pipelines import ShardDataset
 from data_pipelines.build_shards import build_shards
 from data_pipelines.building.sample_encoding import Encoding
 from data_pipelines.building.sources import open_source
 from data_pipelines.images.codec import decode_image, encode_png
 from data_pipelines.shards.index import load_index
+from data_pipelines.shards.intake import SourceFaults, Tolerance
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:
@@ -111,6 +113,7 @@ class TestFolder:
         for name in (
             *("._a.jpg", "__MACOSX/a.jpg", ".DS_Store", "Thumbs.db"),
             *(".ipynb_checkpoints/a.jpg", "@eaDir/a.jpg/thumb.jpg", ".Trash-1000/files/a.jpg"),
+            *("$Recycle.Bin/S-1/$R1.jpg", "@Recycle/a.jpg", ".stversions/a.jpg"),
             *("notes.txt", "more.txt", "README", "IMG_1.HEIC", "raw.nef"),
             *("set/contact_sheet.png", "set/statistics.json"),
         ):
@@ -128,7 +131,8 @@ class TestFolder:
             "Windows metadata": 1,
             "notebook checkpoint": 1,
             "NAS thumbnail": 1,
-            "deleted file": 1,
+            "deleted file": 3,
+            "file of a synchroniser": 1,
             "no image file (.txt)": 2,
             "no image file (no extension)": 1,
             "no image file (.json)": 1,
@@ -297,11 +301,33 @@ class TestForeignTars:
         pickled = pickle.loads(pickle.dumps(source))
         assert pickled.load(source.list_entries()[-1], None).data == image
 
-    def test_two_members_of_one_name_are_refused(self, tmp_path):
-        both = {"jpg": encode_png(draw(4, 4)), "png": encode_png(draw(4, 4))}
-        self.write(tmp_path / "a.tar", ("x", both))
-        with pytest.raises(ValueError, match=r"'x' of a\.tar: has two members \.png"):
+    def test_members_that_cannot_lie_in_one_sample_are_faults(self, tmp_path):
+        image = encode_png(draw(4, 4))
+        two, first = {"jpg": image, "png": image}, {"gif": image, "jpg": image}
+        samples = ("x", two), ("y", two), ("z", first), ("good", {"jpg": image, "cls": b"1"})
+        self.write(tmp_path / "a.tar", *samples)
+        with pytest.raises(SourceFaults) as error:
             build_shards(f"wds:{tmp_path}", f"{tmp_path}/set", resolution=2)
+        assert sorted(error.value.faults) == [
+            *(f"sample '{key}' of a.tar: has two members .png: drop one" for key in "xy"),
+            "sample 'z' of a.tar: another member would be taken for its image: rename it, or choose"
+            " another --encoding",
+        ]
+        tolerance = Tolerance(3)
+        build_shards(f"wds:{tmp_path}", f"{tmp_path}/set", resolution=2, tolerance=tolerance)
+        assert sorted(ShardDataset.open(f"{tmp_path}/set").keys) == ["good"]
+
+    def test_a_mended_tar_of_the_same_size_is_taken_as_it_is_now(self, tmp_path):
+        image = encode_png(draw(4, 4))
+        files = {key: {"png": image} for key in "abcd"}
+        self.write(tmp_path / "a.tar", *{**files, "c": {"txt": image}}.items())
+        size = (tmp_path / "a.tar").stat().st_size
+        with pytest.raises(SourceFaults, match="'c' has no image"):
+            build_shards(f"wds:{tmp_path}", f"{tmp_path}/set", samples_per_shard=1)
+        self.write(tmp_path / "a.tar", *files.items())
+        assert (tmp_path / "a.tar").stat().st_size == size
+        build_shards(f"wds:{tmp_path}", f"{tmp_path}/set", samples_per_shard=1)
+        assert sorted(ShardDataset.open(f"{tmp_path}/set").keys) == ["a", "b", "c", "d"]
 
     def test_a_tar_changed_after_it_was_listed_is_noticed(self, tmp_path):
         self.write(tmp_path / "a.tar", ("x", {"png": encode_png(draw(4, 4)), "cls": b"1"}))

@@ -1,7 +1,6 @@
 import gzip
 import io
 import json
-import shutil
 import tarfile
 import threading
 from functools import partial
@@ -19,6 +18,7 @@ from data_pipelines.images.codec import decode_image, encode_png
 from data_pipelines.index_shards import index_shards, list_tars, main
 from data_pipelines.shards.index import load_index
 from data_pipelines.shards.intake import SourceFaults
+from data_pipelines.storage.retries import StorageError
 from data_pipelines.verify_shards import find_faults
 
 
@@ -197,12 +197,22 @@ def test_all_faults_are_listed_and_repaired_tars_alone_are_read_again(tars, caps
     assert records == ["build.json", "part-0.tar.json", "part-2.tar.json"]
     (tars / "part-1.tar").write_bytes(good)
     (tars / "part-3.tar").unlink()
-    with pytest.raises(ValueError, match=r"unfinished.*tars 4 instead of 3"):
-        index_shards(str(tars))
-    shutil.rmtree(tars / ".unfinished")
+    with (tars / "part-0.tar").open("r+b") as file:  # would be found if it were read again
+        file.seek(200)
+        file.write(b"?")
     assert "9 images in 3 tars" in index_shards(str(tars))
     assert not (tars / "faults.txt").exists()
     assert not (tars / ".unfinished").exists()
+
+
+def test_all_tars_that_are_not_there_are_named(tars):
+    with pytest.raises(SourceFaults) as error:
+        index_shards(f"{tars}/part-{{3..5}}.tar")
+    assert error.value.faults == [f"{tars}/part-{number}.tar does not exist" for number in (4, 5)]
+    with pytest.raises(StorageError, match=r"nowhere does not exist on this machine"):
+        index_shards(f"{tars}/nowhere")
+    with pytest.raises(ValueError, match="empty path"):
+        index_shards(str(tars), output="")
 
 
 def test_a_record_spares_reading_its_tar(tars, monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from data_pipelines import ShardDataset
+from data_pipelines import ShardDataset, build_shards
 from data_pipelines.building.sample_encoding import Encoding
 from data_pipelines.building.sources import open_source
 from data_pipelines.building.tar_source import ForeignTars
@@ -309,14 +309,38 @@ def test_thousands_of_repeated_keys_are_bounded_on_the_screen(
 
 def test_further_frames_are_counted(tmp_path: Path):
     frames = [Image.new("RGB", (6, 6), colour) for colour in ("red", "green", "blue")]
-    file = io.BytesIO()
-    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
-    write_tar(tmp_path / "a.tar", {"a.gif": file.getvalue(), "b.png": PNG})
-    index_shards(str(tmp_path))
-    left_out = load_index(str(tmp_path)).provenance["left_out"]
+    gif, mpo = io.BytesIO(), io.BytesIO()
+    frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
+    frames[0].save(mpo, "MPO", save_all=True, append_images=frames[1:2])
+    samples = {"a.gif": gif.getvalue(), "b.png": PNG, "c.jpg": mpo.getvalue()}
+    write_tar(tmp_path / "tars/a.tar", samples)
+    index_shards(f"{tmp_path}/tars")
+    left_out = load_index(f"{tmp_path}/tars").provenance["left_out"]
     assert left_out == {
-        "further frame or page of a file": {"count": 2, "example": "a.tar: a"},
+        "further frame or page of a file": {"count": 3, "example": "a.tar: a"},
     }
+    for resolution in (None, 4):
+        output = f"{tmp_path}/set{resolution}"
+        build_shards.build_shards(f"wds:{tmp_path}/tars", output, resolution)
+        left_out = load_index(output).provenance["left_out"]
+        assert left_out["further frame or page of a file"]["count"] == 3
+
+
+def test_a_folder_of_faults_alone_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "source").mkdir()
+    for name in "ab":
+        (tmp_path / f"source/{name}.heic").write_bytes(b"x")
+    arguments = ["--source", f"folder:{tmp_path}/source", "--output", f"{tmp_path}/set"]
+    with pytest.raises(SystemExit) as ended:
+        build_shards.main([*arguments, "--on", "here", "--bad-images", "skip"])
+    assert "more than" not in str(ended.value)
+    lines = capsys.readouterr().out.splitlines()
+    assert (tmp_path / "set/faults.txt").read_text().splitlines() == lines
+    assert [line.partition(": ")[0].rpartition("/")[2] for line in lines[:2]] == [
+        "a.heic",
+        "b.heic",
+    ]
+    assert "no other image files" in lines[2]
 
 
 def test_a_source_without_samples_says_so(tmp_path: Path):
@@ -326,3 +350,5 @@ def test_a_source_without_samples_says_so(tmp_path: Path):
     write_tar(tmp_path / "a.tar", {"a.txt": b""})
     with pytest.raises(SourceFaults, match=r"no image.*hold no sample"):
         index_shards(str(tmp_path), tolerance=Tolerance(9))
+    with pytest.raises(ValueError, match=r"a\.tar holds no \.tar file: name the folder"):
+        open_source(f"wds:{tmp_path}/a.tar")

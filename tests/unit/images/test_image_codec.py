@@ -178,6 +178,40 @@ def test_damaged_exif_is_no_damaged_image():
     assert read_shape(broken) == (3, 24, 40)
 
 
+def test_orientation_of_xmp_beside_a_damaged_exif_is_ignored_as_by_pillow():
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="8"/>'
+    for exif, shape in ((b"garbage", (3, 24, 40)), (b"", (3, 40, 24))):
+        data = encode(picture(24, 40))
+        for content in (b"Exif\0\0" + exif, xmp):
+            data = data[:2] + struct.pack(">HH", 0xFFE1, len(content) + 2) + content + data[2:]
+        with Image.open(io.BytesIO(data)) as image:
+            size = ImageOps.exif_transpose(image).size
+        assert read_shape(data) == (3, size[1], size[0]) == shape
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "empty"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC.*convert it"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"<html>", "not an image"),
+    ],
+)
+def test_what_is_no_image_is_named(data: bytes, said: str):
+    for read in (read_shape, lambda data: decode_image(data, 3)):
+        with pytest.raises(ValueError, match=said):
+            read(data)
+
+
+def test_an_unknown_chunk_of_a_png_is_named():
+    data = encode(picture(4, 4), "PNG")
+    chunk = b"ABCD" + b"1"
+    chunk = struct.pack(">I", 1) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    with pytest.raises(ValueError, match="chunk unknown or out of place"):
+        decode_image(data[:33] + chunk + data[33:], 3)
+
+
 def test_a_jpeg_of_the_rows_size_is_known_by_its_markers():
     size = (37, 53)
     for name, data in FILES.items():

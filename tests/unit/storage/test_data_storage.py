@@ -32,6 +32,8 @@ def test_other_schemes_are_refused(uri):
     [
         ("S3://bucket/x", r"'S3://bucket/x': write s3: in small letters"),
         ("HTTPS://host/x", r"write https: in small letters"),
+        ("s3:/bucket/x", r"'s3:/bucket/x': write s3:// with two slashes"),
+        ("s3:bucket/x", r"write s3:// with two slashes"),
         ("photos:2024/x", r"a file of this name is './photos:2024/x'"),
         ("s3://bucket/a/../x", r"take \. and \.\. out of it"),
         ("s3://bucket/" + "n" * 1025, r"the name has 1025 bytes, s3:// takes 1024"),

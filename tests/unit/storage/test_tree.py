@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from data_pipelines import storage
+from data_pipelines.build_shards import build_shards
+from data_pipelines.shards.intake import SourceFaults
 from data_pipelines.storage.retries import StorageError
 from data_pipelines.storage.tree import Tree
 
@@ -52,11 +54,11 @@ def test_files_and_what_is_none(tmp_path):
     Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9.jpg")).write_bytes(b"x")
     Path(os.fsdecode(os.fsencode(root) + b"/d\xe9")).mkdir()
     tree = storage.list_tree(str(root))
-    assert tree.files == {"a.txt": 0, "again/b": 2, "cats/b": 2, "dogs/dog": 3, "one": 3}
+    assert tree.files == {"a.txt": 0, "cats/b": 2, "dogs/dog": 3, "one": 3}
     assert list(tree.files) == sorted(tree.files)
     special = "named pipe, socket or device"
     assert tree.others == {
-        "again/up": "link to a folder above it",
+        "again": "link to a folder of the same tree",
         "caf\\xe9.jpg": "name that is not UTF-8",
         "cats/up": "link to a folder above it",
         "d\\xe9": "name that is not UTF-8",
@@ -101,6 +103,19 @@ def test_a_folder_that_may_not_be_listed_is_named(folder_of_nobody):
     assert set(storage.list_files(str(folder_of_nobody))) == {
         *("hidden/x", "link", "seen/x", "unsearchable/x")
     }
+
+
+def test_a_tar_or_an_image_that_may_not_be_read_is_a_fault(folder_of_nobody):
+    for name in ("a.png", "b.png", "c.tar"):
+        (folder_of_nobody / name).write_bytes(b"x")
+        (folder_of_nobody / name).chmod(0)
+    for source, faults in (
+        ("folder", [f"{folder_of_nobody}/{name}.png: may not be read" for name in "ab"]),
+        ("wds", ["c.tar may not be read"]),
+    ):
+        with pytest.raises(SourceFaults) as error:
+            build_shards(f"{source}:{folder_of_nobody}", f"{folder_of_nobody}/{source}")
+        assert sorted(error.value.faults) == [f"{fault} (Permission denied)" for fault in faults]
 
 
 def test_a_named_pipe_is_refused_instead_of_waited_for(tmp_path):
