@@ -7,8 +7,9 @@ SHELL := /bin/bash
 BIN := .venv/bin
 # The shell's to expand, between quotes: a folder may have spaces and dollar signs.
 LOCAL = $${EFAE_LOCAL_DIR:-.local}
-# Names what is installed; another hash of pins, settings or place means another set-up.
-STAMP := .venv/installed-$(shell (pwd; cat constraints.txt pyproject.toml) | cksum | tr ' ' '-')
+# Names what is installed; another hash of pins, settings, place or Python means another set-up.
+STAMP := .venv/installed-$(shell (pwd; echo "$${EFAE_PYTHON:-}"; cat constraints.txt pyproject.toml) \
+    | cksum | tr ' ' '-')
 
 OPENMOJI := $(BIN)/python -m data_pipelines.build_shards --source openmoji \
     --output s3://efae-data/openmoji-32 --resolution 32 --held-out 512

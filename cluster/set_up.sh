@@ -1,22 +1,44 @@
 #!/usr/bin/env bash
-# Makes the environment with all pins; called again after an interruption, it goes on.
+# Creates the environment with all pins; run it again to finish an interrupted set-up. An existing
+# environment keeps its Python unless EFAE_PYTHON names another.
 set -euo pipefail
 environment=$1
 
+show_version() {
+    "$1" -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null || true
+}
+
+if [ -n "${EFAE_PYTHON:-}" ]; then
+    candidates=("$EFAE_PYTHON")
+else
+    candidates=("$environment/bin/python" python3.11 python3.12 python3.13 python3 python)
+fi
 python=
-for candidate in python3.11 python3 python; do
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+for candidate in "${candidates[@]}"; do
+    version=$(show_version "$candidate")
+    case $version in 3.11 | 3.12 | 3.13)
         python=$candidate
         break
-    fi
+        ;;
+    esac
 done
 if [ -z "$python" ]; then
-    echo "error: no Python 3.11 found as python3.11, python3 or python: install it (for example" \
-        "with 'uv python install 3.11' or 'pyenv install 3.11') and put it on PATH" >&2
+    if [ -n "${EFAE_PYTHON:-}" ]; then
+        echo "error: EFAE_PYTHON=$EFAE_PYTHON is ${version:-no Python}: set it to the command or" \
+            "path of Python 3.11, 3.12 or 3.13" >&2
+    else
+        echo "error: no Python 3.11, 3.12 or 3.13 on PATH: install one (for example with" \
+            "'uv python install 3.11' or 'pyenv install 3.11'), or name one with EFAE_PYTHON" >&2
+    fi
     exit 1
 fi
 
-echo "setting up $environment (a few minutes)"
-"$python" -m venv "$environment"
+echo "setting up $environment with Python $version (a few minutes)"
+# Two versions in one folder would mix.
+clear=
+if [ "$(show_version "$environment/bin/python")" != "$version" ]; then
+    clear=--clear
+fi
+"$python" -m venv $clear "$environment"
 "$environment/bin/python" -m pip install -qq --disable-pip-version-check --no-input \
     --retries 10 --timeout 60 --constraint constraints.txt --editable '.[local,dev]'

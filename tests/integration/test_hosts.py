@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from benchmarks.hosts.cluster import HostCluster
-from benchmarks.hosts.network import Network, find_obstacle
 from data_pipelines import ShardDataset
 from data_pipelines.build_shards import build_shards
 from data_pipelines.verify_shards import find_faults
 from efae.checkpoints.events import read_events
 from tests.conftest import ROOT
+from tests.integration.hosts import HostCluster, Network, find_obstacle
 from tests.integration.train_jobs import (
     SHARDS,
     find_run,

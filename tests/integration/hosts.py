@@ -1,11 +1,20 @@
-"""A cluster of several hosts: S3, MLflow and Ray's head on the first, a Ray node on each other."""
+"""Several hosts on one machine: network namespaces on one bridge, and a Ray cluster on them.
 
+Needs root and `ip` (iproute2). Each host has one interface, ``eth0``, one address and its own
+loopback; the machine itself is on the bridge too, as somebody outside the cluster.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.hosts.network import Network
 from cluster import processes
 from cluster.processes import ProcessRecord
 from cluster.services import client_environment
@@ -21,6 +30,89 @@ _HEAD_ENVIRONMENT = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
+
+
+def find_obstacle() -> str:
+    """Why there can be no namespaces here; empty if there can."""
+    if os.name != "posix" or os.geteuid() != 0:
+        return "network namespaces need root"
+    if shutil.which("ip") is None:
+        return "no ip on PATH: install iproute2"
+    name = f"efae-{secrets.token_hex(3)}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
+    if made.returncode:
+        return made.stderr.strip()
+    _run("ip", "netns", "del", name)
+    return ""
+
+
+class Network:
+    """`count` hosts, numbered from 0; a context that leaves no namespace or interface behind."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self._name = f"ef{secrets.token_hex(3)}"  # an interface's name has 15 characters at most
+        self._subnet = f"10.{secrets.randbelow(55) + 200}.{secrets.randbelow(256)}"
+
+    def __enter__(self) -> "Network":
+        try:
+            _run("ip", "link", "add", self._name, "type", "bridge")
+            _run("ip", "addr", "add", f"{self.outside}/24", "dev", self._name)
+            _run("ip", "link", "set", self._name, "up")
+            for host in range(self.count):
+                self._add(host)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for host in range(self.count):
+            with contextlib.suppress(subprocess.CalledProcessError):
+                _run("ip", "netns", "del", self._namespace(host))  # its interface goes with it
+        with contextlib.suppress(subprocess.CalledProcessError):
+            _run("ip", "link", "del", self._name)
+
+    def _add(self, host: int) -> None:
+        namespace, port = self._namespace(host), self._port(host)
+        _run("ip", "netns", "add", namespace)
+        peer = ("peer", "name", "eth0", "netns", namespace)
+        _run("ip", "link", "add", port, "type", "veth", *peer)
+        _run("ip", "link", "set", port, "master", self._name, "up")
+        for command in (
+            ("link", "set", "lo", "up"),
+            ("addr", "add", f"{self.address(host)}/24", "dev", "eth0"),
+            ("link", "set", "eth0", "up"),
+        ):
+            _run("ip", "-netns", namespace, *command)
+
+    def address(self, host: int) -> str:
+        """The host's address."""
+        return f"{self._subnet}.{host + 1}"
+
+    @property
+    def outside(self) -> str:
+        """The address of the machine that the hosts are on."""
+        return f"{self._subnet}.254"
+
+    def run_on(self, host: int, command: Sequence[str]) -> list[str]:
+        """The command that runs `command` on a host."""
+        return ["ip", "netns", "exec", self._namespace(host), *command]
+
+    def cut(self, host: int) -> None:
+        """Nothing reaches the host or leaves it; nobody is told."""
+        _run("ip", "link", "set", self._port(host), "down")
+
+    def mend(self, host: int) -> None:
+        """Undoes `cut`."""
+        _run("ip", "link", "set", self._port(host), "up")
+
+    def _namespace(self, host: int) -> str:
+        return f"{self._name}-{host}"
+
+    def _port(self, host: int) -> str:
+        """The bridge's end of the host's cable."""
+        return f"{self._name}p{host}"
 
 
 class HostCluster:
@@ -125,3 +217,7 @@ class HostCluster:
                 said = "\n".join(log.read_text()[-1000:] for log in logs)
                 raise RuntimeError(f"a node did not join the cluster:\n{said}")
             time.sleep(0.1)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=30)

@@ -1,1 +1,0 @@
-"""What Prometheus scrapes of a cluster, and a Grafana dashboard over it."""
