@@ -7,20 +7,19 @@ from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from data_pipelines import storage
 from data_pipelines.building.statistics import draw_sample, map_images, measure_set
 from data_pipelines.commands import run_command
 from data_pipelines.images.codec import decode_image
+from data_pipelines.images.tiles import GAP, draw_rows, draw_tile
 from data_pipelines.shards.index import SHEET_NAME, STATISTICS_NAME, ShardIndex, load_index
 from data_pipelines.shards.intake import LEFT_OUT, LeftOut, SourceFaults, shorten
 from data_pipelines.storage import uris
 
 ROWS, COLUMNS = 8, 12
-_TILE, _GAP, _CAPTION = 96, 4, 28  # pixels
-_BACKGROUND, _INK = (236, 236, 236), (32, 32, 32)
+_CAPTION, _INK = 28, (32, 32, 32)
 
 
 def describe_set(uri: str, index: ShardIndex, output: str | None = None) -> dict[str, Any]:
@@ -46,33 +45,21 @@ def describe_set(uri: str, index: ShardIndex, output: str | None = None) -> dict
 
 def draw_sheet(uri: str, index: ShardIndex) -> Image.Image:
     """A seeded sample of the images, in the order of the set, under one line of text."""
-    tiles = map_images(_draw_tile, uri, index, draw_sample(index, ROWS * COLUMNS))
-    rows = -(-len(tiles) // COLUMNS)
-    step = _TILE + _GAP
-    size = (COLUMNS * step + _GAP, _CAPTION + rows * step + _GAP)
-    sheet = Image.new("RGB", size, _BACKGROUND)
-    for number, tile in enumerate(tiles):
-        left, top = _GAP + number % COLUMNS * step, _CAPTION + _GAP + number // COLUMNS * step
-        sheet.paste(tile, (left + (_TILE - tile.width) // 2, top + (_TILE - tile.height) // 2))
+    tiles = map_images(
+        lambda data: draw_tile(decode_image(data, 3)),
+        uri,
+        index,
+        draw_sample(index, ROWS * COLUMNS),
+    )
+    sheet = draw_rows(tiles, COLUMNS, header=_CAPTION)
     font = ImageFont.load_default(15)
     name, figures = _caption(uri, index)
     text, pen = f"{name}: {figures}", ImageDraw.Draw(sheet)
-    while name and pen.textlength(text, font) > size[0] - 4 * _GAP:
+    while name and pen.textlength(text, font) > sheet.width - 4 * GAP:
         name = name[:-1]
         text = f"{name}…: {figures}"
-    pen.text((2 * _GAP, _CAPTION // 2 + 1), text, _INK, font, anchor="lm")
+    pen.text((2 * GAP, _CAPTION // 2 + 1), text, _INK, font, anchor="lm")
     return sheet
-
-
-def _draw_tile(data: bytes) -> Image.Image:
-    """The whole image: a small one enlarged by a whole number, a large one resampled."""
-    pixels = decode_image(data, 3)
-    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    scale = _TILE // max(image.size)
-    if scale > 1:
-        return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    image.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
-    return image
 
 
 def _caption(uri: str, index: ShardIndex) -> tuple[str, str]:

@@ -1,37 +1,80 @@
 """Equivariant flow autoencoders: latents that flip and rotate with their images.
 
-Importing this package is cheap: torch, ray and mlflow are imported by what needs them.
+Importing this package is cheap: torch, ray and mlflow are imported by what needs them, and each
+name below on first use.
 """
 
-from __future__ import annotations
-
+from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from efae.config import Config
     from efae.model.autoencoder import Autoencoder
+    from efae.model.objective import Objective
+    from efae.presets import PRESETS
+    from efae.symmetry import C4, D4, FLIPS, MIRROR, TRIVIAL, Representation
 
 __version__ = "0.1.0"
+__all__ = [
+    "C4",
+    "D4",
+    "FLIPS",
+    "MIRROR",
+    "PRESETS",
+    "TRIVIAL",
+    "Autoencoder",
+    "Config",
+    "Objective",
+    "Representation",
+    "load",
+]
+_HOMES = {
+    "Autoencoder": "efae.model.autoencoder",
+    "Config": "efae.config",
+    "Objective": "efae.model.objective",
+    "PRESETS": "efae.presets",
+}
 
 
-def load(uri: str, device: str = "cpu") -> Autoencoder:
-    """The model at `uri`, in evaluation mode.
+def load(uri: "str | Path", device: str = "cpu") -> "Autoencoder":
+    """Load the model at `uri` for inference: evaluation mode, no gradients.
 
     Its files are checked by their hashes; nothing in them is unpickled or run. With EFAE_OFFLINE=1
     in the environment no server is asked: what was loaded before comes from the cache.
 
     Args:
-        uri: "models:/efae@champion", "models:/efae/3", "models:/efae@sha256:HEX" (the version's tag
-            "digest", 12 digits or more), "runs:/RUN_ID/model", or the path or s3:// address of a
-            checkpoint or model folder.
-        device: where to put it, as torch names devices.
+        uri: "builtin:openmoji-32", "models:/efae@champion", "models:/efae/3",
+            "models:/efae@sha256:HEX" (the version's tag "digest", 12 digits or more),
+            "runs:/RUN_ID/model", the path of a folder that `save_pretrained` wrote, or the path or
+            s3:// address of a checkpoint or model folder.
+        device: Where to put it, as torch names devices.
 
     Raises:
         ValueError: an unknown name, alias, version, digest or folder, or not in the cache while
-            offline; the message says what exists.
+            offline; the message says what exists. Or a folder of `save_pretrained` is damaged.
         CheckpointError: files that do not match their manifest, or that what was registered.
         ConnectionError: MLflow fails.
         StorageError: the storage refuses or does not answer.
     """
+    from efae.model import pretrained
+
+    uri = str(uri)
+    if pretrained.is_builtin(uri):  # without the seconds that importing MLflow takes
+        from efae.model.autoencoder import Autoencoder
+
+        return Autoencoder.from_pretrained(pretrained.find_builtin(uri), device)
     from efae.registry import pull
 
     return pull.load(uri, device)
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_import_module(_HOMES.get(name, "efae.symmetry")), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -53,6 +53,34 @@ class Batch:
         return self.elements
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a set.
+
+    Raises:
+        AttributeError: `image` of a latent, `latent` of an image.
+    """
+
+    key: str
+    values: torch.Tensor = field(repr=False)
+    """(C, H, W)."""
+    is_latent: bool = field(default=False, repr=False)
+
+    @property
+    def image(self) -> torch.Tensor:
+        """uint8 (C, H, W), at the image's own size."""
+        if self.is_latent:
+            raise AttributeError("a latent has no image: use sample.latent")
+        return self.values
+
+    @property
+    def latent(self) -> torch.Tensor:
+        """(dim, h, w) in the set's dtype."""
+        if not self.is_latent:
+            raise AttributeError("an image has no latent: use sample.image")
+        return self.values
+
+
 class SampleForm(Protocol):
     """How samples of one kind are read; thread-safe."""
 

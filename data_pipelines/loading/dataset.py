@@ -1,13 +1,19 @@
 """A shard set on storage: its samples by number, and loaders over them."""
 
 import math
+import operator
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from PIL import Image
 
-from data_pipelines.loading.batch import Crop, ImageForm, LatentForm, SampleForm
+from data_pipelines.images.codec import decode_image
+from data_pipelines.images.tiles import draw_rows, draw_tile
+from data_pipelines.loading.batch import Crop, ImageForm, LatentForm, Sample, SampleForm
 from data_pipelines.loading.cache_folder import default_cache_dir
 from data_pipelines.loading.epoch_plan import Tail
 from data_pipelines.loading.loader import ShardLoader
@@ -16,8 +22,12 @@ from data_pipelines.loading.sample_reader import SampleReader
 from data_pipelines.loading.shard_cache import ShardCache
 from data_pipelines.shards.chunks import cut_chunks
 from data_pipelines.shards.index import Members, ShardIndex, load_index
-from data_pipelines.shards.latent_format import EXTENSION, find_format
+from data_pipelines.shards.latent_bits import torch_dtype
+from data_pipelines.shards.latent_format import EXTENSION, find_format, read_bits
 from data_pipelines.storage import uris
+
+_CACHE_BYTES = 20 * 2**30
+_COLUMNS = 12
 
 
 class ShardDataset:
@@ -42,6 +52,43 @@ class ShardDataset:
 
     def __len__(self) -> int:
         return self._length
+
+    def __reduce__(self):  # without open files and locks
+        return ShardDataset, (self.uri, self.index)
+
+    def __getitem__(self, number: int) -> Sample:
+        """One sample, in the order of the shards; as in a list, -1 is the last.
+
+        To look at a set; training reads much faster from a `loader`.
+
+        Raises:
+            IndexError: there are fewer samples.
+            TypeError: a slice, or another value that is no integer.
+            ShardError: the sample cannot be read.
+        """
+        wanted = operator.index(number)
+        if not -len(self) <= wanted < len(self):
+            raise IndexError(f"sample {wanted} of {self.uri}, which has {len(self)}")
+        key, values = self._reader.read_one(wanted % len(self), self._decode)
+        if self.latents is None:
+            return Sample(key, torch.from_numpy(values))
+        return Sample(key, torch.from_numpy(values).view(torch_dtype(self.latents)), True)
+
+    def show(self, count: int = 24) -> Image.Image:
+        """Draw `count` images, at equal distances in the set; all of them where it has fewer.
+
+        Raises:
+            ValueError: a set of latents, an empty one, or a count below 1.
+            ShardError: an image cannot be read.
+        """
+        if self.latents is not None:
+            raise ValueError(f"{self.uri} holds latents: show the images that a model decodes")
+        if count < 1 or not len(self):
+            raise ValueError(f"cannot show {count} of the {len(self)} images of {self.uri}")
+        numbers = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int).tolist()
+        images = [self[number].image for number in numbers]
+        tiles = [draw_tile(image.expand(3, -1, -1).numpy()) for image in images]
+        return draw_rows(tiles, columns=min(len(tiles), _COLUMNS))
 
     @property
     def id(self) -> str:
@@ -121,7 +168,7 @@ class ShardDataset:
         bad_samples: Literal["fail", "replace"] = "fail",
         most_bad_samples: int = 100,
         decode_threads: int | None = None,
-        cache_bytes: int = 20 * 2**30,
+        cache_bytes: int = _CACHE_BYTES,
         cache_dir: str | Path | None = None,
         pixel_cache_bytes: int = 0,
         pin_memory: bool = False,
@@ -206,6 +253,34 @@ class ShardDataset:
             decode_threads=_choose_threads(form) if decode_threads is None else decode_threads,
             prefetch_bytes=0 if cache.local else min(_PREFETCH_BYTES, cache_bytes // 4, size),
         )
+
+    @cached_property
+    def _reader(self) -> SampleReader:
+        """For single samples."""
+        channels = self.image_shape[0] if self.image_shape else 3
+        return SampleReader(
+            self.index,
+            ShardCache(
+                self.index.base or self.uri,
+                self.index,
+                self.chunks,
+                default_cache_dir(),
+                _CACHE_BYTES,
+            ),
+            columns={None: self.columns(EXTENSION if self.latents else None)},
+            form=ImageForm((1, 1, channels), "center", 0),  # of batches, which it never reads
+            replace=False,
+            most_bad=0,
+            pin_memory=False,
+            pixels=None,
+        )
+
+    def _decode(self, data: bytes) -> np.ndarray:
+        """The pixels (C, H, W) of an image file, or the bits (dim, h, w) of a latent's."""
+        if self.latents is not None:
+            return read_bits(data, self.latents).copy()
+        channels = self.image_shape[0] if self.image_shape else 3
+        return np.ascontiguousarray(decode_image(data, channels))
 
     def _keep_pixels(
         self, form: SampleForm, crop: Crop, folder: Path, capacity_bytes: int

@@ -9,7 +9,7 @@ import logging
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,6 +117,20 @@ class SampleReader:
             if name is not None
         }
         return self._form.make_batch(rows, keys, members, drawn)
+
+    def read_one(
+        self, sample: int, decode: Callable[[bytes], np.ndarray]
+    ) -> tuple[str, np.ndarray]:
+        """Key of one sample, and what `decode` makes of its image or latent.
+
+        Raises:
+            ShardError: a shard that cannot be read, or a damaged sample.
+        """
+        key, [[place]] = self._key(sample), self._find_members(np.array([sample]))
+        try:
+            return key, decode(self._read(*place))
+        except ValueError as fault:
+            raise ShardError(self._uri(sample), key, str(fault)) from fault
 
     def _allocate(self, size: int) -> torch.Tensor:
         """Room for a batch: memory of an earlier one that nobody holds any more, or new.

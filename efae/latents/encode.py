@@ -25,13 +25,13 @@ from data_pipelines.loading.shard_cache import ShardError
 from data_pipelines.shards.index import INDEX_NAME, ShardIndex, load_index, write_index
 from data_pipelines.shards.latent_format import FORMAT, LatentFormat
 from data_pipelines.storage import uris
-from efae.checkpoints import checkpoint
 from efae.latents.request import Request
 from efae.latents.shard_encoder import ShardEncoder, Source
 from efae.model.autoencoder import check_model
 from efae.preflight.cluster_checks import reach_cluster
 from efae.preflight.driver_checks import check_images
 from efae.registry import pull
+from efae.registry.cache import sha256
 from efae.tracking.redaction import first_cause, redact
 
 _PATIENCE_SECONDS = 20
@@ -118,9 +118,8 @@ def encode_set(request: Request, say: Callable[[str], None]) -> Encoded:
 def _describe(request: Request, data: str, certificate_data: str) -> tuple[Source, dict[str, Any]]:
     """What is sent to the actors, and what the set of latents is to say about itself."""
     folder = pull.pull(request.model)
-    manifest = checkpoint.read_manifest(str(folder))
-    weights, config = checkpoint.read_model(folder)
-    weights_name, config_name = checkpoint.model_files(manifest)
+    weights, config = pull.read(folder)
+    weights_name, config_name = pull.find_files(folder)
     for uri in (data, certificate_data):
         check_images(config, uri)
     index = load_index(data)
@@ -141,8 +140,8 @@ def _describe(request: Request, data: str, certificate_data: str) -> tuple[Sourc
         "dtype": request.dtype,
         "group": representation.group.name,
         "multiplicities": representation.multiplicities,
-        "model_digest": manifest["files"][weights_name]["sha256"],
-        "config_digest": manifest["files"][config_name]["sha256"],
+        "model_digest": sha256((folder / weights_name).read_bytes()),
+        "config_digest": sha256((folder / config_name).read_bytes()),
         "model_uri": redact(request.model),
     }
 

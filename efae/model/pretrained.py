@@ -30,6 +30,9 @@ _REQUIRED = {
     *("_class_name", "_efae_version", "efae", "in_channels", "out_channels", "latent_channels"),
     *("sample_size", "scaling_factor", "shift_factor", "group", "representation"),
 }
+BUILTIN = "builtin:"
+"""Before the names of the models that come with this package."""
+_BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin"
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"}
 
 
@@ -135,6 +138,28 @@ def read_pretrained(folder: str | Path) -> tuple[dict[str, Tensor], Config]:
             f" efae {__version__}: {error}"
         ) from error
     return tensors, config
+
+
+def is_builtin(uri: str) -> bool:
+    """Whether `uri` names a model that comes with this package: "builtin:NAME"."""
+    return uri.startswith(BUILTIN)
+
+
+def find_builtin(uri: str) -> Path:
+    """The folder of a model that comes with this package.
+
+    Args:
+        uri: "builtin:NAME".
+
+    Raises:
+        ValueError: there is no such model; the message lists those that exist.
+    """
+    known = {path.name: path for path in _BUILTIN_FOLDER.iterdir() if path.is_dir()}
+    name = uri.removeprefix(BUILTIN)
+    if name not in known:
+        names = ", ".join(f"{BUILTIN}{name}" for name in sorted(known))
+        raise ValueError(f"no model {uri!r} comes with efae {__version__}; use {names}")
+    return known[name]
 
 
 def check_weights(

@@ -22,6 +22,7 @@ import mlflow
 from mlflow.artifacts import download_artifacts
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from torch import Tensor
 
 from data_pipelines import storage
 from data_pipelines.storage import uris
@@ -29,6 +30,8 @@ from data_pipelines.storage.retries import StorageError
 from efae.checkpoints import checkpoint
 from efae.checkpoints.checkpoint import MANIFEST, CheckpointError
 from efae.checkpoints.run_folder import find_newest_checkpoint
+from efae.config import Config
+from efae.model import pretrained
 from efae.registry import model_uris
 from efae.registry.cache import fetch_model, find_cache, sha256
 from efae.registry.offline_names import is_offline, mention_copy, recall, remember
@@ -42,6 +45,7 @@ CHAMPION = "champion"
 ABANDONED_AFTER_SECONDS = 600
 """A promotion takes seconds once its model is verified; one that is older was killed."""
 _PROMOTING = "promoting."
+_OF_MLFLOW = ("models:", "runs:")
 FILE_TAG = "sha256."
 """Before the name of a file beside the model, in a tag with its hash."""
 
@@ -76,26 +80,52 @@ def pull(uri: str, destination: Path | None = None) -> Path:
 
     Args:
         uri: "models:/NAME@ALIAS", "models:/NAME/VERSION", "models:/NAME@sha256:HEX",
-            "runs:/RUN_ID/PATH", or the path or address of a checkpoint or model folder. The
-            registry is the one that MLFLOW_TRACKING_URI names. HEX is the version's tag "digest",
-            the sha256 of its weights, or its first 12 digits or more.
+            "runs:/RUN_ID/PATH", "builtin:NAME", the path or address of a checkpoint or model
+            folder, or the path of a folder that `save_pretrained` wrote. The registry is the one
+            that MLFLOW_TRACKING_URI names. HEX is the version's tag "digest", the sha256 of its
+            weights, or its first 12 digits or more.
         destination: folder to copy the model to.
 
     Raises:
-        ValueError: there is no such model, and the message says what exists; or MLflow does not
-            answer; or EFAE_OFFLINE is set and it was not pulled before.
+        ValueError: there is no such model, and the message says what exists; or a folder of
+            `save_pretrained` is damaged; or MLflow does not answer; or EFAE_OFFLINE is set and it
+            was not pulled before.
         CheckpointError: its files do not match their manifest, or that what was registered.
         ConnectionError: MLflow fails.
         StorageError: the storage refuses or does not answer.
     """
-    folder = _find_folder(uri)
+    folder = _find_pretrained(uri)
+    if folder is not None:
+        pretrained.read_pretrained(folder)
+        names = find_files(folder)
+    else:
+        folder = _find_folder(uri)
+        names = (*find_files(folder), MANIFEST)
     if destination is None:
         return folder
     destination.mkdir(parents=True, exist_ok=True)
-    manifest = checkpoint.read_manifest(str(folder))
-    for name in (*checkpoint.model_files(manifest), MANIFEST):
+    for name in names:
         shutil.copyfile(folder / name, destination / name)
     return destination
+
+
+def find_files(folder: Path) -> tuple[str, str]:
+    """The names of weights and configuration in a folder that `pull` returned."""
+    if not (folder / MANIFEST).exists():
+        return pretrained.WEIGHTS, pretrained.CONFIG
+    return checkpoint.model_files(checkpoint.read_manifest(str(folder)))
+
+
+def read(folder: Path) -> tuple[dict[str, Tensor], Config]:
+    """Weights (on the CPU) and configuration of a folder that `pull` returned.
+
+    Raises:
+        ValueError: a folder of `save_pretrained` is damaged.
+        CheckpointError: its files do not match their manifest.
+    """
+    if not (folder / MANIFEST).exists():
+        return pretrained.read_pretrained(folder)
+    return checkpoint.read_model(folder)
 
 
 def load(uri: str, device: str = "cpu") -> "Autoencoder":
@@ -106,13 +136,17 @@ def load(uri: str, device: str = "cpu") -> "Autoencoder":
         device: as torch names devices.
 
     Raises:
-        ValueError: there is no such model; the message says what exists.
+        ValueError: there is no such model, and the message says what exists; or a folder of
+            `save_pretrained` is damaged.
         CheckpointError: its files do not match their manifest or one another.
         ConnectionError: MLflow fails.
         StorageError: the storage refuses or does not answer.
     """
     from efae.model.autoencoder import Autoencoder
 
+    folder = _find_pretrained(uri)
+    if folder is not None:
+        return Autoencoder.from_pretrained(folder, device)
     weights, config = checkpoint.read_model(pull(uri))
     model = Autoencoder(config)
     try:
@@ -224,10 +258,20 @@ def as_registered(found: ModelVersion) -> RegisteredVersion:
     return RegisteredVersion(found.name, int(found.version), dict(found.tags))
 
 
+def _find_pretrained(uri: str) -> Path | None:
+    """The local folder at `uri` if `save_pretrained` wrote it, or came with this package."""
+    if pretrained.is_builtin(uri):
+        return pretrained.find_builtin(uri)
+    path = None if uri.startswith(_OF_MLFLOW) else uris.local_path(uri)
+    if path is None or not (path / pretrained.WEIGHTS).exists() or (path / MANIFEST).exists():
+        return None
+    return path
+
+
 def _find_folder(uri: str) -> Path:
     """The verified folder of the model, on this machine."""
     cache = find_cache()
-    if uri.startswith(("models:", "runs:")):
+    if uri.startswith(_OF_MLFLOW):
         uri, server = model_uris.normalize(uri), mlflow.get_tracking_uri()
         if is_offline():
             return recall(cache, server, uri)
@@ -257,6 +301,8 @@ def _check_presence(uri: str) -> None:
     if not storage.exists(uris.join(uri, MANIFEST)):
         newest = find_newest_checkpoint(uri)
         hint = f"its newest checkpoint is {newest}" if newest else f"it holds no {MANIFEST}"
+        if storage.exists(uris.join(uri, pretrained.WEIGHTS)):
+            hint = "save_pretrained wrote it: copy it to this machine and load that folder"
         raise ValueError(f"no model or checkpoint at {uri!r}: {hint}")
 
 

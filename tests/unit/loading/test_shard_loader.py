@@ -291,3 +291,75 @@ class TestRead:
         assert loader.wait_seconds == 0
         list(loader)
         assert loader.wait_seconds > 0
+
+
+class TestSingleSamples:
+    def test_numbers_are_those_of_a_list(self, shards):
+        dataset = ShardDataset.open(shards)
+        for number, key in enumerate(dataset.keys):
+            for sample in (dataset[number], dataset[number - len(dataset)]):
+                assert sample.key == key
+                assert sample.image.dtype == torch.uint8
+                assert sample.image.shape == (3, 8, 8)
+                assert (sample.image == int(key[1:])).all()
+        assert [sample.key for sample in dataset] == dataset.keys
+        assert dataset[np.int64(3)].key == dataset.keys[3]
+        for number in (23, -24, 10**9):
+            with pytest.raises(IndexError, match=f"sample {number} of .* which has 23"):
+                dataset[number]
+        for wrong in (slice(2), 1.0, "n03", None):
+            with pytest.raises(TypeError):
+                dataset[wrong]
+        with pytest.raises(AttributeError, match="use sample.image"):
+            _ = dataset[0].latent
+
+    def test_images_keep_their_size_and_colours(self, tmp_path):
+        sizes = {"a": (5, 9), "b": (300, 7), "c": (40, 40)}
+        for name, size in sizes.items():
+            pixels = np.random.default_rng(len(name)).integers(0, 256, (*size, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        build_shards(f"folder:{tmp_path}", f"{tmp_path}-set")
+        dataset = ShardDataset.open(f"{tmp_path}-set")
+        assert dataset.image_shape is None
+        for sample in dataset:
+            expected = np.asarray(Image.open(tmp_path / f"{sample.key}.png"))
+            assert np.array_equal(sample.image.permute(1, 2, 0), expected)
+        assert dataset.show().size == (3 * 100 + 4, 100 + 4)
+
+    def test_a_dataset_that_was_read_is_one_of_torchs_and_can_be_pickled(self, shards):
+        dataset = ShardDataset.open(shards)
+        assert dataset[5].key == pickle.loads(pickle.dumps(dataset))[5].key
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_size=4, collate_fn=lambda samples: [one.key for one in samples]
+        )
+        assert [key for keys in loader for key in keys] == dataset.keys
+
+    @pytest.mark.parametrize("whole", [True, False], ids=["pixels", "bytes"])
+    def test_a_damaged_one_is_named(self, tmp_path, whole):
+        write_set_with_bad(tmp_path, bad=[2])
+        if not whole:  # now the checksum differs, too
+            data = bytearray((tmp_path / "a.tar").read_bytes())
+            start = int(load_index(str(tmp_path)).shards[0].members["png"].offset[2])
+            data[start + 1] ^= 0xFF
+            (tmp_path / "a.tar").write_bytes(data)
+        dataset = ShardDataset.open(str(tmp_path))
+        assert dataset[1].key == "n1"
+        with pytest.raises(ShardError, match=r"a\.tar.*n2"):
+            _ = dataset[2]
+
+    def test_show_draws_images_at_equal_distances(self, shards):
+        dataset = ShardDataset.open(shards)
+        picture = np.asarray(dataset.show(3))
+        assert picture.shape == (104, 304, 3)
+        order = [int(dataset.keys[number][1:]) for number in (0, 11, 22)]
+        assert [int(picture[52, left, 0]) for left in (52, 152, 252)] == order
+        assert dataset.show(10**6).size == (12 * 100 + 4, 2 * 100 + 4)
+        with pytest.raises(ValueError, match="cannot show 0 of the 23 images"):
+            dataset.show(0)
+
+    def test_show_draws_grey_images(self, tmp_path):
+        Image.fromarray(np.full((8, 8), 77, np.uint8)).save(tmp_path / "a.png")
+        build_shards(f"folder:{tmp_path}", f"{tmp_path}-set")
+        dataset = ShardDataset.open(f"{tmp_path}-set")
+        assert dataset[0].image.shape == (1, 8, 8)
+        assert dataset.show().getpixel((52, 52)) == (77, 77, 77)

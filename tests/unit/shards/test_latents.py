@@ -170,6 +170,18 @@ class TestRead:
             assert found[name].dtype == dtype
             assert ((found[name].float() - latent).abs() <= rounding * latent.abs() + 1e-5).all()
 
+    def test_single_ones_are_those_of_the_loader(self, latents):
+        expected = read_all(latents, shuffle=False)
+        assert len(expected) == len(latents)
+        for sample, ((_, key), (latent, _)) in zip(latents, expected.items(), strict=True):
+            assert sample.key == key
+            assert sample.latent.dtype == latent.dtype
+            assert torch.equal(sample.latent, latent)
+        with pytest.raises(AttributeError, match=r"use sample\.latent"):
+            _ = latents[0].image
+        with pytest.raises(ValueError, match="holds latents"):
+            latents.show()
+
     def test_webdataset_and_numpy_read_them(self, latents):
         ours = {key: latent for (_, key), (latent, _) in read_all(latents).items()}
         samples = []
