@@ -33,8 +33,21 @@ bench: up ## compare level exact with dense twins at one budget (ARGS="--cpu-sec
 	@source "$(LOCAL)/env" && $(OPENMOJI) && $(BIN)/python -m benchmarks.ablate --preset quickstart \
 	    --seeds 1 --variants exact none "exact, narrow" "none, narrow" $(ARGS)
 
-test: $(STAMP) ## run the tests but for those that take minutes (ARGS="tests/unit -k latent")
+# Two lanes, one for each of two cores: tests that need servers, and those that do not.
+SERVERS := (s3 or ray)
+QUICK := not gpu and not slow
+test: $(STAMP) ## run all tests but the slow ones (ARGS="tests/unit -k latent")
+ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
+else
+	@log=$$(mktemp); failed=0; lane=; \
+	trap '[ -z "$$lane" ] || kill $$lane 2>/dev/null || true; rm -f "$$log"' EXIT; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not $(SERVERS) and $(QUICK)" >"$$log" 2>&1 & \
+	lane=$$!; \
+	$(BIN)/python -m pytest -m "$(SERVERS) and $(QUICK)" || failed=$$?; \
+	wait $$lane || failed=$$?; \
+	lane=; cat "$$log"; exit $$failed
+endif
 
 test-all: $(STAMP) ## run every test that needs no GPU (ARGS="tests/integration/test_chaos.py")
 	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)

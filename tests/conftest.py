@@ -5,7 +5,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,33 @@ from cluster.services import client_environment
 from cluster.state import load
 
 ROOT = Path(__file__).parents[1]
+LIMIT_SECONDS = 10.0
+"""Of a test that is not marked `slow`, beside its fixtures."""
+
+
+def read_held_up_seconds() -> float:
+    """How long programs on this machine have waited for a CPU; 0 where Linux does not say."""
+    try:
+        line = Path("/proc/pressure/cpu").read_text().splitlines()[0]
+    except OSError:
+        return 0.0
+    return int(line.rpartition("total=")[2]) / 1e6
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """Fails a test that takes too long: in CPU time, or by the clock while no CPU was short."""
+    cpu, wall = sum(os.times()[:4]), time.monotonic() - read_held_up_seconds()
+    yield
+    cpu, wall = sum(os.times()[:4]) - cpu, time.monotonic() - read_held_up_seconds() - wall
+    if item.get_closest_marker("slow") or item.get_closest_marker("gpu"):
+        return
+    if max(cpu, wall) > LIMIT_SECONDS:
+        pytest.fail(
+            f"{cpu:.1f} s of CPU time, {wall:.1f} s by the clock while no program waited for a CPU:"
+            f" more than the {LIMIT_SECONDS:.0f} s of a test without the mark `slow`",
+            pytrace=False,
+        )
 
 
 @dataclass(frozen=True)
@@ -55,6 +83,7 @@ def make_stack(prefix: str = "efae-") -> RunningStack:
             "EFAE_S3_PORT": s3,
             "EFAE_MLFLOW_PORT": mlflow,
             "EFAE_RAY_DASHBOARD_PORT": ray,
+            "EFAE_RAY_HEAD_CPUS": "2",  # on any machine: two workers fill it
         },
     )
 

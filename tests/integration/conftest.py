@@ -10,7 +10,7 @@ from efae.registry import registration
 from efae.registry.pull import RegisteredVersion
 from efae.tracking import runs
 from tests.integration.stored_models import write_model
-from tests.integration.train_jobs import OPTIONS, SHARDS, find_run, run_job
+from tests.integration.train_jobs import LONG_STEPS, OPTIONS, SHARDS, find_run, run_job
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +25,15 @@ def whole_run(train_shards):
     result = run_job("train", *OPTIONS, "--tracking.run-name=whole")
     assert result.returncode == 0, result.stdout + result.stderr
     return find_run("whole")
+
+
+@pytest.fixture(scope="session")
+def long_run(train_shards):
+    """The same for `train_jobs.LONG_STEPS`."""
+    options = [f"--training.steps={LONG_STEPS}", "--tracking.run-name=long"]
+    result = run_job("train", *OPTIONS, *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return find_run("long")
 
 
 @pytest.fixture

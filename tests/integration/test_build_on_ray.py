@@ -105,6 +105,7 @@ def wait_for(condition, process=None):
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_a_killed_driver_cost_nothing_that_was_finished(
     environment, images, built_here
 ):

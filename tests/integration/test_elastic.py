@@ -21,8 +21,8 @@ from data_pipelines import ShardDataset
 from efae.checkpoints.events import read_events
 from tests.integration.train_jobs import (
     LOG_INTERVAL,
+    LONG_STEPS,
     SHARDS,
-    STEPS,
     find_run,
     read_curve,
     read_summary,
@@ -35,7 +35,7 @@ NOTICE_SECONDS = 6
 
 
 @pytest.fixture(scope="module")
-def cluster(session_stack, whole_run):
+def cluster(session_stack, long_run):
     """A head without CPUs and two nodes, on the session's S3 and MLflow."""
     running = load(session_stack.folder)
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="efae-") as name:
@@ -70,7 +70,7 @@ def elastic_run(cluster, tmp_path_factory):
     log = tmp_path_factory.mktemp("samples")
     options = ["--ray.num-workers", "1", "2", "--ray.resize-interval-seconds=5"]
     options += ["--loss.perceptual=tests.integration.loss_terms:slow"]
-    options += [f"--tracking.sample-log={log}"]
+    options += [f"--training.steps={LONG_STEPS}", f"--tracking.sample-log={log}"]
     with submitted("elastic", *options, inside=False) as job:
         job.wait_for_checkpoint(80)
         raylet = give_notice(cluster.nodes[0])
@@ -102,15 +102,19 @@ def test_the_notice_left_checkpoints_just_in_time(elastic_run):
 
 def test_no_sample_was_lost_or_repeated(elastic_run):
     _, attempts = elastic_run
-    found = audit(attempts, ShardDataset.open(f"{SHARDS}/train").keys, STEPS, 32)
+    found = audit(attempts, ShardDataset.open(f"{SHARDS}/train").keys, LONG_STEPS, 32)
     assert found.pop("steps_done_again") > 0
     assert set(found.values()) == {0}, found
 
 
-def test_the_loss_is_that_of_the_undisturbed_run(elastic_run, whole_run):
+def test_the_loss_is_that_of_the_undisturbed_run(elastic_run, long_run):
     """Up to the noise that is drawn: by rank, of which there was one for a while."""
-    losses, expected = (dict(read_curve(run, "loss")) for run in (elastic_run[0], whole_run))
-    assert sorted(losses) == sorted(expected) == list(range(LOG_INTERVAL, STEPS + 1, LOG_INTERVAL))
+    losses, expected = (dict(read_curve(run, "loss")) for run in (elastic_run[0], long_run))
+    assert (
+        sorted(losses)
+        == sorted(expected)
+        == list(range(LOG_INTERVAL, LONG_STEPS + 1, LOG_INTERVAL))
+    )
     ratios = [losses[step] / expected[step] for step in expected]
     assert 0.97 < statistics.mean(ratios) < 1.03
-    assert abs(read_summary(elastic_run[0])["psnr"] - read_summary(whole_run)["psnr"]) < 0.5
+    assert abs(read_summary(elastic_run[0])["psnr"] - read_summary(long_run)["psnr"]) < 0.5

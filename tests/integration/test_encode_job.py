@@ -187,6 +187,7 @@ def test_killed_and_begun_again_it_is_byte_for_byte_the_same(whole, folder, loca
     assert read_set(uri) == read_set(whole[0])
 
 
+@pytest.mark.slow
 def test_an_image_that_cannot_be_read_is_named_and_the_rest_goes_on_later(folder, model):
     data = folder / "damaged"
     pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32), np.uint8)

@@ -86,43 +86,34 @@ def paths(tmp_path_factory) -> dict[str, str]:
     }
 
 
-def test_one_model(paths, tmp_path, capsys):
-    arguments = [f"--model={paths['ours']}", f"--data={paths['colour']}", f"--output={tmp_path}"]
-    assert main([*arguments, "--images=8"]) == 0
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["model_uri"] == paths["ours"]
+def read_rotations(folder) -> list[float]:
+    """The angles that were measured."""
+    return list(map(float, json.loads((folder / "evaluation.json").read_text())["rotations"]))
+
+
+def test_one_model_that_was_trained_on_angles(paths, tmp_path, capsys):
+    """It is measured at them without being asked."""
+    model = write_ours(tmp_path / "model", 3, **{"loss.rotation_probability": 0.5})
+    report = tmp_path / "report"
+    rest = [f"--data={paths['colour']}", f"--output={report}", "--images=8"]
+    assert main([f"--model={model}", *rest]) == 0
+    summary = json.loads((report / "summary.json").read_text())
+    assert summary["model_uri"] == model
     assert f"{summary['psnr']:.2f} dB" in capsys.readouterr().out
-    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    html = (report / "report.html").read_text(encoding="utf-8")
     assert "measured on\n8 held-out images" in html
     assert "an equivariant flow autoencoder" in html
+    assert read_rotations(report) == [0.0, *ANGLES]
 
 
-def test_angles_are_measured_where_they_are_asked_for(paths, tmp_path):
-    models = [paths["ours"], paths["foreign"]]
-    rest = ["--data", paths["colour"], "--output", str(tmp_path)]
-    assert main(["--model", *models, *rest, "--angles", "15", "-30", "--images", "4"]) == 0
-    for folder in sorted(path for path in tmp_path.iterdir() if path.is_dir()):
-        numbers = json.loads((folder / "evaluation.json").read_text())
-        assert list(numbers["rotations"]) == ["0.0", "15.0", "-30.0"]
-        assert (folder / "rotations.png").exists()
-    assert "Rotations by any angle" in (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert main(["--model", models[0], *rest[:2], f"--output={tmp_path / 'none'}"]) == 0
-    assert json.loads((tmp_path / "none" / "evaluation.json").read_text())["rotations"] == {}
-
-
-def test_a_model_trained_on_angles_is_measured_at_them(paths, tmp_path):
-    trained = write_ours(tmp_path / "model", 3, **{"loss.rotation_probability": 0.5})
-    rest = ["--data", paths["colour"], "--images=4", f"--output={tmp_path / 'report'}"]
-    assert main(["--model", trained, *rest]) == 0
-    numbers = json.loads((tmp_path / "report" / "evaluation.json").read_text())
-    assert list(map(float, numbers["rotations"])) == [0.0, *ANGLES]
-
-
-@pytest.mark.parametrize("data", ["colour", "grey"])
-def test_ours_beside_a_foreign_one(paths, tmp_path, capsys, data):
+@pytest.mark.parametrize(
+    ("data", "options", "angles"),
+    [("colour", ["--angles", "15", "-30"], [0.0, 15.0, -30.0]), ("grey", [], [])],
+)
+def test_ours_beside_a_foreign_one(paths, tmp_path, capsys, data, options, angles):
     models = [paths["ours"], paths["foreign"]]
     arguments = ["--model", *models, "--data", paths[data], "--output", str(tmp_path)]
-    assert main(arguments) == 0
+    assert main([*arguments, "--images=4", *options]) == 0
     found = json.loads((tmp_path / "summary.json").read_text())["models"]
     assert list(found) == models
     assert found[models[0]]["worst_gap_db"] < 1e-3 < found[models[1]]["worst_gap_db"]
@@ -130,6 +121,13 @@ def test_ours_beside_a_foreign_one(paths, tmp_path, capsys, data):
     for model in models:
         assert f"{found[model]['psnr']:.2f} dB" in printed
     assert str(tmp_path / "report.html") in printed
+    folders = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert len(folders) == 2
+    for folder in folders:
+        assert read_rotations(folder) == angles
+        assert (folder / "rotations.png").exists() == bool(angles)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert ("Rotations by any angle" in html) == bool(angles)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
-"""Groups of workers that are killed while they start, or find no room, on a cluster of two CPUs."""
+"""Groups of workers that are killed, or find no room, on a cluster of two CPUs."""
 
 import dataclasses
 import json
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from pathlib import Path
 
@@ -12,39 +13,31 @@ import psutil
 import pytest
 
 from benchmarks.chaos.cluster import Cluster
+from cluster import processes
 from cluster.services import client_environment
 from cluster.state import load
+from efae.checkpoints.checkpoint import checkpoint_name
 from efae.checkpoints.events import read_events
+from efae.checkpoints.run_folder import find_newest_checkpoint
+from tests.conftest import find_workers
 from tests.integration.train_jobs import (
     OPTIONS,
     ROOT,
+    STEPS,
     find_run,
     find_version,
+    read_curve,
     run_job,
     run_uri,
     submitted,
 )
 
 pytestmark = [pytest.mark.s3, pytest.mark.ray, pytest.mark.timeout(600)]
+LAST = checkpoint_name(STEPS)
 
 
-@pytest.fixture(scope="module")
-def cluster(session_stack, train_shards):
-    """A head without CPUs and two nodes, on the session's S3 and MLflow: two workers fill it."""
-    running = load(session_stack.folder)
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="efae-") as name:
-        patch.setenv("EFAE_RAY_HEAD_CPUS", "0")
-        ports = {key: port for key, port in running.ports.items() if not key.startswith("ray")}
-        state = dataclasses.replace(running, folder=Path(name), ports=ports, processes={})
-        with Cluster(state, size=2) as cluster:
-            for key, value in client_environment(state).items():
-                patch.setenv(key, value)
-            yield cluster
-
-
-def has_reserved(cluster):
+def has_reserved(state):
     """Whether a placement group has its nodes."""
-    state = cluster.state
     request = urllib.request.Request(
         f"http://{state.host}:{state.ports['ray']}/api/v0/placement_groups",
         headers={"Authorization": f"Bearer {state.ray_token}"},
@@ -54,23 +47,47 @@ def has_reserved(cluster):
     return any(group["state"] == "CREATED" for group in groups)
 
 
-def kill(cluster, kind):
-    (process,) = cluster.find(kind)
-    process.kill()
-    psutil.wait_procs([process])
+@pytest.fixture(scope="module")
+def battered_run(session_stack, local_stack, whole_run):
+    """A run that loses its controller, then a worker, then S3 for a while; and its output."""
 
+    def kill(title):
+        process = find_workers(title, local_stack)[0]
+        process.kill()
+        psutil.wait_procs([process])
 
-def test_a_controller_that_dies_before_its_workers_begin_leaves_the_nodes_free(whole_run, cluster):
-    with submitted("unborn", "--ray.max-failures=1") as job:
-        job.wait_for("placement group", lambda: has_reserved(cluster))
-        kill(cluster, "controller")
+    with submitted("battered", "--ray.max-failures=2") as job:
+        job.wait_for("placement group", lambda: has_reserved(load(session_stack.folder)))
+        kill("TrainController")
+        job.wait_for_checkpoint(40)
+        kill("RayTrainWorker")
+        job.wait_for_event("start", 2)
+        assert find_newest_checkpoint(run_uri("battered")) < f"{run_uri('battered')}/{LAST}"
+        processes.stop(load(session_stack.folder).processes["s3"], grace_seconds=0)
+        try:
+            time.sleep(5)
+        finally:
+            result = session_stack.run("up")
+        assert result.returncode == 0, result.stdout + result.stderr
         job.wait()
-    kinds = [event.kind for event in read_events(run_uri("unborn"))]
-    assert kinds == ["failure", "start"]
-    assert find_version(find_run("unborn")).tags["digest"] == find_version(whole_run).tags["digest"]
+    return find_run("battered")
 
 
-def test_a_run_that_finds_no_room_says_who_holds_it_and_ends(cluster):
+def test_a_controller_that_dies_before_its_workers_begin_leaves_the_nodes_free(battered_run):
+    lost, start = read_events(run_uri("battered"))[:2]
+    assert (lost.kind, start.kind) == ("failure", "start")
+    assert "Ray's controller was lost" in lost.facts["what"]
+    assert start.facts["step"] == 0
+
+
+def test_a_killed_worker_and_an_outage_of_s3_cost_time_and_nothing_else(battered_run, whole_run):
+    kinds = [event.kind for event in read_events(run_uri("battered"))]
+    assert kinds == ["failure", "start", "failure", "start"]
+    assert find_version(battered_run).tags["digest"] == find_version(whole_run).tags["digest"]
+    assert read_curve(battered_run, "loss") == read_curve(whole_run, "loss")
+
+
+def test_a_run_that_finds_no_room_says_who_holds_it_and_ends(train_shards):
     code = "import ray, time; ray.init(); "
     code += "ray.util.placement_group([{'CPU': 1}]).wait(60); print('held', flush=True); "
     code += "print(ray.get_runtime_context().get_job_id(), flush=True); time.sleep(300)"
@@ -93,17 +110,6 @@ def test_a_run_that_finds_no_room_says_who_holds_it_and_ends(cluster):
     ):
         assert what in said
     assert [event.kind for event in read_events(run_uri("roomless"))] == ["standstill"]
-
-
-@pytest.mark.slow
-def test_an_elastic_group_that_loses_a_node_while_it_starts_goes_on_with_what_is_left(cluster):
-    options = ["--ray.num-workers", "1", "2", "--ray.placement-timeout-seconds=5"]
-    with submitted("shrunk", *options, "--training.steps=80") as job:
-        job.wait_for("placement group", lambda: has_reserved(cluster))
-        cluster.find("raylet")[0].kill()
-        job.wait(timeout=200)
-    starts = [event for event in read_events(run_uri("shrunk")) if event.kind == "start"]
-    assert [event.facts["world_size"] for event in starts] == [1]
 
 
 RESERVE = """
@@ -137,7 +143,7 @@ if input() == "free":
 """
 
 
-def test_only_what_dead_actors_of_the_same_job_reserved_is_freed(cluster):
+def test_only_what_dead_actors_of_the_same_job_reserved_is_freed(local_stack):
     def begin(name):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         return subprocess.Popen([sys.executable, "-c", RESERVE, name], cwd=ROOT, **pipes)
@@ -154,3 +160,28 @@ def test_only_what_dead_actors_of_the_same_job_reserved_is_freed(cluster):
     kinds = {"driver", "living", "detached"}
     expected = {f"{job}-{kind}" for job in ("mine", "other") for kind in kinds}
     assert set(left.split()[1:]) == expected | {"other-dead"}
+
+
+@pytest.fixture
+def cluster(session_stack, train_shards):
+    """A head without CPUs and two nodes, on the session's S3 and MLflow: two workers fill it."""
+    running = load(session_stack.folder)
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="efae-") as name:
+        patch.setenv("EFAE_RAY_HEAD_CPUS", "0")
+        ports = {key: port for key, port in running.ports.items() if not key.startswith("ray")}
+        state = dataclasses.replace(running, folder=Path(name), ports=ports, processes={})
+        with Cluster(state, size=2) as cluster:
+            for key, value in client_environment(state).items():
+                patch.setenv(key, value)
+            yield cluster
+
+
+@pytest.mark.slow
+def test_an_elastic_group_that_loses_a_node_while_it_starts_goes_on_with_what_is_left(cluster):
+    options = ["--ray.num-workers", "1", "2", "--ray.placement-timeout-seconds=5"]
+    with submitted("shrunk", *options, "--training.steps=80") as job:
+        job.wait_for("placement group", lambda: has_reserved(cluster.state))
+        cluster.find("raylet")[0].kill()
+        job.wait(timeout=200)
+    starts = [event for event in read_events(run_uri("shrunk")) if event.kind == "start"]
+    assert [event.facts["world_size"] for event in starts] == [1]

@@ -131,6 +131,7 @@ def test_second_stack_runs_beside_keeps_data_and_leaves_nothing(session_stack, s
     assert body.read() == b"over a restart"
 
 
+@pytest.mark.slow
 def test_up_restarts_only_what_died(session_stack):
     before = load(session_stack.folder).processes
     stop(before["s3"])

@@ -10,7 +10,7 @@ from cluster.state import load
 from tests.conftest import find_workers
 from tests.integration.train_jobs import (
     LOG_INTERVAL,
-    STEPS,
+    LONG_STEPS,
     find_run,
     find_version,
     read_curve,
@@ -33,8 +33,8 @@ def start_servers(stack):
 
 
 @pytest.fixture(scope="module")
-def disturbed_run(session_stack, local_stack, whole_run):
-    with submitted("disturbed") as job:
+def disturbed_run(session_stack, local_stack, long_run):
+    with submitted("disturbed", f"--training.steps={LONG_STEPS}") as job:
         try:
             job.wait_for_checkpoint(80)
             end_servers(session_stack, "s3", "mlflow")
@@ -53,11 +53,11 @@ def disturbed_run(session_stack, local_stack, whole_run):
     return find_run("disturbed")
 
 
-def test_nothing_is_lost_or_done_again(disturbed_run, whole_run):
+def test_nothing_is_lost_or_done_again(disturbed_run, long_run):
     summary = read_summary(disturbed_run)
     assert summary["recoveries"] == 0
     assert disturbed_run.info.status == "FINISHED"
-    assert find_version(disturbed_run).tags["digest"] == find_version(whole_run).tags["digest"]
+    assert find_version(disturbed_run).tags["digest"] == find_version(long_run).tags["digest"]
 
 
 def test_the_summary_says_what_happened(disturbed_run):
@@ -65,8 +65,10 @@ def test_the_summary_says_what_happened(disturbed_run):
     assert any("MLflow was away" in line for line in events), events
 
 
-def test_curves_arrive_later_once_and_in_order(disturbed_run, whole_run):
+def test_curves_arrive_later_once_and_in_order(disturbed_run, long_run):
     for name in ("loss", "gradient_norm"):
         curve = read_curve(disturbed_run, name)
-        assert [step for step, _ in curve] == list(range(LOG_INTERVAL, STEPS + 1, LOG_INTERVAL))
-        assert curve == read_curve(whole_run, name)
+        assert [step for step, _ in curve] == list(
+            range(LOG_INTERVAL, LONG_STEPS + 1, LOG_INTERVAL)
+        )
+        assert curve == read_curve(long_run, name)

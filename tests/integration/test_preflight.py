@@ -141,6 +141,7 @@ def answers(url):
         return False
 
 
+@pytest.mark.slow
 def test_an_open_cluster_and_a_node_without_access_are_refused(open_cluster):
     status, lines, result = preflight(**open_cluster)
     assert status == 1, result.stdout + result.stderr

@@ -225,6 +225,36 @@ def test_trials_of_several_workers_are_stopped_early(train_shards, local_stack, 
     assert [run.info.status for run in children] == ["FINISHED", "FINISHED"]
 
 
+@pytest.fixture(scope="module")
+def small_sweep(train_shards, local_stack, tmp_path_factory):
+    """Of two trials, one without memory; the folder of its report."""
+    folder = tmp_path_factory.mktemp("small")
+    space = folder / "space.toml"
+    space.write_text(f"model.hidden_size = [64, {NO_MEMORY}]")
+    options = [*TRIALS, "--training.steps=80", f"--sweep.space={space}", "--sweep.search=grid"]
+    options += ["--sweep.finalists=0", "--sweep.name=small", "--ray.num-workers=1"]
+    result = run_job("tune", *OPTIONS, *options, f"--tracking.report-folder={folder}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "small"
+
+
+def test_a_sweep_reports_each_trial_and_registers_the_best(small_sweep, local_stack):
+    found = json.loads((small_sweep / "sweep.json").read_text())
+    states = {t["config"]["model.hidden_size"]: t["state"] for t in found["trials"]}
+    assert states == {64: "finished", NO_MEMORY: "failed"}
+    assert found["best"]["config"] == {"model.hidden_size": 64}
+    assert (small_sweep / "report.html").exists()
+    children, parent = find_children("small")
+    assert parent == "FINISHED"
+    assert sorted(run.info.status for run in children) == ["FAILED", "FINISHED"]
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    version = client.get_model_version_by_alias("efae", "candidate")
+    (best,) = [run for run in children if run.info.status == "FINISHED"]
+    assert version.run_id == best.info.run_id
+    assert list_leftovers(local_stack) == []
+
+
+@pytest.mark.slow
 def test_a_sweep_without_a_result_says_why(train_shards, local_stack, tmp_path):
     space = tmp_path / "space.toml"
     space.write_text(f"model.hidden_size = [{NO_MEMORY}]")

@@ -337,6 +337,7 @@ def test_a_checkpoint_carries_what_a_killed_process_had_not_sent(server, client,
     assert read_history(client, run_id, "loss") == [(0, 0.0), (1, 0.1), (2, 0.2)]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_carries_what_an_outage_held_up(server, client, run_id, tmp_path):
     """MLflow is away until training has ended; the driver, on another node, sends the curves."""
     tracker = Tracker(server.uri, run_id, tmp_path / "worker", send_interval_seconds=0.1)

@@ -21,7 +21,9 @@ from efae.checkpoints.run_folder import find_newest_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SHARDS = "s3://efae-data/train-job"
-STEPS, LOG_INTERVAL = 600, 10
+STEPS, LOG_INTERVAL = 160, 10
+LONG_STEPS = 600
+"""Enough for what happens to a run in minutes."""
 OPTIONS = [
     "quickstart",
     f"--data.uri={SHARDS}/train",
@@ -31,7 +33,7 @@ OPTIONS = [
     "--training.global-batch-size=32",
     f"--training.log-interval={LOG_INTERVAL}",
     "--training.checkpoint-interval=40",
-    "--training.evaluation-interval=300",
+    f"--training.evaluation-interval={STEPS // 2}",
     "--training.held-out-images=64",
     "--tracking.no-portable",  # ten seconds a run; test_portable has its own
 ]

@@ -14,6 +14,8 @@ from benchmarks.original_sketch import (
 from efae.symmetry import MIRROR, check_representation
 from efae.symmetry.representation import group_law_error
 
+pytestmark = pytest.mark.slow
+
 FLIP = MIRROR["flip_h"]
 
 
