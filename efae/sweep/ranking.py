@@ -12,7 +12,9 @@ from efae.model.autoencoder import build_representation
 from efae.sweep.config import OBJECTIVES, SweepConfig
 from efae.sweep.phase import REDUCTION, find_first_rung
 from efae.sweep.records import Records, TrialRecord
+from efae.sweep.reported_trials import read_trials
 from efae.sweep.space import Chooser, apply_combination
+from efae.sweep.study import find_front
 from efae.symmetry import Representation
 
 
@@ -68,19 +70,21 @@ def find_best(records: Records, settings: SweepConfig) -> dict[str, Any] | None:
     }
 
 
-def find_pareto(records: Records, settings: SweepConfig) -> list[str]:
-    """Keys of the finished trials of the search that no other beats in every objective."""
-    signs = [1 if OBJECTIVES[name] == "max" else -1 for name in settings.objectives]
-    points = {
-        r.key: [s * r.metrics[n] for s, n in zip(signs, settings.objectives, strict=True)]
-        for r in records.in_phase("search")
-        if r.state == "finished"
-    }
-
-    def beats(a: list[float], b: list[float]) -> bool:
-        return a != b and all(x >= y for x, y in zip(a, b, strict=True))
-
-    return [k for k, p in points.items() if not any(beats(q, p) for q in points.values())]
+def describe_trials(config: Config, records: Records) -> list[dict[str, Any]]:
+    """What became of each trial, by number."""
+    return [
+        asdict(record)
+        | {
+            "key": record.key,
+            "config": record.combination,
+            "metrics": record.metrics,
+            "steps": record.steps,
+            "multiplicities": build_representation(
+                apply_combination(config, record.combination)
+            ).multiplicities,
+        }
+        for _, record in sorted(records.trials.items())
+    ]
 
 
 def describe_sweep(
@@ -94,19 +98,9 @@ def describe_sweep(
     rungs = [find_first_rung(config, settings)] if settings.early_stopping else []
     while rungs and rungs[-1] * REDUCTION < steps:
         rungs.append(rungs[-1] * REDUCTION)
-    trials = [
-        asdict(record)
-        | {
-            "key": record.key,
-            "config": record.combination,
-            "metrics": record.metrics,
-            "steps": record.steps,
-            "multiplicities": build_representation(
-                apply_combination(config, record.combination)
-            ).multiplicities,
-        }
-        for _, record in sorted(records.trials.items())
-    ]
+    trials = describe_trials(config, records)
+    objectives = [{"metric": n, "mode": OBJECTIVES[n]} for n in settings.objectives]
+    searched = [trial for trial in read_trials(trials) if trial.phase == "search"]
     return {
         "experiment": config.tracking.experiment,
         "level": config.model.level,
@@ -114,7 +108,7 @@ def describe_sweep(
         "colours": config.data.channels,
         "downsampling": config.model.downsampling,
         **describe_data(config),
-        "objectives": [{"metric": n, "mode": OBJECTIVES[n]} for n in settings.objectives],
+        "objectives": objectives,
         "space": chooser.space.describe(),
         "search": settings.search,
         "seed": settings.seed,
@@ -123,7 +117,7 @@ def describe_sweep(
         "reduction_factor": REDUCTION if rungs else None,
         "trials": trials,
         "infeasible": len(chooser.refused),
-        "pareto": find_pareto(records, settings),
+        "pareto": [trial.key for trial in find_front(searched, objectives)],
         "theory": predict(config),
     }
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from efae.report.html import finite, plain, render_page, write_json
-from efae.sweep.importance import FEWEST_TRIALS, rate_knobs
 from efae.sweep.report_charts import draw_curves, draw_importance, draw_pareto, draw_surface
 from efae.sweep.reported_trials import (
     MULTIPLICITIES,
@@ -24,6 +23,7 @@ from efae.sweep.reported_trials import (
     describe,
     read_trials,
 )
+from efae.sweep.study import FEWEST_TRIALS, rate_knobs
 from efae.sweep.surface import (
     FEWEST_FINISHED,
     FEWEST_POSITIONS,

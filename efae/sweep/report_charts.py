@@ -13,8 +13,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from efae.report.charts import BLUE, ORANGE, begin_charts, name_chart
 from efae.report.image_grids import GREY, save
-from efae.sweep.importance import Importance
-from efae.sweep.reported_trials import Trial, describe, find_front
+from efae.sweep.reported_trials import Trial, describe
+from efae.sweep.study import find_front
 from efae.sweep.surface import Surface
 
 Axes = Any
@@ -100,17 +100,17 @@ def draw_pareto(
     """
     figure, charts = begin_charts(9.4, 3.6 if len(pairs) < 3 else 3.2, len(pairs))
     for axes, (up, along) in zip(charts, pairs, strict=True):
-        found = [
-            (trial, (a, b))
+        found = {
+            trial.number: (a, b)
             for trial in trials
             if trial.finished
             and (a := trial.measure(along["metric"])) is not None
             and (b := trial.measure(up["metric"])) is not None
-        ]
-        points = [point for _, point in found]
-        front = find_front(points, (along["mode"], up["mode"]))
-        axes.plot(*zip(*points, strict=True), "o", color=_PALE, mec="white", ms=8)
-        edge = [points[i] for i in front]
+        }
+        front = [trial.number for trial in find_front(trials, (along, up))]
+        front.sort(key=lambda number: found[number])
+        axes.plot(*zip(*found.values(), strict=True), "o", color=_PALE, mec="white", ms=8)
+        edge = [found[number] for number in front]
         axes.step(
             *zip(*edge, strict=True),
             where="post" if along["mode"] == "min" else "pre",
@@ -118,29 +118,23 @@ def draw_pareto(
             linewidth=1,
         )
         axes.plot(*zip(*edge, strict=True), "o", color=BLUE, mec="white", ms=8)
-        for trial, point in found:
-            if trial.key in best:
-                axes.plot(*point, "*", color=ORANGE, mec="white", ms=17, zorder=4)
-        _number(axes, [(found[i][0].number, points[i]) for i in front])
+        for trial in trials:
+            if trial.key in best and trial.number in found:
+                axes.plot(*found[trial.number], "*", color=ORANGE, mec="white", ms=17, zorder=4)
+        _number(axes, list(zip(front, edge, strict=True)))
         axes.margins(0.13)
         axes.set_xlabel(f"{describe(along['metric']).label} {_BETTER[along['mode']]}")
         name_chart(axes, f"{describe(up['metric']).label} {_BETTER[up['mode']]}")
     save(figure, path)
 
 
-def draw_importance(importances: Mapping[str, Importance], path: Path) -> None:
-    """A bar for each knob, with the range of the resampled trials."""
+def draw_importance(importances: Mapping[str, float], path: Path) -> None:
+    """A bar for each knob."""
     count = len(importances)
     figure, (axes,) = begin_charts(9.4, 0.7 + 0.32 * count, 1)
     rows = range(count)
-    shares = [importance.share for importance in importances.values()]
-    axes.barh(rows, shares, height=0.55, color=BLUE)
-    for row, importance in enumerate(importances.values()):
-        low, high = importance.low, importance.high
-        axes.plot((low, high), (row, row), color="black", linewidth=1.2, marker="|", ms=7)
-        axes.text(
-            max(high, importance.share) + 0.015, row, f"{importance.share:.0%}", va="center"
-        ).set_fontsize(9)
+    bars = axes.barh(rows, list(importances.values()), height=0.55, color=BLUE)
+    axes.bar_label(bars, [f"{share:.0%}" for share in importances.values()], padding=4, fontsize=9)
     axes.set_yticks(rows, list(importances))
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(0, 1.1)

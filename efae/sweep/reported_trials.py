@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
-
 ROTATION, SPLIT = "representation.rotation_dims", "representation.chirality_split"
 MULTIPLICITIES = "representation.multiplicities"
 
@@ -114,21 +112,6 @@ def read_trials(trials: Sequence[Mapping[str, Any]]) -> list[Trial]:
         )
         for trial in trials
     ]
-
-
-def find_front(points: Sequence[tuple[float, float]], modes: tuple[str, str]) -> list[int]:
-    """Indices of the points that no other betters in one measure without losing in the other.
-
-    In the order of the first measure; modes are "max" or "min".
-    """
-    gains = np.array(points, dtype=float).reshape(-1, 2)
-    gains = gains * [1 if mode == "max" else -1 for mode in modes]
-    kept = [
-        i
-        for i, gain in enumerate(gains)
-        if not ((gains >= gain).all(1) & (gains > gain).any(1)).any()
-    ]
-    return sorted(kept, key=lambda i: points[i])
 
 
 def choose_pairs(

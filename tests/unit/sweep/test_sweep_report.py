@@ -23,12 +23,13 @@ from made_sweeps import (
     make_sweep,
     make_trial,
 )
-from test_report import Page
 
 from efae.sweep.report import write_sweep_report
-from efae.sweep.reported_trials import choose_pairs, find_front, read_trials
+from efae.sweep.reported_trials import choose_pairs, read_trials
+from efae.sweep.study import find_front
 from efae.sweep.surface import find_ends, find_optimum, fit_surface
 from jobs.train import parse_arguments
+from tests.unit.report.test_report import Page
 
 
 class Spaced(Page):
@@ -142,16 +143,22 @@ def test_a_sweep_that_stopped_most_still_has_its_surface(tmp_path):
 
 
 def test_the_front_has_all_that_nothing_betters():
-    drawn = np.random.default_rng(0).integers(0, 9, (40, 2)).tolist()
-    points = [(float(x), float(y)) for x, y in drawn]
-    front = find_front(points, ("min", "max"))
+    points = np.random.default_rng(0).integers(0, 9, (40, 2)).tolist()
+    trials = [
+        make_trial(i, 8, 0.5) | {"metrics": {"worst_gap_db": x, "psnr": y}}
+        for i, (x, y) in enumerate(points)
+    ]
+    unfinished = make_trial(40, 8, 0.5) | {"state": "stopped", "metrics": {"worst_gap_db": -1}}
+    objectives = [{"metric": "worst_gap_db", "mode": "min"}, {"metric": "psnr", "mode": "max"}]
+    front = {trial.number for trial in find_front(read_trials([*trials, unfinished]), objectives)}
 
     def betters(a, b):
         return a[0] <= b[0] and a[1] >= b[1] and a != b
 
     for i, point in enumerate(points):
         assert (i in front) == (not any(betters(other, point) for other in points))
-    assert find_front([], ("min", "max")) == []
+    assert len(front) < len(points)
+    assert find_front([], objectives) == []
 
 
 def test_of_one_objective_only_what_differs_is_set_against_it(sweep):

@@ -8,10 +8,12 @@ import pytest
 from efae.presets import PRESETS
 from efae.sweep.config import SweepConfig
 from efae.sweep.phase import find_first_rung, make_scheduler, replay
-from efae.sweep.ranking import choose_finalists, find_best, find_pareto, predict, rank
+from efae.sweep.ranking import choose_finalists, describe_trials, find_best, predict, rank
 from efae.sweep.records import Records, TrialRecord
+from efae.sweep.reported_trials import read_trials
 from efae.sweep.searcher import Proposals
 from efae.sweep.space import Chooser, read_space
+from efae.sweep.study import find_front
 
 CONFIG = PRESETS["quickstart_trial"][1]
 STEPS = CONFIG.training.steps
@@ -149,11 +151,9 @@ def test_several_objectives_give_a_front(tmp_path):
         for record in records.trials.values()
         if record.combination["representation.dim"] != 24
     ]
-    front = {
-        records.trials[int(key)].combination["representation.dim"]: key
-        for key in find_pareto(records, settings)
-    }
-    assert set(front) == {16, 32}
+    modes = [{"metric": "psnr", "mode": "max"}, {"metric": "latent_size", "mode": "min"}]
+    front = find_front(read_trials(describe_trials(CONFIG, records)), modes)
+    assert {trial.config["representation.dim"] for trial in front} == {16, 32}
     assert find_best(records, settings)["config"] == {"representation.dim": 32}
 
 
