@@ -42,7 +42,7 @@ ifdef ARGS
 else
 	@log=$$(mktemp); failed=0; lane=; \
 	trap '[ -z "$$lane" ] || kill $$lane 2>/dev/null || true; rm -f "$$log"' EXIT; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not $(SERVERS) and $(QUICK)" >"$$log" 2>&1 & \
+	$(BIN)/python -m pytest -m "not $(SERVERS) and $(QUICK)" >"$$log" 2>&1 & \
 	lane=$$!; \
 	$(BIN)/python -m pytest -m "$(SERVERS) and $(QUICK)" || failed=$$?; \
 	wait $$lane || failed=$$?; \

@@ -17,6 +17,7 @@ from cluster import ports
 from cluster.services import client_environment
 from cluster.state import load
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for a shared core burn it
 ROOT = Path(__file__).parents[1]
 LIMIT_SECONDS = 10.0
 """Of a test that is not marked `slow`, beside its fixtures."""

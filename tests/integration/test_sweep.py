@@ -231,7 +231,7 @@ def small_sweep(train_shards, local_stack, tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     space = folder / "space.toml"
     space.write_text(f"model.hidden_size = [64, {NO_MEMORY}]")
-    options = [*TRIALS, "--training.steps=80", f"--sweep.space={space}", "--sweep.search=grid"]
+    options = [*TRIALS, f"--sweep.space={space}", "--sweep.search=grid"]
     options += ["--sweep.finalists=0", "--sweep.name=small", "--ray.num-workers=1"]
     result = run_job("tune", *OPTIONS, *options, f"--tracking.report-folder={folder}")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -63,6 +63,7 @@ def test_the_registered_model_gives_the_same_numbers_elsewhere(whole_run, tmp_pa
         f"--model={summary['model_uri']}",
         f"--data={SHARDS}/held_out",
         f"--output={tmp_path / 'report'}",
+        "--images=16",
         EFAE_CACHE_DIR=str(tmp_path / "cache"),
     )
     assert result.returncode == 0, result.stderr

@@ -34,7 +34,7 @@ OPTIONS = [
     f"--training.log-interval={LOG_INTERVAL}",
     "--training.checkpoint-interval=40",
     f"--training.evaluation-interval={STEPS // 2}",
-    "--training.held-out-images=64",
+    "--training.held-out-images=16",
     "--tracking.no-portable",  # ten seconds a run; test_portable has its own
 ]
 

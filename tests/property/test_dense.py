@@ -90,15 +90,9 @@ def assert_same_function(model, tolerance):
         assert error(found, expected) <= tolerance, name
 
 
+@every_group
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-def test_the_export_computes_the_same(grid):
-    assert_same_function(build("D4", grid).double(), 1e-10)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("group", [group for group in GROUPS if group != "D4"])
-@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-def test_the_export_computes_the_same_on_every_grid_of_every_group(group, grid):
+def test_the_export_computes_the_same(group, grid):
     assert_same_function(build(group, grid).double(), 1e-10)
 
 

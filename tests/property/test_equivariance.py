@@ -181,11 +181,7 @@ def assert_exact(model, x):
     return z
 
 
-@pytest.mark.parametrize(
-    "downsampling",
-    [pytest.param(4, marks=pytest.mark.slow), 8, pytest.param(32, marks=pytest.mark.slow)],
-    ids=["8x8", "4x4", "vector"],
-)
+@pytest.mark.parametrize("downsampling", [4, 8, 32], ids=["8x8", "4x4", "vector"])
 @pytest.mark.parametrize("kind", IMAGES)
 def test_exact_level_is_exact(downsampling, kind):
     z = assert_exact(build(**{"model.downsampling": downsampling}), IMAGES[kind])

@@ -44,24 +44,9 @@ MULTIPLICITIES = {
     "trivial": (12, 0, 0, 0, 0),
 }
 DOWNSAMPLING = {"1x1": 32, "4x4": 8, "8x8": 4}
+every_group = pytest.mark.parametrize("group", GROUPS)
 every_grid = pytest.mark.parametrize("grid", DOWNSAMPLING)
 random_and_trained = pytest.mark.parametrize("weights", ["random", "trained"])
-
-
-def slow_but(values, *kept):
-    """Parameters of which `kept` alone run every time."""
-    return [v if v in kept else pytest.param(v, marks=pytest.mark.slow) for v in values]
-
-
-# Every group with random weights every time, one with trained ones.
-every_group_with_weights = pytest.mark.parametrize(
-    ("group", "weights"),
-    [
-        *((group, "random") for group in GROUPS),
-        ("D4", "trained"),
-        *(pytest.param(g, "trained", marks=pytest.mark.slow) for g in GROUPS if g != "D4"),
-    ],
-)
 
 
 @functools.cache
@@ -183,8 +168,9 @@ def exceeded(worst):
     return {key: value for key, value in worst.items() if not value <= LIMITS[key[0]]}
 
 
+@every_group
 @every_grid
-@every_group_with_weights
+@random_and_trained
 def test_exact_to_rounding_on_every_kind_of_image(group, grid, weights):
     worst = measure(build(group, grid, weights))
     assert len(worst) == 18
@@ -301,7 +287,7 @@ def measure_bf16(model):
     return measured
 
 
-@pytest.mark.parametrize("group", slow_but(GROUPS, "D4"))
+@every_group
 @every_grid
 def test_bf16_breaks_the_symmetry_by_less_than_it_rounds(group, grid):
     for name, (broken, rounded) in measure_bf16(build(group, grid, "trained")).items():
@@ -333,14 +319,14 @@ def paths(model):
         yield torch.cat([there, torch.lerp(symmetric, end, share[2::2])])
 
 
-@pytest.mark.parametrize("grid", slow_but(DOWNSAMPLING, "4x4"))
+@every_grid
 @random_and_trained
 def test_the_decoder_is_continuous_from_a_latent_to_its_image(grid, weights):
     model = build("D4", grid, weights)
     assert max(longest_over_median_step(model, path) for path in paths(model)) < 3
 
 
-@pytest.mark.parametrize("grid", slow_but(DOWNSAMPLING, "4x4"))
+@every_grid
 def test_a_canonicalised_decoder_jumps(grid):
     model = Canonicalised(build_dense(grid, "trained"))
     assert min(longest_over_median_step(model, path) for path in paths(model)) > 10

@@ -118,13 +118,7 @@ def test_names_of_files_are_literal(folder):
         shutil.rmtree(base)
 
 
-@pytest.mark.s3
-@with_examples
-@given(folders())
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_names_of_objects_are_literal(local_stack, folder):
+def check_that_names_of_objects_are_literal(folder):
     assume(not any("\\" in name for name in folder[0]))  # SeaweedFS makes them slashes
     base = "s3://efae-data/names[1]"
     storage.delete(base)
@@ -133,3 +127,24 @@ def test_names_of_objects_are_literal(local_stack, folder):
         storage.write_bytes(uri, data)
     check_that_names_are_literal(base, *folder)
     assert {uri: storage.read_bytes(uri) for uri in neighbours} == neighbours
+
+
+ON_S3 = settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.mark.s3
+@with_examples
+@given(folders())
+@ON_S3
+def test_names_of_objects_are_literal(local_stack, folder):
+    check_that_names_of_objects_are_literal(folder)
+
+
+@pytest.mark.s3
+@pytest.mark.slow
+@given(folders())
+@settings(ON_S3, max_examples=100)
+def test_many_names_of_objects_are_literal(local_stack, folder):
+    check_that_names_of_objects_are_literal(folder)

@@ -7,8 +7,6 @@ from benchmarks.ablate import list_variants, train
 from efae.config_forms import with_overrides
 from efae.presets import PRESETS
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize("name", ["exact, narrow", "none, narrow", "sketch"])
 def test_two_learning_rates_give_two_models(name):

@@ -22,8 +22,6 @@ from data_pipelines import ShardDataset
 from efae.symmetry import D4
 from efae.symmetry.group import act_on_grid
 
-pytestmark = pytest.mark.slow
-
 TINY = {
     "sizes": (16, 32),
     "tokenizer_seconds": 0.15,

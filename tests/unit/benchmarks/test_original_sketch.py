@@ -14,8 +14,6 @@ from benchmarks.original_sketch import (
 from efae.symmetry import MIRROR, check_representation
 from efae.symmetry.representation import group_law_error
 
-pytestmark = pytest.mark.slow
-
 FLIP = MIRROR["flip_h"]
 
 

@@ -86,7 +86,6 @@ def distinct_documents() -> list[Document]:
     return list(names.values())
 
 
-@pytest.mark.slow
 def test_no_field_can_be_misspelt():
     tried = 0
     for document in distinct_documents():
