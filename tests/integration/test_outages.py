@@ -72,3 +72,7 @@ def test_curves_arrive_later_once_and_in_order(disturbed_run, long_run):
             range(LOG_INTERVAL, LONG_STEPS + 1, LOG_INTERVAL)
         )
         assert curve == read_curve(long_run, name)
+
+
+def test_a_run_of_more_than_ten_seconds_has_system_metrics(disturbed_run):
+    assert any(name.startswith("system/") for name in disturbed_run.data.metrics)
