@@ -114,7 +114,9 @@ def test_a_run_that_finds_no_room_says_who_holds_it_and_ends(train_shards):
 
 RESERVE = """
 import ray, sys
-from ray.util import placement_group, placement_group_table
+from ray.util import (
+    get_placement_group, placement_group, placement_group_table, remove_placement_group
+)
 from efae.worker_groups import find_shortage, free_orphans
 
 def reserve(name, lifetime=None):
@@ -140,6 +142,7 @@ if input() == "free":
     table = placement_group_table().values()
     print("left", *(group["name"] for group in table if group["state"] == "CREATED"), flush=True)
     input()
+remove_placement_group(get_placement_group(f"{job}-detached"))
 """
 
 
@@ -154,6 +157,9 @@ def test_only_what_dead_actors_of_the_same_job_reserved_is_freed(local_stack):
                 assert "reserved\n" in iter(driver.stdout.readline, "")
             print("free", file=mine.stdin, flush=True)
             left = next(line for line in mine.stdout if line.startswith("left"))
+            for driver in (other, mine):
+                driver.communicate("end\n", timeout=60)
+                assert driver.returncode == 0
         finally:
             other.kill()
             mine.kill()
