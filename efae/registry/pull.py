@@ -94,18 +94,13 @@ def pull(uri: str, destination: Path | None = None) -> Path:
         ConnectionError: MLflow fails.
         StorageError: the storage refuses or does not answer.
     """
-    folder = _find_pretrained(uri)
-    if folder is not None:
-        pretrained.read_pretrained(folder)
-        names = find_files(folder)
-    else:
-        folder = _find_folder(uri)
-        names = (*find_files(folder), MANIFEST)
+    folder = _find_folder(uri)
     if destination is None:
         return folder
     destination.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        shutil.copyfile(folder / name, destination / name)
+    for name in (*find_files(folder), MANIFEST):
+        if (folder / name).exists():  # save_pretrained writes no manifest
+            shutil.copyfile(folder / name, destination / name)
     return destination
 
 
@@ -270,6 +265,9 @@ def _find_pretrained(uri: str) -> Path | None:
 
 def _find_folder(uri: str) -> Path:
     """The verified folder of the model, on this machine."""
+    if (folder := _find_pretrained(uri)) is not None:
+        pretrained.read_pretrained(folder)
+        return folder
     cache = find_cache()
     if uri.startswith(_OF_MLFLOW):
         uri, server = model_uris.normalize(uri), mlflow.get_tracking_uri()

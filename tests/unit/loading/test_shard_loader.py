@@ -310,7 +310,7 @@ class TestSingleSamples:
         for wrong in (slice(2), 1.0, "n03", None):
             with pytest.raises(TypeError):
                 dataset[wrong]
-        with pytest.raises(AttributeError, match="use sample.image"):
+        with pytest.raises(AttributeError, match=r"use sample\.image"):
             _ = dataset[0].latent
 
     def test_images_keep_their_size_and_colours(self, tmp_path):
