@@ -87,7 +87,9 @@ def test_a_killed_worker_and_an_outage_of_s3_cost_time_and_nothing_else(battered
     assert read_curve(battered_run, "loss") == read_curve(whole_run, "loss")
 
 
-def test_a_run_that_finds_no_room_says_who_holds_it_and_ends(train_shards):
+@pytest.fixture(scope="module")
+def roomless_run(train_shards):
+    """A run beside another job that holds a CPU; that job's id."""
     code = "import ray, time; ray.init(); "
     code += "ray.util.placement_group([{'CPU': 1}]).wait(60); print('held', flush=True); "
     code += "print(ray.get_runtime_context().get_job_id(), flush=True); time.sleep(300)"
@@ -100,6 +102,11 @@ def test_a_run_that_finds_no_room_says_who_holds_it_and_ends(train_shards):
             result = run_job("train", *OPTIONS, *options, "--tracking.run-name=roomless")
         finally:
             other.kill()
+    return result, job_id
+
+
+def test_a_run_that_finds_no_room_says_who_holds_it_and_ends(roomless_run):
+    result, job_id = roomless_run
     assert result.returncode == 1
     (said,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     for what in (

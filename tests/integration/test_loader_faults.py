@@ -28,6 +28,7 @@ from data_pipelines import ShardDataset, ShardError, storage
 from data_pipelines.build_shards import build_shards
 from data_pipelines.loading.loader import _FETCH_THREADS
 from data_pipelines.loading.shard_cache import ShardCache
+from data_pipelines.storage import objects
 from tests.conftest import ROOT
 from tests.integration.fault_proxy import FaultProxy
 
@@ -260,7 +261,7 @@ class TestRefused:
             proxy.fail(TARS, 503)
         else:
             proxy.stall(TARS, -1 if fault == "silent" else 5000)
-        monkeypatch.setattr(storage, "ATTEMPT_SECONDS", 0.3)
+        monkeypatch.setattr(objects, "ATTEMPT_SECONDS", 0.3)
         hasty = functools.partial(storage.read_range, deadline_seconds=0.6)
         monkeypatch.setattr(storage, "read_range", hasty)
         started = time.monotonic()

@@ -16,6 +16,7 @@ import pytest
 
 from cluster.ports import LOOPBACK, pick_free
 from data_pipelines import storage
+from data_pipelines.storage import objects
 from data_pipelines.storage.retries import StorageError
 from tests.conftest import ROOT
 from tests.integration.fault_proxy import FaultProxy
@@ -205,12 +206,12 @@ def test_a_silent_or_slow_server_does_not_hold_a_read(proxy, fault, tmp_path, mo
     expect_error(lambda: read(0.3), URI, "no answer at http", "too slow, or silent")
     assert 0.2 < time.monotonic() - started < 5
     target = tmp_path / "x"
-    monkeypatch.setattr(storage, "_SLOWEST_BYTES_PER_SECOND", 2**22)
+    monkeypatch.setattr(objects, "_SLOWEST_BYTES_PER_SECOND", 2**22)
     expect_error(lambda: storage.download(URI, target, len(DATA), SHA256, 0.2), "no answer")
     assert time.monotonic() - started < 10
     assert names(tmp_path) == []
     proxy.clear()
-    monkeypatch.setattr(storage, "ATTEMPT_SECONDS", 0.3)
+    monkeypatch.setattr(objects, "ATTEMPT_SECONDS", 0.3)
     SILENT[fault](proxy, 1)
     assert read() == DATA[START:END]
     assert proxy.requests(PATH) == 2
@@ -219,6 +220,7 @@ def test_a_silent_or_slow_server_does_not_hold_a_read(proxy, fault, tmp_path, mo
 FULL_DISK = f"""
 import resource, sys
 from data_pipelines import storage
+from data_pipelines.storage.retries import StorageError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 for action in (
     lambda: storage.download({URI!r}, sys.argv[1], {len(DATA)}),
@@ -227,7 +229,7 @@ for action in (
 ):
     try:
         action()
-    except storage.StorageError as error:
+    except StorageError as error:
         print(error)
 """
 
