@@ -30,6 +30,7 @@ from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.presets import PRESETS
 from efae.training.loop import train
+from efae.training.process import Process
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP_STEPS = 50
@@ -50,7 +51,7 @@ class Arguments:
 def train_bare(config: Config) -> None:
     """The loop alone, in this process."""
     torch.set_num_threads(1)
-    train(config, ShardDataset.open(config.data.uri), device=torch.device("cpu"))
+    train(config, ShardDataset.open(config.data.uri), Process(torch.device("cpu")))
 
 
 def train_on_platform(preset: str, overrides: dict[str, Any]) -> None:

@@ -273,9 +273,9 @@ class TrainingConfig:
     log_interval: int = 25
     """Steps between two points of the training curves."""
     evaluation_interval: int = 1000
-    """Steps between two looks at held-out images; the last step looks too."""
-    look_images: int = 64
-    """Held-out images of a look, at most."""
+    """Steps between two validations on held-out images; the last step validates too."""
+    validation_images: int = 64
+    """Held-out images of a validation, at most."""
     checkpoint_interval: int = 250
     """Steps between two checkpoints."""
     held_out_images: int = 512
@@ -286,7 +286,7 @@ class TrainingConfig:
             "training",
             self,
             *("steps", "global_batch_size", "log_interval", "evaluation_interval"),
-            *("look_images", "checkpoint_interval", "held_out_images"),
+            *("validation_images", "checkpoint_interval", "held_out_images"),
         )
         require(self.seed >= 0, f"training.seed={self.seed}: must be >= 0")
 

@@ -3,7 +3,8 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from pydantic import TypeAdapter
 
 from efae.config import Config
 
+_RENAMED = {"training.look_images": "training.validation_images"}
+"""Keys of release 0.1 that the next release still takes, and their new names."""
 _OF_THE_RUN = ("tracking.", "ray.", "resume")
 _OF_THE_MACHINES = (
     "data.cache_bytes",
@@ -29,6 +32,7 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     """
     tree = asdict(config)
     for key, value in overrides.items():
+        key = _rename(key)
         *sections, leaf = key.split(".")
         known = list(flatten(config))
         if key not in known:
@@ -40,6 +44,29 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
             branch = branch[section]
         branch[leaf] = value
     return from_dict(tree)
+
+
+def rename_options(arguments: Sequence[str]) -> list[str]:
+    """Replace options of the earlier release by today's, with a warning."""
+    renamed: list[str] = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        key = name.removeprefix("--").replace("-", "_")
+        if name.startswith("--") and key in _RENAMED:
+            name = f"--{_rename(key).replace('_', '-')}"
+        renamed.append(f"{name}{equals}{value}")
+    return renamed
+
+
+def _rename(key: str) -> str:
+    new = _RENAMED.get(key, key)
+    if new != key:
+        warnings.warn(
+            f"{key} is called {new} now; the old name ends with the next release",
+            FutureWarning,
+            stacklevel=3,
+        )
+    return new
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -58,6 +85,11 @@ def _flatten(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
     """The inverse of ``dataclasses.asdict``; values are validated, unknown keys refused."""
+    for old, new in _RENAMED.items():  # in files of an earlier release
+        (section, before), after = old.split("."), new.rpartition(".")[2]
+        if before in tree.get(section, {}):
+            values = dict(tree[section])
+            tree = {**tree, section: {after: values.pop(before), **values}}
     return TypeAdapter(Config).validate_python(tree)
 
 

@@ -42,7 +42,7 @@ QUICKSTART_TRIAL = replace(
         log_interval=50,
         evaluation_interval=150,
         checkpoint_interval=150,
-        look_images=256,
+        validation_images=256,
     ),
     ray=RayConfig(num_workers=1, checkpoints_to_keep=1),
 )

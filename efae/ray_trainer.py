@@ -41,7 +41,8 @@ from efae.evaluation.held_out import read_held_out
 from efae.names import make_ascii
 from efae.tracking.redaction import first_cause
 from efae.training.divergence import TrainingDiverged
-from efae.training.process import continue_run, print_line
+from efae.training.process import Process
+from efae.training.resume import continue_run, print_line
 from efae.worker_groups import GroupStarts, TrainingFailed, free_orphans
 
 _RAY_ENVIRONMENT = {
@@ -114,7 +115,7 @@ def _set_environment() -> None:
 
 
 def run_training(
-    config: Config, run_id: str, tracking_uri: str, on_look: UserCallback | None = None
+    config: Config, run_id: str, tracking_uri: str, on_validation: UserCallback | None = None
 ) -> None:
     """Train on the connected cluster; when it returns, the last checkpoint is in storage.
 
@@ -122,7 +123,7 @@ def run_training(
         config: the experiment.
         run_id: the MLflow run that rank 0 logs to.
         tracking_uri: of the MLflow server, as the workers reach it.
-        on_look: its `after_report` is called with every look, in Ray's controller.
+        on_validation: Callback in Ray's controller; `after_report` gets every validation.
 
     Raises:
         TrainingFailed: the workers, or Ray's controller, were lost more often than
@@ -133,7 +134,7 @@ def run_training(
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.ray.placement_timeout_seconds)
     for losses in itertools.count():
         try:
-            return _fit(config, run_id, tracking_uri, on_look)
+            return _fit(config, run_id, tracking_uri, on_validation)
         except (RayActorError, ray.train.ControllerError) as error:
             # The workers are gone with it; their checkpoints are not.
             what = f"Ray's controller was lost: {first_cause(error)}"
@@ -142,13 +143,15 @@ def run_training(
                 raise TrainingFailed(f"{what}; ray.max_failures={losses} times before") from error
 
 
-def _fit(config: Config, run_id: str, tracking_uri: str, on_look: UserCallback | None) -> None:
+def _fit(
+    config: Config, run_id: str, tracking_uri: str, on_validation: UserCallback | None
+) -> None:
     fewest, most = config.ray.fewest_workers, config.ray.most_workers
     settings = {
         "config": configuration.to_json(config),
         "run_id": run_id,
         "tracking_uri": tracking_uri,
-        "reports": on_look is not None,
+        "reports": on_validation is not None,
     }
 
     # Not as train_loop_config: Ray shows that to everybody who may see its dashboard.
@@ -179,8 +182,10 @@ def _fit(config: Config, run_id: str, tracking_uri: str, on_look: UserCallback |
                     list[UserCallback],  # Ray takes others as well
                     [
                         WorkerFailures(locate_run(config)),
-                        GroupStarts(locate_run(config), config.ray, in_sweep=on_look is not None),
-                        *([on_look] if on_look else []),
+                        GroupStarts(
+                            locate_run(config), config.ray, in_sweep=on_validation is not None
+                        ),
+                        *([on_validation] if on_validation else []),
                     ],
                 ),
             ),
@@ -260,18 +265,16 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
     rank = context.get_world_rank()
     hosts = [""] * context.get_world_size()
     dist.all_gather_object(hosts, cast(str, get_node_ip_address()))
-    continue_run(
-        config,
-        settings["run_id"],
-        settings["tracking_uri"],
+    process = Process(
         device=get_device(),
         rank=rank,
         hosts=hosts,
-        agree=broadcast_from_rank_zero,
         wrap=_make_parallel,
+        agree=broadcast_from_rank_zero,
         ends_soon=_Notice(locate_run(config) if rank == 0 else None),
-        report=ray.train.report if settings["reports"] else lambda look: None,
+        **({"report": ray.train.report} if settings["reports"] else {}),
     )
+    continue_run(config, settings["run_id"], settings["tracking_uri"], process)
 
 
 class _Notice:

@@ -16,13 +16,14 @@ import tyro
 
 from data_pipelines.commands import run_command
 from efae.config import Config
+from efae.config_forms import rename_options
 from efae.presets import PRESETS
 
 
 def parse_arguments(arguments: list[str]) -> Config:
     """The preset with the command line's overrides; exits with status 2 and a message if wrong."""
     config = tyro.extras.overridable_config_cli(
-        PRESETS, description=__doc__, args=arguments, prog="jobs/preflight.py"
+        PRESETS, description=__doc__, args=rename_options(arguments), prog="jobs/preflight.py"
     )
     name = config.tracking.run_name or "preflight"
     return dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, run_name=name))

@@ -21,6 +21,7 @@ import tyro
 
 from data_pipelines.commands import run_command
 from efae.config import Config
+from efae.config_forms import rename_options
 from efae.presets import PRESETS
 
 EVENTS_SHOWN = 12
@@ -29,7 +30,7 @@ EVENTS_SHOWN = 12
 def parse_arguments(arguments: list[str]) -> Config:
     """The preset with the command line's overrides; exits with status 2 and a message if wrong."""
     config = tyro.extras.overridable_config_cli(
-        PRESETS, description=__doc__, args=arguments, prog="jobs/train.py"
+        PRESETS, description=__doc__, args=rename_options(arguments), prog="jobs/train.py"
     )
     if config.tracking.run_name:
         return config

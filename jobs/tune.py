@@ -24,6 +24,7 @@ from pydantic.dataclasses import dataclass
 
 from data_pipelines.commands import run_command
 from efae.config import Config
+from efae.config_forms import rename_options
 from efae.presets import PRESETS
 from efae.sweep.config import SweepConfig
 
@@ -42,7 +43,7 @@ def parse_arguments(arguments: list[str]) -> tuple[str, Config, SweepConfig]:
     """
     presets = {name: (what, SweepJob(**_split(preset))) for name, (what, preset) in PRESETS.items()}
     job = tyro.extras.overridable_config_cli(
-        presets, description=__doc__, args=arguments, prog="jobs/tune.py"
+        presets, description=__doc__, args=rename_options(arguments), prog="jobs/tune.py"
     )
     sweep, preset = job.sweep, next(a for a in arguments if a in PRESETS)
     if not sweep.name:

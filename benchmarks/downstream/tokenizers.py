@@ -24,6 +24,7 @@ from efae.model.pretrained import WEIGHTS
 from efae.presets import PRESETS
 from efae.symmetry import D4
 from efae.training.loop import train
+from efae.training.process import Process
 
 # The widths and learning rate that are best at equal compute and about a minute or two (docs/
 # choosing.md), and what a step costs there on a quiet core (results/ablation-fashion_mnist-60).
@@ -60,7 +61,7 @@ def train_tokenizer(
             },
         )
         started = time.process_time()
-        state = train(config, ShardDataset.open(str(images)), device=torch.device("cpu"))
+        state = train(config, ShardDataset.open(str(images)), Process(torch.device("cpu")))
         say(f"tokenizer {name}: {steps} steps, {time.process_time() - started:.0f} CPU s")
         state.average.copy_to(state.model)
         state.model.save_pretrained(folder)

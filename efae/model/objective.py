@@ -6,9 +6,11 @@ with z = E(x) (the original's objective); `regularized` adds a pair term on the 
 `exact` every layer commutes with g, so that drawing it would change nothing.
 """
 
+import importlib
 import random
 from collections.abc import Callable
 from math import gcd
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -134,4 +136,36 @@ def scale_some(
     return (
         F.interpolate(image, pixels, mode="bilinear", antialias=True),
         F.interpolate(latent, cells, mode="bilinear", antialias=True),
+    )
+
+
+def load_perceptual(path: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """Import the function that "package.module:name" names, for instance LPIPS.
+
+    Only training calls this: a model that is pulled from a registry runs nothing that its
+    configuration names.
+
+    Args:
+        path: Path of a function of (predicted image, image), each (b, c, h, w) in [-1, 1], to
+            a loss (b,); a torch module is moved to the device and frozen.
+        device: Device of the images.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"loss.perceptual={path!r}: {error}; name an importable function as"
+            " package.module:function, and ship its package to the workers"
+        ) from error
+    if not callable(function):
+        raise ValueError(f"loss.perceptual={path!r}: is not a function")  # noqa: TRY004
+    if isinstance(function, nn.Module):
+        function.to(device).eval().requires_grad_(False)
+    # Behind a lambda, a module does not become part of the model, its weights and checkpoints.
+    return lambda predicted, image: cast(Callable[[Tensor, Tensor], Tensor], function)(
+        predicted, image
     )

@@ -12,11 +12,11 @@ from efae.checkpoints.checkpoint import checkpoint_name
 from efae.checkpoints.run_folder import locate_run
 from efae.config import Config
 from efae.model.autoencoder import Autoencoder
+from efae.model.objective import load_perceptual
 from efae.preflight.checks import Check
 from efae.symmetry import GROUPS
 from efae.tracking.redaction import redact
 from efae.tracking.runs import check_server
-from efae.training.perceptual import load_perceptual
 
 
 def list_checks(config: Config, tracking_uri: str) -> Iterator[tuple[str, Check]]:

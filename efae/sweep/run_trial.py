@@ -24,7 +24,8 @@ from efae.tracking import runs
 from efae.tracking.redaction import first_cause
 from efae.tracking.timeouts import PATIENT, request_limits
 from efae.training.divergence import TrainingDiverged
-from efae.training.process import continue_run
+from efae.training.process import Process
+from efae.training.resume import continue_run
 
 DRIVER_BYTES = 64 * 2**20
 """Memory that a trial asks for when its workers ask for the rest: Tune refuses to start a trial
@@ -74,7 +75,7 @@ def list_resources(config: Config) -> dict[str, float]:
 
 
 def run_trial(proposal: dict[str, Any], sweep: Sweep) -> None:
-    """Train and report every look to Tune; a fault that would repeat itself is reported too.
+    """Train and report every validation to Tune; a fault that would repeat itself is reported too.
 
     Args:
         proposal: {"record": the fields of a `TrialRecord`}.
@@ -89,7 +90,7 @@ def run_trial(proposal: dict[str, Any], sweep: Sweep) -> None:
         run_id = _begin_run(sweep, record, config)
     try:
         if config.ray.most_workers > 1:
-            run_training(config, run_id, sweep.tracking_uri, on_look=TuneReportCallback())
+            run_training(config, run_id, sweep.tracking_uri, on_validation=TuneReportCallback())
         else:
             _train_here(config, run_id, sweep.tracking_uri)
     except Exception as error:
@@ -120,16 +121,13 @@ def _begin_run(sweep: Sweep, record: TrialRecord, config: Config) -> str:
 
 
 def _train_here(config: Config, run_id: str, tracking_uri: str) -> None:
+    process = Process(
+        device=torch.device("cuda" if config.ray.use_gpu else "cpu"),
+        report=cast(Callable[[dict[str, float]], None], tune.report),
+    )
     while True:
         try:
-            return continue_run(
-                config,
-                run_id,
-                tracking_uri,
-                device=torch.device("cuda" if config.ray.use_gpu else "cpu"),
-                report=cast(Callable[[dict[str, float]], None], tune.report),
-                say=lambda line: None,
-            )
+            return continue_run(config, run_id, tracking_uri, process, say=lambda line: None)
         except TrainingDiverged as error:
             if not error.goes_back:
                 raise

@@ -1,86 +1,78 @@
 """The training loop: read this file first.
 
 A batch becomes float images on the device; the autoencoder draws t, noise and group element per
-example and returns the flow loss; the optimizer steps; the moving average follows; now and then
-the curves get a point and storage a checkpoint. Everything random is a function of (seed, step,
-rank), so a resumed run goes on as if nothing had happened.
+example and returns the flow loss; the optimizer steps; the moving average of the weights follows.
+At intervals the curves get a point, the held-out images are measured, and storage gets a
+checkpoint. Everything random is a function of (seed, step, rank), so that a resumed run equals an
+uninterrupted one, bit for bit.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data_pipelines import ShardDataset
 from efae.checkpoints.checkpoint import Checkpoint
 from efae.config import Config
 from efae.evaluation.measures import to_float
-from efae.model.objective import Objective
-from efae.training.checkpoint_writer import CheckpointWriter
+from efae.model.objective import Objective, load_perceptual
 from efae.training.divergence import DivergenceGuard
 from efae.training.meter import Meter
+from efae.training.observer import Observer
 from efae.training.optimizer import learning_rate_at, set_learning_rate
-from efae.training.perceptual import load_perceptual
+from efae.training.process import Process
 from efae.training.sample_log import SampleLog
 from efae.training.state import TrainState
-from efae.training.validation import Preview
-
-if TYPE_CHECKING:  # of rank 0 alone
-    from efae.tracking.sender import Tracker
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training begins.
+
+    Attributes:
+        checkpoint: Checkpoint to resume from; None begins at step 0.
+        rate_factor: Factor on every learning rate; below 1 after training has diverged.
+    """
+
+    checkpoint: Checkpoint | None = None
+    rate_factor: float = 1.0
 
 
 def train(
     config: Config,
     dataset: ShardDataset,
-    *,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    checkpoint: Checkpoint | None = None,
-    rate_factor: float = 1.0,
-    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
-    ends_soon: Callable[[], bool] = lambda: False,
-    writer: CheckpointWriter | None = None,
-    tracker: "Tracker | None" = None,
-    preview: Tensor | None = None,
-    report: Callable[[dict[str, float]], None] = lambda look: None,
-    say: Callable[[str], None] = lambda line: None,
+    process: Process,
+    start: Start | None = None,
+    observer: Observer | None = None,
 ) -> TrainState:
     """Train up to step `training.steps` and return the final state.
 
     Args:
-        config: the experiment.
-        dataset: images to train on; streamed endlessly, epoch after epoch.
-        device: of this rank.
-        rank: of this process.
-        world_size: number of processes; the global batch is split over them.
-        checkpoint: where to go on from.
-        rate_factor: on every learning rate.
-        wrap: makes the model data parallel.
-        ends_soon: whether this machine, or another's, is about to be taken away: then every log
-            interval writes a checkpoint. All ranks call it at the same steps.
-        writer: takes the checkpoints; rank 0 only.
-        tracker: receives the curves; rank 0 only.
-        preview: held-out uint8 images (n, c, h, w) to look at during training; rank 0 only.
-        report: gets every look, {"step": ...} and on rank 0 what `Preview.measure` says; those
-            before the checkpoint too. All ranks call it at the same steps.
-        say: prints progress; rank 0 only.
+        config: Configuration of the experiment.
+        dataset: Images to train on; streamed endlessly, epoch after epoch.
+        process: This process; the global batch is split over all of them.
+        start: Where to begin; None is step 0.
+        observer: Receiver of curves, validation and checkpoints; None on ranks above 0.
 
     Raises:
         TrainingDiverged: loss or gradient is not finite; the weights are as before the step.
         StorageError: shards cannot be read, or checkpoints written, within the deadline.
     """
     training, optimization = config.training, config.optimizer
+    start, observer = start or Start(), observer or Observer()
+    device, world_size = process.device, process.world_size
     state = TrainState.create(config, device)
     state.model.train()
     loader = dataset.loader(
         global_batch_size=training.global_batch_size,
-        rank=rank,
+        rank=process.rank,
         world_size=world_size,
         seed=training.seed,
         tail="carry",
@@ -96,47 +88,50 @@ def train(
         pin_memory=device.type == "cuda",
     )
     scores: dict[str, float] = {}
-    looks: list[dict[str, float]] = []
-    if checkpoint is not None:
+    validations: list[dict[str, float]] = []
+    if (checkpoint := start.checkpoint) is not None:
         state.restore(checkpoint)
         loader.load_state_dict(checkpoint.metadata["position"])
         scores = dict(checkpoint.metadata["scores"])
-        looks = list(checkpoint.metadata.get("looks", []))
-        if tracker:
-            tracker.resend(checkpoint.metadata["unsent_metrics"])
+        validations = list(checkpoint.metadata.get("validations", []))
+        observer.resume(checkpoint.metadata)
     perceptual = None
     if config.loss.perceptual:
         perceptual = load_perceptual(config.loss.perceptual, device)
-    objective = wrap(Objective(state.model, perceptual))
+    objective = process.wrap(Objective(state.model, perceptual))
     generator = torch.Generator(device)
     autocast = AUTOCAST[training.precision]
     meter = Meter(device)
     guard = DivergenceGuard(state.optimizer, state.scaler)
-    clock = Clock(state.step, training.steps, training.global_batch_size)
-    sample_log = SampleLog(config.tracking.sample_log, rank, world_size)
+    sample_log = SampleLog(config.tracking.sample_log, process.rank, world_size)
+    began, first = time.monotonic(), state.step
     batches: Iterator[Any] = iter(loader)
-    held_out = None if preview is None else Preview(preview.to(device), state, tracker)
-    for earlier in looks:
-        report(earlier)
+    for earlier in validations:  # Tune may not have got the last ones before its trial stopped
+        process.report(earlier)
 
     while state.step < training.steps:
+        # Data: this rank's part of the global batch.
         waited = loader.wait_seconds
         batch = next(batches)
         meter.wait_seconds += loader.wait_seconds - waited
         sample_log.write(state.step, batch.key)
         image = to_float(batch.image.to(device, non_blocking=True))
 
-        generator.manual_seed(seed_of(training.seed, state.step, rank))
+        # Forward: one seed per (seed, step, rank), so that no generator state needs saving.
+        generator.manual_seed(seed_of(training.seed, state.step, process.rank))
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             loss, t = objective(image, generator)
-        # Not the mean over this rank's images, of which it may have one more than another.
+
+        # Backward. DDP averages gradients over ranks with equal weight, but one rank may have an
+        # image more than another: divide by the mean share, not by the number of images here.
         mean_loss = loss.sum() / (training.global_batch_size / world_size)
         state.scaler.scale(mean_loss).backward()
 
+        # Update; on a gradient that is not finite the guard freezes the weights on the device.
         state.scaler.unscale_(state.optimizer)
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), optimization.max_grad_norm)
         guard.watch(state.step, batch.key, loss, norm)
-        rate = rate_factor * learning_rate_at(state.step, training.steps, optimization)
+        rate = start.rate_factor * learning_rate_at(state.step, training.steps, optimization)
         set_learning_rate(state.optimizer, rate)
         state.scaler.step(state.optimizer)
         state.scaler.update()
@@ -147,40 +142,43 @@ def train(
 
         last = state.step == training.steps
         save = state.step % training.checkpoint_interval == 0 or last
-        look = state.step % training.evaluation_interval == 0 or last
-        if state.step % training.log_interval == 0 or save or look:
-            meter.bad_samples = len(loader.bad_samples)
-            metrics = meter.read() | {"learning_rate": rate, "gradient_norm": float(norm)}
-            guard.check(metrics["loss"])
-            metrics["images_seen"] = state.step * training.global_batch_size
-            if tracker:
-                tracker.log_metrics(state.step, metrics)
-            clock.tick(state.step, metrics, say)
-            if look:
-                looks.append({"step": state.step} | (held_out.measure() if held_out else {}))
-                scores |= {name: looks[-1][name] for name in ("psnr",) if name in looks[-1]}
-            scores["loss"] = metrics["loss"]
-            save = ends_soon() or save
-            if save and writer:
-                totals = clock.totals(state.step, loader.wait_seconds) | {
+        validate = state.step % training.evaluation_interval == 0 or last
+        if not (state.step % training.log_interval == 0 or save or validate):
+            continue
+
+        # Curves: the host waits for the device here, and nowhere else in the loop.
+        meter.bad_samples = len(loader.bad_samples)
+        metrics = meter.read() | {"learning_rate": rate, "gradient_norm": float(norm)}
+        guard.check(metrics["loss"])  # before anything of a diverged step is kept
+        metrics["images_seen"] = state.step * training.global_batch_size
+        observer.log(state.step, metrics)
+        scores["loss"] = metrics["loss"]
+        if validate:
+            validations.append({"step": state.step} | observer.validate(state))
+            scores |= {name: validations[-1][name] for name in ("psnr",) if name in validations[-1]}
+
+        # Checkpoint: before the report, which may end this process (Tune stops a trial there).
+        save = process.ends_soon() or save
+        if save:
+            elapsed = time.monotonic() - began
+            metadata = {
+                "position": loader.state_dict(),
+                "totals": {
+                    "images_per_second": (state.step - first)
+                    * training.global_batch_size
+                    / elapsed,
+                    "data_wait_fraction": loader.wait_seconds / elapsed,
                     "device": describe_device(device),
                     "world_size": world_size,
                     "bad_samples": meter.bad_samples_of_all,
-                    "checkpoints": writer.saved,
-                    "checkpoint_stall_seconds": writer.stall_seconds,
-                }
-                extra = {
-                    "position": loader.state_dict(),
-                    "unsent_metrics": tracker.unsent() if tracker else [],
-                    "totals": totals,
-                    "scores": dict(scores),
-                    "looks": list(looks),
-                }
-                writer.save(state, extra)
-            if look:
-                report(looks[-1])
-    if writer:
-        writer.wait()
+                },
+                "scores": dict(scores),
+                "validations": list(validations),
+            }
+            observer.save(state, metadata)
+        if validate:
+            process.report(validations[-1])
+    observer.wait()
     return state
 
 
@@ -192,34 +190,3 @@ def describe_device(device: torch.device) -> str:
 def seed_of(*numbers: int) -> int:
     """A well-mixed seed of (seed, step, rank)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-class Clock:
-    """Says how far the run is, at most every few seconds."""
-
-    def __init__(self, step: int, steps: int, batch_size: int, seconds: float = 10.0):
-        self.first, self.steps, self.batch_size, self.seconds = step, steps, batch_size, seconds
-        self.started = self.said = time.monotonic()
-
-    def totals(self, step: int, wait_seconds: float) -> dict[str, float]:
-        """Speed since these workers started."""
-        elapsed = time.monotonic() - self.started
-        return {
-            "images_per_second": (step - self.first) * self.batch_size / elapsed,
-            "data_wait_fraction": wait_seconds / elapsed,
-        }
-
-    def tick(self, step: int, metrics: dict[str, float], say: Callable[[str], None]) -> None:
-        """Say where the run is, if it is time."""
-        now = time.monotonic()
-        if now - self.said < self.seconds and step < self.steps:
-            return
-        self.said = now
-        left = (now - self.started) / (step - self.first) * (self.steps - step)
-        filled = 20 * step // self.steps
-        say(
-            f"[{'#' * filled}{'.' * (20 - filled)}] step {step}/{self.steps}"
-            f"  loss {metrics['loss']:.4f}  {metrics['images_per_second']:.0f} images/s"
-            f"  data wait {metrics['data_wait_fraction']:.1%}"
-            f"  {int(left // 60)}:{int(left % 60):02d} left"
-        )

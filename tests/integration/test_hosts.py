@@ -133,7 +133,7 @@ def test_a_sweep_runs_on_all_hosts(cluster, checkout):
     options = [
         *("--training.steps=40", "--training.evaluation-interval=20"),
         *("--training.checkpoint-interval=20", "--training.held-out-images=16"),
-        *("--training.look-images=16", "--optimizer.warmup-steps=5"),
+        *("--training.validation-images=16", "--optimizer.warmup-steps=5"),
         *("--sweep.trials=2", "--sweep.finalists=0", "--sweep.finalist-seeds=0"),
         *("--sweep.no-early-stopping", "--ray.num-workers=1"),
     ]

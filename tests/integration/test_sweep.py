@@ -23,7 +23,7 @@ TRIALS = [
     f"--training.steps={STEPS}",
     f"--training.evaluation-interval={INTERVAL}",
     f"--training.checkpoint-interval={INTERVAL}",
-    "--training.look-images=32",
+    "--training.validation-images=32",
     "--training.held-out-images=16",
     "--optimizer.warmup-steps=10",
 ]

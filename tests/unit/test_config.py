@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from efae import config_forms as configuration
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config_forms import from_json, rename_options, to_json, with_overrides
 from efae.presets import PRESETS
 
 
@@ -67,3 +67,14 @@ def test_digest_follows_what_decides_the_weights():
     assert configuration.digest(with_overrides(config, names)) == configuration.digest(config)
     changed = with_overrides(config, {"training.seed": 1})
     assert configuration.digest(changed) != configuration.digest(config)
+
+
+def test_a_name_of_the_earlier_release_is_taken_with_a_warning():
+    with pytest.warns(FutureWarning, match=r"training\.validation_images now"):
+        config = with_overrides(Config(), {"training.look_images": 7})
+    assert config.training.validation_images == 7
+    with pytest.warns(FutureWarning, match="ends with the next release"):
+        options = rename_options(["quickstart", "--training.look-images", "7"])
+    assert options == ["quickstart", "--training.validation-images", "7"]
+    stored = to_json(config).replace("validation_images", "look_images")
+    assert from_json(stored) == config

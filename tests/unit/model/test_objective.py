@@ -8,8 +8,8 @@ from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.model import objective
 from efae.model.autoencoder import Autoencoder
+from efae.model.objective import load_perceptual
 from efae.symmetry import D4
-from efae.training.perceptual import load_perceptual
 
 SIZES = {
     "data.resolution": 16,

@@ -17,8 +17,10 @@ from efae.config_forms import with_overrides
 from efae.training.checkpoint_writer import CheckpointWriter
 from efae.training.divergence import DivergenceGuard, TrainingDiverged
 from efae.training.ema import MovingAverage
-from efae.training.loop import seed_of, train
+from efae.training.loop import Start, seed_of, train
+from efae.training.observer import Observer, Progress
 from efae.training.optimizer import build_optimizer, learning_rate_at
+from efae.training.process import Process
 
 TINY = {
     "data.resolution": 16,
@@ -38,6 +40,7 @@ TINY = {
     "optimizer.warmup_steps": 2,
 }
 CPU = torch.device("cpu")
+ALONE = Process(CPU)
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +54,32 @@ def shards(tmp_path_factory):
     return str(output)
 
 
-def run(shards, folder=None, checkpoint=None, say=lambda line: None, rate_factor=1.0, **overrides):
+class Keeper(Observer):
+    """Keeps the curve of the loss, and checkpoints where it has a folder."""
+
+    def __init__(self, config, folder=None):
+        self.writer = CheckpointWriter(str(folder), config) if folder else None
+        self.losses = []
+
+    def log(self, step, metrics):
+        self.losses.append(metrics["loss"])
+
+    def save(self, state, metadata):
+        if self.writer:
+            self.writer.save(state, metadata)
+
+    def wait(self):
+        if self.writer:
+            self.writer.wait()
+
+
+def run(shards, folder=None, checkpoint=None, rate_factor=1.0, losses=None, **overrides):
     config = with_overrides(Config(), TINY | {"data.uri": shards} | overrides)
-    return train(
-        config,
-        ShardDataset.open(shards),
-        device=CPU,
-        writer=CheckpointWriter(str(folder), config) if folder else None,
-        checkpoint=checkpoint,
-        rate_factor=rate_factor,
-        say=say,
-    )
+    keeper = Keeper(config, folder)
+    state = train(config, ShardDataset.open(shards), ALONE, Start(checkpoint, rate_factor), keeper)
+    if losses is not None:
+        losses += keeper.losses
+    return state
 
 
 def assert_same_state(a, b):
@@ -97,13 +115,8 @@ def test_a_notice_makes_every_log_interval_a_checkpoint(shards, tmp_path):
         Config(), TINY | {"data.uri": shards, "ray.checkpoints_to_keep": 9, "training.steps": 7}
     )
     asked = []
-    train(
-        config,
-        ShardDataset.open(shards),
-        device=CPU,
-        writer=CheckpointWriter(str(tmp_path), config),
-        ends_soon=lambda: asked.append(0) or len(asked) > 2,
-    )
+    process = Process(CPU, ends_soon=lambda: asked.append(0) or len(asked) > 2)
+    train(config, ShardDataset.open(shards), process, observer=Keeper(config, tmp_path))
     assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [4, 6, 7]
 
 
@@ -137,32 +150,32 @@ def test_global_random_state_changes_nothing(shards):
 
 
 def test_training_lowers_the_loss(shards):
-    lines = []
+    losses, untrained = [], []
     intervals = {"training.log_interval": 10, "training.checkpoint_interval": 50}
-    run(shards, say=lines.append, **{"training.steps": 150} | intervals)
-    assert "step 150/150" in lines[-1]
-    untrained = []
-    run(shards, say=untrained.append, **{"training.steps": 10} | intervals)
-
-    def read_loss(line):
-        return float(line.split("loss ")[1].split()[0])
-
-    assert read_loss(lines[-1]) < 0.8 * read_loss(untrained[-1])
+    run(shards, losses=losses, **{"training.steps": 150} | intervals)
+    assert len(losses) == 15
+    run(shards, losses=untrained, **{"training.steps": 10} | intervals)
+    assert losses[-1] < 0.8 * untrained[-1]
 
 
 def test_golden_loss_curve(shards):
     """A change of these numbers is a change of what training does: say so in the CHANGELOG."""
     losses = []
-    run(
-        shards,
-        say=lambda line: losses.append(float(line.split("loss ")[1].split()[0])),
-        **{
-            "training.steps": 20,
-            "training.log_interval": 20,
-            "training.checkpoint_interval": 20,
-        },
-    )
+    intervals = {"training.log_interval": 20, "training.checkpoint_interval": 20}
+    run(shards, losses=losses, **{"training.steps": 20} | intervals)
     assert losses == pytest.approx([0.9561], rel=0.005)
+
+
+def test_progress_says_how_far_the_run_is_and_how_long_it_takes():
+    lines = []
+    progress = Progress(100, lines.append)
+    progress.start_from(50)
+    metrics = {"loss": 0.25, "images_per_second": 10.0, "data_wait_fraction": 0.01}
+    progress.tick(75, metrics)  # a few seconds have not passed
+    progress.tick(100, metrics)
+    assert lines == [
+        "[####################] step 100/100  loss 0.2500  10 images/s  data wait 1.0%  0:00 left"
+    ]
 
 
 def poison(prediction, image):

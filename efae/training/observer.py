@@ -1,0 +1,118 @@
+"""What a run shows and keeps of itself: curves, validation, progress and checkpoints, on rank 0."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from efae.training.checkpoint_writer import CheckpointWriter
+from efae.training.state import TrainState
+from efae.training.validation import Validation
+
+if TYPE_CHECKING:
+    from efae.tracking.sender import Tracker
+
+_SAY_EVERY_SECONDS = 10.0
+
+
+class Observer:
+    """Takes what `train` tells, and ignores it: what every rank above 0 needs.
+
+    Subclass it to watch a loop of your own.
+    """
+
+    def resume(self, metadata: Mapping[str, Any]) -> None:
+        """Training resumes from a checkpoint with this metadata."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """`step` updates are done; `metrics` are those of `Meter.read`, and more."""
+
+    def validate(self, state: TrainState) -> dict[str, float]:
+        """Return what the model is worth now, by name; {} where nothing is measured."""
+        return {}
+
+    def save(self, state: TrainState, metadata: Mapping[str, Any]) -> None:
+        """Write a checkpoint, or begin to; `metadata` holds JSON values that travel with it."""
+
+    def wait(self) -> None:
+        """Return when everything that was saved is in storage."""
+
+
+class RunObserver(Observer):
+    """Rank 0's: curves to MLflow, checkpoints to storage, progress to the terminal.
+
+    Args:
+        writer: Writer of the checkpoints.
+        tracker: Sender of the curves.
+        validation: Measurement on held-out images.
+        steps: Length of the run, optimizer updates.
+        say: Function that prints one line of progress.
+    """
+
+    def __init__(
+        self,
+        writer: CheckpointWriter,
+        tracker: "Tracker",
+        validation: Validation,
+        steps: int,
+        say: Callable[[str], None],
+    ):
+        self._writer, self._tracker, self._validation = writer, tracker, validation
+        self._progress = Progress(steps, say)
+
+    def resume(self, metadata: Mapping[str, Any]) -> None:
+        self._tracker.resend(metadata["unsent_metrics"])
+        self._progress.start_from(metadata["step"])
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._tracker.log_metrics(step, metrics)
+        self._progress.tick(step, metrics)
+
+    def validate(self, state: TrainState) -> dict[str, float]:
+        measured = self._validation.measure(state)
+        curves = {f"held_out/{name.removeprefix('held_out_')}": measured[name] for name in measured}
+        self._tracker.log_metrics(state.step, curves)
+        return measured
+
+    def save(self, state: TrainState, metadata: Mapping[str, Any]) -> None:
+        totals = metadata["totals"] | {
+            "checkpoints": self._writer.saved,
+            "checkpoint_stall_seconds": self._writer.stall_seconds,
+        }
+        unsent = self._tracker.unsent()
+        self._writer.save(state, {**metadata, "totals": totals, "unsent_metrics": unsent})
+
+    def wait(self) -> None:
+        self._writer.wait()
+
+
+class Progress:
+    """Says how far the run is, at most every few seconds.
+
+    Args:
+        steps: Length of the run, optimizer updates.
+        say: Function that prints one line.
+    """
+
+    def __init__(self, steps: int, say: Callable[[str], None]):
+        self._steps, self._say = steps, say
+        self._began = self._said = time.monotonic()
+        self._first = 0
+
+    def start_from(self, step: int) -> None:
+        """Steps up to this one were done before."""
+        self._first = step
+
+    def tick(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Say where the run is, if it is time."""
+        now = time.monotonic()
+        if now - self._said < _SAY_EVERY_SECONDS and step < self._steps:
+            return
+        self._said = now
+        left = (now - self._began) / (step - self._first) * (self._steps - step)
+        filled = 20 * step // self._steps
+        self._say(
+            f"[{'#' * filled}{'.' * (20 - filled)}] step {step}/{self._steps}"
+            f"  loss {metrics['loss']:.4f}  {metrics['images_per_second']:.0f} images/s"
+            f"  data wait {metrics['data_wait_fraction']:.1%}"
+            f"  {int(left // 60)}:{int(left % 60):02d} left"
+        )

@@ -1,0 +1,131 @@
+"""A run in one process, from its newest checkpoint to its last step, wherever it runs."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from data_pipelines import ShardDataset
+from efae.checkpoints.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from efae.checkpoints.events import read_events, record_event
+from efae.checkpoints.run_folder import (
+    find_newest_checkpoint,
+    locate_run,
+    read_newest_checkpoint,
+    warn_of_damage,
+)
+from efae.config import Config
+from efae.evaluation.held_out import read_held_out
+from efae.training.checkpoint_writer import CheckpointWriter
+from efae.training.divergence import TrainingDiverged
+from efae.training.loop import Start, train
+from efae.training.observer import Observer, RunObserver
+from efae.training.process import Process
+from efae.training.validation import Validation
+
+
+def print_line(line: str) -> None:
+    """Print a line of progress, at once."""
+    print(line, flush=True)
+
+
+def continue_run(
+    config: Config,
+    run_id: str,
+    tracking_uri: str,
+    process: Process,
+    say: Callable[[str], None] = print_line,
+) -> None:
+    """Train from the newest undamaged checkpoint in storage to the last step.
+
+    Args:
+        config: Configuration of the experiment.
+        run_id: MLflow run that rank 0 logs to.
+        tracking_uri: of the MLflow server.
+        process: This process.
+        say: Function that prints one line of progress.
+
+    Raises:
+        TrainingDiverged: loss or gradient is not finite; it says whether to call this again.
+        CheckpointError: all checkpoints of the run are damaged.
+        ShardError: a shard or an image in it cannot be read.
+        StorageError: the storage refuses or does not answer.
+    """
+    if process.device.type == "cpu":
+        torch.set_num_threads(config.ray.cpus_per_worker)
+    for name in ("", "mlflow"):  # Ray, botocore and MLflow chat at INFO
+        logging.getLogger(name).setLevel(logging.WARNING)
+    uri = locate_run(config)
+    newest, tracker, observer, rollbacks = None, None, Observer(), 0
+    if process.rank == 0:
+        # Here, since MLflow takes two seconds to import, which no other rank has to wait for.
+        from efae.tracking.sender import Tracker, default_spill_folder
+
+        newest = _find_start(config)
+        rollbacks = sum(event.kind == "rollback" for event in read_events(uri))
+        say(_record_start(uri, newest, process))
+        tracker = Tracker(
+            tracking_uri, run_id, default_spill_folder(), system_metrics_interval_seconds=10
+        )
+        images = read_held_out(config.data, config.training.validation_images)
+        observer = RunObserver(
+            CheckpointWriter(uri, config),
+            tracker,
+            Validation(images.to(process.device), tracker.log_figure),
+            config.training.steps,
+            say,
+        )
+    found, rollbacks = process.agree((newest[0] if newest else None, rollbacks))
+    checkpoint = newest[1] if newest else (read_checkpoint(found) if found else None)
+    try:
+        train(
+            config,
+            ShardDataset.open(config.data.uri),
+            process,
+            Start(checkpoint, rate_factor=0.5**rollbacks),
+            observer,
+        )
+    except TrainingDiverged as error:
+        observer.wait()
+        error = TrainingDiverged(
+            error.step, error.samples, find_newest_checkpoint(uri), rollbacks < config.ray.rollbacks
+        )
+        if process.rank == 0 and error.goes_back:
+            record_event(uri, "rollback", str(error), step=error.step)
+        raise error from None
+    finally:
+        if tracker:
+            tracker.close()
+            if tracker.spilled:
+                what = f"MLflow was unreachable: {tracker.spilled} points of the curves had to wait"
+                record_event(uri, "outage", what)
+
+
+def _record_start(uri: str, newest: tuple[str, Checkpoint] | None, process: Process) -> str:
+    step = newest[1].metadata["step"] if newest else 0
+    workers, s = (
+        (f"{process.world_size} workers", "") if process.world_size > 1 else ("1 worker", "s")
+    )
+    what = f"{workers} begin{s}"
+    if newest:
+        what = f"{workers} continue{s} from step {step}, {newest[0]}"
+    record_event(
+        uri, "start", what, step=step, world_size=process.world_size, hosts=list(process.hosts)
+    )
+    return what
+
+
+def _find_start(config: Config) -> tuple[str, Checkpoint] | None:
+    """The run's newest checkpoint, or the one that it was told to begin with."""
+
+    def tell(fault: CheckpointError) -> None:
+        warn_of_damage(fault)
+        record_event(locate_run(config), "damage", f"checkpoint not used, {fault}")
+
+    newest = read_newest_checkpoint(locate_run(config), tell)
+    if newest is None and config.resume not in ("auto", "never"):
+        start = read_checkpoint(config.resume)
+        start.metadata["unsent_metrics"] = []  # they are of another run
+        start.metadata["validations"] = []
+        return config.resume, start
+    return newest
