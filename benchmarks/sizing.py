@@ -1,4 +1,4 @@
-"""What a run of a given size needs: the tables of docs/operating.md.
+"""What a run of a given size needs: the tables of docs/sizing.md.
 
     python -m benchmarks.sizing
 

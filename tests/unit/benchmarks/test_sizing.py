@@ -14,7 +14,7 @@ from efae.presets import IMAGENET_256
 
 @pytest.mark.parametrize("job", [sizing.IMAGENET, sizing.LARGE])
 def test_the_documentation_shows_the_tables(job):
-    text = (Path(__file__).parents[3] / "docs/operating.md").read_text()
+    text = (Path(__file__).parents[3] / "docs/sizing.md").read_text()
     assert sizing.make_table(job) in text
 
 

@@ -14,9 +14,10 @@ def test_every_failure_has_a_test_that_makes_it_happen():
     assert len(sections) >= 10
     for section in sections:
         title = section.partition("\n")[0]
-        for part in ("- **Shows**:", "- **Do**:", "- **Made by**:"):
+        for part in ("- **Symptom**:", "- **Fix**:", "- **Test**:"):
             assert section.count(part) == 1, title
-        assert re.search(r"`tests/[\w/]+/test_\w+\.py::", section.partition("Made by")[2]), title
+        named = section.partition("- **Test**:")[2]
+        assert re.search(r"`tests/[\w/]+/test_\w+\.py::", named), title
 
 
 @pytest.mark.parametrize("named", sorted(set(re.findall(r"`(tests/[\w/]+\.py[\w:]*)`", TEXT))))
