@@ -1,10 +1,11 @@
-"""Octic layers in a network of your own, and a check that it commutes with all eight elements.
+"""Octic layers in your own network, and a check that it commutes with all eight elements.
 
     python examples/octic_layers.py
 
-The network maps images to images: patches become tokens, attention and MLPs mix them, the transpose
-of the first layer makes pixels of them again. Each layer commutes with flips and quarter turns for
-any weights, so the whole does, before and after training. A convolutional network does not.
+The network maps images to images: patches become tokens, attention and MLPs mix them, and the
+transpose of the first layer converts them back to pixels. Each layer commutes with flips and
+quarter turns for any weights, so the network does too, before and after training. A convolutional
+network does not.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from efae.model.octic import Block, Lift, normalize, patch_action
 
 
 class Denoiser(nn.Module):
-    """Image (b, 3, side, side) to image; `width` counts features of a token, eight per channel."""
+    """Image (b, 3, side, side) to image; `width` is the features per token, eight per channel."""
 
     def __init__(self, side: int = 32, patch_size: int = 4, width: int = 64, depth: int = 2):
         super().__init__()
@@ -38,13 +39,13 @@ class Denoiser(nn.Module):
 
 
 def draw_images(count: int, generator: torch.Generator) -> Tensor:
-    """Smooth random images (count, 3, 32, 32)."""
+    """Draw smooth random images (count, 3, 32, 32)."""
     coarse = torch.randn(count, 3, 4, 4, generator=generator)
     return nn.functional.interpolate(coarse, (32, 32), mode="bicubic")
 
 
 def train(network: nn.Module, steps: int, generator: torch.Generator) -> None:
-    """Teach the network to take noise away."""
+    """Train the network to remove noise."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     for _ in range(steps):
         image = draw_images(32, generator)
@@ -57,7 +58,7 @@ def train(network: nn.Module, steps: int, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def measure(network: nn.Module, image: Tensor) -> dict[str, float]:
-    """The largest difference between network(g x) and g network(x), for each element g."""
+    """Return the largest |network(g x) - g network(x)| for each element g."""
     output = network(image)
     return {
         g.name: float((network(g.act_on_image(image)) - g.act_on_image(output)).abs().max())
