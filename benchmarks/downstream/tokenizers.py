@@ -26,8 +26,9 @@ from efae.symmetry import D4
 from efae.training.loop import train
 from efae.training.process import Process
 
-# The widths and learning rate that are best at equal compute and about a minute or two (docs/
-# choosing.md), and what a step costs there on a quiet core (results/ablation-fashion_mnist-60).
+# The widths and learning rate that are best at equal compute and about a minute or two
+# (benchmarks/README.md), and what a step costs there on a quiet core
+# (results/ablation-fashion_mnist-60).
 LEVELS: dict[TokenizerName, str] = {"exact": "exact", "plain": "none"}
 SECONDS_PER_STEP: dict[TokenizerName, float] = {"exact": 0.072, "plain": 0.080}
 LEARNING_RATE = 1.2e-2
