@@ -13,14 +13,15 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
+from data_pipelines.loading.options import ReadOptions
 from efae.names import LONGEST_BYTES, find_fault
 
 _STRICT = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
 
 @dataclass(frozen=True, config=_STRICT)
-class DataConfig:
-    """Where the images are."""
+class DataConfig(ReadOptions):
+    """Where the images are, and how they are read."""
 
     uri: str = "s3://efae-data/openmoji-32/train"
     """Shard set to train on (a folder with index.json, made by data_pipelines.build_shards)."""
@@ -29,48 +30,22 @@ class DataConfig:
     resolution: int | tuple[int, int] = 32
     """Side of square images, or their height and width; pixels. Larger ones are scaled until their
     shorter side fits, and cropped."""
-    crop: Literal["center", "random"] = "center"
-    """Part of a larger training image: its centre, or a random one, drawn anew in every epoch."""
     channels: Literal[1, 3] = 3
     """Colour channels: 1 (grey) or 3 (RGB)."""
-    cache_bytes: int = 20 * 2**30
-    """Upper bound of the node-local shard cache, bytes; shared by the ranks of a node."""
     cache_dir: str | None = None
-    """Folder of that cache, on a fast local disk; None: one in the temporary folder."""
-    pixel_cache_bytes: int = 0
-    """Room for decoded training images beside it, bytes: what fits is decoded in the first epoch
-    only. For nodes whose CPUs, not disks, are short; 0 keeps none."""
-    bad_samples: Literal["fail", "replace"] = "fail"
-    """On a training image that is damaged: stop, or take its neighbour instead and count."""
-    most_bad_samples: int = 100
-    """More different bad samples than this, on one worker, stop training all the same."""
-    decode_threads: int | None = None
-    """Decoder threads per worker; None: one for images of at most 64 x 64 pixels, which two decode
-    more slowly, or where a worker may use one CPU only, else two."""
 
     def __post_init__(self):
-        require_positive("data", self, "cache_bytes")
-        require(
-            self.decode_threads is None or self.decode_threads > 0,
-            f"data.decode_threads={self.decode_threads}: must be positive",
-        )
-        require(
-            self.pixel_cache_bytes >= 0,
-            f"data.pixel_cache_bytes={self.pixel_cache_bytes}: must be >= 0",
-        )
-        require(
-            self.crop == "center" or not self.pixel_cache_bytes,
-            f"data.pixel_cache_bytes={self.pixel_cache_bytes}: random crops differ in every epoch;"
-            " set it to 0, or data.crop to center",
-        )
-        require(min(self.image_size) > 0, f"data.resolution={self.resolution}: must be positive")
+        try:
+            super().__post_init__()
+        except ValueError as fault:
+            require(False, f"data.{fault}")
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width."""
-        if isinstance(self.resolution, int):
-            return self.resolution, self.resolution
-        return self.resolution
+        size = super().image_size
+        assert size is not None
+        return size
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -46,8 +46,7 @@ def main(arguments: list[str]) -> int:
 def print_summary(encoded: "Encoded") -> None:
     """What is there now, and what to do with it."""
     latents = encoded.latents
-    form, certificate = latents.latents, latents.certificate
-    assert form is not None
+    form, certificate = latents.format, latents.certificate
     size, before = (
         sum(shard.bytes for shard in index.shards) for index in (latents.index, encoded.images)
     )

@@ -7,8 +7,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from data_pipelines import ShardDataset
 from data_pipelines.loading.batch import Batch
+from data_pipelines.loading.dataset import LatentSet
 from efae.symmetry import D4
 from efae.symmetry.group import act_on_grid
 from efae.training.loop import seed_of
@@ -43,7 +43,7 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def select_shards(latents: ShardDataset, size: int, copies: bool) -> ShardDataset:
+def select_shards(latents: LatentSet, size: int, copies: bool) -> LatentSet:
     """The first `size` images of the set, with or without their other seven views."""
     shards = [
         shard
@@ -52,11 +52,11 @@ def select_shards(latents: ShardDataset, size: int, copies: bool) -> ShardDatase
     ]
     each = len(shards[0].keys)
     shards = [s for s in shards if int(s.name.rpartition("-")[2].split(".")[0]) * each < size]
-    return ShardDataset(latents.uri, replace(latents.index, shards=tuple(shards)))
+    return LatentSet(latents.uri, replace(latents.index, shards=tuple(shards)))
 
 
 def stream(
-    arm: Arm, latents: ShardDataset, batch_size: int, seed: int
+    arm: Arm, latents: LatentSet, batch_size: int, seed: int
 ) -> Generator[tuple[Tensor, Tensor]]:
     """Endless batches: latents float32 (b, dim, h, w), and positions in D4 of their views (b,).
 

@@ -31,7 +31,7 @@ from benchmarks.downstream.images import build_images, read_images, write_images
 from benchmarks.downstream.latent_flow import measure_loss, sample_latents, train_flow
 from benchmarks.downstream.settings import Pose, Settings
 from benchmarks.downstream.tokenizers import decode, encode, encode_images, train_tokenizer
-from data_pipelines import ShardDataset
+from data_pipelines.loading.dataset import LatentSet
 from efae.evaluation.measures import psnr, to_float
 from efae.symmetry import D4
 from efae.symmetry.group import act_on_grid
@@ -123,7 +123,7 @@ class Judge:
         self._bases: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     @cached_property
-    def latents(self) -> ShardDataset:
+    def latents(self) -> LatentSet:
         """Of the largest subset."""
         place = self.workplace.job.place
         views = any(ARMS[arm].copies for arm in self.workplace.job.arms) and self.name == "plain"

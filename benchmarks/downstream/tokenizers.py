@@ -14,6 +14,7 @@ from benchmarks.downstream.arms import TokenizerName
 from benchmarks.downstream.settings import Settings
 from data_pipelines import ShardDataset
 from data_pipelines.building import unfinished
+from data_pipelines.loading.dataset import LatentSet
 from data_pipelines.shards.index import INDEX_NAME, ShardIndex, load_index, write_index
 from data_pipelines.shards.latent_format import FORMAT, LatentFormat
 from efae.config_forms import with_overrides
@@ -72,7 +73,7 @@ def train_tokenizer(
 
 def encode_images(
     model: Autoencoder, model_folder: Path, images: Path, held_out: Path, output: Path, views: bool
-) -> ShardDataset:
+) -> LatentSet:
     """The latents of a shard set of `images.write_images`, in this process, by the job's encoder.
 
     Args:
@@ -84,7 +85,7 @@ def encode_images(
         views: encode the shards of all eight views instead of those of the identity.
     """
     if (output / INDEX_NAME).exists():
-        return ShardDataset.open(str(output))
+        return LatentSet(str(output), load_index(str(output)))
     index = load_index(str(images))
     shards = tuple(s for s in index.shards if views or s.name.startswith(f"{D4.identity}-"))
     source = Source(
@@ -115,7 +116,7 @@ def encode_images(
     ]
     write_index(str(output), ShardIndex(tuple(records), None, {FORMAT: form.model_dump()}))
     unfinished.clear(str(output))
-    return ShardDataset.open(str(output))
+    return LatentSet(str(output), load_index(str(output)))
 
 
 @torch.no_grad()

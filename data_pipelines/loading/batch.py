@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from data_pipelines.images.codec import decode_into
+from data_pipelines.loading.options import Crop
 from data_pipelines.shards.latent_bits import BitAction, torch_dtype
 from data_pipelines.shards.latent_format import LatentFormat, read_bits
 from efae.symmetry import Element
 
-Crop = Literal["center", "random"]
 _CROP, _ELEMENT = 0, 1
 
 

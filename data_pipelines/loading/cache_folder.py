@@ -10,9 +10,9 @@ from data_pipelines.storage.retries import StorageError
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def default_cache_dir() -> Path:
-    """A folder of this user's in the temporary folder."""
-    return Path(tempfile.gettempdir()) / f"efae-shards-{os.getuid()}"
+def choose_cache_dir(cache_dir: str | Path | None) -> Path:
+    """The given folder; for None, one of this user's in the temporary folder."""
+    return Path(cache_dir or f"{tempfile.gettempdir()}/efae-shards-{os.getuid()}")
 
 
 def make_cache_folder(folder: Path) -> None:

@@ -1,11 +1,9 @@
 """A shard set on storage: its samples by number, and loaders over them."""
 
-import math
 import operator
-import os
+from abc import ABC, abstractmethod
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -13,48 +11,49 @@ from PIL import Image
 
 from data_pipelines.images.codec import decode_image
 from data_pipelines.images.tiles import draw_rows, draw_tile
-from data_pipelines.loading.batch import Crop, ImageForm, LatentForm, Sample, SampleForm
-from data_pipelines.loading.cache_folder import default_cache_dir
-from data_pipelines.loading.epoch_plan import Tail
+from data_pipelines.loading.batch import ImageForm, LatentForm, Sample, SampleForm
+from data_pipelines.loading.cache_folder import choose_cache_dir
 from data_pipelines.loading.loader import ShardLoader
+from data_pipelines.loading.options import LoaderOptions, ReadOptions, choose_options
 from data_pipelines.loading.pixel_cache import PixelCache
-from data_pipelines.loading.sample_reader import SampleReader
+from data_pipelines.loading.sample_reader import MemberReader, SampleReader
 from data_pipelines.loading.shard_cache import ShardCache
 from data_pipelines.shards.chunks import cut_chunks
 from data_pipelines.shards.index import Members, ShardIndex, load_index
 from data_pipelines.shards.latent_bits import torch_dtype
-from data_pipelines.shards.latent_format import EXTENSION, find_format, read_bits
+from data_pipelines.shards.latent_format import EXTENSION, FORMAT, find_format, read_bits
 from data_pipelines.storage import uris
 
-_CACHE_BYTES = 20 * 2**30
 _COLUMNS = 12
 
 
-class ShardDataset:
-    """A shard set; it reads nothing but the index until a loader is iterated."""
+class ShardDataset(ABC):
+    """A shard set; it reads nothing but the index until a sample or a batch is asked for."""
+
+    _member: str | None = None
+    """Extension of the member that samples are decoded from; None: that of the image."""
 
     def __init__(self, uri: str, index: ShardIndex):
         self.uri = uri
         self.index = index
-        self.latents = find_format(index.provenance, uri)
-        """What the latents are, of a set that jobs/encode.py wrote; None of a set of images."""
         self.chunks = cut_chunks(index)
         self._length = sum(len(shard.keys) for shard in index.shards)
 
-    @classmethod
-    def open(cls, uri: str) -> "ShardDataset":
+    @staticmethod
+    def open(uri: str) -> "ImageSet | LatentSet":
         """Open the shard set at `uri` (a path, s3://, gs://, http://).
 
         Raises:
             ValueError: no index there, or a damaged one; the message says what to do.
         """
-        return cls(uri, load_index(uri))
+        index = load_index(uri)
+        return LatentSet(uri, index) if FORMAT in index.provenance else ImageSet(uri, index)
 
     def __len__(self) -> int:
         return self._length
 
     def __reduce__(self):  # without open files and locks
-        return ShardDataset, (self.uri, self.index)
+        return type(self), (self.uri, self.index)
 
     def __getitem__(self, number: int) -> Sample:
         """One sample, in the order of the shards; as in a list, -1 is the last.
@@ -69,26 +68,7 @@ class ShardDataset:
         wanted = operator.index(number)
         if not -len(self) <= wanted < len(self):
             raise IndexError(f"sample {wanted} of {self.uri}, which has {len(self)}")
-        key, values = self._reader.read_one(wanted % len(self), self._decode)
-        if self.latents is None:
-            return Sample(key, torch.from_numpy(values))
-        return Sample(key, torch.from_numpy(values).view(torch_dtype(self.latents)), True)
-
-    def show(self, count: int = 24) -> Image.Image:
-        """Draw `count` images, at equal distances in the set; all of them where it has fewer.
-
-        Raises:
-            ValueError: a set of latents, an empty one, or a count below 1.
-            ShardError: an image cannot be read.
-        """
-        if self.latents is not None:
-            raise ValueError(f"{self.uri} holds latents: show the images that a model decodes")
-        if count < 1 or not len(self):
-            raise ValueError(f"cannot show {count} of the {len(self)} images of {self.uri}")
-        numbers = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int).tolist()
-        images = [self[number].image for number in numbers]
-        tiles = [draw_tile(image.expand(3, -1, -1).numpy()) for image in images]
-        return draw_rows(tiles, columns=min(len(tiles), _COLUMNS))
+        return self._reader.read_one(wanted % len(self), self._decode)
 
     @property
     def id(self) -> str:
@@ -99,27 +79,6 @@ class ShardDataset:
     def image_shape(self) -> tuple[int, int, int] | None:
         """(C, H, W) of every image, or None when heights or widths differ."""
         return self.index.image_shape
-
-    @property
-    def certificate(self) -> dict[str, Any]:
-        """How exactly the encoder of these latents commutes with the group.
-
-        Keys: `max_abs_difference`, the largest |act(g, encode(x)) - encode(g x)| of any number of
-        any latent, which have unit scale; `by_element`, the same for each g; `images` and `data`,
-        how many were measured and where they lie; `model_digest` and `representation`.
-
-        Raises:
-            AttributeError: a set of images.
-        """
-        if self.latents is None:
-            raise AttributeError(
-                f"{self.uri} holds images: only a set of latents has a certificate"
-            )
-        return {
-            **self.latents.certificate,
-            "model_digest": self.latents.model_digest,
-            "representation": {"group": self.latents.group, **self.latents.multiplicities},
-        }
 
     @property
     def keys(self) -> list[str]:
@@ -158,219 +117,169 @@ class ShardDataset:
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
-        shuffle: bool = True,
-        tail: Tail = "ragged",
-        channels: Literal[1, 3] | None = None,
-        resolution: int | tuple[int, int] | None = None,
-        crop: Crop = "center",
-        augment: Literal["group"] | None = None,
-        members: tuple[str, ...] = (),
-        bad_samples: Literal["fail", "replace"] = "fail",
-        most_bad_samples: int = 100,
-        decode_threads: int | None = None,
-        cache_bytes: int = _CACHE_BYTES,
-        cache_dir: str | Path | None = None,
-        pixel_cache_bytes: int = 0,
-        pin_memory: bool = False,
+        *,
+        options: ReadOptions | None = None,
+        **changes: Any,
     ) -> ShardLoader:
         """Batches for rank `rank` of `world_size`.
 
         Args:
-            global_batch_size: samples per batch over all ranks; where `world_size` does not divide
+            global_batch_size: Samples per batch over all ranks; where `world_size` does not divide
                 it, some ranks get one more than others.
-            rank: this process, 0 <= rank < world_size.
-            world_size: processes that share the set.
-            seed: of the order, of random crops and of `augment`; the same on all ranks.
-            shuffle: False keeps the order of the shards.
-            tail: "ragged": an iteration is an epoch and its last batch may be smaller; "carry":
-                endless, every batch full, those at a border mix two epochs.
-            channels: 1 or 3 converts between grey and RGB; None keeps the set's own.
-            resolution: side, or height and width, of the images handed out; None keeps the set's
-                own, which must then be the same for all.
-            crop: which part of an image that is not of that shape, once its shorter side fits:
-                its "center", or a "random" one, drawn anew in every epoch.
-            augment: "group" acts on every latent by an element drawn for it, uniformly and anew in
-                every epoch; batches say which. Only of latents, which need no copy for that.
-            members: extensions of other members to hand out, as bytes: ("cls", "json").
-            bad_samples: what to do with an image that is damaged or cannot be decoded: "fail", or
-                "replace" it by its neighbour and count it.
-            most_bad_samples: more different bad ones than this fail all the same.
-            decode_threads: decoder threads of this rank; None: one for samples as small as 64 x 64
-                pixels or latents, which two decode more slowly, or where this process may use one
-                CPU only, else two.
-            cache_bytes: bound of the node's shard cache, for sets that are not local files.
-            cache_dir: where that cache is; None is a folder of the user's in the temporary folder.
-            pixel_cache_bytes: bound of the decoded images that are kept there, so that later epochs
-                need not decode them; 0 keeps none.
-            pin_memory: hand out page-locked images, for copies to a GPU that do not block.
+            rank: Rank of this process, 0 <= rank < world_size.
+            world_size: Number of processes that share the set.
+            seed: Seed of the order, of random crops and of `augment`; the same on all ranks.
+            options: How samples are read; None: the defaults of `LoaderOptions`.
+            **changes: Options by name that replace those of `options`: `resolution=256`,
+                `crop="random"`, `shuffle=False`, `tail="carry"`, ... `LoaderOptions` has them all.
 
         Raises:
             ValueError: sizes that do not fit together, images of differing size, an empty set, or
                 an option of images for latents or the reverse; `augment` where the encoder does
                 not commute with the group.
+            TypeError: there is no option of this name.
         """
+        chosen = choose_options(options or LoaderOptions(), **changes)
         if not len(self):
             raise ValueError(f"{self.uri} holds no samples")
-        if bad_samples not in ("fail", "replace"):
-            raise ValueError(f"{bad_samples=}: use fail or replace")
-        form = (
-            self._image_form(channels, resolution, crop, augment, seed)
-            if self.latents is None
-            else self._latent_form(channels, resolution, crop, augment, seed)
-        )
-        where = self.index.base or self.uri
-        largest = int((self.chunks.end - self.chunks.start).max())
-        if uris.local_path(where) is None and cache_bytes < largest:
-            raise ValueError(
-                f"cache_bytes={cache_bytes} is less than the largest piece of {self.uri} that is"
-                f" fetched at once ({largest}): raise it"
-            )
-        folder = Path(cache_dir) if cache_dir else default_cache_dir()
-        cache = ShardCache(where, self.index, self.chunks, folder, cache_bytes)
-        size = sum(shard.bytes for shard in self.index.shards)
+        form = self._choose_form(chosen, seed)
+        columns = {name: self.columns(name) for name in chosen.members}
+        pixels = None
+        if room := chosen.pixel_cache_bytes:
+            folder = choose_cache_dir(chosen.cache_dir)
+            pixels = PixelCache(folder, self.id, len(self), form.shape, room)
         reader = SampleReader(
             self.index,
-            cache,
-            columns={
-                None: self.columns(EXTENSION if self.latents else None),
-                **{name: self.columns(name) for name in members},
-            },
-            form=form,
-            replace=bad_samples == "replace",
-            most_bad=most_bad_samples,
-            pin_memory=pin_memory,
-            pixels=self._keep_pixels(form, crop, folder, pixel_cache_bytes),
+            self._open_cache(chosen),
+            {None: self.columns(self._member), **columns},
+            form,
+            chosen,
+            pixels,
         )
-        return ShardLoader(
-            self.id,
-            reader,
-            global_batch_size=global_batch_size,
-            rank=rank,
-            world_size=world_size,
-            seed=seed,
-            shuffle=shuffle,
-            tail=tail,
-            decode_threads=_choose_threads(form) if decode_threads is None else decode_threads,
-            prefetch_bytes=0 if cache.local else min(_PREFETCH_BYTES, cache_bytes // 4, size),
+        return ShardLoader(reader, chosen, global_batch_size, rank, world_size, seed)
+
+    def _open_cache(self, options: ReadOptions) -> ShardCache:
+        cache = ShardCache(
+            self.index.base or self.uri,
+            self.index,
+            self.chunks,
+            choose_cache_dir(options.cache_dir),
+            options.cache_bytes,
         )
+        largest = int((self.chunks.end - self.chunks.start).max())
+        if not cache.local and options.cache_bytes < largest:
+            raise ValueError(
+                f"cache_bytes={options.cache_bytes} is less than the largest piece of {self.uri}"
+                f" that is fetched at once ({largest}): raise it"
+            )
+        return cache
 
     @cached_property
-    def _reader(self) -> SampleReader:
+    def _reader(self) -> MemberReader:
         """For single samples."""
-        channels = self.image_shape[0] if self.image_shape else 3
-        return SampleReader(
-            self.index,
-            ShardCache(
-                self.index.base or self.uri,
-                self.index,
-                self.chunks,
-                default_cache_dir(),
-                _CACHE_BYTES,
-            ),
-            columns={None: self.columns(EXTENSION if self.latents else None)},
-            form=ImageForm((1, 1, channels), "center", 0),  # of batches, which it never reads
-            replace=False,
-            most_bad=0,
-            pin_memory=False,
-            pixels=None,
-        )
+        cache = self._open_cache(ReadOptions())
+        return MemberReader(self.index, cache, {None: self.columns(self._member)})
 
-    def _decode(self, data: bytes) -> np.ndarray:
-        """The pixels (C, H, W) of an image file, or the bits (dim, h, w) of a latent's."""
-        if self.latents is not None:
-            return read_bits(data, self.latents).copy()
-        channels = self.image_shape[0] if self.image_shape else 3
-        return np.ascontiguousarray(decode_image(data, channels))
+    @abstractmethod
+    def _decode(self, key: str, data: bytes) -> Sample:
+        """A sample from the bytes of its file."""
 
-    def _keep_pixels(
-        self, form: SampleForm, crop: Crop, folder: Path, capacity_bytes: int
-    ) -> PixelCache | None:
-        if not capacity_bytes:
-            return None
-        if capacity_bytes < 0 or self.latents is not None:
-            raise ValueError(
-                f"pixel_cache_bytes={capacity_bytes}: must not be negative, and 0 for latents,"
-                " which are not decoded"
-            )
-        if crop == "random":
-            raise ValueError(
-                f"pixel_cache_bytes={capacity_bytes}: random crops differ in every epoch; use 0, or"
-                ' crop="center"'
-            )
-        return PixelCache(folder, self.id, len(self), form.shape, capacity_bytes)
+    @abstractmethod
+    def _choose_form(self, options: LoaderOptions, seed: int) -> SampleForm:
+        """What a loader decodes samples to; ValueError for options of another kind of set."""
 
-    def _image_form(
-        self,
-        channels: int | None,
-        resolution: int | tuple[int, int] | None,
-        crop: Crop,
-        augment: str | None,
-        seed: int,
-    ) -> SampleForm:
-        if channels not in (None, 1, 3):
-            raise ValueError(f"channels={channels}: use 1 (grey), 3 (RGB) or None")
-        if crop not in ("center", "random"):
-            raise ValueError(f"{crop=}: use center or random")
-        if augment is not None:
-            raise ValueError(
-                f"{augment=}: {self.uri} holds images; act on these where they are used"
-                " (Element.act_on_image), or encode the set with jobs/encode.py"
-            )
-        height, width = self._image_size(resolution)
-        own_channels = self.image_shape[0] if self.image_shape else 3
-        return ImageForm((height, width, channels or own_channels), crop, seed)
 
-    def _latent_form(
-        self, channels: object, resolution: object, crop: str, augment: str | None, seed: int
-    ) -> SampleForm:
-        assert self.latents is not None
-        if channels is not None or resolution is not None or crop != "center":
-            raise ValueError(
-                f"{channels=}, {resolution=}, {crop=}: {self.uri} holds latents of shape"
-                f" {tuple(self.latents.shape)}, which are handed out as they are"
-            )
-        if augment not in (None, "group"):
-            raise ValueError(f'{augment=}: use "group" or None')
-        if augment:
-            self._check_certificate()
-        return LatentForm(self.latents, augment is not None, seed)
+class ImageSet(ShardDataset):
+    """A shard set of images."""
 
-    def _check_certificate(self) -> None:
-        found = float(self.certificate["max_abs_difference"])
-        if self.latents is not None and self.latents.group == "trivial":
-            raise ValueError(
-                f"augment='group': the model of {self.uri} has the trivial group, so nothing acts"
-                " on its latents: encode with a model of --representation.group D4"
-            )
-        if not found <= LARGEST_DIFFERENCE:
-            raise ValueError(
-                f"augment='group': act(g, encode(x)) and encode(g x) differ by up to {found:.2g}"
-                f" in {self.uri}, more than {LARGEST_DIFFERENCE:g}: these latents would not be"
-                " those of flipped and turned images; encode with a model of --model.level exact"
-            )
+    @property
+    def certificate(self) -> NoReturn:
+        """Raise an AttributeError: only latents have one."""
+        raise AttributeError(f"{self.uri} holds images: only a set of latents has a certificate")
 
-    def _image_size(self, resolution: int | tuple[int, int] | None) -> tuple[int, int]:
-        if resolution is None:
-            if self.image_shape is None:
+    def show(self, count: int = 24) -> Image.Image:
+        """Draw `count` images, at equal distances in the set; all of them where it has fewer.
+
+        Raises:
+            ValueError: an empty set, or a count below 1.
+            ShardError: an image cannot be read.
+        """
+        if count < 1 or not len(self):
+            raise ValueError(f"cannot show {count} of the {len(self)} images of {self.uri}")
+        numbers = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int).tolist()
+        images = [self[number].image for number in numbers]
+        tiles = [draw_tile(image.expand(3, -1, -1).numpy()) for image in images]
+        return draw_rows(tiles, columns=min(len(tiles), _COLUMNS))
+
+    def _decode(self, key: str, data: bytes) -> Sample:
+        pixels = np.ascontiguousarray(decode_image(data, self._channels))
+        return Sample(key, torch.from_numpy(pixels))
+
+    def _choose_form(self, options: LoaderOptions, seed: int) -> ImageForm:
+        if options.augment is not None:
+            raise ValueError(
+                f"augment={options.augment!r}: {self.uri} holds images; act on these where they are"
+                " used (Element.act_on_image), or encode the set with jobs/encode.py"
+            )
+        size = options.image_size or (self.image_shape and self.image_shape[1:])
+        if size is None:
+            raise ValueError(
+                f"the images of {self.uri} differ in size and make no batch: pass resolution=N, or"
+                " build the shards with --resolution N"
+            )
+        return ImageForm((*size, options.channels or self._channels), options.crop, seed)
+
+    @property
+    def _channels(self) -> int:
+        return self.image_shape[0] if self.image_shape else 3
+
+
+class LatentSet(ShardDataset):
+    """A shard set of latents, as jobs/encode.py writes it.
+
+    Raises:
+        ValueError: the index does not say what the latents are.
+    """
+
+    _member = EXTENSION
+
+    def __init__(self, uri: str, index: ShardIndex):
+        super().__init__(uri, index)
+        found = find_format(index.provenance, uri)
+        assert found is not None
+        self.format = found
+        """What the latents are, and whose."""
+
+    @property
+    def certificate(self) -> dict[str, Any]:
+        """How exactly the encoder of these latents commutes with the group.
+
+        Keys: `max_abs_difference`, the largest |act(g, encode(x)) - encode(g x)| of any number of
+        any latent, which have unit scale; `by_element`, the same for each g; `images` and `data`,
+        how many were measured and where they lie; `model_digest` and `representation`.
+        """
+        return {
+            **self.format.certificate,
+            "model_digest": self.format.model_digest,
+            "representation": {"group": self.format.group, **self.format.multiplicities},
+        }
+
+    def show(self, count: int = 24) -> NoReturn:
+        """Raise a ValueError: only images can be drawn."""
+        raise ValueError(f"{self.uri} holds latents: show the images that a model decodes")
+
+    def _decode(self, key: str, data: bytes) -> Sample:
+        bits = read_bits(data, self.format).copy()
+        return Sample(key, torch.from_numpy(bits).view(torch_dtype(self.format)), True)
+
+    def _choose_form(self, options: LoaderOptions, seed: int) -> LatentForm:
+        for name in ("resolution", "crop", "channels", "pixel_cache_bytes"):
+            value = getattr(options, name)
+            if value != getattr(LoaderOptions, name):
                 raise ValueError(
-                    f"the images of {self.uri} differ in size and make no batch: pass resolution=N,"
-                    " or build the shards with --resolution N"
+                    f"{name}={value!r}: {self.uri} holds latents of shape"
+                    f" {tuple(self.format.shape)}, which are loaded as they are stored"
                 )
-            return self.image_shape[1:]
-        size = (resolution, resolution) if isinstance(resolution, int) else resolution
-        if min(size) < 1:
-            raise ValueError(f"resolution={resolution}: must be positive")
-        return size
-
-
-def _choose_threads(form: SampleForm) -> int:
-    alone = len(os.sched_getaffinity(0)) == 1
-    return 1 if alone or math.prod(form.shape) <= _SMALL_SAMPLE else 2
-
-
-LARGEST_DIFFERENCE = 0.01
-"""Between act(g, encode(x)) and encode(g x), for latents of unit scale: what bfloat16 loses."""
-_SMALL_SAMPLE = 3 * 64 * 64
-"""Values of a sample that is decoded as soon as Python's lock has gone to another thread."""
-_PREFETCH_BYTES = 512 * 2**20
-"""Images that are fetched ahead of the decoders, at most."""
+        if options.augment:
+            self.format.require_action(self.uri)
+        return LatentForm(self.format, options.augment is not None, seed)

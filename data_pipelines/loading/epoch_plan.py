@@ -15,16 +15,16 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Literal
 
 import numpy as np
+
+from data_pipelines.loading.options import Tail
 
 MOST_LANES = 128
 WINDOW_CHUNKS = 2
 VERSION = 2
 """Of the order; a position of another version means other samples."""
 _SAMPLES_PLANNED_AT_ONCE = 2**14
-Tail = Literal["ragged", "carry"]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ counts the batches handed out, not those decoded ahead, and holds nothing per wo
 at another world size.
 """
 
+import math
+import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -16,13 +18,18 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.loading.batch import Batch
-from data_pipelines.loading.epoch_plan import VERSION, PlannedBatch, Position, Tail, plan_batches
+from data_pipelines.loading.epoch_plan import VERSION, PlannedBatch, Position, plan_batches
+from data_pipelines.loading.options import LoaderOptions
 from data_pipelines.loading.sample_reader import SampleReader
 from data_pipelines.loading.shard_cache import ShardError
 
 _BATCHES_AHEAD = 2
 """Decoded batches that may wait for the consumer, beside one in each decoder thread."""
 _FETCH_THREADS = 16
+_PREFETCH_BYTES = 512 * 2**20
+"""Upper bound of what is fetched ahead of the decoders."""
+_SMALL_SAMPLE = 3 * 64 * 64
+"""Below this many values, decoding takes less time than handing over the GIL."""
 
 
 class ShardLoader:
@@ -30,16 +37,12 @@ class ShardLoader:
 
     def __init__(
         self,
-        dataset_id: str,
         reader: SampleReader,
+        options: LoaderOptions,
         global_batch_size: int,
         rank: int,
         world_size: int,
         seed: int,
-        shuffle: bool,
-        tail: Tail,
-        decode_threads: int,
-        prefetch_bytes: int,
     ):
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank}: must be in [0, world_size={world_size})")
@@ -47,17 +50,18 @@ class ShardLoader:
             raise ValueError(
                 f"global_batch_size={global_batch_size}: must be at least world_size={world_size}"
             )
-        if tail not in ("ragged", "carry"):
-            raise ValueError(f"tail={tail!r}: use 'ragged' or 'carry'")
-        if decode_threads < 1 or seed < 0:
-            raise ValueError(f"{decode_threads=}, {seed=}: at least one thread, no negative seed")
+        if seed < 0:
+            raise ValueError(f"{seed=}: must be >= 0")
         self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
         self.wait_seconds = 0.0
         """Time that the consumer has waited for batches, in all."""
-        self._dataset_id, self._reader = dataset_id, reader
-        self._decode_threads, self._prefetch_bytes = decode_threads, prefetch_bytes
-        self._seed, self._shuffle = seed, shuffle
-        self._tail: Tail = tail
+        self._reader, self._options, self._seed = reader, options, seed
+        self._dataset_id = reader.index.id
+        self._decode_threads = options.decode_threads or _choose_threads(reader.form.shape)
+        size = sum(shard.bytes for shard in reader.index.shards)
+        self._prefetch_bytes = (
+            0 if reader.cache.local else min(_PREFETCH_BYTES, options.cache_bytes // 4, size)
+        )
         self._position: Position = Position()
         self._iteration = 0
 
@@ -79,8 +83,8 @@ class ShardLoader:
             self.global_batch_size,
             self.rank,
             self.world_size,
-            self._shuffle,
-            self._tail,
+            self._options.shuffle,
+            self._options.tail,
         )
         self._reader.open()
         fetched = _FetchedAhead(planned, self._reader, self._prefetch_bytes)
@@ -136,8 +140,8 @@ class ShardLoader:
             "dataset_id": self._dataset_id,
             "seed": self._seed,
             "global_batch_size": self.global_batch_size,
-            "shuffle": self._shuffle,
-            "tail": self._tail,
+            "shuffle": self._options.shuffle,
+            "tail": self._options.tail,
             "order_version": VERSION,
         }
 
@@ -210,3 +214,8 @@ class _FetchedAhead:
 
     def _chunks(self, batch: PlannedBatch) -> list[int]:
         return np.unique(self._reader.chunks.of(batch.sample)).tolist()
+
+
+def _choose_threads(shape: tuple[int, ...]) -> int:
+    alone = len(os.sched_getaffinity(0)) == 1
+    return 1 if alone or math.prod(shape) <= _SMALL_SAMPLE else 2

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from imagecodecs import deflate_crc32 as compute_crc32  # zlib's value in half its time or less
 
-from data_pipelines.loading.batch import Batch, SampleForm
+from data_pipelines.loading.batch import Batch, Sample, SampleForm
 from data_pipelines.loading.epoch_plan import PlannedBatch
+from data_pipelines.loading.options import LoaderOptions
 from data_pipelines.loading.pixel_cache import PixelCache
 from data_pipelines.loading.shard_cache import ShardCache, ShardError
 from data_pipelines.shards.index import Members, ShardIndex
@@ -34,36 +35,107 @@ _Content = list[bytes | None]
 """A sample's members in the order of the columns; None for the first once it is decoded."""
 
 
-class SampleReader:
-    """Reads batches of one set; thread-safe."""
+class MemberReader:
+    """Reads the members of samples and checks their bytes; thread-safe.
+
+    Args:
+        index: Index of the set.
+        cache: Cache of its shards.
+        columns: Where the members lie, by extension; the first, None, is the image or latent.
+    """
+
+    def __init__(self, index: ShardIndex, cache: ShardCache, columns: Mapping[str | None, Members]):
+        self.index, self.cache, self.chunks = index, cache, cache.chunks
+        self._columns = columns
+        self._shard_ends = np.cumsum([len(shard.keys) for shard in index.shards])
+        self._beyond_help: set[int] = set()
+        """Chunks that were no better when they were fetched again: it is the storage's damage."""
+
+    def count_bytes(self, sample: np.ndarray) -> int:
+        """Bytes of these samples, without other members."""
+        return int(self._columns[None].size[sample].sum())
+
+    def read_one(self, sample: int, decode: Callable[[str, bytes], Sample]) -> Sample:
+        """What `decode` makes of the key and the bytes of one image or latent.
+
+        Raises:
+            ShardError: a shard that cannot be read, or a damaged sample.
+        """
+        key, [[place]] = self._key(sample), self._find_members(np.array([sample]))
+        try:
+            return decode(key, self._read(*place))
+        except ValueError as fault:
+            raise ShardError(self._uri(sample), key, str(fault)) from fault
+
+    def _find_members(self, samples: np.ndarray) -> list[tuple[_Place, ...]]:
+        """Where each sample and its other members lie."""
+        chunk = self.chunks.of(samples)
+        before = self.chunks.start[chunk]
+        found: list[zip[_Place]] = []
+        for columns in self._columns.values():
+            start = columns.offset[samples] - before
+            end = start + columns.size[samples]
+            lists = (column.tolist() for column in (chunk, start, end, columns.crc32[samples]))
+            found.append(zip(*lists, strict=True))
+        return list(zip(*found, strict=True))
+
+    def _read(self, chunk: int, start: int, end: int, crc32: int) -> bytes:
+        """A copy, since a file may change after it was checked."""
+        data = self.cache.open(chunk)[start:end].tobytes()
+        if compute_crc32(data) == crc32:
+            return data
+        if chunk not in self._beyond_help:
+            data = self.cache.refetch(chunk)[start:end].tobytes()
+            if compute_crc32(data) == crc32:
+                return data
+            self._beyond_help.add(chunk)
+        raise ValueError(
+            "its bytes are not those that the index was made from: damaged, or the index belongs"
+            " to other shards"
+        )
+
+    def _key(self, sample: int) -> str:
+        return self._keys(np.array([sample]))[0]
+
+    def _keys(self, samples: np.ndarray) -> list[str]:
+        shard = np.searchsorted(self._shard_ends, samples, side="right")
+        place = (samples - self._shard_ends[shard]).tolist()  # from the end of the shard, below 0
+        return [
+            self.index.shards[number].keys[at]
+            for number, at in zip(shard.tolist(), place, strict=True)
+        ]
+
+    def _uri(self, sample: int) -> str:
+        chunk = int(self.chunks.of(np.array([sample]))[0])
+        return self.cache.uri(chunk)
+
+
+class SampleReader(MemberReader):
+    """Decodes batches of one set; thread-safe.
+
+    Args:
+        index, cache, columns: As in `MemberReader`.
+        form: What an image or a latent is decoded to.
+        options: What to do with bad samples, and in which memory batches lie.
+        pixels: Cache of decoded images.
+    """
 
     def __init__(
         self,
         index: ShardIndex,
         cache: ShardCache,
-        columns: Mapping[str | None, Members],  # None, first, is what the form decodes
+        columns: Mapping[str | None, Members],
         form: SampleForm,
-        replace: bool,
-        most_bad: int,
-        pin_memory: bool,
+        options: LoaderOptions,
         pixels: PixelCache | None,
     ):
-        self.cache = cache
-        self.chunks = cache.chunks
+        super().__init__(index, cache, columns)
+        self.form = form
         self.bad_samples: dict[str, str] = {}
         """Key and fault of every bad sample that was replaced."""
-        self._index, self._columns = index, columns
-        self._shard_ends = np.cumsum([len(shard.keys) for shard in index.shards])
-        self._form, self._replace, self._most_bad = form, replace, most_bad
-        self._pin_memory, self._pixels = pin_memory, pixels
+        self._options, self._pixels = options, pixels
         self._lock = threading.Lock()
-        self._beyond_help: set[int] = set()
-        """Chunks that were no better when they were fetched again: it is the storage's damage."""
         self._arrays: deque[np.ndarray] = deque(maxlen=_MOST_ARRAYS)
-
-    def count_bytes(self, sample: np.ndarray) -> int:
-        """Bytes of these samples, without other members."""
-        return int(self._columns[None].size[sample].sum())
 
     def open(self) -> None:
         """Open what is kept on this node; before the first batch.
@@ -89,7 +161,7 @@ class SampleReader:
         rows = self._allocate(len(planned.sample))
         wanted = planned.sample.tolist()
         epochs = planned.epoch.tolist()
-        drawn = [self._form.draw(*at) for at in zip(epochs, wanted, strict=True)]
+        drawn = [self.form.draw(*at) for at in zip(epochs, wanted, strict=True)]
         keys = self._keys(planned.sample)
         pixels = list(rows.numpy())
         # First all bytes, then all decoding: by turns they drive each other's code from the
@@ -105,7 +177,7 @@ class SampleReader:
         for number, (row, content, draw) in enumerate(zip(pixels, contents, drawn, strict=True)):
             if (data := content[0]) is not None:
                 try:
-                    self._form.decode(row, data, draw)
+                    self.form.decode(row, data, draw)
                 except ValueError as fault:
                     at = row, wanted[number], draw
                     keys[number], contents[number] = self._replace_bad(*at, fault)
@@ -116,51 +188,25 @@ class SampleReader:
             for column, name in enumerate(self._columns)
             if name is not None
         }
-        return self._form.make_batch(rows, keys, members, drawn)
-
-    def read_one(
-        self, sample: int, decode: Callable[[bytes], np.ndarray]
-    ) -> tuple[str, np.ndarray]:
-        """Key of one sample, and what `decode` makes of its image or latent.
-
-        Raises:
-            ShardError: a shard that cannot be read, or a damaged sample.
-        """
-        key, [[place]] = self._key(sample), self._find_members(np.array([sample]))
-        try:
-            return key, decode(self._read(*place))
-        except ValueError as fault:
-            raise ShardError(self._uri(sample), key, str(fault)) from fault
+        return self.form.make_batch(rows, keys, members, drawn)
 
     def _allocate(self, size: int) -> torch.Tensor:
         """Room for a batch: memory of an earlier one that nobody holds any more, or new.
 
         The kernel clears new memory page by page, which would cost a tenth of decoding.
         """
-        shape = (size, *self._form.shape)
-        if self._pin_memory:  # torch keeps page-locked memory for reuse itself
-            dtype = torch.from_numpy(np.empty(0, self._form.dtype)).dtype
+        shape = (size, *self.form.shape)
+        if self._options.pin_memory:  # torch keeps page-locked memory for reuse itself
+            dtype = torch.from_numpy(np.empty(0, self.form.dtype)).dtype
             return torch.empty(shape, dtype=dtype, pin_memory=True)
         with self._lock:
             for array in self._arrays:
                 # A tensor, and every view of one, holds a reference to the array that it is of.
                 if sys.getrefcount(array) == _UNUSED and len(array) == size:
                     return torch.from_numpy(array)
-            array = np.empty(shape, self._form.dtype)
+            array = np.empty(shape, self.form.dtype)
             self._arrays.append(array)
             return torch.from_numpy(array)
-
-    def _find_members(self, samples: np.ndarray) -> list[tuple[_Place, ...]]:
-        """Where each sample and its other members lie."""
-        chunk = self.chunks.of(samples)
-        before = self.chunks.start[chunk]
-        found: list[zip[_Place]] = []
-        for columns in self._columns.values():
-            start = columns.offset[samples] - before
-            end = start + columns.size[samples]
-            lists = (column.tolist() for column in (chunk, start, end, columns.crc32[samples]))
-            found.append(zip(*lists, strict=True))
-        return list(zip(*found, strict=True))
 
     def _load(self, row: np.ndarray, sample: int, places: Sequence[_Place]) -> _Content:
         """The sample's members; `row` is filled instead where its pixels were kept.
@@ -176,21 +222,6 @@ class SampleReader:
         if self._pixels is not None:
             self._pixels.write(sample, row)
 
-    def _read(self, chunk: int, start: int, end: int, crc32: int) -> bytes:
-        """A copy, since a file may change after it was checked."""
-        data = self.cache.open(chunk)[start:end].tobytes()
-        if compute_crc32(data) == crc32:
-            return data
-        if chunk not in self._beyond_help:
-            data = self.cache.refetch(chunk)[start:end].tobytes()
-            if compute_crc32(data) == crc32:
-                return data
-            self._beyond_help.add(chunk)
-        raise ValueError(
-            "its bytes are not those that the index was made from: damaged, or the index belongs"
-            " to other shards"
-        )
-
     def _replace_bad(
         self, row: np.ndarray, sample: int, draw: Any, fault: ValueError
     ) -> tuple[str, _Content]:
@@ -203,7 +234,7 @@ class SampleReader:
             try:
                 data, *more = self._load(row, other, places)
                 if data is not None:
-                    self._form.decode(row, data, draw)
+                    self.form.decode(row, data, draw)
                     self._keep(other, row)
                 return self._key(other), [None, *more]
             except ValueError as error:
@@ -212,32 +243,17 @@ class SampleReader:
 
     def _note_bad(self, sample: int, fault: ValueError) -> None:
         key, uri = self._key(sample), self._uri(sample)
-        if not self._replace:
+        if self._options.bad_samples == "fail":
             raise ShardError(uri, key, str(fault)) from fault
         with self._lock:
             if key in self.bad_samples:
                 return
             self.bad_samples[key] = str(fault)
-            if len(self.bad_samples) > self._most_bad:
+            if len(self.bad_samples) > self._options.most_bad_samples:
                 raise ShardError(
                     uri,
                     key,
-                    f"{fault}; and {self._most_bad} more bad samples, the most that may be"
-                    " replaced: run python -m data_pipelines.verify_shards",
+                    f"{fault}; and {self._options.most_bad_samples} more bad samples, the most that"
+                    " may be replaced: run python -m data_pipelines.verify_shards",
                 )
         _logger.warning("replaced a bad sample: %s, sample %r: %s", uri, key, fault)
-
-    def _key(self, sample: int) -> str:
-        return self._keys(np.array([sample]))[0]
-
-    def _keys(self, samples: np.ndarray) -> list[str]:
-        shard = np.searchsorted(self._shard_ends, samples, side="right")
-        place = (samples - self._shard_ends[shard]).tolist()  # from the end of the shard, below 0
-        return [
-            self._index.shards[number].keys[at]
-            for number, at in zip(shard.tolist(), place, strict=True)
-        ]
-
-    def _uri(self, sample: int) -> str:
-        chunk = int(self.chunks.of(np.array([sample]))[0])
-        return self.cache.uri(chunk)

@@ -22,6 +22,8 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 _STORED = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
 _BITS = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32}
 Buffer = bytes | memoryview
+_LARGEST_DIFFERENCE = 0.01
+"""Between act(g, encode(x)) and encode(g x), for latents of unit scale: what bfloat16 loses."""
 
 
 class LatentFormat(BaseModel):
@@ -59,6 +61,21 @@ class LatentFormat(BaseModel):
     def bits(self) -> np.dtype[Any]:
         """Unsigned integers of the numbers' size."""
         return np.dtype(_BITS[self.dtype])
+
+    def require_action(self, where: str) -> None:
+        """Raise a ValueError, which names the set, if the group does not act on these latents."""
+        if self.group == "trivial":
+            raise ValueError(
+                f"augment='group': the model of {where} has the trivial group, so nothing acts on"
+                " its latents: encode with a model of --representation.group D4"
+            )
+        found = float(self.certificate["max_abs_difference"])
+        if not found <= _LARGEST_DIFFERENCE:
+            raise ValueError(
+                f"augment='group': act(g, encode(x)) and encode(g x) differ by up to {found:.2g} in"
+                f" {where}, more than {_LARGEST_DIFFERENCE:g}: these latents would not be those of"
+                " flipped and turned images; encode with a model of --model.level exact"
+            )
 
     @property
     def header(self) -> bytes:

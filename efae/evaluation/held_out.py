@@ -22,12 +22,11 @@ def read_held_out(data: DataConfig, count: int) -> UInt8[Tensor, "n c h w"]:
     dataset = ShardDataset.open(data.held_out_uri)
     loader = dataset.loader(
         global_batch_size=min(count, 256, len(dataset)),
+        options=data,
         shuffle=False,
-        channels=data.channels,
-        resolution=data.image_size,
-        decode_threads=data.decode_threads,
-        cache_bytes=data.cache_bytes,
-        cache_dir=data.cache_dir,
+        crop="center",
+        pixel_cache_bytes=0,
+        bad_samples="fail",
     )
     parts: list[Tensor] = []
     found = 0

@@ -17,10 +17,11 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from data_pipelines import ShardDataset, storage
+from data_pipelines import storage
 from data_pipelines.building import unfinished
 from data_pipelines.building.fingerprint import make_absolute
 from data_pipelines.images.codec import image_extensions
+from data_pipelines.loading.dataset import LatentSet
 from data_pipelines.loading.shard_cache import ShardError
 from data_pipelines.shards.index import INDEX_NAME, ShardIndex, load_index, write_index
 from data_pipelines.shards.latent_format import FORMAT, LatentFormat
@@ -54,7 +55,7 @@ class Encoded:
         largest_difference: of stored latents from fresh ones; None where nothing was to do.
     """
 
-    latents: ShardDataset
+    latents: LatentSet
     images: ShardIndex
     encoded: int
     largest_difference: float | None
@@ -87,7 +88,7 @@ def encode_set(request: Request, say: Callable[[str], None]) -> Encoded:
     if INDEX_NAME in there:
         found = load_index(output)
         unfinished.refuse_other(output, found.provenance.get("fingerprint", {}), fingerprint)
-        return Encoded(ShardDataset(output, found), source.index, 0, None)
+        return Encoded(LatentSet(output, found), source.index, 0, None)
     if any(name.endswith(".tar") for name in there) and not unfinished.is_claimed(there):
         raise ValueError(
             f"{output} holds tars but no {INDEX_NAME}: not written by this command; choose another"
@@ -184,7 +185,7 @@ def _find_missing(index: ShardIndex, output: str, there: dict[str, int]) -> list
 
 def _assemble(
     images: ShardIndex, output: str, form: LatentFormat, fingerprint: dict[str, Any]
-) -> ShardDataset:
+) -> LatentSet:
     """The set of all encoded shards; its index is not written yet."""
     names = [shard.name for shard in images.shards]
     records = unfinished.read_records(output, names, storage.list_files(output))
@@ -196,7 +197,7 @@ def _assemble(
     origin = {n: images.provenance[n] for n in ("licence", "credit") if n in images.provenance}
     provenance = {"fingerprint": fingerprint, FORMAT: form.model_dump(), **origin}
     shards = tuple(records[name].shards[0] for name in names)
-    return ShardDataset(output, ShardIndex(shards, None, provenance))
+    return LatentSet(output, ShardIndex(shards, None, provenance))
 
 
 class _Encoder:
@@ -274,7 +275,7 @@ def _measure(shared: Source, data: str, count: int) -> dict[str, Any]:
     return ShardEncoder(shared).measure(data, count)
 
 
-def _compare(shared: Source, latents: ShardDataset, count: int) -> float:
+def _compare(shared: Source, latents: LatentSet, count: int) -> float:
     return ShardEncoder(shared).compare(latents, count)
 
 

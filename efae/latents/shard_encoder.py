@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from webdataset.writer import TarWriter
 
-from data_pipelines import ShardDataset, storage
+from data_pipelines import storage
 from data_pipelines.building import unfinished
 from data_pipelines.loading.batch import Batch
+from data_pipelines.loading.dataset import ImageSet, LatentSet, ShardDataset
 from data_pipelines.shards.index import ShardIndex, index_tar
 from data_pipelines.shards.latent_bits import pack_latents, torch_dtype
 from data_pipelines.shards.latent_format import EXTENSION, LatentFormat
@@ -109,7 +110,7 @@ class ShardEncoder:
         size = self.source.batch_size
         return certify(self.model, (images[i : i + size] for i in range(0, len(images), size)))
 
-    def compare(self, latents: ShardDataset, count: int) -> float:
+    def compare(self, latents: LatentSet, count: int) -> float:
         """The largest difference of stored latents from fresh ones, over about `count` samples.
 
         They are the first of every shard.
@@ -123,8 +124,7 @@ class ShardEncoder:
             ValueError: a sample with another key than its image's, or that differs by more than
                 rounding to the set's dtype.
         """
-        assert latents.latents is not None
-        rounding = torch.finfo(torch_dtype(latents.latents)).eps
+        rounding = torch.finfo(torch_dtype(latents.format)).eps
         filled = [n for n, shard in enumerate(latents.index.shards) if shard.keys]
         each = -(-count // max(1, len(filled)))
         worst = 0.0
@@ -156,7 +156,7 @@ class ShardEncoder:
         data = self.source.config.data
         size = min(self.source.batch_size, most or self.source.batch_size)
         return _read_shard(
-            ShardDataset(self.source.uri, self.source.index),
+            ImageSet(self.source.uri, self.source.index),
             number,
             size,
             self.source.cache_dir,
@@ -172,5 +172,5 @@ def _read_shard(
     shard = dataset.index.shards[number]
     if not shard.keys:
         return
-    one = ShardDataset(dataset.uri, replace(dataset.index, shards=(shard,)))
+    one = type(dataset)(dataset.uri, replace(dataset.index, shards=(shard,)))
     yield from one.loader(size, shuffle=False, cache_dir=cache_dir, **options)

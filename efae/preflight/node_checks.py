@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from data_pipelines import storage
-from data_pipelines.loading.cache_folder import default_cache_dir
+from data_pipelines.loading.cache_folder import choose_cache_dir
 from data_pipelines.loading.pixel_cache import measure_pixels
 from data_pipelines.loading.shard_cache import measure_cache
 from data_pipelines.storage import uris
@@ -116,7 +116,7 @@ def check_disk(cache_dir: str | None, cache_bytes: int) -> str:
     Raises:
         ValueError: less is free.
     """
-    cache = Path(cache_dir) if cache_dir else default_cache_dir()
+    cache = choose_cache_dir(cache_dir)
     needs = [
         (cache, max(0, cache_bytes - measure_cache(cache) - measure_pixels(cache))),
         (Path(tempfile.gettempdir()), SPARE_BYTES),

@@ -75,16 +75,8 @@ def train(
         rank=process.rank,
         world_size=world_size,
         seed=training.seed,
+        options=config.data,
         tail="carry",
-        channels=config.data.channels,
-        resolution=config.data.image_size,
-        crop=config.data.crop,
-        bad_samples=config.data.bad_samples,
-        most_bad_samples=config.data.most_bad_samples,
-        decode_threads=config.data.decode_threads,
-        cache_bytes=config.data.cache_bytes,
-        cache_dir=config.data.cache_dir,
-        pixel_cache_bytes=config.data.pixel_cache_bytes,
         pin_memory=device.type == "cuda",
     )
     scores: dict[str, float] = {}

@@ -158,7 +158,7 @@ class TestArms:
         _, exact, _ = sets
         latents = select_shards(exact, 16, False)
         stored = torch.cat([batch.latent for batch in latents.loader(8, shuffle=False)]).float()
-        representation = exact.latents.representation
+        representation = exact.format.representation
         every = torch.stack([representation.act(g, stored) for g in D4])
         seen = set()
         for latent, view in take("exact, free views", latents, 12):

@@ -22,6 +22,7 @@ from data_pipelines.building.tar_source import ForeignTars
 from data_pipelines.contact_sheet import draw_sheet
 from data_pipelines.images.codec import encode_png
 from data_pipelines.index_shards import index_shards, main
+from data_pipelines.loading.dataset import ImageSet
 from data_pipelines.shards.index import load_index
 from data_pipelines.shards.intake import LeftOut, SourceFaults, Tolerance
 from data_pipelines.verify_shards import find_faults
@@ -209,7 +210,7 @@ def test_litter_is_counted(tmp_path: Path):
     index_shards(f"{tmp_path}/set", f"{tmp_path}/index")
     index = load_index(f"{tmp_path}/index")
     assert LeftOut.from_json(index.provenance["left_out"]).counts == expected
-    assert ShardDataset(f"{tmp_path}/index", index).keys == ["a"]
+    assert ImageSet(f"{tmp_path}/index", index).keys == ["a"]
     assert list(find_faults(f"{tmp_path}/index")) == []
 
 

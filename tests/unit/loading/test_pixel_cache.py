@@ -172,7 +172,7 @@ def test_opening_a_loader_makes_no_file(shards, cache):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pixel_cache_bytes": -1}, "pixel_cache_bytes=-1: must not be negative"),
+        ({"pixel_cache_bytes": -1}, "pixel_cache_bytes=-1: must be >= 0"),
         ({"pixel_cache_bytes": 100}, "pixel_cache_bytes=100: one image takes 192"),
         ({"pixel_cache_bytes": PLENTY, "crop": "random"}, "random crops differ in every epoch"),
     ],

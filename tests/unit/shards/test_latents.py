@@ -15,6 +15,7 @@ from data_pipelines import ShardDataset, ShardError, storage
 from data_pipelines.building import unfinished
 from data_pipelines.images.codec import encode_png
 from data_pipelines.index_shards import make_index
+from data_pipelines.loading.dataset import LatentSet
 from data_pipelines.shards.index import ShardIndex, load_index, write_index
 from data_pipelines.shards.latent_bits import BitAction, pack_latents
 from data_pipelines.shards.latent_format import EXTENSION, FORMAT, LatentFormat, read_bits
@@ -57,7 +58,7 @@ def make_form(model: Autoencoder, dtype: str, difference: float = 0.0) -> Latent
     )
 
 
-def encode_shards(data: str, output: str, model: Autoencoder, form: LatentFormat) -> ShardDataset:
+def encode_shards(data: str, output: str, model: Autoencoder, form: LatentFormat) -> LatentSet:
     """What a job does, in this process."""
     index = load_index(data)
     source = Source(data, index, model.state_dict(), model.config, ("cls",), 5, "cpu")
@@ -97,12 +98,12 @@ def images(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module", params=DTYPES)
-def latents(request, tmp_path_factory, images, model) -> ShardDataset:
+def latents(request, tmp_path_factory, images, model) -> LatentSet:
     folder = tmp_path_factory.mktemp("latents") / "set"
     return encode_shards(images, str(folder), model, make_form(model, request.param))
 
 
-def read_all(dataset: ShardDataset, epochs: int = 1, **options) -> dict:
+def read_all(dataset: LatentSet, epochs: int = 1, **options) -> dict:
     """{(epoch, key): (latent, element)}."""
     loader = dataset.loader(6, **options)
     return {
@@ -164,7 +165,7 @@ class TestRead:
         assert sorted(found) == sorted(NAMES)
         pixels = torch.from_numpy(IMAGES).permute(0, 3, 1, 2).float() / 127.5 - 1
         expected = model.encode(pixels)
-        dtype = getattr(torch, latents.latents.dtype)
+        dtype = getattr(torch, latents.format.dtype)
         rounding = torch.finfo(dtype).eps
         for name, latent in zip(NAMES, expected, strict=True):
             assert found[name].dtype == dtype
@@ -271,7 +272,14 @@ class TestRefusals:
             _ = next(iter(latents.loader(4))).image
 
     @pytest.mark.parametrize(
-        "options", [{"resolution": 8}, {"channels": 1}, {"crop": "random"}, {"augment": "flips"}]
+        "options",
+        [
+            {"resolution": 8},
+            {"channels": 1},
+            {"crop": "random"},
+            {"pixel_cache_bytes": 1},
+            {"augment": "flips"},
+        ],
     )
     def test_options_of_images(self, latents, options):
         (name,) = options
@@ -315,7 +323,7 @@ class TestRefusals:
         index = latents.index
         form = {**index.provenance[FORMAT], **change}
         with pytest.raises(ValueError, match="encode it again") as refused:
-            ShardDataset(latents.uri, replace(index, provenance={FORMAT: form}))
+            LatentSet(latents.uri, replace(index, provenance={FORMAT: form}))
         assert message in str(refused.value)
 
 

@@ -8,6 +8,7 @@ import pytest
 from data_pipelines import ShardDataset
 from data_pipelines.build_shards import build_shards
 from data_pipelines.index_shards import make_index
+from data_pipelines.loading.dataset import ImageSet
 from data_pipelines.verify_shards import find_faults
 from data_pipelines.verify_shards import main as verify
 
@@ -18,7 +19,7 @@ class TestIndex:
         made = make_index(shards)
         assert made.id == built.id
         assert made.image_shape == built.image_shape
-        assert ShardDataset(shards, made).keys == ShardDataset(shards, built).keys
+        assert ImageSet(shards, made).keys == ImageSet(shards, built).keys
 
     @pytest.mark.parametrize(
         ("change", "message"),

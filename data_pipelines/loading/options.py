@@ -1,0 +1,109 @@
+"""Every option of a loader: its default, its meaning, and the values that are allowed.
+
+Plain values that import nothing else of this project, so that `efae.config.DataConfig`, and with it
+the command line, inherits them.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+Crop = Literal["center", "random"]
+Tail = Literal["ragged", "carry"]
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How samples are read; the same for every loader of a run."""
+
+    resolution: int | tuple[int, int] | None = None
+    """Side of square images, or their height and width; pixels. Larger ones are scaled until their
+    shorter side fits, and cropped. None: the set's own size, which must be the same for all."""
+    crop: Crop = "center"
+    """Part of a larger training image: its centre, or a random one, drawn anew in every epoch."""
+    channels: Literal[1, 3] | None = None
+    """Colour channels: 1 (grey) or 3 (RGB); None: as many as the set has."""
+    cache_bytes: int = 20 * 2**30
+    """Upper bound of the node-local shard cache, bytes; shared by the ranks of a node."""
+    cache_dir: str | Path | None = None
+    """Folder of that cache, on a fast local disk; None: one in the temporary folder."""
+    pixel_cache_bytes: int = 0
+    """Room for decoded training images beside it, bytes: what fits is decoded in the first epoch
+    only. For nodes whose CPUs, not disks, are short; 0 keeps none."""
+    bad_samples: Literal["fail", "replace"] = "fail"
+    """On a training image that is damaged: stop, or replace it by its neighbour and count it."""
+    most_bad_samples: int = 100
+    """Stop anyway once a worker has met more than this many distinct bad samples."""
+    decode_threads: int | None = None
+    """Decoder threads per worker; None: one for images of at most 64 x 64 pixels and for latents,
+    which two decode more slowly, or where a worker may use one CPU only, else two."""
+
+    def __post_init__(self):
+        size = self.image_size
+        _require(size is None or min(size) > 0, f"resolution={self.resolution}: must be positive")
+        _require(self.crop in ("center", "random"), f"crop={self.crop!r}: use center or random")
+        _require(
+            self.channels in (None, 1, 3),
+            f"channels={self.channels}: use 1 (grey), 3 (RGB) or None",
+        )
+        _require(self.cache_bytes > 0, f"cache_bytes={self.cache_bytes}: must be positive")
+        _require(
+            self.pixel_cache_bytes >= 0,
+            f"pixel_cache_bytes={self.pixel_cache_bytes}: must be >= 0",
+        )
+        _require(
+            self.crop == "center" or not self.pixel_cache_bytes,
+            f"pixel_cache_bytes={self.pixel_cache_bytes}: random crops differ in every epoch; set"
+            " it to 0, or crop to center",
+        )
+        _require(
+            self.bad_samples in ("fail", "replace"),
+            f"bad_samples={self.bad_samples!r}: use fail or replace",
+        )
+        _require(
+            self.decode_threads is None or self.decode_threads > 0,
+            f"decode_threads={self.decode_threads}: must be positive",
+        )
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width; None: the set's own."""
+        if isinstance(self.resolution, int):
+            return self.resolution, self.resolution
+        return self.resolution
+
+
+@dataclass(frozen=True)
+class LoaderOptions(ReadOptions):
+    """How samples are read, and which batches one loader makes of them."""
+
+    shuffle: bool = True
+    """False keeps the order of the shards."""
+    tail: Tail = "ragged"
+    """ragged: an iteration is an epoch, and its last batch may be smaller; carry: an endless
+    iteration of full batches, those at a border mix two epochs."""
+    augment: Literal["group"] | None = None
+    """group acts on every latent by an element drawn for it, uniformly and anew in every epoch;
+    batches say which. For latents only."""
+    members: tuple[str, ...] = ()
+    """Extensions of other members of a sample that batches hold as bytes: ("cls", "json")."""
+    pin_memory: bool = False
+    """Page-locked batches, for copies to a GPU that do not block."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.tail in ("ragged", "carry"), f"tail={self.tail!r}: use ragged or carry")
+        _require(self.augment in (None, "group"), f"augment={self.augment!r}: use group or None")
+
+
+def choose_options(options: ReadOptions, **changes: Any) -> LoaderOptions:
+    """A loader's options: `options`, with `changes` in place of those of the same name."""
+    kind = LoaderOptions if isinstance(options, LoaderOptions) else ReadOptions
+    given = {field.name: getattr(options, field.name) for field in fields(kind)}
+    return LoaderOptions(**given | changes)
+
+
+def _require(condition: bool, message: str) -> None:
+    """Raise a ValueError with this message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
