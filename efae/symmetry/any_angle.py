@@ -1,10 +1,11 @@
-"""Rotations by any angle: of images, and of latents whose representation extends to O(2).
+"""Rotations by any angle, for images and for latents whose representation extends to O(2).
 
-Angles are in radians, counter-clockwise as `torch.rot90`. A channel of charge m is a complex field
-u that a rotation by theta multiplies by e^{i m theta} and h conjugates. The irreps of D4 extend so:
+Angles are in radians, counter-clockwise like `torch.rot90`. A channel of charge m is a complex
+field u: a rotation by theta multiplies it by e^{i m theta}, and h conjugates it. The irreps of D4
+extend to all rotations as follows:
 
-    irreps    charge   u             behaves as (x to the right, y up)
-    A1, A2    0        a             1; no rotation acts
+    irreps    charge   u             transforms like (x to the right, y up)
+    A1, A2    0        a             1; rotations leave it unchanged
     E         1        y - i x       the vector (x, y)
     B1 + B2   2        b1 + i b2     x^2 - y^2 and 2 x y: one of each makes a plane
 
@@ -23,8 +24,8 @@ from torch.nn import functional as F
 from efae.symmetry.group import C4, D4
 from efae.symmetry.representation import Representation
 
-# Samples per pixel before the bicubic look-up; odd, so that a pixel's centre stays a sample and
-# quarter turns are exact.
+# Samples per pixel and axis before bicubic interpolation. Odd, so that the centre of a pixel stays
+# a sample and quarter turns are exact.
 _OVERSAMPLING = 3
 
 
@@ -32,12 +33,12 @@ def check_turns_by_any_angle(representation: Representation) -> None:
     """Raise unless the representation extends from quarter turns to all rotations.
 
     Raises:
-        ValueError: the group has no quarter turns, or B1 and B2 do not pair into planes.
+        ValueError: The group has no quarter turns, or B1 and B2 do not pair into planes.
     """
     group, counts = representation.group, representation.multiplicities
     if D4["rot90"] not in group.elements:
         raise ValueError(
-            f"{representation} cannot turn by any angle: group {group} holds no quarter turns;"
+            f"{representation} cannot turn by any angle: group {group} has no quarter turns;"
             f" use {D4} or {C4}"
         )
     b1, b2 = counts["b1"], counts["b2"]
@@ -56,16 +57,19 @@ def act_by_angle(
     angle: float | Float[Tensor, "batch"],
     latent: Float[Tensor, "batch dim height width"],
 ) -> Float[Tensor, "batch dim height width"]:
-    """(R z)(p) = rho(R) z(R^-1 p), out of place; `Representation.act` at quarter turns.
+    """Rotate a latent, out of place: (R z)(p) = rho(R) z(R^-1 p).
+
+    At quarter turns this equals `Representation.act`.
 
     Args:
-        representation: one that `check_turns_by_any_angle` accepts.
-        angle: radians counter-clockwise, one for all or one per example on the latent's device.
-        latent: square grid of channel vectors in the basis of the irreps; a 1x1 grid is a vector,
-            and only its channels turn.
+        representation: Representation that `check_turns_by_any_angle` accepts.
+        angle: Radians counter-clockwise, one for all or one per example on the latent's device.
+        latent: Square grid of channel vectors in the basis of the irreps; on a 1x1 grid only the
+            channels rotate.
 
     Raises:
-        ValueError: the representation does not extend, or the latent is not a square grid of it.
+        ValueError: The representation does not extend to all rotations, or the latent is not a
+            square grid with its channels.
     """
     check_turns_by_any_angle(representation)
     if latent.ndim != 4 or latent.shape[1] != representation.dim:
@@ -80,20 +84,20 @@ def act_by_angle(
 def rotate_image(
     image: Float[Tensor, "batch channels height width"], angle: float | Float[Tensor, "batch"]
 ) -> Float[Tensor, "batch channels height width"]:
-    """The image turned counter-clockwise about its centre; `torch.rot90` at quarter turns.
+    """Rotate an image counter-clockwise about its centre; at quarter turns, as `torch.rot90` does.
 
     The image, mirrored at its edges, is a sum of cosines (DCT-II). Frequencies that the rotation
-    would carry past the Nyquist frequency of a side are left out (none at quarter turns), the rest
-    are evaluated on a grid three times as fine, where bicubic interpolation errs little. Only the
-    pixels inside `disk_mask` show the image; the corners show its mirrored continuation.
-    Differentiable; float32 at least inside, also under autocast.
+    would carry past the Nyquist frequency of an axis are dropped (none at quarter turns). The rest
+    are evaluated on a grid three times as fine, where the error of bicubic interpolation is small.
+    Only pixels inside `disk_mask` show the image; the corners show its mirrored continuation.
+    Differentiable. Computes in float32 or wider, also under autocast.
 
     Args:
-        image: square.
-        angle: radians, one for all or one per example on the image's device.
+        image: Square images.
+        angle: Radians, one for all or one per example on the image's device.
 
     Raises:
-        ValueError: the image is not square.
+        ValueError: The image is not square.
     """
     if image.ndim != 4 or image.shape[-1] != image.shape[-2]:
         raise ValueError(
@@ -118,16 +122,16 @@ def rotate_image(
 def disk_mask(
     height: int, width: int, edge: float = 0.0, device: torch.device | str = "cpu"
 ) -> Float[Tensor, "height width"]:
-    """Float32 weights in [0, 1] of the inscribed disk, 0 outside it; do not modify.
+    """Return float32 weights in [0, 1] of the inscribed disk, 0 outside; cached, do not modify.
 
-    Symmetric under every flip and quarter turn that the grid allows, exactly.
+    The mask is exactly symmetric under every flip and quarter turn that the grid allows.
 
     Args:
-        height: pixels.
-        width: pixels.
-        edge: pixels over which the weight rises from 0 at the rim to 1; 0 makes a hard mask of the
+        height: Height of the grid, pixels.
+        width: Width of the grid, pixels.
+        edge: Pixels over which the weight rises from 0 at the rim to 1; 0 makes a hard mask of the
             pixels whose centre lies in the disk.
-        device: where the mask lives.
+        device: Device of the mask.
     """
     x, y = (2 * torch.arange(side) + 1 - side for side in (width, height))  # half pixels
     squared = y[:, None] ** 2 + x**2
@@ -138,7 +142,7 @@ def disk_mask(
 
 
 def _per_example(angle: float | Tensor, like: Tensor) -> Float[Tensor, "batch"]:
-    """One angle per example, float64: the group law of e^{i m theta} is as good as theta."""
+    """Return one angle per example, in float64: the group law holds only as precisely as theta."""
     if not isinstance(angle, Tensor):
         return torch.full((len(like),), angle, dtype=torch.float64, device=like.device)
     if angle.shape != (len(like),):
@@ -147,7 +151,7 @@ def _per_example(angle: float | Tensor, like: Tensor) -> Float[Tensor, "batch"]:
 
 
 def _turn_channels(representation: Representation, angles: Tensor, latent: Tensor) -> Tensor:
-    """rho(R) at every cell, by slices: no table to move, no host sync."""
+    """Apply rho(R) at every cell, by slices: no table to copy to the device, no host sync."""
     counts = representation.multiplicities
     dtype = torch.promote_types(latent.dtype, torch.float32)
     fixed, pairs, planes = counts["a1"] + counts["a2"], counts["b1"] + counts["b2"], counts["e"]
@@ -159,7 +163,8 @@ def _turn_channels(representation: Representation, angles: Tensor, latent: Tenso
         cosine, sine = phase.cos().to(dtype), phase.sin().to(dtype)
         return cosine * x - sine * y, sine * x + cosine * y
 
-    # B1s come before B2s, so that the two of a plane lie half-way apart; E comes plane by plane.
+    # All B1 channels come before all B2 channels, so the two of a plane lie half the block apart;
+    # the channels of E are stored plane by plane.
     doubled = turn(*torch.tensor_split(charge_2, 2, dim=1), charge=2)
     vectors = torch.stack(turn(charge_1[:, 0::2], charge_1[:, 1::2], charge=1), 2).flatten(1, 2)
     return torch.cat([charge_0, *doubled, vectors], 1).to(latent.dtype)
@@ -167,7 +172,7 @@ def _turn_channels(representation: Representation, angles: Tensor, latent: Tenso
 
 @functools.cache
 def _cosine_transforms(side: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """DCT-II (frequency, pixel) of a row, and its inverse (point, frequency) on the fine grid."""
+    """Return the DCT-II (frequency, pixel) and its inverse (point, frequency) on the fine grid."""
     frequency = torch.arange(side, dtype=torch.float64)
     pixels = (frequency + 0.5) / side
     points = (torch.arange(_OVERSAMPLING * side, dtype=torch.float64) + 0.5) / _OVERSAMPLING / side
@@ -179,20 +184,21 @@ def _cosine_transforms(side: int, device: torch.device, dtype: torch.dtype) -> t
 
 
 def _oversample(image: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """The band-limited image at `_OVERSAMPLING` points a pixel along each side."""
+    """Band-limit the image and evaluate it at `_OVERSAMPLING` points per pixel along each axis."""
     side = image.shape[-1]
     analysis, synthesis = _cosine_transforms(side, image.device, image.dtype)
     spectrum = analysis @ image @ analysis.T
     frequency = torch.arange(side, device=image.device, dtype=image.dtype)
     along, across = (part.abs().view(-1, 1, 1, 1) * frequency for part in (cosine, sine))
-    # A cosine product holds all four (+-f, +-f'); where the farthest of them lands on an axis:
+    # A product of cosines contains all four frequencies (+-f, +-f'). `reach` is the largest
+    # coordinate that any of them has after the rotation.
     reach = torch.maximum(along + across.mT, across + along.mT)
     kept = (side - reach + 0.5).clamp(0, 1)
     return synthesis @ (spectrum * kept) @ synthesis.T
 
 
 def _source_points(side: int, cosine: Tensor, sine: Tensor) -> Tensor:
-    """R^-1 p for every pixel p (batch, side, side, 2), as `grid_sample` counts: y down."""
+    """Return R^-1 p for every pixel p (batch, side, side, 2), with y down as in `grid_sample`."""
     centres = (2 * torch.arange(side, device=cosine.device) + 1 - side).to(cosine.dtype) / side
     cosine, sine = cosine.view(-1, 1, 1), sine.view(-1, 1, 1)
     x, y = centres, centres[:, None]

@@ -2,7 +2,7 @@
 
 Every element is r^k h^j, reflection first: h = left-right mirror (``x.flip(-1)``), r = one
 counter-clockwise quarter turn (``torch.rot90(x, 1, (-2, -1))``). It is a left action, so
-``(a @ b).act_on_image(x) == a.act_on_image(b.act_on_image(x))``. The eight of them on a letter F:
+``(a @ b).act_on_image(x) == a.act_on_image(b.act_on_image(x))``. All eight, acting on a letter F:
 
     identity  rot90     rot180    rot270    flip_h    transpose  flip_v    anti_transpose
     ####      #...      ...#      ####      ####      ####       #...      ...#
@@ -33,11 +33,11 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Element:
-    """r^quarter_turns h^mirrored, the reflection first.
+    """The element r^quarter_turns h^mirrored, the reflection first.
 
     Attributes:
-        quarter_turns: counter-clockwise, 0 to 3.
-        mirrored: 0 or 1.
+        quarter_turns: Number of counter-clockwise quarter turns, 0 to 3.
+        mirrored: 1 if the element reflects, else 0.
     """
 
     quarter_turns: int
@@ -48,21 +48,21 @@ class Element:
 
     @property
     def name(self) -> str:
-        """As in the table above, such as "rot90"."""
+        """Name in the figure above, such as "rot90"."""
         return NAMES[self.quarter_turns, self.mirrored]
 
     @property
     def inverse(self) -> "Element":
-        """r^k inverts to r^-k; a reflection is its own inverse."""
+        """The inverse: r^-k for a rotation r^k; a reflection is its own inverse."""
         return self if self.mirrored else Element(-self.quarter_turns % 4, 0)
 
     @property
     def swaps_sides(self) -> bool:
-        """Whether height and width change places."""
+        """Whether the element exchanges height and width."""
         return self.quarter_turns % 2 == 1
 
     def __matmul__(self, other: "Element") -> "Element":
-        """The product: `other` first, then `self` (h r h = r^-1)."""
+        """Return the product: `other` acts first, then `self` (h r h = r^-1)."""
         sign = -1 if self.mirrored else 1
         return Element(
             (self.quarter_turns + sign * other.quarter_turns) % 4, self.mirrored ^ other.mirrored
@@ -71,9 +71,10 @@ class Element:
     def act_on_image(
         self, image: Shaped[Tensor, "*axes height width"]
     ) -> Shaped[Tensor, "*axes rows columns"]:
-        """A new, contiguous tensor with g applied to the last two axes.
+        """Apply g to the last two axes; returns a new, contiguous tensor.
 
-        Height and width change places if `swaps_sides`; values of any kind and range only move.
+        Values may have any dtype and range: they only move. If `swaps_sides`, height and width are
+        exchanged.
         """
         flipped = image.flip(-1) if self.mirrored else image
         return torch.rot90(flipped, self.quarter_turns, (-2, -1)).clone(
@@ -88,8 +89,8 @@ class Group:
     """A group of flips and quarter turns, in a fixed order with the identity first.
 
     Attributes:
-        name: its key in `GROUPS`.
-        elements: in the order that tensors over the group follow.
+        name: Key in `GROUPS`.
+        elements: Elements, in the order of every tensor axis that runs over the group.
     """
 
     def __init__(self, name: str, elements: Sequence[Element]):
@@ -100,7 +101,7 @@ class Group:
 
     @property
     def identity(self) -> Element:
-        """The element that changes nothing, always the first."""
+        """The identity, always the first element."""
         return self.elements[0]
 
     def __len__(self) -> int:
@@ -110,11 +111,11 @@ class Group:
         return iter(self.elements)
 
     def __getitem__(self, key: int | str) -> Element:
-        """The element at a position, or of a name.
+        """Return the element at a position or with a name.
 
         Raises:
-            IndexError: no such position.
-            KeyError: no such name; the message lists the names.
+            IndexError: The group has no such position.
+            KeyError: The group has no such name; the message lists the names.
         """
         if isinstance(key, int):
             return self.elements[key]
@@ -127,10 +128,10 @@ class Group:
         return self.name
 
     def index(self, element: Element) -> int:
-        """The position of an element in the group's order.
+        """Return the position of an element in the group's order.
 
         Raises:
-            ValueError: the element is not in the group.
+            ValueError: The element is not in the group.
         """
         return self.elements.index(element)
 
@@ -141,21 +142,21 @@ class Group:
 
     @property
     def turns(self) -> bool:
-        """Whether some element turns the plane, by a half or a quarter."""
+        """Whether some element is a half or quarter turn."""
         return any(element.quarter_turns and not element.mirrored for element in self)
 
     def indices(
         self, elements: Element | Sequence[Element] | Int[Tensor, "count"], count: int
     ) -> Int[Tensor, "count"]:
-        """Positions in this group of one element for all `count` examples, or of one per example.
+        """Return the position in this group of each example's element.
 
         Args:
-            elements: one; or `count` of them, as elements or as positions in [0, len(group)),
-                which are not checked since that would wait for the device.
-            count: examples.
+            elements: One element for all examples; or one per example, as elements or as positions
+                in [0, len(group)), which are not checked, since that would wait for the device.
+            count: Number of examples.
 
         Raises:
-            ValueError: an element is not in the group, or there are not `count`.
+            ValueError: An element is not in the group, or there are not `count` of them.
         """
         if isinstance(elements, Tensor):
             chosen = elements.long()
@@ -180,16 +181,16 @@ GROUPS: dict[str, Group] = {group.name: group for group in (D4, C4, FLIPS, MIRRO
 def grid_sources(
     group: Group, height: int, width: int, device: torch.device | str = "cpu"
 ) -> Int[Tensor, "element cell"]:
-    """Where each cell comes from, as flat indices; cached, so do not modify.
+    """Return the flat index of the cell that each element moves to each cell; do not modify.
 
-    ``g.act_on_image(x).flatten(-2) == x.flatten(-2)[..., sources[g]]``, for g by its position.
+    ``g.act_on_image(x).flatten(-2) == x.flatten(-2)[..., sources[i]]`` for g = group[i]. Cached.
 
     Raises:
-        ValueError: the group turns by 90 degrees and the grid is not square.
+        ValueError: The group has quarter turns and the grid is not square.
     """
     if height != width and group.swaps_sides:
         raise ValueError(
-            f"a grid of {height} x {width} is not square, but {group.name} holds quarter turns:"
+            f"a grid of {height} x {width} is not square, but {group.name} has quarter turns:"
             " use square images"
         )
     cells = torch.arange(height * width).view(height, width)
@@ -199,17 +200,17 @@ def grid_sources(
 def act_on_grid(
     group: Group, chosen: Int[Tensor, "batch"], grid: Shaped[Tensor, "batch channel height width"]
 ) -> Shaped[Tensor, "batch channel height width"]:
-    """Move the cells of example i by element number chosen[i] of the group.
+    """Move the cells of example i by the group's element at position chosen[i], without host sync.
 
-    No host sync, and channels are only moved: an action on them is `Representation.act`.
+    Channels keep their values; `Representation.act` also acts on them.
 
     Args:
-        group: the group.
-        chosen: positions in the group, in [0, len(group)).
-        grid: images or feature maps, of any kind and range.
+        group: Group of the elements.
+        chosen: Positions in the group, in [0, len(group)).
+        grid: Images or feature maps, of any dtype and range.
 
     Raises:
-        ValueError: the group turns by 90 degrees and the grid is not square.
+        ValueError: The group has quarter turns and the grid is not square.
     """
     height, width = grid.shape[-2:]
     sources = grid_sources(group, height, width, grid.device)[chosen.to(grid.device)]

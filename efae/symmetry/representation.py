@@ -1,15 +1,15 @@
 """Orthogonal representations of D4 on a latent's channels.
 
-Channels are complex fields of charge m: a turn by theta multiplies by e^{i m theta}, a mirror
-conjugates. Over D4 that gives the five irreps, and every real representation is a direct sum of
-them up to basis, so five multiplicities say everything:
+Channels are complex fields of charge m: a rotation by theta multiplies by e^{i m theta}, a mirror
+conjugates. Over D4 that gives five irreps. Every real representation is a direct sum of them, up
+to a change of basis, so five multiplicities describe it:
 
     irrep  dims   rot90   flip_h, flip_v   transpose, anti_transpose
     A1     1      +       +                +      invariant
     A2     1      +       -                -      changes sign under every mirror
     B1     1      -       +                -      changes sign under a quarter turn
     B2     1      -       -                +      changes sign under a quarter turn
-    E      2      turns the plane by 90 degrees; flip_h = diag(-1, 1), flip_v = diag(1, -1)
+    E      2      rotates the plane by 90 degrees; flip_h = diag(-1, 1), flip_v = diag(1, -1)
 
 A latent is a grid of such vectors: (g z)(p) = rho(g) z(g^-1 p). In this basis every rho(g) is a
 signed permutation, so the action is a gather and a sign.
@@ -25,7 +25,7 @@ from efae.symmetry.group import D4, Element, Group, act_on_grid
 
 IRREPS = ("a1", "a2", "b1", "b2", "e")
 _IRREP_DIMS = {"a1": 1, "a2": 1, "b1": 1, "b2": 1, "e": 2}
-# Irreps with signs that are not equal, nor trivial, when restricted to the group.
+# Irreps that change sign, one of each class that stays distinct when restricted to the group.
 _CHIRAL = {
     "D4": ("b1", "b2", "a2"),
     "C4": ("b1",),
@@ -36,7 +36,7 @@ _CHIRAL = {
 
 
 def irrep_matrix(irrep: str, element: Element) -> Float[Tensor, "d d"]:
-    """The matrix of one irrep of `IRREPS` (d = 2 for "e", else 1), float64; the table above."""
+    """Return the matrix of an irrep in `IRREPS`, float64; d = 2 for "e", else 1."""
     turns, mirrored = element.quarter_turns, element.mirrored
     if irrep == "e":
         cosine, sine = [(1, 0), (0, 1), (-1, 0), (0, -1)][turns]
@@ -53,19 +53,19 @@ class Representation:
     """A direct sum of irreps: channels in the order A1, A2, B1, B2, then E plane by plane.
 
     Args:
-        group: the elements that act; irreps of D4 are restricted to them.
-        a1: how often A1 occurs, one channel each.
-        a2: of A2.
-        b1: of B1.
-        b2: of B2.
-        e: of E, two channels each.
+        group: Group that acts; the irreps of D4 are restricted to it.
+        a1: Multiplicity of A1, one channel each.
+        a2: Multiplicity of A2, one channel each.
+        b1: Multiplicity of B1, one channel each.
+        b2: Multiplicity of B2, one channel each.
+        e: Multiplicity of E, two channels each.
 
     Attributes:
-        group: as given.
-        multiplicities: by the names in `IRREPS`, zeros included.
+        group: Group that acts.
+        multiplicities: Multiplicity by name in `IRREPS`, zeros included.
 
     Raises:
-        ValueError: a multiplicity is not an integer >= 0, or all are 0.
+        ValueError: A multiplicity is not an integer >= 0, or all are 0.
     """
 
     def __init__(
@@ -93,22 +93,22 @@ class Representation:
         chirality_split: float | None = None,
         invariant: int = 1,
     ) -> "Representation":
-        """The representation that two knobs name.
+        """Build a representation from the number of rotating and the share of chiral channels.
 
-        What is left open is chosen like the group's action on pixels: half of the channels turn,
-        half of the others change sign, where the group does such a thing.
+        The defaults follow the group's action on pixels: half of the channels rotate, and half of
+        the others change sign, as far as the group has such elements.
 
         Args:
-            group: the group.
-            dim: channels.
-            rotation_dims: channels that turn as planes; even, at most dim.
-            chirality_split: share in [0, 1] of the other channels that change sign, rounded to
+            group: Group that acts.
+            dim: Number of channels.
+            rotation_dims: Number of channels that rotate as planes; even, at most dim.
+            chirality_split: Share in [0, 1] of the other channels that change sign, rounded to
                 whole channels and dealt in turn to those of B1, B2, A2 that differ under the group.
-            invariant: channels that what is left open leaves to A1, at least; as many as the
-                image has colours, since a flat patch is symmetric.
+            invariant: Least number of A1 channels that the defaults leave; as many as the image
+                has colours, since a flat patch is symmetric.
 
         Raises:
-            ValueError: no representation has these numbers.
+            ValueError: No representation has these numbers.
         """
         chiral_irreps = _CHIRAL[group.name]
         if rotation_dims is None:
@@ -143,12 +143,12 @@ class Representation:
 
     @property
     def dim(self) -> int:
-        """Channels of the latent."""
+        """Number of channels of the latent."""
         return sum(_IRREP_DIMS[irrep] * count for irrep, count in self.multiplicities.items())
 
     @property
     def blocks(self) -> dict[str, slice]:
-        """The channels of each irrep that occurs."""
+        """Channels of each irrep that occurs, by name."""
         blocks: dict[str, slice] = {}
         start = 0
         for irrep, count in self.multiplicities.items():
@@ -159,7 +159,7 @@ class Representation:
         return blocks
 
     def matrix(self, element: Element) -> Float[Tensor, "dim dim"]:
-        """rho(element), float64."""
+        """Return rho(element), float64."""
         whole = torch.zeros(self.dim, self.dim, dtype=torch.float64)
         for irrep, channels in self.blocks.items():
             copies = torch.eye(self.multiplicities[irrep], dtype=torch.float64)
@@ -169,9 +169,9 @@ class Representation:
     def tables(
         self, device: torch.device
     ) -> tuple[Int[Tensor, "element dim"], Float[Tensor, "element dim"]]:
-        """(source, sign) of every rho(g): (rho(g) z)[i] = sign[g, i] * z[source[g, i]].
+        """Return (source, sign) of every rho(g): (rho(g) z)[i] = sign[g, i] * z[source[g, i]].
 
-        The first axis follows the order of the group; signs are +-1, float32. Cached by device:
+        The first axis is in the order of the group; signs are +-1, float32. Cached by device, so
         do not modify.
         """
         if device not in self._tables:
@@ -184,15 +184,17 @@ class Representation:
         element: Element | Sequence[Element] | Int[Tensor, "batch"],
         latent: Float[Tensor, "batch dim height width"],
     ) -> Float[Tensor, "batch dim height width"]:
-        """(g z)(p) = rho(g) z(g^-1 p), out of place.
+        """Act on a latent, out of place: (g z)(p) = rho(g) z(g^-1 p).
 
         Args:
-            element: one for all, or one per example (as elements, or as positions in the group).
-            latent: grid of channel vectors, of any range.
+            element: One element for all examples, or one per example (as elements, or as positions
+                in the group).
+            latent: Grid of channel vectors, of any range.
 
         Raises:
-            ValueError: the latent has not `dim` channels, an element is not in the group or not
-                one per example, or the group turns by 90 degrees and the grid is not square.
+            ValueError: The latent does not have `dim` channels; an element is not in the group;
+                there is not one per example; or the group has quarter turns and the grid is not
+                square.
         """
         if latent.ndim != 4 or latent.shape[1] != self.dim:
             raise ValueError(
@@ -212,14 +214,14 @@ class Representation:
 def group_law_error(
     group: Group, matrices: Mapping[str, Float[Tensor, "dim dim"]]
 ) -> tuple[float, Element, Element]:
-    """The largest |rho(a b) - rho(a) rho(b)| entry, and the pair (a, b) where it occurs.
+    """Return the largest |rho(a b) - rho(a) rho(b)| entry, and the pair (a, b) where it occurs.
 
     Args:
-        group: the group.
-        matrices: by element name, one for each element of the group.
+        group: Group to check all pairs of.
+        matrices: Matrix of each element, by name.
 
     Raises:
-        KeyError: an element has no matrix.
+        KeyError: An element has no matrix.
     """
     worst = (-1.0, group.identity, group.identity)
     for a in group:
@@ -234,17 +236,17 @@ def check_representation(
 ) -> None:
     """Raise unless the matrices, one per element name, are a representation of the group.
 
-    A sign flip beside a plane turned by R_theta that h leaves alone is the usual mistake: h r h
+    The usual mistake is a mirror that flips signs but leaves alone a plane that r rotates: h r h
     must be r^-1, so a mirror has to reflect every plane that a turn rotates.
 
     Args:
-        group: the group.
-        matrices: by element name, all of one size.
-        tolerance: the largest error of an entry of a product that passes.
+        group: Group that the matrices are to represent.
+        matrices: Matrix of each element, by name, all of one size.
+        tolerance: Largest accepted error of an entry of a product.
 
     Raises:
-        ValueError: a matrix is missing or not square, their sizes differ, or the law is broken;
-            the message names the pair that breaks it most, and by how much.
+        ValueError: A matrix is missing or not square, their sizes differ, or the group law fails;
+            the message names the pair with the largest violation, and its size.
     """
     missing = [element.name for element in group if element.name not in matrices]
     if missing:

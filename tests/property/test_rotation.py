@@ -247,9 +247,9 @@ def test_resampling_is_in_float32_under_autocast():
         (Representation(D4, a1=1, b2=2), r"b1=0 and b2=2 do not pair.*as many B1 as B2"),
         (Representation(C4, a1=1, b1=3), r"b1=3 and b2=0 do not pair.*even number"),
         (Representation(C4, a1=1, b1=2, b2=1), r"b1=2 and b2=1 do not pair.*even number"),
-        (Representation(FLIPS, a1=2), "group flips holds no quarter turns; use D4 or C4"),
-        (Representation(GROUPS["mirror"], a1=2), "group mirror holds no quarter turns"),
-        (Representation(GROUPS["trivial"], a1=2), "group trivial holds no quarter turns"),
+        (Representation(FLIPS, a1=2), "group flips has no quarter turns; use D4 or C4"),
+        (Representation(GROUPS["mirror"], a1=2), "group mirror has no quarter turns"),
+        (Representation(GROUPS["trivial"], a1=2), "group trivial has no quarter turns"),
     ],
     ids=str,
 )

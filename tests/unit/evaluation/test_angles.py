@@ -170,7 +170,7 @@ def test_angles_are_measured_by_default_where_they_were_trained():
     [
         ({}, (math.nan,), (16, 16), "give numbers of degrees"),
         ({}, (15,), (16, 24), "images of 16 x 24 pixels: only square"),
-        ({"representation.group": "flips"}, (15,), (16, 16), "holds no quarter turns"),
+        ({"representation.group": "flips"}, (15,), (16, 16), "has no quarter turns"),
         ({"representation.multiplicities": (4, 0, 3, 1, 2)}, (15,), (16, 16), "b1=3 and b2=1"),
     ],
 )
