@@ -1,7 +1,7 @@
-"""The equivariant flow autoencoder: encode, act, decode, training loss.
+"""The equivariant flow autoencoder: encode, act, decode.
 
-z = E(x); the decoder's flow models p(x | z); a group element acts on both. Latents are handed out
-in the basis of the irreps and at unit scale per irrep, whatever the network works with inside.
+z = E(x); the decoder's flow models p(x | z); a group element acts on both. `encode` returns latents
+in the basis of the irreps and at unit scale per irrep, whatever basis and scale the network uses.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,10 +23,10 @@ from efae.symmetry.learned_basis import Basis
 
 
 def build_representation(config: Config) -> Representation:
-    """The representation that a configuration names.
+    """Build the representation that a configuration describes.
 
     Raises:
-        ValueError: no such representation exists, or it has fewer invariant channels than the
+        ValueError: No such representation exists, or it has fewer invariant channels than the
             image has colours.
     """
     knobs, colours = config.representation, config.data.channels
@@ -60,17 +60,17 @@ def build_representation(config: Config) -> Representation:
 
 
 def check_model(config: Config) -> Representation:
-    """The representation of a configuration whose model can be built; no weight is made.
+    """Check that a model can be built, without allocating weights, and return its representation.
 
     Raises:
-        ValueError: the model cannot be built.
+        ValueError: The model cannot be built.
     """
     representation = build_representation(config)
     height, width = config.data.image_size
     if height != width and representation.group.swaps_sides:
         raise ValueError(
             f"data.resolution={height, width}: not square, but representation.group="
-            f"{representation.group} holds quarter turns; use square images, or group flips or"
+            f"{representation.group} has quarter turns; use square images, or group flips or"
             " mirror"
         )
     if config.loss.rotation_probability:
@@ -82,12 +82,12 @@ class Autoencoder(nn.Module):
     """Encoder and decoder of one configuration.
 
     Attributes:
-        config: all of it.
-        group: the group that acts.
-        representation: how it acts on latents.
+        config: Configuration of the experiment.
+        group: Group that acts on images and latents.
+        representation: Representation of the group on the channels of a latent.
 
     Raises:
-        ValueError: the configuration cannot be built.
+        ValueError: The configuration cannot be built.
     """
 
     def __init__(self, config: Config):
@@ -115,8 +115,8 @@ class Autoencoder(nn.Module):
         """Write the model as config.json and safetensors, see `efae.model.pretrained`.
 
         Args:
-            folder: made if need be; a model in it is replaced.
-            card: becomes README.md.
+            folder: Folder, created if need be; a model in it is replaced.
+            card: Text of README.md.
         """
         pretrained.write_pretrained(
             folder, self.state_dict(), self.config, self.representation, card
@@ -124,14 +124,14 @@ class Autoencoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> "Autoencoder":
-        """The model in a local folder, for inference: evaluation mode, no gradients.
+        """Load a model from a local folder for inference: evaluation mode, no gradients.
 
         Args:
-            folder: written by `save_pretrained` here, or by the adapter for diffusers.
-            device: as torch names devices.
+            folder: Folder that `save_pretrained` wrote, here or in the adapter for diffusers.
+            device: Device, as torch names them.
 
         Raises:
-            ValueError: the folder is not as it was saved, or holds a pickle; says which file.
+            ValueError: The folder is not as it was saved, or holds a pickle; names the file.
         """
         weights, config = pretrained.read_pretrained(folder)
         model = cls(config)
@@ -140,10 +140,12 @@ class Autoencoder(nn.Module):
         return model.to(device).eval().requires_grad_(False)
 
     def encode(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
-        """Image in [-1, 1] to its latent, at unit root mean square per irrep over the training set.
+        """Encode an image in [-1, 1].
+
+        Over the training images, each irrep of the latent has unit root mean square.
 
         Raises:
-            ValueError: the image has another shape than the model was built for.
+            ValueError: The image does not have the shape that the model was built for.
         """
         expected = (self.config.data.channels, *self.config.data.image_size)
         if image.ndim != 4 or tuple(image.shape[1:]) != expected:
@@ -151,21 +153,21 @@ class Autoencoder(nn.Module):
                 f"image of shape {tuple(image.shape)}: this model takes (batch, {expected[0]},"
                 f" {expected[1]}, {expected[2]}) in [-1, 1]; resize it"
             )
-        return self.bottleneck.hand_out(self.bounded(image))
+        return self.bottleneck.normalize(self.bounded(image))
 
     def act(
         self, element: Element | Sequence[Element] | Tensor, latent: Float[Tensor, "b dim lh lw"]
     ) -> Float[Tensor, "b dim lh lw"]:
-        """rho(g) on channels and grid; one element, or one per example."""
+        """Act on channels and grid of a latent by one element, or by one element per example."""
         return self.representation.act(element, latent)
 
     def spread(self) -> Float[Tensor, "dim 1 1"]:
-        """Standard deviation of the posterior around `encode`; 0 of bottleneck "rms", a point."""
+        """Return the posterior's standard deviation around `encode`; 0 for bottleneck "rms"."""
         bottleneck = self.bottleneck
         if bottleneck.kind == "rms":
             return bottleneck.power.new_zeros(self.representation.dim, 1, 1)
         spread = (bottleneck.log_variance / 2).exp()[bottleneck.copy_of_channel, None, None]
-        return bottleneck.hand_out(spread)
+        return bottleneck.normalize(spread)
 
     def velocity(
         self,
@@ -173,10 +175,10 @@ class Autoencoder(nn.Module):
         t: Float[Tensor, "b"],
         latent: Float[Tensor, "b dim lh lw"] | None,
     ) -> Float[Tensor, "b c h w"]:
-        """dx_t / dt at (x_t, t in (0, 1]) given the latent, or under the null condition for None.
+        """Return dx_t / dt at (x_t, t in (0, 1]) given the latent; None is the null condition.
 
         Raises:
-            ValueError: no null condition was trained.
+            ValueError: The latent is None, but no null condition was trained.
         """
         keep = None
         if latent is None:
@@ -189,7 +191,7 @@ class Autoencoder(nn.Module):
             b, _, height, width = x_t.shape
             latent = x_t.new_zeros(b, dim, height // f, width // f)
             keep = torch.zeros(b, dtype=torch.bool, device=x_t.device)
-        bounded = self.from_irreps(self.bottleneck.take_in(latent))
+        bounded = self.from_irreps(self.bottleneck.denormalize(latent))
         output = self.decoder(x_t, t, bounded, keep)
         return flow.velocity_from(output, x_t, t, self.config.flow.prediction)
 
@@ -206,20 +208,20 @@ class Autoencoder(nn.Module):
         guidance_scale: float | None = None,
         visit: Callable[[float, Tensor], None] | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """A sample of p(image | latent); what is not given is as the configuration's flow says.
+        """Draw a sample of p(image | latent); None takes a value from the configuration's flow.
 
         Args:
-            latent: from `encode`, acted on or not, or any grid (b, dim, h / f, w / f).
-            steps: of the sampler.
-            noise: where the flow starts; standard normal.
-            seed: draw the noise from this seed instead.
-            sampler: "euler", "midpoint" or "heun".
-            times: of the sampler, falling from 1 to 0, instead of `steps`.
-            guidance_scale: of classifier-free guidance; 1 is none.
-            visit: is shown (t, x_t) along the way.
+            latent: Latent from `encode`, acted on or not, or any grid (b, dim, h / f, w / f).
+            steps: Number of sampler steps.
+            noise: Standard normal noise that the flow starts from.
+            seed: Seed of the noise, instead of `noise`.
+            sampler: Solver, "euler", "midpoint" or "heun".
+            times: Times of the sampler, falling from 1 to 0, instead of `steps`.
+            guidance_scale: Scale of classifier-free guidance; 1 is none.
+            visit: Function that receives (t, x_t) at every time of the sampler.
 
         Raises:
-            ValueError: neither or both of noise and seed are given, or a value out of range.
+            ValueError: Neither or both of noise and seed are given, or a value is out of range.
         """
         if (noise is None) == (seed is None):
             raise ValueError("decode needs either noise or seed, so that it can be repeated")
@@ -239,7 +241,7 @@ class Autoencoder(nn.Module):
             )
 
         def given(latent: Tensor | None) -> Field:
-            # Not len(x), which would fix the batch where torch.export traces this.
+            # x.shape[0], unlike len(x), does not fix the batch size when torch.export traces this.
             return lambda x, t: self.velocity(x, x.new_full(x.shape[:1], t), latent)
 
         scale = knobs.guidance_scale if guidance_scale is None else guidance_scale
@@ -247,13 +249,13 @@ class Autoencoder(nn.Module):
         return integrate(field, noise, times, sampler or knobs.sampler, visit)
 
     def bounded(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
-        """The latent at the scale that the network works with, in the basis of the irreps."""
+        """Encode an image at the network's own scale, in the basis of the irreps."""
         return self.bottleneck.bound(self.to_irreps(self.encoder(image)))
 
     def to_irreps(self, latent: Tensor) -> Tensor:
-        """From the basis that the networks work in."""
+        """Map a latent from the basis of the networks to the basis of the irreps."""
         return latent if self.basis is None else self.basis.to_irreps(latent)
 
     def from_irreps(self, latent: Tensor) -> Tensor:
-        """The inverse of `to_irreps`."""
+        """Invert `to_irreps`."""
         return latent if self.basis is None else self.basis.from_irreps(latent)

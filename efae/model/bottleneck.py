@@ -1,11 +1,11 @@
-"""What bounds a latent, disturbs it in training, and gives it unit scale per irrep.
+"""The bottleneck: bounds a latent, adds noise to it in training, and normalises it per irrep.
 
 Everything here commutes with the group: one scale for all copies of an irrep, noise that is
 isotropic on each copy, and no shift at all (a mean outside A1 would break sign flips).
 
-The network sees the bounded latent; people see it divided by its root mean square per irrep over
-the training images, so that a diffusion model can be trained on it as it is (what a
-`scaling_factor` is to latent diffusion, Rombach et al. 2022, arXiv:2112.10752).
+The network sees the bounded latent. Users see it divided by its root mean square per irrep over the
+training images, ready for training a diffusion model: this replaces the `scaling_factor` of latent
+diffusion (Rombach et al. 2022, arXiv:2112.10752).
 """
 
 from typing import Literal
@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from efae.symmetry.representation import Representation
 
-_MOMENTUM = 0.02  # the power follows the last fifty steps
+_MOMENTUM = 0.02  # the running power averages about fifty steps
 
 
 class Bottleneck(nn.Module):
-    """Bound, disturb and rescale latents (b, dim, h, w) in the basis of the irreps.
+    """Bounds latents (b, dim, h, w) in the basis of the irreps, adds noise, and normalises them.
 
     Args:
-        representation: how the group acts on the channels.
+        representation: Representation of the group on the channels.
         kind: "rms" divides every example by its root mean square over channels and cells;
             "kl" leaves the latent free and learns one Gaussian spread per irrep copy
             (Kingma & Welling 2014, arXiv:1312.6114, appendix B).
-        noise: standard deviation of the noise of "rms", relative to the latent's.
+        noise: Standard deviation of the noise of "rms", relative to the latent's.
     """
 
     copy_of_channel: Tensor
@@ -41,44 +41,44 @@ class Bottleneck(nn.Module):
         in_plane = planes.start + (channels - planes.start) // 2
         copies = torch.where(channels < planes.start, channels, in_plane)
         self.register_buffer("copy_of_channel", copies, persistent=False)
-        # A statistic, not a weight; as a parameter it travels and averages with the weights.
+        # A statistic, not a weight; as a parameter it is saved and averaged with the weights.
         self.power = nn.Parameter(torch.ones(len(self.blocks)), requires_grad=False)
         if kind == "kl":
             self.log_variance = nn.Parameter(torch.full((int(copies.max()) + 1,), -4.0))
 
     def bound(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b dim h w"]:
-        """The encoder's output to what the decoder sees, float32 or wider."""
+        """Bound the encoder's output, in float32 or wider."""
         wide = latent.to(torch.promote_types(latent.dtype, torch.float32))
         if self.kind == "kl":
             return wide
         return wide * torch.rsqrt(wide.square().mean((1, 2, 3), keepdim=True) + 1e-6)
 
-    def disturb(
+    def add_noise(
         self, latent: Float[Tensor, "b dim h w"], generator: torch.Generator
     ) -> Float[Tensor, "b dim h w"]:
-        """Training noise on a bounded latent."""
+        """Add training noise to a bounded latent."""
         noise = torch.randn(latent.shape, generator=generator, device=latent.device)
         return latent + self._spread() * noise
 
     def divergence(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b"]:
-        """KL of the posterior from N(0, 1), nats per example; only for "kl"."""
+        """Return KL(posterior || N(0, 1)), nats per example; only for "kl"."""
         log_variance = self.log_variance[self.copy_of_channel, None, None]
         terms = latent.square() + log_variance.exp() - 1 - log_variance
         return terms.sum((1, 2, 3)) / 2
 
     @torch.no_grad()
-    def follow(self, latent: Float[Tensor, "b dim h w"]) -> None:
-        """Take the power of a bounded training batch into the running mean per irrep."""
+    def update_power(self, latent: Float[Tensor, "b dim h w"]) -> None:
+        """Update the running mean power per irrep with a bounded training batch."""
         channels = latent.detach().float().square().mean((0, 2, 3))
         power = torch.stack([channels[block].mean() for block in self.blocks])
         self.power.lerp_(power, _MOMENTUM)
 
-    def hand_out(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b dim h w"]:
-        """A bounded latent at unit scale per irrep."""
+    def normalize(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b dim h w"]:
+        """Scale a bounded latent to unit root mean square per irrep."""
         return latent / self._scale(latent.dtype)
 
-    def take_in(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b dim h w"]:
-        """The inverse of `hand_out`."""
+    def denormalize(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b dim h w"]:
+        """Invert `normalize`."""
         return latent * self._scale(latent.dtype)
 
     def _spread(self) -> Tensor | float:
@@ -88,14 +88,14 @@ class Bottleneck(nn.Module):
 
     def _scale(self, dtype: torch.dtype) -> Tensor:
         sizes = [block.stop - block.start for block in self.blocks]
-        # An irrep that no image excites keeps a finite scale.
+        # The clamp keeps the scale of an irrep that no image excites above zero.
         scale = self.power.clamp(min=1e-6).sqrt()
         parts = [value.expand(size) for value, size in zip(scale, sizes, strict=True)]
         return torch.cat(parts).to(dtype)[:, None, None]
 
 
 def _blocks_of_one_scale(representation: Representation) -> list[slice]:
-    """The channels of each irrep; B1 and B2 together where rotations by any angle mix them."""
+    """Return the channels of each irrep; B1 and B2 share a scale if rotations can mix them."""
     blocks, counts = dict(representation.blocks), representation.multiplicities
     if counts["b1"] == counts["b2"] > 0:
         blocks["b1"] = slice(blocks["b1"].start, blocks.pop("b2").stop)

@@ -1,9 +1,9 @@
-"""(x_t, t, latent) to the network's prediction: a diffusion transformer (Peebles & Xie 2023).
+"""The decoder: a diffusion transformer (Peebles & Xie 2023, arXiv:2212.09748) of octic layers.
 
 The latent enters twice: every token gets its part of its latent cell, and the invariants of the
-mean latent join t in the conditioning of adaLN. All layers commute with the group. A null condition
-(Ho & Salimans 2022, arXiv:2207.12598) is learned beside it, since a latent of zeros is the code of
-a symmetric image; it is invariant, so that dropping the latent keeps the symmetry.
+mean latent join t in the conditioning of adaLN. All layers commute with the group. The null
+condition (Ho & Salimans 2022, arXiv:2207.12598) is learned, since a latent of zeros is the code of
+a symmetric image. It is invariant, so that dropping the latent keeps the symmetry.
 """
 
 import math
@@ -22,7 +22,7 @@ from efae.symmetry.representation import Representation
 
 
 def embed_time(t: Float[Tensor, "b"], size: int) -> Float[Tensor, "b size"]:
-    """Sinusoids of 1000 t with periods from 2 pi to 2 pi * 10^4."""
+    """Embed t as sinusoids of 1000 t with periods from 2 pi to 2 pi * 10^4."""
     frequencies = torch.exp(
         -math.log(10_000) * torch.arange(size // 2, device=t.device) / (size // 2)
     )
@@ -31,10 +31,9 @@ def embed_time(t: Float[Tensor, "b"], size: int) -> Float[Tensor, "b size"]:
 
 
 class Decoder(nn.Module):
-    """(x_t (b, c, h, w), t (b,) in [0, 1], latent (b, dim, h / f, w / f)) -> (b, c, h, w).
+    """Predicts image or velocity from x_t, t and latent, as flow.prediction says.
 
-    Images and latents of another size than data.image_size are taken too: the position embedding is
-    resampled.
+    Images may have another size than data.image_size: the position embedding is resampled.
     """
 
     def __init__(
@@ -84,7 +83,10 @@ class Decoder(nn.Module):
         latent: Float[Tensor, "b dim latent_h latent_w"],
         keep: Bool[Tensor, "b"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """The network's output; where `keep` is false the null condition replaces the latent."""
+        """Return the prediction; where `keep` is false, the null condition replaces the latent.
+
+        t lies in [0, 1]; the latent grid is h / f x w / f cells for images of h x w pixels.
+        """
         height, width = x_t.shape[-2:]
         grid = (height // self.patch_size, width // self.patch_size)
         cells = self.latent(latent.flatten(2).mT)  # (slot, b, cell, ratio^2 m coset)

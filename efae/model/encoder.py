@@ -1,8 +1,8 @@
-"""Image to latent: an octic patch transformer beside a linear path.
+"""The encoder: an octic patch transformer and, in parallel, a linear path.
 
 Patches are lifted to tokens; blocks alternate with 2 x 2 merges down to the latent grid; the last
-tokens are mapped to the representation of the latent. An equivariant linear map of each cell's
-pixels is added: without it narrow group networks lose colour (15 dB on photographs).
+tokens are mapped to the representation of the latent. The linear path adds an equivariant linear
+map of each cell's pixels: without it, narrow group networks lose colour (15 dB on photographs).
 """
 
 import math
@@ -20,21 +20,21 @@ from efae.symmetry.representation import Representation
 
 
 def patchify(image: Tensor, side: int) -> Tensor:
-    """(b, c, h, w) -> (b, h w / side^2, c side^2), each patch as (channel, row, column)."""
+    """Cut (b, c, h, w) into patches (b, h w / side^2, c side^2), each (channel, row, column)."""
     b, c, h, w = image.shape
     patches = image.view(b, c, h // side, side, w // side, side)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * side * side)
 
 
 def unpatchify(patches: Tensor, side: int, height: int, width: int) -> Tensor:
-    """The inverse of `patchify`."""
-    b = patches.shape[0]  # len() would fix the batch where torch.export traces this
+    """Invert `patchify`."""
+    b = patches.shape[0]  # len() would fix the batch size when torch.export traces this
     grid = patches.view(b, height // side, width // side, -1, side, side)
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(b, -1, height, width)
 
 
 class Positions(nn.Module):
-    """A learned embedding of the token grid that turns with it."""
+    """A learned position embedding that is equivariant: it moves with the token grid."""
 
     def __init__(self, group: Group, height: int, width: int, m: int):
         super().__init__()
@@ -44,9 +44,9 @@ class Positions(nn.Module):
         nn.init.normal_(self.lift.coefficient, std=0.2)
 
     def forward(self, height: int, width: int) -> Tensor:
-        """(slot, 1, height * width, m * coset), resampled for another grid than its own.
+        """Return the embedding (slot, 1, height * width, m * coset), resampled if need be.
 
-        Bilinear weights have the grid's symmetries, so a resampled embedding still turns with it.
+        Bilinear weights have the symmetries of the grid, so resampling keeps equivariance.
         """
         weight = self.lift.weight()
         if (height, width) != self.size:
@@ -57,7 +57,10 @@ class Positions(nn.Module):
 
 
 class LinearPath(nn.Module):
-    """Every equivariant linear map from the pixels of a cell to the latent: a group average."""
+    """An equivariant linear map from the pixels of a cell to the latent.
+
+    The group average of rho(g) W P(g)^-1 over all g, with W free, reaches every such map.
+    """
 
     rows: Tensor
     columns: Tensor
@@ -78,11 +81,11 @@ class LinearPath(nn.Module):
         self.free = nn.Parameter(torch.empty(representation.dim, fan_in).uniform_(-bound, bound))
 
     def forward(self, image: Tensor) -> Tensor:
-        """(b, c, h, w) -> (b, cell, dim)."""
+        """Map an image (b, c, h, w) to latent cells (b, cell, dim)."""
         weight = (self.free[self.rows, self.columns] * self.signs).sum(0)
         patches = patchify(image, self.side)
-        # The mean of each colour goes apart: its terms cancel for most rows of the weight, which
-        # in fp32 would leave rounding where a constant image must give zero.
+        # The mean of each colour is mapped separately. A constant image must give exactly zero
+        # outside A1, where the terms of its mean cancel; in fp32 they would leave rounding errors.
         colours = torch.unflatten(patches, -1, (-1, self.side**2))  # (b, cell, c, side^2)
         means = colours.mean(-1, keepdim=True)
         totals = torch.unflatten(weight, -1, (-1, self.side**2)).sum(-1)  # (dim, c)
@@ -92,7 +95,7 @@ class LinearPath(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image (b, c, h, w) in [-1, 1] to a latent (b, dim, h / f, w / f), not yet normalised."""
+    """Maps images (b, c, h, w) in [-1, 1] to latents (b, dim, h / f, w / f), not yet bounded."""
 
     def __init__(
         self, group: Group, representation: Representation, data: DataConfig, model: ModelConfig
@@ -120,7 +123,7 @@ class Encoder(nn.Module):
         self.linear_path = LinearPath(group, representation, model.downsampling, data.channels)
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim latent_h latent_w"]:
-        """Tokens, merged down to the latent grid, and the linear path beside them."""
+        """Return the latent: the transformer's output plus the linear path's."""
         height, width = (size // self.patch_size for size in image.shape[-2:])
         x = self.patches(patchify(image, self.patch_size)) + self.positions(height, width)
         for i, stage in enumerate(self.stages):

@@ -1,11 +1,11 @@
-"""An octic model as plain dense layers: the same function, with the symmetry no longer built in.
+"""Export of an octic model to plain dense layers: the same function, symmetry no longer built in.
 
-The dense twins are the same classes over the trivial group. Their weights are found by feeding the
-identity through the octic layers, with a token flattened into one vector: by channel, then slot,
-then coset. In this order heads are contiguous, norms are unchanged and adaLN gains stay diagonal.
-Between the two Linears of an MLP the features are regular ones, where the nonlinearity is
-pointwise: its Hadamards are folded into the Linears. So is the filing of `Resample` into its
-neighbours.
+The dense twins are the same classes over the trivial group. Their weights are read off by feeding
+the identity matrix through the octic layers, with a token flattened into one vector: by channel,
+then slot, then coset. In this order heads are contiguous, norms are unchanged and adaLN gains stay
+diagonal. Between the two Linears of an MLP the features are in the regular basis, where the
+nonlinearity is pointwise: its Hadamard matrices are folded into the Linears. The permutations of
+`Resample` are folded into the adjacent layers likewise.
 """
 
 import copy
@@ -25,14 +25,14 @@ from efae.model.octic_layout import Layout, embed_invariant, spread_gains, take_
 
 
 def to_dense(model: Autoencoder) -> Autoencoder:
-    """A dense model that encodes and decodes as `model` does, up to rounding.
+    """Return a dense model that encodes and decodes as `model` does, up to rounding.
 
-    Its configuration is that of `model` at level `objective`, and its device, dtype and mode are
-    those of `model`. It is computed in float64 and shares no memory with `model`. Each of its
-    weights is free, so further training at level `objective` may break the symmetry.
+    It has the configuration of `model` at level `objective`, and the device, dtype and mode of
+    `model`. It is computed in float64 and shares no memory with `model`. Each of its weights is
+    free, so further training at level `objective` may break the symmetry.
 
     Raises:
-        ValueError: the model is not of level `exact`.
+        ValueError: The model is not of level `exact`.
     """
     level = model.config.model.level
     if level != "exact":
@@ -42,7 +42,7 @@ def to_dense(model: Autoencoder) -> Autoencoder:
         )
     exact = copy.deepcopy(model).double().cpu()
     with torch.no_grad():
-        # What no rule below replaces is not octic, and stays as it is.
+        # Parameters that no rule below replaces are not octic and stay as they are.
         state = exact.state_dict() | _dense_weights(exact)
     dense = Autoencoder(with_overrides(model.config, {"model.level": "objective"}))
     dense = dense.to(next(model.parameters())).train(model.training)
@@ -51,13 +51,13 @@ def to_dense(model: Autoencoder) -> Autoencoder:
 
 
 def _dense_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a module's dense twin, by name, where they differ from its own."""
+    """Return those parameters of a module's dense twin, by name, that differ from its own."""
     weights = {
         f"{name}.{key}": weight
         for name, child in module.named_children()
         for key, weight in _dense_weights(child).items()
     }
-    # Where a module folds something into a child, its word replaces the child's.
+    # A module that folds an operation into a child replaces the child's own weights.
     match module:
         case Linear():
             return weights | _of_linear(module)
@@ -76,12 +76,12 @@ def _dense_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _flatten(layout: Layout, x: Tensor) -> Tensor:
-    """Tokens (slot, ..., m * coset) as vectors (..., m * slot * coset)."""
+    """Flatten tokens (slot, ..., m * coset) into vectors (..., m * slot * coset)."""
     return torch.unflatten(x, -1, (-1, layout.cosets)).movedim(0, -2).flatten(-3)
 
 
 def _unflatten(layout: Layout, x: Tensor) -> Tensor:
-    """The inverse of `_flatten`."""
+    """Invert `_flatten`."""
     split = torch.unflatten(x, -1, (-1, layout.slots, layout.cosets))
     return split.movedim(-2, 0).flatten(-2)
 
@@ -89,7 +89,7 @@ def _unflatten(layout: Layout, x: Tensor) -> Tensor:
 def _probe(
     layer: Callable[[Tensor], Tensor], inputs: int
 ) -> tuple[Float[Tensor, "inputs outputs"], Float[Tensor, "outputs"]]:
-    """Matrix and bias of an affine map of row vectors."""
+    """Return the matrix and bias of an affine map of row vectors."""
     bias = layer(torch.zeros(1, inputs, dtype=torch.float64))
     return layer(torch.eye(inputs, dtype=torch.float64)) - bias, bias[0]
 
@@ -144,7 +144,7 @@ def _of_block(block: Block) -> dict[str, Tensor]:
 def _of_modulation(
     layout: Layout, modulation: nn.Linear, sizes: list[int], shifts: Collection[int]
 ) -> dict[str, Tensor]:
-    """Rows for the invariants become rows for all the features that they scale or shift."""
+    """Expand the rows for invariants to rows for all the features that they scale or shift."""
 
     def modulate(condition: Tensor) -> Tensor:
         parts = modulation(condition).split(sizes, -1)
@@ -163,7 +163,7 @@ def _of_encoder(encoder: Encoder) -> dict[str, Tensor]:
 
     def matrix(linear: nn.Module) -> Tensor:
         def merge(x: Tensor) -> Tensor:
-            """Four tokens (batch, 4 * features), by row and column, to one."""
+            """Merge four tokens (batch, 4 * features), by row and column, into one."""
             tokens = _unflatten(layout, torch.unflatten(x, -1, (4, -1)))
             return _flatten(layout, linear(encoder.resample.merge(tokens, 2, 2)))[:, 0]
 
@@ -178,7 +178,7 @@ def _of_decoder(decoder: Decoder) -> dict[str, Tensor]:
     layout, ratio = decoder.layout, decoder.resample.ratio
 
     def split(latent: Tensor) -> Tensor:
-        """Latent cells (batch, dim) to their tokens (batch, ratio^2 * features)."""
+        """Map latent cells (batch, dim) to their tokens (batch, ratio^2 * features)."""
         tokens = decoder.resample.split(decoder.latent(latent[:, None]), ratio, ratio)
         return _flatten(layout, tokens).flatten(1)
 
@@ -194,7 +194,7 @@ def _of_decoder(decoder: Decoder) -> dict[str, Tensor]:
     }
     if decoder.null_tokens is not None and decoder.null_pooled is not None:
         null_tokens = embed_invariant(layout, decoder.null_tokens)
-        # Divided so that take_invariant, which sums over cosets, gives the same again.
+        # take_invariant scales an embedded invariant by sqrt(cosets); the division cancels it.
         null_pooled = embed_invariant(layout, decoder.null_pooled) / math.sqrt(layout.cosets)
         weights["null_tokens"] = _flatten(layout, null_tokens)
         weights["null_pooled"] = _flatten(layout, null_pooled)

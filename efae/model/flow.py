@@ -1,6 +1,6 @@
-"""Rectified flow (Liu et al. 2022, arXiv:2209.03003): path, time law, loss.
+"""Rectified flow (Liu et al. 2022, arXiv:2209.03003): path, distribution of t, loss.
 
-The one sign convention, that of minRF, SD3, FLUX and diffusers' FlowMatch schedulers:
+The sign convention everywhere is that of minRF, SD3, FLUX and diffusers' FlowMatch schedulers:
 
     x_t = (1 - t) * image + t * noise        velocity = dx_t / dt = noise - image
 
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from efae.config import FlowConfig
 
-# An error of the image prediction counts as a velocity error, that is divided by t; below this t
-# the loss divides by it. With 0.05 a tenth of uniform t ruled all gradients: 22 dB after 600 steps,
-# against 25.5 dB, and the same at 1 to 50 sampler steps, with 0.5.
+# The error of an image prediction is divided by t, which makes it an error of the velocity; below
+# this t the loss divides by the constant. With 0.05 a tenth of uniform t dominated all gradients:
+# 22 dB after 600 steps, against 25.5 dB with 0.5, and the same at 1 to 50 sampler steps.
 SMALLEST_T = 0.5
 _ndtri = cast(Callable[[Tensor], Tensor], torch.special.ndtri)  # untyped in torch
 
@@ -26,11 +26,11 @@ _ndtri = cast(Callable[[Tensor], Tensor], torch.special.ndtri)  # untyped in tor
 def draw_time(
     count: int, config: FlowConfig, generator: torch.Generator, device: torch.device | str
 ) -> Float[Tensor, "b"]:
-    """Values of t in (0, 1), one per example.
+    """Draw t in (0, 1), one per example.
 
     Logit-normal (Esser et al. 2024, arXiv:2403.03206, eq. 19), uniform, or a mixture of the two.
-    Stratified draws take one number from each of `count` equal slices, in random order: the same
-    law with less variance from batch to batch.
+    Stratified sampling draws one number from each of `count` equal slices, in random order: the
+    same distribution with less variance from batch to batch.
     """
     u = torch.rand(count, generator=generator, device=device)
     if config.stratified:
@@ -40,7 +40,7 @@ def draw_time(
 
 
 def quantile_of_time(u: Float[Tensor, "b"], config: FlowConfig) -> Float[Tensor, "b"]:
-    """Turn uniform u in [0, 1) into t: of the mixture, u below its uniform share is stretched."""
+    """Map uniform u in [0, 1) to t; in a mixture, u below the uniform share gives uniform t."""
     if config.time_law == "uniform":
         return u
     share = config.time_uniform if config.time_law == "mixture" else 0.0
@@ -52,7 +52,7 @@ def quantile_of_time(u: Float[Tensor, "b"], config: FlowConfig) -> Float[Tensor,
 def interpolate(
     image: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Float[Tensor, "b"]
 ) -> Float[Tensor, "b c h w"]:
-    """x_t (eq. 1)."""
+    """Return x_t, the path of Liu et al., eq. 1, with t reversed."""
     t = t[:, None, None, None]
     return (1 - t) * image + t * noise
 
@@ -63,7 +63,7 @@ def velocity_from(
     t: Float[Tensor, "b"],
     prediction: str,
 ) -> Float[Tensor, "b c h w"]:
-    """The velocity that a network output means; of an image prediction it has a pole at t = 0."""
+    """Convert a network output to a velocity; for an image prediction it has a pole at t = 0."""
     if prediction == "velocity":
         return output
     return (x_t - output) / t.clamp(min=1e-5)[:, None, None, None]
@@ -75,7 +75,7 @@ def image_from(
     t: Float[Tensor, "b"],
     prediction: str,
 ) -> Float[Tensor, "b c h w"]:
-    """The image that a network output means: one Euler step to t = 0."""
+    """Convert a network output to an image; for a velocity, by one Euler step to t = 0."""
     if prediction == "image":
         return output
     return x_t - t[:, None, None, None] * output
@@ -89,17 +89,18 @@ def flow_loss(
     prediction: str,
     mask: Float[Tensor, "b 1 h w"] | None = None,
 ) -> Float[Tensor, "b"]:
-    """Mean squared error of the velocity over (channel, height, width), per example.
+    """Return the loss of Liu et al., eq. 1, per example: the mean squared error of the velocity.
 
-    Of an image prediction it is that of the image over max(t, SMALLEST_T) squared.
+    The mean is over (channel, height, width). An image prediction is compared with the image, and
+    its squared error divided by max(t, SMALLEST_T)^2.
 
     Args:
-        output: of the network at x_t.
-        image: the data.
-        noise: standard normal.
-        t: in (0, 1].
-        prediction: what `output` means, "image" or "velocity".
-        mask: weight of each pixel; the mean is over the weights.
+        output: Output of the network at x_t.
+        image: Images, the data.
+        noise: Standard normal noise.
+        t: Flow time, in (0, 1].
+        prediction: Quantity that `output` predicts, "image" or "velocity".
+        mask: Weight of each pixel in the mean; None weighs all alike.
     """
     if prediction == "velocity":
         error = (output.float() - (noise - image)).square()

@@ -1,9 +1,9 @@
 """The training loss, from images to a loss per example.
 
-Draws, per example and from the generator alone: t, noise, latent noise, null condition, angle, and
-at the levels that learn equivariance a group element g. The decoder is fitted to p(gx | rho(g) z)
-with z = E(x) (the original's objective); `regularized` adds a pair term on the encoder; at level
-`exact` every layer commutes with g, so that drawing it would change nothing.
+Each example draws t, noise, latent noise, null condition and angle, all from the generator; at the
+levels that learn equivariance, also a group element g. The decoder is fitted to p(gx | rho(g) z)
+with z = E(x) (level `objective`); `regularized` adds a pair term on the encoder; at level `exact`
+every layer commutes with g, so that drawing it would change nothing.
 """
 
 import importlib
@@ -24,11 +24,12 @@ from efae.symmetry.group import act_on_grid
 
 
 class Objective(nn.Module):
-    """The loss of a model as a module, which is what is made data parallel.
+    """The loss as a module around the model, so that DDP can wrap both.
 
     Args:
-        model: in training mode its latent statistics follow the batches.
-        perceptual: (predicted image, image), each (b, c, h, w) in [-1, 1], to a loss (b,).
+        model: Model to train; in training mode, every batch updates its latent statistics.
+        perceptual: Function of (predicted image, image), each (b, c, h, w) in [-1, 1], to a loss
+            (b,).
     """
 
     def __init__(
@@ -43,11 +44,11 @@ class Objective(nn.Module):
     def forward(
         self, image: Float[Tensor, "b c h w"], generator: torch.Generator
     ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
-        """The loss per example, and the t of each.
+        """Return the loss and the t of each example.
 
         Args:
-            image: in [-1, 1].
-            generator: of all that is drawn, on the image's device.
+            image: Images in [-1, 1].
+            generator: Source of all random draws, on the image's device.
         """
         model = self.model
         config, count, device = model.config, len(image), image.device
@@ -55,7 +56,7 @@ class Objective(nn.Module):
         t = flow.draw_time(count, config.flow, generator, device)
         latent = model.bounded(image)
         if model.training:
-            model.bottleneck.follow(latent)
+            model.bottleneck.update_power(latent)
         extra = torch.zeros(count, device=device)
         if config.model.bottleneck == "kl":
             nats_per_value = model.bottleneck.divergence(latent) / image[0].numel()
@@ -72,7 +73,7 @@ class Objective(nn.Module):
         if config.loss.scaling_probability:
             image, latent = scale_some(model, image, latent, generator)
             mask = None if mask is None else F.interpolate(mask, image.shape[-2:], mode="area")
-        latent = model.bottleneck.disturb(latent, generator)
+        latent = model.bottleneck.add_noise(latent, generator)
         keep = None
         if config.flow.condition_drop:
             keep = (
@@ -90,7 +91,7 @@ class Objective(nn.Module):
 def pair_error(
     encoded: Float[Tensor, "b dim h w"], acted: Float[Tensor, "b dim h w"]
 ) -> Float[Tensor, "b"]:
-    """|E(gx) - rho(g) E(x)|^2 over the latent's variance; no gradient to rho(g) E(x).
+    """Return |E(gx) - rho(g) E(x)|^2 over the latent's variance; no gradient to rho(g) E(x).
 
     Dividing by the variance keeps the encoder from shrinking the latent instead of aligning it.
     """
@@ -101,9 +102,9 @@ def pair_error(
 def rotate_some(
     model: Autoencoder, image: Tensor, latent: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn a share of the examples by any angle; gives the weights of their pixels as well."""
+    """Rotate a share of the examples by any angle; also returns the weights of their pixels."""
     count, device = len(image), image.device
-    # In float64, where quarter turns come out exact.
+    # In float64, in which quarter turns are exact.
     angle = torch.rand(count, generator=generator, device=device, dtype=torch.float64)
     angle = 2 * torch.pi * angle
     turned = torch.rand(count, generator=generator, device=device)
@@ -120,10 +121,10 @@ def rotate_some(
 def scale_some(
     model: Autoencoder, image: Tensor, latent: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Shrink the whole batch, images and latent grids, at a share of the steps.
+    """Downscale the whole batch, images and latent grids, at a share of the steps.
 
-    EQ-VAE (Kouzelis et al. 2025, arXiv:2502.09509) draws a scale from 1/4 to 1; here
-    it is a whole number of latent cells. The draw is made on the host: it decides shapes.
+    The scale lies between 1/4 and 1, as in EQ-VAE (Kouzelis et al. 2025, arXiv:2502.09509), here
+    rounded to whole latent cells. It is drawn on the host, since it determines shapes.
     """
     drawn = random.Random(generator.initial_seed())
     if drawn.random() >= model.config.loss.scaling_probability:
@@ -142,7 +143,7 @@ def scale_some(
 def load_perceptual(path: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """Import the function that "package.module:name" names, for instance LPIPS.
 
-    Only training calls this: a model that is pulled from a registry runs nothing that its
+    Only training calls this: loading a model from a registry never runs code that its
     configuration names.
 
     Args:
@@ -151,7 +152,7 @@ def load_perceptual(path: str, device: torch.device) -> Callable[[Tensor, Tensor
         device: Device of the images.
 
     Raises:
-        ValueError: there is no such function.
+        ValueError: There is no such function.
     """
     module, _, name = path.partition(":")
     try:
@@ -162,10 +163,10 @@ def load_perceptual(path: str, device: torch.device) -> Callable[[Tensor, Tensor
             " package.module:function, and ship its package to the workers"
         ) from error
     if not callable(function):
-        raise ValueError(f"loss.perceptual={path!r}: is not a function")  # noqa: TRY004
+        raise ValueError(f"loss.perceptual={path!r}: not a function")  # noqa: TRY004
     if isinstance(function, nn.Module):
         function.to(device).eval().requires_grad_(False)
-    # Behind a lambda, a module does not become part of the model, its weights and checkpoints.
+    # The lambda keeps a module from being registered, and so out of weights and checkpoints.
     return lambda predicted, image: cast(Callable[[Tensor, Tensor], Tensor], function)(
         predicted, image
     )

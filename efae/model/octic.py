@@ -1,9 +1,9 @@
-"""Layers that commute with a group of flips and quarter turns: octic layers.
+"""Octic layers: layers that commute with a group of flips and quarter turns.
 
-Their tokens are one tensor (slot, batch, token, m * coset), as `octic_layout` says. With the
-trivial group the same classes are ordinary dense layers; that is how the dense twins of encoder
-and decoder are made. Source: Octic Vision Transformers (Nordström, Edstedt, Kahl, Bökman 2025,
-arXiv:2505.15441).
+Their tokens are one tensor (slot, batch, token, m * coset), laid out as `octic_layout` describes.
+With the trivial group the same classes are ordinary dense layers: the dense twins of encoder and
+decoder are built that way. Source: Octic Vision Transformers (Nordström, Edstedt, Kahl, Bökman
+2025, arXiv:2505.15441).
 """
 
 import math
@@ -19,14 +19,16 @@ from efae.symmetry.representation import Representation
 
 
 class Linear(nn.Module):
-    """Every equivariant linear map between tokens: 8 coefficients per channel pair for D4.
+    """An equivariant linear map between tokens: W with rho_out(g) W = W rho_in(g) for every g.
+
+    For D4 every such W has 8 coefficients per channel pair.
 
     Args:
-        group: the group.
-        m_in: channels of the tokens that come in.
-        m_out: channels of those that go out.
-        bias: whether to add a learned token, which can only be on A1.
-        gain: factor on the initial coefficients; 1 keeps about a third of the variance, as
+        group: Group that acts.
+        m_in: Number of channels of the input tokens.
+        m_out: Number of channels of the output tokens.
+        bias: Whether to add a learned token, which can only be on A1.
+        gain: Factor on the initial coefficients; 1 keeps about a third of the variance, as
             `nn.Linear` does.
     """
 
@@ -44,7 +46,7 @@ class Linear(nn.Module):
         nn.init.uniform_(self.coefficient, -bound, bound)
 
     def weight(self) -> Float[Tensor, "slot m_in*coset m_out*coset"]:
-        """The blocks, one per slot."""
+        """Expand the coefficients to blocks, one per slot."""
         slots, cosets = self.layout.slots, self.layout.cosets
         blocks = (self.ties.t() @ self.coefficient.flatten(1)).view(
             slots, cosets, cosets, self.m_in, self.m_out
@@ -54,7 +56,7 @@ class Linear(nn.Module):
     def forward(
         self, x: Float[Tensor, "slot *axes m_in*coset"]
     ) -> Float[Tensor, "slot *axes m_out*coset"]:
-        """The map of every token, in the dtype of `x`."""
+        """Map every token, in the dtype of `x`."""
         flat = x.flatten(1, -2)
         if self.bias is None:
             y = torch.bmm(flat, self.weight().to(flat.dtype))
@@ -65,17 +67,18 @@ class Linear(nn.Module):
 
 
 class Lift(nn.Module):
-    """Every equivariant linear map between a signed permutation representation R and tokens.
+    """An equivariant linear map from a signed permutation representation R to tokens.
 
-    The weight w has one row per channel; component g of the regular feature is w R(g)^-1, so
-    one class serves patches (R permutes pixels), latents (R = rho) and positions.
+    The weight w has one row per channel. Component g of the regular feature is w R(g)^-1 x, so that
+    R(h) x has in component g what x has in h^-1 g; every equivariant map has this form. One class
+    serves patches (R permutes pixels), latents (R = rho) and positions.
 
     Args:
-        group: the group.
-        source: (len(group), n), with (R(g) x)[i] = sign[g, i] * x[source[g, i]].
-        sign: (len(group), n).
-        m: channels of the token.
-        fan_in: how many terms an output sums, for initialisation.
+        group: Group that acts.
+        source: Indices (len(group), n), with (R(g) x)[i] = sign[g, i] * x[source[g, i]].
+        sign: Signs (len(group), n).
+        m: Number of channels of the tokens.
+        fan_in: Number of terms in the sum of an output, for initialisation.
     """
 
     source: Tensor
@@ -92,20 +95,20 @@ class Lift(nn.Module):
         nn.init.uniform_(self.coefficient, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
     def weight(self) -> Float[Tensor, "slot n m*coset"]:
-        """The map as one matrix per slot."""
+        """Return the map as one matrix per slot."""
         m, n = self.coefficient.shape
-        regular = self.coefficient[:, self.source] * self.sign  # (m, element, n)
+        regular = self.coefficient[:, self.source] * self.sign  # w R(g)^-1: (m, element, n)
         slots = torch.einsum("sg,mgn->snm", self.fourier, regular)
         slots = slots.view(self.layout.slots, self.layout.cosets, n, m)
         return slots.permute(0, 2, 3, 1).reshape(self.layout.slots, n, m * self.layout.cosets)
 
     def forward(self, x: Float[Tensor, "*axes n"]) -> Float[Tensor, "slot *axes m*coset"]:
-        """Vectors on which R acts to tokens, in the dtype of `x`."""
+        """Map vectors on which R acts to tokens, in the dtype of `x`."""
         weight = self.weight().to(x.dtype)
         return torch.matmul(x.flatten(0, -2), weight).view(len(weight), *x.shape[:-1], -1)
 
     def back(self, x: Float[Tensor, "slot *axes m*coset"]) -> Float[Tensor, "*axes n"]:
-        """The transposed map."""
+        """Apply the transposed map, from tokens to vectors on which R acts."""
         weight = self.weight().to(x.dtype)
         return torch.bmm(x.flatten(1, -2), weight.mT).sum(0).view(*x.shape[1:-1], -1)
 
@@ -113,10 +116,10 @@ class Lift(nn.Module):
 def normalize(
     x: Float[Tensor, "slot *axes features"], eps: float = 1e-5
 ) -> Float[Tensor, "slot *axes features"]:
-    """RMS norm over the whole token: the action is orthogonal, so the norm is invariant.
+    """Divide each token by its root mean square: the action is orthogonal, so it is invariant.
 
-    The norm is taken in float32 at least (Zhang & Sennrich 2019, arXiv:1910.07467, with no gain);
-    `eps` is added to the mean square, so a token of zeros stays one.
+    RMS norm (Zhang & Sennrich 2019, arXiv:1910.07467) without gain, computed in float32 or wider.
+    `eps` is added to the mean square, so that a token of zeros stays zero.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     square = wide.square().mean((0, -1), keepdim=True)
@@ -135,7 +138,7 @@ class Nonlinearity(nn.Module):
     def forward(
         self, x: Float[Tensor, "slot *axes features"]
     ) -> Float[Tensor, "slot *axes features"]:
-        """The nonlinearity of every token."""
+        """Apply the nonlinearity to every token."""
         if len(self.hadamard) == 1:
             return F.relu(x)
         hadamard = self.hadamard.to(x.dtype)
@@ -146,9 +149,9 @@ class Attention(nn.Module):
     """Self-attention: heads split the channels; inner products of tokens are invariant.
 
     Args:
-        group: the group.
-        m: channels of the tokens.
-        num_heads: divides m.
+        group: Group that acts.
+        m: Number of channels of the tokens.
+        num_heads: Number of heads; divides m.
     """
 
     def __init__(self, group: Group, m: int, num_heads: int):
@@ -160,7 +163,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "slot batch token m*coset"]
     ) -> Float[Tensor, "slot batch token m*coset"]:
-        """Every token of an example looks at all of that example."""
+        """Attend from every token to all tokens of its example."""
         slots, batch, tokens, width = x.shape
         split = self.inward(x).view(slots, batch, tokens, 3, self.num_heads, -1)
         query, key, value = split.permute(3, 1, 4, 2, 0, 5).flatten(-2)  # (batch, head, token, ·)
@@ -175,11 +178,11 @@ class Block(nn.Module):
     Source: adaLN-Zero (Peebles & Xie 2023, arXiv:2212.09748).
 
     Args:
-        group: the group.
-        m: channels of the tokens.
-        num_heads: of the attention; divides m.
-        mlp_ratio: hidden channels of the MLP over m.
-        conditioning: width of the condition; 0 for none.
+        group: Group that acts.
+        m: Number of channels of the tokens.
+        num_heads: Number of attention heads; divides m.
+        mlp_ratio: Ratio of the hidden channels of the MLP to m.
+        conditioning: Width of the condition; 0 for none.
     """
 
     def __init__(self, group: Group, m: int, num_heads: int, mlp_ratio: int, conditioning: int = 0):
@@ -203,7 +206,7 @@ class Block(nn.Module):
         x: Float[Tensor, "slot batch token m*coset"],
         condition: Float[Tensor, "batch conditioning"] | None = None,
     ) -> Float[Tensor, "slot batch token m*coset"]:
-        """One block; `condition` is needed if there is `conditioning`, and else ignored."""
+        """Apply the block; `condition` is required if `conditioning` is not 0, else ignored."""
         if self.modulation is None:
             x = x + self.attention(normalize(x))
             return x + self.mlp(normalize(x))
@@ -217,7 +220,7 @@ class Block(nn.Module):
 def patch_action(
     group: Group, side: int, channels: int
 ) -> tuple[Int[Tensor, "element n"], Float[Tensor, "element n"]]:
-    """Source and sign, as `Lift` takes them, of the action on a patch of pixels.
+    """Return source and sign, as `Lift` takes them, of the action on a patch of pixels.
 
     The patch is side x side and flattened as (channel, row, column); all signs are 1.
     """
@@ -230,10 +233,10 @@ def patch_action(
 def latent_action(
     group: Group, representation: Representation
 ) -> tuple[Int[Tensor, "element dim"], Float[Tensor, "element dim"]]:
-    """Source and sign, as `Lift` takes them, of rho restricted to the elements of `group`.
+    """Return source and sign, as `Lift` takes them, of rho restricted to the elements of `group`.
 
     Raises:
-        ValueError: the group holds an element that the representation's group does not.
+        ValueError: An element of `group` is not in the group of the representation.
     """
     rows = [representation.group.index(element) for element in group]
     source, sign = representation.tables(torch.device("cpu"))

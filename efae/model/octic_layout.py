@@ -1,11 +1,11 @@
-"""How octic tokens lie in memory: slots and cosets, where linear maps fall into blocks.
+"""The memory layout of octic tokens: slots and cosets, in which linear maps are block diagonal.
 
-A token carries m copies of the group's regular representation, that is one number per channel and
-group element. Written in the basis of the characters of its flips (its part of {e, rot180, flip_h,
-flip_v}) every group element only signs and permutes, and a linear map falls into blocks. So tokens
-are one tensor (slot, batch, token, m * coset): a slot per character, a coset per coset of the
-flips, the coset fastest. For D4 there are 4 slots and 2 cosets (the flips, and the flips times
-transpose):
+A token carries m copies of the group's regular representation: one number per channel and group
+element. Take as basis the characters of the group's flips (its part of {e, rot180, flip_h,
+flip_v}). In it every group element is a signed permutation, and an equivariant linear map is block
+diagonal. So tokens are one tensor (slot, batch, token, m * coset): one slot per character, one
+coset index per coset of the flips, the coset fastest. For D4 there are 4 slots and 2 cosets (the
+flips, and the flips times transpose):
 
     slot 0 = (A1, B1)   slot 1 = (B2, A2)   slots 2, 3 = the two axes of E
 
@@ -31,17 +31,17 @@ _CHARACTERS = ((1, 1, 1, 1), (1, 1, -1, -1), (1, -1, 1, -1), (1, -1, -1, 1))
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """How regular features of a group are laid out in slots and cosets.
+    """The layout of a group's regular features in slots and cosets.
 
     Attributes:
-        group: the group.
-        slots: blocks of a linear map, one per character of the group's flips.
-        cosets: copies that a block mixes, one per coset of the flips.
-        hadamard: (slots, slots), orthogonal and symmetric: slots <-> flips.
-        fourier: (slots * cosets, len(group)), orthogonal: regular basis -> slots.
-        ties: (coefficients, slots * cosets * cosets): the free numbers of a linear map, spread
-            over its blocks with their signs.
-        gain_of: (slots, cosets), which free gain scales a feature.
+        group: Group that acts.
+        slots: Number of blocks of a linear map, one per character of the group's flips.
+        cosets: Number of copies that a block mixes, one per coset of the flips.
+        hadamard: Matrix (slots, slots), orthogonal and symmetric: slots <-> flips.
+        fourier: Matrix (slots * cosets, len(group)), orthogonal: regular basis -> slots.
+        ties: Signs (coefficients, slots * cosets * cosets) of each free coefficient of a linear map
+            in the entries of its blocks; 0 where it does not occur.
+        gain_of: Index (slots, cosets) of the free gain that scales each feature.
     """
 
     group: Group
@@ -52,15 +52,15 @@ class Layout:
     ties: Tensor
     gain_of: Tensor
 
-    @functools.cached_property  # on the host, and known before torch.export traces a model
+    @functools.cached_property  # a Python int, computed before torch.export traces a model
     def gains(self) -> int:
-        """Free gains per channel."""
+        """Number of free gains per channel."""
         return int(self.gain_of.max()) + 1
 
 
 @functools.cache
 def layout_of(group: Group) -> Layout:
-    """The layout of a group, with the maps that commute with it found by averaging over it.
+    """Compute the layout of a group; averaging over the group finds the maps that commute with it.
 
     Cached, on the CPU and in float32: do not modify its tensors.
     """
@@ -68,7 +68,8 @@ def layout_of(group: Group) -> Layout:
     columns = [_FLIP_NAMES.index(g.name) for g in flips]
     characters = list(dict.fromkeys(tuple(row[i] for i in columns) for row in _CHARACTERS))
     turns = [g for g in group if g not in list(FLIPS)]
-    # transpose, where there is one, is its own inverse and so moves features without a sign.
+    # Prefer transpose as the representative of the second coset: it is its own inverse, and so
+    # moves features without a sign.
     cosets = [group.identity, *sorted(turns, key=lambda g: g.name != "transpose")[:1]]
     slots, hadamard = len(flips), torch.tensor(characters) / math.sqrt(len(flips))
     fourier = torch.zeros(slots, len(cosets), len(group))
@@ -94,7 +95,7 @@ def layout_of(group: Group) -> Layout:
 
 
 def _regular_matrix(group: Group, g: Element) -> Tensor:
-    """The action of g on the regular basis: component u becomes component g u."""
+    """Return the action of g on the regular basis: component u becomes component g u."""
     matrix = torch.zeros(len(group), len(group))
     for column, u in enumerate(group):
         matrix[group.index(g @ u), column] = 1
@@ -102,10 +103,11 @@ def _regular_matrix(group: Group, g: Element) -> Tensor:
 
 
 def _find_commuting(actions: Tensor, entries: list[tuple[int, int]]) -> Tensor:
-    """Matrices (n, d, d) of entries 0 and +-1 that commute with the actions and span such entries.
+    """Find a basis (n, d, d), of entries 0 and +-1, of the matrices that commute with the actions.
 
-    The actions are signed permutations, so the average of A E A^T for an elementary matrix E has
-    all its non-zero entries of one size, and two averages have the same ones or none in common.
+    Only matrices with a non-zero entry at one of `entries` are returned. As the actions are signed
+    permutations, all non-zero entries of the average of A E A^T, for an elementary matrix E, have
+    one size, and two averages have either the same non-zero entries or none in common.
     """
     found: list[Tensor] = []
     for i, j in entries:
@@ -122,7 +124,7 @@ def _find_commuting(actions: Tensor, entries: list[tuple[int, int]]) -> Tensor:
 def embed_invariant(
     layout: Layout, values: Float[Tensor, "*axes m"]
 ) -> Float[Tensor, "slot *axes m*coset"]:
-    """Invariants as tokens: all in A1, the same in each coset of slot 0."""
+    """Embed invariants as tokens, in A1: the same value in each coset of slot 0."""
     spread = values[..., None].expand(*values.shape, layout.cosets).flatten(-2)
     return F.pad(spread[None], (0, 0) * values.ndim + (0, layout.slots - 1))
 
@@ -130,17 +132,17 @@ def embed_invariant(
 def take_invariant(
     layout: Layout, x: Float[Tensor, "slot *axes m*coset"]
 ) -> Float[Tensor, "*axes m"]:
-    """The A1 part of tokens: what no element changes."""
+    """Return the A1 part of tokens, which no element changes."""
     return torch.unflatten(x[0], -1, (-1, layout.cosets)).sum(-1) / math.sqrt(layout.cosets)
 
 
 def spread_gains(
     layout: Layout, gains: Float[Tensor, "batch gains*m"]
 ) -> Float[Tensor, "slot batch 1 m*coset"]:
-    """Invariant gains as factors on tokens.
+    """Spread invariant gains to factors on tokens.
 
-    What an element exchanges shares a gain: for D4 the two cosets of slots 0 and 1, and slots 2
-    and 3 with their cosets swapped.
+    Features that an element exchanges share a gain: for D4 the two cosets of slots 0 and 1, and
+    slots 2 and 3 with their cosets swapped.
     """
     by_gain = torch.unflatten(gains, -1, (layout.gains, -1))
     spread = by_gain[:, layout.gain_of]  # (b, slot, coset, m)

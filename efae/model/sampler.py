@@ -1,8 +1,8 @@
 """From noise to image: time grids, solvers and guidance for dx/dt = velocity(x, t).
 
-In flow.py's convention t = 1 is noise and t = 0 the image, so t falls. Here t is a plain number:
-the grid lies on the host, and neither solver nor guidance ever waits for a device. A field gives a
-network its t per example:
+In the convention of flow.py, t = 1 is noise and t = 0 the image, so t falls. Here t is a Python
+number: the grid lives on the host, and neither solver nor guidance ever waits for a device. A field
+passes a network one t per example:
 
     lambda x, t: model.velocity(x, x.new_full((len(x),), t), latent)
 """
@@ -17,28 +17,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 Field = Callable[[Tensor, float], Tensor]
-"""(x (b, ...), t in (0, 1]) -> dx/dt, like x."""
+"""Function of (x (b, ...), t in (0, 1]) that returns dx/dt, in the shape of x."""
 Method = Literal["euler", "midpoint", "heun"]
 
 EVALUATIONS: Mapping[Method, int] = {"euler": 1, "midpoint": 2, "heun": 2}
-"""Velocities that one step costs; compare methods at equal steps * EVALUATIONS. Heun's last step to
-t = 0 costs one only."""
+"""Velocity evaluations per step; compare methods at equal steps * EVALUATIONS. Heun's last step to
+t = 0 takes only one."""
 
 
 def time_grid(steps: int, *, power: float = 1.0, shift: float = 1.0) -> Float[Tensor, "points"]:
-    """Steps + 1 times from exactly 1 to exactly 0, strictly falling; float64, on the host.
+    """Return steps + 1 times from exactly 1 to exactly 0, strictly falling; float64, on the host.
 
-    Equal steps u = 1, ..., 0 are bent to u^power and then, of that, to
+    Equal steps u = 1, ..., 0 are mapped to u^power, and the result u to
     shift * u / (1 + (shift - 1) * u) (Esser et al. 2024, arXiv:2403.03206, section 5.3.2).
 
     Args:
-        steps: at least one.
-        power: above 1 for more points near the image (FlowMo, arXiv:2503.11056, uses 4), below 1
-            near the noise.
-        shift: above 1 for more points near the noise (SD3 uses 3), below 1 near the image.
+        steps: Number of steps, at least one.
+        power: Exponent; above 1 puts more points near the image (FlowMo, arXiv:2503.11056, uses 4),
+            below 1 near the noise.
+        shift: Shift; above 1 puts more points near the noise (SD3 uses 3), below 1 near the image.
 
     Raises:
-        ValueError: a value out of range, or bent so far that two times coincide.
+        ValueError: A value is out of range, or so extreme that two times coincide.
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: at least one")
@@ -46,7 +46,7 @@ def time_grid(steps: int, *, power: float = 1.0, shift: float = 1.0) -> Float[Te
         if not 0 < value < math.inf:
             raise ValueError(f"{name}={value}: must be positive and finite; 1 for equal steps")
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** power
-    # Written so that both ends stay exact.
+    # This form of the denominator gives exactly 1 and exactly 0 at the ends.
     times = shift * u / (shift * u + (1 - u))
     if not bool((times.diff() < 0).all()):
         raise ValueError(
@@ -63,22 +63,22 @@ def integrate(
     method: Method = "euler",
     visit: Callable[[float, Tensor], None] | None = None,
 ) -> Float[Tensor, "b *shape"]:
-    """The solution of dx/dt = velocity(x, t) at times[-1], from x = noise at times[0].
+    """Solve dx/dt = velocity(x, t) from x = noise at times[0]; returns x at times[-1].
 
-    Euler is of first order in the step, midpoint and Heun of second. None evaluates at t = 0, where
-    an image prediction has no velocity: Heun's step to it is Euler's, as in algorithm 1 of Karras
-    et al. 2022 (arXiv:2206.00364); where that step is long, on grids of power below 1, Heun's order
-    falls to 2 * power. Gradients flow unless the caller turns them off.
+    Euler is of first order in the step, midpoint and Heun of second. No method evaluates at t = 0,
+    where an image prediction has no velocity: Heun's last step is Euler's, as in algorithm 1 of
+    Karras et al. 2022 (arXiv:2206.00364). On grids of power below 1, where that step is long,
+    Heun's order falls to 2 * power. Gradients flow unless the caller disables them.
 
     Args:
-        velocity: the field; it is called with t in (0, 1].
-        noise: the state at times[0].
-        times: from `time_grid`, or any strictly falling ones in [0, 1]; on the host.
-        method: "euler", "midpoint" or "heun"; see EVALUATIONS for what a step costs.
-        visit: is shown (t, x) at every one of `times`, from the noise to the result.
+        velocity: Field; it is called with t in (0, 1].
+        noise: State at times[0].
+        times: Times from `time_grid`, or any strictly falling ones in [0, 1]; on the host.
+        method: Solver, "euler", "midpoint" or "heun"; EVALUATIONS is the cost of a step.
+        visit: Function that receives (t, x) at each of `times`, from the noise to the result.
 
     Raises:
-        ValueError: no such method, or times that do not fall within [0, 1].
+        ValueError: There is no such method, or the times do not fall within [0, 1].
     """
     if method not in _STEPS:
         raise ValueError(f"method={method!r}: must be one of {', '.join(_STEPS)}")
@@ -103,20 +103,20 @@ def guide(
     scale: float,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Field:
-    """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) while low < t <= high.
+    """Guide a field classifier-free (Ho & Salimans 2022, arXiv:2207.12598) while low < t <= high.
 
-    There the field is unconditional + scale * (velocity - unconditional). Elsewhere, and everywhere
-    at scale 1, it is `velocity` alone and costs one evaluation, not two (Kynkäänniemi et al. 2024,
-    arXiv:2404.07724).
+    There the field is unconditional + scale * (velocity - unconditional). Outside the interval
+    (Kynkäänniemi et al. 2024, arXiv:2404.07724), and everywhere at scale 1, it is `velocity` alone
+    and takes one evaluation instead of two.
 
     Args:
-        velocity: given the latent.
-        unconditional: given the null condition.
-        scale: 0 is unconditional, 1 no guidance, above 1 guidance.
-        interval: (low, high), in [0, 1].
+        velocity: Field given the latent.
+        unconditional: Field given the null condition.
+        scale: Guidance scale; 0 is unconditional, 1 no guidance, above 1 guidance.
+        interval: Interval (low, high) of t, within [0, 1].
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: A value is out of range.
     """
     low, high = interval
     if not 0 <= scale < math.inf:

@@ -1,4 +1,4 @@
-"""Coarser and finer grids of octic tokens, with nothing lost between them."""
+"""Lossless, equivariant resampling of a grid of octic tokens."""
 
 import torch
 from jaxtyping import Float
@@ -9,14 +9,14 @@ from efae.symmetry.group import Group, grid_sources
 
 
 class Resample(nn.Module):
-    """Merge ratio x ratio tokens into one (space to depth), or the reverse, equivariantly.
+    """Merges ratio x ratio tokens into one (space to depth), or splits one into as many.
 
-    In the regular basis component g of a token at offset p is filed under the offset q with
-    p = g q; filed so, the ratio^2 tokens are ratio^2 * m plain regular channels.
+    In the regular basis, component g of the token at offset p moves to the channel of the offset q
+    with p = g q. So arranged, the ratio^2 tokens are ratio^2 * m regular channels of one token.
 
     Args:
-        group: the group.
-        ratio: side of the square of tokens that become one.
+        group: Group that acts.
+        ratio: Side of the square of tokens that become one.
     """
 
     goes_to: Tensor
@@ -26,7 +26,7 @@ class Resample(nn.Module):
         super().__init__()
         self.ratio = ratio
         self.layout = layout_of(group)
-        # act_on_grid moves the cell at source to p; g q is where the cell q goes.
+        # grid_sources gives, for a cell p, the cell that g moves there; its inverse gives g q.
         goes_to = grid_sources(group, ratio, ratio).argsort(-1)
         self.register_buffer("goes_to", goes_to, persistent=False)
         self.register_buffer("fourier", self.layout.fourier, persistent=False)
@@ -34,10 +34,7 @@ class Resample(nn.Module):
     def merge(
         self, x: Float[Tensor, "slot batch token m*coset"], height: int, width: int
     ) -> Float[Tensor, "slot batch token/ratio**2 ratio**2*m*coset"]:
-        """Tokens of a height x width grid, row by row, to those of the grid `ratio` times coarser.
-
-        `ratio` divides both sides.
-        """
+        """Merge the tokens of a height x width grid, row by row; `ratio` divides both sides."""
         r, batch = self.ratio, x.shape[1]
         grid = self._to_regular(x).view(
             -1, batch, height // r, r, width // r, r, x.shape[-1] // self.layout.cosets
@@ -54,7 +51,7 @@ class Resample(nn.Module):
         height: int,
         width: int,
     ) -> Float[Tensor, "slot batch token m*coset"]:
-        """The reverse of `merge`: height and width are those of the fine grid."""
+        """Invert `merge`; height and width are those of the fine grid."""
         r, batch = self.ratio, x.shape[1]
         filed = self._to_regular(x).view(-1, batch, height // r, width // r, r * r, self._m(x))
         sources = self.goes_to.argsort(-1)
@@ -66,7 +63,7 @@ class Resample(nn.Module):
         return x.shape[-1] // self.layout.cosets // self.ratio**2
 
     def _to_regular(self, x: Tensor) -> Tensor:
-        """(slot, ..., m * coset) -> (element, ..., m)."""
+        """Map tokens (slot, ..., m * coset) to the regular basis (element, ..., m)."""
         split = torch.unflatten(x, -1, (-1, self.layout.cosets)).movedim(-1, 1).flatten(0, 1)
         return (self.fourier.t().to(x.dtype) @ split.flatten(1)).view(split.shape)
 

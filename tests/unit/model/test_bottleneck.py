@@ -27,7 +27,7 @@ def test_every_map_commutes_with_the_group(kind, group):
     torch.nn.init.uniform_(bottleneck.power, 0.1, 3.0)
     for g in group:
         acted = rho.act(g, latent)
-        for step in (bottleneck.bound, bottleneck.hand_out, bottleneck.take_in):
+        for step in (bottleneck.bound, bottleneck.normalize, bottleneck.denormalize):
             assert torch.allclose(step(acted), rho.act(g, step(latent)), atol=1e-6)
         if kind == "kl":
             assert torch.allclose(bottleneck.divergence(acted), bottleneck.divergence(latent))
@@ -38,7 +38,7 @@ def test_noise_is_isotropic_on_every_copy():
     torch.nn.init.uniform_(bottleneck.log_variance, -4, 0)
     zeros = torch.zeros(4096, RHO.dim, 2, 2)
     with torch.no_grad():
-        noise = bottleneck.disturb(zeros, torch.Generator().manual_seed(1))
+        noise = bottleneck.add_noise(zeros, torch.Generator().manual_seed(1))
     spread = noise.square().mean((0, 2, 3)).sqrt()
     expected = (bottleneck.log_variance / 2).exp().detach()
     planes = RHO.blocks["e"]
@@ -54,11 +54,11 @@ def test_latents_are_handed_out_at_unit_scale_per_irrep_and_taken_in_again():
     sizes = torch.cat(parts)
     latent = bottleneck.bound(draw(512, RHO.dim, 2, 2) * sizes[:, None, None])
     for _ in range(600):
-        bottleneck.follow(latent)
-    out = bottleneck.hand_out(latent)
+        bottleneck.update_power(latent)
+    out = bottleneck.normalize(latent)
     for block in blocks:
         assert float(out[:, block].square().mean()) == pytest.approx(1, abs=1e-3)
-    assert torch.allclose(bottleneck.take_in(out), latent, atol=1e-5)
+    assert torch.allclose(bottleneck.denormalize(out), latent, atol=1e-5)
 
 
 def test_an_irrep_without_energy_keeps_a_finite_scale():
@@ -66,8 +66,8 @@ def test_an_irrep_without_energy_keeps_a_finite_scale():
     latent = torch.zeros(2, RHO.dim, 2, 2)
     latent[:, RHO.blocks["a1"]] = 1
     for _ in range(2000):
-        bottleneck.follow(latent)
-    assert bottleneck.hand_out(latent).isfinite().all()
+        bottleneck.update_power(latent)
+    assert bottleneck.normalize(latent).isfinite().all()
 
 
 def test_divergence_is_that_of_the_gaussians():
