@@ -1,1 +1,1 @@
-"""What is measured about a model."""
+"""Measurements of a model: reconstruction, equivariance, flow."""

@@ -1,7 +1,7 @@
-"""What rotations by any angle cost a tokenizer, angle by angle, inside the inscribed disk.
+"""Errors of a tokenizer under rotations by any angle, inside the inscribed disk.
 
-Everything is as for the elements of the group, but for the noise: all angles start from the same,
-since interpolation would leave rotated noise neither white nor of unit variance.
+The protocol is that for group elements, except that every angle starts from the same noise:
+interpolation would leave rotated noise neither white nor of unit variance.
 """
 
 import math
@@ -16,24 +16,24 @@ from efae.model.autoencoder import Autoencoder
 from efae.symmetry.any_angle import act_by_angle, check_turns_by_any_angle, disk_mask, rotate_image
 
 ANGLES = (15.0, 30.0, 45.0, 60.0, 75.0, 90.0)
-"""Degrees that are measured where a model was trained to be turned by any angle."""
+"""Angles, in degrees, to measure by default if a model was trained on rotations by any angle."""
 
 
 def choose_angles(
     model: Tokenizer, asked: Sequence[float] | None, height: int, width: int
 ) -> tuple[float, ...]:
-    """The angles to measure, in degrees: 0 first, each once; () for none.
+    """Return the angles to measure, in degrees: 0 first, each once; () for none.
 
     Args:
-        model: what is measured.
-        asked: degrees; None for ANGLES if the model was trained on rotations by any angle, and
-            for none otherwise.
-        height: of the images.
-        width: of the images.
+        model: Tokenizer to measure.
+        asked: Angles in degrees; None means ANGLES if the model was trained on rotations by any
+            angle, else no angles.
+        height: Height of the images.
+        width: Width of the images.
 
     Raises:
-        ValueError: an angle is not a number, the images are not square, or the representation
-            does not extend to all rotations.
+        ValueError: An angle is not finite, the images are not square, or the representation does
+            not extend to all rotations.
     """
     if asked is None:
         trained = isinstance(model, Autoencoder) and model.config.loss.rotation_probability > 0
@@ -44,8 +44,8 @@ def choose_angles(
         raise ValueError(f"angles {asked}: give numbers of degrees")
     if height != width:
         raise ValueError(
-            f"images of {height} x {width} pixels: only square ones can turn by any angle; measure"
-            " on square images, or without angles"
+            f"images of {height} x {width} pixels: only square images can turn by any angle;"
+            " measure on square images, or without angles"
         )
     check_turns_by_any_angle(model.representation)
     return tuple(dict.fromkeys((0.0, *map(float, asked))))
@@ -59,18 +59,18 @@ def measure_rotations(
     angles_degrees: Sequence[float],
     totals: Totals,
 ) -> None:
-    """Count what `summarize_rotations` needs of one batch, for R = rotation by each angle.
+    """Measure one batch under the rotation R by each angle, for `summarize_rotations`.
 
     Args:
-        model: in eval mode, with a representation that turns by any angle.
-        image: in [-1, 1].
-        noise: that decoding starts from.
-        latent: of the image.
-        angles_degrees: counter-clockwise.
-        totals: receives the sums.
+        model: Tokenizer in eval mode, with a representation that extends to all rotations.
+        image: Images in [-1, 1].
+        noise: Noise that decoding starts from.
+        latent: Latents of the images.
+        angles_degrees: Angles, counter-clockwise.
+        totals: Totals that the measurements are added to.
 
     Raises:
-        ValueError: the images are not square, or the representation does not extend.
+        ValueError: The images are not square, or the representation does not extend.
     """
     mask = disk_mask(*image.shape[-2:], device=image.device)
     for degrees in angles_degrees:
@@ -88,19 +88,19 @@ def measure_rotations(
 def summarize_rotations(
     totals: Totals, angles_degrees: Sequence[float], variance: Float[Tensor, "dim l l"]
 ) -> dict[float, dict[str, float]]:
-    """What was counted, angle by angle.
+    """Summarise what `measure_rotations` measured, angle by angle.
 
     Args:
-        totals: of all images, from `measure_rotations`.
-        angles_degrees: the same; with 0.
-        variance: of the latent over images.
+        totals: Totals of all images, from `measure_rotations`.
+        angles_degrees: Angles that were measured; 0 is one of them.
+        variance: Variance of the latent over images.
 
     Returns:
         For each angle in degrees:
             encoder_error: E |E(Rx) - rho(R) E(x)|^2 / Var E(x), over cells inside the disk.
-            psnr: of D(rho(R) E(x)) against Rx, dB, mean over images.
-            gap_db: psnr at angle 0 minus this one.
-            resampling_floor_db: psnr of R^-1 R x against x, what two resamplings alone cost.
+            psnr: PSNR of D(rho(R) E(x)) against Rx, dB, mean over images.
+            gap_db: psnr at angle 0 minus psnr at this angle.
+            resampling_floor_db: PSNR of R^-1 R x against x: the error of two resamplings alone.
     """
     cells = disk_mask(*variance.shape[-2:]).to(variance.dtype)
     spread = max(float((cells * variance.mean(0)).sum()), 1e-12)

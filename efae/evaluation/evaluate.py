@@ -1,9 +1,9 @@
-"""What is measured about a tokenizer: reconstruction, equivariance, and what its latent carries.
+"""Evaluation of a tokenizer: reconstruction, equivariance, and the content of its latent.
 
 Element g is measured with coupled noise: D(rho(g) E(x); g eps), undone by g^-1, against x. A small
-gap alone is worthless (a latent that cannot carry pose has gap 0), so it always stands beside PSNR.
-What needs many decodes is measured on an even choice of CHOSEN images; `Evaluation.protocol` says
-how every number came about.
+gap alone says little (a latent that cannot carry pose has gap 0), so it is always shown with PSNR.
+Measures that take many decodes use up to CHOSEN evenly spaced images; `Evaluation.protocol`
+records how every number was measured.
 """
 
 import time
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from efae.evaluation.lpips_fid import Fid, Lpips
 
 CHOSEN = 64
-"""Images, at most, for the measures that take many decodes."""
+"""Largest number of images for the measures that take many decodes."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Pictures:
     original: Tensor
     reconstruction: Tensor
     acted: dict[str, Tensor]
-    """By element: decodes of act(g, z)."""
+    """Decodes of act(g, z), by element."""
     states: list[tuple[float, Tensor]]
-    """(t, x_t) from noise to image of the first examples; none of a deterministic decoder."""
+    """States (t, x_t) of the first examples, from noise to image; only of an `Autoencoder`."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Evaluation:
     latent_shape: tuple[int, ...]
     representation: str
     multiplicities: dict[str, int]
-    """By irrep."""
+    """Multiplicity of each irrep."""
     psnr: float
     ssim: float
     psnr_by_element: dict[str, float]
@@ -76,45 +76,45 @@ class Evaluation:
     worst_gap_db: float
     """The largest |gap|."""
     symmetric_gap_db: dict[str, float]
-    """The same on images made symmetric, by the kind of symmetry."""
+    """Worst gap on images made exactly symmetric, by the kind of symmetry."""
     symmetric_worst_gap_db: float
     deterministic: bool
-    """Whether the noise changes nothing."""
+    """Whether decodes ignore the noise."""
     noise_floor_db: float | None
-    """PSNR between two decodes of one latent from different noise; None of a deterministic one."""
+    """PSNR between two decodes of one latent from different noise; None if deterministic."""
     encoder_error: dict[str, float]
     """E |E(gx) - rho(g) E(x)|^2 / Var E(x), by element."""
     encoder_error_by_irrep: dict[str, dict[str, float]]
-    """The same on the channels of one irrep alone, by irrep and element."""
+    """Encoder error on the channels of each irrep alone, by irrep and element."""
     decoder_error_db: dict[str, float]
     """PSNR of D(rho(g) z; g eps) against g D(z; eps), by element."""
     group_law_error: float
     energy_by_irrep: dict[str, float]
-    """Share of the latent's energy."""
+    """Share of each irrep in the latent's energy."""
     sampler_steps: int | None
     psnr_by_steps: dict[int, float]
-    """Empty without a flow, as the two below."""
+    """PSNR by number of sampler steps; this and the two below are empty without a flow."""
     ssim_by_steps: dict[int, float]
     sharpness_by_steps: dict[int, float]
-    """Gradient energy of the samples over that of the images."""
+    """Gradient energy of the samples divided by that of the images."""
     loss_by_time: list[float] | None
     """Flow loss in equal bins of t over [0, 1]; None without a flow."""
     velocity_error_by_time: list[float] | None
-    """|v(g x_t, t, rho(g) z) - g v(x_t, t, z)|^2 / |v|^2 of the worst g, in the same bins."""
+    """|v(g x_t, t, rho(g) z) - g v(x_t, t, z)|^2 / |v|^2 for the worst g, in the same bins."""
     rotations: dict[float, dict[str, float]]
-    """By angle in degrees, see efae/training/angles.py; empty where not measured."""
+    """Errors by angle in degrees, see `summarize_rotations`; empty if not measured."""
     lpips: float | None
-    """Of reconstructions; None where no weights were given, as the two below."""
+    """LPIPS of reconstructions; this and the two below are None without weights."""
     lpips_by_element: dict[str, float] | None
     fid: float | None
-    """Of reconstructions against the images themselves."""
+    """FID of reconstructions against the images themselves."""
     protocol: dict[str, Any]
-    """All that it takes to measure the same again."""
+    """Everything needed to repeat the measurement."""
     seconds: float
     pictures: Pictures = field(repr=False)
 
     def numbers(self) -> dict[str, Any]:
-        """Everything but the pictures, ready for JSON."""
+        """Return all fields except the pictures, ready for JSON."""
         return {name: value for name, value in asdict(self).items() if name != "pictures"}
 
 
@@ -133,24 +133,24 @@ def evaluate(
 ) -> Evaluation:
     """Measure a model in fp32.
 
-    Where torch.distributed is initialised, every process calls this with its own images, and all
-    get the numbers of the whole set: the images of rank 0, then of rank 1, ... The pictures are of
-    a process's own images.
+    If torch.distributed is initialised, every process calls this with its own images, and all get
+    the numbers of the whole set: the images of rank 0, then of rank 1, ... The pictures show a
+    process's own images.
 
     Args:
-        model: in eval mode; velocity and sampler are measured where it has a `velocity`.
-        images: in [0, 255], held out from training.
-        seed: of the noise; image i of the set always meets the same noise.
-        batch_size: images at a time; changes no number beyond rounding.
-        angles_degrees: measures rotations by these angles too; None does so by ANGLES if the model
-            was trained on rotations by any angle.
-        lpips: measures LPIPS too.
-        fid: measures FID too.
-        progress: wraps the long loops, given a description.
+        model: Tokenizer in eval mode; if it has a `velocity`, flow and sampler are measured too.
+        images: Images in [0, 255], held out from training.
+        seed: Seed of the noise; image i of the set always gets the same noise.
+        batch_size: Number of images per batch; affects rounding only.
+        angles_degrees: Angles of rotations to measure; None means ANGLES if the model was trained
+            on rotations by any angle, else none.
+        lpips: Network to measure LPIPS with; None skips it.
+        fid: Network to measure FID with; None skips it.
+        progress: Function that wraps the items of a long loop, given its description.
 
     Raises:
-        ValueError: no images, too small for `lpips`, or model or images that cannot turn by any
-            angle.
+        ValueError: There are no images, they are too small for `lpips`, or model or images cannot
+            turn by any angle.
     """
     started = time.monotonic()
     device = _device_of(model)
@@ -178,7 +178,7 @@ def evaluate(
             fid.add(image, acted["identity"])
         if pictures is None:
             shown = {name: sample.clamp(-1, 1).cpu() for name, sample in acted.items()}
-            states = _follow(model, latent[:8], noise[:8])
+            states = _record_states(model, latent[:8], noise[:8])
             pictures = Pictures(image.cpu(), shown["identity"], shown, states)
     chosen = list(range(-first % stride, len(images), stride))
     batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
@@ -221,14 +221,14 @@ def _rank(counts: list[int]) -> int:
 
 
 def _no_pictures(images: Tensor) -> Pictures:
-    """Of a process that has no images."""
+    """Return the pictures of a process that has no images."""
     return Pictures(to_float(images), to_float(images), {}, [])
 
 
 def _measure_elements(
     model: Tokenizer, image: Tensor, noise: Tensor, totals: Totals, lpips: "Lpips | None"
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Encoder, decoder and both together, element by element; returns latent and decodes."""
+    """Measure encoder, decoder and both together by element; returns latent and decodes."""
     latent = model.encode(image)
     totals.add("latent", latent)
     totals.add("latent squared", latent.double().square())
@@ -249,7 +249,7 @@ def _measure_elements(
 
 
 def _measure_law(model: Tokenizer, latent: Tensor, totals: Totals) -> None:
-    """act(a, act(b, z)) against act(ab, z) for the worst pair."""
+    """Measure act(a, act(b, z)) against act(ab, z) for the worst pair."""
     size = latent.square().sum((1, 2, 3)).clamp(min=1e-12)
     worst = torch.zeros_like(size)
     for b in model.group:
@@ -269,7 +269,7 @@ def _measure_floor(
 
 
 def _measure_symmetric(model: Tokenizer, image: Tensor, noise: Tensor, totals: Totals) -> None:
-    """PSNR by element on images made symmetric: where an equivariant model is easiest broken."""
+    """Measure PSNR by element on symmetric images, on which equivariance breaks most easily."""
     for kind, symmetric in symmetric_images(image).items():
         latent = model.encode(symmetric)
         for g in model.group:
@@ -278,8 +278,8 @@ def _measure_symmetric(model: Tokenizer, image: Tensor, noise: Tensor, totals: T
             totals.add(f"symmetric {kind} {g}", psnr(undone, symmetric))
 
 
-def _follow(model: Tokenizer, latent: Tensor, noise: Tensor) -> list[tuple[float, Tensor]]:
-    """What the sampler passes through."""
+def _record_states(model: Tokenizer, latent: Tensor, noise: Tensor) -> list[tuple[float, Tensor]]:
+    """Return the sampler's states (t, x_t), from noise to image."""
     states: list[tuple[float, Tensor]] = []
     if isinstance(model, Autoencoder):
         model.decode(
@@ -307,7 +307,7 @@ def _summarize(
 
     count = totals.count("latent")
     squared = totals.mean("latent squared")
-    # Over images, as the mean latent carries no information.
+    # Variance over images at each cell: the mean latent carries no information.
     variance = (squared - totals.mean("latent").square()) * count / max(count - 1, 1)
 
     def encoder_error(g: str, channels: slice) -> float:
@@ -392,7 +392,7 @@ def _protocol(
     return {
         "images": totals.count("latent"),
         "chosen_images": totals.count("law"),
-        "on_chosen_images": f"{chosen}: every k-th image, so that at most {CHOSEN} remain",
+        "on_chosen_images": f"{chosen}: every k-th image, at most {CHOSEN} in all",
         "data_range": 2.0,
         "clamping": "decodes to [-1, 1], for all but the decoder's agreement and the noise floor",
         "mean": f"per image, then over images; PSNR of an image is at most {LARGEST_PSNR} dB",
@@ -402,7 +402,7 @@ def _protocol(
         "elements": "g^-1 decode(act(g, encode(x)), g noise) against x",
         "rotations": None
         if not angles
-        else "decode(act(R, encode(x)), noise) against R x in the"
+        else "decode(act(R, encode(x)), noise) against R x inside the"
         " inscribed disk, from the same noise at all angles; resampling: band-limited, bicubic",
         "sampler": None if knobs is None else knobs.sampler,
         "sampler_steps": None if knobs is None else knobs.sampler_steps,

@@ -1,4 +1,4 @@
-"""What is measured of a decoder that follows a velocity field: loss, symmetry, sampler steps."""
+"""Measures of a decoder that follows a velocity field: loss, symmetry, sampler steps."""
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from efae.evaluation.protocol import FlowTokenizer
 from efae.model import flow
 
 STEP_COUNTS = (1, 2, 4, 8, 16, 50)
-"""Of the sampler."""
+"""Numbers of sampler steps to compare."""
 TIME_BINS = 10
 """Equal bins of t over [0, 1], each measured at its middle."""
 
@@ -21,7 +21,7 @@ def measure_loss(
     latent: Float[Tensor, "b dim lh lw"],
     totals: Totals,
 ) -> None:
-    """The flow loss at the middle of each bin of t."""
+    """Measure the flow loss at the middle of each bin of t."""
     for i in range(TIME_BINS):
         t = torch.full((len(image),), (i + 0.5) / TIME_BINS, device=image.device)
         velocity = model.velocity(flow.interpolate(image, noise, t), t, latent)
@@ -35,7 +35,7 @@ def measure_velocity(
     latent: Float[Tensor, "b dim lh lw"],
     totals: Totals,
 ) -> None:
-    """How far the velocity field is from commuting with each element, in each bin of t."""
+    """Measure how far the velocity field is from commuting with each element, by bin of t."""
     for i in range(TIME_BINS):
         t = torch.full((len(image),), (i + 0.5) / TIME_BINS, device=image.device)
         x_t = flow.interpolate(image, noise, t)
@@ -54,7 +54,7 @@ def measure_steps(
     latent: Float[Tensor, "b dim lh lw"],
     totals: Totals,
 ) -> None:
-    """PSNR, SSIM and gradient energy of decodes, by sampler steps."""
+    """Measure PSNR, SSIM and gradient energy of decodes, by number of sampler steps."""
     totals.add("gradient", gradient_energy(image))
     for count in STEP_COUNTS:
         sample = model.decode(latent, steps=count, noise=noise).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""Held-out images as one tensor: what previews and the evaluation look at."""
+"""Held-out images as one tensor, for validation and evaluation."""
 
 import torch
 from jaxtyping import UInt8
@@ -9,15 +9,15 @@ from efae.config import DataConfig
 
 
 def read_held_out(data: DataConfig, count: int) -> UInt8[Tensor, "n c h w"]:
-    """The first `count` held-out images in the order of their shards, or all where there are fewer.
+    """Read the first `count` held-out images in shard order, or all if there are fewer.
 
     Returns:
-        uint8 in [0, 255].
+        Images, uint8 in [0, 255].
 
     Raises:
-        ValueError: the address is refused, or the set is empty.
-        ShardError: a shard or an image in it cannot be read.
-        StorageError: the storage refuses or does not answer.
+        ValueError: The URI is refused, or the set is empty.
+        ShardError: A shard or an image in it cannot be read.
+        StorageError: The storage refuses or does not answer.
     """
     dataset = ShardDataset.open(data.held_out_uri)
     loader = dataset.loader(

@@ -1,7 +1,7 @@
-"""Measures by trained networks, LPIPS and FID: the user brings the weights, nothing is downloaded.
+"""Measures by trained networks, LPIPS and FID, whose weights the user supplies.
 
-A weight file is read as tensors and names alone (safetensors, or torch's format with weights_only):
-it cannot run code.
+Nothing is downloaded. A weight file is read as named tensors only (safetensors, or torch's format
+with weights_only): it cannot run code.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 _LPIPS_SMALLEST = 32
 _LPIPS_FILE = (
     "LPIPS needs torchvision's AlexNet weights, alexnet-owt-7be5be79.pth: run"
-    ' torchvision.models.alexnet(weights="DEFAULT") once where there is a network, then take the'
-    " file from ~/.cache/torch/hub/checkpoints"
+    ' torchvision.models.alexnet(weights="DEFAULT") once on a machine with internet access, then'
+    " take the file from ~/.cache/torch/hub/checkpoints"
 )
 _FID_FILE = (
     "FID needs torch-fidelity's Inception weights, weights-inception-2015-12-05-6726825d.pth, from"
@@ -35,14 +35,14 @@ _FID_FILE = (
 class Lpips(nn.Module):
     """Learned perceptual image patch similarity (Zhang et al. 2018, arXiv:1801.03924) by AlexNet.
 
-    torchmetrics brings the linear heads but takes AlexNet from torchvision, which we do not depend
-    on: its five convolutions are built here, and the file has their weights.
+    torchmetrics has the linear heads but takes AlexNet from torchvision, which is not a dependency:
+    its five convolutions are built here and get their weights from the file.
 
     Args:
-        weights: torchvision's AlexNet, as .pth or .safetensors.
+        weights: File of torchvision's AlexNet weights, .pth or .safetensors.
 
     Raises:
-        ValueError: no such file, or it holds something else.
+        ValueError: The file does not exist, or holds something else.
     """
 
     def __init__(self, weights: Path):
@@ -72,7 +72,7 @@ class Lpips(nn.Module):
         self.heads = nn.ParameterList(
             [learned[f"lin{i}.model.1.weight"] for i in range(len(self.stages))]
         )
-        # ImageNet's mean and deviation, for images in [-1, 1].
+        # Mean and standard deviation of ImageNet, for images in [-1, 1].
         self.shift: Tensor
         self.scale: Tensor
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
@@ -89,17 +89,17 @@ class Lpips(nn.Module):
         }
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise ValueError for images that AlexNet has no place for."""
+        """Raise ValueError for images that are too small for AlexNet."""
         if min(height, width) < _LPIPS_SMALLEST:
             raise ValueError(
                 f"images of {height} x {width} pixels: LPIPS needs"
-                f" {_LPIPS_SMALLEST} at least; leave its weights out"
+                f" {_LPIPS_SMALLEST} at least; evaluate without its weights"
             )
 
     def forward(
         self, image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"]
     ) -> Float[Tensor, "b"]:
-        """Distance per pair of images in [-1, 1], grey or RGB; 0 for equal ones."""
+        """Return the distance of each pair of images in [-1, 1], grey or RGB; 0 if equal."""
         x, y = ((a.expand(-1, 3, -1, -1) - self.shift) / self.scale for a in (image, other))
         distance = x.new_zeros(len(x))
         for stage, head in zip(self.stages, self.heads, strict=True):
@@ -116,12 +116,12 @@ def _unit(features: Tensor) -> Tensor:
 class Fid:
     """Frechet distance of reconstructions to their images (Heusel et al. 2017, arXiv:1706.08500).
 
-    torchmetrics' with torch-fidelity's Inception network, antialiased resizing and covariances in
-    float64. It falls with the number of images: compare at equal numbers only.
+    The metric of torchmetrics, with torch-fidelity's Inception network, antialiased resizing and
+    covariances in float64. It falls with the number of images: compare at equal numbers only.
 
     Args:
-        metric: over uint8 RGB images; see `load_fid`.
-        digest: sha256 of its weights.
+        metric: Metric over uint8 RGB images; see `load_fid`.
+        digest: SHA-256 of its weights.
     """
 
     def __init__(self, metric: FrechetInceptionDistance, digest: str):
@@ -141,16 +141,16 @@ class Fid:
     def add(
         self, image: Float[Tensor, "b c h w"], reconstruction: Float[Tensor, "b c h w"]
     ) -> None:
-        """Count images and reconstructions in [-1, 1], grey or RGB."""
+        """Add images and reconstructions in [-1, 1], grey or RGB."""
         for pixels, real in ((image, True), (reconstruction, False)):
             pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
             self.metric.update(pixels.expand(-1, 3, -1, -1), real=real)
 
     def compute(self) -> float:
-        """Over all images of all processes.
+        """Return the distance over all images of all processes.
 
         Raises:
-            ValueError: there are fewer than two.
+            ValueError: There are fewer than two images.
         """
         if int(self.metric.real_features_num_samples) < 2:
             raise ValueError("FID needs two images at least")
@@ -158,21 +158,21 @@ class Fid:
 
 
 def load_fid(weights: Path, device: str = "cpu") -> Fid:
-    """FID with Inception weights from a file.
+    """Build FID with Inception weights from a file.
 
     Raises:
-        ValueError: a package or the file is missing, or it holds something else.
+        ValueError: A package or the file is missing, or the file holds something else.
     """
     missing = [name for name in ("torch_fidelity", "torchvision") if find_spec(name) is None]
     if missing:
         raise ValueError(
             f"FID needs the packages torch-fidelity and torchvision (missing:"
-            f" {', '.join(missing)}): pip install torch-fidelity, with the torchvision that goes"
-            f" with torch {torch.__version__}"
+            f" {', '.join(missing)}): pip install torch-fidelity, and the torchvision for"
+            f" torch {torch.__version__}"
         )
     tensors, digest = _read_tensors(weights, _FID_FILE)
     with tempfile.TemporaryDirectory() as folder:
-        # torch-fidelity unpickles what it is given; this copy holds only tensors.
+        # torch-fidelity unpickles its weight file, so it gets a copy that holds only tensors.
         copy = Path(folder) / "inception.pth"
         torch.save(tensors, copy)
         try:
@@ -183,7 +183,7 @@ def load_fid(weights: Path, device: str = "cpu") -> Fid:
 
 
 def _read_tensors(path: Path, needed: str) -> tuple[dict[str, Tensor], str]:
-    """Tensors by name, and the file's sha256."""
+    """Read the tensors of a file by name, and its SHA-256."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; {needed}")
     try:

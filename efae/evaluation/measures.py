@@ -1,10 +1,10 @@
-"""The measures themselves, one definition each, and totals that many processes share.
+"""Definitions of the measures, and their totals over images and processes.
 
 Images are in [-1, 1]: the range of PSNR and SSIM is 2. Both are torchmetrics', per image. Totals
 are sums over images, so neither the batch size nor the number of processes changes a result.
 
-torchmetrics takes two seconds to import, which a driver that only checks and submits never needs:
-it comes with the measures that use it.
+torchmetrics takes two seconds to import, and a driver that only checks and submits never needs it:
+the functions that use it import it.
 """
 
 import json
@@ -21,7 +21,7 @@ from torch import Tensor
 from efae.symmetry import D4, Element
 
 LARGEST_PSNR = 126.02
-"""Of images that are equal but for rounding: a mean squared error of 1e-12, dB."""
+"""Largest PSNR, dB: images are equal up to rounding, with a mean squared error of 1e-12."""
 _SYMMETRIC_UNDER = {
     "mirror": ("flip_h",),
     "half_turn": ("rot180",),
@@ -32,7 +32,7 @@ _SYMMETRIC_UNDER = {
 
 @contextmanager
 def full_precision() -> Generator[None]:
-    """Convolutions in true fp32: by default, cuDNN rounds their factors to ten bits."""
+    """Run convolutions in full fp32: by default, cuDNN uses TF32, with ten bits of mantissa."""
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -42,12 +42,12 @@ def full_precision() -> Generator[None]:
 
 
 def to_float(image: Tensor) -> Tensor:
-    """uint8 pixels to float in [-1, 1]."""
+    """Convert uint8 pixels to float in [-1, 1]."""
     return image.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
 
 
 def psnr(image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
-    """Peak signal to noise ratio per image, dB, at most LARGEST_PSNR; the range is 2."""
+    """Return the peak signal-to-noise ratio per image, dB, at most LARGEST_PSNR; range 2."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     ratio = peak_signal_noise_ratio(
@@ -59,19 +59,19 @@ def psnr(image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"]) -> Fl
 def masked_psnr(
     image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"], mask: Float[Tensor, "h w"]
 ) -> Float[Tensor, "b"]:
-    """`psnr` over the pixels where the mask is, weighed by it.
+    """Return `psnr` with each pixel weighed by the mask.
 
-    20 log10(2) - 10 log10(sum m d^2 / sum m), as EQ-R of StyleGAN3 (Karras et al. 2021,
-    arXiv:2106.12423) with the range fixed.
+    20 log10(2) - 10 log10(sum m d^2 / sum m), like EQ-R of StyleGAN3 (Karras et al. 2021,
+    arXiv:2106.12423) with a fixed range.
     """
     error = (mask * (image - other).square()).sum((1, 2, 3)) / (mask.sum() * image.shape[1])
     return (10 * torch.log10(4 / error)).clamp(max=LARGEST_PSNR)
 
 
 def ssim(image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
-    """Structural similarity per image (Wang et al. 2004), Gaussian window of 11, sigma 1.5.
+    """Return the structural similarity per image (Wang et al. 2004), Gaussian window 11, sigma 1.5.
 
-    As torchmetrics has it: borders are reflected, so images may be as small as 6 pixels.
+    torchmetrics reflects the borders, so images may be as small as 6 pixels.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -84,20 +84,20 @@ def ssim(image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"]) -> Fl
 
 
 def gradient_energy(image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
-    """Mean squared difference of neighbouring pixels, per image: its ratio is sharpness."""
+    """Return the mean squared difference of adjacent pixels, per image; ratios are sharpness."""
     return image.diff(dim=-1).square().mean((1, 2, 3)) + image.diff(dim=-2).square().mean((1, 2, 3))
 
 
 def draw_noise(
     positions: Iterable[int], shape: tuple[int, ...], seed: int, stream: int = 0
 ) -> Float[Tensor, "b c h w"]:
-    """Standard normal noise for images of a set; image i's depends on (seed, stream, i) only.
+    """Draw standard normal noise for images of a set; that of image i depends on (seed, stream, i).
 
     Args:
-        positions: of the images in the whole set.
-        shape: of one, (c, h, w).
-        seed: of all of it.
-        stream: another one is independent.
+        positions: Positions of the images in the whole set.
+        shape: Shape (c, h, w) of one image.
+        seed: Seed of the whole set.
+        stream: Number of an independent stream of noise.
     """
     return torch.stack(
         [torch.randn(shape, generator=_generator(seed, stream, i)) for i in positions]
@@ -105,16 +105,16 @@ def draw_noise(
 
 
 def _generator(*numbers: int) -> torch.Generator:
-    # torch seeds its CPU generator by 32 bits.
+    # torch seeds its CPU generator with 32 bits.
     mixed = np.random.SeedSequence(numbers).generate_state(1, np.uint32)
     return torch.Generator().manual_seed(int(mixed[0]))
 
 
 def symmetric_images(image: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b c h w"]]:
-    """The images made exactly symmetric in each way that their shape allows, by its name.
+    """Make the images exactly symmetric, in each way that their shape allows; returned by name.
 
-    One side is copied onto the other, pixel by pixel: under the left-right mirror, the half turn,
-    a diagonal, and all eight elements (or the four that keep a shape that is not square); and each
+    Half of each image is copied onto the other half, for the left-right mirror, the half turn, a
+    diagonal, and all eight elements (or the four that keep a non-square shape). "constant" is each
     image's mean colour.
     """
     square = image.shape[-2] == image.shape[-1]
@@ -130,7 +130,7 @@ def symmetric_images(image: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor,
 
 
 def _fold(image: Tensor, involution: Element) -> Tensor:
-    """Copy one half onto the other."""
+    """Make an image symmetric under an involution by copying one half onto the other."""
     place = torch.arange(image.shape[-2] * image.shape[-1], device=image.device)
     place = place.view(image.shape[-2:])
     keep = place <= involution.act_on_image(place)
@@ -145,21 +145,21 @@ class Totals:
         self._counts: dict[str, int] = {}
 
     def add(self, name: str, values: Float[Tensor, "b *rest"]) -> None:
-        """Count one value per image."""
+        """Add one value per image."""
         total = values.double().sum(0).cpu()
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._counts[name] = self._counts.get(name, 0) + len(values)
 
     def mean(self, name: str) -> Float[Tensor, "*rest"]:
-        """Over all images that were counted."""
+        """Return the mean over all images that were added."""
         return self._sums[name] / self._counts[name]
 
     def count(self, name: str) -> int:
-        """Images counted."""
+        """Return the number of images that were added."""
         return self._counts.get(name, 0)
 
     def gather(self, device: torch.device) -> None:
-        """Where torch.distributed is initialised, add the other processes' totals to these."""
+        """Add the totals of the other processes, if torch.distributed is initialised."""
         mine = {
             name: [self._counts[name], cast(Any, total).tolist()]
             for name, total in self._sums.items()
@@ -173,9 +173,9 @@ class Totals:
 
 
 def gather_json(value: Any, device: torch.device) -> list[Any]:
-    """Every process's JSON value, in the order of the ranks; of one process, a list of one.
+    """Gather a JSON value from every process, in the order of the ranks.
 
-    As text, since torch's own gathering of objects pickles them.
+    Values travel as text: torch's own `all_gather_object` pickles them.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return [value]

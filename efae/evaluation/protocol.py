@@ -1,4 +1,4 @@
-"""What a tokenizer must offer to be measured beside ours; nobody has to inherit from it."""
+"""The interface that a tokenizer needs to be evaluated; nothing has to inherit from it."""
 
 from typing import Protocol, runtime_checkable
 
@@ -9,26 +9,26 @@ from efae.symmetry import Element, Group, Representation
 
 
 class Tokenizer(Protocol):
-    """Encodes images, acts on latents, decodes them; in evaluation mode."""
+    """A tokenizer in evaluation mode: it encodes images, acts on latents and decodes them."""
 
     @property
     def group(self) -> Group:
-        """What acts on images and latents."""
+        """Group that acts on images and latents."""
         ...
 
     @property
     def representation(self) -> Representation:
-        """How it acts on the channels of a latent, in the basis of its irreps."""
+        """Representation of the group on the channels of a latent, in the basis of the irreps."""
         ...
 
     def encode(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
-        """Image in [-1, 1] to its latent."""
+        """Encode an image in [-1, 1]."""
         ...
 
     def act(
         self, element: Element, latent: Float[Tensor, "b dim lh lw"]
     ) -> Float[Tensor, "b dim lh lw"]:
-        """The action of one element on channels and grid."""
+        """Act on channels and grid of a latent by one element."""
         ...
 
     def decode(
@@ -38,7 +38,7 @@ class Tokenizer(Protocol):
         noise: Float[Tensor, "b c h w"] | None = None,
         seed: int | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """An image near [-1, 1]; a deterministic decoder ignores steps, noise and seed."""
+        """Decode to an image near [-1, 1]; a deterministic decoder ignores all but the latent."""
         ...
 
 
@@ -52,5 +52,5 @@ class FlowTokenizer(Tokenizer, Protocol):
         t: Float[Tensor, "b"],
         latent: Float[Tensor, "b dim lh lw"],
     ) -> Float[Tensor, "b c h w"]:
-        """dx_t / dt, in the convention of efae/model/flow.py."""
+        """Return dx_t / dt, in the convention of efae/model/flow.py."""
         ...

@@ -47,7 +47,7 @@ def test_noise_is_isotropic_on_every_copy():
         assert torch.allclose(spread[planes][axis::2], expected[planes.start :], rtol=0.03)
 
 
-def test_latents_are_handed_out_at_unit_scale_per_irrep_and_taken_in_again():
+def test_normalised_latents_have_unit_scale_per_irrep_and_denormalise():
     bottleneck = Bottleneck(RHO, "rms", 0.1)
     blocks = [slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 10)]  # B1 and B2 share a scale
     parts = [torch.full((b.stop - b.start,), 1.0 + i) for i, b in enumerate(blocks)]
