@@ -1,10 +1,9 @@
 """The report card: pictures and numbers of one model, as one page that works offline.
 
-`write_report` takes numbers and pictures as `efae.evaluation.evaluate.Evaluation` has them, and
-writes ``report.html`` (everything inline), for machines ``summary.json`` and all the numbers as
-``evaluation.json``, each figure as a file, and ``model_card.md`` for a model of ours.
-`write_comparison` puts several models side by side.
-Every measure is explained in a sentence where it stands; the page is meant to be printed.
+`write_report` takes numbers and pictures from `efae.evaluation.evaluate.Evaluation`. It writes
+``report.html`` (everything inline), ``summary.json``, all numbers as ``evaluation.json``, each
+figure as a file, and ``model_card.md`` for an EFAE model. `write_comparison` shows several models
+side by side. The page explains every measure in a sentence, and prints well.
 """
 
 import json
@@ -43,7 +42,7 @@ _SUMMARY = (
     *("recoveries", "world_size", "precision", "device", "wall_seconds", "events"),
 )
 _EXACT_DB = 1e-3
-"""A gap up to this counts as rounding."""
+"""Largest gap, dB, that counts as rounding."""
 _EXACT_ENCODER_ERROR = 1e-6
 
 
@@ -56,28 +55,29 @@ class Pictures(Protocol):
     def reconstruction(self) -> Tensor: ...
     @property
     def acted(self) -> Mapping[str, Tensor]:
-        """By element: decodes of act(g, latent)."""
+        """Decodes of act(g, latent), by element."""
         ...
 
     @property
     def states(self) -> Sequence[tuple[float, Tensor]]:
-        """(t, x_t) from noise to image; none of a decoder without a flow."""
+        """States (t, x_t) from noise to image; empty without a flow."""
         ...
 
 
 @dataclass(frozen=True)
 class Card:
-    """What is known about one model."""
+    """The content of the report card of one model."""
 
     numbers: Mapping[str, Any]
-    """An evaluation's `numbers()`."""
+    """Numbers of an evaluation, from `Evaluation.numbers`."""
     pictures: Pictures
-    """The same evaluation's pictures."""
+    """Pictures of the same evaluation."""
     config: Config | None
-    """Of a model of ours."""
+    """Configuration of an EFAE model; None for another tokenizer."""
     facts: Mapping[str, Any]
-    """About the run: the keys of summary.json that are not measured on the model, `credits` (text,
-    or several) for the data, and any more, shown in their order; `events` are lines of text."""
+    """Facts about the run: the keys of summary.json that are not measured on the model, `credits`
+    for the data (one text or several), `events` (lines of text), and any others. The page shows
+    them in their order."""
 
 
 def write_report(
@@ -89,26 +89,26 @@ def write_report(
     facts: Mapping[str, Any],
     curves: Sequence[tuple[int, float]] | None = None,
 ) -> Path:
-    """Write page, JSON files, figures and model card into `directory`; gives the page's path.
+    """Write page, JSON files, figures and model card into `directory`; returns the page's path.
 
     Args:
-        directory: made if it does not exist.
-        numbers: as in `Card`.
-        pictures: as in `Card`.
-        config: as in `Card`.
-        facts: as in `Card`.
-        curves: (step, training loss), oldest first.
+        directory: Directory, created if need be.
+        numbers: Numbers, as in `Card`.
+        pictures: Pictures, as in `Card`.
+        config: Configuration, as in `Card`.
+        facts: Facts, as in `Card`.
+        curves: Points (step, training loss), oldest first.
 
     Raises:
-        ValueError: a number is not finite; summary.json is written nevertheless.
+        ValueError: A number is not finite; summary.json is written nevertheless.
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "summary.json", summarize(numbers, facts))
     broken = [name for name, value in numbers.items() if finite(value) != value]
     if broken:
         raise ValueError(
-            f"the evaluation has values that are not finite in {', '.join(broken)}: there is"
-            " nothing to draw; evaluate an earlier checkpoint"
+            f"the evaluation has values that are not finite in {', '.join(broken)}: no report can"
+            " be drawn; evaluate an earlier checkpoint"
         )
     write_json(directory / "evaluation.json", numbers)
     if config is not None:
@@ -138,18 +138,18 @@ def write_report(
 
 
 def write_comparison(directory: Path, cards: Mapping[str, Card], facts: Mapping[str, Any]) -> Path:
-    """One page with several models side by side; gives its path.
+    """Write one page that compares several models; returns its path.
 
-    Each model's own report lies in a folder below, as `write_report` makes it; summary.json has
-    the summary of each by its name.
+    `write_report` also writes each model's own report into a subfolder. summary.json has the
+    summaries by model name.
 
     Args:
-        directory: made if it does not exist.
-        cards: by the models' names, measured on the same images.
-        facts: about the comparison, shown in their order; `credits` as in `Card`.
+        directory: Directory, created if need be.
+        cards: Card of each model by its name, all measured on the same images.
+        facts: Facts about the comparison, shown in their order; `credits` as in `Card`.
 
     Raises:
-        ValueError: a number is not finite.
+        ValueError: A number is not finite.
     """
     folders = {name: f"{i + 1}-{_slug(name)}" for i, name in enumerate(cards)}
     for name, card in cards.items():
@@ -165,7 +165,7 @@ def write_comparison(directory: Path, cards: Mapping[str, Card], facts: Mapping[
         directory / "summary.json",
         {"models": {name: summarize(card.numbers, card.facts) for name, card in cards.items()}},
     )
-    # A model has the elements of its own group; shared are those of all.
+    # Models may have different groups: draw the elements that all of them share.
     shared = [
         g
         for g in next(iter(cards.values())).numbers["gap_db"]
@@ -212,14 +212,14 @@ def _slug(name: str) -> str:
 
 
 def summarize(numbers: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The machine-readable summary of a run; what is not known, or not finite, is None."""
+    """Return the machine-readable summary of a run; unknown and non-finite values are None."""
     return {
         name: finite(numbers[name] if name in _MEASURED else facts.get(name)) for name in _SUMMARY
     }
 
 
 def _is_exact(numbers: Mapping[str, Any]) -> bool:
-    # Not by the gap alone: a decoder that ignores its latent has none.
+    # The gap alone is not enough: a decoder that ignores its latent has gap 0.
     return (
         abs(numbers["worst_gap_db"]) <= _EXACT_DB
         and max(numbers["encoder_error"].values()) <= _EXACT_ENCODER_ERROR

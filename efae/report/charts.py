@@ -1,4 +1,4 @@
-"""The report's charts, each one function from numbers to a PNG file."""
+"""Charts of the report: one function each, from numbers to a PNG file."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMe
 from efae.report.image_grids import GREY, save
 
 Axes = Any
-"""matplotlib's; its own types leave most arguments unknown."""
+"""matplotlib's Axes; its own type leaves most arguments unknown."""
 IRREP_WORDS = {
     "a1": "A1: invariant",
     "a2": "A2: sign flips under\nevery mirror",
@@ -20,7 +20,7 @@ IRREP_WORDS = {
     "e": "E: planes that rotate",
 }
 SAME_DB = 126.0
-"""PSNR is measured up to 126.02 dB (mean squared error 1e-12): equal but for rounding."""
+"""PSNR, dB, from which images count as equal up to rounding; it is measured up to 126.02 dB."""
 
 BLUE, ORANGE = "#2f5d8a", "#c8642b"
 _SERIES = (BLUE, ORANGE, "#5b8f5b", "#8a6fb0", "#b8963e")
@@ -32,7 +32,7 @@ def draw_gap(
     noise_floor_db: float | None,
     path: Path,
 ) -> None:
-    """By element: the gap on a log scale, and the decoder's agreement beside the noise floor.
+    """Draw the gap on a log scale, and the decoder's agreement with the noise floor, by element.
 
     A deterministic decoder has no noise floor.
     """
@@ -71,7 +71,7 @@ def draw_gap(
 
 
 def draw_gaps(models: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """Gaps by element on a log scale, one bar for each model."""
+    """Draw gaps by element on a log scale, one bar per model."""
     names = list(next(iter(models.values())))
     figure, (axes,) = begin_charts(9.4, 0.8 + 0.16 * len(names) * (1 + len(models)), 1)
     smallest, height = 1e-9, 0.8 / len(models)
@@ -94,11 +94,11 @@ def draw_gaps(models: Mapping[str, Mapping[str, float]], path: Path) -> None:
 
 
 def draw_rotations(models: Mapping[str, Mapping[float, Mapping[str, float]]], path: Path) -> None:
-    """PSNR in the disk and encoder error against the angle, a line for each model.
+    """Draw PSNR inside the disk and encoder error against the angle, one line per model.
 
     Args:
-        models: by name, what `summarize_rotations` gives; its keys may have become text in JSON.
-        path: of the PNG file.
+        models: Result of `summarize_rotations` by model name; its keys may be strings, from JSON.
+        path: Path of the PNG file.
     """
     figure, (left, right) = begin_charts(9.4, 3.4, 2)
     floors: dict[float, float] = {}
@@ -108,7 +108,7 @@ def draw_rotations(models: Mapping[str, Mapping[float, Mapping[str, float]]], pa
         floors |= {angle: found[angle]["resampling_floor_db"] for angle in angles}
         left.plot(angles, [found[a]["psnr"] for a in angles], "o-", color=colour, label=model)
         right.plot(angles, [found[a]["encoder_error"] for a in angles], "o-", color=colour)
-    # Quarter turns resample nothing; their floor would leave no room for all else.
+    # Quarter turns do not resample; their floor would compress the scale of all other values.
     resampled = sorted(angle for angle in floors if angle % 90)
     if resampled:
         values = [floors[angle] for angle in resampled]
@@ -126,7 +126,7 @@ def draw_rotations(models: Mapping[str, Mapping[float, Mapping[str, float]]], pa
 
 
 def draw_energy(energy: Mapping[str, float], channels: Mapping[str, int], path: Path) -> None:
-    """Share of the latent's energy by irrep, beside its share of the channels."""
+    """Draw each irrep's share of the latent's energy and of its channels."""
     figure, (axes,) = begin_charts(4.7, 3.1, 1)
     rows = np.arange(len(energy))
     share = np.array([channels[irrep] for irrep in energy]) / sum(channels.values())
@@ -150,7 +150,7 @@ def draw_steps(
     chosen: int | None,
     path: Path,
 ) -> None:
-    """PSNR, SSIM and sharpness against sampler steps; the model's own number is marked."""
+    """Draw PSNR, SSIM and sharpness against sampler steps; marks the model's own number."""
     figure, charts = begin_charts(9.4, 2.7, 3)
     for axes, values in zip(charts, (psnr, ssim, sharpness), strict=True):
         counts = [int(count) for count in values]
@@ -169,7 +169,7 @@ def draw_steps(
 
 
 def draw_loss_by_time(losses: Sequence[float], path: Path) -> None:
-    """Flow loss in equal bins of t, from image (0) to noise (1)."""
+    """Draw the flow loss in equal bins of t, from image (0) to noise (1)."""
     figure, (axes,) = begin_charts(4.7, 3.1, 1)
     width = 1 / len(losses)
     axes.bar([(i + 0.5) * width for i in range(len(losses))], losses, 0.9 * width, color=BLUE)
@@ -181,7 +181,7 @@ def draw_loss_by_time(losses: Sequence[float], path: Path) -> None:
 
 
 def draw_curves(curves: Sequence[tuple[int, float]], path: Path) -> None:
-    """Training loss against steps, with its running median where there are many points."""
+    """Draw the training loss against steps, with its running median if there are many points."""
     figure, (axes,) = begin_charts(9.4, 2.9, 1)
     steps, losses = np.array(curves, dtype=float).T
     window = len(losses) // 20
@@ -196,7 +196,7 @@ def draw_curves(curves: Sequence[tuple[int, float]], path: Path) -> None:
 
 
 def begin_charts(width: float, height: float, count: int) -> tuple[Any, list[Axes]]:
-    """A row of charts; sizes in inches."""
+    """Create a figure with a row of charts; sizes in inches."""
     figure: Any = Figure((width, height), dpi=180, layout="constrained")
     row = [figure.add_subplot(1, count, i + 1) for i in range(count)]
     for axes in row:
@@ -210,7 +210,7 @@ def name_chart(axes: Axes, title: str) -> None:
 
 
 def _use_log(axes: Axes) -> None:
-    """A log scale upwards, with plain numbers."""
+    """Make the y axis logarithmic, labelled with plain numbers."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -1,4 +1,4 @@
-"""Pages that work offline: a template, its figures inline, and no secret."""
+"""HTML pages that work offline: a template with inline figures; secrets are redacted."""
 
 import base64
 import json
@@ -13,10 +13,10 @@ from efae.tracking.redaction import redact
 
 
 def render_page(folder: Path, template: Path, **context: Any) -> Path:
-    """Write ``report.html`` from a template; gives its path.
+    """Write ``report.html`` from a template; returns its path.
 
-    The template may extend those that lie beside this file. It has the filter `plain`, and
-    `figure(name)` for the picture of that name in `folder`, inline.
+    The template may extend those in the `templates` folder of this package. It can use the filter
+    `plain`, and `figure(name)`, which inlines the picture of that name in `folder`.
     """
     environment = Environment(
         loader=FileSystemLoader([template.parent, Path(__file__).with_name("templates")]),
@@ -38,12 +38,12 @@ def render_page(folder: Path, template: Path, **context: Any) -> Path:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Indented, without passwords and keys; ValueError for a number that is not finite."""
+    """Write indented JSON without passwords and keys; ValueError if a number is not finite."""
     path.write_text(redact(json.dumps(values, indent=2, allow_nan=False)) + "\n")
 
 
 def finite(value: Any) -> Any:
-    """`value` with None for each number in it that is not finite."""
+    """Replace each number in `value` that is not finite by None."""
     if isinstance(value, Mapping):
         entries = cast(Mapping[str, Any], value)
         return {name: finite(entry) for name, entry in entries.items()}
@@ -53,7 +53,7 @@ def finite(value: Any) -> Any:
 
 
 def plain(value: Any) -> str:
-    """A value as a person would write it: 4 significant digits, 3e-07 as 3.0e-7."""
+    """Format a value for readers: 4 significant digits, 3e-07 as 3.0e-7."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "unknown"}[value]
     if isinstance(value, int):

@@ -1,7 +1,7 @@
-"""The report's pictures, each one function from images to a PNG file; charts are in charts.py.
+"""Pictures of the report: one function each, from images to a PNG file; charts.py draws charts.
 
-Images are drawn at a whole number of pixels per pixel, so small ones stay crisp. Figures are
-matplotlib's objects, never pyplot's: nothing global is opened, changed or left behind.
+Images are enlarged by a whole factor, so small ones stay crisp. Figures are matplotlib objects,
+never pyplot's: no global state is changed.
 """
 
 from collections.abc import Mapping
@@ -28,19 +28,19 @@ ELEMENT_WORDS = {
     "anti_transpose": "mirror along ╱",  # noqa: RUF001
 }
 ERROR_LEVELS = 64
-"""Error maps saturate at this many of 255 grey levels."""
+"""Error, in grey levels of 255, at which error maps saturate."""
 
 GREY = "#6b7280"
 _LETTER = np.pad(
     [[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0], [1, 0, 0, 0]], ((1, 1), (2, 1))
 )
-"""The letter F, in a square of 7."""
+"""The letter F, on 7 x 7 pixels."""
 
 
 def draw_reconstructions(
     original: Float[Tensor, "n c h w"], reconstruction: Float[Tensor, "n c h w"], path: Path
 ) -> None:
-    """Originals, reconstructions, error maps and PSNR of up to 16 examples, evenly chosen."""
+    """Draw originals, reconstructions, error maps and PSNR of up to 16 evenly spaced examples."""
     columns, count = 8, min(16, len(original))
     chosen = torch.linspace(0, len(original) - 1, count).long()
     original, reconstruction = original[chosen], reconstruction[chosen]
@@ -73,12 +73,12 @@ def draw_orbit(
     examples: int = 6,
     gap_db: Mapping[str, float] | None = None,
 ) -> None:
-    """One row an example: the original, then decodes of act(g, latent) for every g.
+    """Draw one row per example: the original, then decodes of act(g, latent) for every g.
 
-    Of the n examples cut into equal runs, each row is the one of its run that looks least like any
-    of its images under the group: on a symmetric drawing there would be nothing to see. Under each
-    column stands the largest difference of any of the n examples, in grey levels of 255, to g
-    applied to the decode at the identity, and the gap of the element, where it is given.
+    The n examples are cut into equal runs, and each row shows the least symmetric example of its
+    run: on a symmetric drawing the elements could not be told apart. Below each column are the
+    largest difference, over all n examples, in grey levels of 255, to g applied to the decode at
+    the identity, and the gap of the element, if given.
     """
     elements = [element for element in D4 if element.name in acted]
     changes = [
@@ -124,7 +124,7 @@ def draw_orbit(
 
 
 def _canvas(width: int, height: int) -> Any:
-    """A bare figure of width x height pixels; `_place` and `_write` count from its top left."""
+    """Create a bare figure of width x height pixels; coordinates start at its top left."""
     return Figure((width / 100, height / 100), dpi=100)
 
 
@@ -147,7 +147,7 @@ def _write(
     bold: bool = False,
     align: Literal["left", "center"] = "center",
 ) -> None:
-    """Text, `size` pixels high, in the middle of height y."""
+    """Write text, `size` pixels high, vertically centred at y."""
     width, height = figure.get_size_inches() * 100
     weight = "bold" if bold else "normal"
     label = figure.text(x / width, 1 - y / height, text, ha=align, va="center", color=colour)
@@ -155,12 +155,12 @@ def _write(
 
 
 def _tile(resolution: int, at_least: int) -> int:
-    """A side in pixels that is a multiple of the resolution."""
+    """Return the smallest multiple of the resolution that is at least `at_least` pixels."""
     return resolution * -(-at_least // resolution)
 
 
 def _pixels(image: Tensor) -> np.ndarray:
-    """(c, h, w) in [-1, 1] to uint8 (h, w, 3), or (h, w) for grey."""
+    """Convert (c, h, w) in [-1, 1] to uint8 (h, w, 3), or (h, w) for grey."""
     pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
 
@@ -171,6 +171,6 @@ def _letter(mirrored: int) -> np.ndarray:
 
 
 def save(figure: Any, path: Path) -> None:
-    """On white; the same data give the same bytes."""
-    # The version of matplotlib would be in it otherwise.
+    """Save a figure on white; equal data give equal bytes."""
+    # By default, the metadata contain the version of matplotlib.
     figure.savefig(path, facecolor="white", metadata={"Software": None})

@@ -1,6 +1,6 @@
-"""The model card: what a model is, what it is worth and how to use it, as Hugging Face lays it out.
+"""The model card: what a model is, how good it is and how to use it, in Hugging Face's layout.
 
-Markdown below a YAML header. Texts from a run go in as texts: nothing in them becomes markup.
+Markdown below a YAML header. Text from a run is escaped: none of it becomes markup.
 """
 
 import html
@@ -26,12 +26,12 @@ _TRAINING = (
 
 
 def render_model_card(numbers: Mapping[str, Any], config: Config, facts: Mapping[str, Any]) -> str:
-    """README.md of one model; no secret is in it.
+    """Render README.md of one model; secrets are redacted.
 
     Args:
-        numbers: an evaluation's `numbers()`.
-        config: of the model.
-        facts: about the run, as `efae.report.card.Card` has them; what is missing is left out.
+        numbers: Numbers of an evaluation, from `Evaluation.numbers`.
+        config: Configuration of the model.
+        facts: Facts about the run, as in `efae.report.card.Card`; missing ones are left out.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
@@ -98,7 +98,7 @@ def _tabulate(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (
             "worst gap",
             f"{plain(abs(numbers['worst_gap_db']))} dB",
-            "largest difference of PSNR between an element and the identity",
+            "largest difference in PSNR between an element and the identity",
         ),
         (
             "worst gap, symmetric images",
@@ -113,7 +113,7 @@ def _tabulate(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (
             "encoder error",
             plain(max(numbers["encoder_error"].values())),
-            "E|encode(g x) - act(g, encode(x))|^2 over the latent's variance, of the worst g",
+            "E|encode(g x) - act(g, encode(x))|^2 over the latent's variance, for the worst g",
         ),
     ]
     for name in ("lpips", "fid"):
@@ -145,18 +145,18 @@ def _describe_irreps(group: Group, numbers: Mapping[str, Any]) -> list[dict[str,
 
 def _describe_irrep(irrep: str, group: Group) -> str:
     if irrep == "e":
-        return "planes of two channels, which turn and flip as the axes of the image do"
+        return "turns and flips planes of two channels like the axes of the image"
     flipped = [g.name for g in group if irrep_matrix(irrep, g).item() < 0]
     return f"changes sign under {', '.join(flipped)}" if flipped else "nothing: invariant"
 
 
 def _as_yaml(value: float) -> str:
-    # YAML 1.1 reads 3e-07 as a text, 3.0e-07 as a number.
+    # YAML 1.1 reads 3e-07 as a string, 3.0e-07 as a number.
     return f"{value:.2e}" if 0 < abs(value) < 1e-3 else str(float(f"{value:.6g}"))
 
 
 def _quote(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False)  # in YAML and in Python
+    return json.dumps(value, ensure_ascii=False)  # a valid string in YAML and in Python
 
 
 def _escape(value: Any) -> str:

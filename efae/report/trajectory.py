@@ -1,10 +1,10 @@
-"""Noise becoming images: the states of a sampler as an animated GIF, or as a strip for print.
+"""The states of a sampler, from noise to images: an animated GIF, or a filmstrip for print.
 
     states = []
     integrate(field, noise, times, visit=lambda t, x: states.append((t, x)))
     draw_trajectory(states, Path("trajectory.gif"))
 
-Every pixel is drawn as a whole number of pixels.
+Images are enlarged by a whole factor.
 """
 
 from collections.abc import Sequence
@@ -15,25 +15,25 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 FRAME_MILLISECONDS, FIRST_MILLISECONDS, LAST_MILLISECONDS = 120, 600, 2500
-"""How long the GIF shows a state, its first and its last."""
+"""Durations for which the GIF shows a state, the first state and the last."""
 
 States = Sequence[tuple[float, Tensor]]
-"""(t, x (n, c, h, w)), from noise to image; c is 1 or 3, an image lies in [-1, 1]."""
+"""States (t, x (n, c, h, w)) from noise to image; c is 1 or 3, images are in [-1, 1]."""
 
 _TILE = 96
-"""Smallest side that an image is drawn with, pixels."""
+"""Smallest side of a drawn image, pixels."""
 _GAP, _LINE = 8, 24
 _INK = "#374151"
 
 
 def draw_trajectory(states: States, path: Path, examples: int = 6, frames: int = 24) -> None:
-    """A GIF of up to `frames` states, the first `examples` side by side; it rests on the last.
+    """Draw up to `frames` states as a GIF, the first `examples` side by side; pauses on the last.
 
-    The first and the last state are among them, the others evenly chosen. Colours are rounded, to
-    64 on the way and to the 256 of GIF in the last frame, which for grey images is exact.
+    States are evenly spaced, from the first to the last. Frames are reduced to 64 colours, the last
+    one to the 256 of GIF, which is exact for grey images.
 
     Raises:
-        ValueError: no states, states that are not images of one shape, or frames below 2.
+        ValueError: There are no states, they are not images of one shape, or frames is below 2.
     """
     drawn: list[Image.Image] = []
     for t, images in _pixels(_choose(states, frames), examples):
@@ -43,8 +43,8 @@ def draw_trajectory(states: States, path: Path, examples: int = 6, frames: int =
             frame.paste(Image.fromarray(image), (_GAP + i * (width + _GAP), _LINE + _GAP))
         ImageDraw.Draw(frame).text((_GAP, _GAP), f"t = {t:.2f}", _INK, font=_font())
         drawn.append(frame)
-    # Noise hardly compresses, and few colours do it no harm. Without dither, so that a pixel stays
-    # one colour when it is drawn large.
+    # Noise compresses badly, and 64 colours are enough for it. Dithering would break up the
+    # enlarged pixels.
     drawn[:-1] = [frame.quantize(64, dither=Image.Dither.NONE) for frame in drawn[:-1]]
     if drawn[-1].mode == "RGB":
         drawn[-1] = drawn[-1].quantize(
@@ -58,12 +58,12 @@ def draw_trajectory(states: States, path: Path, examples: int = 6, frames: int =
 
 
 def draw_filmstrip(states: States, path: Path, examples: int = 6, columns: int = 8) -> None:
-    """A PNG: a row for each of the first `examples`, a column for each of up to `columns` states.
+    """Draw up to `columns` states as a PNG: one column each, one row for each of `examples`.
 
-    The first and the last state are among them, the others evenly chosen.
+    States are evenly spaced, from the first to the last.
 
     Raises:
-        ValueError: no states, states that are not images of one shape, or columns below 2.
+        ValueError: There are no states, they are not images of one shape, or columns is below 2.
     """
     strip = _pixels(_choose(states, columns), examples)
     first = strip[0][1]
@@ -79,7 +79,7 @@ def draw_filmstrip(states: States, path: Path, examples: int = 6, columns: int =
 
 
 def _choose(states: States, count: int) -> States:
-    """Up to `count` states, evenly spaced from the first to the last."""
+    """Choose up to `count` states, evenly spaced from the first to the last."""
     if count < 2:
         raise ValueError(f"{count} states to draw: the first and the last make two")
     if len(states) <= count:
@@ -88,13 +88,13 @@ def _choose(states: States, count: int) -> States:
 
 
 def _pixels(states: States, examples: int) -> list[tuple[float, np.ndarray]]:
-    """Enlarged images as uint8, (n, h, w, 3) or (n, h, w) for grey, with their t."""
+    """Return t and enlarged images of each state, uint8 (n, h, w, 3), or (n, h, w) for grey."""
     shapes = {tuple(x.shape) for _, x in states}
     shape = next(iter(shapes), ())
     if len(shapes) != 1 or len(shape) != 4 or shape[1] not in (1, 3) or 0 in shape or examples < 1:
         raise ValueError(
-            f"{len(states)} states of shapes {sorted(shapes)}, {examples} examples: needs one state"
-            " or more, all of one shape (n, 1 or 3, h, w), and one example or more"
+            f"{len(states)} states of shapes {sorted(shapes)}, {examples} examples: needs at least"
+            " one state, all of one shape (n, 1 or 3, h, w), and at least one example"
         )
     scale = -(-_TILE // max(shape[2:]))
     pixels: list[tuple[float, np.ndarray]] = []
