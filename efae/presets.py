@@ -1,4 +1,4 @@
-"""Named, complete experiments. Each says its source, cost, expected score and command."""
+"""Presets: complete, named experiments, each with its images, machine and duration."""
 
 from dataclasses import replace
 
@@ -22,15 +22,15 @@ QUICKSTART = Config(
         encoder_hidden_size=128,
         encoder_depth=2,
     ),
-    # Sampling starts from pure noise, where the image must come out of the latent alone: training
-    # there pays (25.2, 25.9, 25.5 dB at mean 0, 1, 2 after 600 steps).
+    # Sampling starts from pure noise, where the image comes from the latent alone, so training near
+    # noise helps (25.2, 25.9, 25.5 dB at mean 0, 1, 2 after 600 steps).
     flow=FlowConfig(time_mean=1.0),
     training=TrainingConfig(
         steps=3000, global_batch_size=64, precision="fp32", evaluation_interval=500
     ),
 )
 
-# Short, on one worker, and half as wide, so that many can be tried. Whether whole runs rank
+# Short, on one worker, and half as wide, so that a sweep can try many. Whether full runs rank
 # representations in the same order has not been measured.
 QUICKSTART_TRIAL = replace(
     QUICKSTART,
@@ -90,7 +90,7 @@ IMAGENET_256 = Config(
     ray=RayConfig(num_workers=8, use_gpu=True, cpus_per_worker=10, max_failures=20),
 )
 
-# By name: what it is (images, machine, duration, shards), and the whole configuration.
+# Description (images, machine, duration, shards) and whole configuration, by name.
 PRESETS: dict[str, tuple[str, Config]] = {
     "quickstart": (
         "OpenMoji drawings at 32 px, two CPU workers, about seven minutes; needs `make up` and the"

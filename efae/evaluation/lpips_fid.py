@@ -81,7 +81,7 @@ class Lpips(nn.Module):
 
     @property
     def protocol(self) -> dict[str, str]:
-        """How it was measured."""
+        """The network, its weights and its settings, for the record."""
         return {
             "network": "AlexNet, no resizing",
             "weights_sha256": self.digest,
@@ -130,7 +130,7 @@ class Fid:
 
     @property
     def protocol(self) -> dict[str, str]:
-        """How it was measured."""
+        """The network, its weights and its settings, for the record."""
         return {
             "network": "Inception of torch-fidelity, 2048 features, antialiased to 299 pixels",
             "weights_sha256": self.digest,

@@ -20,7 +20,7 @@ from efae.symmetry.representation import Representation
 
 
 def patchify(image: Tensor, side: int) -> Tensor:
-    """Cut (b, c, h, w) into patches (b, h w / side^2, c side^2), each (channel, row, column)."""
+    """Cut (b, c, h, w) into patches (b, h w / side^2, c side^2): channel, then row, then column."""
     b, c, h, w = image.shape
     patches = image.view(b, c, h // side, side, w // side, side)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * side * side)

@@ -121,7 +121,7 @@ def rotate_some(
 def scale_some(
     model: Autoencoder, image: Tensor, latent: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Downscale the whole batch, images and latent grids, at a share of the steps.
+    """Downscale the whole batch, images and latents, in a random share of the steps.
 
     The scale lies between 1/4 and 1, as in EQ-VAE (Kouzelis et al. 2025, arXiv:2502.09509), here
     rounded to whole latent cells. It is drawn on the host, since it determines shapes.

@@ -116,7 +116,7 @@ class Lift(nn.Module):
 def normalize(
     x: Float[Tensor, "slot *axes features"], eps: float = 1e-5
 ) -> Float[Tensor, "slot *axes features"]:
-    """Divide each token by its root mean square: the action is orthogonal, so it is invariant.
+    """Divide each token by its root mean square, which the orthogonal action leaves unchanged.
 
     RMS norm (Zhang & Sennrich 2019, arXiv:1910.07467) without gain, computed in float32 or wider.
     `eps` is added to the mean square, so that a token of zeros stays zero.

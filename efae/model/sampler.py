@@ -1,4 +1,4 @@
-"""From noise to image: time grids, solvers and guidance for dx/dt = velocity(x, t).
+"""Sampling from noise to image: time grids, solvers and guidance for dx/dt = velocity(x, t).
 
 In the convention of flow.py, t = 1 is noise and t = 0 the image, so t falls. Here t is a Python
 number: the grid lives on the host, and neither solver nor guidance ever waits for a device. A field

@@ -1,4 +1,4 @@
-"""Checkpoints from a background thread, one in flight: training stands still for the copy only."""
+"""Checkpoints written by a background thread, one in flight: training pauses only for the copy."""
 
 import time
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ _SLOW_SECONDS = 30
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints straight from memory and deletes those no longer kept.
+    """Writes a run's checkpoints from memory to storage and deletes those no longer kept.
 
     Args:
-        run_uri: the run's folder.
-        config: says how many checkpoints to keep.
+        run_uri: Folder of the run.
+        config: Configuration, which says how many checkpoints to keep.
 
     Attributes:
-        saved: checkpoints handed over.
-        stall_seconds: how long training stood still for them: the copies to the host, and the
-            waits for an upload that had not ended when the next was due.
+        saved: Number of checkpoints saved so far.
+        stall_seconds: Time that training paused for them: copies to the host, and waits for an
+            upload that was still running when the next was due.
     """
 
     def __init__(self, run_uri: str, config: Config):
@@ -36,14 +36,14 @@ class CheckpointWriter:
         self._in_flight: Future[None] | None = None
 
     def save(self, state: TrainState, extra: Mapping[str, Any]) -> None:
-        """Copies the state and returns; the upload goes on in the background.
+        """Copy the state and return; the upload continues in the background.
 
         Args:
-            state: of training.
-            extra: JSON values that travel with it; "scores" are what checkpoints are compared by.
+            state: State of training.
+            extra: JSON values to store with it; "scores" ranks checkpoints.
 
         Raises:
-            StorageError: the upload before this one failed for good.
+            StorageError: The previous upload failed for good.
         """
         started = time.monotonic()
         self.wait()
@@ -53,10 +53,10 @@ class CheckpointWriter:
         self.stall_seconds += time.monotonic() - started
 
     def wait(self) -> None:
-        """Returns when nothing is in flight.
+        """Return when no upload is in flight.
 
         Raises:
-            StorageError: the upload failed for good.
+            StorageError: The upload failed for good.
         """
         if self._in_flight is not None:
             in_flight, self._in_flight = self._in_flight, None
@@ -74,5 +74,5 @@ class CheckpointWriter:
         prune_checkpoints(self._run_uri, step, keep.checkpoints_to_keep, keep.best_checkpoint_by)
         seconds = time.monotonic() - started
         if seconds > _SLOW_SECONDS:
-            what = f"storage was slow or away: the checkpoint of step {step} took {seconds:.0f} s"
+            what = f"storage was slow or unreachable: checkpoint {step} took {seconds:.0f} s"
             record_event(self._run_uri, "outage", what)

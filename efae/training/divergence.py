@@ -1,8 +1,8 @@
-"""Training that diverges stops before the update, without a host sync per step.
+"""Detection of divergence before the update, without a host sync per step.
 
-The first gradient that is not finite freezes the weights on the device: the fused optimizer leaves
-out every update from there on. The host looks when it waits for the device anyway, and says which
-step it was and which samples it saw.
+The first gradient that is not finite freezes the weights on the device: the fused optimizer skips
+every later update. The host checks when it waits for the device anyway, and reports the step and
+its samples.
 """
 
 import math
@@ -15,14 +15,14 @@ _SAMPLES_NAMED = 8
 
 
 class TrainingDiverged(RuntimeError):
-    """Loss or gradient of a step is no longer a number; the weights are as before that step.
+    """Loss or gradient of a step is not finite; the weights are those before that step.
 
     Attributes:
-        step: updates done before it.
-        samples: keys of this rank's samples in that step: those whose loss is not finite, or all
-            where the loss of each is.
-        checkpoint: URI of the run's newest checkpoint, None where there is none.
-        goes_back: whether the run goes back to it by itself, at a lower learning rate.
+        step: Number of updates before that step.
+        samples: Keys of this rank's samples in that step whose loss is not finite, or of all if
+            the loss of each is finite.
+        checkpoint: URI of the run's newest checkpoint; None if there is none.
+        goes_back: Whether the run resumes from it automatically, at a lower learning rate.
     """
 
     def __init__(
@@ -40,28 +40,27 @@ class TrainingDiverged(RuntimeError):
         named = ", ".join(repr(key) for key in self.samples[:_SAMPLES_NAMED])
         more = len(self.samples) - _SAMPLES_NAMED
         what = (
-            f"loss or gradient of step {self.step} is not finite: the weights are as before this"
+            f"loss or gradient of step {self.step} is not finite: the weights are those before this"
             f" step. Its samples on this rank: {named}{f' and {more} more' if more > 0 else ''}."
         )
         if self.goes_back:
             return f"{what} Going back to {self.checkpoint or 'the start'} at half the rate."
         return (
-            f"{what} Newest checkpoint: {self.checkpoint or 'none yet'}. Look at the samples, lower"
-            " optimizer.learning_rate (a new run, --resume URI goes on from a checkpoint), or let"
-            " the run go back by itself: --ray.rollbacks 2"
+            f"{what} Newest checkpoint: {self.checkpoint or 'none yet'}. Inspect the samples; lower"
+            " optimizer.learning_rate (a new run: --resume URI starts it from a checkpoint); or let"
+            " the run go back automatically: --ray.rollbacks 2"
         )
 
 
 class DivergenceGuard:
-    """Watches the steps of one rank.
+    """Watches the steps of one rank for values that are not finite.
 
-    With a gradient scaler (fp16) single steps whose gradient overflows are left out by the scaler,
-    which lowers its scale; there, training has diverged when a loss is not finite or when the scale
-    fell below 1.
+    A gradient scaler (fp16) skips single steps whose gradient overflows, and lowers its scale. With
+    one, training has diverged when a loss is not finite or when the scale falls below 1.
 
     Args:
-        optimizer: fused, so that it can leave out updates on the device.
-        scaler: of the loss.
+        optimizer: Fused optimizer, which can skip updates on the device.
+        scaler: Gradient scaler of the loss.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler):
@@ -70,31 +69,33 @@ class DivergenceGuard:
         self._frozen: Tensor | None = None
 
     def watch(self, step: int, keys: Sequence[str], loss: Tensor, norm: Tensor) -> None:
-        """To be called before each update.
+        """Record a step; call this before its update.
 
         Args:
-            step: updates done.
-            keys: of this rank's samples.
-            loss: of each of them, (b,).
-            norm: of the gradient over all ranks, ().
+            step: Number of updates done.
+            keys: Keys of this rank's samples.
+            loss: Loss (b,) of each sample.
+            norm: Norm () of the gradient over all ranks.
         """
         loss = loss.detach()
         bad = ~torch.isfinite(loss).all()
         if not self._scaler.is_enabled():
             bad = bad | ~torch.isfinite(norm)
+            # A fused optimizer skips the update where found_inf is 1. Taking the maximum with all
+            # earlier steps keeps the weights frozen until the host notices.
             now = bad.float()
             self._frozen = now if self._frozen is None else torch.maximum(self._frozen, now)
             self._optimizer.found_inf = self._frozen  # pyright: ignore[reportAttributeAccessIssue]
         self._recent.append((step, keys, loss, bad))
 
     def check(self, mean_loss: float) -> None:
-        """Looks at the steps since the last call, on all ranks alike; waits for the device.
+        """Check the steps since the last call; waits for the device. All ranks call it together.
 
         Args:
-            mean_loss: of these steps over all ranks.
+            mean_loss: Mean loss of these steps over all ranks.
 
         Raises:
-            TrainingDiverged: one of them was not finite.
+            TrainingDiverged: Loss or gradient of one of them is not finite.
         """
         first_bad = next((entry for entry in self._recent if entry[3]), None)
         scale_is_gone = self._scaler.is_enabled() and self._scaler.get_scale() < 1
@@ -103,5 +104,5 @@ class DivergenceGuard:
             return
         step, keys, loss, _ = first_bad or self._recent[-1]
         finite: list[bool] = torch.isfinite(loss).tolist()  # pyright: ignore[reportUnknownVariableType]
-        culprits = [key for key, good in zip(keys, finite, strict=True) if not good]
-        raise TrainingDiverged(step, culprits or keys)
+        bad_keys = [key for key, good in zip(keys, finite, strict=True) if not good]
+        raise TrainingDiverged(step, bad_keys or keys)

@@ -1,10 +1,10 @@
 """The training loop: read this file first.
 
-A batch becomes float images on the device; the autoencoder draws t, noise and group element per
-example and returns the flow loss; the optimizer steps; the moving average of the weights follows.
-At intervals the curves get a point, the held-out images are measured, and storage gets a
-checkpoint. Everything random is a function of (seed, step, rank), so that a resumed run equals an
-uninterrupted one, bit for bit.
+A batch becomes float images on the device; the objective draws t, noise and group element per
+example and returns the flow loss; the optimizer steps, then the moving average of the weights. At
+intervals the loop logs metrics, validates on held-out images and writes a checkpoint. Everything
+random is a function of (seed, step, rank), so that a resumed run equals an uninterrupted one, bit
+for bit.
 """
 
 import time
@@ -34,7 +34,7 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Start:
-    """Where training begins.
+    """The start of training.
 
     Attributes:
         checkpoint: Checkpoint to resume from; None begins at step 0.
@@ -62,8 +62,8 @@ def train(
         observer: Receiver of curves, validation and checkpoints; None on ranks above 0.
 
     Raises:
-        TrainingDiverged: loss or gradient is not finite; the weights are as before the step.
-        StorageError: shards cannot be read, or checkpoints written, within the deadline.
+        TrainingDiverged: Loss or gradient is not finite; the weights are those before the step.
+        StorageError: Shards cannot be read, or checkpoints written, within the deadline.
     """
     training, optimization = config.training, config.optimizer
     start, observer = start or Start(), observer or Observer()
@@ -98,7 +98,7 @@ def train(
     sample_log = SampleLog(config.tracking.sample_log, process.rank, world_size)
     began, first = time.monotonic(), state.step
     batches: Iterator[Any] = iter(loader)
-    for earlier in validations:  # Tune may not have got the last ones before its trial stopped
+    for earlier in validations:  # Tune may have missed the last ones when its trial stopped
         process.report(earlier)
 
     while state.step < training.steps:
@@ -114,8 +114,8 @@ def train(
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             loss, t = objective(image, generator)
 
-        # Backward. DDP averages gradients over ranks with equal weight, but one rank may have an
-        # image more than another: divide by the mean share, not by the number of images here.
+        # Backward. DDP averages gradients over ranks with equal weight, but one rank may have one
+        # image more than another: divide by the mean number per rank, not by this rank's own.
         mean_loss = loss.sum() / (training.global_batch_size / world_size)
         state.scaler.scale(mean_loss).backward()
 
@@ -141,7 +141,7 @@ def train(
         # Curves: the host waits for the device here, and nowhere else in the loop.
         meter.bad_samples = len(loader.bad_samples)
         metrics = meter.read() | {"learning_rate": rate, "gradient_norm": float(norm)}
-        guard.check(metrics["loss"])  # before anything of a diverged step is kept
+        guard.check(metrics["loss"])  # before a diverged step is logged or saved
         metrics["images_seen"] = state.step * training.global_batch_size
         observer.log(state.step, metrics)
         scores["loss"] = metrics["loss"]
@@ -175,10 +175,10 @@ def train(
 
 
 def describe_device(device: torch.device) -> str:
-    """The name of a GPU, or "cpu"."""
+    """Return the name of a GPU, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def seed_of(*numbers: int) -> int:
-    """A well-mixed seed of (seed, step, rank)."""
+    """Mix (seed, step, rank) into one seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

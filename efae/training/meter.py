@@ -11,17 +11,17 @@ from efae.evaluation.flow_measures import TIME_BINS
 
 
 class Meter:
-    """Loss overall and by bin of t, images per second and the share of time spent on data.
+    """Measures loss overall and by bin of t, images per second and the share of data wait.
 
     Args:
-        device: where the losses are summed; the training's, so that `add` never waits for it.
+        device: Device of training, where losses are summed so that `add` never waits for it.
 
     Attributes:
-        sums: float64 (2, TIME_BINS): summed losses and counts by bin of t, of this rank.
-        bad_samples: different training images that this rank has replaced; the caller sets it.
-        bad_samples_of_all: the same of all ranks, at the last `read`.
-        wait_seconds: time spent waiting for data since the last `reset`; the caller adds to it.
-        started: `time.monotonic()` at the last `reset`.
+        sums: Sums of losses and counts (2, TIME_BINS) by bin of t, of this rank; float64.
+        bad_samples: Number of distinct training images that this rank replaced; set by the caller.
+        bad_samples_of_all: Sum of `bad_samples` over all ranks, at the last `read`.
+        wait_seconds: Time spent waiting for data since the last `reset`; the caller adds to it.
+        started: Value of `time.monotonic()` at the last `reset`.
     """
 
     def __init__(self, device: torch.device):
@@ -36,20 +36,20 @@ class Meter:
         self.started = time.monotonic()
 
     def add(self, loss: Float[Tensor, "batch"], t: Float[Tensor, "batch"]) -> None:
-        """Count the loss of each example and its flow time t in [0, 1]."""
+        """Add the loss of each example at its flow time t in [0, 1]."""
         bins = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
         values = torch.stack([loss.detach().double(), torch.ones_like(loss, dtype=torch.float64)])
         self.sums.index_add_(1, bins, values)
 
     def read(self) -> dict[str, float]:
-        """The metrics since the last read, over all ranks; starts a new interval.
+        """Return the metrics since the last read, over all ranks, and start a new interval.
 
-        Every rank must call it, as the ranks sum. A bin that no t fell into is left out.
+        All ranks call it together, since it sums over them.
 
         Returns:
             "loss" (mean per example; nan if none was added), "images_per_second",
-            "data_wait_fraction" (in [0, 1], mean over ranks), "bad_samples" and "loss_by_t/0.0"
-            onwards, by the lower edge of the bin.
+            "data_wait_fraction" (in [0, 1], mean over ranks), "bad_samples", and "loss_by_t/0.0"
+            onwards by the lower edge of each bin that is not empty.
         """
         elapsed = max(time.monotonic() - self.started, 1e-9)
         scalars = self.sums.new_tensor([self.wait_seconds, elapsed, self.bad_samples])

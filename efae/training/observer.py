@@ -1,4 +1,4 @@
-"""What a run shows and keeps of itself: curves, validation, progress and checkpoints, on rank 0."""
+"""Observers of training: on rank 0, curves, validation, progress and checkpoints."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -15,30 +15,27 @@ _SAY_EVERY_SECONDS = 10.0
 
 
 class Observer:
-    """Takes what `train` tells, and ignores it: what every rank above 0 needs.
-
-    Subclass it to watch a loop of your own.
-    """
+    """Ignores every event of `train`, as all ranks above 0 do. Subclass it to observe training."""
 
     def resume(self, metadata: Mapping[str, Any]) -> None:
-        """Training resumes from a checkpoint with this metadata."""
+        """Note that training resumes from a checkpoint with this metadata."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """`step` updates are done; `metrics` are those of `Meter.read`, and more."""
+        """Log the metrics after `step` updates: those of `Meter.read`, and more."""
 
     def validate(self, state: TrainState) -> dict[str, float]:
-        """Return what the model is worth now, by name; {} where nothing is measured."""
+        """Validate the model and return measures by name; {} if nothing is measured."""
         return {}
 
     def save(self, state: TrainState, metadata: Mapping[str, Any]) -> None:
-        """Write a checkpoint, or begin to; `metadata` holds JSON values that travel with it."""
+        """Write a checkpoint, or begin to; `metadata` holds JSON values to store with it."""
 
     def wait(self) -> None:
-        """Return when everything that was saved is in storage."""
+        """Return when all checkpoints are in storage."""
 
 
 class RunObserver(Observer):
-    """Rank 0's: curves to MLflow, checkpoints to storage, progress to the terminal.
+    """Rank 0's observer: curves to MLflow, checkpoints to storage, progress to the terminal.
 
     Args:
         writer: Writer of the checkpoints.
@@ -86,7 +83,7 @@ class RunObserver(Observer):
 
 
 class Progress:
-    """Says how far the run is, at most every few seconds.
+    """Prints the progress of the run, at most every few seconds.
 
     Args:
         steps: Length of the run, optimizer updates.
@@ -99,11 +96,11 @@ class Progress:
         self._first = 0
 
     def start_from(self, step: int) -> None:
-        """Steps up to this one were done before."""
+        """Set the step that this process starts from."""
         self._first = step
 
     def tick(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Say where the run is, if it is time."""
+        """Print the progress, if it is due."""
         now = time.monotonic()
         if now - self._said < _SAY_EVERY_SECONDS and step < self._steps:
             return

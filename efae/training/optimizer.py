@@ -9,9 +9,9 @@ from efae.config import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters of `model`, as two groups: matrices first, then vectors.
+    """Build AdamW over the parameters of `model`, in two groups: matrices, then vectors.
 
-    Weight decay is on matrices only: biases and gains set scales, not directions.
+    Weight decay applies to matrices only: biases and gains set scales, not directions.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -27,15 +27,15 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 def learning_rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
-    """The learning rate of update number `step` of `steps`.
+    """Return the learning rate of update number `step` of `steps`.
 
     Linear from peak / warmup_steps up to the peak, then half a cosine down to
     peak * final_learning_rate_fraction (Loshchilov & Hutter 2017, arXiv:1608.03983).
 
     Args:
-        step: in [0, steps).
-        steps: of the whole training; the warm-up is no longer than that.
-        config: peak, warm-up and floor.
+        step: Number of updates done, in [0, steps).
+        steps: Length of the whole training, which also limits the warm-up.
+        config: Settings of peak, warm-up and floor.
     """
     warmup = min(config.warmup_steps, steps)
     if step < warmup:
@@ -46,6 +46,6 @@ def learning_rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Give every parameter group the learning rate `value`, from the next step on."""
+    """Set the learning rate of every parameter group, from the next step on."""
     for group in optimizer.param_groups:
         group["lr"] = value

@@ -1,4 +1,4 @@
-"""One process of a run: who it is, and what it asks of the others."""
+"""One process of a run: its rank, its device and its links to the other ranks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ def _ignore(validation: dict[str, float]) -> None:
 
 @dataclass(frozen=True)
 class Process:
-    """A rank, its device, and how it reaches the other ranks. By default it is alone.
+    """A rank, its device, and its links to the other ranks. By default it is the only one.
 
     Attributes:
         device: Device that this process trains on.

@@ -1,4 +1,4 @@
-"""A run in one process, from its newest checkpoint to its last step, wherever it runs."""
+"""One process of a run, from the newest checkpoint to the last step, with or without Ray."""
 
 import logging
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from efae.training.validation import Validation
 
 
 def print_line(line: str) -> None:
-    """Print a line of progress, at once."""
+    """Print a line of progress and flush it."""
     print(line, flush=True)
 
 
@@ -41,15 +41,15 @@ def continue_run(
     Args:
         config: Configuration of the experiment.
         run_id: MLflow run that rank 0 logs to.
-        tracking_uri: of the MLflow server.
+        tracking_uri: Address of the MLflow server.
         process: This process.
         say: Function that prints one line of progress.
 
     Raises:
-        TrainingDiverged: loss or gradient is not finite; it says whether to call this again.
-        CheckpointError: all checkpoints of the run are damaged.
-        ShardError: a shard or an image in it cannot be read.
-        StorageError: the storage refuses or does not answer.
+        TrainingDiverged: Loss or gradient is not finite; it says whether to call this again.
+        CheckpointError: All checkpoints of the run are damaged.
+        ShardError: A shard or an image in it cannot be read.
+        StorageError: The storage refuses or does not answer.
     """
     if process.device.type == "cpu":
         torch.set_num_threads(config.ray.cpus_per_worker)
@@ -58,7 +58,7 @@ def continue_run(
     uri = locate_run(config)
     newest, tracker, observer, rollbacks = None, None, Observer(), 0
     if process.rank == 0:
-        # Here, since MLflow takes two seconds to import, which no other rank has to wait for.
+        # Imported here because MLflow takes two seconds, and other ranks do not need it.
         from efae.tracking.sender import Tracker, default_spill_folder
 
         newest = _find_start(config)
@@ -97,7 +97,9 @@ def continue_run(
         if tracker:
             tracker.close()
             if tracker.spilled:
-                what = f"MLflow was unreachable: {tracker.spilled} points of the curves had to wait"
+                what = (
+                    f"MLflow was unreachable: {tracker.spilled} points of the curves were delayed"
+                )
                 record_event(uri, "outage", what)
 
 
@@ -116,7 +118,7 @@ def _record_start(uri: str, newest: tuple[str, Checkpoint] | None, process: Proc
 
 
 def _find_start(config: Config) -> tuple[str, Checkpoint] | None:
-    """The run's newest checkpoint, or the one that it was told to begin with."""
+    """Return the run's newest checkpoint, else the one that `config.resume` names."""
 
     def tell(fault: CheckpointError) -> None:
         warn_of_damage(fault)
@@ -125,7 +127,7 @@ def _find_start(config: Config) -> tuple[str, Checkpoint] | None:
     newest = read_newest_checkpoint(locate_run(config), tell)
     if newest is None and config.resume not in ("auto", "never"):
         start = read_checkpoint(config.resume)
-        start.metadata["unsent_metrics"] = []  # they are of another run
+        start.metadata["unsent_metrics"] = []  # they belong to another run
         start.metadata["validations"] = []
         return config.resume, start
     return newest

@@ -1,4 +1,4 @@
-"""Which samples each step consumed, written down for audits: that none is lost or repeated."""
+"""A log of the samples of each step, to audit that none is lost or repeated."""
 
 import json
 import time
@@ -9,16 +9,16 @@ from pathlib import Path
 class SampleLog:
     """One file per training process, FOLDER/TIME_NS-RANK.jsonl, with one line per step.
 
-    A line is [seconds since 1970, step, world size, [key, ...]], there before the step begins:
-    after a kill it tells what was under way.
+    A line is [seconds since 1970, step, world size, [key, ...]]. It is written before the step
+    begins, so that after a kill the log includes the interrupted step.
 
     Args:
-        folder: local; made if need be. "" writes nothing.
-        rank: of this process.
-        world_size: number of processes.
+        folder: Local folder, created if need be; "" writes nothing.
+        rank: Rank of this process.
+        world_size: Number of processes.
 
     Raises:
-        OSError: the folder cannot be written, here and in `write`.
+        OSError: The folder cannot be written, here and in `write`.
     """
 
     def __init__(self, folder: str, rank: int, world_size: int):
@@ -28,7 +28,7 @@ class SampleLog:
             self._path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, step: int, keys: Sequence[str]) -> None:
-        """Notes that `step` (counted from 0) trains on these samples of this rank."""
+        """Record that `step` (counted from 0) trains on these samples of this rank."""
         if self._path:
             line = json.dumps([time.time(), step, self._world_size, list(keys)])
             with self._path.open("a") as file:

@@ -1,4 +1,4 @@
-"""Everything that the next step depends on, and its way into and out of a checkpoint.
+"""The state that the next step depends on, and its conversion to and from a checkpoint.
 
 Randomness needs no state: every draw is a function of (seed, step, rank).
 """
@@ -18,14 +18,14 @@ from efae.training.optimizer import build_optimizer
 
 @dataclass
 class TrainState:
-    """The weights and what drives them.
+    """The state of training.
 
     Attributes:
-        model: what is trained, on the device of training.
-        average: the moving average of its weights, on the same device.
-        optimizer: over all parameters of `model`.
-        scaler: of the loss; disabled unless training.precision is fp16.
-        step: optimizer updates done.
+        model: Model, on the device of training.
+        average: Moving average of its weights, on the same device.
+        optimizer: Optimizer of all parameters of `model`.
+        scaler: Gradient scaler; disabled unless training.precision is fp16.
+        step: Number of optimizer updates done.
     """
 
     model: Autoencoder
@@ -36,10 +36,10 @@ class TrainState:
 
     @classmethod
     def create(cls, config: Config, device: torch.device) -> "TrainState":
-        """The state before the first step; the weights are a function of training.seed.
+        """Create the state before the first step; the weights are a function of training.seed.
 
         Raises:
-            ValueError: the model's sizes do not fit together.
+            ValueError: The sizes of the model do not fit together.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.training.seed)
@@ -53,7 +53,7 @@ class TrainState:
         )
 
     def snapshot(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Host copies of all tensors by file, and the JSON-able rest.
+        """Copy all tensors to the host, by file, with the remaining state as JSON values.
 
         Returns:
             The tensors as {"model" | "ema" | "optimizer": {name: tensor}}, where an entry of the
@@ -80,11 +80,11 @@ class TrainState:
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Become the state that the checkpoint was taken of; its tensors are copied.
+        """Restore the state that a checkpoint holds; its tensors are copied.
 
         Raises:
-            RuntimeError: its weights are of another architecture.
-            KeyError: it lacks an averaged weight, or its metadata lacks "step" or "scaler".
+            RuntimeError: The weights belong to another architecture.
+            KeyError: An averaged weight is missing, or "step" or "scaler" in the metadata.
         """
         self.model.load_state_dict(checkpoint.model)
         self.average.load(checkpoint.ema)

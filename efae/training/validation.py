@@ -1,4 +1,4 @@
-"""Validation on held-out images during training: a few numbers and a picture."""
+"""Validation on held-out images during training: three measures and a picture."""
 
 import copy
 import tempfile
@@ -16,11 +16,11 @@ from efae.training.state import TrainState
 _BATCH_SIZE = 64
 _PICTURED = 16
 _TURNED = 32
-"""Images whose gap is measured: eight decodes each."""
+"""Number of images whose gap is measured, with one decode per group element."""
 
 
 class Validation:
-    """Measures the averaged weights, every time on the same images and noise.
+    """Measures the averaged weights, always on the same images and noise.
 
     Args:
         images: Held-out images in [0, 255], on the device of training.

@@ -16,9 +16,9 @@ from efae.presets import PRESETS
 from efae.sweep.config import SweepConfig
 
 EVERYWHERE = [
-    (".", "reads like a folder"),
-    ("..", "reads like a folder"),
-    ("...", "reads like a folder"),
+    (".", "read as a relative path"),
+    ("..", "read as a relative path"),
+    ("...", "read as a relative path"),
     (" run", "begins or ends with a space"),
     ("run ", "begins or ends with a space"),
     ("a\nb", "a line break"),
@@ -28,10 +28,10 @@ EVERYWHERE = [
     ("\u00fc" * 101, r"it has 202 bytes of UTF-8"),
 ]
 PATHS = [
-    ("a/b", "it holds /"),
-    ("../other", "it holds /"),
-    ("/etc", "it holds /"),
-    ("a\\b", "it holds"),
+    ("a/b", "it contains /"),
+    ("../other", "it contains /"),
+    ("/etc", "it contains /"),
+    ("a\\b", "it contains"),
 ]
 
 
@@ -47,9 +47,9 @@ def test_a_run_that_cannot_work_is_refused_when_it_is_named(name, fault):
         *EVERYWHERE,
         *PATHS,
         ("", "is empty"),
-        ("a:1", "holds :"),
-        ("a@b", "holds @"),
-        ("a#", "holds #"),
+        ("a:1", "contains :"),
+        ("a@b", "contains @"),
+        ("a#", "contains #"),
     ],
 )
 def test_a_model_that_cannot_work_is_refused_when_it_is_named(name, fault):
@@ -63,7 +63,9 @@ def test_an_experiment_that_cannot_work_is_refused_when_it_is_named(name, fault)
         with_overrides(Config(), {"tracking.experiment": name})
 
 
-@pytest.mark.parametrize(("name", "fault"), [*EVERYWHERE, *PATHS, ("x" * 195, "at most 190 work")])
+@pytest.mark.parametrize(
+    ("name", "fault"), [*EVERYWHERE, *PATHS, ("x" * 195, "at most 190 are allowed")]
+)
 def test_a_sweep_that_cannot_work_is_refused_when_it_is_named(name, fault):
     with pytest.raises(ValueError, match=rf"sweep.name='.*{fault}"):
         SweepConfig(name=name)
