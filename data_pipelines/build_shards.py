@@ -40,7 +40,7 @@ from data_pipelines.shards.intake import (
     shorten,
     write_faults,
 )
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
 
 TRAIN, HELD_OUT = "train", "held_out"
 _OUR_SHARD = re.compile(r"shard-\d{6,}\.tar")
@@ -48,7 +48,7 @@ _OUR_SHARD = re.compile(r"shard-\d{6,}\.tar")
 
 def build_shards(
     source: str,
-    output: str,
+    output: LocationLike,
     resolution: int | None = None,
     samples_per_shard: int = 1000,
     held_out: int = 0,
@@ -60,7 +60,7 @@ def build_shards(
 
     Args:
         source: One of `SOURCES`.
-        output: URI of the set.
+        output: Folder of the set.
         resolution: Side of every image in pixels; None keeps sizes.
         samples_per_shard: Most images of a shard.
         held_out: Images that go to ``held_out/``; 0 makes one set.
@@ -85,10 +85,10 @@ def build_shards(
     ):
         if value is not None and value < least:
             raise ValueError(f"--{name} {value}: must be at least {least}")
-    output = make_absolute(output)
+    folder = make_absolute(output)
     ray_tasks.means_ray(on)
     try:
-        origin = open_source(source, encoding, output, tolerance.dotted_keys)
+        origin = open_source(source, encoding, folder, tolerance.dotted_keys)
         fingerprint = {
             "source": source,
             "resolution": resolution,
@@ -97,23 +97,27 @@ def build_shards(
             **encoding.describe(),
             **origin.describe(),
         }
-        return _build(origin, output, fingerprint, tolerance.bad_images, on)
+        return _build(origin, folder, fingerprint, tolerance.bad_images, on)
     except SourceFaults as error:
-        write_faults(output, error.faults)
+        write_faults(folder, error.faults)
         raise
 
 
 def _build(
-    origin: SampleSource, output: str, fingerprint: dict[str, Any], most_bad_images: int, on: str
+    origin: SampleSource,
+    output: Location,
+    fingerprint: dict[str, Any],
+    most_bad_images: int,
+    on: str,
 ) -> str:
     """What `build_shards` does, once it is known what is built."""
     parts = [HELD_OUT, TRAIN] if fingerprint["held_out"] else [""]
-    outputs = {part: uris.join(output, part) if part else output for part in parts}
+    outputs = {part: output / part if part else output for part in parts}
     storage.check_writable(output)
     if _find_finished(output, outputs, fingerprint):
-        for uri in outputs.values():  # of a run that was cut off while it did so
-            unfinished.clear(uri)
-        sets = [load_index(uri) for uri in outputs.values()]
+        for folder in outputs.values():  # of a run that was cut off while it did so
+            unfinished.clear(folder)
+        sets = [load_index(folder) for folder in outputs.values()]
         return _summarize(sets, outputs, "were complete: nothing to do")
     entries, repeated = drop_repeated(origin.list_entries())
     faults = [*origin.faults, *repeated]
@@ -133,9 +137,9 @@ def _build(
     selections = split_entries(entries, held_out) if held_out else {"": entries}
     records = {
         part: _write_shards(
-            origin, _shuffle(selections[part]), uri, fingerprint, most_bad_images, on
+            origin, _shuffle(selections[part]), folder, fingerprint, most_bad_images, on
         )
-        for part, uri in outputs.items()
+        for part, folder in outputs.items()
     }
     faults += [
         fault
@@ -149,24 +153,25 @@ def _build(
     provenance = {"fingerprint": fingerprint, **origin.describe()}
     sets = [
         # What the source left out is counted once, in the last of its sets.
-        _finish_set(records[part], uri, provenance, left_out if part == parts[-1] else LeftOut())
-        for part, uri in outputs.items()
+        _finish_set(records[part], folder, provenance, left_out if part == parts[-1] else LeftOut())
+        for part, folder in outputs.items()
     ]
-    for uri in outputs.values():  # until all are whole, a run that goes on needs all faults
-        unfinished.clear(uri)
+    for folder in outputs.values():  # until all are whole, a run that goes on needs all faults
+        unfinished.clear(folder)
     skipped = f"; {len(faults)} bad images left out, listed in {report}" if faults else ""
     return _summarize(sets, outputs, f"written{skipped}")
 
 
-def _find_finished(output: str, outputs: dict[str, str], fingerprint: dict[str, Any]) -> bool:
+def _find_finished(
+    output: Location, outputs: dict[str, Location], fingerprint: dict[str, Any]
+) -> bool:
     """Whether every set is there; refuses an output that holds anything else."""
     finished: set[str] = set()
     for part in ("", HELD_OUT, TRAIN):
-        uri = uris.join(output, part) if part else output
-        if storage.exists(uris.join(uri, INDEX_NAME)):
-            unfinished.refuse_other(
-                uri, load_index(uri).provenance.get("fingerprint", {}), fingerprint
-            )
+        folder = output / part if part else output
+        if storage.exists(folder / INDEX_NAME):
+            found = load_index(folder).provenance.get("fingerprint", {})
+            unfinished.refuse_other(folder, found, fingerprint)
             finished.add(part)
     return finished == set(outputs)
 
@@ -197,26 +202,26 @@ def _hash(text: str) -> str:
 def _write_shards(
     source: SampleSource,
     entries: list[Entry],
-    uri: str,
+    folder: Location,
     fingerprint: dict[str, Any],
     most_bad_images: int,
     on: str,
 ) -> list[ShardIndex]:
     """A record of every shard, in order; those that are not there yet are written."""
-    there = storage.list_files(uri)
+    there = storage.list_files(folder)
     if INDEX_NAME in there and not unfinished.is_claimed(there):
-        return [load_index(uri)]
+        return [load_index(folder)]
     tars = any(name.endswith(".tar") and "/" not in name for name in there)
     if tars and not unfinished.is_claimed(there):
         raise ValueError(
-            f"{uri} holds tars but no {INDEX_NAME}: not written by this command; choose another"
+            f"{folder} holds tars but no {INDEX_NAME}: not written by this command; choose another"
             " --output"
         )
-    unfinished.claim(uri, there, fingerprint)
+    unfinished.claim(folder, there, fingerprint)
     per_shard = fingerprint["samples_per_shard"]
     jobs = [
         ShardJob(
-            uri,
+            folder,
             f"shard-{first // per_shard:06d}.tar",
             entries[first : first + per_shard],
             fingerprint["resolution"],
@@ -226,26 +231,26 @@ def _write_shards(
         for first in range(0, len(entries), per_shard)
     ]
     for name in {name for name in there if _OUR_SHARD.fullmatch(name)} - {job.name for job in jobs}:
-        storage.delete(uris.join(uri, name))  # of an earlier run, when the source had more images
-    return _write_missing(source, uri, jobs, there, on)
+        storage.delete(folder / name)  # of an earlier run, when the source had more images
+    return _write_missing(source, folder, jobs, there, on)
 
 
 def _finish_set(
-    records: list[ShardIndex], uri: str, provenance: Mapping[str, Any], left_out: LeftOut
+    records: list[ShardIndex], folder: Location, provenance: Mapping[str, Any], left_out: LeftOut
 ) -> ShardIndex:
     """Write the set's description and index, unless they are there.
 
     Args:
         records: Of its shards.
-        uri: Of the set.
+        folder: Of the set.
         provenance: Of its index.
         left_out: What the source left out, to which that of the shards is added.
     """
-    if storage.exists(uris.join(uri, INDEX_NAME)):
-        return load_index(uri)
+    if storage.exists(folder / INDEX_NAME):
+        return load_index(folder)
     shards = tuple(shard for record in records for shard in record.shards)
     if not any(shard.keys for shard in shards):
-        raise ValueError(f"{uri}: no image could be taken")
+        raise ValueError(f"{folder}: no image could be taken")
     left_out = LeftOut(dict(left_out.counts), dict(left_out.examples))
     for record in records:
         left_out.merge(LeftOut.from_json(record.provenance[LEFT_OUT]))
@@ -256,18 +261,18 @@ def _finish_set(
         common_shape(known) if known == shapes else None,
         {**provenance, **({LEFT_OUT: left_out.to_json()} if left_out.counts else {})},
     )
-    describe_set(uri, index)
-    write_index(uri, index)
+    describe_set(folder, index)
+    write_index(folder, index)
     return index
 
 
 def _write_missing(
-    source: SampleSource, uri: str, jobs: list[ShardJob], there: Mapping[str, int], on: str
+    source: SampleSource, folder: Location, jobs: list[ShardJob], there: Mapping[str, int], on: str
 ) -> list[ShardIndex]:
     """A record of every shard, in order; the shards without one are written."""
     from tqdm import tqdm
 
-    noted = unfinished.read_records(uri, [job.name for job in jobs], there)
+    noted = unfinished.read_records(folder, [job.name for job in jobs], there)
     records = {
         job.name: noted[job.name]
         for job in jobs
@@ -278,21 +283,21 @@ def _write_missing(
     missing = [job for job in jobs if job.name not in records]
     total = sum(len(job.entries) for job in jobs)
     done = total - sum(len(job.entries) for job in missing)
-    with tqdm(total=total, initial=done, unit="image", desc=uri, disable=None) as progress:
+    with tqdm(total=total, initial=done, unit="image", desc=str(folder), disable=None) as progress:
         for number, record in ray_tasks.run_tasks(write_shard, source, missing, on):
             records[missing[number].name] = record
             progress.update(len(missing[number].entries))
-    there = storage.list_files(uri)
+    there = storage.list_files(folder)
     for job in missing:
         if records[job.name].shards and there.get(job.name) != records[job.name].shards[0].bytes:
             raise ValueError(
-                f"{uris.join(uri, job.name)} was written by another node and is not seen here:"
+                f"{folder.uri_of(job.name)} was written by another node and is not seen here:"
                 " use an --output on object storage or on a shared disk, or --on here"
             )
     return [records[job.name] for job in jobs]
 
 
-def _summarize(sets: Sequence[ShardIndex], outputs: Mapping[str, str], outcome: str) -> str:
+def _summarize(sets: Sequence[ShardIndex], outputs: Mapping[str, Location], outcome: str) -> str:
     texts: list[str] = []
     left_out = LeftOut()
     for index, uri in zip(sets, outputs.values(), strict=True):

@@ -16,13 +16,16 @@ from data_pipelines.images.codec import decode_image
 from data_pipelines.images.tiles import GAP, draw_rows, draw_tile
 from data_pipelines.shards.index import SHEET_NAME, STATISTICS_NAME, ShardIndex, load_index
 from data_pipelines.shards.intake import LEFT_OUT, LeftOut, SourceFaults, shorten
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
+from data_pipelines.storage.location import drop_query
 
 ROWS, COLUMNS = 8, 12
 _CAPTION, _INK = 28, (32, 32, 32)
 
 
-def describe_set(uri: str, index: ShardIndex, output: str | None = None) -> dict[str, Any]:
+def describe_set(
+    uri: LocationLike, index: ShardIndex, output: LocationLike | None = None
+) -> dict[str, Any]:
     """Write statistics and contact sheet of the set to `output`, or beside its index.
 
     Returns:
@@ -34,16 +37,16 @@ def describe_set(uri: str, index: ShardIndex, output: str | None = None) -> dict
     """
     statistics = measure_set(uri, index)
     sheet = draw_sheet(uri, index)
-    folder = output or uri
+    folder = Location.parse(output or uri)
     text = json.dumps(statistics, indent=2, ensure_ascii=False)
-    storage.write_bytes(uris.join(folder, STATISTICS_NAME), f"{text}\n".encode())
+    storage.write_bytes(folder / STATISTICS_NAME, f"{text}\n".encode())
     buffer = BytesIO()
     sheet.save(buffer, "PNG", compress_level=6)
-    storage.write_bytes(uris.join(folder, SHEET_NAME), buffer.getvalue())
+    storage.write_bytes(folder / SHEET_NAME, buffer.getvalue())
     return statistics
 
 
-def draw_sheet(uri: str, index: ShardIndex) -> Image.Image:
+def draw_sheet(uri: LocationLike, index: ShardIndex) -> Image.Image:
     """A seeded sample of the images, in the order of the set, under one line of text."""
     tiles = map_images(
         lambda data: draw_tile(decode_image(data, 3)),
@@ -62,10 +65,10 @@ def draw_sheet(uri: str, index: ShardIndex) -> Image.Image:
     return sheet
 
 
-def _caption(uri: str, index: ShardIndex) -> tuple[str, str]:
+def _caption(uri: LocationLike, index: ShardIndex) -> tuple[str, str]:
     """(Name of the source, so that copies have equal sheets; counts and size)."""
     fingerprint = index.provenance.get("fingerprint", index.provenance)
-    source = uris.display(str(fingerprint.get("source", uri))).rstrip("/")
+    source = drop_query(str(fingerprint.get("source", uri))).rstrip("/")
     name = source.rsplit("/", 1)[-1] or source
     count = sum(len(shard.keys) for shard in index.shards)
     size = "of several sizes"
@@ -99,10 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"contact_sheet: {len(error.faults)} damaged images in {options.uri}")
     except (ValueError, OSError) as error:
         sys.exit(f"contact_sheet: {error}")
-    where = options.output or options.uri
+    folder = Location.parse(options.output or options.uri)
     print(
         f"{figures['images']} images, {figures['repeated_images']} of them repeated:"
-        f" {uris.join(where, SHEET_NAME)} and {STATISTICS_NAME} written"
+        f" {folder / SHEET_NAME} and {STATISTICS_NAME} written"
     )
 
 

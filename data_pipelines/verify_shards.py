@@ -19,10 +19,10 @@ from data_pipelines.shards.index import INDEX_NAME, Shape, Shard, load_index, ma
 from data_pipelines.shards.intake import find_litter
 from data_pipelines.shards.latent_format import EXTENSION, LatentFormat, find_format, read_bits
 from data_pipelines.shards.tar_members import read_members
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
 
 
-def find_faults(uri: str) -> Iterator[str]:
+def find_faults(uri: LocationLike) -> Iterator[str]:
     """One sentence for each fault of the set at `uri`: sizes, checksums, index, keys, pixels.
 
     Several shards are read at a time; the faults come in the order of the shards.
@@ -31,33 +31,35 @@ def find_faults(uri: str) -> Iterator[str]:
 
     try:
         index = load_index(uri)
-        latents = find_format(index.provenance, uri)
+        latents = find_format(index.provenance, str(uri))
     except (ValueError, OSError) as error:
         yield str(error)
         return
-    base = index.base or uri
+    base = Location.parse(index.base or uri)
     yield from (f"{uri}: {fault}" for fault in find_repeated_keys(index.shards))
     names = {shard.name for shard in index.shards}
     try:
         for name in storage.list_files(base):
             foreign = name.lower().endswith(".tar") and name not in names
             if foreign and not find_litter(name):
-                yield f"{uris.join(base, name)}: not in the index"
+                yield f"{base.uri_of(name)}: not in the index"
     except ValueError:  # http cannot be listed
         pass
     results = ray_tasks.run_tasks(
         _check_shard, (base, index.image_shape, latents), index.shards, threads=os.cpu_count() or 1
     )
     total = len(index.shards)
-    for _, faults in tqdm(results, total=total, unit="shard", desc=uri, disable=None):
+    for _, faults in tqdm(results, total=total, unit="shard", desc=str(uri), disable=None):
         yield from faults
 
 
-def _check_shard(place: tuple[str, Shape | None, LatentFormat | None], shard: Shard) -> list[str]:
+def _check_shard(
+    place: tuple[Location, Shape | None, LatentFormat | None], shard: Shard
+) -> list[str]:
     base, shape, latents = place
-    uri = uris.join(base, shard.name)
+    uri = base.uri_of(shard.name)
     try:
-        with open_copy(uri) as path:
+        with open_copy(base / shard.name) as path:
             return list(_compare(path, uri, shard, shape, latents))
     except (ValueError, OSError) as error:
         return [str(error) if uri in str(error) else f"{uri}: {error}"]
@@ -193,11 +195,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("uri", help="a shard set, or a folder with the sets train/ and held_out/")
     uri = parser.parse_args(arguments).uri
     try:
-        storage.check_readable(uri)
-        parts = [uris.join(uri, part) for part in ("train", "held_out")]
-        split = [part for part in parts if storage.exists(uris.join(part, INDEX_NAME))]
+        location = Location.parse(uri)
+        storage.check_readable(location)
+        parts = [location / part for part in ("train", "held_out")]
+        split = [part for part in parts if storage.exists(part / INDEX_NAME)] or [location]
         faults = 0
-        for part in split or [uri]:
+        for part in split:
             for fault in find_faults(part):
                 faults += 1
                 print(fault, flush=True)
@@ -205,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"verify_shards: {error}")
     if faults:
         sys.exit(f"verify_shards: {faults} faults in {uri}")
-    samples = {part: sum(len(s.keys) for s in load_index(part).shards) for part in split or [uri]}
+    samples = {part: sum(len(s.keys) for s in load_index(part).shards) for part in split}
     print(
         "no faults: " + ", ".join(f"{count} samples in {part}" for part, count in samples.items())
     )

@@ -17,6 +17,7 @@ from data_pipelines.building import unfinished
 from data_pipelines.loading.dataset import LatentSet
 from data_pipelines.shards.index import INDEX_NAME, ShardIndex, load_index, write_index
 from data_pipelines.shards.latent_format import FORMAT, LatentFormat
+from data_pipelines.storage import Location
 from efae.config_forms import with_overrides
 from efae.evaluation.measures import to_float
 from efae.latents.shard_encoder import ShardEncoder, Source
@@ -112,10 +113,11 @@ def encode_images(
         },
     )
     records = [
-        encoder.write_shard(number, str(output), form).shards[0] for number in range(len(shards))
+        encoder.write_shard(number, Location.parse(output), form).shards[0]
+        for number in range(len(shards))
     ]
     write_index(str(output), ShardIndex(tuple(records), None, {FORMAT: form.model_dump()}))
-    unfinished.clear(str(output))
+    unfinished.clear(Location.parse(output))
     return LatentSet(str(output), load_index(str(output)))
 
 

@@ -39,7 +39,7 @@ from data_pipelines.shards.intake import (
     find_litter,
 )
 from data_pipelines.shards.tar_members import Fault, TarContent, list_reasons, read_members
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location
 from data_pipelines.storage.tree import NOT_UTF8, UNLISTABLE, Tree
 
 _COMPRESSED = "(gz|bz2|xz|zst|lz4|lz|lzma|br|z)"
@@ -53,9 +53,9 @@ _OUR_FILES = (INDEX_NAME, STATISTICS_NAME, SHEET_NAME, FAULTS_NAME)
 class TarChecks:
     """What is asked of every tar."""
 
-    base: str
-    """URI that the tars' names are relative to."""
-    output: str | None = None
+    base: Location
+    """What the tars' names are relative to."""
+    output: Location | None = None
     """Where a sound tar's record goes, if anywhere."""
     skips_bad_images: bool = False
     verify: bool = False
@@ -81,19 +81,21 @@ class TarChecks:
         )
 
 
-def select_tars(uri: str, tree: Tree, output: str | None = None) -> tuple[dict[str, int], LeftOut]:
-    """({name: bytes} of the tars below `uri`, what else there is).
+def select_tars(
+    folder: Location, tree: Tree, output: Location | None = None
+) -> tuple[dict[str, int], LeftOut]:
+    """({name: bytes} of the tars below `folder`, what else there is).
 
     Args:
-        uri: Where `tree` was listed.
+        folder: Where `tree` was listed.
         tree: All that lies there.
-        output: URI that is written to; what lies below it is no source.
+        output: Folder that is written to; what lies below it is no source.
 
     Raises:
         SourceFaults: Compressed tars, and tars that cannot be read, all of them named.
         ValueError: No tar.
     """
-    own = f"{output}/".removeprefix(f"{uri}/") if output and output != uri else "/"
+    own = f"{output}/".removeprefix(f"{folder}/") if output and output != folder else "/"
     tars: dict[str, int] = {}
     faults: list[str] = []
     left_out = LeftOut()
@@ -105,19 +107,19 @@ def select_tars(uri: str, tree: Tree, output: str | None = None) -> tuple[dict[s
         if litter := find_litter(name):
             left_out.add(litter, name)
         elif reason and (suffix == ".tar" or reason == UNLISTABLE or (reason, suffix) == _UNNAMED):
-            faults.append(f"{uris.join(uri, name)}: {reason}")
+            faults.append(f"{folder.uri_of(name)}: {reason}")
         elif _COMPRESSED_TAR.search(name):
-            faults.append(f"{uris.join(uri, name)} is compressed: unpack it to a plain tar")
+            faults.append(f"{folder.uri_of(name)} is compressed: unpack it to a plain tar")
         elif reason or suffix != ".tar":
             kind = suffix if re.fullmatch("[.][a-z0-9]{1,8}", suffix) else "no extension"
             left_out.add(reason or f"no tar ({kind})", name)
         else:
             tars[name] = tree.files[name]
     if faults:
-        raise SourceFaults(uri, faults)
+        raise SourceFaults(str(folder), faults)
     if not tars:
-        remedy = ": name the folder that it lies in" if uri.lower().endswith(".tar") else ""
-        raise ValueError(f"{uri} holds no .tar file{remedy}")
+        remedy = ": name the folder that it lies in" if folder.uri.lower().endswith(".tar") else ""
+        raise ValueError(f"{folder} holds no .tar file{remedy}")
     return tars, left_out
 
 
@@ -131,12 +133,12 @@ def check_tar(checks: TarChecks, name: str) -> tuple[ShardIndex | None, list[str
     Raises:
         StorageError: the storage refuses or does not answer.
     """
-    uri = uris.join(checks.base, name)
+    location = checks.base / name
     try:
-        with open_copy(uri) as path:
-            record, faults = _read_tar(path, uri, name, checks)
+        with open_copy(location) as path:
+            record, faults = _read_tar(path, location.uri, name, checks)
     except FileNotFoundError as error:
-        if uris.local_path(uri) is not None:
+        if location.path is not None:
             raise  # it was listed: this is another machine
         return None, [str(error)]
     if record is not None and checks.output is not None:
@@ -219,15 +221,14 @@ def _refuse_dotted_key(key: str, images: list[str], where: str) -> Fault:
 
 
 @contextmanager
-def open_copy(uri: str, expected_bytes: int | None = None) -> Generator[Path]:
+def open_copy(location: Location, expected_bytes: int | None = None) -> Generator[Path]:
     """The file itself where it is local, or else a copy that is gone after the block."""
-    path = uris.local_path(uri)
-    if path is not None:
-        yield path
+    if location.path is not None:
+        yield location.path
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "copy.tar"
-        storage.download(uri, path, expected_bytes)
+        storage.download(location, path, expected_bytes)
         yield path
 
 

@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 from collections.abc import Mapping
 
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
 
 
 def digest(sizes: Mapping[str, int]) -> str:
@@ -26,13 +26,15 @@ def find_version(package: str) -> str:
         ) from error
 
 
-def make_absolute(uri: str) -> str:
+def make_absolute(uri: LocationLike) -> Location:
     """The same place for a worker, which runs in another folder; without a slash at the end.
 
     Raises:
         ValueError: it is empty, as a variable of the shell that is not set.
     """
-    if not uri:
+    if uri == "":
         raise ValueError("an empty path: name a folder, . for this one")
-    path = uris.local_path(uri)
-    return uri.rstrip("/") if path is None else str(path.absolute())
+    location = Location.parse(uri)
+    if location.path is not None:
+        return Location.parse(location.path.absolute())
+    return Location.parse(location.uri.rstrip("/"))

@@ -20,8 +20,8 @@ from data_pipelines.building.sources import SampleSource
 from data_pipelines.images.codec import image_extensions
 from data_pipelines.shards.index import Shape, Shard, ShardIndex, common_shape, index_tar
 from data_pipelines.shards.intake import FAULTS, LEFT_OUT, LeftOut
-from data_pipelines.storage import uris
-from data_pipelines.storage.objects import FULL_DISK
+from data_pipelines.storage import Location
+from data_pipelines.storage.files import FULL_DISK
 from data_pipelines.storage.retries import StorageError
 
 _JOB = "job"
@@ -31,7 +31,7 @@ _JOB = "job"
 class ShardJob:
     """A shard to be written."""
 
-    uri: str
+    folder: Location
     """Of the set."""
     name: str
     entries: list[Entry]
@@ -101,9 +101,9 @@ def write_shard(source: SampleSource, job: ShardJob) -> ShardIndex:
         provenance = {LEFT_OUT: left_out.to_json(), FAULTS: faults, _JOB: job.digest()}
         if faults and not job.skips_bad_images:
             return ShardIndex((), None, provenance)
-        storage.upload(path, uris.join(job.uri, job.name))
+        storage.upload(path, job.folder / job.name)
     record = ShardIndex((shard,), common_shape(shapes), provenance)
-    unfinished.keep_record(job.uri, job.name, record)
+    unfinished.keep_record(job.folder, job.name, record)
     return record
 
 

@@ -28,7 +28,7 @@ from data_pipelines.building.tar_source import ForeignTars
 from data_pipelines.images.codec import UNREAD_EXTENSIONS, is_image
 from data_pipelines.shards.index import SHEET_NAME, STATISTICS_NAME
 from data_pipelines.shards.intake import LeftOut, SourceFaults, find_litter
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location
 from data_pipelines.storage.tree import NOT_UTF8, UNLISTABLE
 
 SOURCES = "folder:PATH, idx:PATH, wds:URI, openmoji, mnist"
@@ -65,7 +65,7 @@ class SampleSource(Protocol):
 def open_source(
     text: str,
     encoding: Encoding | None = None,
-    output: str | None = None,
+    output: Location | None = None,
     dotted_keys: bool = False,
 ) -> SampleSource:
     """The source that `text` names; `SOURCES` lists the forms.
@@ -73,7 +73,7 @@ def open_source(
     Args:
         text: What the user wrote.
         encoding: How images are written that do not keep their own bytes; PNG by default.
-        output: URI that the shards go to; what lies there is no part of the source.
+        output: Folder that the shards go to; what lies there is no part of the source.
         dotted_keys: Whether a sample of a tar may have several images that all have a dot in their
             extension.
 
@@ -103,16 +103,16 @@ class ImageFolder:
     both takes their extension in; they stay one family.
     """
 
-    def __init__(self, uri: str, encoding: Encoding, output: str | None = None):
-        path = uris.local_path(uri)
-        if path is None:
-            storage.check_readable(uri)
-        elif not path.is_dir():
+    def __init__(self, uri: str, encoding: Encoding, output: Location | None = None):
+        location = Location.parse(uri)
+        if location.path is None:
+            storage.check_readable(location)
+        elif not location.path.is_dir():
             raise ValueError(f"folder:{uri}: not a folder on this machine")
-        self._uri = make_absolute(uri)
+        self._folder = make_absolute(location)
         self._encoding = encoding
         self.left_out, self.reasons, self.faults = LeftOut(), LeftOut(), list[str]()
-        self._sizes = self._select(make_absolute(output) if output else None)
+        self._sizes = self._select(output)
         if not self._sizes and self.faults:
             nothing = f"folder:{uri}: holds no other image files"
             raise SourceFaults(f"folder:{uri}", [*self.faults, nothing])
@@ -121,12 +121,12 @@ class ImageFolder:
                 "; ".join(filter(None, [f"folder:{uri}: holds no image files", str(self.left_out)]))
             )
 
-    def _select(self, output: str | None) -> dict[str, int]:
+    def _select(self, output: Location | None) -> dict[str, int]:
         """{name: bytes} of the image files; the others are counted, or faults."""
-        tree = storage.list_tree(self._uri)
+        tree = storage.list_tree(self._folder)
         # What lies in the output is no source, but for an output that is the source itself.
-        below = (output or "").removeprefix(f"{self._uri}/")
-        own = f"{below}/" if below != output else "/"
+        elsewhere = output is None or output == self._folder
+        own = "/" if elsewhere else f"{output}/".removeprefix(f"{self._folder}/")
         sizes: dict[str, int] = {}
         for name, size in tree.files.items():
             if not name.startswith(own) and self._is_taken(name, tree.files):
@@ -163,7 +163,7 @@ class ImageFolder:
 
     def _refuse(self, name: str, reason: str, text: str) -> None:
         self.reasons.add(reason, name)
-        self.faults.append(f"{uris.join(self._uri, name)}: {text}")
+        self.faults.append(f"{self._folder.uri_of(name)}: {text}")
 
     def describe(self) -> dict[str, Any]:
         return {"files": digest(self._sizes), "images": len(self._sizes)}
@@ -179,8 +179,8 @@ class ImageFolder:
         return [Entry(keys[name], families[name], name) for name in self._sizes]
 
     def load(self, entry: Entry, resolution: int | None) -> EncodedImage:
-        uri = uris.join(self._uri, entry.place)
-        return self._encoding.encode_file(storage.read_bytes(uri), resolution, uri)
+        location = self._folder / entry.place
+        return self._encoding.encode_file(storage.read_bytes(location), resolution, location.uri)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sizes": {}}  # long, and tasks elsewhere only load

@@ -16,7 +16,7 @@ from data_pipelines.images.codec import decode_image, read_shape
 from data_pipelines.images.headers import JPEG, NPY, PNG
 from data_pipelines.shards.index import ShardIndex
 from data_pipelines.shards.intake import LEFT_OUT, SourceFaults
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
 
 Result = TypeVar("Result")
 
@@ -40,7 +40,7 @@ _FORMATS = {
 }
 
 
-def measure_set(uri: str, index: ShardIndex) -> dict[str, Any]:
+def measure_set(uri: LocationLike, index: ShardIndex) -> dict[str, Any]:
     """The figures, of JSON's types.
 
     Args:
@@ -82,14 +82,17 @@ def draw_sample(index: ShardIndex, count: int) -> list[tuple[int, int]]:
 
 
 def map_images(
-    function: Callable[[bytes], Result], uri: str, index: ShardIndex, samples: list[tuple[int, int]]
+    function: Callable[[bytes], Result],
+    uri: LocationLike,
+    index: ShardIndex,
+    samples: list[tuple[int, int]],
 ) -> list[Result]:
     """`function` of each sample's image file, in the order of `samples`, by few reads.
 
     Raises:
         SourceFaults: each ValueError that `function` raised, with the sample's name.
     """
-    base = index.base or uri
+    base = Location.parse(index.base or uri)
     faults: dict[tuple[int, int], str] = {}
     images = {number: index.shards[number].images() for number, _ in samples}
 
@@ -100,13 +103,13 @@ def map_images(
             (int(images[number].offset[row]), int(images[number].size[row])) for number, row in run
         ]
         start, end = places[0][0], max(offset + size for offset, size in places)
-        block = storage.read_range(uris.join(base, shard.name), start, end)
+        location = base / shard.name
+        block = storage.read_range(location, start, end)
         for (offset, size), sample in zip(places, run, strict=True):
             try:
                 results[sample] = function(block[offset - start : offset - start + size])
             except ValueError as error:
-                where = uris.join(base, shard.name)
-                faults[sample] = f"{where}, sample {shard.keys[sample[1]]!r}: {error}"
+                faults[sample] = f"{location}, sample {shard.keys[sample[1]]!r}: {error}"
         return results
 
     ordered = sorted(samples, key=lambda sample: (sample[0], images[sample[0]].offset[sample[1]]))
@@ -126,11 +129,11 @@ def map_images(
             sample: result for part in threads.map(read, runs) for sample, result in part.items()
         }
     if faults:
-        raise SourceFaults(base, [faults[sample] for sample in sorted(faults)])
+        raise SourceFaults(str(base), [faults[sample] for sample in sorted(faults)])
     return [found[sample] for sample in samples]
 
 
-def _measure_sample(uri: str, index: ShardIndex) -> dict[str, Any]:
+def _measure_sample(uri: LocationLike, index: ShardIndex) -> dict[str, Any]:
     samples = draw_sample(index, SAMPLED_IMAGES)
     measured = map_images(_measure_image, uri, index, samples)
     channels = [len(histogram) for _, _, histogram in measured]
@@ -180,7 +183,7 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     }
 
 
-def _count_labels(uri: str, index: ShardIndex) -> dict[str, Any]:
+def _count_labels(uri: LocationLike, index: ShardIndex) -> dict[str, Any]:
     """How often each content of ``.cls`` occurs; equal checksums are equal labels."""
     counts, places = Counter[tuple[int, int]](), dict[tuple[int, int], tuple[str, int]]()
     for shard in index.shards:
@@ -199,10 +202,12 @@ def _count_labels(uri: str, index: ShardIndex) -> dict[str, Any]:
     if not common or max(size for _, size in common) > _LONGEST_LABEL_BYTES:
         return {}
 
+    base = Location.parse(index.base or uri)
+
     def read(kind: tuple[int, int]) -> str:
         name, offset = places[kind]
-        where = uris.join(index.base or uri, name)
-        return storage.read_range(where, offset, offset + kind[1]).decode(errors="replace").strip()
+        data = storage.read_range(base / name, offset, offset + kind[1])
+        return data.decode(errors="replace").strip()
 
     with ThreadPoolExecutor(_READING_THREADS) as threads:
         names = list(threads.map(read, common))

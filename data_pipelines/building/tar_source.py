@@ -13,7 +13,7 @@ from data_pipelines.building.sample_encoding import EncodedImage, Encoding, Entr
 from data_pipelines.images.codec import image_extensions
 from data_pipelines.shards.intake import LeftOut, SourceFaults
 from data_pipelines.shards.tar_members import Fault, TarContent, list_reasons
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location
 
 _LISTING_THREADS = 4
 _LARGEST_GAP_BYTES = 64 * 2**10
@@ -47,14 +47,18 @@ class ForeignTars:
     """
 
     def __init__(
-        self, uri: str, encoding: Encoding, output: str | None = None, dotted_keys: bool = False
+        self,
+        uri: str,
+        encoding: Encoding,
+        output: Location | None = None,
+        dotted_keys: bool = False,
     ):
         storage.check_readable(uri)
-        self._uri = make_absolute(uri)
+        self._folder = make_absolute(uri)
         self._encoding = encoding
         self._dotted_keys = dotted_keys
         self._sizes, self._other_files = select_tars(
-            self._uri, storage.list_tree(self._uri), make_absolute(output) if output else None
+            self._folder, storage.list_tree(self._folder), output
         )
         self.left_out, self.reasons, self.faults = LeftOut(), LeftOut(), list[str]()
 
@@ -76,7 +80,7 @@ class ForeignTars:
         self.left_out.merge(self._other_files)
         with ThreadPoolExecutor(_LISTING_THREADS) as threads:
             contents = threads.map(self._read_tar, self._sizes)
-            total, text = len(self._sizes), f"listing {self._uri}"
+            total, text = len(self._sizes), f"listing {self._folder}"
             tars = tqdm(contents, total=total, unit="tar", desc=text, disable=None)
             for name, content in zip(self._sizes, tars, strict=True):
                 self.left_out.merge(content.left_out)
@@ -89,23 +93,22 @@ class ForeignTars:
                 faults += content.faults
         self.faults = [fault.text for fault in faults]
         if not all(fault.skippable for fault in faults):
-            raise SourceFaults(f"wds:{self._uri}", self.faults)
+            raise SourceFaults(f"wds:{self._folder}", self.faults)
         if not entries and not faults:
-            raise ValueError(f"wds:{self._uri}: the tars hold no sample")
+            raise ValueError(f"wds:{self._folder}: the tars hold no sample")
         return entries
 
     def load(self, entry: Entry, resolution: int | None) -> EncodedImage:
         sample = entry.place
         data = self._read(sample)
         image = data.pop(sample.image)
-        return self._encoding.encode_file(image, resolution, f"{self._uri}: {sample}", data)
+        return self._encoding.encode_file(image, resolution, f"{self._folder}: {sample}", data)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sizes": {}, "faults": []}  # long; tasks elsewhere only load
 
     def _read_tar(self, name: str) -> TarContent:
-        uri = uris.join(self._uri, name)
-        with open_copy(uri, self._sizes[name]) as path:
+        with open_copy(self._folder / name, self._sizes[name]) as path:
             content = read_samples(path, name, name, self._dotted_keys)
         for key, row in content.rows.items():
             for extension in row:
@@ -116,18 +119,20 @@ class ForeignTars:
 
     def _read(self, sample: _Sample) -> dict[str, bytes]:
         """{extension: bytes}, by one read where the members lie together, as they usually do."""
-        uri = uris.join(self._uri, sample.tar)
+        tar = self._folder / sample.tar
         start = min(offset for offset, _, _ in sample.members.values())
         end = max(offset + size for offset, size, _ in sample.members.values())
         total = sum(size for _, size, _ in sample.members.values())
         if end - start - total <= _LARGEST_GAP_BYTES:
-            block = storage.read_range(uri, start, end)
+            block = storage.read_range(tar, start, end)
             data = {e: block[o - start : o - start + s] for e, (o, s, _) in sample.members.items()}
         else:
-            data = {e: storage.read_range(uri, o, o + s) for e, (o, s, _) in sample.members.items()}
+            data = {e: storage.read_range(tar, o, o + s) for e, (o, s, _) in sample.members.items()}
         for extension, (_, _, crc32) in sample.members.items():
             if zlib.crc32(data[extension]) != crc32:
-                raise ValueError(f"{self._uri}: .{extension} of {sample} changed while it was read")
+                raise ValueError(
+                    f"{self._folder}: .{extension} of {sample} changed while it was read"
+                )
         return data
 
 

@@ -20,7 +20,7 @@ from data_pipelines.images.codec import image_extensions
 from data_pipelines.images.headers import MAX_PIXELS
 from data_pipelines.shards.intake import shorten
 from data_pipelines.shards.tar_members import TarContent, read_members
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
 
 INDEX_NAME = "index.json"
 SHEET_NAME, STATISTICS_NAME = "contact_sheet.png", "statistics.json"
@@ -149,21 +149,22 @@ class _IndexFile(_StrictModel):
     shards: list[_ShardFile]
 
 
-def load_index(uri: str) -> ShardIndex:
+def load_index(uri: LocationLike) -> ShardIndex:
     """Read and check ``index.json`` of the shard set at `uri`.
 
     Raises:
         ValueError: none there, or not one that this version reads.
     """
-    index_uri = uris.join(uri, INDEX_NAME)
+    folder = Location.parse(uri)
+    location = folder / INDEX_NAME
     try:
-        data = storage.read_bytes(index_uri)
+        data = storage.read_bytes(location)
     except FileNotFoundError as error:
-        raise ValueError(_explain_missing(uri)) from error
-    return parse_index(data, index_uri)
+        raise ValueError(_explain_missing(folder)) from error
+    return parse_index(data, location)
 
 
-def parse_index(data: bytes, where: str) -> ShardIndex:
+def parse_index(data: bytes, where: LocationLike) -> ShardIndex:
     """The inverse of `dump_index`; `where` names the file in errors."""
     try:
         tree = json.loads(data)
@@ -249,9 +250,9 @@ def make_shard(name: str, content: TarContent) -> Shard:
     return Shard(name, content.bytes, content.sha256, list(content.rows), members)
 
 
-def write_index(uri: str, index: ShardIndex) -> None:
+def write_index(uri: LocationLike, index: ShardIndex) -> None:
     """Write ``index.json``: from now on the set counts as complete."""
-    storage.write_bytes(uris.join(uri, INDEX_NAME), dump_index(index))
+    storage.write_bytes(Location.parse(uri) / INDEX_NAME, dump_index(index))
 
 
 def common_shape(shapes: set[Shape]) -> Shape | None:
@@ -261,7 +262,7 @@ def common_shape(shapes: set[Shape]) -> Shape | None:
     return max(shapes)
 
 
-def _read_shard(file: _ShardFile, where: str) -> Shard:
+def _read_shard(file: _ShardFile, where: LocationLike) -> Shard:
     members: dict[str, Members] = {}
     for extension, columns in file.members.items():
         try:
@@ -281,19 +282,18 @@ def _read_shard(file: _ShardFile, where: str) -> Shard:
     return Shard(file.name, file.bytes, file.sha256, file.keys, members, file.left_out)
 
 
-def _check_base(base: str, where: str) -> None:
+def _check_base(base: str, where: LocationLike) -> None:
     """An index from elsewhere must not make this machine read files of its own."""
-    uris.check_uri(base)
-    if uris.local_path(base) is not None and uris.local_path(where) is None:
+    if Location.parse(base).path is not None and Location.parse(where).path is None:
         raise ValueError(f"{where}: base {base!r} is a local path, but the index is remote")
 
 
-def _explain_missing(uri: str) -> str:
-    parts = [uris.join(uri, part) for part in ("train", "held_out")]
-    if all(storage.exists(uris.join(part, INDEX_NAME)) for part in parts):
-        return f"{uri} holds two shard sets: open {parts[0]} or {parts[1]}"
+def _explain_missing(folder: Location) -> str:
+    parts = [folder / part for part in ("train", "held_out")]
+    if all(storage.exists(part / INDEX_NAME) for part in parts):
+        return f"{folder} holds two shard sets: open {parts[0]} or {parts[1]}"
     return (
-        f"{uri} holds no {INDEX_NAME}: check the URI, or build shards there with"
-        f" `python -m data_pipelines.build_shards --source SOURCE --output {uri}`, or index tars"
-        f" that are there with `python -m data_pipelines.index_shards {uri}`"
+        f"{folder} holds no {INDEX_NAME}: check the URI, or build shards there with"
+        f" `python -m data_pipelines.build_shards --source SOURCE --output {folder}`, or index"
+        f" tars that are there with `python -m data_pipelines.index_shards {folder}`"
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipelines import storage
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
 
 FAULTS_NAME = "faults.txt"
 LEFT_OUT, FAULTS = "left_out", "faults"
@@ -111,18 +111,18 @@ def shorten(faults: list[str], separator: str = "\n") -> str:
     return separator.join([*faults[:SHOWN_FAULTS], *([f"… and {more} more"] if more > 0 else [])])
 
 
-def write_faults(output: str, faults: list[str]) -> str:
-    """Write all faults beside the output, one a line; returns the URI of the file.
+def write_faults(output: LocationLike, faults: list[str]) -> Location:
+    """Write all faults beside the output, one a line; returns the location of the file.
 
     Without a fault there is no file.
     """
-    uri = uris.join(output, FAULTS_NAME)
+    location = Location.parse(output) / FAULTS_NAME
     if not faults:
-        storage.delete(uri)
-        return uri
+        storage.delete(location)
+        return location
     lines = (fault.replace("\n", "\\n") + "\n" for fault in faults)
-    storage.write_bytes(uri, "".join(lines).encode(errors="backslashreplace"))
-    return uri
+    storage.write_bytes(location, "".join(lines).encode(errors="backslashreplace"))
+    return location
 
 
 def add_tolerance(parser: argparse.ArgumentParser) -> None:
@@ -164,14 +164,14 @@ def pop_tolerance(options: dict[str, Any]) -> Tolerance:
     return Tolerance(most if skips else 0, "dotted-keys" in options.pop("allow"))
 
 
-def describe_faults(error: SourceFaults, tolerance: Tolerance, output: str) -> str:
+def describe_faults(error: SourceFaults, tolerance: Tolerance, output: LocationLike) -> str:
     """One line: how many there are, where they are listed, and what to do."""
     is_over = 0 < tolerance.bad_images < len(error.faults)
     more = f", more than --most-bad-images {tolerance.bad_images}" if is_over else ""
     remedy = "" if tolerance.bad_images else ", or use --bad-images skip for those of single images"
     return (
         f"{len(error.faults)} faults in {error.uri}{more}, all listed in"
-        f" {uris.join(output, FAULTS_NAME)}: no index written; mend them{remedy}"
+        f" {Location.parse(output) / FAULTS_NAME}: no index written; mend them{remedy}"
     )
 
 

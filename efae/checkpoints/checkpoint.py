@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data_pipelines import storage
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location
 from efae import config_forms as configuration
 from efae.config import Config
 
@@ -249,7 +249,7 @@ def read_file(uri: str, name: str) -> bytes:
         StorageError: the storage refuses or does not answer.
     """
     try:
-        return storage.read_bytes(uris.join(uri, name))
+        return storage.read_bytes(Location.parse(uri) / name)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(uri, f"{name} is missing") from error
 
@@ -274,9 +274,10 @@ def _write_folder(uri: str, contents: Mapping[str, bytes], facts: dict[str, Any]
     }
     facts = {"format_version": FORMAT_VERSION, **facts, "files": files}
     manifest = json.dumps(facts, indent=2, allow_nan=False).encode()
-    storage.delete(uris.join(uri, MANIFEST))  # while we write, the folder is not complete
+    folder = Location.parse(uri)
+    storage.delete(folder / MANIFEST)  # while we write, the folder is not complete
     for name, data in {**contents, MANIFEST: manifest}.items():
-        storage.write_bytes(uris.join(uri, name), data)
+        storage.write_bytes(folder / name, data)
 
 
 def _pack(tensors: Mapping[str, Tensor]) -> bytes:

@@ -7,7 +7,7 @@ import torch
 
 from data_pipelines import ShardDataset, storage
 from data_pipelines.shards.index import load_index
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
 from efae.checkpoints.checkpoint import checkpoint_name
 from efae.checkpoints.run_folder import locate_run
 from efae.config import Config
@@ -44,7 +44,9 @@ def measure_data(config: Config) -> int:
         StorageError: the storage refuses or does not answer.
     """
     remote = [
-        uri for uri in (config.data.uri, config.data.held_out_uri) if not uris.local_path(uri)
+        uri
+        for uri in (config.data.uri, config.data.held_out_uri)
+        if Location.parse(uri).path is None
     ]
     found = [shard.bytes for uri in remote for shard in load_index(uri).shards]
     fetched = min(sum(found), config.data.cache_bytes)
@@ -74,17 +76,17 @@ def check_configuration(config: Config) -> None:
         ValueError: one of them cannot work.
     """
     for uri in (config.data.uri, config.data.held_out_uri, config.ray.storage_uri):
-        uris.check_uri(uri)
+        Location.parse(uri)
     if not config.tracking.run_name:
         raise ValueError("tracking.run_name='': name the run")
-    # The longest name of an object that the run will write, or about.
-    uris.check_uri(uris.join(locate_run(config), checkpoint_name(0), "optimizer.safetensors"))
+    # Storage must hold the longest name of an object that the run will write, or about that.
+    _ = locate_run(config) / checkpoint_name(0) / "optimizer.safetensors"
     Autoencoder(config)  # raises what is wrong with the sizes
     if config.loss.perceptual:
         load_perceptual(config.loss.perceptual, torch.device("cpu"))
 
 
-def check_images(config: Config, uri: str, cut: bool = True) -> str:
+def check_images(config: Config, uri: LocationLike, cut: bool = True) -> str:
     """The shard set answers and its images are what the model takes.
 
     Args:
@@ -102,7 +104,7 @@ def check_images(config: Config, uri: str, cut: bool = True) -> str:
     storage.check_readable(uri)
     dataset = ShardDataset.open(uri)
     shape, wanted = dataset.image_shape, config.data.image_size
-    found = f"{len(dataset)} at {uris.display(uri)}"
+    found = f"{len(dataset)} at {Location.parse(uri).display}"
     if shape is None and cut:
         return found
     if shape is None:

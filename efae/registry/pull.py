@@ -25,7 +25,8 @@ from mlflow.exceptions import MlflowException
 from torch import Tensor
 
 from data_pipelines import storage
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location
+from data_pipelines.storage.location import endpoint
 from data_pipelines.storage.retries import StorageError
 from efae.checkpoints import checkpoint
 from efae.checkpoints.checkpoint import MANIFEST, CheckpointError
@@ -257,7 +258,7 @@ def _find_pretrained(uri: str) -> Path | None:
     """The local folder at `uri` if `save_pretrained` wrote it, or came with this package."""
     if pretrained.is_builtin(uri):
         return pretrained.find_builtin(uri)
-    path = None if uri.startswith(_OF_MLFLOW) else uris.local_path(uri)
+    path = None if uri.startswith(_OF_MLFLOW) else Location.parse(uri).path
     if path is None or not (path / pretrained.WEIGHTS).exists() or (path / MANIFEST).exists():
         return None
     return path
@@ -278,16 +279,17 @@ def _find_folder(uri: str) -> Path:
         except ValueError as error:
             raise ValueError(f"{error}{mention_copy(cache, server, uri)}") from error
         return _pull_from_mlflow(uri, server, cache)
-    path = uris.local_path(uri)
-    if path is not None:
-        _check_presence(uri)
-        checkpoint.read_model(path)
-        return path
-    uri, server = uri.rstrip("/"), (uris.endpoint() or "") if uri.startswith("s3:") else ""
+    location = Location.parse(uri)
+    if location.path is not None:
+        _check_presence(location)
+        checkpoint.read_model(location.path)
+        return location.path
+    location = Location.parse(uri.rstrip("/"))
+    uri, server = location.uri, endpoint() if location.scheme == "s3" else ""
     if is_offline():
         return recall(cache, server, uri)
     try:
-        _check_presence(uri)
+        _check_presence(location)
         folder = fetch_model(uri, lambda name: checkpoint.read_file(uri, name), cache)
     except StorageError as error:
         raise StorageError(f"{error}{mention_copy(cache, server, uri)}") from error
@@ -295,13 +297,13 @@ def _find_folder(uri: str) -> Path:
     return folder
 
 
-def _check_presence(uri: str) -> None:
-    if not storage.exists(uris.join(uri, MANIFEST)):
-        newest = find_newest_checkpoint(uri)
+def _check_presence(folder: Location) -> None:
+    if not storage.exists(folder / MANIFEST):
+        newest = find_newest_checkpoint(folder)
         hint = f"its newest checkpoint is {newest}" if newest else f"it holds no {MANIFEST}"
-        if storage.exists(uris.join(uri, pretrained.WEIGHTS)):
+        if storage.exists(folder / pretrained.WEIGHTS):
             hint = "save_pretrained wrote it: copy it to this machine and load that folder"
-        raise ValueError(f"no model or checkpoint at {uri!r}: {hint}")
+        raise ValueError(f"no model or checkpoint at {folder.uri!r}: {hint}")
 
 
 def _pull_from_mlflow(uri: str, tracking_uri: str, cache: Path) -> Path:
