@@ -1,4 +1,4 @@
-"""What a shard set looks like: ``contact_sheet.png`` and ``statistics.json`` beside its index."""
+"""Overview of a shard set: ``contact_sheet.png`` and ``statistics.json`` beside its index."""
 
 import argparse
 import json
@@ -32,8 +32,8 @@ def describe_set(
         The statistics.
 
     Raises:
-        SourceFaults: damaged images of the sample, all of them.
-        StorageError: the output cannot be written.
+        SourceFaults: Images of the sample are damaged; lists all of them.
+        StorageError: The output cannot be written.
     """
     statistics = measure_set(uri, index)
     sheet = draw_sheet(uri, index)
@@ -47,7 +47,7 @@ def describe_set(
 
 
 def draw_sheet(uri: LocationLike, index: ShardIndex) -> Image.Image:
-    """A seeded sample of the images, in the order of the set, under one line of text."""
+    """Draw a seeded sample of the images, in the order of the set, under one line of text."""
     tiles = map_images(
         lambda data: draw_tile(decode_image(data, 3)),
         uri,
@@ -66,7 +66,7 @@ def draw_sheet(uri: LocationLike, index: ShardIndex) -> Image.Image:
 
 
 def _caption(uri: LocationLike, index: ShardIndex) -> tuple[str, str]:
-    """(Name of the source, so that copies have equal sheets; counts and size)."""
+    """Return the name of the source, which copies of a set share, and its counts and size."""
     fingerprint = index.provenance.get("fingerprint", index.provenance)
     source = drop_query(str(fingerprint.get("source", uri))).rstrip("/")
     name = source.rsplit("/", 1)[-1] or source
@@ -76,22 +76,22 @@ def _caption(uri: LocationLike, index: ShardIndex) -> tuple[str, str]:
         channels, height, width = index.image_shape
         size = f"{width} x {height}, {'grey' if channels == 1 else 'RGB'}"
     left_out = LeftOut.from_json(index.provenance.get(LEFT_OUT, {}))
-    more = f", {sum(left_out.counts.values()):,} not taken" if left_out.counts else ""
+    more = f", {sum(left_out.counts.values()):,} left out" if left_out.counts else ""
     return name, f"{count:,} images, {size}{more}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; exits with one line on what is wrong."""
+    """Run the command; exit with one line that describes an error."""
     parser = argparse.ArgumentParser(
         prog="python -m data_pipelines.contact_sheet",
         description=f"Draw {ROWS} x {COLUMNS} images of a shard set on one sheet,"
-        f" {SHEET_NAME}, and write figures about the set to {STATISTICS_NAME}. Reads the index"
-        " and a sample of the images; tars without an index get one from"
-        " python -m data_pipelines.index_shards.",
+        f" {SHEET_NAME}, and write statistics of the set to {STATISTICS_NAME}. Reads the index"
+        " and a sample of the images; python -m data_pipelines.index_shards writes the index of"
+        " existing tars.",
     )
     parser.add_argument("uri", help="a shard set: the folder with index.json")
     parser.add_argument(
-        "--output", help="folder or URI for the two files; left out, they go beside the index"
+        "--output", help="folder or URI for the two files; the folder of the index by default"
     )
     options = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""Read every byte of a shard set and compare it with its index; name each fault."""
+"""Read every byte of a shard set and compare it with its index; print each fault."""
 
 import argparse
 import os
@@ -23,9 +23,9 @@ from data_pipelines.storage import Location, LocationLike
 
 
 def find_faults(uri: LocationLike) -> Iterator[str]:
-    """One sentence for each fault of the set at `uri`: sizes, checksums, index, keys, pixels.
+    """Yield one sentence for each fault of the set at `uri`: sizes, checksums, index, keys, pixels.
 
-    Several shards are read at a time; the faults come in the order of the shards.
+    Several shards are read in parallel; the faults are in the order of the shards.
     """
     from tqdm import tqdm
 
@@ -68,7 +68,7 @@ def _check_shard(
 def _compare(
     path: Path, uri: str, shard: Shard, shape: Shape | None, latents: LatentFormat | None
 ) -> Iterator[str]:
-    """The faults of the tar in `path` against its index `shard`."""
+    """Yield the differences between the tar in `path` and its index `shard`."""
     size = path.stat().st_size
     if size != shard.bytes:
         yield f"{uri}: {size} bytes, the index says {shard.bytes}"
@@ -99,7 +99,7 @@ def _compare(
 
 
 def _find_other_bytes(path: Path, uri: str, shard: Shard) -> Iterator[str]:
-    """Members whose bytes are not where the index has them, whatever the tar's headers say."""
+    """Yield members whose bytes at the index's offsets are wrong, whatever the tar's headers."""
     with map_file(path) as content:
         for extension, members in sorted(shard.members.items()):
             rows = zip(shard.keys, members.offset, members.size, members.crc32, strict=True)
@@ -117,22 +117,20 @@ def _find_other_bytes(path: Path, uri: str, shard: Shard) -> Iterator[str]:
 
 
 def _find_bad_samples(uri: str, shard: Shard, latents: bool) -> Iterator[str]:
-    """Keys that leave the folder where a reader would extract them; samples without image, or
-    without latent.
-    """
-    whole: set[int] = set()
+    """Yield keys that extraction would write outside the folder, and samples without a payload."""
+    complete: set[int] = set()
     for extension in [EXTENSION] if latents else image_extensions(shard.members):
         if extension in shard.members:
-            whole.update((shard.members[extension].offset >= 0).nonzero()[0].tolist())
+            complete.update((shard.members[extension].offset >= 0).nonzero()[0].tolist())
     for row, key in enumerate(shard.keys):
         if leaves_folder(key):
             yield f"{uri}: sample {key!r} leaves the folder: rename its members"
-        if row not in whole:
+        if row not in complete:
             yield f"{uri}: sample {key!r} has no {'latent' if latents else 'image'} member"
 
 
 def _find_bad_headers(path: Path, uri: str, shard: Shard) -> Iterator[str]:
-    """Members whose tar header, the block before their bytes, is damaged."""
+    """Yield members whose tar header, the block before their bytes, is damaged."""
     with map_file(path) as content:
         for extension, members in sorted(shard.members.items()):
             for key, offset in zip(shard.keys, members.offset, strict=True):
@@ -144,7 +142,7 @@ def _find_bad_headers(path: Path, uri: str, shard: Shard) -> Iterator[str]:
 
 
 def _find_other_places(uri: str, found: Shard, shard: Shard) -> Iterator[str]:
-    """Samples and members that the tar has in another order or at another place."""
+    """Yield samples and members whose order or offsets differ between tar and index."""
     if found.keys != shard.keys:
         pairs = zip([*found.keys, None], [*shard.keys, None], strict=False)
         row, (here, there) = next(
@@ -186,11 +184,11 @@ def _find_bad_latents(path: Path, uri: str, found: Shard, latents: LatentFormat)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; exit status 1 where there is any fault."""
+    """Run the command; exit with status 1 if there is any fault."""
     parser = argparse.ArgumentParser(
         prog="python -m data_pipelines.verify_shards",
-        description="Read a whole shard set again: sizes, checksums, index, keys, every image"
-        " or latent. Prints each fault; exit status 1 if there is any.",
+        description="Verify a whole shard set: sizes, checksums, index, keys, every image or"
+        " latent. Prints each fault; exits with status 1 if there is any.",
     )
     parser.add_argument("uri", help="a shard set, or a folder with the sets train/ and held_out/")
     uri = parser.parse_args(arguments).uri

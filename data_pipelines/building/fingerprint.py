@@ -1,4 +1,4 @@
-"""How sources are told apart and found: hashes of listings, versions, places for every process."""
+"""Identity of sources: hashes of listings, versions of packages, absolute locations."""
 
 import hashlib
 import importlib.metadata
@@ -8,15 +8,15 @@ from data_pipelines.storage import Location, LocationLike
 
 
 def digest(sizes: Mapping[str, int]) -> str:
-    """A hash of names and sizes: tells listings apart without reading the files."""
+    """Hash names and sizes, which distinguishes listings without reading the files."""
     return hashlib.sha256(repr(sorted(sizes.items())).encode()).hexdigest()[:16]
 
 
 def find_version(package: str) -> str:
-    """The installed version of a package that holds images.
+    """Return the installed version of a package that contains images.
 
     Raises:
-        ValueError: not installed.
+        ValueError: The package is not installed.
     """
     try:
         return importlib.metadata.version(package)
@@ -27,10 +27,10 @@ def find_version(package: str) -> str:
 
 
 def make_absolute(uri: LocationLike) -> Location:
-    """The same place for a worker, which runs in another folder; without a slash at the end.
+    """Make a location absolute for workers, which run in other folders; drop a final slash.
 
     Raises:
-        ValueError: it is empty, as a variable of the shell that is not set.
+        ValueError: It is empty, as from an unset shell variable.
     """
     if uri == "":
         raise ValueError("an empty path: name a folder, . for this one")

@@ -1,7 +1,7 @@
-"""Figures about a shard set: from its index, and from a seeded sample of its images.
+"""Statistics of a shard set, from its index and from a seeded sample of its images.
 
-The same set gives the same figures: samples are drawn by seed, and pixels are counted in
-histograms of integers.
+Equal sets give equal statistics: the seed determines the sample, and integer histograms count
+pixels.
 """
 
 from collections import Counter
@@ -41,14 +41,14 @@ _FORMATS = {
 
 
 def measure_set(uri: LocationLike, index: ShardIndex) -> dict[str, Any]:
-    """The figures, of JSON's types.
+    """Measure the set; return the statistics as JSON types.
 
     Args:
-        uri: where the index lies or will lie; the shards are read.
-        index: of the set.
+        uri: Folder of the index, which need not exist yet; the shards are read.
+        index: Index of the set.
 
     Raises:
-        SourceFaults: images of the sample are damaged; all of them are named.
+        SourceFaults: Images of the sample are damaged; lists all of them.
     """
     images = [shard.images() for shard in index.shards]
     contents = np.concatenate([np.stack([m.crc32, m.size], axis=1) for m in images])
@@ -71,7 +71,7 @@ def measure_set(uri: LocationLike, index: ShardIndex) -> dict[str, Any]:
 
 
 def draw_sample(index: ShardIndex, count: int) -> list[tuple[int, int]]:
-    """At most `count` samples as (shard, row), sorted; the same ones every time."""
+    """Draw at most `count` samples as sorted (shard, row), the same in every call."""
     sizes = [len(shard.keys) for shard in index.shards]
     total = sum(sizes)
     drawn = np.random.default_rng(_SEED).choice(total, min(count, total), replace=False)
@@ -87,10 +87,10 @@ def map_images(
     index: ShardIndex,
     samples: list[tuple[int, int]],
 ) -> list[Result]:
-    """`function` of each sample's image file, in the order of `samples`, by few reads.
+    """Apply `function` to each sample's image file, in the order of `samples`, in few reads.
 
     Raises:
-        SourceFaults: each ValueError that `function` raised, with the sample's name.
+        SourceFaults: `function` raised ValueError; lists every such error with its sample.
     """
     base = Location.parse(index.base or uri)
     faults: dict[tuple[int, int], str] = {}
@@ -159,7 +159,7 @@ def _measure_sample(uri: LocationLike, index: ShardIndex) -> dict[str, Any]:
 
 
 def _measure_image(data: bytes) -> tuple[str, tuple[int, int], np.ndarray]:
-    """Format, (H, W), and how often each value occurs in each channel."""
+    """Return the format, (H, W), and the histogram of each channel."""
     channels, height, width = read_shape(data)
     pixels = decode_image(data, channels)
     histogram = np.stack([np.bincount(channel.ravel(), minlength=256) for channel in pixels])
@@ -167,7 +167,7 @@ def _measure_image(data: bytes) -> tuple[str, tuple[int, int], np.ndarray]:
 
 
 def _name_format(data: bytes) -> str:
-    """By the first bytes; what follows them is the decoder's to judge."""
+    """Name the format by the first bytes; the decoder checks the rest."""
     if data[4:8] == b"ftyp":
         return "AVIF" if data[8:12] in (b"avif", b"avis") else "HEIF"
     if data[:4] == b"RIFF":
@@ -184,7 +184,7 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 
 
 def _count_labels(uri: LocationLike, index: ShardIndex) -> dict[str, Any]:
-    """How often each content of ``.cls`` occurs; equal checksums are equal labels."""
+    """Count each content of ``.cls``; equal checksums and sizes count as equal labels."""
     counts, places = Counter[tuple[int, int]](), dict[tuple[int, int], tuple[str, int]]()
     for shard in index.shards:
         members = shard.members.get("cls")

@@ -1,4 +1,4 @@
-"""Tars that others wrote as a source of images."""
+"""Foreign tars as a source of images."""
 
 import zlib
 from collections.abc import Container, Iterator
@@ -21,14 +21,14 @@ _LARGEST_GAP_BYTES = 64 * 2**10
 
 @dataclass(frozen=True)
 class _Sample:
-    """Where a sample lies in a foreign tar."""
+    """Location of a sample in a foreign tar."""
 
     tar: str
     key: str
     image: str
     """Extension of the member that is its image."""
     members: dict[str, tuple[int, int, int]]
-    """{extension: (offset, size, crc32)}."""
+    """Members as {extension: (offset, size, crc32)}."""
 
     def __str__(self) -> str:
         return f"sample {self.key!r} of {self.tar}"
@@ -37,13 +37,13 @@ class _Sample:
 class ForeignTars:
     """Every tar below a URI, by WebDataset's convention; all members of a sample are kept.
 
-    A tar is read once, in whole, to list its samples; no copy of it stays. Loading a sample then
-    reads its own bytes only.
+    Listing the samples reads each whole tar once and keeps no copy. Loading a sample then reads
+    only its own bytes.
 
     Attributes:
-        left_out: Files and members that are not taken, after `list_entries`.
-        faults: Samples that cannot be taken, one sentence each, after `list_entries`.
-        reasons: What the samples of `faults` are counted by where they are skipped.
+        left_out: Files and members that are left out; complete after `list_entries`.
+        faults: Faults of samples, one sentence each; complete after `list_entries`.
+        reasons: Counts of the samples of `faults` by reason, for when they are skipped.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class ForeignTars:
         return {"files": digest(self._sizes), "tars": len(self._sizes), "members": "all"}
 
     def list_entries(self) -> list[Entry]:
-        """All samples, in the order of the tars.
+        """List all samples, in the order of the tars.
 
         Raises:
-            SourceFaults: a tar is damaged, or names one sample twice; with all other faults.
-            ValueError: the tars hold no sample.
+            SourceFaults: A tar is damaged, or repeats a member; lists all other faults, too.
+            ValueError: The tars hold no sample.
         """
         from tqdm import tqdm
 
@@ -105,20 +105,20 @@ class ForeignTars:
         return self._encoding.encode_file(image, resolution, f"{self._folder}: {sample}", data)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sizes": {}, "faults": []}  # long; tasks elsewhere only load
+        return {**self.__dict__, "_sizes": {}, "faults": []}  # large; remote tasks only load
 
     def _read_tar(self, name: str) -> TarContent:
         with open_copy(self._folder / name, self._sizes[name]) as path:
             content = read_samples(path, name, name, self._dotted_keys)
         for key, row in content.rows.items():
             for extension in row:
-                if extension.startswith("_"):  # TarWriter would leave it out
+                if extension.startswith("_"):  # TarWriter would drop it
                     text = f"{name}: member {key + '.' + extension!r} cannot be kept: rename it"
                     content.faults.append(Fault("member that cannot be kept", key, text))
         return content
 
     def _read(self, sample: _Sample) -> dict[str, bytes]:
-        """{extension: bytes}, by one read where the members lie together, as they usually do."""
+        """Read {extension: bytes}, in one read if the members are adjacent, as usual."""
         tar = self._folder / sample.tar
         start = min(offset for offset, _, _ in sample.members.values())
         end = max(offset + size for offset, size, _ in sample.members.values())
@@ -137,7 +137,7 @@ class ForeignTars:
 
 
 def _list_samples(tar: str, content: TarContent, faulty: Container[str]) -> Iterator[_Sample]:
-    """The samples of a tar that are not `faulty`, in its order."""
+    """Yield the samples of a tar that are not `faulty`, in its order."""
     for key, members in content.rows.items():
         if key not in faulty:
             yield _Sample(tar, key, image_extensions(members)[0], members)

@@ -1,6 +1,7 @@
-"""The notes that let a cut-off build go on: in ``.unfinished/`` of its output, until it is whole.
+"""Records from which an interrupted build resumes: ``.unfinished/`` in its output.
 
-``build.json`` says what is being built; ``NAME.json`` is the index of one finished shard.
+``build.json`` is the fingerprint of the build; ``NAME.json`` is the index of one finished shard. A
+complete set has no such folder.
 """
 
 import json
@@ -20,18 +21,18 @@ _READING_THREADS = 8
 
 
 def claim(output: Location, there: Mapping[str, int], fingerprint: Mapping[str, Any]) -> None:
-    """Mark `output` as being built from `fingerprint`, or see that it already is.
+    """Mark `output` as being built from `fingerprint`, or check that it already is.
 
-    Only the source's files may be others than before, as when bad ones were mended: the caller then
-    finds out which records still hold.
+    Only the source's files may differ from before, for example after bad ones were fixed; the
+    caller then decides which records are still valid.
 
     Args:
         output: Folder of the set.
-        there: What lies there, as `storage.list_files` says.
-        fingerprint: What is built, of JSON's types.
+        there: Files of the output, from `storage.list_files`.
+        fingerprint: Source and options of the build, as JSON types.
 
     Raises:
-        ValueError: something else is being built there.
+        ValueError: The output holds an unfinished build of something else.
     """
     marker = output / _MARKER
     if _MARKER in there:
@@ -47,14 +48,14 @@ def claim(output: Location, there: Mapping[str, int], fingerprint: Mapping[str, 
 
 
 def is_claimed(there: Mapping[str, int]) -> bool:
-    """Whether a build was begun here."""
+    """Return whether the output holds an unfinished build."""
     return _MARKER in there
 
 
 def refuse_other(
     output: Location | str, found: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> None:
-    """Raises ValueError, naming the differences, where `output` was made from something else."""
+    """Raise ValueError, naming the differences, if `output` was made from something else."""
     differences = [
         f"{name} {found.get(name)!r} instead of {wanted.get(name)!r}"
         for name in {**wanted, **found}
@@ -68,26 +69,26 @@ def refuse_other(
 
 
 def keep_record(output: Location, name: str, record: ShardIndex) -> None:
-    """Note that the shard `name` is finished; `record` is an index of it alone."""
+    """Record that the shard `name` is finished; `record` is an index of it alone."""
     storage.write_bytes(output / _record(name), dump_index(record))
 
 
 def read_records(
     output: Location, names: Iterable[str], there: Mapping[str, int]
 ) -> dict[str, ShardIndex]:
-    """{shard: its record} of those `names` that an earlier run finished."""
+    """Read {shard: its record} for those of `names` that an earlier run finished."""
 
     def read(name: str) -> ShardIndex:
         location = output / _record(name)
         return parse_index(storage.read_bytes(location), location)
 
-    noted = [name for name in names if _record(name) in there]
+    finished = [name for name in names if _record(name) in there]
     with ThreadPoolExecutor(_READING_THREADS) as threads:
-        return dict(zip(noted, threads.map(read, noted), strict=True))
+        return dict(zip(finished, threads.map(read, finished), strict=True))
 
 
 def clear(output: Location) -> None:
-    """Forget the notes: the set is whole."""
+    """Delete the records of a complete set."""
     storage.delete(output / FOLDER)
 
 

@@ -320,7 +320,7 @@ def _describe_unknown(data: Buffer) -> str:
     if not data:
         return "the file is empty"
     if bytes(data[4:12]) in _HEIC:
-        return "HEIC, which is not read: convert it, to JPEG say"
+        return "HEIC is not supported: convert it, for example to JPEG"
     if bytes(data[:40]).startswith(b"version https://git-lfs."):
         return "a pointer of Git LFS: fetch the file with `git lfs pull`"
     return "not an image, or its header is damaged"

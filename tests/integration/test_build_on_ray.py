@@ -212,7 +212,7 @@ def test_a_file_that_a_node_does_not_see_is_named_with_the_node(environment, tmp
     said = result.stderr.strip().splitlines()[-1]
     assert said.startswith("ValueError: ")
     assert f"{tmp_path}/a.png" in said
-    assert f"on node {os.uname().nodename}: on Ray every node has to see the files" in said
+    assert f"on node {os.uname().nodename}: on Ray, every node must see the files" in said
 
 
 def test_tars_are_indexed_by_tasks_as_here(environment, built_here, tmp_path):
@@ -239,7 +239,7 @@ def test_faults_of_tars_are_listed_by_tasks(environment, tmp_path):
     assert "b.tar: sample 'y' has no image" in out
     assert err.strip().splitlines()[-1] == (
         f"index_shards: 2 faults in {tmp_path}, all listed in {tmp_path}/faults.txt: no index"
-        " written; mend them, or use --bad-images skip for those of single images"
+        " written; fix them, or use --bad-images skip for those of single images"
     )
 
 

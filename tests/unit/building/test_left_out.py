@@ -200,8 +200,8 @@ def test_litter_is_counted(tmp_path: Path):
         "WebDataset metadata": 1,
         "hidden file": 1,
         "further image of a sample": 1,
-        "no tar (.txt)": 1,
-        "no tar (.parquet)": 1,
+        "not a tar (.txt)": 1,
+        "not a tar (.parquet)": 1,
     }
     source = open_source(f"wds:{tmp_path}/set")
     assert isinstance(source, ForeignTars)
