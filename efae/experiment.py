@@ -27,19 +27,21 @@ from efae.report.card import write_report
 from efae.report.model_card import render_model_card
 from efae.tracking import runs
 from efae.tracking.redaction import redact
+from efae.tracking.runs import Run
 from efae.tracking.sender import deliver_points
+from efae.tracking.server import Server
 
 MLFLOW_PATIENCE_SECONDS = 60
 
 
-def run_experiment(config: Config, tracking_uri: str, say: Callable[[str], None]) -> dict[str, Any]:
+def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -> dict[str, Any]:
     """Check, train, evaluate, report and register; returns the summary.
 
     A run of the same name that did not finish is continued from its newest checkpoint.
 
     Args:
         config: the experiment.
-        tracking_uri: of the MLflow server, as driver and workers reach it.
+        server: MLflow server, by an address that driver and workers reach.
         say: prints one line of progress.
 
     Returns:
@@ -54,48 +56,45 @@ def run_experiment(config: Config, tracking_uri: str, say: Callable[[str], None]
         ConnectionError: MLflow is away when the model is to be registered.
     """
     started = time.monotonic()
-    run_preflight(config, tracking_uri, say)
+    run_preflight(config, server, say)
     step = find_start(config)
     experiment, run_name = config.tracking.experiment, config.tracking.run_name
-    if step == config.training.steps and not runs.find_unfinished_run(
-        tracking_uri, experiment, run_name
-    ):
+    if step == config.training.steps and not runs.find_unfinished_run(server, experiment, run_name):
         raise ValueError(
             f"tracking.run_name={run_name!r}: that run is finished (step {step}); choose another"
             " name to train again"
         )
-    run_id, _ = runs.find_or_create_run(
-        tracking_uri,
+    run, _ = runs.find_or_create_run(
+        server,
         experiment,
         run_name,
         {"efae.commit": config.tracking.commit, "efae.config": configuration.digest(config)},
     )
-    say(f"ok   run {run_name}: {runs.find_run_url(tracking_uri, run_id)}")
+    say(f"ok   run {run_name}: {run.find_url()}")
     if step:
         say(f"    goes on from step {step}")
-    runs.log_config(tracking_uri, run_id, config)
+    run.log_config(config)
     try:
-        run_training(config, run_id, tracking_uri)
+        run_training(config, run)
         final, metadata = find_final(config)
         say(f"evaluating on {config.training.held_out_images} held-out images ...")
         evaluation = evaluate_on_cluster(final, config)
         facts = {
             **describe_run(config, metadata["totals"]),
             **describe_data(config),
-            "mlflow_run_id": run_id,
             "wall_seconds": time.monotonic() - started,
         }
-        wait_for_mlflow(tracking_uri, run_name, say)
-        deliver_points(tracking_uri, run_id, metadata["unsent_metrics"])
-        summary = publish(config, tracking_uri, final, evaluation, facts)
+        wait_for_mlflow(server, run_name, say)
+        deliver_points(run, metadata["unsent_metrics"])
+        summary = publish(config, run, final, evaluation, facts)
     except BaseException:
-        runs.finish_run(tracking_uri, run_id, "FAILED")
+        run.finish("FAILED")
         raise
-    runs.finish_run(tracking_uri, run_id, "FINISHED")
+    run.finish("FINISHED")
     return summary
 
 
-def wait_for_mlflow(tracking_uri: str, run_name: str, say: Callable[[str], None]) -> None:
+def wait_for_mlflow(server: Server, run_name: str, say: Callable[[str], None]) -> None:
     """Return when the server answers: it may have been away while the run trained.
 
     Raises:
@@ -104,7 +103,7 @@ def wait_for_mlflow(tracking_uri: str, run_name: str, say: Callable[[str], None]
     give_up_at = time.monotonic() + MLFLOW_PATIENCE_SECONDS
     while True:
         try:
-            return runs.check_server(tracking_uri)
+            return server.check()
         except ValueError as error:
             if time.monotonic() > give_up_at:
                 raise ConnectionError(
@@ -240,16 +239,16 @@ def describe_data(config: Config) -> dict[str, Any]:
 
 
 def publish(
-    config: Config, tracking_uri: str, final: str, evaluation: Evaluation, facts: dict[str, Any]
+    config: Config, run: Run, final: str, evaluation: Evaluation, facts: dict[str, Any]
 ) -> dict[str, Any]:
     """Register the averaged model, write the report card and send both to MLflow.
 
     Args:
         config: the experiment; names the registered model, and a folder for the report if any.
-        tracking_uri: of the MLflow server.
+        run: MLflow run that trained it; stores the model and the report.
         final: URI of the last checkpoint.
         evaluation: of the model in it.
-        facts: JSON values for the report; "mlflow_run_id" and "steps" must be there.
+        facts: JSON values for the report; "steps" must be there.
 
     Returns:
         What summary.json of the report holds.
@@ -259,7 +258,7 @@ def publish(
         StorageError: the storage refuses or does not answer.
         MlflowException: the server refuses or does not answer.
     """
-    run_id = facts["mlflow_run_id"]
+    facts = facts | {"mlflow_run_id": run.id}
     measured = {
         "psnr": evaluation.psnr,
         "ssim": evaluation.ssim,
@@ -288,10 +287,9 @@ def publish(
         version = registration.register_model(
             model_folder,
             config.tracking.registered_model,
-            run_id,
+            run,
             metrics={name: value for name, value in measured.items() if value is not None},
             tags=lineage,
-            tracking_uri=tracking_uri,
             card=render_model_card(evaluation.numbers(), config, facts),
             portable=config.tracking.portable,
         )
@@ -301,10 +299,10 @@ def publish(
             pictures=evaluation.pictures,
             config=config,
             facts=facts | {"model_uri": version.uri},
-            curves=runs.read_curve(tracking_uri, run_id, "loss"),
+            curves=run.read_curve("loss"),
         )
         summary = json.loads((report_folder / "summary.json").read_text())
-        runs.log_report(tracking_uri, run_id, report_folder, summary)
+        run.log_report(report_folder, summary)
         if config.tracking.report_folder:
             copy = Location.parse(config.tracking.report_folder) / config.tracking.run_name
             storage.upload_folder(report_folder, copy)

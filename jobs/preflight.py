@@ -9,7 +9,6 @@ Addresses come from the environment (`source .local/env` for the local stack).
 
 import dataclasses
 import logging
-import os
 import sys
 
 import tyro
@@ -18,6 +17,7 @@ from data_pipelines.commands import run_command
 from efae.config import Config
 from efae.config_forms import rename_options
 from efae.presets import PRESETS
+from efae.tracking.server import Server
 
 
 def parse_arguments(arguments: list[str]) -> Config:
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     try:
         outcomes = run_preflight(
             config,
-            os.environ.get("MLFLOW_TRACKING_URI", ""),
+            Server.from_environment(),
             say=lambda line: print(line, flush=True),
         )
     except (ValueError, OSError) as error:

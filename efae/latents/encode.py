@@ -21,6 +21,7 @@ from data_pipelines import storage
 from data_pipelines.building import unfinished
 from data_pipelines.building.fingerprint import make_absolute
 from data_pipelines.images.codec import image_extensions
+from data_pipelines.images.logs import ignore_metadata
 from data_pipelines.loading.dataset import LatentSet
 from data_pipelines.loading.shard_cache import ShardError
 from data_pipelines.shards.index import INDEX_NAME, ShardIndex, load_index, write_index
@@ -217,7 +218,7 @@ class _Encoder:
 
     def __call__(self, row: dict[str, Any], shared: list[Any]) -> dict[str, Any]:
         if self.encoder is None:
-            self.encoder = ShardEncoder(cast(Source, ray.get(shared[0])))
+            self.encoder = _make_encoder(cast(Source, ray.get(shared[0])))
         try:
             record = self.encoder.write_shard(int(row["shard"]), self.output, self.form)
         except _CLEAR as error:
@@ -238,8 +239,6 @@ def _encode_shards(
     if not missing:
         return
     ray.data.DataContext.get_current().enable_progress_bars = False  # it has one of blocks
-    for name in ("ray.data", "ray.data._internal"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     actors = min(request.actors or _count_room(request), len(missing))
     rows = ray.data.from_items(
         [{"shard": number} for number in missing], override_num_blocks=len(missing)
@@ -275,11 +274,17 @@ def _count_room(request: Request) -> int:
 
 
 def _measure(shared: Source, data: Location, count: int) -> dict[str, Any]:
-    return ShardEncoder(shared).measure(data, count)
+    return _make_encoder(shared).measure(data, count)
 
 
 def _compare(shared: Source, latents: LatentSet, count: int) -> float:
-    return ShardEncoder(shared).compare(latents, count)
+    return _make_encoder(shared).compare(latents, count)
+
+
+def _make_encoder(source: Source) -> ShardEncoder:
+    """In a process of Ray's, which shows what it logs."""
+    ignore_metadata()
+    return ShardEncoder(source)
 
 
 def _run(

@@ -15,22 +15,21 @@ from efae.model.autoencoder import Autoencoder
 from efae.model.objective import load_perceptual
 from efae.preflight.checks import Check
 from efae.symmetry import GROUPS
-from efae.tracking.redaction import redact
-from efae.tracking.runs import check_server
+from efae.tracking.server import Server
 
 
-def list_checks(config: Config, tracking_uri: str) -> Iterator[tuple[str, Check]]:
+def list_checks(config: Config, server: Server) -> Iterator[tuple[str, Check]]:
     """(what it is about, check) pairs, the cheap ones first.
 
     Args:
         config: the experiment.
-        tracking_uri: of the MLflow server; "" where none is set.
+        server: MLflow server.
 
     Returns:
         Checks that raise ValueError or StorageError where something does not hold.
     """
     yield "configuration", lambda: check_configuration(config)
-    yield "MLflow", lambda: check_mlflow(tracking_uri)
+    yield "MLflow", lambda: check_mlflow(server)
     yield "images", lambda: check_images(config, config.data.uri)
     yield "held-out images", lambda: check_images(config, config.data.held_out_uri)
     yield "storage", lambda: check_storage(config.ray.storage_uri)
@@ -57,10 +56,10 @@ def measure_data(config: Config) -> int:
     return fetched + min(pixels, config.data.pixel_cache_bytes)
 
 
-def check_mlflow(tracking_uri: str) -> str:
-    """The MLflow server answers; see `check_server`."""
-    check_server(tracking_uri)
-    return redact(tracking_uri)
+def check_mlflow(server: Server) -> str:
+    """The MLflow server answers; see `Server.check`."""
+    server.check()
+    return str(server)
 
 
 def check_storage(uri: str) -> str:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlflow
-from mlflow.artifacts import download_artifacts
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from torch import Tensor
 
 from data_pipelines import storage
@@ -36,8 +36,7 @@ from efae.model import pretrained
 from efae.registry import model_uris
 from efae.registry.cache import fetch_model, find_cache, sha256
 from efae.registry.offline_names import is_offline, mention_copy, recall, remember
-from efae.tracking.runs import check_server
-from efae.tracking.timeouts import PATIENT, request_limits
+from efae.tracking.server import Server
 
 if TYPE_CHECKING:
     from efae.model.autoencoder import Autoencoder
@@ -152,25 +151,25 @@ def load(uri: str, device: str = "cpu") -> "Autoencoder":
     return model.to(device).eval().requires_grad_(False)
 
 
-def read_version(uri: str, tracking_uri: str) -> RegisteredVersion:
+def read_version(uri: str, server: Server) -> RegisteredVersion:
     """The version that `uri` names now, with its tags.
 
     Args:
         uri: "models:/NAME@ALIAS", "models:/NAME/VERSION" or "models:/NAME@sha256:HEX".
-        tracking_uri: of the MLflow server, here and in the functions below.
+        server: MLflow server of the registry, here and in the functions below.
 
     Raises:
         ValueError: there is no such version, and the message says what exists; or MLflow does not
             answer.
         ConnectionError: MLflow fails, here and in the functions below.
     """
-    check_server(tracking_uri)
-    with model_uris.asking(tracking_uri) as client:
+    server.check()
+    with model_uris.asking(server) as client:
         found = model_uris.find_version(client, uri)
     return as_registered(found)
 
 
-def verify(version: RegisteredVersion, tracking_uri: str) -> None:
+def verify(version: RegisteredVersion, server: Server) -> None:
     """Read the stored model, whatever the cache holds, and build it; and the files beside it.
 
     Raises:
@@ -179,45 +178,45 @@ def verify(version: RegisteredVersion, tracking_uri: str) -> None:
     if "manifest_digest" not in version.tags:
         raise CheckpointError(version.uri, "no tag manifest_digest says what was registered")
     with tempfile.TemporaryDirectory() as folder:
-        load(str(_pull_from_mlflow(version.uri, tracking_uri, Path(folder))))
-    with model_uris.asking(tracking_uri) as client:
+        load(str(_pull_from_mlflow(version.uri, server, Path(folder))))
+    with model_uris.asking(server) as client:
         source = model_uris.find_model(client, version.uri).source
     for tag, digest in version.tags.items():
         name = tag.removeprefix(FILE_TAG)
-        if name != tag and sha256(_download(version.uri, source, name, tracking_uri)) != digest:
+        if name != tag and sha256(_download(version.uri, source, name, server)) != digest:
             raise CheckpointError(version.uri, f"{name} is not the one that was registered")
 
 
-def read_alias(name: str, alias: str, tracking_uri: str) -> RegisteredVersion | None:
+def read_alias(name: str, alias: str, server: Server) -> RegisteredVersion | None:
     """The version of `name` that the alias points to, if any.
 
     Raises:
         ValueError: there is no such model.
     """
-    with model_uris.asking(tracking_uri) as client:
+    with model_uris.asking(server) as client:
         aliases, _ = model_uris.read_aliases_and_tags(client, name)
         number = aliases.get(alias)
         return None if number is None else as_registered(client.get_model_version(name, number))
 
 
-def set_alias(name: str, alias: str, version: int, tracking_uri: str) -> None:
+def set_alias(name: str, alias: str, version: int, server: Server) -> None:
     """Point an alias of `name` to a version; it leaves the one that it pointed to.
 
     Raises:
         ValueError: there is no such version, or MLflow does not take this alias.
     """
-    with model_uris.asking(tracking_uri) as client:
+    with model_uris.asking(server) as client:
         client.set_registered_model_alias(name, alias, str(version))
 
 
-def set_tag(version: RegisteredVersion, key: str, value: str, tracking_uri: str) -> None:
+def set_tag(version: RegisteredVersion, key: str, value: str, server: Server) -> None:
     """Write one tag of a version."""
-    with model_uris.asking(tracking_uri) as client:
+    with model_uris.asking(server) as client:
         client.set_model_version_tag(version.name, str(version.version), key, value)
 
 
 @contextmanager
-def promote_alone(name: str, tracking_uri: str) -> Generator[None]:
+def promote_alone(name: str, server: Server) -> Generator[None]:
     """Keeps other promotions of `name` out; MLflow has no way to compare and set an alias.
 
     Each leaves a tag of its own on the registered model before it looks for those of others: of two
@@ -227,10 +226,10 @@ def promote_alone(name: str, tracking_uri: str) -> Generator[None]:
         ValueError: another promotion is under way.
     """
     mine = f"{_PROMOTING}{uuid.uuid4().hex}"
-    with model_uris.asking(tracking_uri) as client:
+    with model_uris.asking(server) as client:
         client.set_registered_model_tag(name, mine, f"{time.time():.0f}")
     try:
-        with model_uris.asking(tracking_uri) as client:
+        with model_uris.asking(server) as client:
             _, tags = model_uris.read_aliases_and_tags(client, name)
             for key, since in tags.items():
                 if not key.startswith(_PROMOTING) or key == mine:
@@ -245,7 +244,7 @@ def promote_alone(name: str, tracking_uri: str) -> Generator[None]:
                 client.delete_registered_model_tag(name, key)
         yield
     finally:
-        with model_uris.asking(tracking_uri) as client:
+        with model_uris.asking(server) as client:
             client.delete_registered_model_tag(name, mine)
 
 
@@ -271,13 +270,13 @@ def _find_folder(uri: str) -> Path:
         return folder
     cache = find_cache()
     if uri.startswith(_OF_MLFLOW):
-        uri, server = model_uris.normalize(uri), mlflow.get_tracking_uri()
+        uri, server = model_uris.normalize(uri), Server(mlflow.get_tracking_uri())
         if is_offline():
-            return recall(cache, server, uri)
+            return recall(cache, server.uri, uri)
         try:
-            check_server(server)
+            server.check()
         except ValueError as error:
-            raise ValueError(f"{error}{mention_copy(cache, server, uri)}") from error
+            raise ValueError(f"{error}{mention_copy(cache, server.uri, uri)}") from error
         return _pull_from_mlflow(uri, server, cache)
     location = Location.parse(uri)
     if location.path is not None:
@@ -285,15 +284,15 @@ def _find_folder(uri: str) -> Path:
         checkpoint.read_model(location.path)
         return location.path
     location = Location.parse(uri.rstrip("/"))
-    uri, server = location.uri, endpoint() if location.scheme == "s3" else ""
+    uri, origin = location.uri, endpoint() if location.scheme == "s3" else ""
     if is_offline():
-        return recall(cache, server, uri)
+        return recall(cache, origin, uri)
     try:
         _check_presence(location)
         folder = fetch_model(uri, lambda name: checkpoint.read_file(uri, name), cache)
     except StorageError as error:
-        raise StorageError(f"{error}{mention_copy(cache, server, uri)}") from error
-    remember(cache, server, uri, folder.name)
+        raise StorageError(f"{error}{mention_copy(cache, origin, uri)}") from error
+    remember(cache, origin, uri, folder.name)
     return folder
 
 
@@ -306,12 +305,12 @@ def _check_presence(folder: Location) -> None:
         raise ValueError(f"no model or checkpoint at {folder.uri!r}: {hint}")
 
 
-def _pull_from_mlflow(uri: str, tracking_uri: str, cache: Path) -> Path:
-    with model_uris.asking(tracking_uri) as client:
+def _pull_from_mlflow(uri: str, server: Server, cache: Path) -> Path:
+    with model_uris.asking(server) as client:
         model = model_uris.find_model(client, uri)
 
     def read(name: str) -> bytes:
-        return _download(uri, model.source, name, tracking_uri)
+        return _download(uri, model.source, name, server)
 
     folder = fetch_model(uri, read, cache, model.manifest_digest)
     names = [uri]
@@ -324,16 +323,21 @@ def _pull_from_mlflow(uri: str, tracking_uri: str, cache: Path) -> Path:
         known = f"models:/{model.name}"
         names += [f"{known}/{model.version}", f"{known}@sha256:{digest}"]
     for name in names:
-        remember(cache, tracking_uri, name, folder.name)
+        remember(cache, server.uri, name, folder.name)
     return folder
 
 
-def _download(uri: str, source: str, name: str, tracking_uri: str) -> bytes:
-    """A file of a stored model."""
-    with tempfile.TemporaryDirectory() as folder, request_limits(PATIENT):
-        address = f"{source.rstrip('/')}/{name}"
+def _download(uri: str, source: str, name: str, server: Server) -> bytes:
+    """A file of a stored model.
+
+    By the method that each of MLflow's stores has: `download_artifacts` lists the folder first,
+    and draws a progress bar that only an environment variable stops.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "file"
         try:
-            path = download_artifacts(address, dst_path=folder, tracking_uri=tracking_uri)
+            store = get_artifact_repository(source.rstrip("/"), tracking_uri=server.uri)
+            store._download_file(name, str(copy))  # pyright: ignore[reportPrivateUsage]
         except (MlflowException, OSError) as error:
-            raise CheckpointError(uri, f"{name} cannot be read from {address}") from error
-        return Path(path).read_bytes()
+            raise CheckpointError(uri, f"{name} cannot be read from {source}/{name}") from error
+        return copy.read_bytes()

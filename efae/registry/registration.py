@@ -16,7 +16,7 @@ from efae.checkpoints.checkpoint import CONFIG, MANIFEST, MODEL
 from efae.registry import model_uris
 from efae.registry.cache import sha256
 from efae.registry.pull import CHAMPION, FILE_TAG, RegisteredVersion, as_registered
-from efae.tracking.timeouts import PATIENT, request_limits
+from efae.tracking.runs import Run
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,9 @@ DESCRIPTION_CHARACTERS = 5000
 def register_model(
     model_dir: Path,
     name: str,
-    run_id: str,
+    run: Run,
     metrics: Mapping[str, float],
     tags: Mapping[str, str],
-    tracking_uri: str,
     card: str = "",
     portable: bool = True,
 ) -> RegisteredVersion:
@@ -43,10 +42,9 @@ def register_model(
     Args:
         model_dir: a local folder.
         name: of the registered model; made if there is none.
-        run_id: the MLflow run that the model came from; it stores the files.
+        run: MLflow run that the model came from; it stores the files.
         metrics: numbers that become tags "metric.NAME" of the version.
         tags: further tags of the version.
-        tracking_uri: of the MLflow server.
         card: what a reader should know, as Markdown: the version's description, cut where MLflow's
             column ends, and whole as README.md beside the files. No pull reads it.
         portable: whether to export it for people without this package, too; that takes some ten
@@ -63,22 +61,21 @@ def register_model(
     facts["digest"] = digest
     facts["config_digest"] = configuration.digest(config)
     facts["manifest_digest"] = sha256((model_dir / MANIFEST).read_bytes())
-    client = MlflowClient(tracking_uri)
-    with request_limits(PATIENT):
-        _create_registered_model(client, name)
-        found = _find_version(client, name, run_id, digest)
-        if found is None:
-            with tempfile.TemporaryDirectory() as folder:
-                exported = _export(model_dir, Path(folder)) if portable else []
-                source = _upload(client, run_id, model_dir, digest, card, exported)
-                for path in exported:
-                    facts[f"{FILE_TAG}{path.name}"] = sha256(path.read_bytes())
-            found = client.create_model_version(
-                name, source, run_id, facts, description=_describe(card), await_creation_for=0
-            )
-        aliases, _ = model_uris.read_aliases_and_tags(client, name)
-        if int(found.version) == 1 and CHAMPION not in aliases:  # later ones are to be promoted
-            client.set_registered_model_alias(name, CHAMPION, found.version)
+    client = run.server.client()
+    _create_registered_model(client, name)
+    found = _find_version(client, name, run.id, digest)
+    if found is None:
+        with tempfile.TemporaryDirectory() as folder:
+            exported = _export(model_dir, Path(folder)) if portable else []
+            source = _upload(client, run.id, model_dir, digest, card, exported)
+            for path in exported:
+                facts[f"{FILE_TAG}{path.name}"] = sha256(path.read_bytes())
+        found = client.create_model_version(
+            name, source, run.id, facts, description=_describe(card), await_creation_for=0
+        )
+    aliases, _ = model_uris.read_aliases_and_tags(client, name)
+    if int(found.version) == 1 and CHAMPION not in aliases:  # later ones are to be promoted
+        client.set_registered_model_alias(name, CHAMPION, found.version)
     return as_registered(found)
 
 

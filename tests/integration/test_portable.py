@@ -17,6 +17,7 @@ from efae.model.autoencoder import Autoencoder
 from efae.registry import pull, registration
 from efae.symmetry import D4
 from efae.tracking import runs
+from efae.tracking.server import Server
 from tests.clean_environment import make_environment, run_alone
 from tests.integration.stored_models import TINY, make_model
 
@@ -70,14 +71,13 @@ def stored(model, local_stack, tmp_path_factory) -> Iterator[Path]:
     """A folder with the files of a registered model, downloaded from the server."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EFAE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        tracking_uri = local_stack["MLFLOW_TRACKING_URI"]
-        run_id, _ = runs.find_or_create_run(tracking_uri, "portable", "portable", {})
+        server = Server(local_stack["MLFLOW_TRACKING_URI"])
+        run, _ = runs.find_or_create_run(server, "portable", "portable", {})
         folder = tmp_path_factory.mktemp("model")
         checkpoint.write_model(folder, model.state_dict(), TINY, {})
-        registration.register_model(folder, "portable", run_id, {}, {}, tracking_uri)
-        client = MlflowClient(tracking_uri)
-        path = client.download_artifacts(run_id, "model", str(tmp_path_factory.mktemp("stored")))
-        yield Path(path)
+        registration.register_model(folder, "portable", run, {}, {})
+        stored = tmp_path_factory.mktemp("stored")
+        yield Path(server.client().download_artifacts(run.id, "model", str(stored)))
 
 
 @pytest.fixture
@@ -136,17 +136,14 @@ def test_our_own_load_takes_nothing_of_the_portable_files(stored):
     assert files == {*checkpoint.MODEL_FILES, "manifest.json"}
 
 
-def test_what_cannot_be_exported_is_registered_with_a_warning(local_stack, tmp_path, caplog):
+def test_what_cannot_be_exported_is_registered_with_a_warning(server, tmp_path, caplog):
     other = configuration.with_overrides(TINY, {"model.depth": 2})
     checkpoint.write_model(tmp_path / "model", make_model().state_dict(), other, {})
-    tracking_uri = local_stack["MLFLOW_TRACKING_URI"]
-    run_id, _ = runs.find_or_create_run(tracking_uri, "portable", "unportable", {})
+    run, _ = runs.find_or_create_run(server, "portable", "unportable", {})
     with caplog.at_level(logging.WARNING, "efae"):
-        version = registration.register_model(
-            tmp_path / "model", "unportable", run_id, {}, {}, tracking_uri
-        )
+        version = registration.register_model(tmp_path / "model", "unportable", run, {}, {})
     assert version.version == 1
     assert "registered without its portable programs" in caplog.text
-    files = {file.path for file in MlflowClient(tracking_uri).list_artifacts(run_id, "model")}
+    files = {file.path for file in server.client().list_artifacts(run.id, "model")}
     stored = ("MLmodel", "config.json", "manifest.json", "model.safetensors")
     assert files == {f"model/{name}" for name in stored}

@@ -53,7 +53,7 @@ Register = Callable[..., RegisteredVersion]
 
 
 @pytest.fixture
-def register(tmp_path, name, run_id, tracking_uri) -> Register:
+def register(tmp_path, name, run) -> Register:
     """Registers one more version with this PSNR; `changes` are tags, None leaves one out."""
 
     def register(psnr: float, gap: float = 2e-6, **changes: str | None) -> RegisteredVersion:
@@ -62,9 +62,7 @@ def register(tmp_path, name, run_id, tracking_uri) -> Register:
         checkpoint.write_model(folder, Autoencoder(TINY).state_dict(), TINY, {})
         tags = {key: value for key, value in (LINEAGE | changes).items() if value is not None}
         metrics = {"psnr": psnr, "worst_gap_db": gap}
-        return registration.register_model(
-            folder, name, run_id, metrics, tags, tracking_uri, portable=False
-        )
+        return registration.register_model(folder, name, run, metrics, tags, portable=False)
 
     return register
 
@@ -193,15 +191,13 @@ def test_a_damaged_champion_is_not_confirmed(register, client, run_id, aliases):
 
 
 def test_weights_that_are_not_their_configurations_are_refused(
-    register, tmp_path, name, run_id, tracking_uri, capsys
+    register, tmp_path, name, run, capsys
 ):
     register(24.0)
     folder = tmp_path / "wrong"
     weights = {"encoder": torch.zeros(2)}
     checkpoint.write_model(folder, weights, TINY, {})
-    version = registration.register_model(
-        folder, name, run_id, {}, {}, tracking_uri, portable=False
-    )
+    version = registration.register_model(folder, name, run, {}, {}, portable=False)
     assert promote(version, "candidate") == 1
     assert "not its configuration's" in capsys.readouterr().out
 
@@ -226,11 +222,11 @@ def test_what_cannot_be_done_is_said(register, name, capsys, monkeypatch, aliase
 
 
 def test_another_promotion_under_way_is_waited_for_unless_it_was_killed(
-    register, client, name, tracking_uri, aliases, capsys
+    register, client, name, server, aliases, capsys
 ):
     register(24.0)
     version = register(25.0)
-    with pull.promote_alone(name, tracking_uri):
+    with pull.promote_alone(name, server):
         assert promote(version) == 1
     assert f"another promotion of '{name}' began" in capsys.readouterr().err
     assert aliases() == {"champion": 1}
@@ -240,7 +236,7 @@ def test_another_promotion_under_way_is_waited_for_unless_it_was_killed(
     assert client.get_registered_model(name).tags == {}
 
 
-def test_of_promotions_at_the_same_time_one_at_most_goes_on(register, name, tracking_uri):
+def test_of_promotions_at_the_same_time_one_at_most_goes_on(register, name, server):
     register(24.0)
     inside, most, entered, refused = 0, 0, 0, 0
     lock = Lock()
@@ -248,7 +244,7 @@ def test_of_promotions_at_the_same_time_one_at_most_goes_on(register, name, trac
     def enter(_: int) -> None:
         nonlocal inside, most, entered, refused
         try:
-            with pull.promote_alone(name, tracking_uri):
+            with pull.promote_alone(name, server):
                 with lock:
                     inside, entered = inside + 1, entered + 1
                     most = max(most, inside)
@@ -277,7 +273,7 @@ def write_pictures(folder: Path, seed: int) -> str:
 
 
 def test_what_an_experiment_publishes_says_all_that_the_gates_ask(
-    tmp_path, name, client, tracking_uri, run_id, register
+    tmp_path, name, client, run, register
 ):
     uris = [write_pictures(tmp_path / role, seed) for seed, role in enumerate(("train", "held"))]
     config = configuration.with_overrides(
@@ -303,7 +299,7 @@ def test_what_an_experiment_publishes_says_all_that_the_gates_ask(
         config=config,
     )
     evaluation = evaluate(model, read_held_out(config.data, 4))
-    publish(config, tracking_uri, final, evaluation, {"mlflow_run_id": run_id, "steps": 1})
+    publish(config, run, final, evaluation, {"steps": 1})
     tags = client.get_model_version(name, "1").tags
     assert tags["train_data"] == ShardDataset.open(uris[0]).id
     assert tags["held_out_data"] == ShardDataset.open(uris[1]).id

@@ -123,12 +123,12 @@ def read_digest(client: MlflowClient, version: RegisteredVersion) -> str:
     return client.get_model_version(version.name, str(version.version)).tags["digest"]
 
 
-def test_a_digest_names_a_version_by_its_weights(register, client, name, tracking_uri):
+def test_a_digest_names_a_version_by_its_weights(register, client, name, server):
     first, second = register(seed=0), register(seed=1)
     digest = read_digest(client, first)
     for uri in (f"models:/{name}@sha256:{digest}", f"models:/{name}@sha256:{digest[:12]}"):
         assert pull.pull(uri) == pull.pull(first.uri)
-        assert pull.read_version(uri, tracking_uri) == first
+        assert pull.read_version(uri, server) == first
     newest = f"2 \\({read_digest(client, second)}\\), 1 \\({digest}\\)"
     with pytest.raises(
         ValueError, match=f"no version of {name} has the digest {'0' * 64}; .*{newest}"
@@ -142,12 +142,12 @@ def test_a_digest_names_a_version_by_its_weights(register, client, name, trackin
 
 
 def test_versions_of_one_digest_are_one_model_and_of_two_are_told_apart(
-    register, client, name, tracking_uri, tmp_path
+    register, client, name, server, tmp_path
 ):
     first = register()
-    again = runs.find_or_create_run(tracking_uri, "registry", f"{name}-again", {})[0]
+    again = runs.find_or_create_run(server, "registry", f"{name}-again", {})[0]
     folder = tmp_path / "model-0"
-    second = registration.register_model(folder, name, again, {}, {}, tracking_uri, portable=False)
+    second = registration.register_model(folder, name, again, {}, {}, portable=False)
     assert (first.version, second.version) == (1, 2)
     digest = read_digest(client, first)
     assert pull.pull(f"models:/{name}@sha256:{digest}") == pull.pull(first.uri)
@@ -167,11 +167,11 @@ def test_a_version_that_only_claims_a_digest_is_refused(register, client, name):
 
 
 def test_offline_nobody_is_asked_and_what_was_pulled_is_used(
-    register, client, name, run_id, tracking_uri, monkeypatch, cache
+    register, client, name, run_id, server, monkeypatch, cache
 ):
     version = register()
     champion, digest = f"models:/{name}@champion", read_digest(client, version)
-    with FaultProxy(tracking_uri) as proxy:
+    with FaultProxy(server.uri) as proxy:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
         folder = pull.pull(champion)
         of_run = pull.pull(f"runs:/{run_id}/model/")
@@ -195,8 +195,8 @@ def test_offline_nobody_is_asked_and_what_was_pulled_is_used(
         for part in (str(cache), f"{champion} of {proxy.url}", "pull it once without EFAE_OFFLINE"):
             assert part in str(error.value)
         assert proxy.requests("*") == 0
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)  # another server, for all we know
-    with pytest.raises(ValueError, match=f"{champion} of {tracking_uri} was not pulled before"):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)  # another server, for all we know
+    with pytest.raises(ValueError, match=f"{champion} of {server} was not pulled before"):
         pull.pull(champion)
     monkeypatch.setenv("EFAE_OFFLINE", "0")
     assert pull.pull(champion) == folder

@@ -79,15 +79,11 @@ def test_what_is_stored_is_data_that_mlflow_can_show(register, client, run_id, t
     assert list(Model.load(path).flavors) == ["efae"]
 
 
-def test_the_card_is_the_description_and_a_file_that_no_pull_reads(
-    client, name, run_id, tracking_uri, tmp_path
-):
+def test_the_card_is_the_description_and_a_file_that_no_pull_reads(client, name, run, tmp_path):
     card = "# Title\n\n" + "Latents that turn. " * 400
     folder = write_model(tmp_path / "model")
-    version = registration.register_model(
-        folder, name, run_id, {}, {}, tracking_uri, card=card, portable=False
-    )
-    path = client.download_artifacts(run_id, "model/README.md", str(tmp_path))
+    version = registration.register_model(folder, name, run, {}, {}, card=card, portable=False)
+    path = client.download_artifacts(run.id, "model/README.md", str(tmp_path))
     assert Path(path).read_text() == card
     described = client.get_model_version(name, str(version.version)).description
     assert described[:4900] == card[:4900]

@@ -19,6 +19,7 @@ from efae.preflight import node_checks
 from efae.preflight.checks import Note, Outcome, merge_outcomes, run_check, run_checks
 from efae.preflight.cluster_checks import join_cluster, run_preflight
 from efae.preflight.driver_checks import measure_data
+from efae.tracking.server import Server
 
 GIB = 2**30
 
@@ -61,7 +62,7 @@ def serve():
 def test_mlflow_that_refuses_the_credentials_names_them(serve, status):
     address = serve(status)
     with pytest.raises(ValueError, match=rf"refuses these credentials \({status}\)") as error:
-        node_checks.check_mlflow(f"http://someone:hunter2@{address}")
+        Server(f"http://someone:hunter2@{address}").check()
     message = str(error.value)
     assert f"MLflow at http://***@{address}" in message
     assert "hunter2" not in message
@@ -72,13 +73,13 @@ def test_mlflow_that_refuses_the_credentials_names_them(serve, status):
 def test_a_token_of_mlflow_that_no_request_can_carry_is_not_repeated(serve, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "hunter2\n")
     with pytest.raises(ValueError, match=r"^MLFLOW_TRACKING_TOKEN holds a line break") as error:
-        node_checks.check_mlflow(f"http://{serve()}")
+        Server(f"http://{serve()}").check()
     assert "hunter2" not in str(error.value)
 
 
 def test_mlflow_that_fails_is_not_said_to_refuse(serve):
     with pytest.raises(ValueError, match=r"does not answer .*; start the local stack"):
-        node_checks.check_mlflow(f"http://{serve(500)}")
+        Server(f"http://{serve(500)}").check()
 
 
 @pytest.mark.parametrize("status", [200, 403])
@@ -108,10 +109,10 @@ def test_clocks_that_cannot_be_compared(serve):
 
 def test_the_clock_that_counts(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://storage:8333")
-    mlflow = "https://user:secret@mlflow:5000/path"
+    mlflow = Server("https://user:secret@mlflow:5000/path")
     assert node_checks.find_clock("s3://runs/ray", mlflow) == "http://storage:8333"
     assert node_checks.find_clock("/runs/ray", mlflow) == "https://mlflow:5000"
-    assert node_checks.find_clock("/runs/ray", "") == ""
+    assert node_checks.find_clock("/runs/ray", Server("")) == ""
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
     assert node_checks.find_clock("s3://runs/ray", mlflow) == "https://s3.amazonaws.com"
@@ -258,7 +259,7 @@ def test_a_wrong_configuration_is_not_asked_about():
     said = []
     config = with_overrides(Config(), {"data.uri": "pipe:ls", "tracking.run_name": "x"})
     with pytest.raises(ValueError, match="1 of 1 checks failed: configuration"):
-        run_preflight(config, "", said.append)
+        run_preflight(config, Server(""), said.append)
     assert len(said) == 1
     assert said[0].startswith("FAIL configuration: ")
     assert "pipe" in said[0]
