@@ -24,7 +24,7 @@ from data_pipelines.storage import uris
 from efae.config import Config
 from efae.preflight import node_checks
 from efae.preflight.checks import Check, Outcome, merge_outcomes, run_check, run_checks
-from efae.preflight.driver_checks import list_checks, measure_data
+from efae.preflight.driver_checks import RunData, list_checks, measure_data
 from efae.ray_trainer import connect
 
 NODE_SECONDS = 60.0
@@ -46,13 +46,16 @@ class Node:
     resources: Mapping[str, float]
 
 
-def run_preflight(config: Config, tracking_uri: str, say: Callable[[str], None]) -> list[Outcome]:
+def run_preflight(
+    config: Config, data: RunData, tracking_uri: str, say: Callable[[str], None]
+) -> list[Outcome]:
     """Check all that the run needs, and connect to the cluster; one line for each check.
 
     A configuration that cannot work ends it at once, since the other checks go by it.
 
     Args:
         config: the experiment.
+        data: Facts of its shard sets.
         tracking_uri: of the MLflow server; "" where none is set.
         say: prints one line.
 
@@ -63,7 +66,7 @@ def run_preflight(config: Config, tracking_uri: str, say: Callable[[str], None])
         ValueError: some failed; `say` had their lines.
     """
     outcomes: list[Outcome] = []
-    for outcome in check_all(config, tracking_uri):
+    for outcome in check_all(config, data, tracking_uri):
         outcomes.append(outcome)
         say(str(outcome))
     failed = [outcome.what for outcome in outcomes if outcome.state == "FAIL"]
@@ -74,10 +77,10 @@ def run_preflight(config: Config, tracking_uri: str, say: Callable[[str], None])
     return outcomes
 
 
-def check_all(config: Config, tracking_uri: str) -> Iterator[Outcome]:
+def check_all(config: Config, data: RunData, tracking_uri: str) -> Iterator[Outcome]:
     """The outcomes of `run_preflight`, as they come in."""
     passed: set[str] = set()
-    for what, check in list_checks(config, tracking_uri):
+    for what, check in list_checks(config, data, tracking_uri):
         yield (outcome := run_check(what, check))
         if outcome.state != "FAIL":
             passed.add(what)
@@ -88,7 +91,7 @@ def check_all(config: Config, tracking_uri: str) -> Iterator[Outcome]:
         return
     if not find_dashboard():
         yield Outcome("note", "auth", "not checked: this cluster has no dashboard")
-    cache_bytes = measure_data(config) if passed >= {"images", "held-out images"} else 0
+    cache_bytes = measure_data(config, data) if passed >= {"images", "held-out images"} else 0
     with leave_mark(config.ray.storage_uri if "storage" in passed else None) as mark:
         asked = [
             (node, list_node_checks(node, config, tracking_uri, passed, mark, cache_bytes))

@@ -19,6 +19,7 @@ from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.experiment import describe_data, describe_run, find_final, publish, wait_for_mlflow
 from efae.preflight.cluster_checks import run_preflight
+from efae.preflight.driver_checks import RunData
 from efae.ray_trainer import evaluate_on_cluster
 from efae.registry import pull
 from efae.sweep.config import SweepConfig
@@ -72,7 +73,8 @@ def run_sweep(
     check_settings(config, settings)
     chooser = Chooser(config, read_space(settings.space, config))
     chooser.list_possible()
-    run_preflight(config, tracking_uri, say)
+    data = RunData(config.data)
+    run_preflight(config, data, tracking_uri, say)
     records = Records(run_folder.locate_run(config))
     parent = _begin(config, settings, chooser, records, tracking_uri)
     say(f"ok   sweep {settings.name}: {runs.find_run_url(tracking_uri, parent)}")
@@ -89,12 +91,12 @@ def run_sweep(
         best = find_best(records, settings)
         wait_for_mlflow(tracking_uri, settings.name, say)
         if best is not None:
-            best["model_uri"] = _register(sweep, records.trials[best["number"]], say)
+            best["model_uri"] = _register(sweep, records.trials[best["number"]], data, say)
         facts = {
             "sweep_name": settings.name,
             "mlflow_parent_run_id": parent,
             "mlflow_url": runs.find_run_url(tracking_uri, parent),
-            **describe_sweep(config, settings, chooser, records),
+            **describe_sweep(config, settings, chooser, records, data),
             "best": best,
             "cost": describe_cost(config, records) | {"wall_seconds": time.monotonic() - started},
         }
@@ -237,7 +239,7 @@ def _end_runs(sweep: Sweep, config: Config, trials: Iterable[TrialRecord], statu
     runs.finish_run(sweep.tracking_uri, sweep.parent_run_id, status)
 
 
-def _register(sweep: Sweep, winner: TrialRecord, say: Callable[[str], None]) -> str:
+def _register(sweep: Sweep, winner: TrialRecord, data: RunData, say: Callable[[str], None]) -> str:
     """The winner's weights as a version with the alias candidate; its URI."""
     config, uri = configure_trial(sweep, winner), sweep.tracking_uri
     final, metadata = find_final(config)
@@ -245,12 +247,12 @@ def _register(sweep: Sweep, winner: TrialRecord, say: Callable[[str], None]) -> 
     names = config.tracking
     facts = {
         **describe_run(config, metadata["totals"]),
-        **describe_data(config),
+        **describe_data(data),
         "mlflow_run_id": runs.find_run(uri, names.experiment, names.run_name),
         "wall_seconds": winner.seconds,
     }
     evaluation = evaluate_on_cluster(final, config)
-    summary = publish(config, uri, final, evaluation, facts)
+    summary = publish(config, data, uri, final, evaluation, facts)
     name, version = names.registered_model, int(summary["model_uri"].rpartition("/")[2])
     pull.set_alias(name, CANDIDATE, version, uri)
     return summary["model_uri"]

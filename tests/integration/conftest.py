@@ -6,6 +6,7 @@ import pytest
 from mlflow import MlflowClient
 
 from data_pipelines.build_shards import build_shards
+from efae.model.pretrained import read_folder
 from efae.registry import registration
 from efae.registry.pull import RegisteredVersion
 from efae.tracking import runs
@@ -72,7 +73,7 @@ def register(tmp_path: Path, name: str, run_id: str, tracking_uri: str):
         folder = write_model(tmp_path / f"model-{seed}", seed)
         metrics, tags = {"psnr": 24.125}, {"preset": "quickstart"}
         return registration.register_model(
-            folder, name, run_id, metrics, tags, tracking_uri, portable=False
+            read_folder(folder), name, run_id, metrics, tags, tracking_uri, portable=False
         )
 
     return register
