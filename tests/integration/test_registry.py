@@ -30,6 +30,9 @@ from tests.opened_files import watch_opens
 
 pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("cache")]
 
+NEEDED = ("ema.safetensors", "config.json", "manifest.json")
+"""Of a checkpoint's files, those that a model needs."""
+
 
 def test_a_registered_model_gives_the_same_numbers_in_another_process(register, name):
     register()
@@ -164,14 +167,15 @@ def test_a_checkpoint_on_s3_is_fetched_once_and_then_read_once_from_the_cache(
     with FaultProxy(local_stack["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         efae.load(uri)
-        for name in ("ema.safetensors", "config.json", "manifest.json"):
-            assert proxy.requests(f"*/step-00000005/{name}") == 1
-        assert proxy.requests("*/model.safetensors") == 0
+        sizes = {name: size for name, size in storage.list_files(uri).items() if name in NEEDED}
+        for name, size in sizes.items():
+            assert proxy.bytes_sent(f"*/step-00000005/{name}") == size
+        assert proxy.bytes_sent("*/step-00000005/*") == sum(sizes.values())
         proxy.clear()
         with watch_opens() as opened:
             efae.load(uri)
-        assert proxy.requests("*/step-00000005/*") == proxy.requests("*/manifest.json") == 1
-    check_opened(opened, cache, ("ema.safetensors", "config.json", "manifest.json"))
+        assert proxy.bytes_sent("*/step-00000005/*") == sizes["manifest.json"]
+    check_opened(opened, cache, NEEDED)
 
 
 def test_a_version_is_downloaded_once_and_then_read_once_from_the_cache(
@@ -182,12 +186,21 @@ def test_a_version_is_downloaded_once_and_then_read_once_from_the_cache(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
         efae.load(version.uri)
         for name in (*MODEL_FILES, "manifest.json"):
-            assert proxy.requests(f"*/artifacts/*/model/{name}") == 1
+            assert proxy.requests(f"*/artifacts/model/{name}") == 1
         proxy.clear()
         with watch_opens() as opened:
             efae.load(version.uri)
         assert proxy.requests("*/model/*") == 0
     check_opened(opened, cache, (*MODEL_FILES, "manifest.json"))
+
+
+def test_a_folder_of_save_pretrained_loads_from_s3_too(local_stack, tmp_path):
+    uri = "s3://efae-runs/registry/saved"
+    storage.upload_folder(write_model(tmp_path / "saved"), uri)
+    expected = make_model().state_dict()
+    for _ in range(2):
+        loaded = efae.load(uri).state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
 
 
 def check_opened(opened: list[str], cache: Path, names: tuple[str, ...]) -> None:
@@ -200,8 +213,7 @@ def check_opened(opened: list[str], cache: Path, names: tuple[str, ...]) -> None
 def test_only_what_a_model_needs_is_cached_of_a_checkpoint(local_stack):
     write_run("s3://efae-runs/registry/cached", (5,))
     folder = pull.pull("s3://efae-runs/registry/cached/step-00000005")
-    names = {path.name for path in folder.iterdir()}
-    assert names == {"ema.safetensors", "config.json", "manifest.json"}
+    assert {path.name for path in folder.iterdir()} == {*NEEDED}
 
 
 def test_a_half_uploaded_or_damaged_checkpoint_on_s3_gives_way_to_the_one_before(
