@@ -310,6 +310,12 @@ def test_what_an_experiment_publishes_says_all_that_the_gates_ask(
     for path in (f"{final}/ema.safetensors", *(f"{uri}/index.json" for uri in uris)):
         assert opened.count(path) == 1
     tags = client.get_model_version(name, "1").tags
+    stored, reported = (
+        Path(client.download_artifacts(run_id, path, str(tmp_path))).read_text()
+        for path in ("model/README.md", "report/model_card.md")
+    )
+    assert f'efae.load("models:/{name}@sha256:{tags["digest"][:12]}")' in stored
+    assert reported == stored
     assert tags["train_data"] == ShardDataset.open(uris[0]).id
     assert tags["held_out_data"] == ShardDataset.open(uris[1]).id
     assert tags["held_out_uri"] == uris[1]
