@@ -1,13 +1,13 @@
-"""What each part is worth: variants of one experiment at one budget of CPU seconds.
+"""Ablation: variants of one experiment, compared at an equal budget of CPU seconds.
 
     python -m benchmarks.ablate --preset fashion_mnist --cpu-seconds 100
     python -m benchmarks.ablate --preset quickstart --variants exact none --learning-rates 0.003
 
-Every variant trains on one thread for the number of steps that its cost per step, measured first,
-allows: equal compute, and the same steps for every seed. Each is tried at every learning rate with
-the first seed, then repeated with the other seeds at its best one. Finished runs are kept in
-benchmarks/results/ablation-PRESET-SECONDS.json and not repeated, so that an interrupted comparison
-goes on where it stopped. Prints a table in the end.
+Every variant trains on one thread. Its cost per step, measured first, sets its number of steps, so
+that compute is equal and every seed takes the same steps. Each variant runs at every learning rate
+with the first seed, then at its best rate with the other seeds. Finished runs are kept in
+benchmarks/results/ablation-PRESET-SECONDS.json, so an interrupted comparison resumes. Prints a
+table at the end.
 """
 
 import json
@@ -48,10 +48,10 @@ SKETCH_STEPS = 50
 
 
 class NonRepresentation(Representation):
-    """The sketch's README: sign flips beside planes that turn but that no mirror reflects."""
+    """The action of the sketch's README: mirrors flip signs but do not reflect the planes."""
 
     def matrix(self, element: Element) -> Tensor:
-        """Not a representation: h r h = r^-1 fails on the planes."""
+        """Return a matrix that violates h r h = r^-1 on the planes."""
         matrix, turn = super().matrix(element), Element(element.quarter_turns, 0)
         planes = self.blocks["e"]
         for start in range(planes.start, planes.stop, 2):
@@ -60,7 +60,7 @@ class NonRepresentation(Representation):
 
 
 def list_variants(base: Config) -> dict[str, dict[str, Any]]:
-    """Overrides by name; narrow is half as wide, and the sketch has sizes of its own."""
+    """Return the overrides by name; narrow is half as wide, and the sketch has its own sizes."""
     dim, colours = base.representation.dim, base.data.channels
     cells = (base.data.image_size[0] // base.model.downsampling) ** 2
     eighth = dim // 8
@@ -91,18 +91,18 @@ def list_variants(base: Config) -> dict[str, dict[str, Any]]:
 
 @dataclass
 class Experiment:
-    """What to start from."""
+    """Preset and shards."""
 
     preset: str = "quickstart"
     """Experiment to start from."""
     train: str = ""
-    """Shards to train on, instead of the preset's."""
+    """Shards to train on; the preset's by default."""
     held_out: str = ""
-    """Shards to measure on, instead of the preset's."""
+    """Shards to measure on; the preset's by default."""
 
 
 def choose_experiment(chosen: Experiment) -> Config:
-    """The preset on the chosen shards, for one process."""
+    """Return the preset with the chosen shards, for one process."""
     overrides: dict[str, Any] = {"ray.num_workers": 1}
     if chosen.train:
         overrides["data.uri"] = chosen.train
@@ -113,20 +113,20 @@ def choose_experiment(chosen: Experiment) -> Config:
 
 @dataclass
 class Arguments(Experiment):
-    """What to compare on what."""
+    """Options of the comparison."""
 
     cpu_seconds: float = 100.0
     """Training budget of each run."""
     variants: tuple[str, ...] = ()
     """Variants to run; all when empty."""
     learning_rates: tuple[float, ...] = (3e-3, 6e-3)
-    """Tried with the first seed."""
+    """Learning rates tried with the first seed."""
     seeds: int = 3
-    """Seeds at the best learning rate."""
+    """Number of seeds at the best learning rate."""
 
 
 class Trained:
-    """A variant's model and how it learns."""
+    """A variant's model, objective and optimizer."""
 
     def __init__(self, name: str, config: Config):
         self.name, self.config = name, config
@@ -147,7 +147,7 @@ class Trained:
             self.model.representation = NonRepresentation(rho.group, **rho.multiplicities)
 
     def update(self, image: Tensor, step: int, generator: torch.Generator) -> None:
-        """One step on a batch in [-1, 1]."""
+        """Take one step on a batch in [-1, 1]."""
         config = self.config
         generator.manual_seed(seed_of(config.training.seed, step, 0))
         loss, _ = self.objective(image, generator)
@@ -162,12 +162,12 @@ class Trained:
             self.average.update(self.model, step)
 
     def decode(self, latent: Tensor, steps: int, noise: Tensor) -> Tensor:
-        """A sample, clamped to the range of images."""
+        """Sample an image, clamped to [-1, 1]."""
         return self.model.decode(latent, steps=steps, noise=noise).clamp(-1, 1)
 
 
 def train(name: str, config: Config, images: Tensor, steps: int) -> tuple[Trained, float]:
-    """Train and give the CPU seconds that it took."""
+    """Train a variant; return it with the CPU seconds spent."""
     trained = Trained(name, with_overrides(config, {"training.steps": steps}))
     trained.model.train()
     batch = config.training.global_batch_size
@@ -186,14 +186,14 @@ def train(name: str, config: Config, images: Tensor, steps: int) -> tuple[Traine
 
 
 def measure_cost(name: str, config: Config, images: Tensor) -> float:
-    """CPU seconds of one step: the least of some stretches, since others share the machine."""
+    """Return the CPU seconds of one step: the minimum of five, as other programs interfere."""
     train(name, config, images, 10)  # the first steps of a process are slower
     return min(train(name, config, images, 15)[1] for _ in range(5)) / 15
 
 
 @torch.no_grad()
 def measure(trained: Trained, images: Tensor) -> dict[str, Any]:
-    """Numbers of the averaged weights on held-out images, and by how symmetric they are."""
+    """Measure the averaged weights on held-out images and on their two halves by symmetry."""
     image = to_float(images)
     usual = SKETCH_STEPS if trained.name == "sketch" else trained.config.flow.sampler_steps
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(1))
@@ -223,7 +223,7 @@ def measure(trained: Trained, images: Tensor) -> dict[str, Any]:
 
 
 def compare(arguments: Arguments, say: Callable[[str], None]) -> dict[str, Any]:
-    """Run what is missing, and give all results."""
+    """Run the missing variants; return all results."""
     base = choose_experiment(arguments)
     variants = list_variants(base)
     path = RESULTS / f"ablation-{arguments.preset}-{arguments.cpu_seconds:.0f}.json"
@@ -275,7 +275,7 @@ def compare(arguments: Arguments, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def read_all(config: Config) -> Tensor:
-    """The training images in memory, uint8 (n, c, h, w)."""
+    """Read the training images into memory, uint8 (n, c, h, w)."""
     dataset = ShardDataset.open(config.data.uri)
     loader = dataset.loader(
         global_batch_size=256, shuffle=False, channels=config.data.channels, decode_threads=1
@@ -284,22 +284,22 @@ def read_all(config: Config) -> Tensor:
 
 
 def score(run: dict[str, Any]) -> float:
-    """PSNR at the usual sampler steps, also where JSON made the keys strings."""
+    """Return the PSNR at the usual sampler steps; JSON turns the keys into strings."""
     return {int(steps): value for steps, value in run["psnr"].items()}[run["sampler_steps"]]
 
 
 def best_rate(results: dict[str, Any], name: str) -> float:
-    """The learning rate with the best PSNR at the first seed."""
+    """Return the learning rate with the best PSNR at the first seed."""
     runs = [run for run in results["variants"][name]["runs"] if run["seed"] == 0]
     return max(runs, key=score)["learning_rate"]
 
 
 def print_table(results: dict[str, Any]) -> None:
-    """Markdown: mean and standard deviation over seeds, at each variant's best learning rate."""
+    """Print, in Markdown, mean and deviation over seeds at each variant's best learning rate."""
     print("| variant | lr | parameters | images | PSNR dB | least / most symmetric half | gap dB |")
     print("|---|---|---|---|---|---|---|")
     for name, entry in results["variants"].items():
-        if not entry["runs"]:  # only its cost was measured so far
+        if not entry["runs"]:  # only its cost has been measured
             continue
         rate = best_rate(results, name)
         runs = [run for run in entry["runs"] if run["learning_rate"] == rate]

@@ -1,17 +1,15 @@
-"""Samples a second of our loader and of what a user would take instead, from the same S3.
+"""Samples per second of our loader and its alternatives, from the same S3.
 
     python -m benchmarks.compare_loaders --images jpeg256 png32 --rounds 3
     python -m benchmarks.compare_loaders --images jpeg256 --only ours webdataset --ranks 1
 
-Starts an S3 server of its own, writes the images there as WebDataset tars, MDS and litdata, and
-reads an epoch with each pipeline: in a process of its own, its set-up not counted, its first batch
-counted, all pipelines once a round. Cold is the first epoch, from S3; warm a later one, from the
-pipeline's own cache. Prints medians and their ratio to the best webdataset pipeline without our
-decoder, and writes benchmarks/results/loaders-IMAGES.json after each round. The server's CPU time
-is not counted.
+Starts its own S3 server, writes the images to it as WebDataset tars, MDS and litdata, and reads one
+epoch with each pipeline in a separate process. A round runs every pipeline once. The times include
+the first batch but not the set-up or the server. Cold is the first epoch, from S3; warm is a later
+one, from the pipeline's own cache. Prints medians and their ratio to the best webdataset pipeline
+without our decoder, and writes benchmarks/results/loaders-IMAGES.json after each round.
 
-The other loaders are not installed with this project; those that are missing are named and left
-out.
+This project does not install the other loaders; missing ones are reported and skipped.
 """
 
 import datetime
@@ -46,25 +44,25 @@ TIMEOUT_SECONDS = 900
 
 @dataclass
 class Arguments:
-    """What to compare."""
+    """Options of the comparison."""
 
     images: tuple[str, ...] = ("jpeg256", "png32")
-    """Image sets, of jpeg256 and png32."""
+    """Image sets: jpeg256, png32."""
     rounds: int = 3
-    """Times that each pipeline is measured."""
+    """Measurements of each pipeline."""
     only: tuple[str, ...] = ()
-    """Pipelines of these names, or whose names start so; all that are installed when empty."""
+    """Names of pipelines, or prefixes of names; all installed pipelines when empty."""
     ranks: tuple[int, ...] = (1, 2)
-    """Processes that share an epoch, on one machine."""
+    """Numbers of processes that share an epoch on one machine."""
     photos: Path | None = None
-    """Folder with .jpg photographs to crop for jpeg256; drawings of OpenMoji without it."""
+    """Folder of .jpg photographs to crop for jpeg256; OpenMoji drawings by default."""
     share: float = 1.0
-    """Times as many images; a part of them, below 1, is for trying it out: no result is written."""
+    """Factor on the number of images; below 1 is a trial run, which writes no results."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: a pipeline, cold or warm, on so many ranks."""
+    """One row: a pipeline, its cache cold or warm, and its number of ranks."""
 
     pipeline: str
     warm: bool
@@ -72,16 +70,16 @@ class Case:
 
 
 def list_cases(arguments: Arguments, extension: str) -> list[Case]:
-    """Everything to measure on one image set; says what is not installed.
+    """List the cases of one image set; print the pipelines that are not installed.
 
     Raises:
-        ValueError: a name that no pipeline's begins with.
+        ValueError: A name in `only` matches no pipeline.
     """
     chosen: set[str] = set()
     for only in arguments.only:
         names = {only} & PIPELINES.keys() or {n for n in PIPELINES if n.startswith(only)}
         if not names:
-            raise ValueError(f"--only {only}: no such pipeline; there are {', '.join(PIPELINES)}")
+            raise ValueError(f"--only {only}: no such pipeline; use one of {', '.join(PIPELINES)}")
         chosen |= names
     cases: list[Case] = []
     for name, pipeline in PIPELINES.items():
@@ -92,7 +90,7 @@ def list_cases(arguments: Arguments, extension: str) -> list[Case]:
         missing = [need for need in pipeline.needs if importlib.util.find_spec(need) is None]
         if missing:
             packages = " ".join(f"'{PACKAGES[need]}'" for need in missing)
-            print(f"{name}: left out, needs `pip install {packages}`", flush=True)
+            print(f"{name}: skipped; it needs `pip install {packages}`", flush=True)
             continue
         cases += [
             Case(name, warm, ranks)
@@ -107,7 +105,7 @@ def list_cases(arguments: Arguments, extension: str) -> list[Case]:
 def start(
     case: Case, task: Task, environment: dict[str, str], *action: str
 ) -> list[subprocess.Popen[str]]:
-    """The processes of all ranks, which open their data and wait."""
+    """Start the processes of all ranks; they open their data and wait."""
     program = (sys.executable, "-m", "benchmarks.loaders.measure")
     port = str(pick_free(1)[0])
     processes: list[subprocess.Popen[str]] = []
@@ -138,10 +136,10 @@ def start(
 def measure(
     case: Case, task: Task, environment: dict[str, str], *action: str
 ) -> list[dict[str, float]]:
-    """What each rank found.
+    """Run one case; return the measurements of each rank.
 
     Raises:
-        RuntimeError: a process failed; it has said why.
+        RuntimeError: A process failed; it has printed the cause.
     """
     with tempfile.TemporaryDirectory() as cache:
         processes = start(case, replace(task, cache=cache), environment, *action)
@@ -167,7 +165,7 @@ def measure(
 
 
 def add_ranks(found: Sequence[dict[str, float]], samples: int) -> dict[str, float]:
-    """One measurement of the ranks together: rates, and how much of the epoch they read."""
+    """Combine the measurements of all ranks: rates, and the share of the epoch that they read."""
     images = sum(rank["images"] for rank in found)
     return {
         "samples_per_cpu_second": images / sum(rank["cpu_seconds"] for rank in found),
@@ -178,7 +176,7 @@ def add_ranks(found: Sequence[dict[str, float]], samples: int) -> dict[str, floa
 
 
 def summarize(rounds: dict[Case, list[dict[str, float]]]) -> list[dict[str, Any]]:
-    """A row per case: medians, the spread, and the ratio to the best stock pipeline like it."""
+    """Return a row per case: medians, range, and ratio to the best comparable stock pipeline."""
     rows: list[dict[str, Any]] = []
     for case, found in rounds.items():
         medians = {key: statistics.median(one[key] for one in found) for key in found[0]}
@@ -196,7 +194,7 @@ def summarize(rounds: dict[Case, list[dict[str, float]]]) -> list[dict[str, Any]
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Markdown, line by line."""
+    """Yield the lines of a Markdown table."""
     yield "| pipeline | cache | ranks | samples per CPU second (range) | ratio | per second |"
     yield "|---|---|---|---|---|---|"
     for row in rows:
@@ -211,7 +209,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 def compare(
     name: str, arguments: Arguments, environment: dict[str, str]
 ) -> Iterator[dict[str, Any]]:
-    """Write one image set and measure everything on it; all results so far after each round."""
+    """Write one image set and measure all cases; yield the results so far after each round."""
     chosen = IMAGE_SETS[name]
     cases = list_cases(arguments, chosen.extension)
     uri = f"s3://efae-data/{name}/tars"
@@ -235,7 +233,7 @@ def compare(
             try:
                 found = measure(case, task, environment, "epoch")
             except RuntimeError as error:
-                print(f"{error}: left out", flush=True)
+                print(f"{error}: skipped", flush=True)
                 del rounds[case]
                 continue
             rounds[case].append(add_ranks(found, task.samples))
@@ -250,7 +248,7 @@ def compare(
 
 
 def describe_machine() -> dict[str, Any]:
-    """Hardware, versions, date and commit."""
+    """Return hardware, versions, date and commit."""
     packages = ["torch", "numpy", "pillow", "simplejpeg", *PACKAGES.values()]
     found: dict[str, str] = {}
     for package in (package.split("[")[0] for package in packages):
@@ -272,12 +270,12 @@ def describe_machine() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure; write and print the results."""
     arguments = tyro.cli(Arguments, description=__doc__)
     for name in arguments.images:
         if name not in IMAGE_SETS:
             sys.exit(f"--images {name}: use {' or '.join(IMAGE_SETS)}")
-    machine = describe_machine()  # before the results are written, which change the checkout
+    machine = describe_machine()  # first: writing the results makes the checkout dirty
     with tempfile.TemporaryDirectory(prefix="efae-") as folder, serve_s3(Path(folder)) as variables:
         os.environ.update(variables)
         for name in arguments.images:

@@ -1,12 +1,12 @@
-"""What the platform costs a step: the loop bare, and on Ray with MLflow and checkpoints.
+"""Cost of the platform per step: the bare loop against Ray with MLflow and checkpoints.
 
     source .local/env; python -m benchmarks.compare_platform --steps 600 --rounds 3
 
-Bare is `efae.training.loop.train` in a plain process of one thread, on the same shards from the
-same S3, with neither Ray nor MLflow nor checkpoints. The other is `jobs/train.py`, one worker on
-the running stack, with curves, system metrics and checkpoints at its intervals.
-Both note when each step began; what counts is steps per second after the warm-up, as the median of
-the rounds' ratios, the order alternating. Needs `make up` and the preset's shards.
+The bare loop is `efae.training.loop.train` in a plain process of one thread, on the same shards
+from the same S3, without Ray, MLflow or checkpoints. The platform is `jobs/train.py` with one
+worker on the running stack, with curves, system metrics and checkpoints at its intervals. Both
+record when each step starts. The result is the median over rounds of the ratio of steps per second
+after the warm-up; the order alternates. Needs `make up` and the preset's shards.
 """
 
 import json
@@ -38,7 +38,7 @@ WARM_UP_STEPS = 50
 
 @dataclass
 class Arguments:
-    """What to measure."""
+    """Options of the comparison."""
 
     preset: str = "quickstart"
     """Experiment to train."""
@@ -49,13 +49,13 @@ class Arguments:
 
 
 def train_bare(config: Config) -> None:
-    """The loop alone, in this process."""
+    """Run the loop alone, in this process."""
     torch.set_num_threads(1)
     train(config, ShardDataset.open(config.data.uri), Process(torch.device("cpu")))
 
 
 def train_on_platform(preset: str, overrides: dict[str, Any]) -> None:
-    """The whole job, as a user starts it."""
+    """Run the whole job, as a user starts it."""
     options = [f"--{key.replace('_', '-')}={value}" for key, value in overrides.items()]
     subprocess.run(
         [sys.executable, "jobs/train.py", preset, *options],
@@ -66,15 +66,15 @@ def train_on_platform(preset: str, overrides: dict[str, Any]) -> None:
 
 
 def read_speed(folder: Path, steps: int) -> float:
-    """Steps per second after the warm-up, from the one sample log in `folder`."""
+    """Return the steps per second after the warm-up, from the only sample log in `folder`."""
     (log,) = folder.iterdir()
     times = [json.loads(line)[0] for line in log.read_text().splitlines()]
-    assert len(times) == steps, "the run was disturbed: it took several attempts"
+    assert len(times) == steps, "the run was interrupted: it took several attempts"
     return (steps - 1 - WARM_UP_STEPS) / (times[-1] - times[WARM_UP_STEPS])
 
 
 def measure(kind: str, arguments: Arguments) -> float:
-    """Steps per second of one run."""
+    """Return the steps per second of one run."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = {
             "training.steps": arguments.steps,
@@ -97,7 +97,7 @@ def measure(kind: str, arguments: Arguments) -> float:
 
 
 def main() -> None:
-    """Measure, write, print."""
+    """Measure; write and print the results."""
     arguments = tyro.cli(Arguments, description=__doc__)
     rows: list[dict[str, float]] = []
     for number in range(arguments.rounds):

@@ -3,7 +3,7 @@
     python -m benchmarks.compare_samplers --preset quickstart --steps 1000
 
 Trains the preset once with each prediction, on one thread and for the same number of steps, then
-decodes the same held-out latents from the same noise in every way. Writes
+decodes the same held-out latents from the same noise with every sampler and step count. Writes
 benchmarks/results/samplers-PRESET.json and prints a table.
 """
 
@@ -28,7 +28,7 @@ IMAGES = 128
 
 @dataclass
 class Arguments(Experiment):
-    """What to train."""
+    """Options of the comparison."""
 
     steps: int = 1000
     """Training steps of each model."""
@@ -36,7 +36,7 @@ class Arguments(Experiment):
 
 @torch.no_grad()
 def measure(model: Any, images: torch.Tensor) -> dict[str, Any]:
-    """Numbers by sampler and steps."""
+    """Return the metrics by sampler and number of steps."""
     image = to_float(images)
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(1))
     latent = model.encode(image)
@@ -53,7 +53,7 @@ def measure(model: Any, images: torch.Tensor) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train, measure, write, print."""
+    """Train and measure; write and print the results."""
     arguments = tyro.cli(Arguments, description=__doc__)
     torch.set_num_threads(1)
     base = choose_experiment(arguments)

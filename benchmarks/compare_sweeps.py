@@ -1,13 +1,12 @@
-"""What a sweep finds, and at what cost, against trying everything.
+"""Result and cost of sweeps, against a grid of all splits.
 
     source .local/env; python -m benchmarks.compare_sweeps --level exact --seeds 3
 
-The grid trains every split of the default space to its end, with two seeds. Each sweep is the
-default one (Optuna, early stopping, repeated finalists) with another seed of the search. A sweep is
-as good as the grid says of the split that it chose: the mean over the grid's seeds, against that of
-the best split. Cost is counted in training steps. Grid and sweeps go on where they stopped; they
-need `make up` and the preset's shards, and about an hour on two cores for the grid and a sixth of
-that for each sweep.
+The grid trains every split of the default space to the end, with two seeds. Each sweep is the
+default one (Optuna, early stopping, repeated finalists) with a different search seed. The score of
+a sweep is the grid's mean over seeds for the split that the sweep chose, relative to that of the
+best split. Cost is measured in training steps. Interrupted grids and sweeps resume. They need `make
+up` and the preset's shards; on two cores, the grid takes about an hour and a sweep a sixth of that.
 """
 
 import json
@@ -26,25 +25,25 @@ import tyro
 
 RESULTS = Path(__file__).parent / "results"
 EVERYTHING = 1000
-"""More trials than the space holds."""
+"""Number of trials that exceeds the size of the space."""
 
 
 @dataclass
 class Arguments:
-    """What to compare."""
+    """Options of the comparison."""
 
     preset: str = "quickstart_trial"
     """Experiment of a trial."""
     level: str = "exact"
     """Level of equivariance of the trials."""
     grid_seeds: int = 2
-    """Seeds of every split in the grid."""
+    """Number of seeds of every split in the grid."""
     seeds: int = 3
-    """Sweeps, each with another seed."""
+    """Number of sweeps, each with a different seed."""
 
 
 def run(name: str, arguments: Arguments, *options: str) -> dict[str, Any]:
-    """One sweep as a user starts it; what its sweep.json says."""
+    """Run one sweep as a user starts it, unless it has finished; return its sweep.json."""
     kept = RESULTS / f"{name}.json"
     if not kept.exists():
         with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +52,7 @@ def run(name: str, arguments: Arguments, *options: str) -> dict[str, Any]:
             command += ["--tracking.registered-model=efae-sweeps", *options]
             subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": "."})
             found = json.loads((Path(folder) / name / "sweep.json").read_text())
-        for trial in found["trials"]:  # the learning curves would be most of the file
+        for trial in found["trials"]:  # the learning curves would dominate the file
             del trial["looks"]
         found["hardware"] = f"{platform.machine()}, {os.cpu_count()} cores"
         found["torch"] = torch.__version__
@@ -62,12 +61,12 @@ def run(name: str, arguments: Arguments, *options: str) -> dict[str, Any]:
 
 
 def split_of(trial: dict[str, Any]) -> tuple[int, ...]:
-    """What tells models apart."""
+    """Return the split of a trial."""
     return tuple(trial["multiplicities"].values())
 
 
 def main() -> None:
-    """Run what is missing, compare, print."""
+    """Run the missing sweeps, compare them and print the result."""
     arguments = tyro.cli(Arguments, description=__doc__)
     RESULTS.mkdir(exist_ok=True)
     others = arguments.grid_seeds - 1

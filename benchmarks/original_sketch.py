@@ -1,21 +1,21 @@
-"""The original sketch, cloneofsimo/efae, written anew: the baseline of the ablation table.
+"""The original sketch, cloneofsimo/efae, reimplemented: the baseline of the ablation table.
 
 Encoder: four 4 x 4 stride-2 convolutions with ReLU between them and a global average, to one
-vector, without a norm. Decoder: a convolutional stem and a diffusion transformer that meets the
-vector only in its adaLN, with a rotary embedding along the flattened tokens. Objective: one coin
-for the whole batch; on heads images are mirrored and the last four latent dims change sign. The
-latent is set to zero for a tenth of the examples, for guidance at sampling.
+vector, without a norm. Decoder: a convolutional stem and a diffusion transformer that receives the
+vector only through adaLN, with a rotary embedding along the flattened tokens. Objective: one coin
+toss for the whole batch; on heads, images are mirrored and the last four latent dims change sign.
+The latent is set to zero for a tenth of the examples, for guidance at sampling.
 
 Kept because they affect the result: t enters its embedding unscaled in [0, 1]; gates are not
 zero at first (the output layer is); z = 0 is the null condition although it is also a code; the
 latent's scale is free; Adam at a constant 2e-3 (`build_optimizer`), no moving average, no clipping.
-Left out because they do not: the loss per t that it logs is taken over the wrong axes, it prints
-in every forward pass, overwrites its input and moves its tables in every call.
+Dropped because they do not: it logs a loss per t over the wrong axes, prints in every forward pass,
+overwrites its input, and moves its tables in every call.
 
-Sizes are its own for grey images, but for patches of 4 instead of 2 pixels (4x faster) and a batch
-(512) that the caller chooses. For colour it has hidden_size=256, depth=10, num_heads=8 and mirrors
-images at random before all this. Nothing here comes from efae.model: a baseline stays as it is
-when our flow changes.
+The sizes are the original's for grey images, except for patches of 4 instead of 2 pixels (4x
+faster) and a batch size (512) that the caller chooses. For colour, the original has
+hidden_size=256, depth=10, num_heads=8 and first mirrors images at random. Nothing here comes from
+efae.model: the baseline must not change with our flow.
 """
 
 import itertools
@@ -33,27 +33,27 @@ DROP_PROBABILITY = 0.1
 
 
 def embed_time(t: Tensor) -> Tensor:
-    """Cosines and sines of t in [0, 1] times frequencies from 1 to 1e-4: (b,) -> (b, 256)."""
+    """Return cosines and sines of t in [0, 1] at frequencies from 1 to 1e-4: (b,) -> (b, 256)."""
     exponent = torch.arange(TIME_FREQUENCIES, device=t.device) / TIME_FREQUENCIES
     angle = t[:, None] * 10_000.0**-exponent
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
 def rotary_table(tokens: int, head_dim: int) -> Tensor:
-    """Angles of token number n (RoFormer, arXiv:2104.09864): complex (tokens, head_dim / 2)."""
+    """Return exp(i n f) of tokens n, frequencies f (arXiv:2104.09864): (tokens, head_dim / 2)."""
     frequency = 10_000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
     angle = torch.arange(tokens)[:, None] * frequency
     return torch.polar(torch.ones_like(angle), angle)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn neighbouring pairs of (..., tokens, head_dim) by the angles of the table."""
+    """Rotate adjacent pairs of (..., tokens, head_dim) by the angles of the table."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table).flatten(-2)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(b, tokens, hidden) by one shift and scale (b, hidden) for all tokens."""
+    """Apply one shift and scale (b, hidden) to all tokens of (b, tokens, hidden)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -88,7 +88,7 @@ class Attention(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """SiLU-gated, of width 8/3 hidden_size rounded up to a multiple of 256."""
+    """SiLU-gated MLP; its width is 8/3 hidden_size rounded up to a multiple of 256."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -119,7 +119,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Sequential):
-    """Image (b, c, h, w) to one vector (b, latent_dim, 1, 1)."""
+    """Convolutional encoder: image (b, c, h, w) -> one vector (b, latent_dim, 1, 1)."""
 
     def __init__(self, channels: int, latent_dim: int):
         widths = [channels, 32, 64, 128, latent_dim]
@@ -188,17 +188,17 @@ class OriginalSketch(nn.Module):
     """Encoder, decoder and objective of the original, on square images.
 
     Args:
-        channels: of the image.
-        resolution: of the image in pixels, a multiple of patch_size.
-        latent_dim: length of the latent vector.
-        sign_dims: how many of its last dims change sign under the mirror.
-        patch_size: of the decoder in pixels.
-        hidden_size: of the decoder, a multiple of 64 (32 norm groups in half of it).
-        depth: of the decoder.
-        num_heads: of the decoder.
+        channels: Channels of the image.
+        resolution: Side of the image in pixels, a multiple of patch_size.
+        latent_dim: Length of the latent vector.
+        sign_dims: Number of its last dims that change sign under the mirror.
+        patch_size: Side of the decoder's patches in pixels.
+        hidden_size: Width of the decoder, a multiple of 64 (half of it has 32 norm groups).
+        depth: Blocks of the decoder.
+        num_heads: Attention heads of the decoder.
 
     Raises:
-        ValueError: resolution or hidden_size is not such a multiple.
+        ValueError: The resolution or the hidden size is not such a multiple.
     """
 
     def __init__(
@@ -226,15 +226,15 @@ class OriginalSketch(nn.Module):
         )
 
     def encode(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d 1 1"]:
-        """Image in [-1, 1] to its latent, a vector of any scale."""
+        """Encode images in [-1, 1] to their latents, vectors of any scale."""
         return self.encoder(image)
 
     def act(self, element: Element, latent: Float[Tensor, "b d 1 1"]) -> Float[Tensor, "b d 1 1"]:
-        """The mirror changes the sign of the last dims: the {e, h} case of `efae.symmetry`."""
+        """Apply an element of {e, h}; the mirror h changes the sign of the last dims."""
         return self.representation.act(element, latent)
 
     def velocity(self, x_t: Tensor, t: Tensor, latent: Tensor) -> Tensor:
-        """dx_t / dt at (x_t, t) given the latent."""
+        """Predict dx_t / dt at (x_t, t) given the latent."""
         return self.decoder(x_t, t, latent)
 
     @torch.no_grad()
@@ -246,14 +246,15 @@ class OriginalSketch(nn.Module):
         seed: int | None = None,
         guidance: float = 1.0,
     ) -> Float[Tensor, "b c h w"]:
-        """A sample of p(image | latent) by Euler steps from t = 1 (noise) to 0.
+        """Sample p(image | latent) by Euler steps from t = 1 (noise) to 0.
 
         Args:
-            latent: from `encode`, acted on or not.
-            steps: how many; the original takes 50.
-            noise: where the flow starts; standard normal.
-            seed: draw the noise from this seed instead.
-            guidance: v(0) + guidance * (v(latent) - v(0)); the original takes 2, 1 is none.
+            latent: Latent from `encode`, acted on or not.
+            steps: Number of steps; the original takes 50.
+            noise: Start of the flow, standard normal.
+            seed: Seed from which to draw the noise instead.
+            guidance: Factor in v(0) + guidance * (v(latent) - v(0)); the original takes 2, 1 is
+                none.
         """
         if (noise is None) == (seed is None):
             raise ValueError("decode needs either noise or seed, so that it can be repeated")
@@ -273,9 +274,9 @@ class OriginalSketch(nn.Module):
     def forward(
         self, image: Float[Tensor, "b c h w"], generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """The training loss (b,) per example, and the t (b,) of each.
+        """Return the training loss (b,) and t (b,) of each example.
 
-        Draws t, noise and dropped conditions per example, and the group element once for all.
+        Draws t, noise and dropped conditions per example, and one group element for the batch.
         """
         device = image.device
         t = torch.sigmoid(torch.randn(len(image), generator=generator, device=device))
@@ -284,11 +285,11 @@ class OriginalSketch(nn.Module):
         coin = torch.randint(len(self.group), (), generator=generator, device=device)
         element = self.group[int(coin)]
         latent, image = self.act(element, latent), element.act_on_image(image)
-        x_t = torch.lerp(image, noise, t[:, None, None, None])
-        error = self.velocity(x_t, t, latent) - (noise - image)
+        x_t = torch.lerp(image, noise, t[:, None, None, None])  # (1 - t) image + t noise
+        error = self.velocity(x_t, t, latent) - (noise - image)  # velocity dx_t / dt
         return error.square().mean((1, 2, 3)), t
 
 
 def build_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    """Adam at a learning rate that never changes; the original's is 2e-3."""
+    """Build Adam with a constant learning rate; the original's is 2e-3."""
     return torch.optim.Adam(model.parameters(), lr=learning_rate)

@@ -1,8 +1,8 @@
-"""What a run of a given size needs: the tables of docs/sizing.md.
+"""Requirements of a run by its size: the tables of docs/sizing.md.
 
     python -m benchmarks.sizing
 
-Each formula follows from what the code does. A run of your own is another `Job`.
+Each formula follows from the code. For your own run, make another `Job`.
 """
 
 from dataclasses import dataclass, replace
@@ -11,25 +11,25 @@ from math import ceil, log
 from data_pipelines.loading.epoch_plan import MOST_LANES, WINDOW_CHUNKS
 from data_pipelines.shards.chunks import LARGEST_BYTES
 
-BYTES_PER_PARAMETER = 16  # of a checkpoint: weights, their average, AdamW's two moments
-INDEX_BYTES, INDEX_MEMORY = 60, 460  # of a sample with image and label: stored, and read
-PREFETCH_BYTES = 512 * 2**20  # fetched ahead of a loader's decoders, at most
-FETCH_THREADS, FETCH_SECONDS = 16, 30  # requests for chunks under way, and the timeout of one
-FILE_SECONDS = 94  # the timeout of one file of a checkpoint
-SEND_SECONDS, SYSTEM_SECONDS = 2, 10  # the tracker sends, and samples the machine, this often
-HEAD_BYTES, HEAD_BYTES_PER_WORKER = 4 * 2**30, 32 * 2**20  # the second is assumed
+BYTES_PER_PARAMETER = 16  # in a checkpoint: weights, their average, AdamW's two moments
+INDEX_BYTES, INDEX_MEMORY = 60, 460  # per sample with image and label: on disk, in memory
+PREFETCH_BYTES = 512 * 2**20  # largest prefetch ahead of a loader's decoders
+FETCH_THREADS, FETCH_SECONDS = 16, 30  # concurrent requests for chunks, and their timeout
+FILE_SECONDS = 94  # timeout of one file of a checkpoint
+SEND_SECONDS, SYSTEM_SECONDS = 2, 10  # intervals of the tracker's requests and system metrics
+HEAD_BYTES, HEAD_BYTES_PER_WORKER = 4 * 2**30, 32 * 2**20  # the second is an assumption
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run and its cluster; `image_bytes` counts tar headers and labels too."""
+    """A run and its cluster; `image_bytes` includes tar headers and labels."""
 
     gpus: int
     images: int
     image_bytes: float
     parameters: int
     gpus_per_host: int = 8
-    images_per_second: float = 500.0  # of one GPU
+    images_per_second: float = 500.0  # per GPU
     cache_bytes: int = 200 * 2**30  # data.cache_bytes
     checkpoint_seconds: float = 600.0
     log_seconds: float = 30.0
@@ -55,23 +55,23 @@ class Job:
 def missing_share(hosts: int, cache_share: float, epoch: int) -> float:
     """Return the share of an epoch's bytes that is not in the cache of the host that needs it.
 
-    Every epoch draws anew which of the hosts needs a chunk, so in an endless cache a chunk is
-    missing with probability (1 - 1/hosts)^epoch. A full cache, at a share k of the set, drops the
-    oldest chunks. At the point u of an epoch (0 to 1), u/hosts of the set was needed since it
-    began and is of no more use: (1 - k) / (1 - u/hosts) of what is needed now is missing, and
-    everything once u/hosts reaches k.
+    Every epoch assigns the chunks to hosts anew, so in an unlimited cache a chunk is missing with
+    probability (1 - 1/hosts)^epoch. A full cache, which holds a share k of the set, evicts the
+    oldest chunks. At the point u of an epoch (0 to 1), the u/hosts of the set that were read since
+    its start are no longer useful: (1 - k) / (1 - u/hosts) of the chunks needed now are missing,
+    and all of them once u/hosts reaches k.
 
     Args:
-        hosts: Number of hosts, with a cache each.
+        hosts: Number of hosts, each with a cache.
         cache_share: Share of the set that one cache holds, 0 to 1.
-        epoch: 0 for the first, in which everything is missing.
+        epoch: Number of the epoch; in the first, 0, everything is missing.
     """
     if epoch == 0:
         return 1.0
     absent = max((1 - 1 / hosts) ** epoch, 1 - cache_share)
     if cache_share == 1:
         return absent
-    # The cache grows until `full`, and holds something that this epoch still needs until `useful`.
+    # The cache grows until `full`, and holds chunks that this epoch still needs until `useful`.
     full = min(max(hosts * (1 - (1 - cache_share) / absent), 0.0), 1.0)
     useful = min(hosts * cache_share, 1.0)
     share = absent * min(full, useful) + 1 - useful
@@ -81,21 +81,21 @@ def missing_share(hosts: int, cache_share: float, epoch: int) -> float:
 
 
 def read_rate(job: Job, epoch: int = 0) -> float:
-    """Return the bytes a second that all hosts read from storage so that no GPU waits."""
+    """Return the bytes per second that all hosts must read from storage so that no GPU waits."""
     # Neighbouring hosts share the window at the border between their lanes, and a whole lane
     # where the hosts do not divide the lanes.
     shared = (job.hosts - 1) / MOST_LANES if MOST_LANES % job.hosts else 0.0
     chunks = max(int(job.set_bytes / job.chunk_bytes), 1)
     twice = min(shared + WINDOW_CHUNKS * (job.hosts - 1) / chunks, 1.0)
     held = job.cache_bytes / job.set_bytes
-    # A full cache makes room for a sixteenth at once.
+    # A full cache evicts a sixteenth at a time, so on average it lacks half of that.
     missing = missing_share(job.hosts, 1.0 if held >= 1 else held * 31 / 32, epoch)
     return job.gpus * job.images_per_second * job.image_bytes * (1 + twice) * missing
 
 
 def least_cache(job: Job) -> float:
-    """Return the bytes of a cache below which chunks are fetched more than once in an epoch."""
-    # A host is within a window of each of its lanes and the next; its loaders fetch ahead.
+    """Return the cache size in bytes below which an epoch fetches chunks more than once."""
+    # A host reads in one window of each of its lanes and the next one; its loaders prefetch.
     ahead = min(PREFETCH_BYTES, job.cache_bytes / 4, job.set_bytes)
     return 2 * WINDOW_CHUNKS * MOST_LANES / job.hosts * job.chunk_bytes + job.ranks * ahead
 
@@ -127,7 +127,7 @@ def list_rows(job: Job) -> dict[str, str]:
     checkpoint, index = BYTES_PER_PARAMETER * job.parameters, job.gpus * INDEX_BYTES * job.images
     requests = min(1 / SEND_SECONDS, 1 / job.log_seconds + 1 / SYSTEM_SECONDS)
     head = HEAD_BYTES + HEAD_BYTES_PER_WORKER * job.gpus
-    # Below these rates requests time out and are repeated; half of a checkpoint is one file.
+    # Below these rates, requests time out and are retried; half of a checkpoint is one file.
     reading = job.ranks * FETCH_THREADS * LARGEST_BYTES / FETCH_SECONDS
     resuming = job.ranks * checkpoint / 2 / FILE_SECONDS
     return {

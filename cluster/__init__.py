@@ -1,1 +1,1 @@
-"""Where EFAE runs: the local stack of `make up` (S3, MLflow, a Ray head on loopback)."""
+"""Infrastructure for EFAE: the local stack of `make up` (S3, MLflow, a Ray head on loopback)."""

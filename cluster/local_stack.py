@@ -1,9 +1,10 @@
 """The local stack: S3 (SeaweedFS), MLflow and a Ray head, on loopback, in one state folder.
 
-``python -m cluster.local_stack up|down|ui|status``. `up` starts what is not running, waits until
-each service has answered a real request and writes ``env`` for the shell's `source`; `down` ends
-exactly what `up` started. Data and secrets stay in the folder. Two stacks run side by side if
-EFAE_LOCAL_DIR and the ports EFAE_S3_PORT, EFAE_MLFLOW_PORT, EFAE_RAY_DASHBOARD_PORT differ.
+``python -m cluster.local_stack up|down|ui|status``. `up` starts the services that are not running,
+waits until each has answered a real request and writes ``env`` for the shell's `source`; `down`
+stops exactly the processes that `up` started. Data and secrets stay in the folder. Two stacks run
+side by side if EFAE_LOCAL_DIR and the ports EFAE_S3_PORT, EFAE_MLFLOW_PORT and
+EFAE_RAY_DASHBOARD_PORT differ.
 """
 
 import argparse
@@ -26,21 +27,21 @@ _LOG_TAIL_LINES = 20
 
 
 class StackError(Exception):
-    """The stack cannot be had as asked; the message says which part, why and what to do."""
+    """The stack cannot do what was requested; the message names the part, cause and remedy."""
 
 
 def up(folder: Path) -> None:
-    """Starts what is not running and returns when every service has answered.
+    """Start the services that are not running; return once every service has answered.
 
     Raises:
-        ValueError: a port variable is no port, or two services would share one.
-        StackError: a port is taken, or a service did not start; nothing that this call started
+        ValueError: A port variable does not hold a port, or two services would share one.
+        StackError: A port is taken, or a service did not start; nothing that this call started
             is left running.
     """
     with locked(folder) as state:
         dead = [service for service in SERVICES if not _is_running(state, service)]
         for service in dead:
-            _stop(state, service)  # What a dead leader may have left behind.
+            _stop(state, service)  # A dead leader may have left children.
         _assign_ports(state, dead)
         try:
             for service in dead:
@@ -55,21 +56,21 @@ def up(folder: Path) -> None:
 
 
 def down(folder: Path) -> None:
-    """Ends exactly the processes that `up` started."""
+    """Stop exactly the processes that `up` started."""
     if not (folder / "stack.json").exists():
-        print(f"nothing to end: there is no stack in {_relative(folder)}")
+        print(f"nothing to stop: there is no stack in {_relative(folder)}")
         return
     with locked(folder) as state:
         recorded = [service for service in SERVICES if service.name in state.processes]
         if not recorded:
-            print("nothing to end: the stack is down")
+            print("nothing to stop: the stack is down")
         for service in reversed(recorded):
             count = _stop(state, service)
-            print(f"{service.title:<15} ended ({count} process{'' if count == 1 else 'es'})")
+            print(f"{service.title:<15} stopped ({count} process{'' if count == 1 else 'es'})")
 
 
 def status(folder: Path) -> bool:
-    """Prints which services answer, and where; returns whether all do."""
+    """Print each service with its address or fault; return whether all services answer."""
     state = load(folder)
     faults = {service: _find_fault(state, service) for service in SERVICES}
     for service, fault in faults.items():
@@ -78,14 +79,14 @@ def status(folder: Path) -> bool:
 
 
 def ui(folder: Path) -> None:
-    """Prints the addresses for a browser.
+    """Print the addresses to open in a browser.
 
     Raises:
-        StackError: the stack is not up.
+        StackError: The stack is not up.
     """
     if not status(folder):
         raise StackError("the stack is not up: use `make up`")
-    print(f"the Ray dashboard asks for a token: it is in {_relative(load(folder).token_file)}")
+    print(f"the token for the Ray dashboard is in {_relative(load(folder).token_file)}")
 
 
 def _is_running(state: StackState, service: Service) -> bool:
@@ -94,7 +95,7 @@ def _is_running(state: StackState, service: Service) -> bool:
 
 
 def _find_fault(state: StackState, service: Service) -> str:
-    """Why the service cannot be used now; empty if it can."""
+    """Return why the service cannot be used now; empty if it can."""
     if not _is_running(state, service):
         return "down"
     try:
@@ -105,7 +106,7 @@ def _find_fault(state: StackState, service: Service) -> str:
 
 
 def _assign_ports(state: StackState, dead: Sequence[Service]) -> None:
-    """Settles every port of the stack; those of running services stay."""
+    """Assign every port of the stack; running services keep theirs."""
     chosen: dict[int, Service] = {}
     for service in SERVICES:
         asked = ports.read_port(service.variable)
@@ -113,7 +114,7 @@ def _assign_ports(state: StackState, dead: Sequence[Service]) -> None:
             port = asked or service.default_port
             if not ports.is_free(port):
                 raise StackError(
-                    f"port {port} of {service.title} is taken by another program: free it, or set"
+                    f"port {port} of {service.title} is used by another program: free it, or set"
                     f" {service.variable} to another port"
                 )
         else:
@@ -140,8 +141,8 @@ def _start(state: StackState, service: Service) -> None:
     sockets = state.socket_folder
     sockets.mkdir(mode=0o700, exist_ok=True)
     if sockets.stat().st_uid != os.getuid():
-        raise StackError(f"{sockets} belongs to somebody else: use another EFAE_LOCAL_DIR")
-    if service.name == "ray":  # Old sessions: logs, spilled objects, unpacked working folders.
+        raise StackError(f"{sockets} belongs to another user: use another EFAE_LOCAL_DIR")
+    if service.name == "ray":  # Files of old sessions: logs, spilled objects, working folders.
         shutil.rmtree(sockets / "ray", ignore_errors=True)
     for name in ("logs", "s3", "mlflow"):
         (state.folder / name).mkdir(exist_ok=True)
@@ -163,8 +164,8 @@ def _stop(state: StackState, service: Service) -> int:
 
 
 def _wait_until_ready(state: StackState, started: Sequence[Service]) -> None:
-    """Waits for all services at once; prints a line as each answers."""
-    given_up = threading.Event()
+    """Wait for all services in parallel; print a line as each answers."""
+    cancelled = threading.Event()
 
     def wait(service: Service) -> tuple[Service, float, str]:
         begin = time.monotonic()
@@ -172,9 +173,9 @@ def _wait_until_ready(state: StackState, started: Sequence[Service]) -> None:
             running = _is_running(state, service)
             fault = _find_fault(state, service)
             seconds = time.monotonic() - begin
-            if not fault or not running or given_up.is_set() or seconds > service.start_seconds:
+            if not fault or not running or cancelled.is_set() or seconds > service.start_seconds:
                 return service, seconds, fault
-            given_up.wait(_POLL_SECONDS)
+            cancelled.wait(_POLL_SECONDS)
 
     with ThreadPoolExecutor(len(SERVICES)) as pool:
         try:
@@ -185,7 +186,7 @@ def _wait_until_ready(state: StackState, started: Sequence[Service]) -> None:
                 how = f"ready in {seconds:.1f} s" if service in started else "already up"
                 print(f"{service.title:<15} {address(state, service.name)}  {how}", flush=True)
         finally:
-            given_up.set()
+            cancelled.set()
 
 
 def _describe_failure(state: StackState, service: Service, seconds: float, fault: str) -> str:
@@ -209,7 +210,7 @@ def _relative(path: Path) -> Path:
 
 
 def main() -> int:
-    """Runs one command; returns the exit status."""
+    """Run one command; return the exit status."""
     parser = argparse.ArgumentParser(prog="cluster.local_stack", description=__doc__)
     parser.add_argument("command", choices=["up", "down", "ui", "status"])
     command = parser.parse_args().command

@@ -1,4 +1,4 @@
-"""TCP ports on loopback: which are asked for, which are free."""
+"""TCP ports on loopback: those that the environment requests, and those that are free."""
 
 import os
 import socket
@@ -8,7 +8,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def is_free(port: int) -> bool:
-    """Whether a server could listen on this loopback port now."""
+    """Return whether a server could listen on this loopback port now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -19,7 +19,7 @@ def is_free(port: int) -> bool:
 
 
 def pick_free(count: int) -> list[int]:
-    """`count` different loopback ports that are free now."""
+    """Return `count` different loopback ports that are free now."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
@@ -28,10 +28,10 @@ def pick_free(count: int) -> list[int]:
 
 
 def read_port(variable: str) -> int | None:
-    """The port that an environment variable asks for; None where it is unset or empty.
+    """Return the port that an environment variable requests; None if it is unset or empty.
 
     Raises:
-        ValueError: the value is not a port.
+        ValueError: The value is not a port.
     """
     text = os.environ.get(variable, "")
     if not text:

@@ -1,8 +1,8 @@
 """Server processes that outlive the command that started them.
 
-A process is remembered by pid *and* start time, so that a recycled pid is never mistaken for it.
-Each is the leader of a session of its own: what it starts is found as its descendants or by the
-session, which a child keeps when its parent dies.
+A process is recorded by pid *and* start time, so a recycled pid is never mistaken for it. Each
+process leads its own session. Its children are found as its descendants and by that session, which
+a child keeps when its parent dies.
 """
 
 import os
@@ -23,11 +23,11 @@ class ProcessRecord(NamedTuple):
 
     pid: int
     started: float
-    """Seconds since the epoch, as the kernel counts them."""
+    """Start time according to the kernel, in seconds since the epoch."""
 
 
 def start(command: Sequence[str], environment: dict[str, str], log: Path) -> ProcessRecord:
-    """Starts a server in a new session; what it prints is appended to `log`."""
+    """Start a server in a new session; append its output to `log`."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
@@ -38,31 +38,31 @@ def start(command: Sequence[str], environment: dict[str, str], log: Path) -> Pro
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    process.returncode = 0  # It shall outlive us: Popen must not warn that it still runs.
+    process.returncode = 0  # It outlives this process: Popen must not warn about it.
     return ProcessRecord(process.pid, psutil.Process(process.pid).create_time())
 
 
 def is_running(record: ProcessRecord) -> bool:
-    """Whether that very process still runs."""
+    """Return whether exactly this process still runs."""
     return _leader(record) is not None
 
 
 def is_live(process: psutil.Process) -> bool:
-    """Whether the process runs; a zombie, whose parent has not read its status, does not."""
+    """Return whether the process runs; a zombie does not."""
     return process.is_running() and not _is_zombie(process.pid)
 
 
 def stop(record: ProcessRecord, grace_seconds: float = 10.0) -> int:
-    """Ends the process and all that it started; returns how many processes that were.
+    """Stop the process and all that it started; return the number of processes stopped.
 
-    The leader gets SIGTERM and `grace_seconds` to end its own children (without a leader, they get
-    the signal themselves); what is left is killed.
+    The leader gets SIGTERM and `grace_seconds` to stop its own children; without a leader, the
+    children get the signal themselves. Processes that remain are killed.
     """
     owned = _family(record)
     leader = _leader(record)
     for process in owned if leader is None else {leader}:
         _signal(process, signal.SIGTERM)
-    # Once more the family: a child may have been started while we waited.
+    # List the family again: a child may have started during the wait.
     alive = _wait(owned, grace_seconds) | _family(record)
     for process in alive:
         _signal(process, signal.SIGKILL)
@@ -71,7 +71,7 @@ def stop(record: ProcessRecord, grace_seconds: float = 10.0) -> int:
 
 
 def _wait(processes: set[psutil.Process], seconds: float) -> set[psutil.Process]:
-    """Waits for processes to end; returns those that did not."""
+    """Wait for processes to end; return those that did not."""
     deadline = time.monotonic() + seconds
     alive: set[psutil.Process] = set(filter(is_live, processes))
     while alive and time.monotonic() < deadline:
@@ -92,7 +92,7 @@ def _leader(record: ProcessRecord) -> psutil.Process | None:
 def _family(record: ProcessRecord) -> set[psutil.Process]:
     leader = _leader(record)
     if leader is None and psutil.pid_exists(record.pid) and not _is_zombie(record.pid):
-        return set()  # The pid is a stranger's now, and so is its session.
+        return set()  # Another process has the pid now, so the session is not ours.
     family: set[psutil.Process] = set()
     if leader is not None:
         family = {leader, *leader.children(recursive=True)}
@@ -102,7 +102,7 @@ def _family(record: ProcessRecord) -> set[psutil.Process]:
         except (ProcessLookupError, PermissionError):
             continue
         if in_session and is_live(process):
-            # Ray gives each job's driver a session of its own: take the members' children too.
+            # Ray starts each job's driver in a new session: include the members' children.
             family |= {process, *_children(process)}
     return family
 

@@ -1,8 +1,7 @@
-"""The three servers of the local stack: how each is started and how each is asked if it is ready.
+"""The three servers of the local stack: the command that starts each and its readiness check.
 
-All listen on the stack's one address, loopback unless the code says otherwise, and send no
-telemetry. Ready means that a real request was answered as it should be, with credentials where
-there are any.
+All listen on the stack's one address, which is loopback by default, and send no telemetry. A
+service is ready when it answers a real request correctly, with credentials if it requires them.
 """
 
 import json
@@ -31,27 +30,27 @@ class Service:
     name: str
     title: str
     variable: str
-    """Environment variable that moves the public port."""
+    """Environment variable that sets the public port."""
     default_port: int
     hidden_ports: tuple[str, ...]
-    """The other ports that it opens, picked free; in the state they are named ``service.port``."""
+    """Other ports that it opens, chosen among the free ones; ``service.port`` in the state."""
     start_seconds: float
-    """How long it may take to be ready."""
+    """Longest time until it is ready."""
     command: Callable[[StackState], list[str]]
     environment: Callable[[StackState], dict[str, str]]
     check: Callable[[StackState], None]
-    """Raises OSError or RuntimeError, with the reason, while the service is not ready."""
+    """Readiness check; raises OSError or RuntimeError with the reason until it passes."""
 
 
 def client_environment(state: StackState) -> dict[str, str]:
-    """What a client of the stack needs in its environment; the contents of ``.local/env``."""
+    """Return the environment of a client of the stack: the contents of ``.local/env``."""
     return {
         **_s3_environment(state),
         "MLFLOW_TRACKING_URI": address(state, "mlflow"),
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
-        # The GCS address serves ray.init() and, by a look-up, `ray job submit`; the dashboard's
-        # serves only the latter, so it has a variable of its own.
+        # ray.init() needs the GCS address, and `ray job submit` finds the dashboard through it.
+        # The dashboard's address works for jobs only, so it has a separate variable.
         "RAY_ADDRESS": f"{state.host}:{state.ports['ray.gcs']}",
         "RAY_API_SERVER_ADDRESS": address(state, "ray"),
         **_ray_environment(state),
@@ -59,7 +58,7 @@ def client_environment(state: StackState) -> dict[str, str]:
 
 
 def address(state: StackState, name: str) -> str:
-    """The URL of a service."""
+    """Return the URL of a service."""
     return f"http://{state.host}:{state.ports[name]}"
 
 
@@ -84,18 +83,18 @@ def _ray_environment(state: StackState) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(state.token_file),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        # A job that is stopped gets 3 s by default, too few for a sweep to end its runs in MLflow.
+        # The default, 3 s, is too short for a stopped sweep to close its runs in MLflow.
         "RAY_JOB_STOP_WAIT_TIME_S": "30",
     }
     if state.host == LOOPBACK:
-        # Despite its name: with 0 Ray leaves 127.0.0.1 as it is on Linux too, on servers and
-        # clients, instead of replacing it by the host's outward address.
+        # Despite its name, it applies to Linux too: with 0, Ray servers and clients keep
+        # 127.0.0.1 instead of replacing it with the host's external address.
         environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     return environment
 
 
 def _server_environment(extra: dict[str, str]) -> dict[str, str]:
-    """The caller's environment without its own cloud, Ray or MLflow settings."""
+    """Return the caller's environment without its cloud, Ray and MLflow settings."""
     foreign = ("AWS_", "RAY_", "MLFLOW_", "EFAE_", "S3_")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     programs = f"{Path(sys.executable).parent}{os.pathsep}{inherited.get('PATH', os.defpath)}"
@@ -103,7 +102,7 @@ def _server_environment(extra: dict[str, str]) -> dict[str, str]:
 
 
 def _program(name: str) -> str:
-    """Absolute path of a program of this Python environment."""
+    """Return the absolute path of a program of this Python environment."""
     program = shutil.which(name, path=str(Path(sys.executable).parent))
     if program is None:
         raise ValueError(f"{name} is not installed beside {sys.executable}: use `make up`")
@@ -118,7 +117,7 @@ def _get(
         headers["Authorization"] = f"Bearer {token}"
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers)
-    # No proxies: a proxy of the user's environment cannot reach our loopback.
+    # No proxies: a proxy cannot reach this machine's loopback.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=_REQUEST_SECONDS) as response:
@@ -137,7 +136,7 @@ def _s3_command(state: StackState) -> list[str]:
     return [
         _program("weed"),
         "mini",
-        "-dir=../s3",  # from the logs, where servers start: a path of its own may hold commas
+        "-dir=../s3",  # relative to logs/, the working folder: an absolute path may hold commas
         f"-ip={state.host}",
         f"-ip.bind={state.host}",
         f"-s3.port={state.ports['s3']}",
@@ -148,7 +147,7 @@ def _s3_command(state: StackState) -> list[str]:
         "-s3.autoCreateBucket=false",
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
-        # The filer and the master would hand out and take objects without credentials.
+        # The filer and the master would serve and accept objects without credentials.
         "-disableHttp",
         "-admin.ui=false",
         "-webdav=false",
@@ -157,7 +156,7 @@ def _s3_command(state: StackState) -> list[str]:
 
 
 def _check_s3(state: StackState) -> None:
-    # Imported here: it takes longer than all else that `up` does on a running stack.
+    # Imported here: it takes longer than the rest of `up` on a running stack.
     from botocore import config, exceptions, session  # pyright: ignore[reportMissingTypeStubs]
 
     client = session.Session().create_client(
@@ -179,7 +178,7 @@ def _check_s3(state: StackState) -> None:
         raise RuntimeError(f"listing the buckets failed: {error}") from error
     found = {bucket["Name"] for bucket in answer["Buckets"]}
     if not found.issuperset(BUCKETS):
-        raise RuntimeError(f"buckets {sorted(found)}, wanted {BUCKETS}")
+        raise RuntimeError(f"found buckets {sorted(found)} instead of {BUCKETS}")
 
 
 def _mlflow_command(state: StackState) -> list[str]:
@@ -189,7 +188,7 @@ def _mlflow_command(state: StackState) -> list[str]:
         f"--host={state.host}",
         f"--port={state.ports['mlflow']}",
         "--workers=1",
-        "--backend-store-uri=sqlite:///../mlflow/mlflow.db",  # a path may hold ? and #
+        "--backend-store-uri=sqlite:///../mlflow/mlflow.db",  # absolute paths may hold ? and #
         "--artifacts-destination=s3://mlflow/artifacts",
     ]
 
@@ -200,7 +199,7 @@ def _mlflow_environment(state: StackState) -> dict[str, str]:
             **_s3_environment(state),
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "DO_NOT_TRACK": "true",
-            # Runs of MLflow's own background jobs are no part of tracking; 240 MB.
+            # Tracking does not need MLflow's background jobs, which take 240 MB.
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         }
     )
@@ -216,9 +215,9 @@ def _check_mlflow(state: StackState) -> None:
 
 
 def _head_cpus() -> int:
-    """CPUs that the head offers to workers: EFAE_RAY_HEAD_CPUS, or all of the host, two at least.
+    """Return the CPUs of the head: EFAE_RAY_HEAD_CPUS, or all CPUs of the host, at least two.
 
-    With 0 the head is as on a large cluster, and other nodes join it with `ray start`.
+    With 0, the head runs no workers, as on a large cluster; other nodes join with `ray start`.
     """
     text = os.environ.get("EFAE_RAY_HEAD_CPUS", "")
     if not text:
@@ -242,7 +241,7 @@ def _ray_command(state: StackState) -> list[str]:
         "--include-dashboard=true",
         f"--dashboard-agent-listen-port={ports['ray.agent']}",
         f"--ray-client-server-port={ports['ray.client']}",
-        # The kernel picks the workers' ports: Ray's default range is the same in every stack.
+        # The kernel chooses the workers' ports: Ray's default range is the same in every stack.
         "--min-worker-port=0",
         "--max-worker-port=0",
         f"--num-cpus={_head_cpus()}",
@@ -254,22 +253,22 @@ def _ray_command(state: StackState) -> list[str]:
 
 
 def _ray_head_environment(state: StackState) -> dict[str, str]:
-    """Jobs and workers inherit it: the clients' variables, less the address of the GCS.
+    """Return the environment that jobs and workers inherit: the clients', without RAY_ADDRESS.
 
-    The dashboard's address stays: without it Ray looks for clusters among the host's processes and
-    gives up if there are two, also where it should free what a dead controller held.
+    The dashboard's address stays. Without it, Ray searches the host's processes for clusters and
+    fails if it finds two, even when it should release the resources of a dead controller.
     """
     client = client_environment(state)
     del client["RAY_ADDRESS"]
     return _server_environment(
         {
             **client,
-            # train.report() takes one poll of the controller (default 2 s).
+            # train.report() blocks for one poll of the controller (default 2 s).
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
             # Ray's defaults for these two are the same in every stack.
             "AUTOSCALER_METRIC_PORT": str(state.ports["ray.autoscaler_metrics"]),
             "DASHBOARD_METRIC_PORT": str(state.ports["ray.dashboard_metrics"]),
-            # `down` means down: do not wait for running jobs.
+            # `down` does not wait for running jobs.
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         }
     )
@@ -279,10 +278,10 @@ def _check_ray(state: StackState) -> None:
     jobs = f"{address(state, 'ray')}/api/jobs/"
     status, _ = _get(jobs)
     if status != 401:
-        raise RuntimeError(f"answered {status} to a request without token, wanted 401")
+        raise RuntimeError(f"answered {status} instead of 401 to a request without a token")
     status, _ = _get(jobs, state.ray_token)
     if status != 200:
-        raise RuntimeError(f"answered {status} to a request with token")
+        raise RuntimeError(f"answered {status} to a request with a token")
     _, body = _get(f"{address(state, 'ray')}/nodes?view=summary", state.ray_token)
     nodes = json.loads(body)["data"]["summary"]
     if not any(node["raylet"].get("state") == "ALIVE" for node in nodes):
@@ -295,7 +294,7 @@ SERVICES = (
         title="S3 (SeaweedFS)",
         variable="EFAE_S3_PORT",
         default_port=8333,
-        # The names are those of weed's flags.
+        # The names are weed's flags.
         hidden_ports=(
             *("s3.port.grpc", "master.port", "master.port.grpc", "volume.port"),
             *("volume.port.grpc", "filer.port", "filer.port.grpc", "admin.port", "admin.port.grpc"),

@@ -1,4 +1,4 @@
-"""Services of a stack one by one, for those that need other than the whole local stack."""
+"""Single services of a stack, for callers that do not need the whole local stack."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ _POLL_SECONDS = 0.2
 
 
 def find_service(name: str) -> Service:
-    """The service "s3", "mlflow" or "ray"."""
+    """Return the service "s3", "mlflow" or "ray"."""
     return next(service for service in SERVICES if service.name == name)
 
 
@@ -22,14 +22,14 @@ def start(
     settings: Mapping[str, str] | None = None,
     place: Callable[[list[str]], list[str]] = list,
 ) -> None:
-    """Starts one service, without waiting for it; its process is in `state.processes`.
+    """Start one service without waiting for it; record its process in `state.processes`.
 
     Args:
-        state: the ports that it does not have yet are picked free.
-        name: of the service.
-        options: added to its command, where the last of two counts.
-        settings: added to its environment.
-        place: makes of a command the one that runs it elsewhere, such as in a namespace.
+        state: State of the stack; free ports are chosen for those that it lacks.
+        name: Name of the service.
+        options: Options appended to its command; the last of two equal options applies.
+        settings: Variables added to its environment.
+        place: Function that wraps the command to run it elsewhere, such as in a namespace.
     """
     service = find_service(name)
     for folder in ("logs", name):
@@ -37,7 +37,7 @@ def start(
     wanted = [name, *(f"{name}.{hidden}" for hidden in service.hidden_ports)]
     missing = [port for port in wanted if port not in state.ports]
     state.ports.update(zip(missing, ports.pick_free(len(missing)), strict=True))
-    state.save()  # Ray reads its token from a file of it
+    state.save()  # Ray reads its token from one of the saved files
     state.processes[name] = processes.start(
         place([*service.command(state), *options]),
         service.environment(state) | dict(settings or {}),
@@ -46,10 +46,10 @@ def start(
 
 
 def wait_until_ready(state: StackState, *names: str) -> None:
-    """Returns when services that were started answer as they should.
+    """Wait until the started services pass their readiness checks.
 
     Raises:
-        RuntimeError: one did not in time; with the end of its log.
+        RuntimeError: A service is not ready in time; the message ends with its log.
     """
     for name in names:
         service = find_service(name)
@@ -61,6 +61,6 @@ def wait_until_ready(state: StackState, *names: str) -> None:
             except (OSError, RuntimeError) as error:
                 if time.monotonic() > deadline:
                     log = state.folder / "logs" / f"{name}.log"
-                    said = log.read_text(errors="replace")[-2000:]
-                    raise RuntimeError(f"{service.title}: {error}; {log} ends:\n{said}") from error
+                    tail = log.read_text(errors="replace")[-2000:]
+                    raise RuntimeError(f"{service.title}: {error}; {log} ends:\n{tail}") from error
             time.sleep(_POLL_SECONDS)

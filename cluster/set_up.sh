@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Creates the environment with all pins; run it again to finish an interrupted set-up. An existing
-# environment keeps its Python unless EFAE_PYTHON names another.
+# Create the environment with all pins; run it again to finish an interrupted set-up. An existing
+# environment keeps its Python unless EFAE_PYTHON names another one.
 set -euo pipefail
 environment=$1
 
@@ -34,7 +34,7 @@ if [ -z "$python" ]; then
 fi
 
 echo "setting up $environment with Python $version (a few minutes)"
-# Two versions in one folder would mix.
+# Two Python versions cannot share an environment.
 clear=
 if [ "$(show_version "$environment/bin/python")" != "$version" ]; then
     clear=--clear

@@ -1,7 +1,7 @@
-"""What a local stack remembers in its state folder: ports, secrets, processes.
+"""State folder of a local stack: ports, secrets, processes.
 
 `stack.json` is read and written under a lock file, so that two commands cannot start one stack
-twice. The secrets are random per stack and kept, because the S3 data belongs to them.
+twice. The secrets are random per stack and persist, because the S3 data is tied to them.
 """
 
 import fcntl
@@ -20,28 +20,28 @@ from pathlib import Path
 from cluster.ports import LOOPBACK
 from cluster.processes import ProcessRecord
 
-# A Unix socket's path holds 107 bytes; Ray appends up to 72 to it:
+# The path of a Unix socket holds 107 bytes, of which Ray appends up to 72:
 # "/ray/session_YYYY-MM-DD_hh-mm-ss_uuuuuu_PID/sockets/dash_MetricsHead".
 _LONGEST_SOCKET_FOLDER = 35
 _LONGEST_TMPDIR = 75
-"""Python's own servers append 32: "/pymp-XXXXXXXX/listener-XXXXXXXX"."""
+"""Longest TMPDIR: multiprocessing appends 32 bytes, "/pymp-XXXXXXXX/listener-XXXXXXXX"."""
 _PLAIN = re.compile(r"[A-Za-z0-9/._-]+")
 _SHORT_FOLDERS = ("/tmp", "/var/tmp")
 
 
 def state_folder() -> Path:
-    """Absolute path of the state folder: EFAE_LOCAL_DIR, or ``.local`` in the working folder."""
+    """Return the state folder, absolute: EFAE_LOCAL_DIR, or ``.local`` in the working folder."""
     return Path(os.environ.get("EFAE_LOCAL_DIR") or ".local").absolute()
 
 
 @dataclass
 class StackState:
-    """The contents of `stack.json`; `folder` is where it lies."""
+    """Contents of `stack.json` in `folder`."""
 
     folder: Path
     host: str = LOOPBACK
-    """Address that all services listen on. MLflow asks nobody for a password: nothing but loopback
-    is safe where others are."""
+    """Address that all services listen on. MLflow has no authentication, so on a shared network
+    only loopback is safe."""
     access_key: str = field(default_factory=lambda: secrets.token_hex(10))
     secret_key: str = field(default_factory=lambda: secrets.token_hex(20))
     ray_token: str = field(default_factory=lambda: secrets.token_hex(32))
@@ -50,21 +50,20 @@ class StackState:
 
     @property
     def token_file(self) -> Path:
-        """File with Ray's token, as RAY_AUTH_TOKEN_PATH wants it."""
+        """File with Ray's token, for RAY_AUTH_TOKEN_PATH."""
         return self.folder / "ray_token"
 
     @property
     def socket_folder(self) -> Path:
-        """A folder of this stack whose path is short and plain enough for Unix sockets.
+        """Folder of this stack whose path is short and plain enough for Unix sockets.
 
         Raises:
-            ValueError: there is no such folder that can be written; or the one for temporary files
-                has too long a path, too.
+            ValueError: No writable folder qualifies, or the path of TMPDIR is too long.
         """
         temporary = tempfile.gettempdir()
         if len(os.fsencode(temporary)) > _LONGEST_TMPDIR:
             raise ValueError(
-                f"TMPDIR={temporary}: too long for the paths of sockets: set it to a folder of at"
+                f"TMPDIR={temporary}: too long for the paths of sockets; set it to a path of at"
                 f" most {_LONGEST_TMPDIR} bytes"
             )
         name = f"efae-{hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:12]}"
@@ -80,14 +79,14 @@ class StackState:
         )
 
     def save(self) -> None:
-        """Writes `stack.json` and Ray's token, readable by their owner only."""
+        """Write `stack.json` and Ray's token, readable only by their owner."""
         write_private(self.token_file, self.ray_token)
         content = {name: value for name, value in asdict(self).items() if name != "folder"}
         write_private(self.folder / "stack.json", json.dumps(content, indent=2))
 
 
 def load(folder: Path) -> StackState:
-    """The stack of a state folder; a new one with fresh secrets where there is none."""
+    """Load the stack of a state folder; create one with new secrets if there is none."""
     file = folder / "stack.json"
     if not file.exists():
         return StackState(folder)
@@ -100,7 +99,7 @@ def load(folder: Path) -> StackState:
 
 @contextmanager
 def locked(folder: Path) -> Generator[StackState]:
-    """The stack of a state folder, with other commands kept waiting meanwhile."""
+    """Lock a state folder and yield its stack; other commands wait."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -108,15 +107,15 @@ def locked(folder: Path) -> Generator[StackState]:
 
 
 def write_exports(file: Path, environment: Mapping[str, str]) -> None:
-    """Writes a file for the shell's `source`, readable by its owner only."""
+    """Write a file for the shell's `source`, readable only by its owner."""
     lines = [f"export {name}={shlex.quote(value)}\n" for name, value in environment.items()]
-    # A session token or profile of the user's own cloud would override the keys above.
+    # A session token or profile of the user's cloud would override the keys above.
     lines.append("unset AWS_SESSION_TOKEN AWS_PROFILE\n")
     write_private(file, "".join(lines))
 
 
 def write_private(file: Path, text: str) -> None:
-    """Writes a file with mode 600, whole or not at all."""
+    """Write a file with mode 600, atomically."""
     partial = file.with_name(f".{file.name}.partial")
     partial.unlink(missing_ok=True)
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a script as a Ray job and streams what it prints: submit_job.sh ENV_FILE SCRIPT [ARGUMENT...]
-# Ends with the job's status; Ctrl-C stops the job, not only the stream.
+# Run a script as a Ray job and stream its output: submit_job.sh ENV_FILE SCRIPT [ARGUMENT...]
+# Exits with the job's status; Ctrl-C stops the job, not only the stream.
 set -euo pipefail
 env_file=$1
 shift
@@ -10,13 +10,13 @@ ray=.venv/bin/ray
 job="$(basename "$1" .py)-$(date +%Y%m%d-%H%M%S)-$$"
 trap '"$ray" job stop "$job" >/dev/null 2>&1 || true; exit 130' INT TERM
 
-# Ray warns about folders that it leaves out by itself; .rayignore and .gitignore name them.
+# Ray warns about the folders that it excludes by default; .rayignore and .gitignore list them.
 export RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES=
-# Without line buffers, so that progress is seen.
+# Unbuffered output shows progress at once.
 export PYTHONUNBUFFERED=1
 
-# Left out: Ray's notices, and at the end its repetition of the job's last lines. What the job
-# printed and other errors of Ray's stay. A job that was stopped counts as failed.
+# Drop Ray's notices, and its repetition of the job's last lines at the end. Keep the job's output
+# and Ray's other errors. A stopped job counts as failed.
 "$ray" job submit --log-style record --submission-id "$job" --working-dir . -- python "$@" 2>&1 |
     sed -u -E \
         -e "/WARN.* -- Job '$job' was stopped/{q 1}" \

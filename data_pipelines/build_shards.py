@@ -1,9 +1,8 @@
 """Images -> WebDataset tars and their index, on any storage.
 
-The tars are byte-reproducible, also where Ray tasks on many nodes write them. Every finished shard
-leaves a small record in ``.unfinished/``, so a build that was cut off goes on where it was; the
-index is written last, so a set is whole or not there. A second run over a whole set only compares
-what it was built from.
+The tars are byte-reproducible, even when Ray tasks on many nodes write them. Every finished shard
+leaves a small record in ``.unfinished/``, so an interrupted build resumes; the index is written
+last, so a set is complete or absent. A second run over a complete set only compares fingerprints.
 """
 
 import argparse
@@ -40,7 +39,7 @@ from data_pipelines.shards.intake import (
     shorten,
     write_faults,
 )
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
 
 TRAIN, HELD_OUT = "train", "held_out"
 _OUR_SHARD = re.compile(r"shard-\d{6,}\.tar")
@@ -48,7 +47,7 @@ _OUR_SHARD = re.compile(r"shard-\d{6,}\.tar")
 
 def build_shards(
     source: str,
-    output: str,
+    output: LocationLike,
     resolution: int | None = None,
     samples_per_shard: int = 1000,
     held_out: int = 0,
@@ -56,27 +55,27 @@ def build_shards(
     tolerance: Tolerance = Tolerance(),  # noqa: B008  # frozen
     on: str = "here",
 ) -> str:
-    """Write the shard set, or what is missing of it; the arguments are those of the command.
+    """Write the shard set, or its missing shards; the arguments are those of the command.
 
     Args:
         source: One of `SOURCES`.
-        output: URI of the set.
+        output: Folder of the set.
         resolution: Side of every image in pixels; None keeps sizes.
-        samples_per_shard: Most images of a shard.
-        held_out: Images that go to ``held_out/``; 0 makes one set.
-        encoding: How images are written that do not keep their own bytes.
-        tolerance: Images that are left out where they cannot be taken, up to a number; with more,
-            nothing is finished. All of them are in ``faults.txt`` of the output.
+        samples_per_shard: Largest number of images in a shard.
+        held_out: Number of images in ``held_out/``; 0 makes one set.
+        encoding: Encoding of images that do not keep their own bytes.
+        tolerance: Number of bad images to leave out; with more, no index is written. All of them
+            are listed in ``faults.txt`` of the output.
         on: One of `ray_tasks.PLACES`.
 
     Returns:
-        What is there now, and what was not taken.
+        A summary of the output, and of what was left out.
 
     Raises:
-        ValueError: A bad argument, or an output built from something else.
-        SourceFaults: Every bad image of the source.
+        ValueError: An argument is invalid, or the output was built from something else.
+        SourceFaults: There are too many bad images; lists all of them.
         StorageError: The output cannot be written.
-        TaskFailed: Ray gave up on a shard.
+        TaskFailed: Ray could not write a shard.
     """
     for name, value, least in (
         ("resolution", resolution, 1),
@@ -85,10 +84,10 @@ def build_shards(
     ):
         if value is not None and value < least:
             raise ValueError(f"--{name} {value}: must be at least {least}")
-    output = make_absolute(output)
-    ray_tasks.means_ray(on)
+    folder = make_absolute(output)
+    ray_tasks.uses_ray(on)
     try:
-        origin = open_source(source, encoding, output, tolerance.dotted_keys)
+        origin = open_source(source, encoding, folder, tolerance.dotted_keys)
         fingerprint = {
             "source": source,
             "resolution": resolution,
@@ -97,23 +96,27 @@ def build_shards(
             **encoding.describe(),
             **origin.describe(),
         }
-        return _build(origin, output, fingerprint, tolerance.bad_images, on)
+        return _build(origin, folder, fingerprint, tolerance.bad_images, on)
     except SourceFaults as error:
-        write_faults(output, error.faults)
+        write_faults(folder, error.faults)
         raise
 
 
 def _build(
-    origin: SampleSource, output: str, fingerprint: dict[str, Any], most_bad_images: int, on: str
+    origin: SampleSource,
+    output: Location,
+    fingerprint: dict[str, Any],
+    most_bad_images: int,
+    on: str,
 ) -> str:
-    """What `build_shards` does, once it is known what is built."""
+    """Build the sets of an opened source; returns what `build_shards` does."""
     parts = [HELD_OUT, TRAIN] if fingerprint["held_out"] else [""]
-    outputs = {part: uris.join(output, part) if part else output for part in parts}
+    outputs = {part: output / part if part else output for part in parts}
     storage.check_writable(output)
     if _find_finished(output, outputs, fingerprint):
-        for uri in outputs.values():  # of a run that was cut off while it did so
-            unfinished.clear(uri)
-        sets = [load_index(uri) for uri in outputs.values()]
+        for folder in outputs.values():  # an earlier run may have been interrupted here
+            unfinished.clear(folder)
+        sets = [load_index(folder) for folder in outputs.values()]
         return _summarize(sets, outputs, "were complete: nothing to do")
     entries, repeated = drop_repeated(origin.list_entries())
     faults = [*origin.faults, *repeated]
@@ -123,8 +126,8 @@ def _build(
     if repeated:
         left_out.add("image of a repeated key", repeated[0], len(repeated))
     if faults and most_bad_images == 0:
-        print(  # the images may take hours
-            f"{len(faults)} images cannot be taken; reading the others to find all faults:\n"
+        print(  # reading the images may take hours
+            f"{len(faults)} images cannot be used; reading the others to find all faults:\n"
             f"{shorten(faults)}",
             file=sys.stderr,
             flush=True,
@@ -133,9 +136,9 @@ def _build(
     selections = split_entries(entries, held_out) if held_out else {"": entries}
     records = {
         part: _write_shards(
-            origin, _shuffle(selections[part]), uri, fingerprint, most_bad_images, on
+            origin, _shuffle(selections[part]), folder, fingerprint, most_bad_images, on
         )
-        for part, uri in outputs.items()
+        for part, folder in outputs.items()
     }
     faults += [
         fault
@@ -148,31 +151,32 @@ def _build(
     report = write_faults(output, faults)
     provenance = {"fingerprint": fingerprint, **origin.describe()}
     sets = [
-        # What the source left out is counted once, in the last of its sets.
-        _finish_set(records[part], uri, provenance, left_out if part == parts[-1] else LeftOut())
-        for part, uri in outputs.items()
+        # Count what the source left out only once, in the last of its sets.
+        _finish_set(records[part], folder, provenance, left_out if part == parts[-1] else LeftOut())
+        for part, folder in outputs.items()
     ]
-    for uri in outputs.values():  # until all are whole, a run that goes on needs all faults
-        unfinished.clear(uri)
+    for folder in outputs.values():  # last, because a resumed run needs the faults of all sets
+        unfinished.clear(folder)
     skipped = f"; {len(faults)} bad images left out, listed in {report}" if faults else ""
     return _summarize(sets, outputs, f"written{skipped}")
 
 
-def _find_finished(output: str, outputs: dict[str, str], fingerprint: dict[str, Any]) -> bool:
-    """Whether every set is there; refuses an output that holds anything else."""
+def _find_finished(
+    output: Location, outputs: dict[str, Location], fingerprint: dict[str, Any]
+) -> bool:
+    """Return whether every set is complete; refuse an output that holds another set."""
     finished: set[str] = set()
     for part in ("", HELD_OUT, TRAIN):
-        uri = uris.join(output, part) if part else output
-        if storage.exists(uris.join(uri, INDEX_NAME)):
-            unfinished.refuse_other(
-                uri, load_index(uri).provenance.get("fingerprint", {}), fingerprint
-            )
+        folder = output / part if part else output
+        if storage.exists(folder / INDEX_NAME):
+            found = load_index(folder).provenance.get("fingerprint", {})
+            unfinished.refuse_other(folder, found, fingerprint)
             finished.add(part)
     return finished == set(outputs)
 
 
 def split_entries(entries: Sequence[Entry], held_out: int) -> dict[str, list[Entry]]:
-    """`held_out` images, by a hash of their family, and the rest; families stay together."""
+    """Split off at most `held_out` images by a hash of their family; families stay together."""
     if held_out >= len(entries):
         raise ValueError(f"--held-out {held_out}: the source has only {len(entries)} images")
     families: dict[str, list[Entry]] = {}
@@ -186,7 +190,7 @@ def split_entries(entries: Sequence[Entry], held_out: int) -> dict[str, list[Ent
 
 
 def _shuffle(entries: Sequence[Entry]) -> list[Entry]:
-    """In the order of a hash of the key: shards are mixtures, the same ones on every machine."""
+    """Order entries by a hash of the key, which mixes shards equally on every machine."""
     return sorted(entries, key=lambda entry: _hash(f"order {entry.key}"))
 
 
@@ -197,26 +201,26 @@ def _hash(text: str) -> str:
 def _write_shards(
     source: SampleSource,
     entries: list[Entry],
-    uri: str,
+    folder: Location,
     fingerprint: dict[str, Any],
     most_bad_images: int,
     on: str,
 ) -> list[ShardIndex]:
-    """A record of every shard, in order; those that are not there yet are written."""
-    there = storage.list_files(uri)
+    """Write the shards of a set that are missing; return a record of every shard, in order."""
+    there = storage.list_files(folder)
     if INDEX_NAME in there and not unfinished.is_claimed(there):
-        return [load_index(uri)]
+        return [load_index(folder)]
     tars = any(name.endswith(".tar") and "/" not in name for name in there)
     if tars and not unfinished.is_claimed(there):
         raise ValueError(
-            f"{uri} holds tars but no {INDEX_NAME}: not written by this command; choose another"
+            f"{folder} holds tars but no {INDEX_NAME}: not written by this command; choose another"
             " --output"
         )
-    unfinished.claim(uri, there, fingerprint)
+    unfinished.claim(folder, there, fingerprint)
     per_shard = fingerprint["samples_per_shard"]
     jobs = [
         ShardJob(
-            uri,
+            folder,
             f"shard-{first // per_shard:06d}.tar",
             entries[first : first + per_shard],
             fingerprint["resolution"],
@@ -226,26 +230,26 @@ def _write_shards(
         for first in range(0, len(entries), per_shard)
     ]
     for name in {name for name in there if _OUR_SHARD.fullmatch(name)} - {job.name for job in jobs}:
-        storage.delete(uris.join(uri, name))  # of an earlier run, when the source had more images
-    return _write_missing(source, uri, jobs, there, on)
+        storage.delete(folder / name)  # from an earlier run, when the source had more images
+    return _write_missing(source, folder, jobs, there, on)
 
 
 def _finish_set(
-    records: list[ShardIndex], uri: str, provenance: Mapping[str, Any], left_out: LeftOut
+    records: list[ShardIndex], folder: Location, provenance: Mapping[str, Any], left_out: LeftOut
 ) -> ShardIndex:
-    """Write the set's description and index, unless they are there.
+    """Write the set's description and index, unless they exist.
 
     Args:
-        records: Of its shards.
-        uri: Of the set.
-        provenance: Of its index.
-        left_out: What the source left out, to which that of the shards is added.
+        records: Records of the set's shards.
+        folder: Folder of the set.
+        provenance: Provenance for its index.
+        left_out: Files that the source left out, to which those of the shards are added.
     """
-    if storage.exists(uris.join(uri, INDEX_NAME)):
-        return load_index(uri)
+    if storage.exists(folder / INDEX_NAME):
+        return load_index(folder)
     shards = tuple(shard for record in records for shard in record.shards)
     if not any(shard.keys for shard in shards):
-        raise ValueError(f"{uri}: no image could be taken")
+        raise ValueError(f"{folder}: none of the images can be used")
     left_out = LeftOut(dict(left_out.counts), dict(left_out.examples))
     for record in records:
         left_out.merge(LeftOut.from_json(record.provenance[LEFT_OUT]))
@@ -256,43 +260,43 @@ def _finish_set(
         common_shape(known) if known == shapes else None,
         {**provenance, **({LEFT_OUT: left_out.to_json()} if left_out.counts else {})},
     )
-    describe_set(uri, index)
-    write_index(uri, index)
+    describe_set(folder, index)
+    write_index(folder, index)
     return index
 
 
 def _write_missing(
-    source: SampleSource, uri: str, jobs: list[ShardJob], there: Mapping[str, int], on: str
+    source: SampleSource, folder: Location, jobs: list[ShardJob], there: Mapping[str, int], on: str
 ) -> list[ShardIndex]:
-    """A record of every shard, in order; the shards without one are written."""
+    """Write the shards without a valid record; return a record of every shard, in order."""
     from tqdm import tqdm
 
-    noted = unfinished.read_records(uri, [job.name for job in jobs], there)
+    found = unfinished.read_records(folder, [job.name for job in jobs], there)
     records = {
-        job.name: noted[job.name]
+        job.name: found[job.name]
         for job in jobs
-        if job.name in noted
-        and there.get(job.name) == noted[job.name].shards[0].bytes
-        and job.is_done(noted[job.name])
+        if job.name in found
+        and there.get(job.name) == found[job.name].shards[0].bytes
+        and job.is_done(found[job.name])
     }
     missing = [job for job in jobs if job.name not in records]
     total = sum(len(job.entries) for job in jobs)
     done = total - sum(len(job.entries) for job in missing)
-    with tqdm(total=total, initial=done, unit="image", desc=uri, disable=None) as progress:
+    with tqdm(total=total, initial=done, unit="image", desc=str(folder), disable=None) as progress:
         for number, record in ray_tasks.run_tasks(write_shard, source, missing, on):
             records[missing[number].name] = record
             progress.update(len(missing[number].entries))
-    there = storage.list_files(uri)
+    there = storage.list_files(folder)
     for job in missing:
         if records[job.name].shards and there.get(job.name) != records[job.name].shards[0].bytes:
             raise ValueError(
-                f"{uris.join(uri, job.name)} was written by another node and is not seen here:"
+                f"{folder.uri_of(job.name)} was written by another node and is not visible here:"
                 " use an --output on object storage or on a shared disk, or --on here"
             )
     return [records[job.name] for job in jobs]
 
 
-def _summarize(sets: Sequence[ShardIndex], outputs: Mapping[str, str], outcome: str) -> str:
+def _summarize(sets: Sequence[ShardIndex], outputs: Mapping[str, Location], outcome: str) -> str:
     texts: list[str] = []
     left_out = LeftOut()
     for index, uri in zip(sets, outputs.values(), strict=True):
@@ -304,26 +308,25 @@ def _summarize(sets: Sequence[ShardIndex], outputs: Mapping[str, str], outcome: 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; exits with one line on what is wrong."""
+    """Run the command; exit with one line that describes an error."""
     parser = argparse.ArgumentParser(
         prog="python -m data_pipelines.build_shards",
-        description="Pack images into WebDataset shards with an index. Restartable: what is"
-        " already written is kept, a complete set is left alone. Labels and other members of the"
-        " source are kept.",
+        description="Pack images into WebDataset shards with an index, and keep labels and other"
+        " members of the source. An interrupted build resumes; a complete set is left unchanged.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--source", required=True, help=f"one of {SOURCES}")
     parser.add_argument(
-        "--output", required=True, help="where the shards go: a path, s3://bucket/folder or gs://…"
+        "--output", required=True, help="folder for the shards: path, s3://bucket/folder or gs://…"
     )
     parser.add_argument(
         "--resolution",
         type=int,
         help="make every image N x N pixels (centre crop and resize; small grey sets are padded);"
-        " left out, images keep their size",
+        " images keep their size by default",
     )
     parser.add_argument(
-        "--samples-per-shard", type=int, default=1000, help="images in a shard, at most"
+        "--samples-per-shard", type=int, default=1000, help="largest number of images in a shard"
     )
     parser.add_argument(
         "--held-out",
@@ -336,10 +339,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--encoding",
         default="png",
         choices=ENCODINGS,
-        help="of images that do not keep their bytes, such as those that --resolution makes; a"
-        " JPEG file that needs no change stays as it is",
+        help="encoding of images that do not keep their bytes, such as those that --resolution"
+        " makes; a JPEG file that needs no change keeps its bytes",
     )
-    parser.add_argument("--quality", type=int, default=95, help="of --encoding jpeg, 1 to 100")
+    parser.add_argument(
+        "--quality", type=int, default=95, help="quality of --encoding jpeg, 1 to 100"
+    )
     add_tolerance(parser)
     parser.add_argument("--on", default="auto", choices=ray_tasks.PLACES, help=ray_tasks.HELP)
     options = vars(parser.parse_args(arguments))

@@ -1,4 +1,4 @@
-"""How a command ends: with its status, and quietly where nobody reads on what it prints."""
+"""Run a command: exit with its status, and quietly if the reader closes the pipe."""
 
 import os
 import select
@@ -8,14 +8,14 @@ from io import TextIOWrapper
 from typing import NoReturn, TextIO, cast
 
 _CLOSED = 141
-"""The status of a program that the shell's own signal for a closed pipe ended."""
+"""Shell status of a program that SIGPIPE ended."""
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and exit with the status that it returns; None is 0.
 
-    A reader that has enough, as `head -1` has, ends the command without a traceback. What the
-    output's encoding lacks, as a name in Latin-1, is printed with backslashes.
+    A reader that closes the pipe, such as `head -1`, ends the command without a traceback.
+    Characters that the output's encoding lacks are printed as backslash escapes.
     """
     cast(TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
     try:
@@ -23,18 +23,18 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.flush()
     except (BrokenPipeError, SystemExit) as error:
         closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]
-        # `main` may have caught it, as the error of a file.
+        # `main` may have caught the error and exited.
         if not closed or BrokenPipeError not in map(type, (error, error.__context__)):
             raise
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        for stream in closed:  # which the interpreter flushes once more when it ends
-            os.dup2(nothing, stream.fileno())
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        for stream in closed:  # the interpreter flushes it again at exit
+            os.dup2(devnull, stream.fileno())
         status = _CLOSED
     sys.exit(status)
 
 
 def _is_closed(stream: TextIO) -> bool:
-    """Whether it is a pipe that nobody reads."""
+    """Return whether the stream is a pipe without a reader."""
     poll = select.poll()
     poll.register(stream.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -1,7 +1,7 @@
-"""Make existing WebDataset tars a shard set, where they lie and as they are: write their index.
+"""Index existing WebDataset tars in place, which makes them a shard set.
 
-Each tar is read once. A tar's record is kept until the index is written, so that a run that was cut
-off goes on; the index is written only where no tar has a fault.
+Each tar is read once. Its record is kept until the index is written, so that an interrupted run
+resumes. The index is written only if there is no fault beyond the tolerated ones.
 """
 
 import argparse
@@ -36,14 +36,14 @@ from data_pipelines.shards.intake import (
     shorten,
     write_faults,
 )
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
 
 _THREADS = 4
 
 
 def index_shards(
     uri: str,
-    output: str | None = None,
+    output: LocationLike | None = None,
     on: str = "here",
     tolerance: Tolerance = Tolerance(),  # noqa: B008  # frozen
     verify: bool = False,
@@ -52,56 +52,56 @@ def index_shards(
 
     Args:
         uri: Folder of the tars, or the tars themselves: see `list_tars`.
-        output: URI of the index; None is the tars' own folder.
+        output: Folder of the index; None is the tars' own folder.
         on: One of `ray_tasks.PLACES`.
-        tolerance: Samples that are left out where they cannot be taken, up to a number; with more,
-            no index is written. All of them are in ``faults.txt`` of the output.
-        verify: Whether every image is decoded; so it is where bad ones may be skipped.
+        tolerance: Number of bad samples to leave out; with more, no index is written. All of them
+            are listed in ``faults.txt`` of the output.
+        verify: Whether to decode every image; always done if bad ones may be skipped.
 
     Returns:
-        What is there now, and on a second line what was not taken.
+        A summary of the index, and on further lines what was left out.
 
     Raises:
-        SourceFaults: every fault of every tar.
-        ValueError: no tar there, or the output holds another set.
-        StorageError: the output cannot be written.
-        TaskFailed: Ray gave up on a tar.
+        SourceFaults: Tars have faults; lists all of them.
+        ValueError: There is no tar, or the output holds another set.
+        StorageError: The output cannot be written.
+        TaskFailed: Ray could not read a tar.
     """
-    ray_tasks.means_ray(on)
+    ray_tasks.uses_ray(on)
     base = _find_base(uri)
-    output = base if output is None else make_absolute(output)
+    folder = base if output is None else make_absolute(output)
     try:
         _, sizes, left_out = list_tars(uri)
-        _check_places(base, output)
-        storage.check_writable(output)
+        _check_places(base, folder)
+        storage.check_writable(folder)
         fingerprint = {"source": f"wds:{uri}", "tars": len(sizes), "files": digest(sizes)}
-        if storage.exists(uris.join(output, INDEX_NAME)):
-            index = load_index(output)
-            unfinished.refuse_other(output, index.provenance.get("fingerprint", {}), fingerprint)
-            unfinished.clear(output)  # of a run that was cut off before it did so
-            return f"{_summarize(index, output)} was complete: nothing to do{_tell_left_out(index)}"
-        there = storage.list_files(output)
-        unfinished.claim(output, there, fingerprint)
+        if storage.exists(folder / INDEX_NAME):
+            index = load_index(folder)
+            unfinished.refuse_other(folder, index.provenance.get("fingerprint", {}), fingerprint)
+            unfinished.clear(folder)  # an earlier run may have been interrupted before
+            return f"{_summarize(index, folder)} was complete: nothing to do{_tell_left_out(index)}"
+        there = storage.list_files(folder)
+        unfinished.claim(folder, there, fingerprint)
         skips = tolerance.bad_images > 0
-        checks = TarChecks(base, output, skips, verify or skips, tolerance.dotted_keys)
+        checks = TarChecks(base, folder, skips, verify or skips, tolerance.dotted_keys)
         records = _read_tars(checks, sizes, there, on)
         provenance = {"fingerprint": fingerprint, "source": fingerprint["source"]}
         index, skipped = _join(checks, records, left_out, provenance, tolerance.bad_images)
-        describe_set(output, index)
+        describe_set(folder, index)
     except SourceFaults as error:
-        write_faults(output, error.faults)
+        write_faults(folder, error.faults)
         raise
-    write_faults(output, skipped)
-    write_index(output, index)
-    unfinished.clear(output)
-    return f"{_summarize(index, output)} written{_tell_left_out(index)}"
+    write_faults(folder, skipped)
+    write_index(folder, index)
+    unfinished.clear(folder)
+    return f"{_summarize(index, folder)} written{_tell_left_out(index)}"
 
 
 def make_index(uri: str, provenance: dict[str, Any] | None = None) -> ShardIndex:
-    """Index the tars at `uri`, which others wrote, without writing anything.
+    """Index the foreign tars at `uri` without writing anything.
 
     Raises:
-        SourceFaults: a tar is damaged, holds a sample without an image, or a key occurs twice.
+        SourceFaults: A tar is damaged, a sample has no image, or a key occurs twice.
     """
     base, sizes, left_out = list_tars(uri)
     checks = TarChecks(base)
@@ -109,57 +109,57 @@ def make_index(uri: str, provenance: dict[str, Any] | None = None) -> ShardIndex
     return _join(checks, records, left_out, provenance or {"source": f"wds:{uri}"})[0]
 
 
-def list_tars(uri: str) -> tuple[str, dict[str, int], LeftOut]:
-    """(URI that their names are relative to, {name: bytes}, other files) of what `uri` means.
+def list_tars(uri: str) -> tuple[Location, dict[str, int], LeftOut]:
+    """List tars: (folder that their names are relative to, {name: bytes}, other files).
 
     Args:
-        uri: a folder; or, where nothing can be listed, the tars with braces as in
-            https://host/set-{000000..000099}.tar, whose sizes are then 0: not known.
+        uri: Folder; or, if it cannot be listed, the tars with braces as in
+            https://host/set-{000000..000099}.tar, whose sizes are then 0, unknown.
 
     Raises:
-        ValueError: no tar there, or compressed ones, all of them named.
+        ValueError: There is no tar, or tars are compressed; lists all of them.
     """
-    uri, base = make_absolute(uri), _find_base(uri)
-    if base != uri:
+    location, base = make_absolute(uri), _find_base(uri)
+    if base != location:
         from braceexpand import braceexpand
 
-        names = [name.removeprefix(f"{base}/") for name in braceexpand(uri)]
-        if uris.split_uri(uri)[0] in ("http", "https"):
-            names = [unquote(name) for name in names]  # `uris.join` quotes them
-        if (folder := uris.local_path(base)) is not None:
+        names = [name.removeprefix(f"{base}/") for name in braceexpand(location.uri)]
+        if base.is_http:
+            names = [unquote(name) for name in names]  # `Location` quotes them
+        if (folder := base.path) is not None:
             missing = [
                 f"{folder / name} does not exist" for name in names if not (folder / name).exists()
             ]
             if missing:
-                raise SourceFaults(uri, missing)
+                raise SourceFaults(location.uri, missing)
         return base, dict.fromkeys(names, 0), LeftOut()
     try:
-        tree = storage.list_tree(uri)
+        tree = storage.list_tree(location)
     except ValueError as error:
         raise ValueError(
-            f"{error}; to index tars there, name them: {uri}/NAME-{{000000..000099}}.tar"
+            f"{error}; to index tars there, name them: {location}/NAME-{{000000..000099}}.tar"
         ) from error
     if not tree.files and not tree.others:
-        storage.check_readable(uri)
-    return base, *select_tars(uri, tree)
+        storage.check_readable(location)
+    return base, *select_tars(location, tree)
 
 
-def _find_base(uri: str) -> str:
-    """The folder that `list_tars` lists, or that its names are relative to."""
-    uri = make_absolute(uri)
-    if uris.display(uri) != uri:
-        raise ValueError(f"{uris.display(uri)}?…: a query cannot be part of a set's URI")
-    if uri.lower().endswith(".tar"):
-        return uri.split("{", 1)[0].rpartition("/")[0]
-    return uri
+def _find_base(uri: str) -> Location:
+    """Return the folder that `list_tars` lists, or that its names are relative to."""
+    location = make_absolute(uri)
+    if location.display != location.uri:
+        raise ValueError(f"{location.display}?…: a query cannot be part of a set's URI")
+    if location.uri.lower().endswith(".tar"):
+        return Location.parse(location.uri.split("{", 1)[0].rpartition("/")[0])
+    return location
 
 
-def _check_places(base: str, output: str) -> None:
-    if output == base and uris.split_uri(base)[0] in ("http", "https"):
-        raise ValueError(f"{base} cannot be written over http: say where, with --output")
-    if uris.local_path(base) is not None and uris.local_path(output) is None:
+def _check_places(base: Location, output: Location) -> None:
+    if output == base and base.is_http:
+        raise ValueError(f"{base} cannot be written over http: choose an --output")
+    if base.path is not None and output.path is None:
         raise ValueError(
-            f"--output {output}: others could not read the tars, which are on this machine:"
+            f"--output {output}: other machines could not read the tars, which are on this machine:"
             " use a path, or copy the tars there first"
         )
 
@@ -167,23 +167,25 @@ def _check_places(base: str, output: str) -> None:
 def _read_tars(
     checks: TarChecks, sizes: Mapping[str, int], there: Mapping[str, int], on: str
 ) -> list[ShardIndex]:
-    """A record of each tar; those with one in the output are not read again.
+    """Return a record of each tar; tars with a record in the output are not read again.
 
     Raises:
-        SourceFaults: of all tars.
+        SourceFaults: Tars have faults; lists those of all tars.
     """
     from tqdm import tqdm
 
-    noted = unfinished.read_records(checks.output, sizes, there) if checks.output else {}
+    kept = unfinished.read_records(checks.output, sizes, there) if checks.output else {}
     records = {
         name: record
-        for name, record in noted.items()
-        if checks.accept(record) and sizes[name] in (0, record.shards[0].bytes)  # 0: not known
+        for name, record in kept.items()
+        if checks.accept(record) and sizes[name] in (0, record.shards[0].bytes)  # 0: unknown
     }
     missing = [name for name in sizes if name not in records]
     faults: dict[str, list[str]] = {}
     total, done = len(sizes), len(records)
-    with tqdm(total=total, initial=done, unit="tar", desc=checks.base, disable=None) as progress:
+    with tqdm(
+        total=total, initial=done, unit="tar", desc=str(checks.base), disable=None
+    ) as progress:
         for number, (record, found) in ray_tasks.run_tasks(
             check_tar, checks, missing, on, _THREADS
         ):
@@ -196,7 +198,7 @@ def _read_tars(
     shards = [records[name].shards[0] for name in sizes if name in records]
     every += [f"{checks.base}: {fault}" for fault in find_repeated_keys(shards)]
     if every:
-        raise SourceFaults(checks.base, every)
+        raise SourceFaults(str(checks.base), every)
     return [records[name] for name in sizes]
 
 
@@ -207,34 +209,34 @@ def _join(
     provenance: Mapping[str, Any],
     most_bad_images: int = 0,
 ) -> tuple[ShardIndex, list[str]]:
-    """The index of all tars, and the faults of the samples that are not in it.
+    """Return the index of all tars, and the faults of the samples that are left out.
 
     Raises:
-        SourceFaults: more than `most_bad_images`, or no sample is left.
+        SourceFaults: There are more than `most_bad_images` faults, or no sample remains.
     """
     skipped = [fault for record in records for fault in record.provenance.get(FAULTS, [])]
     for record in records:
         left_out.merge(LeftOut.from_json(record.provenance.get(LEFT_OUT, {})))
     if len(skipped) > most_bad_images:
-        raise SourceFaults(checks.base, skipped)
+        raise SourceFaults(str(checks.base), skipped)
     if not any(record.shards[0].keys for record in records):
-        raise SourceFaults(checks.base, [*skipped, f"{checks.base}: the tars hold no sample"])
+        raise SourceFaults(str(checks.base), [*skipped, f"{checks.base}: the tars hold no sample"])
     shapes = {record.image_shape for record in records if record.shards[0].keys}
     known = {shape for shape in shapes if shape is not None}
-    told = {LEFT_OUT: left_out.to_json()} if left_out.counts else {}
+    counts = {LEFT_OUT: left_out.to_json()} if left_out.counts else {}
     index = ShardIndex(
         tuple(record.shards[0] for record in records),
         common_shape(known) if known == shapes else None,
-        {**provenance, **told},
-        checks.base if checks.output not in (None, checks.base) else None,
+        {**provenance, **counts},
+        str(checks.base) if checks.output not in (None, checks.base) else None,
     )
     return index, skipped
 
 
-def _summarize(index: ShardIndex, output: str) -> str:
+def _summarize(index: ShardIndex, output: Location) -> str:
     images = sum(len(shard.keys) for shard in index.shards)
     megabytes = sum(shard.bytes for shard in index.shards) / 1e6
-    where = uris.join(output, INDEX_NAME)
+    where = output / INDEX_NAME
     return f"{where} of {images} images in {len(index.shards)} tars ({megabytes:.1f} MB)"
 
 
@@ -244,29 +246,29 @@ def _tell_left_out(index: ShardIndex) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; prints each fault and exits with one line on what is wrong."""
+    """Run the command; print each fault and exit with one line that describes an error."""
     parser = argparse.ArgumentParser(
         prog="python -m data_pipelines.index_shards",
-        description="Index existing WebDataset tars without rewriting them, so that they can be"
-        " trained on; statistics and a contact sheet come with it. Every tar is read once and"
-        f" checked; every fault is named, in {FAULTS_NAME} beside the index, and no index is"
-        " written if there is any that is not skipped. Restartable.",
+        description="Index existing WebDataset tars for training without rewriting them, and write"
+        " statistics and a contact sheet. Every tar is read once and checked; every fault is listed"
+        f" in {FAULTS_NAME} beside the index, and no index is written if there is any that is not"
+        " skipped. An interrupted run resumes.",
     )
     parser.add_argument(
         "uri",
-        help="folder of the tars: a path, s3://bucket/folder or gs://…; of http(s)://, which"
+        help="folder of the tars: a path, s3://bucket/folder or gs://…; for http(s)://, which"
         " cannot be listed, the tars themselves: 'https://host/set-{000000..000099}.tar'",
     )
     parser.add_argument(
         "--output",
-        help="where the index goes when the tars' own folder cannot be written; left out, beside"
-        " the tars",
+        help="folder for the index if the tars' own folder cannot be written; the tars' folder by"
+        " default",
     )
     add_tolerance(parser)
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="decode every image, as training does, which --bad-images skip does anyway; left out,"
+        help="decode every image, as training does and --bad-images skip implies; by default, only"
         " headers are read, and a sample of the images is decoded",
     )
     parser.add_argument("--on", default="auto", choices=ray_tasks.PLACES, help=ray_tasks.HELP)

@@ -1,4 +1,4 @@
-"""Read every byte of a shard set and compare it with its index; name each fault."""
+"""Read every byte of a shard set and compare it with its index; print each fault."""
 
 import argparse
 import os
@@ -19,45 +19,47 @@ from data_pipelines.shards.index import INDEX_NAME, Shape, Shard, load_index, ma
 from data_pipelines.shards.intake import find_litter
 from data_pipelines.shards.latent_format import EXTENSION, LatentFormat, find_format, read_bits
 from data_pipelines.shards.tar_members import read_members
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
 
 
-def find_faults(uri: str) -> Iterator[str]:
-    """One sentence for each fault of the set at `uri`: sizes, checksums, index, keys, pixels.
+def find_faults(uri: LocationLike) -> Iterator[str]:
+    """Yield one sentence for each fault of the set at `uri`: sizes, checksums, index, keys, pixels.
 
-    Several shards are read at a time; the faults come in the order of the shards.
+    Several shards are read in parallel; the faults are in the order of the shards.
     """
     from tqdm import tqdm
 
     try:
         index = load_index(uri)
-        latents = find_format(index.provenance, uri)
+        latents = find_format(index.provenance, str(uri))
     except (ValueError, OSError) as error:
         yield str(error)
         return
-    base = index.base or uri
+    base = Location.parse(index.base or uri)
     yield from (f"{uri}: {fault}" for fault in find_repeated_keys(index.shards))
     names = {shard.name for shard in index.shards}
     try:
         for name in storage.list_files(base):
             foreign = name.lower().endswith(".tar") and name not in names
             if foreign and not find_litter(name):
-                yield f"{uris.join(base, name)}: not in the index"
+                yield f"{base.uri_of(name)}: not in the index"
     except ValueError:  # http cannot be listed
         pass
     results = ray_tasks.run_tasks(
         _check_shard, (base, index.image_shape, latents), index.shards, threads=os.cpu_count() or 1
     )
     total = len(index.shards)
-    for _, faults in tqdm(results, total=total, unit="shard", desc=uri, disable=None):
+    for _, faults in tqdm(results, total=total, unit="shard", desc=str(uri), disable=None):
         yield from faults
 
 
-def _check_shard(place: tuple[str, Shape | None, LatentFormat | None], shard: Shard) -> list[str]:
+def _check_shard(
+    place: tuple[Location, Shape | None, LatentFormat | None], shard: Shard
+) -> list[str]:
     base, shape, latents = place
-    uri = uris.join(base, shard.name)
+    uri = base.uri_of(shard.name)
     try:
-        with open_copy(uri) as path:
+        with open_copy(base / shard.name) as path:
             return list(_compare(path, uri, shard, shape, latents))
     except (ValueError, OSError) as error:
         return [str(error) if uri in str(error) else f"{uri}: {error}"]
@@ -66,7 +68,7 @@ def _check_shard(place: tuple[str, Shape | None, LatentFormat | None], shard: Sh
 def _compare(
     path: Path, uri: str, shard: Shard, shape: Shape | None, latents: LatentFormat | None
 ) -> Iterator[str]:
-    """The faults of the tar in `path` against its index `shard`."""
+    """Yield the differences between the tar in `path` and its index `shard`."""
     size = path.stat().st_size
     if size != shard.bytes:
         yield f"{uri}: {size} bytes, the index says {shard.bytes}"
@@ -97,7 +99,7 @@ def _compare(
 
 
 def _find_other_bytes(path: Path, uri: str, shard: Shard) -> Iterator[str]:
-    """Members whose bytes are not where the index has them, whatever the tar's headers say."""
+    """Yield members whose bytes at the index's offsets are wrong, whatever the tar's headers."""
     with map_file(path) as content:
         for extension, members in sorted(shard.members.items()):
             rows = zip(shard.keys, members.offset, members.size, members.crc32, strict=True)
@@ -115,22 +117,20 @@ def _find_other_bytes(path: Path, uri: str, shard: Shard) -> Iterator[str]:
 
 
 def _find_bad_samples(uri: str, shard: Shard, latents: bool) -> Iterator[str]:
-    """Keys that leave the folder where a reader would extract them; samples without image, or
-    without latent.
-    """
-    whole: set[int] = set()
+    """Yield keys that extraction would write outside the folder, and samples without a payload."""
+    complete: set[int] = set()
     for extension in [EXTENSION] if latents else image_extensions(shard.members):
         if extension in shard.members:
-            whole.update((shard.members[extension].offset >= 0).nonzero()[0].tolist())
+            complete.update((shard.members[extension].offset >= 0).nonzero()[0].tolist())
     for row, key in enumerate(shard.keys):
         if leaves_folder(key):
             yield f"{uri}: sample {key!r} leaves the folder: rename its members"
-        if row not in whole:
+        if row not in complete:
             yield f"{uri}: sample {key!r} has no {'latent' if latents else 'image'} member"
 
 
 def _find_bad_headers(path: Path, uri: str, shard: Shard) -> Iterator[str]:
-    """Members whose tar header, the block before their bytes, is damaged."""
+    """Yield members whose tar header, the block before their bytes, is damaged."""
     with map_file(path) as content:
         for extension, members in sorted(shard.members.items()):
             for key, offset in zip(shard.keys, members.offset, strict=True):
@@ -142,7 +142,7 @@ def _find_bad_headers(path: Path, uri: str, shard: Shard) -> Iterator[str]:
 
 
 def _find_other_places(uri: str, found: Shard, shard: Shard) -> Iterator[str]:
-    """Samples and members that the tar has in another order or at another place."""
+    """Yield samples and members whose order or offsets differ between tar and index."""
     if found.keys != shard.keys:
         pairs = zip([*found.keys, None], [*shard.keys, None], strict=False)
         row, (here, there) = next(
@@ -184,20 +184,21 @@ def _find_bad_latents(path: Path, uri: str, found: Shard, latents: LatentFormat)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; exit status 1 where there is any fault."""
+    """Run the command; exit with status 1 if there is any fault."""
     parser = argparse.ArgumentParser(
         prog="python -m data_pipelines.verify_shards",
-        description="Read a whole shard set again: sizes, checksums, index, keys, every image"
-        " or latent. Prints each fault; exit status 1 if there is any.",
+        description="Verify a whole shard set: sizes, checksums, index, keys, every image or"
+        " latent. Prints each fault; exits with status 1 if there is any.",
     )
     parser.add_argument("uri", help="a shard set, or a folder with the sets train/ and held_out/")
     uri = parser.parse_args(arguments).uri
     try:
-        storage.check_readable(uri)
-        parts = [uris.join(uri, part) for part in ("train", "held_out")]
-        split = [part for part in parts if storage.exists(uris.join(part, INDEX_NAME))]
+        location = Location.parse(uri)
+        storage.check_readable(location)
+        parts = [location / part for part in ("train", "held_out")]
+        split = [part for part in parts if storage.exists(part / INDEX_NAME)] or [location]
         faults = 0
-        for part in split or [uri]:
+        for part in split:
             for fault in find_faults(part):
                 faults += 1
                 print(fault, flush=True)
@@ -205,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"verify_shards: {error}")
     if faults:
         sys.exit(f"verify_shards: {faults} faults in {uri}")
-    samples = {part: sum(len(s.keys) for s in load_index(part).shards) for part in split or [uri]}
+    samples = {part: sum(len(s.keys) for s in load_index(part).shards) for part in split}
     print(
         "no faults: " + ", ".join(f"{count} samples in {part}" for part, count in samples.items())
     )

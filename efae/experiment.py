@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from data_pipelines import storage
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location
 from efae import config_forms as configuration
 from efae.checkpoints import checkpoint, run_folder
 from efae.checkpoints.events import read_events
@@ -316,6 +316,6 @@ def publish(
         summary = json.loads((report_folder / "summary.json").read_text())
         runs.log_report(tracking_uri, run_id, report_folder, summary)
         if config.tracking.report_folder:
-            copy = uris.join(config.tracking.report_folder, config.tracking.run_name)
+            copy = Location.parse(config.tracking.report_folder) / config.tracking.run_name
             storage.upload_folder(report_folder, copy)
     return summary

@@ -30,6 +30,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.util import get_node_ip_address  # pyright: ignore[reportUnknownVariableType]
 
 from data_pipelines.loading.shard_cache import ShardError
+from data_pipelines.storage import Location, LocationLike
 from data_pipelines.storage.retries import StorageError
 from efae import config_forms as configuration
 from efae.checkpoints.checkpoint import CheckpointError
@@ -192,7 +193,7 @@ def _fit(
         )
         # By this id the controller of an elastic run reserves nodes. What a lost one reserved stays
         # for three minutes, out of the reach of the next unless that has the same.
-        run = hashlib.sha256(locate_run(config).encode()).hexdigest()[:32]
+        run = hashlib.sha256(str(locate_run(config)).encode()).hexdigest()[:32]
         object.__setattr__(trainer.train_run_context, "run_id", run)
         try:
             trainer.fit()
@@ -212,8 +213,8 @@ def _fit(
 class WorkerFailures(UserCallback):
     """In Ray's controller: records why workers were lost, and ends the run where that is final."""
 
-    def __init__(self, uri: str):
-        self._uri, self._last_shard_error = uri, ""
+    def __init__(self, run: LocationLike):
+        self._run, self._last_shard_error = run, ""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called when workers failed, before Ray decides what to do.
@@ -234,9 +235,9 @@ class WorkerFailures(UserCallback):
     def _record(self, rank: int, cause: str) -> None:
         host = ""
         with contextlib.suppress(StorageError, LookupError):
-            starts = [event for event in read_events(self._uri) if event.kind == "start"]
+            starts = [event for event in read_events(self._run) if event.kind == "start"]
             host = f" on {starts[-1].facts['hosts'][rank]}"
-        record_event(self._uri, "failure", f"rank {rank}{host} was lost: {cause}")
+        record_event(self._run, "failure", f"rank {rank}{host} was lost: {cause}")
 
 
 def find_culprit(errors: Mapping[int, Exception]) -> tuple[int, Exception]:
@@ -280,7 +281,7 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
 class _Notice:
     """Whether the cluster said that a node of the run is to be taken away; all ranks ask."""
 
-    def __init__(self, recorded_in: str | None):
+    def __init__(self, recorded_in: Location | None):
         self._recorded_in = recorded_in
 
     def __call__(self) -> bool:

@@ -27,6 +27,7 @@ from ray.train.v2._internal.execution.controller.state import (
 )
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from data_pipelines.storage import LocationLike
 from efae.checkpoints.events import record_event
 from efae.config import RayConfig
 from efae.tracking.redaction import first_cause
@@ -64,13 +65,13 @@ class GroupStarts(ControllerCallback, WorkerGroupCallback):
     """In Ray's controller: frees what keeps a group from its start, and counts failed starts.
 
     Args:
-        uri: Of the run, for its events.
+        run: Folder of the run, for its events.
         settings: How long to wait for room, and how many starts in a row may fail.
         in_sweep: Whether other runs of the same job hold nodes, too: they come free.
     """
 
-    def __init__(self, uri: str, settings: RayConfig, in_sweep: bool):
-        self._uri, self._settings, self._in_sweep = uri, settings, in_sweep
+    def __init__(self, run: LocationLike, settings: RayConfig, in_sweep: bool):
+        self._run, self._settings, self._in_sweep = run, settings, in_sweep
         self._failed = 0
         self._stands_since = self._waits_since = 0.0
         self._next_note = _FIRST_NOTE_SECONDS
@@ -154,7 +155,7 @@ class GroupStarts(ControllerCallback, WorkerGroupCallback):
         self._next_note = max(self._next_note, 2 * seconds)
         print(what, flush=True)
         # Storage may be away: the controller must not wait for it.
-        record = threading.Thread(target=record_event, args=(self._uri, kind, what), daemon=True)
+        record = threading.Thread(target=record_event, args=(self._run, kind, what), daemon=True)
         record.start()
         if gives_up:
             record.join(5)

@@ -19,7 +19,7 @@ from efae.model.octic import Block, Lift, normalize, patch_action
 
 
 class Denoiser(nn.Module):
-    """Image (b, 3, side, side) to image; `width` is the features per token, eight per channel."""
+    """Image (b, 3, side, side) -> image; `width` is the features per token, eight per channel."""
 
     def __init__(self, side: int = 32, patch_size: int = 4, width: int = 64, depth: int = 2):
         super().__init__()

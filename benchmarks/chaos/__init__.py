@@ -1,1 +1,1 @@
-"""Random kills through a run, and the proof that nothing was lost."""
+"""Random kills during a run, and the proof that the run loses nothing."""

@@ -1,12 +1,12 @@
-"""Random kills through a run: what each costs, and that nothing is lost.
+"""Random kills during a run: the cost of each, and the proof that the run loses nothing.
 
     python -m benchmarks.chaos --kills 20 --seed 0
     python -m benchmarks.chaos --kills 6 --kinds worker raylet --steps 800
 
-Starts S3, MLflow and a Ray cluster of its own (a head without CPUs and nodes of one CPU), trains a
-small model once undisturbed and once under fire, each submitted with `ray job submit`, and submits
-it again under its name whenever a kill took the driver. SIGKILL is all that is sent. Prints a table
-and writes it as JSON.
+Starts its own S3, MLflow and Ray cluster (a head without CPUs and nodes of one CPU) and trains a
+small model twice, once without and once with kills. Each run is submitted with `ray job submit`,
+and submitted again under its name whenever a kill ends its driver. The only signal sent is SIGKILL.
+Prints a table and writes it as JSON.
 """
 
 import datetime
@@ -40,24 +40,24 @@ from cluster.state import StackState
 
 @dataclass
 class Arguments:
-    """How much to kill."""
+    """Options of the command."""
 
     kills: int = 20
-    """Kills in one run."""
+    """Number of kills in one run."""
     seed: int = 0
-    """Of kinds, moments and targets."""
+    """Seed of kinds, moments and targets."""
     kinds: tuple[str, ...] = KINDS
-    """Of worker, raylet, driver, controller and head, each equally often."""
+    """Kinds of process to kill, equally often: worker, raylet, driver, controller, head."""
     steps: int = 1600
-    """Length of the run."""
+    """Steps of each run."""
     nodes: int = 2
-    """Worker nodes of one CPU, and workers."""
+    """Number of worker nodes, of one CPU and one worker each."""
     output: Path = Path(__file__).parents[1] / "results" / "chaos.json"
-    """Where the figures go."""
+    """File for the results."""
 
 
 def describe_machine() -> dict[str, object]:
-    """Hardware, versions, date and commit."""
+    """Return hardware, versions, date and commit."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     )
@@ -71,17 +71,17 @@ def describe_machine() -> dict[str, object]:
 
 
 def main() -> int:
-    """Exit status 0 only if nothing was lost."""
+    """Run both runs and compare them; return 0 only if nothing was lost."""
     arguments = tyro.cli(Arguments, description=__doc__, prog="benchmarks.chaos")
     for kind in arguments.kinds:
         if kind not in TARGETS:
-            print(f"--kinds {kind}: use {', '.join(TARGETS)}", file=sys.stderr)
+            print(f"--kinds {kind}: use some of {', '.join(TARGETS)}", file=sys.stderr)
             return 2
     plan = plan_kills(
         arguments.kills, arguments.kinds, arguments.steps, CHECKPOINT_INTERVAL, arguments.seed
     )
     os.environ["EFAE_RAY_HEAD_CPUS"] = "0"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # also then, leave nothing running
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM, too, stops all servers
     with tempfile.TemporaryDirectory(prefix="efae-", ignore_cleanup_errors=True) as folder:
         state = StackState(Path(folder))
         try:

@@ -1,7 +1,7 @@
-"""What the sample logs of a run say: what every step took, what a kill cost.
+"""Sample logs of a run: the samples of every step, and the cost of every kill.
 
-A log is a file of one training process, see `efae.training.sample_log`. The processes that started
-together are an attempt.
+A log is a file of one training process; see `efae.training.sample_log`. Processes that started
+together form an attempt.
 """
 
 import json
@@ -30,11 +30,11 @@ class Attempt:
 
     @property
     def steps(self) -> set[int]:
-        """Those that any rank began."""
+        """Steps that any rank started."""
         return set[int]().union(*self.ranks.values())
 
     def batches(self) -> dict[int, list[str]]:
-        """The global batch of each step that every rank began, ranks in their order."""
+        """Return the global batch of each step that every rank started, in the order of ranks."""
         if len(self.ranks) < self.world_size:
             return {}
         return {
@@ -45,7 +45,7 @@ class Attempt:
 
 
 def read_attempts(folder: Path) -> list[Attempt]:
-    """The attempts in the order of their start; processes that took no batch are in none."""
+    """Read the attempts in the order of their start, without processes that read no batch."""
     attempts: list[Attempt] = []
     for path in sorted(folder.glob("*.jsonl"), key=lambda path: int(path.name.partition("-")[0])):
         # A kill may cut the last line.
@@ -72,18 +72,18 @@ def read_attempts(folder: Path) -> list[Attempt]:
 def audit(
     attempts: Sequence[Attempt], keys: Collection[str], steps: int, batch_size: int
 ) -> dict[str, int]:
-    """Counts what must not be there, and what kills cost.
+    """Count the faults of a run, and the steps that the kills cost.
 
     Args:
-        attempts: of one run, up to its end.
-        keys: of all samples of the set.
-        steps: of the run.
-        batch_size: samples of a step, over all ranks.
+        attempts: All attempts of one run.
+        keys: Keys of all samples of the set.
+        steps: Number of steps of the run.
+        batch_size: Samples per step, over all ranks.
 
     Returns:
-        "missing_steps" that no attempt did; "differing_steps" that took other samples when they
-        were done again; "wrong_batches" of another size; "lost_samples" that an epoch passed over;
-        "repeated_samples" that came again before all had come; "steps_done_again", the price.
+        "missing_steps" that no attempt took; "differing_steps" whose samples changed when they
+        were repeated; "wrong_batches" of another size; "lost_samples" that an epoch skipped;
+        "repeated_samples" that an epoch repeated; "steps_done_again", the cost.
     """
     found: dict[int, list[list[str]]] = {step: [] for step in range(steps)}
     for attempt in attempts:
@@ -114,12 +114,12 @@ def audit(
 def measure_recoveries(
     attempts: Sequence[Attempt], kills: Sequence[Killed]
 ) -> list[dict[str, Any]]:
-    """A row per kill: kind, moment, and what it cost.
+    """Return a row per kill: kind, moment and cost.
 
     Returns:
-        "recovery_seconds" from the kill to the first step of the attempt after it, and
-        "lost_steps" that had begun and were begun again; both None where another kill came before
-        that attempt, or none was needed.
+        "recovery_seconds" from the kill to the first step of the next attempt, and "lost_steps",
+        started before and repeated after it; both are None if another kill came before that
+        attempt, or if no new attempt was needed.
     """
     rows: list[dict[str, Any]] = []
     for index, kill in enumerate(kills):
@@ -129,7 +129,7 @@ def measure_recoveries(
         row: dict[str, Any] = {"kind": kill.kind, "moment": kill.moment}
         row |= {"recovery_seconds": None, "lost_steps": None}
         if after and before:
-            reached = max(before[-1].steps)  # also where others went on for a moment
+            reached = max(before[-1].steps)  # including steps that other ranks started after it
             row["recovery_seconds"] = after.started - kill.time
             row["lost_steps"] = reached - after.first_step + 1
         rows.append(row)

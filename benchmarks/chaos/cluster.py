@@ -1,7 +1,7 @@
-"""A Ray cluster as users have one, on this host: a head without CPUs and nodes of one CPU each.
+"""A Ray cluster like those of users, on this host: a head without CPUs and nodes of one CPU each.
 
-Every node is a `ray start --block` of its own, so that it can be lost alone. Only processes that
-descend from those started here are ever found, killed or ended.
+Every node is a separate `ray start --block`, so that it can fail alone. Only processes that descend
+from those started here are ever found, killed or stopped.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from cluster.processes import ProcessRecord
 from cluster.serving import find_service, start, wait_until_ready
 from cluster.state import StackState
 
-_OBJECT_STORE_BYTES = 80 * 2**20  # Ray asks for 75 MiB at least
+_OBJECT_STORE_BYTES = 80 * 2**20  # Ray requires at least 75 MiB
 _NODE_SECONDS = 60.0
 
-# What may be killed: whether it is looked for on the head, and how its process is known.
+# Kinds of process to kill: whether it runs on the head, and the test of its command line.
 TARGETS: dict[str, tuple[bool, Callable[[list[str]], bool]]] = {
     "worker": (False, lambda command: "RayTrainWorker" in " ".join(command)),
     "raylet": (False, lambda command: Path(command[0]).name == "raylet"),
@@ -32,12 +32,11 @@ TARGETS: dict[str, tuple[bool, Callable[[list[str]], bool]]] = {
 
 
 class Cluster:
-    """Head and nodes; a context that leaves no process behind.
+    """Head and nodes; a context manager that leaves no process behind.
 
     Args:
-        state: a stack's ports and secrets; S3 and MLflow run already. EFAE_RAY_HEAD_CPUS says how
-            many CPUs the head has.
-        size: number of worker nodes.
+        state: State of a stack whose S3 and MLflow run; EFAE_RAY_HEAD_CPUS sets the head's CPUs.
+        size: Number of worker nodes.
     """
 
     def __init__(self, state: StackState, size: int):
@@ -59,49 +58,49 @@ class Cluster:
         self.stop()
 
     def start(self) -> None:
-        """Starts the head and all nodes; returns when they have joined."""
+        """Start the head and all nodes; return once they have joined."""
         start(self.state, "ray")
         wait_until_ready(self.state, "ray")
         logs = [self.start_node() for _ in range(self.size)]
         deadline = time.monotonic() + _NODE_SECONDS
         while not all("Ray runtime started" in log.read_text() for log in logs):
             if time.monotonic() > deadline:
-                said = "\n".join(log.read_text()[-1000:] for log in logs)
-                raise RuntimeError(f"a node did not join the cluster:\n{said}")
+                tails = "\n".join(log.read_text()[-1000:] for log in logs)
+                raise RuntimeError(f"a node did not join the cluster:\n{tails}")
             time.sleep(0.1)
 
     def start_node(self) -> Path:
-        """Starts one more node, without waiting for it; returns its log."""
+        """Start one more node without waiting for it; return its log."""
         ray = find_service("ray")
         self._count += 1
         log = self.state.folder / "logs" / f"node-{self._count}.log"
-        # A loopback address of its own makes it another host to Ray, which would replace
-        # "localhost" in small letters by the outward address, where nothing listens.
+        # With its own loopback address, Ray takes the node for another host. In lower case, Ray
+        # would replace "localhost" with the external address, where nothing listens.
         command = [
             str(Path(sys.executable).with_name("ray")),
             *("start", "--block", f"--address=LOCALHOST:{self.state.ports['ray.gcs']}"),
             *(f"--node-ip-address=127.0.0.{1 + self._count}", "--num-cpus=1"),
             f"--object-store-memory={_OBJECT_STORE_BYTES}",
             f"--dashboard-agent-listen-port={ports.pick_free(1)[0]}",
-            # Nodes that start at once in one folder pick the same names for their sockets.
+            # Nodes that start together in one folder choose equal names for their sockets.
             f"--temp-dir={self.state.socket_folder / f'node-{self._count}'}",
             *("--min-worker-port=0", "--max-worker-port=0"),
             *("--disable-usage-stats", "--log-color=false"),
         ]
-        # The stack's own setting keeps a head on loopback and lets no node join.
+        # The stack's own setting, 0, keeps the head on loopback and lets no node join.
         environment = ray.environment(self.state) | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
         self.nodes.append(processes.start(command, environment, log))
         return log
 
     def stop(self) -> None:
-        """Ends everything that was started here."""
+        """Stop everything that was started here."""
         head = self.state.processes.pop("ray", None)
         for record in [*self.nodes, *self._gone, *([head] if head else [])]:
             processes.stop(record, grace_seconds=5)
         self.nodes, self._gone = [], []
 
     def find(self, kind: str) -> list[psutil.Process]:
-        """The living processes of a kind of `TARGETS`; empty when there is none now."""
+        """Return the live processes of a kind of `TARGETS`, which may be none."""
         on_head, is_target = TARGETS[kind]
         leaders = [self.state.processes["ray"]] if on_head else self.nodes
         found: list[psutil.Process] = []
@@ -116,17 +115,17 @@ class Cluster:
         return found
 
     def kill(self, kind: str, process: psutil.Process) -> float:
-        """SIGKILL, and what a cluster manager does then: a new node, or a new cluster.
+        """Send SIGKILL, then act like a cluster manager: start a new node, or a new cluster.
 
         Args:
-            kind: of `TARGETS`.
-            process: of that kind, see `find`; with kind "head" all of the head's are killed.
+            kind: Kind of process, a key of `TARGETS`.
+            process: Process of that kind, from `find`; for "head", all of the head's are killed.
 
         Returns:
-            When it was killed, in seconds since the epoch.
+            Time of the kill, in seconds since the epoch.
 
         Raises:
-            psutil.NoSuchProcess: it is gone already; nothing was done.
+            psutil.NoSuchProcess: The process has already ended; nothing was done.
         """
         others = self.find("head") if kind == "head" else []
         node = next((node for node in self.nodes if _descends(process, node)), None)

@@ -1,4 +1,4 @@
-"""A run under fire: planned kills, carried out at their moments, and a user who submits again."""
+"""A run with planned kills, submitted again whenever a kill ends its driver."""
 
 import json
 import os
@@ -26,41 +26,41 @@ class Kill:
     """One kill of a plan."""
 
     kind: str
-    """Of `cluster.TARGETS`."""
+    """Kind of process, a key of `cluster.TARGETS`."""
     moment: str
-    """"training" and "checkpoint": when the run is at `step`, after the kill before this one;
-    "recovery": whatever happens, counted from the kill before this one."""
+    """"training" or "checkpoint": once the run has reached `step` after the previous kill;
+    "recovery": at the previous kill."""
     step: int
-    """Steps done."""
+    """Steps that the run has started."""
     delay_seconds: float
-    """After the moment."""
+    """Delay after the moment."""
 
 
 @dataclass(frozen=True)
 class Killed:
-    """One kill that was carried out."""
+    """One kill that was executed."""
 
     kind: str
     moment: str
     time: float
-    """Seconds since the epoch."""
+    """Time in seconds since the epoch."""
     pid: int
 
 
 def plan_kills(
     count: int, kinds: Sequence[str], steps: int, checkpoint_interval: int, seed: int
 ) -> list[Kill]:
-    """Random kills, every kind equally often, spread over nine tenths of the run.
+    """Draw random kills, every kind equally often, spread over nine tenths of the run.
 
-    One in four comes while a checkpoint is on its way, one in six while the run recovers from the
-    kill before.
+    One in four comes while a checkpoint is in progress, one in six while the run recovers from the
+    previous kill.
     """
     chance = random.Random(seed)
     drawn = [kinds[index % len(kinds)] for index in range(count)]
     chance.shuffle(drawn)
     plan: list[Kill] = []
     for index, kind in enumerate(drawn):
-        # No kill before the first checkpoint may be on its way: it would prove less.
+        # No kill comes before the first checkpoint: a restart from step 0 would prove less.
         span = 0.9 * steps - checkpoint_interval
         step = checkpoint_interval + int((index + chance.random()) / count * span)
         moment = chance.choices(("training", "checkpoint", "recovery"), (7, 3, 2))[0]
@@ -75,13 +75,13 @@ def plan_kills(
 
 
 class Run:
-    """One run by name, submitted as users do and again whenever a kill took its driver.
+    """One run, submitted as users do, and again whenever a kill ends its driver.
 
     Args:
-        cluster: where it runs.
-        name: of the run, in MLflow and in storage.
-        options: of jobs/train.py.
-        folder: for the sample log and what the jobs print.
+        cluster: Cluster that runs it.
+        name: Name of the run in MLflow and in storage.
+        options: Options of jobs/train.py.
+        folder: Folder for the sample log and the output of the jobs.
     """
 
     def __init__(self, cluster: Cluster, name: str, options: Sequence[str], folder: Path):
@@ -107,11 +107,11 @@ class Run:
             self._job.kill()
             self._job.wait()
 
-    def carry_out(self, plan: Sequence[Kill]) -> None:
-        """Kills as planned, then waits for the end of the run.
+    def execute(self, plan: Sequence[Kill]) -> None:
+        """Kill as planned, then wait for the end of the run.
 
         Raises:
-            RuntimeError: the run ended before the last kill, failed without one, or stands still.
+            RuntimeError: The run ended before the last kill, failed without a kill, or stalled.
         """
         for kill in plan:
             if kill.moment == "recovery":
@@ -151,11 +151,11 @@ class Run:
             if not self._tick():
                 raise RuntimeError(f"run {self.name} ended before {what}")
             if time.monotonic() > deadline:
-                raise RuntimeError(f"run {self.name} stands still before {what}: {self._tail()}")
+                raise RuntimeError(f"run {self.name} stalled before {what}: {self._tail()}")
             time.sleep(_POLL_SECONDS)
 
     def _tick(self) -> bool:
-        """Whether the run goes on; submits it again when its job was killed."""
+        """Return whether the run continues; submit it again if its job was killed."""
         assert self._job
         status = self._job.poll()
         if status is None:
@@ -163,7 +163,7 @@ class Run:
         if status == 0:
             return False
         if not self.killed or self.killed[-1].time < self.submissions[-1]:
-            raise RuntimeError(f"run {self.name} failed, and nothing was killed: {self._tail()}")
+            raise RuntimeError(f"run {self.name} failed without a kill: {self._tail()}")
         self._submit()
         return True
 
@@ -180,7 +180,7 @@ class Run:
             )
 
     def _count_steps(self) -> int:
-        """Steps that began since the last kill, or -1 while none did."""
+        """Return the step reached since the last kill, or -1 if no step has started since."""
         newest = max(self.sample_log.glob("*-0.jsonl"), default=None)
         if newest is None or (self.killed and _birth(newest) < self.killed[-1].time):
             return -1

@@ -1,4 +1,4 @@
-"""What MLflow holds about a run when it is over."""
+"""Outcome of a finished run, read from MLflow."""
 
 import json
 import os
@@ -10,14 +10,15 @@ from mlflow import MlflowClient
 
 
 def read_outcome(tracking_uri: str, run_name: str) -> dict[str, Any]:
-    """The facts of a finished run.
+    """Read the outcome of a finished run.
 
     Returns:
-        "runs" of that name, "status", "started" (seconds since the epoch), "digest" of the
-        registered weights, "summary" and "curves", (step, value) pairs by metric.
+        "runs" (their number) of that name, "status", "started" (seconds since the epoch), "models"
+        (their number), "digest" of the registered weights, "summary", and "curves" as (step, value)
+        pairs by metric.
 
     Raises:
-        ValueError: no run of that name.
+        ValueError: MLflow has no run of that name.
     """
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     client = MlflowClient(tracking_uri)
@@ -45,16 +46,16 @@ def read_outcome(tracking_uri: str, run_name: str) -> dict[str, Any]:
 
 
 def compare(whole: Mapping[str, Any], killed: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether the run under fire left in MLflow what the uninterrupted one did.
+    """Compare what the killed run and the uninterrupted one left in MLflow.
 
     Args:
-        whole: outcome of the uninterrupted run.
-        killed: outcome of the other.
+        whole: Outcome of the uninterrupted run.
+        killed: Outcome of the killed run.
 
     Returns:
-        "weights_equal", "loss_curve_equal" (bit for bit), "mlflow_runs", "registered_models",
-        "duplicate_points" and "missing_points" of all metrics but the system's, whose points have
-        no fixed number.
+        "weights_equal", "loss_curve_equal" (bit for bit), "mlflow_runs", "mlflow_status",
+        "registered_models", "duplicate_points" of all metrics, and "missing_points" of all but the
+        system metrics, whose number of points varies.
     """
     duplicates, missing = 0, 0
     for points in killed["curves"].values():

@@ -1,4 +1,4 @@
-"""The same run twice, once left alone and once under fire, and everything that can be compared."""
+"""The same run twice, once without and once with kills, and their comparison."""
 
 import json
 import os
@@ -23,11 +23,11 @@ SMALL_MODEL = (
     *("--model.hidden-size=64", "--model.num-heads=2", "--model.depth=2"),
     "--model.encoder-hidden-size=64",
 )
-"""Of jobs/train.py: so small that the platform is what is measured."""
+"""Options of jobs/train.py for a model so small that the platform dominates."""
 
 
 def list_options(steps: int, workers: int, max_failures: int) -> list[str]:
-    """Arguments of jobs/train.py."""
+    """Return the arguments of jobs/train.py."""
     return [
         "quickstart",
         f"--data.uri={SHARDS}/train",
@@ -48,20 +48,20 @@ def list_options(steps: int, workers: int, max_failures: int) -> list[str]:
 def run_suite(
     cluster: Cluster, steps: int, plan: Sequence[Kill], folder: Path, name: str
 ) -> dict[str, Any]:
-    """Trains twice and compares.
+    """Train twice and compare the runs.
 
     Args:
-        cluster: running; the variables of its S3 and MLflow are in this process's environment.
-        steps: of each run.
-        plan: the kills of the second run.
-        folder: for what the runs leave on this host.
-        name: beginning of both runs' names.
+        cluster: Running cluster; this process's environment names its S3 and MLflow.
+        steps: Steps of each run.
+        plan: Kills of the second run.
+        folder: Folder for the local files of the runs.
+        name: Prefix of both runs' names.
 
     Returns:
-        JSON values: what `audit` and `compare` found, a row per kill, and the times.
+        JSON values: the results of `audit` and `compare`, a row per kill, and the times.
 
     Raises:
-        RuntimeError: a run did not end as it should, see `Run.carry_out`.
+        RuntimeError: A run did not finish; see `Run.execute`.
     """
     build_shards("mnist", SHARDS, resolution=32, samples_per_shard=500, held_out=64)
     keys = ShardDataset.open(f"{SHARDS}/train").keys
@@ -70,11 +70,11 @@ def run_suite(
     runs: list[Run] = []
     for suffix, kills in (("whole", ()), ("killed", plan)):
         with Run(cluster, f"{name}-{suffix}", options, folder) as run:
-            run.carry_out(kills)
+            run.execute(kills)
         runs.append(run)
         outcomes.append(read_outcome(os.environ["MLFLOW_TRACKING_URI"], run.name))
     first, *others = read_attempts(runs[0].sample_log)
-    assert not others, "the run that nothing was killed in started again"
+    assert not others, "the run without kills restarted"
     attempts = read_attempts(runs[1].sample_log)
     return {
         "steps": steps,
@@ -102,7 +102,7 @@ def run_suite(
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row per kind of kill: how often, and what it cost."""
+    """Return a row per kind of kill: number and cost."""
     summary: list[dict[str, Any]] = []
     for kind in dict.fromkeys(row["kind"] for row in rows):
         mine = [row for row in rows if row["kind"] == kind]
@@ -122,12 +122,12 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def find_losses(found: Mapping[str, Any]) -> list[str]:
-    """What the run under fire did not keep, a sentence each; empty if it kept everything."""
+    """Return what the killed run lost, a phrase each; empty if it lost nothing."""
     audited = {k: n for k, n in found["samples"]["killed"].items() if k != "steps_done_again"}
     wrong = [f"{count} {name.replace('_', ' ')}" for name, count in audited.items() if count]
     wrong += [
-        f"{key} is {found[key]}, not {wanted}"
-        for key, wanted in (
+        f"{key} is {found[key]}, not {expected}"
+        for key, expected in (
             ("weights_equal", True),
             ("loss_curve_equal", True),
             ("mlflow_runs", 1),
@@ -136,15 +136,15 @@ def find_losses(found: Mapping[str, Any]) -> list[str]:
             ("duplicate_points", 0),
             ("missing_points", 0),
         )
-        if found[key] != wanted
+        if found[key] != expected
     ]
     return wrong
 
 
 def format_report(found: Mapping[str, Any]) -> Iterator[str]:
-    """Markdown, line by line."""
+    """Yield the lines of a Markdown report."""
     cold = found["worker_group_cold_start_seconds"]
-    yield "| killed | times | recovery, median (longest) | in cold starts | steps lost, at most |"
+    yield "| killed | kills | median recovery (longest) | in cold starts | most steps lost |"
     yield "|---|---|---|---|---|"
     for row in summarize(found["kills"]):
         median, longest = row["median_recovery_seconds"], row["max_recovery_seconds"]
@@ -154,15 +154,15 @@ def format_report(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {row['kind']} | {row['kills']} | {seconds} | {ratio} | {lost} |"
     yield ""
     yield (
-        f"{found['steps']} steps at {found['steps_per_second']:.0f} a second, a checkpoint every"
+        f"{found['steps']} steps at {found['steps_per_second']:.0f} per second, a checkpoint every"
         f" {found['checkpoint_interval']}; cold start of a worker group {cold:.1f} s, from"
         f" submission {found['cold_start_seconds']:.1f} s"
     )
     yield (
-        f"submissions: {found['submissions']}, groups of workers: {found['attempts']}, steps done"
-        f" again: {found['samples']['killed']['steps_done_again']}"
+        f"submissions: {found['submissions']}, worker groups: {found['attempts']}, repeated steps:"
+        f" {found['samples']['killed']['steps_done_again']}"
     )
-    yield f"samples of the run under fire: {json.dumps(found['samples']['killed'])}"
+    yield f"samples of the killed run: {json.dumps(found['samples']['killed'])}"
     yield f"weights equal: {found['weights_equal']}, loss curve equal: {found['loss_curve_equal']}"
     yield (
         f"MLflow: {found['mlflow_runs']} run, {found['mlflow_status']}, {found['duplicate_points']}"

@@ -1,21 +1,21 @@
-"""Whether latents that flip and turn for free help the diffusion model that is trained on them.
+"""Effect of free flips and rotations of latents on the diffusion model trained on them.
 
     python -m benchmarks.downstream --images FOLDER
 
 FOLDER holds the four idx files of Fashion-MNIST, gzipped or not (Debian: dataset-fashion-mnist).
 
-A small rectified flow is trained on stored latents, for equal steps at an equal batch size, with
-latents from an `exact` tokenizer or from a plain one that was trained for as long, and with one of
-several ways to get more views of few images (`arms`). Its samples are decoded and compared with
+A small rectified flow trains on stored latents, for equal steps at an equal batch size. The latents
+are those of an `exact` tokenizer or of a plain one that trained for the same time, and each arm
+(`arms`) augments the few images in a different way. The samples are decoded and compared with
 held-out images in the features of a classifier that is trained here (`features`).
 
-Two data sets are made of the images: "upright", as they are, where samples must be upright too and
-the flow is told which view it sees (non-leaky augmentation, Karras et al. 2022, arXiv:2206.00364,
-appendix F); and "any", where every image, the held-out ones too, is turned by one element drawn for
-it once, as microscopy and satellite images are, and nothing is told.
+The images form two data sets. In "upright", they stay as they are; samples must be upright, too, so
+the view conditions the flow (non-leaky augmentation, Karras et al. 2022, arXiv:2206.00364, appendix
+F). In "any", every image, including held-out ones, is transformed once by a random element, as in
+microscopy and satellite images, and the view does not condition the flow.
 
-Everything is a function of the seed. A seed stands for another training of the tokenizers, another
-subset of images and another flow, so the spread is that of the whole. What is finished is kept in
---folder and not repeated. About 80 minutes on two quiet cores as it stands; see --seeds, --poses,
---arms, --sizes and --flow-steps for less.
+Everything is a function of the seed. Each seed trains other tokenizers and another flow on another
+subset of images, so the spread covers the whole procedure. Finished parts are kept in --folder and
+not repeated. The defaults take about 80 minutes on two idle cores; --seeds, --poses, --arms,
+--sizes and --flow-steps reduce that.
 """

@@ -1,4 +1,4 @@
-"""The command; see the package for what it does."""
+"""The command `python -m benchmarks.downstream`; the package describes it."""
 
 import json
 import multiprocessing
@@ -24,27 +24,27 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 @dataclass(frozen=True)
 class Arguments(Settings):
-    """What to compare, and where to keep it."""
+    """Options of the command."""
 
     folder: Path = Path(".local/downstream")
-    """Where images, models, latents, the record of every run and the pictures are kept."""
+    """Folder for images, models, latents, records of the runs and pictures."""
     results: Path = RESULTS
-    """Where downstream-fashion_mnist.json goes."""
+    """Folder for downstream-fashion_mnist.json."""
     poses: tuple[Pose, ...] = ("upright", "any")
-    """Data sets."""
+    """Data sets to compare on."""
     arms: tuple[str, ...] = ()
-    """Arms; all when empty."""
+    """Arms to compare; all when empty."""
     seeds: int = 3
-    """Seeds of every run."""
+    """Number of seeds of every run."""
     processes: int = 2
-    """Processes of one thread."""
+    """Number of processes, of one thread each."""
 
 
 def list_jobs(arguments: Arguments) -> list[Job]:
-    """Seed by seed, so that a comparison that is cut off has whole seeds."""
+    """List the jobs seed by seed, so that an interrupted comparison has whole seeds."""
     unknown = set(arguments.arms) - set(ARMS)
     if unknown:
-        raise ValueError(f"--arms {sorted(unknown)}: there are {', '.join(ARMS)}")
+        raise ValueError(f"--arms {sorted(unknown)}: use some of {', '.join(ARMS)}")
     shared = {field.name: getattr(arguments, field.name) for field in fields(Settings)}
     settings, names = Settings(**shared), arguments.arms or tuple(ARMS)
     return [
@@ -53,7 +53,7 @@ def list_jobs(arguments: Arguments) -> list[Job]:
             arguments.folder,
             pose,
             seed,
-            # Where there is no upright, no view is worth more than another.
+            # In "any", no view is preferred, so the arm that keeps half of a batch upright is out.
             tuple(name for name in names if pose == "upright" or ARMS[name].acted != "half"),
         )
         for seed in range(arguments.seeds)
@@ -62,7 +62,7 @@ def list_jobs(arguments: Arguments) -> list[Job]:
 
 
 def collect(jobs: list[Job], features: dict[str, Any]) -> dict[str, Any]:
-    """All records of the jobs that there are."""
+    """Collect all existing records of the jobs."""
     settings = asdict(jobs[0].settings)
     del settings["images"]
     records = [
@@ -88,10 +88,10 @@ def collect(jobs: list[Job], features: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what is missing, write the results, print the tables."""
+    """Run the missing jobs, write the results and print the tables."""
     arguments = tyro.cli(Arguments, description=package.__doc__)
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes of the pool
     jobs = list_jobs(arguments)
     claim_folder(arguments.folder, jobs[0].settings)
     features = prepare(jobs[0].settings, arguments.folder, arguments.poses, say)

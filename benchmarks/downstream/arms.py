@@ -1,4 +1,4 @@
-"""The ways to train on the latents of few images: what the flow gets to see."""
+"""Arms of the comparison: ways to augment the latents of few images for the flow."""
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
@@ -18,14 +18,14 @@ TokenizerName = Literal["exact", "plain"]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way.
+    """One arm.
 
     Attributes:
-        tokenizer: whose latents.
-        copies: eight transformed copies of every image were encoded and are stored.
-        acted: what happens to a stored latent: nothing; the group's action, by the loader; the
-            same for half of every batch; or the flip or turn of its grid alone, with the channels
-            left as they are, which is what one does who treats a latent like an image.
+        tokenizer: Tokenizer of the latents.
+        copies: Whether eight transformed copies of every image are encoded and stored.
+        acted: Action on a stored latent: none; the group's action, by the loader; the same for half
+            of every batch; or the flip or rotation of its grid without the action on channels,
+            which treats a latent like an image.
     """
 
     tokenizer: TokenizerName
@@ -44,7 +44,7 @@ ARMS: dict[str, Arm] = {
 
 
 def select_shards(latents: LatentSet, size: int, copies: bool) -> LatentSet:
-    """The first `size` images of the set, with or without their other seven views."""
+    """Select the first `size` images of the set, with or without their other seven views."""
     shards = [
         shard
         for shard in latents.index.shards
@@ -58,13 +58,13 @@ def select_shards(latents: LatentSet, size: int, copies: bool) -> LatentSet:
 def stream(
     arm: Arm, latents: LatentSet, batch_size: int, seed: int
 ) -> Generator[tuple[Tensor, Tensor]]:
-    """Endless batches: latents float32 (b, dim, h, w), and positions in D4 of their views (b,).
+    """Yield batches endlessly: latents float32 (b, dim, h, w), and their views' indices in D4 (b,).
 
     Args:
-        arm: what to do.
-        latents: from `select_shards`.
-        batch_size: of what comes out.
-        seed: of the order and of what is drawn.
+        arm: Arm that sets the augmentation.
+        latents: Set from `select_shards`.
+        batch_size: Latents per batch.
+        seed: Seed of the order and of the views.
     """
     halves = [(batch_size, seed, arm.acted == "group")]
     if arm.acted == "half":
@@ -91,7 +91,7 @@ def stream(
         while True:
             batches = [next(loader) for loader in loaders]
             latent = torch.cat([batch.latent.float() for batch in batches])
-            # Of a stored copy the member says the view, of a stored latent the loader.
+            # The view of a stored copy is in its member, that of an augmented latent in the batch.
             view = torch.tensor(
                 [
                     D4.index(D4[element.name] @ D4[stored.decode()])

@@ -1,7 +1,7 @@
-"""What images are compared by: a classifier of label and view, and distances in its features.
+"""Image metrics: a classifier of label and view, and distances between its features.
 
-It learns from images in all eight views and says which: a feature that did not tell a turned shoe
-from an upright one could not see that a sampler leaks turned ones.
+The classifier learns from images in all eight views and predicts the view: features that did not
+distinguish a rotated shoe from an upright one could not reveal a sampler that leaks rotated ones.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ _AT_ONCE = 256
 
 
 class Classifier(nn.Module):
-    """uint8 (b, 1, 32, 32) -> 64 features, from which label and view are read linearly."""
+    """Network: uint8 (b, 1, 32, 32) -> 64 features -> logits of label and view, linearly."""
 
     def __init__(self):
         super().__init__()
@@ -37,26 +37,26 @@ class Classifier(nn.Module):
         self.view = nn.Linear(FEATURES, len(D4))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features and the logits of label and view."""
+        """Return the features and the logits of label and view."""
         features = self.body(to_float(images))
         return features, self.label(features), self.view(features)
 
 
 @torch.no_grad()
 def read_features(model: Classifier, images: Tensor) -> Tensor:
-    """(n, 64) float32."""
+    """Return the features of images, float32 (n, 64)."""
     return torch.cat([model(part)[0] for part in images.split(_AT_ONCE)])
 
 
 @torch.no_grad()
 def share_upright(model: Classifier, images: Tensor) -> float:
-    """Share of images whose view is said to be the identity or the left-right mirror."""
+    """Return the share of images classified as the identity or the left-right mirror."""
     views = torch.cat([model(part)[2].argmax(1) for part in images.split(_AT_ONCE)])
     return float(torch.isin(views, torch.tensor(_UPRIGHT)).float().mean())
 
 
 def train_classifier(path: Path, images: Tensor, labels: Tensor, steps: int) -> Classifier:
-    """Train on upright images in random views, or load what was trained."""
+    """Train on random views of upright images, or load the trained classifier."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Classifier()
@@ -84,7 +84,7 @@ def train_classifier(path: Path, images: Tensor, labels: Tensor, steps: int) -> 
 
 @torch.no_grad()
 def score_classifier(model: Classifier, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy of the label on held-out images as they are and in random views, and of the view."""
+    """Return the accuracy of the label, on held-out images and random views, and of the view."""
     generator = torch.Generator().manual_seed(0)
     view = torch.randint(len(D4), (len(images),), generator=generator)
     turned = act_on_grid(D4, view, images)
@@ -110,15 +110,15 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> "Moments":
-        """Of features (n, d), n > 1."""
+        """Compute the moments of features (n, d), n > 1."""
         wide = features.double()
         return cls(wide.mean(0), wide.T.cov())
 
 
 def frechet(a: Moments, b: Moments) -> float:
-    """Squared Fréchet distance of two Gaussians (Dowson & Landau 1982; FID, arXiv:1706.08500).
+    """Return the squared Fréchet distance of two Gaussians (FID; arXiv:1706.08500).
 
-    |m - n|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2).
+    |m - n|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) (Dowson & Landau 1982).
     """
     values, vectors = torch.linalg.eigh(a.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -128,5 +128,5 @@ def frechet(a: Moments, b: Moments) -> float:
 
 
 def nearest(features: Tensor, others: Tensor) -> Tensor:
-    """Distance of each of (n, d) to the nearest of (m, d)."""
+    """Return the distance of each of (n, d) to the nearest of (m, d)."""
     return torch.cat([torch.cdist(part, others).amin(1) for part in features.split(64)])

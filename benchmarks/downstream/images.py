@@ -1,4 +1,4 @@
-"""Fashion-MNIST as tensors and as shard sets, upright or turned."""
+"""Fashion-MNIST as tensors and as shard sets, upright or transformed."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from efae.symmetry.group import act_on_grid
 
 
 def build_images(settings: Settings, folder: Path) -> None:
-    """Both parts as shard sets of 32 px, folder/train and folder/test."""
+    """Build both parts as shard sets of 32 px, folder/train and folder/test."""
     for part, name in (("train", "train"), ("test", "t10k")):
         found = sorted(Path(settings.images).glob(f"{name}-images*idx3-ubyte*"))
         if not found:
@@ -26,7 +26,7 @@ def build_images(settings: Settings, folder: Path) -> None:
 
 
 def read_images(uri: Path, pose: Pose) -> tuple[Tensor, Tensor]:
-    """uint8 (n, 1, 32, 32) and labels (n,), in the order of the shards, which is that of a hash."""
+    """Read images uint8 (n, 1, 32, 32) and labels (n,), in the shards' order, which is hashed."""
     loader = ShardDataset.open(str(uri)).loader(
         500, shuffle=False, members=("cls",), decode_threads=1
     )
@@ -43,9 +43,9 @@ def read_images(uri: Path, pose: Pose) -> tuple[Tensor, Tensor]:
 
 
 def write_images(folder: Path, images: Tensor, samples_per_shard: int, views: bool = False) -> None:
-    """A shard set of uint8 (n, 1, h, w); `views` adds the seven others, in shards of their own.
+    """Write a shard set of uint8 (n, 1, h, w); `views` adds the other seven, in separate shards.
 
-    Shards are named ELEMENT-NUMBER.tar, and every sample says its element.
+    Shards are named ELEMENT-NUMBER.tar, and every sample stores its element.
     """
     if (folder / INDEX_NAME).exists():
         return

@@ -1,4 +1,4 @@
-"""A rectified flow of latents: our decoder over the trivial group, told which view it sees."""
+"""A rectified flow of latents: our decoder over the trivial group, conditioned on the view."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,17 +23,17 @@ _SAMPLED_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class _Grid:
-    """What a decoder wants to know of its images, which are latents here."""
+    """Size of the decoder's images, which are latents here."""
 
     channels: int
     image_size: tuple[int, int]
 
 
 class LatentFlow(nn.Module):
-    """(x_t (b, dim, h, w), t (b,), view (b,)) -> velocity; a token for each cell.
+    """Network: (x_t (b, dim, h, w), t (b,), view (b,)) -> velocity, with one token per cell.
 
-    The decoder's latent is the view, one-hot in a single cell: it reaches every token, by its
-    place, and the conditioning beside t.
+    The decoder's latent is the view, one-hot in a single cell. It conditions every token by its
+    position, and adaLN together with t.
     """
 
     def __init__(self, shape: tuple[int, int, int], settings: Settings):
@@ -47,7 +47,7 @@ class LatentFlow(nn.Module):
         self.decoder = Decoder(TRIVIAL, view, grid, sizes, null_condition=False)  # type: ignore[arg-type]
 
     def forward(self, x_t: Tensor, t: Tensor, view: Tensor) -> Tensor:
-        """dx_t / dt."""
+        """Predict dx_t / dt."""
         return self.decoder(x_t, t, F.one_hot(view, ELEMENTS).to(x_t.dtype)[:, :, None, None])
 
 
@@ -57,13 +57,13 @@ def train_flow(
     settings: Settings,
     seed: int,
 ) -> LatentFlow:
-    """The averaged weights after `flow_steps`, in evaluation mode; a function of batches and seed.
+    """Train for `flow_steps`; return the averaged weights, a function of batches and seed.
 
     Args:
-        batches: of latents and positions of their views.
-        shape: of a latent.
-        settings: sizes, steps and learning rate.
-        seed: of weights, times and noise.
+        batches: Batches of latents and their views' indices.
+        shape: Shape of a latent.
+        settings: Sizes, steps and learning rate.
+        seed: Seed of weights, times and noise.
     """
     optimization = OptimizerConfig(learning_rate=settings.learning_rate, ema_decay=0.995)
     with torch.random.fork_rng(devices=[]):
@@ -90,7 +90,7 @@ def train_flow(
 
 @torch.no_grad()
 def measure_loss(model: LatentFlow, latent: Tensor) -> float:
-    """Mean flow loss on latents of the identity's view, at fixed times and noise."""
+    """Return the mean flow loss on latents of the identity's view, at fixed times and noise."""
     generator = torch.Generator().manual_seed(1)
     u = (torch.randperm(len(latent), generator=generator) + 0.5) / len(latent)
     t = quantile_of_time(u, FLOW)
@@ -107,7 +107,7 @@ def measure_loss(model: LatentFlow, latent: Tensor) -> float:
 def sample_latents(
     model: LatentFlow, shape: tuple[int, int, int], count: int, steps: int, seed: int
 ) -> Tensor:
-    """Latents (count, dim, h, w) of the identity's view."""
+    """Sample latents (count, dim, h, w) of the identity's view."""
     noise = torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed))
     view = torch.zeros(count, dtype=torch.long)
     return torch.cat(

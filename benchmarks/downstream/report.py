@@ -13,7 +13,7 @@ _LABEL, _GAP = 250, 2  # pixels
 
 
 def print_tables(results: dict[str, Any]) -> None:
-    """Markdown: floors, then arm by data size, mean and standard deviation over seeds."""
+    """Print, in Markdown, floors, then arms by data size: mean and deviation over seeds."""
     checks = results["features"]
     damaged = ", ".join(f"{k} {v:.1f}" for k, v in checks["fid_of_damaged_images"].items())
     print(
@@ -57,9 +57,9 @@ def print_tables(results: dict[str, Any]) -> None:
 
 
 def draw_samples(jobs: list[Job], folder: Path) -> list[Path]:
-    """A picture for each data set and size, samples-POSE-SIZE.png, with a row for each arm.
+    """Draw samples-POSE-SIZE.png for each data set and size, with a row for each arm.
 
-    The rows are of the first seed.
+    The rows show the first seed.
     """
     font = ImageFont.load_default(13)
     written: list[Path] = []
@@ -88,7 +88,7 @@ def draw_samples(jobs: list[Job], folder: Path) -> list[Path]:
 def _group(
     records: list[dict[str, Any]], *names: str
 ) -> list[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
-    """Records by the values of these names, in the order of their first ones."""
+    """Group records by the values of these names, in the order of each group's first record."""
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in records:
         found.setdefault(tuple(record[name] for name in names), []).append(record)
@@ -96,7 +96,7 @@ def _group(
 
 
 def _summarize(values: Iterable[float], digits: int) -> str:
-    """Mean and standard deviation."""
+    """Format the mean and standard deviation."""
     listed = list(values)
     text = f"{statistics.fmean(listed):.{digits}f}"
     return f"{text} ± {statistics.stdev(listed):.{digits}f}" if len(listed) > 1 else text

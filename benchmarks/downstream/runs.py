@@ -1,6 +1,6 @@
 """One seed on one data set: tokenizers, latents, and a flow for each arm and size, with its record.
 
-What is finished lies in the folder and is not repeated; a run that was cut off begins again.
+Finished parts are kept in the folder and not repeated; an interrupted run restarts.
 """
 
 import json
@@ -42,14 +42,14 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What one process does.
+    """All runs of one pose and seed, for one process.
 
     Attributes:
-        settings: of all.
-        folder: of all.
-        pose: of the images.
-        seed: of tokenizers, subset and flows.
-        arms: names of the arms to run.
+        settings: Settings of all jobs.
+        folder: Folder of all jobs.
+        pose: Pose of the images.
+        seed: Seed of tokenizers, subset and flows.
+        arms: Names of the arms to run.
     """
 
     settings: Settings
@@ -64,12 +64,12 @@ class Job:
         return self.folder / self.pose / str(self.seed)
 
     def record_path(self, arm: str, size: int) -> Path:
-        """Where the record of a run lies, and its picture beside it."""
+        """Return the path of a run's record; its picture lies beside it."""
         return self.place / "runs" / f"{arm.replace(', ', '-').replace(' ', '_')}-{size}.json"
 
 
 def prepare(settings: Settings, folder: Path, poses: tuple[Pose, ...], say: Say) -> dict[str, Any]:
-    """What all jobs share: shards of images, the classifier; gives what the features are worth."""
+    """Make the images and the classifier of all jobs; return the quality of the features."""
     build_images(settings, folder / "images")
     path = folder / "features.json"
     if not path.exists():
@@ -91,7 +91,7 @@ def prepare(settings: Settings, folder: Path, poses: tuple[Pose, ...], say: Say)
 
 
 def _check_metric(model: Classifier, test: Tensor, settings: Settings) -> dict[str, Any]:
-    """Distances of held-out images that were damaged more and more: the metric must rise."""
+    """Return the distances of held-out images with increasing damage; they must increase."""
     queries, reference = test[: settings.samples], test[settings.samples :]
     moments = Moments.of(read_features(model, reference))
     noise = torch.randn(queries.shape, generator=torch.Generator().manual_seed(0))
@@ -105,79 +105,79 @@ def _check_metric(model: Classifier, test: Tensor, settings: Settings) -> dict[s
     return {"fid_of_damaged_images": found}
 
 
-class Judge:
-    """Compares samples with held-out images, by way of one tokenizer."""
+class Evaluator:
+    """Comparison of samples with held-out images, for one tokenizer."""
 
-    def __init__(self, workplace: "Workplace", name: TokenizerName):
-        self.workplace, self.name = workplace, name
+    def __init__(self, data: "JobData", name: TokenizerName):
+        self.data, self.name = data, name
         self.model = train_tokenizer(
             name,
-            workplace.job.folder / workplace.job.pose / "tokenizer_images",
-            workplace.job.place / f"{name}-tokenizer",
-            workplace.settings,
-            workplace.job.seed,
-            workplace.say,
+            data.job.folder / data.job.pose / "tokenizer_images",
+            data.job.place / f"{name}-tokenizer",
+            data.settings,
+            data.job.seed,
+            data.say,
         )
-        self.held_out_latents = encode(self.model, workplace.held_out)
+        self.held_out_latents = encode(self.model, data.held_out)
         self.reconstructed = decode(self.model, self.held_out_latents)
         self._bases: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     @cached_property
     def latents(self) -> LatentSet:
-        """Of the largest subset."""
-        place = self.workplace.job.place
-        views = any(ARMS[arm].copies for arm in self.workplace.job.arms) and self.name == "plain"
+        """Latents of the largest subset."""
+        place = self.data.job.place
+        views = any(ARMS[arm].copies for arm in self.data.job.arms) and self.name == "plain"
         return encode_images(
             self.model,
             place / f"{self.name}-tokenizer",
-            self.workplace.image_shards,
-            self.workplace.job.folder / "images" / "test",
+            self.data.image_shards,
+            self.data.job.folder / "images" / "test",
             place / f"{self.name}-latents{'-views' if views else ''}",
             views,
         )
 
     def base(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a subset: latents, its reconstructions' features, held-out distances to these.
+        """Return a subset's latents, its reconstructions' features, held-out distances to these.
 
-        Samples can be no nearer to the images of the subset than these reconstructions are, so
-        distances are between reconstructions. Where images have no upright, all views count.
+        Samples can be no nearer to the subset's images than the reconstructions are, so distances
+        are between reconstructions. In "any", they include all views.
         """
         if size not in self._bases:
-            latents = encode(self.model, self.workplace.subset[:size])
+            latents = encode(self.model, self.data.subset[:size])
             images = decode(self.model, latents)
-            if self.workplace.job.pose == "any":
+            if self.data.job.pose == "any":
                 images = torch.cat([element.act_on_image(images) for element in D4])
-            features = read_features(self.workplace.classifier, images)
-            held_out = read_features(self.workplace.classifier, self.reconstructed)
+            features = read_features(self.data.classifier, images)
+            held_out = read_features(self.data.classifier, self.reconstructed)
             self._bases[size] = latents, features, nearest(held_out, features)
         return self._bases[size]
 
     def measure(self, images: Tensor) -> dict[str, float]:
-        """FID, and how many are upright."""
-        classifier = self.workplace.classifier
+        """Return the FID and the share of upright images."""
+        classifier = self.data.classifier
         moments = Moments.of(read_features(classifier, images))
         return {
-            "fid": frechet(moments, self.workplace.reference),
+            "fid": frechet(moments, self.data.reference),
             "upright_share": share_upright(classifier, images),
         }
 
     def measure_nearness(self, images: Tensor, size: int) -> dict[str, float]:
-        """Of samples to the subset, against that of held-out images to it.
+        """Compare the samples' distances to the subset with those of held-out images.
 
         Returns:
-            The ratio of the medians; and the share of samples that are nearer than all but a
-            twentieth of the held-out images are: 0.05 where nothing is remembered.
+            The ratio of the medians, and the share of samples below the 5th percentile of the
+            held-out distances: 0.05 without memorization.
         """
         _, features, usual = self.base(size)
-        found = nearest(read_features(self.workplace.classifier, images), features)
+        found = nearest(read_features(self.data.classifier, images), features)
         return {
             "nearest_ratio": float(found.median() / usual.median()),
             "very_near_share": float((found < usual.quantile(0.05)).float().mean()),
         }
 
 
-class Workplace:
-    """What the runs of a job share, in memory."""
+class JobData:
+    """Images, classifier and evaluators that the runs of a job share, in memory."""
 
     def __init__(self, job: Job, say: Say):
         self.job, self.settings, self.say = job, job.settings, say
@@ -187,8 +187,9 @@ class Workplace:
         self.subset = train[job.seed * most : (job.seed + 1) * most].clone()
         if (job.seed + 1) * most > len(train) // 2:
             raise ValueError(
-                f"seed {job.seed} of {most} images: the subsets of all seeds are disjoint and take"
-                f" at most {len(train) // 2} images, the tokenizers are trained on the others"
+                f"seed {job.seed} with {most} images: the disjoint subsets of all seeds may hold at"
+                f" most {len(train) // 2} images, as the tokenizers train on the others; use fewer"
+                " --seeds or smaller --sizes"
             )
         self.held_out, reference = test[:count], test[count:]
         self.classifier = train_classifier(
@@ -197,35 +198,35 @@ class Workplace:
         self.reference = Moments.of(read_features(self.classifier, reference))
         self.image_shards = job.place / "images"
         write_images(self.image_shards, self.subset, self.settings.samples_per_shard, views=True)
-        self._judges: dict[TokenizerName, Judge] = {}
+        self._evaluators: dict[TokenizerName, Evaluator] = {}
 
-    def judge(self, name: TokenizerName) -> Judge:
-        """With that tokenizer, which is trained when it is first asked for."""
-        if name not in self._judges:
-            self._judges[name] = Judge(self, name)
-        return self._judges[name]
+    def evaluator(self, name: TokenizerName) -> Evaluator:
+        """Return the evaluator of a tokenizer; the first call trains the tokenizer."""
+        if name not in self._evaluators:
+            self._evaluators[name] = Evaluator(self, name)
+        return self._evaluators[name]
 
 
 def say(line: str) -> None:
-    """At once; here, where processes that are spawned find it."""
+    """Print a line and flush it; a module-level function, so that spawned processes find it."""
     print(line, flush=True)
 
 
 def run_job(job: Job, say: Say) -> None:
-    """Every run of the job that has no record yet."""
+    """Do every run of the job that has no record yet."""
     torch.set_num_threads(1)
     settings = job.settings
     runs = [(arm, size) for size in settings.sizes for arm in job.arms]
     missing = [(arm, size) for arm, size in runs if not job.record_path(arm, size).exists()]
     if not missing:
         return
-    workplace = Workplace(job, say)
+    data = JobData(job, say)
     for name in sorted({ARMS[arm].tokenizer for arm, _ in missing}):
         floors = job.place / f"floor-{name}.json"
         if not floors.exists():
-            write_json(floors, measure_floors(workplace.judge(name)))
+            write_json(floors, measure_floors(data.evaluator(name)))
     for arm, size in missing:
-        record, images = run(workplace, arm, size)
+        record, images = run(data, arm, size)
         path = job.record_path(arm, size)
         path.parent.mkdir(exist_ok=True)
         picture = Image.fromarray(images[:PICTURED, 0].movedim(0, 1).flatten(1).numpy())
@@ -238,29 +239,29 @@ def run_job(job: Job, say: Say) -> None:
         )
 
 
-def run(workplace: Workplace, name: str, size: int) -> tuple[dict[str, Any], Tensor]:
-    """Train, sample and measure one arm; its record and its samples."""
-    job, settings, arm = workplace.job, workplace.settings, ARMS[name]
-    judge = workplace.judge(arm.tokenizer)
-    latents = select_shards(judge.latents, size, arm.copies)
-    dim, height, width = judge.held_out_latents.shape[1:]
+def run(data: JobData, name: str, size: int) -> tuple[dict[str, Any], Tensor]:
+    """Train, sample and measure one arm; return its record and its samples."""
+    job, settings, arm = data.job, data.settings, ARMS[name]
+    evaluator = data.evaluator(arm.tokenizer)
+    latents = select_shards(evaluator.latents, size, arm.copies)
+    dim, height, width = evaluator.held_out_latents.shape[1:]
     shape = (dim, height, width)
-    subset, *_ = judge.base(size)
+    subset, *_ = evaluator.base(size)
     started = time.process_time()
     with closing(stream(arm, latents, settings.batch_size, job.seed)) as batches:
-        told = ((z, view if job.pose == "upright" else 0 * view) for z, view in batches)
-        model = train_flow(told, shape, settings, job.seed)
+        conditioned = ((z, view if job.pose == "upright" else 0 * view) for z, view in batches)
+        model = train_flow(conditioned, shape, settings, job.seed)
     trained = time.process_time() - started
     sampled = sample_latents(model, shape, settings.samples, settings.sampler_steps, job.seed)
-    images = decode(judge.model, sampled)
+    images = decode(evaluator.model, sampled)
     return {
         "pose": job.pose,
         "seed": job.seed,
         "arm": name,
         "size": size,
-        **judge.measure(images),
-        **judge.measure_nearness(images, size),
-        "loss_held_out": measure_loss(model, judge.held_out_latents),
+        **evaluator.measure(images),
+        **evaluator.measure_nearness(images, size),
+        "loss_held_out": measure_loss(model, evaluator.held_out_latents),
         "loss_train": measure_loss(model, subset[: settings.samples]),
         "bytes_stored": sum(shard.bytes for shard in latents.index.shards),
         "images_encoded": len(latents),
@@ -269,37 +270,37 @@ def run(workplace: Workplace, name: str, size: int) -> tuple[dict[str, Any], Ten
     }, images
 
 
-def measure_floors(judge: Judge) -> dict[str, Any]:
-    """What samples are to be compared with: the best that could be had, and a perfect memory."""
-    workplace = judge.workplace
-    count = workplace.settings.samples
+def measure_floors(evaluator: Evaluator) -> dict[str, Any]:
+    """Measure the bounds for samples: held-out images, reconstructions and a perfect memory."""
+    data = evaluator.data
+    count = data.settings.samples
     generator = torch.Generator().manual_seed(0)
     remembered: dict[str, dict[str, float]] = {}
-    for size in workplace.settings.sizes:
-        latents, *_ = judge.base(size)
+    for size in data.settings.sizes:
+        latents, *_ = evaluator.base(size)
         drawn = torch.randint(len(latents), (count,), generator=generator)
         latents = latents[drawn]
-        if workplace.job.pose == "any":
+        if data.job.pose == "any":
             view = torch.randint(len(D4), (count,), generator=generator)
-            latents = encode(judge.model, act_on_grid(D4, view, workplace.subset[drawn]))
-        images = decode(judge.model, latents)
-        remembered[str(size)] = judge.measure(images) | judge.measure_nearness(images, size)
+            latents = encode(evaluator.model, act_on_grid(D4, view, data.subset[drawn]))
+        images = decode(evaluator.model, latents)
+        remembered[str(size)] = evaluator.measure(images) | evaluator.measure_nearness(images, size)
     return {
-        "pose": workplace.job.pose,
-        "seed": workplace.job.seed,
-        "tokenizer": judge.name,
-        "training_steps": judge.model.config.training.steps,
-        "parameters": sum(p.numel() for p in judge.model.parameters()),
-        "psnr": float(psnr(to_float(judge.reconstructed), to_float(workplace.held_out)).mean()),
-        "largest_difference": judge.latents.certificate["max_abs_difference"],
-        "held_out": judge.measure(workplace.held_out),
-        "reconstructed": judge.measure(judge.reconstructed),
+        "pose": data.job.pose,
+        "seed": data.job.seed,
+        "tokenizer": evaluator.name,
+        "training_steps": evaluator.model.config.training.steps,
+        "parameters": sum(p.numel() for p in evaluator.model.parameters()),
+        "psnr": float(psnr(to_float(evaluator.reconstructed), to_float(data.held_out)).mean()),
+        "largest_difference": evaluator.latents.certificate["max_abs_difference"],
+        "held_out": evaluator.measure(data.held_out),
+        "reconstructed": evaluator.measure(evaluator.reconstructed),
         "remembered": remembered,
     }
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Write a JSON file atomically."""
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(value, indent=1) + "\n")
     unfinished.rename(path)

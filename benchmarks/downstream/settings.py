@@ -1,4 +1,4 @@
-"""What is asked for."""
+"""Settings of a comparison."""
 
 import json
 import math
@@ -12,43 +12,43 @@ ELEMENTS = 8
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of one comparison share."""
+    """Settings that all runs of one comparison share."""
 
     images: str
     """Folder with the idx files of Fashion-MNIST."""
     sizes: tuple[int, ...] = (1000, 8000)
-    """Images that the flow is trained on; shards hold their greatest common divisor."""
+    """Numbers of images that the flow trains on; a shard holds their greatest common divisor."""
     tokenizer_seconds: float = 120.0
-    """CPU seconds that each tokenizer is trained for, on a quiet core."""
+    """CPU seconds of training of each tokenizer, on an idle core."""
     classifier_steps: int = 1500
-    """Training steps of the classifier whose features are compared."""
+    """Training steps of the classifier that provides the features."""
     flow_steps: int = 2500
     """Training steps of every flow."""
     batch_size: int = 64
-    """Of the flow and of the tokenizers."""
+    """Batch size of the flow and of the tokenizers."""
     learning_rate: float = 1.2e-2
-    """Peak, of the flow: the best of 2e-3, 6e-3 and 1.2e-2 on held-out latents of "exact, as
-    stored"; the same for every arm."""
+    """Peak learning rate of the flow in every arm: the best of 2e-3, 6e-3 and 1.2e-2 on held-out
+    latents of "exact, as stored"."""
     hidden_size: int = 64
     """Width of the flow's transformer."""
     depth: int = 3
-    """Its blocks."""
+    """Blocks of the flow's transformer."""
     sampler_steps: int = 12
-    """Heun steps to a latent."""
+    """Heun steps per latent."""
     samples: int = 2048
     """Images in every set that is compared."""
 
     @property
     def samples_per_shard(self) -> int:
-        """So that each size is a whole number of shards."""
+        """Samples per shard: each size is a whole number of shards."""
         return math.gcd(*self.sizes)
 
 
 def claim_folder(folder: Path, settings: Settings) -> None:
-    """Keep the settings beside what is computed with them.
+    """Store the settings beside the results that depend on them.
 
     Raises:
-        ValueError: the folder holds results of other settings.
+        ValueError: The folder holds results of other settings.
     """
     path = folder / "settings.json"
     mine = json.loads(json.dumps(asdict(settings)))
@@ -56,7 +56,9 @@ def claim_folder(folder: Path, settings: Settings) -> None:
         theirs = json.loads(path.read_text())
         changed = {k: v for k, v in mine.items() if theirs.get(k) != v and k != "images"}
         if changed:
-            raise ValueError(f"{folder} holds runs of other settings than {changed}: use --folder")
+            raise ValueError(
+                f"{folder} holds runs with other settings than {changed}: choose another --folder"
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(mine, indent=1) + "\n")

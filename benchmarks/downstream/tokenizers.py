@@ -1,4 +1,4 @@
-"""The two tokenizers, trained for as long as each other, and their latents on disk."""
+"""The two tokenizers, trained for the same time, and their latents on disk."""
 
 import hashlib
 import time
@@ -17,6 +17,7 @@ from data_pipelines.building import unfinished
 from data_pipelines.loading.dataset import LatentSet
 from data_pipelines.shards.index import INDEX_NAME, ShardIndex, load_index, write_index
 from data_pipelines.shards.latent_format import FORMAT, LatentFormat
+from data_pipelines.storage import Location
 from efae.config_forms import with_overrides
 from efae.evaluation.measures import to_float
 from efae.latents.shard_encoder import ShardEncoder, Source
@@ -27,9 +28,8 @@ from efae.symmetry import D4
 from efae.training.loop import train
 from efae.training.process import Process
 
-# The widths and learning rate that are best at equal compute and about a minute or two
-# (benchmarks/README.md), and what a step costs there on a quiet core
-# (results/ablation-fashion_mnist-60).
+# The best widths and learning rate at equal compute of a minute or two (benchmarks/README.md), and
+# the cost of a step with them on an idle core (results/ablation-fashion_mnist-60).
 LEVELS: dict[TokenizerName, str] = {"exact": "exact", "plain": "none"}
 SECONDS_PER_STEP: dict[TokenizerName, float] = {"exact": 0.072, "plain": 0.080}
 LEARNING_RATE = 1.2e-2
@@ -45,7 +45,7 @@ def train_tokenizer(
     seed: int,
     say: Callable[[str], None],
 ) -> Autoencoder:
-    """Train on a shard set as jobs/train.py's workers do, or load what was trained."""
+    """Train on a shard set like the workers of jobs/train.py, or load the trained tokenizer."""
     if not (folder / "finished").exists():
         steps = round(settings.tokenizer_seconds / SECONDS_PER_STEP[name])
         config = with_overrides(
@@ -74,15 +74,15 @@ def train_tokenizer(
 def encode_images(
     model: Autoencoder, model_folder: Path, images: Path, held_out: Path, output: Path, views: bool
 ) -> LatentSet:
-    """The latents of a shard set of `images.write_images`, in this process, by the job's encoder.
+    """Encode a shard set of `images.write_images` in this process, with the encoder of the job.
 
     Args:
-        model: from `train_tokenizer`.
-        model_folder: where it lies.
-        images: shard set.
-        held_out: shard set to certify on.
-        output: of the latents; what is there and whole is kept.
-        views: encode the shards of all eight views instead of those of the identity.
+        model: Model from `train_tokenizer`.
+        model_folder: Folder of the model.
+        images: Folder of the shard set.
+        held_out: Folder of the shard set for the certificate.
+        output: Folder for the latents; a complete set there is kept.
+        views: Whether to encode all eight views instead of the identity's only.
     """
     if (output / INDEX_NAME).exists():
         return LatentSet(str(output), load_index(str(output)))
@@ -112,21 +112,22 @@ def encode_images(
         },
     )
     records = [
-        encoder.write_shard(number, str(output), form).shards[0] for number in range(len(shards))
+        encoder.write_shard(number, Location.parse(output), form).shards[0]
+        for number in range(len(shards))
     ]
     write_index(str(output), ShardIndex(tuple(records), None, {FORMAT: form.model_dump()}))
-    unfinished.clear(str(output))
+    unfinished.clear(Location.parse(output))
     return LatentSet(str(output), load_index(str(output)))
 
 
 @torch.no_grad()
 def encode(model: Autoencoder, images: Tensor) -> Tensor:
-    """Latents of uint8 images, in memory."""
+    """Encode uint8 images in memory."""
     return torch.cat([model.encode(to_float(part)) for part in images.split(_AT_ONCE)])
 
 
 def decode(model: Autoencoder, latent: Tensor) -> Tensor:
-    """uint8 images; the noise of the decoder is fixed."""
+    """Decode latents to uint8 images with fixed noise."""
     parts: list[Tensor] = []
     for number, part in enumerate(latent.split(_AT_ONCE)):
         image = model.decode(part, seed=number).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""One way to read the same images from S3 per file, behind one function: `open_epochs`.
+"""One loader per file, all of which read the same images from S3 behind `open_epochs`.
 
 `open_epochs(task, **options)` opens the set and returns a function; each call of it reads one more
 epoch and yields batches, uint8 (b, H, W, C) or (b, C, H, W). Opening is not timed.
@@ -10,26 +10,26 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Task:
-    """What one process has to read; crosses to it as JSON."""
+    """The set that one process reads; passed to it as JSON."""
 
     tars: str
-    """URI of the WebDataset tars and their index; other formats lie beside it."""
+    """URI of the WebDataset tars and their index, with the other formats beside it."""
     extension: str
-    """Of the images: jpg or png."""
+    """Extension of the images: jpg or png."""
     side: int
-    """Pixels of an image's side."""
+    """Side of an image in pixels."""
     samples: int
     cache: str
     """Folder for this pipeline's cache, shared by its ranks."""
     batch_size: int
-    """Of one rank."""
+    """Images per batch of one rank."""
     warm: bool = False
-    """Whether an epoch was read before, so that caches are filled."""
+    """Whether to read one epoch first, which fills the caches."""
     rank: int = 0
     world_size: int = 1
 
     def beside(self, name: str) -> str:
-        """URI of the same samples in another format."""
+        """Return the URI of the same samples in another format."""
         return f"{self.tars.rsplit('/', 1)[0]}/{name}"
 
 
@@ -40,12 +40,12 @@ class Pipeline:
     module: str
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     needs: tuple[str, ...] = ()
-    """Packages, by the name they are imported by."""
+    """Import names of the packages that it needs."""
     jpeg_only: bool = False
     cold: bool = True
-    """Whether to measure the first epoch, from an empty cache."""
+    """Whether to measure the first epoch, with an empty cache."""
     warm: bool = True
-    """Whether to measure a later epoch: only where there is a cache."""
+    """Whether to measure a later epoch; only for pipelines with a cache."""
     ranks: tuple[int, ...] = (1, 2)
 
 
@@ -87,7 +87,7 @@ PACKAGES = {
     "ray": "ray[data]",
 }
 DEFAULT_TARS = "default_tars"
-"""The folder of the tars as webdataset's writer makes them by default: each member has an extended
-header for its time, which takes as long to parse as the member's own."""
+"""Folder of the tars that webdataset's writer makes by default: each member has an extended header
+for its time, which takes as long to parse as the member's own."""
 FORMATS = {"mosaic": "mds", "lit": "litdata"}
-"""Modules that read a format of their own, and the folder it lies in."""
+"""Folder of each module that reads its own format."""

@@ -1,6 +1,6 @@
-"""The ceiling: decoding alone, from memory into one array that is used again and again.
+"""Upper bound: decoding alone, from memory into one reused array.
 
-JPEG by simplejpeg without anything of ours around it, PNG by our own codec.
+simplejpeg decodes JPEG without any of our code; our codec decodes PNG.
 """
 
 import io
@@ -16,7 +16,7 @@ from data_pipelines.images.codec import decode_into
 
 
 def read_members(task: Task) -> Iterator[tuple[str, bytes, int]]:
-    """Every sample of the tars: key, image file, label."""
+    """Yield every sample of the tars: key, image file, label."""
     for name in storage.list_files(task.tars):
         if not name.endswith(".tar"):
             continue
@@ -30,7 +30,7 @@ def read_members(task: Task) -> Iterator[tuple[str, bytes, int]]:
 
 
 def open_epochs(task: Task) -> Callable[[], Iterator[np.ndarray]]:
-    """All images lie in memory before the clock starts."""
+    """Load all images into memory; each call of the result decodes them once."""
     files = [data for _, data, _ in read_members(task)]
     images = np.zeros((task.batch_size, task.side, task.side, 3), np.uint8)
 

@@ -1,4 +1,4 @@
-"""The decoders that a user of the other loaders would call: image file -> uint8 (H, W, 3)."""
+"""Decoders that a user of the other loaders would call: image file -> uint8 (H, W, 3)."""
 
 import io
 
@@ -8,12 +8,12 @@ from PIL import Image
 
 
 def decode_pil(data: bytes) -> np.ndarray:
-    """Any image, by Pillow."""
+    """Decode any image with Pillow."""
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def decode_simplejpeg(data: bytes) -> np.ndarray:
-    """JPEG, by simplejpeg: the decoder of our own loader."""
+    """Decode JPEG with simplejpeg, the decoder of our own loader."""
     return simplejpeg.decode_jpeg(data)
 
 

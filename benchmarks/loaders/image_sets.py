@@ -1,8 +1,8 @@
 """The two image sets, as WebDataset tars with labels and our index beside them.
 
-jpeg256: crops of photographs, JPEG of quality 90. Without a folder of photographs, drawings of
-OpenMoji over colour gradients, which compress better than photographs do. png32: the drawings at
-32 px, several times under different names, as there are only 4,495 of them.
+jpeg256: crops of photographs, JPEG of quality 90. Without a folder of photographs, OpenMoji
+drawings over colour gradients, which compress better than photographs. png32: the drawings at
+32 px; as there are only 4,495, they repeat under different names.
 """
 
 import io
@@ -29,7 +29,7 @@ LABELS = 1000
 
 @dataclass(frozen=True)
 class ImageSet:
-    """What is measured on."""
+    """Format and sizes of an image set."""
 
     extension: str
     side: int
@@ -45,7 +45,7 @@ IMAGE_SETS = {
 
 
 def write_tars(name: str, uri: str, photos: Path | None, share: float = 1.0) -> dict[str, Any]:
-    """Write the set `name`, or a `share` of each of its shards; returns what it is made of."""
+    """Write the set `name`, or a `share` of each of its shards; return its description."""
     chosen = IMAGE_SETS[name]
     per_shard = round(chosen.samples_per_shard * share)
     origin, files = _list_images(name, photos, per_shard * SHARDS)
@@ -95,7 +95,7 @@ def _repeat_drawings() -> Iterator[bytes]:
 
 
 def _crop_photos(paths: list[Path], count: int) -> Iterator[bytes]:
-    """Crops of random size and place, in random order, each made 256 px wide."""
+    """Yield crops of random size and position, in random order, each resized to 256 px."""
     random = np.random.default_rng(0)
     files: list[bytes] = []
     for number, path in enumerate(paths):

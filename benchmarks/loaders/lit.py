@@ -1,4 +1,4 @@
-"""litdata: its own format on the same S3, its own cache of the node."""
+"""litdata: its own format on the same S3, and its own cache on the node."""
 
 import os
 import tempfile
@@ -21,7 +21,7 @@ def _pack(sample: tuple[str, bytes, int]) -> dict[str, Any]:
 
 
 def write_set(task: Task) -> None:
-    """The samples of the tars, in chunks of the size that litdata's documentation uses."""
+    """Write the samples of the tars, in chunks of the size that litdata's documentation uses."""
     with tempfile.TemporaryDirectory() as folder:
         optimize(
             _pack,
@@ -35,10 +35,10 @@ def write_set(task: Task) -> None:
 
 
 def open_epochs(task: Task, decode: str) -> Callable[[], Iterator[np.ndarray]]:
-    """Shuffled as its documentation says, decoded when the batch is put together."""
-    if task.world_size > 1:  # litdata asks torch.distributed for its rank
+    """Shuffle as its documentation recommends; decode while collating a batch."""
+    if task.world_size > 1:  # litdata gets its rank from torch.distributed
         torch.distributed.init_process_group("gloo")
-    # Its S3 client refuses http, and nothing public reaches this option.
+    # Its S3 client refuses http, and no public option changes that.
     downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # pyright: ignore[reportPrivateUsage]
     to_pixels = DECODERS[decode]
     images = StreamingDataset(

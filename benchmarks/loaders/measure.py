@@ -1,7 +1,7 @@
-"""Runs one pipeline in this process and prints its figures as one line of JSON.
+"""Run one pipeline in this process and print its measurements as one line of JSON.
 
-Opening is before the clock; the process then says so and waits for a line, so that several ranks
-start together. CPU seconds are those of this process and all that it starts, to the last one.
+The process opens the set, which is not timed, prints "ready" and waits for a line, so that several
+ranks start together. CPU seconds include those of all descendants.
 """
 
 import importlib
@@ -18,11 +18,11 @@ import torch
 from benchmarks.loaders import PIPELINES, Task
 
 STEPS = 40
-"""Training steps that the wait for data is measured over."""
+"""Training steps over which the wait for data is measured."""
 
 
 def count_cpu_seconds() -> float:
-    """Of this process, its ended children and its living descendants."""
+    """Return the CPU seconds of this process, its ended children and its live descendants."""
     total = 0.0
     for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
         usage = resource.getrusage(who)
@@ -30,16 +30,16 @@ def count_cpu_seconds() -> float:
     for process in psutil.Process().children(recursive=True):
         try:
             total += sum(process.cpu_times()[:4])
-        except psutil.NoSuchProcess:  # its parent has its seconds now
+        except psutil.NoSuchProcess:  # it ended: its parent's seconds include it
             continue
     return total
 
 
 def check_batch(images: Any, task: Task) -> int:
-    """The number of images.
+    """Return the number of images of a batch.
 
     Raises:
-        ValueError: they are not uint8 images of three colours.
+        ValueError: The images are not uint8 RGB of the task's size.
     """
     batch = np.asarray(images)
     if batch.dtype != np.uint8 or batch[0].size != 3 * task.side**2:
@@ -48,7 +48,7 @@ def check_batch(images: Any, task: Task) -> int:
 
 
 def measure_epoch(read_epoch: Any, task: Task) -> dict[str, float]:
-    """Wall and CPU seconds of one epoch, first batch included."""
+    """Measure the wall-clock and CPU seconds of one epoch, including its first batch."""
     images, wall, cpu = 0, time.perf_counter(), count_cpu_seconds()
     for batch in read_epoch():
         images += check_batch(batch, task)
@@ -60,7 +60,7 @@ def measure_epoch(read_epoch: Any, task: Task) -> dict[str, float]:
 
 
 def measure_wait(read_epoch: Any, task: Task, step_seconds: float) -> dict[str, float]:
-    """The share of its time that a training step waits for its batch, after the first one."""
+    """Measure the share of its time that training waits for batches after the first one."""
     matrix = torch.ones(256, 256)
     torch.set_num_threads(1)
     batches = iter(read_epoch())
@@ -82,7 +82,7 @@ def measure_wait(read_epoch: Any, task: Task, step_seconds: float) -> dict[str, 
 
 
 def main() -> None:
-    """Arguments: the pipeline's name, the task as JSON, what to do, its argument."""
+    """Run one action; the arguments are pipeline, task as JSON, action, argument of the action."""
     name, text, action = sys.argv[1:4]
     task, pipeline = Task(**json.loads(text)), PIPELINES[name]
     module = importlib.import_module(f"benchmarks.loaders.{pipeline.module}")

@@ -1,7 +1,7 @@
-"""MosaicML Streaming: its MDS format on the same S3, its own cache of the node.
+"""MosaicML Streaming: its MDS format on the same S3, and its own cache on the node.
 
-`import streaming` imports torchvision for data sets of its own; where torchvision is missing (it
-does not load beside every torch) an empty stand-in takes its place.
+`import streaming` imports torchvision for its own data sets. Without torchvision, which does not
+load with every torch, an empty module replaces it.
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ class _AnyName(ModuleType):
 
 
 if importlib.util.find_spec("torchvision") is None:
-    import transformers.feature_extraction_utils  # streaming needs it; it looks for torchvision
+    import transformers.feature_extraction_utils  # before torchvision is replaced: it checks for it
     import transformers.tokenization_utils_base  # noqa: F401
 
     for name in ("", ".datasets", ".transforms", ".transforms.functional"):
@@ -41,7 +41,7 @@ from streaming import MDSWriter, StreamingDataset  # noqa: E402
 
 
 def write_set(task: Task) -> None:
-    """The samples of the tars, as MDS."""
+    """Write the samples of the tars as MDS."""
     with tempfile.TemporaryDirectory() as folder:
         with MDSWriter(out=folder, columns={"image": "bytes", "label": "int"}) as writer:
             for _, data, label in read_members(task):
@@ -50,7 +50,7 @@ def write_set(task: Task) -> None:
 
 
 def open_epochs(task: Task, decode: str) -> Callable[[], Iterator[np.ndarray]]:
-    """Shuffled as its documentation says, through torch's DataLoader in this process."""
+    """Shuffle as its documentation recommends, with torch's DataLoader in this process."""
     os.environ["S3_ENDPOINT_URL"] = os.environ["AWS_ENDPOINT_URL"]
     to_pixels = DECODERS[decode]
 

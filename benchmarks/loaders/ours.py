@@ -1,4 +1,4 @@
-"""Our loader, as a training run uses it."""
+"""Our loader, as training uses it."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,13 +7,13 @@ from torch import Tensor
 from benchmarks.loaders import Task
 from data_pipelines import ShardDataset
 
-_PIXEL_CACHE_BYTES = 20 * 2**30  # as the cache of shards has
+_PIXEL_CACHE_BYTES = 20 * 2**30  # the same as the shard cache
 
 
 def open_epochs(
     task: Task, labels: bool = False, keep_pixels: bool = False
 ) -> Callable[[], Iterator[Tensor]]:
-    """The options stay at their defaults, but for the labels, and the cache of decoded images."""
+    """Open the set with default options, except for labels and the cache of decoded images."""
     loader = ShardDataset.open(task.tars).loader(
         global_batch_size=task.batch_size * task.world_size,
         rank=task.rank,

@@ -1,4 +1,4 @@
-"""Ray Data's WebDataset reader: tars over s3fs, decoded in a map over batches, on a local Ray."""
+"""Ray Data's WebDataset reader on a local Ray: tars over s3fs, decoded in `map_batches`."""
 
 from collections.abc import Callable, Iterator
 
@@ -13,7 +13,7 @@ from data_pipelines import storage
 
 
 def open_epochs(task: Task) -> Callable[[], Iterator[np.ndarray]]:
-    """Two logical CPUs, so that reading and decoding may overlap."""
+    """Start Ray with two logical CPUs, so that reading and decoding may overlap."""
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     ray.data.DataContext.get_current().enable_progress_bars = False
     filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(s3fs.S3FileSystem()))

@@ -1,4 +1,4 @@
-"""The local stack's S3 server alone, on free ports, for the time of a benchmark."""
+"""The local stack's S3 server alone, on free ports, for the duration of a benchmark."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ from cluster.state import StackState
 
 @contextlib.contextmanager
 def serve_s3(folder: Path) -> Iterator[dict[str, str]]:
-    """The environment of a client, while the server runs on what lies in `folder`.
+    """Run the server on the data in `folder`; yield the environment of a client.
 
     Raises:
-        RuntimeError: it did not answer in time; its log is in `folder`.
+        RuntimeError: The server did not answer in time; its log is in `folder`.
     """
     state = StackState(folder)
     start(state, "s3")

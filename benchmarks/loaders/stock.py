@@ -1,7 +1,7 @@
-"""webdataset as its documentation has it: tars over s3fs file objects, or through its FileCache.
+"""webdataset as its documentation shows it: tars over s3fs file objects, or through its FileCache.
 
-Cold means streaming from S3, warm the local files that FileCache left: streaming is the cheaper one
-of the two for a first epoch.
+A cold epoch streams from S3, which is cheaper than FileCache for a first epoch; a warm one reads
+the local files of FileCache.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,14 +20,14 @@ SHUFFLE = 1000
 
 
 def open_s3(url: str, mode: str = "rb", bufsize: int = -1, **_: Any) -> Any:
-    """The handler for s3:// that webdataset lacks, with the read-ahead that s3fs chooses."""
+    """Open an s3:// URL, for which webdataset has no handler, with the read-ahead of s3fs."""
     return fsspec.filesystem("s3").open(url, mode)
 
 
 def open_epochs(
     task: Task, decode: str, workers: int = 0, default_tars: bool = False
 ) -> Callable[[], Iterator[np.ndarray]]:
-    """Batches of images; their labels are read and dropped."""
+    """Open the tars; an epoch reads labels, too, and drops them."""
     gopen_schemes["s3"] = open_s3
     folder = task.beside(DEFAULT_TARS) if default_tars else task.tars
     names = [name for name in storage.list_files(folder) if name.endswith(".tar")]

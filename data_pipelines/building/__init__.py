@@ -1,1 +1,1 @@
-"""Sources -> shards: what the four commands are made of."""
+"""Sources -> shards: the parts of the four commands."""

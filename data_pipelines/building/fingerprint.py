@@ -1,22 +1,22 @@
-"""How sources are told apart and found: hashes of listings, versions, places for every process."""
+"""Identity of sources: hashes of listings, versions of packages, absolute locations."""
 
 import hashlib
 import importlib.metadata
 from collections.abc import Mapping
 
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
 
 
 def digest(sizes: Mapping[str, int]) -> str:
-    """A hash of names and sizes: tells listings apart without reading the files."""
+    """Hash names and sizes, which distinguishes listings without reading the files."""
     return hashlib.sha256(repr(sorted(sizes.items())).encode()).hexdigest()[:16]
 
 
 def find_version(package: str) -> str:
-    """The installed version of a package that holds images.
+    """Return the installed version of a package that contains images.
 
     Raises:
-        ValueError: not installed.
+        ValueError: The package is not installed.
     """
     try:
         return importlib.metadata.version(package)
@@ -26,13 +26,15 @@ def find_version(package: str) -> str:
         ) from error
 
 
-def make_absolute(uri: str) -> str:
-    """The same place for a worker, which runs in another folder; without a slash at the end.
+def make_absolute(uri: LocationLike) -> Location:
+    """Make a location absolute for workers, which run in other folders; drop a final slash.
 
     Raises:
-        ValueError: it is empty, as a variable of the shell that is not set.
+        ValueError: It is empty, as from an unset shell variable.
     """
-    if not uri:
+    if uri == "":
         raise ValueError("an empty path: name a folder, . for this one")
-    path = uris.local_path(uri)
-    return uri.rstrip("/") if path is None else str(path.absolute())
+    location = Location.parse(uri)
+    if location.path is not None:
+        return Location.parse(location.path.absolute())
+    return Location.parse(location.uri.rstrip("/"))

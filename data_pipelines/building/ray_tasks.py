@@ -1,7 +1,7 @@
-"""One function over many shards: in this process, or as Ray tasks over the nodes of a cluster.
+"""Map a function over many shards: in this process, or as Ray tasks on the nodes of a cluster.
 
-Ray retries a task whose worker died; a task that raised is not tried again. Tasks find credentials
-where training finds them, in the environment of their node or its role: none are sent.
+Ray retries a task whose worker died, but not a task that raised. Tasks find credentials where
+training does, in their node's environment or instance role; none are sent.
 """
 
 import logging
@@ -19,27 +19,27 @@ Result = TypeVar("Result")
 
 PLACES = ("auto", "ray", "here")
 HELP = (
-    "where the work is done: as tasks on the Ray cluster of RAY_ADDRESS, here, or auto: on Ray"
-    " where RAY_ADDRESS is set or this is a Ray job"
+    "where to run: ray (tasks on the cluster at RAY_ADDRESS), here, or auto: ray if RAY_ADDRESS is"
+    " set or this is a Ray job"
 )
 
 
 class TaskFailed(RuntimeError):
-    """Ray could not run a task: its worker died more often than it is retried, or did not start."""
+    """Ray could not run a task: its worker did not start, or died in every retry."""
 
 
-def means_ray(on: str) -> bool:
-    """Whether `on`, one of `PLACES`, means a Ray cluster.
+def uses_ray(on: str) -> bool:
+    """Return whether `on`, one of `PLACES`, selects a Ray cluster.
 
     Raises:
-        ValueError: another word, or no cluster's address.
+        ValueError: The value is unknown, or RAY_ADDRESS is not set.
     """
     if on not in PLACES:
         raise ValueError(f"--on {on}: use one of {', '.join(PLACES)}")
-    there = bool(os.environ.get("RAY_ADDRESS")) or _is_connected()
-    if on == "ray" and not there:
+    available = bool(os.environ.get("RAY_ADDRESS")) or _is_connected()
+    if on == "ray" and not available:
         raise ValueError("--on ray: RAY_ADDRESS is not set; set it, or use --on here")
-    return there and on != "here"
+    return available and on != "here"
 
 
 def run_tasks(
@@ -49,20 +49,20 @@ def run_tasks(
     on: str = "here",
     threads: int = 1,
 ) -> Iterator[tuple[int, Result]]:
-    """(position of the job, function(shared, job)) for every job, as they come in.
+    """Yield (position of the job, function(shared, job)) for every job, as results arrive.
 
     Args:
-        function: of the module level of an importable module.
-        shared: sent to each node once.
-        jobs: one for each call.
-        on: one of `PLACES`.
-        threads: calls at a time in this process; on Ray, each task asks for one CPU.
+        function: Module-level function of an importable module.
+        shared: Argument that is sent to each node once.
+        jobs: Arguments of the calls, one each.
+        on: One of `PLACES`.
+        threads: Concurrent calls in this process; on Ray, each task takes one CPU.
 
     Raises:
-        TaskFailed: Ray gave up on a task.
-        Exception: the first that a call raised; no further job is started.
+        TaskFailed: Ray could not run a task.
+        Exception: The first error of a call; no further job starts.
     """
-    if means_ray(on):
+    if uses_ray(on):
         yield from _run_on_ray(function, shared, jobs)
     elif threads == 1:
         for number, job in enumerate(jobs):
@@ -100,12 +100,12 @@ def _run_on_ray(
             for reference in done:
                 yield running.pop(reference), _get(reference)
     finally:
-        for left in running:
-            ray.cancel(left)
+        for unfinished in running:
+            ray.cancel(unfinished)
 
 
 def _count_slots() -> int:
-    """Tasks in flight: every CPU has its next one waiting, and an autoscaler sees the demand."""
+    """Return the number of tasks to submit: two per CPU, so that an autoscaler sees the demand."""
     import ray
 
     resources = cast(dict[str, float], ray.cluster_resources())  # Ray says dict[?, int]
@@ -128,7 +128,7 @@ def _connect() -> None:
 
 
 def _get(reference: Any) -> Any:
-    """A task's result, or what it raised, without Ray's wall of text."""
+    """Return a task's result, or raise its error without Ray's long traceback."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
@@ -144,7 +144,7 @@ def _get(reference: Any) -> Any:
 
 
 def _explain(error: Exception) -> str:
-    """One line of what Ray says in many, and what to do."""
+    """Shorten a Ray error to one line, with a remedy."""
     lines = str(error).strip().splitlines() or [""]
     missing = next((line for line in lines if "No module named" in line), None)
     if missing:
@@ -152,15 +152,15 @@ def _explain(error: Exception) -> str:
             f"a Ray task could not start ({missing.strip()}): install the package on every node, or"
             " submit this command with `ray job submit --working-dir .`"
         )
-    return f"a Ray task failed, also when it was tried again: {type(error).__name__}: {lines[0]}"
+    return f"a Ray task failed, with all retries: {type(error).__name__}: {lines[0]}"
 
 
 def _call(function: Callable[[Any, Any], Any], shared: Any, job: Any) -> Any:
-    """What runs on a node."""
+    """Call the function on a node; explain files that the node does not see."""
     try:
         return function(shared, job)
     except FileNotFoundError as error:
         raise ValueError(
-            f"{error}, on node {socket.gethostname()}: on Ray every node has to see the files;"
+            f"{error}, on node {socket.gethostname()}: on Ray, every node must see the files;"
             " use object storage or a shared disk, or --on here"
         ) from None

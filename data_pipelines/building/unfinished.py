@@ -1,6 +1,7 @@
-"""The notes that let a cut-off build go on: in ``.unfinished/`` of its output, until it is whole.
+"""Records from which an interrupted build resumes: ``.unfinished/`` in its output.
 
-``build.json`` says what is being built; ``NAME.json`` is the index of one finished shard.
+``build.json`` is the fingerprint of the build; ``NAME.json`` is the index of one finished shard. A
+complete set has no such folder.
 """
 
 import json
@@ -10,7 +11,7 @@ from typing import Any
 
 from data_pipelines import storage
 from data_pipelines.shards.index import ShardIndex, dump_index, parse_index
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location
 
 FOLDER = ".unfinished"
 _MARKER = f"{FOLDER}/build.json"
@@ -19,42 +20,42 @@ _LISTING = ("files", "images", "tars")
 _READING_THREADS = 8
 
 
-def claim(uri: str, there: Mapping[str, int], fingerprint: Mapping[str, Any]) -> None:
-    """Mark `uri` as being built from `fingerprint`, or see that it already is.
+def claim(output: Location, there: Mapping[str, int], fingerprint: Mapping[str, Any]) -> None:
+    """Mark `output` as being built from `fingerprint`, or check that it already is.
 
-    Only the source's files may be others than before, as when bad ones were mended: the caller then
-    finds out which records still hold.
+    Only the source's files may differ from before, for example after bad ones were fixed; the
+    caller then decides which records are still valid.
 
     Args:
-        uri: Output.
-        there: What lies there, as `storage.list_files` says.
-        fingerprint: What is built, of JSON's types.
+        output: Folder of the set.
+        there: Files of the output, from `storage.list_files`.
+        fingerprint: Source and options of the build, as JSON types.
 
     Raises:
-        ValueError: something else is being built there.
+        ValueError: The output holds an unfinished build of something else.
     """
-    marker = uris.join(uri, _MARKER)
+    marker = output / _MARKER
     if _MARKER in there:
         try:
             found = json.loads(storage.read_bytes(marker))
         except ValueError as error:
-            raise ValueError(
-                f"{marker} is damaged ({error}): delete {uris.join(uri, FOLDER)}"
-            ) from error
+            raise ValueError(f"{marker} is damaged ({error}): delete {output / FOLDER}") from error
         listing = {name: fingerprint.get(name) for name in _LISTING if name in found}
-        refuse_other(f"{uri} (unfinished)", {**found, **listing}, fingerprint)
+        refuse_other(f"{output} (unfinished)", {**found, **listing}, fingerprint)
         if found == fingerprint:
             return
     storage.write_bytes(marker, json.dumps(fingerprint).encode())
 
 
 def is_claimed(there: Mapping[str, int]) -> bool:
-    """Whether a build was begun here."""
+    """Return whether the output holds an unfinished build."""
     return _MARKER in there
 
 
-def refuse_other(uri: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming the differences, where `uri` was made from something else."""
+def refuse_other(
+    output: Location | str, found: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
+    """Raise ValueError, naming the differences, if `output` was made from something else."""
     differences = [
         f"{name} {found.get(name)!r} instead of {wanted.get(name)!r}"
         for name in {**wanted, **found}
@@ -62,31 +63,33 @@ def refuse_other(uri: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) 
     ]
     if differences:
         raise ValueError(
-            f"{uri} already holds shards with {', '.join(differences)}: choose another --output,"
+            f"{output} already holds shards with {', '.join(differences)}: choose another --output,"
             " or delete that one"
         )
 
 
-def keep_record(uri: str, name: str, record: ShardIndex) -> None:
-    """Note that the shard `name` is finished; `record` is an index of it alone."""
-    storage.write_bytes(uris.join(uri, _record(name)), dump_index(record))
+def keep_record(output: Location, name: str, record: ShardIndex) -> None:
+    """Record that the shard `name` is finished; `record` is an index of it alone."""
+    storage.write_bytes(output / _record(name), dump_index(record))
 
 
-def read_records(uri: str, names: Iterable[str], there: Mapping[str, int]) -> dict[str, ShardIndex]:
-    """{shard: its record} of those `names` that an earlier run finished."""
+def read_records(
+    output: Location, names: Iterable[str], there: Mapping[str, int]
+) -> dict[str, ShardIndex]:
+    """Read {shard: its record} for those of `names` that an earlier run finished."""
 
     def read(name: str) -> ShardIndex:
-        record_uri = uris.join(uri, _record(name))
-        return parse_index(storage.read_bytes(record_uri), record_uri)
+        location = output / _record(name)
+        return parse_index(storage.read_bytes(location), location)
 
-    noted = [name for name in names if _record(name) in there]
+    finished = [name for name in names if _record(name) in there]
     with ThreadPoolExecutor(_READING_THREADS) as threads:
-        return dict(zip(noted, threads.map(read, noted), strict=True))
+        return dict(zip(finished, threads.map(read, finished), strict=True))
 
 
-def clear(uri: str) -> None:
-    """Forget the notes: the set is whole."""
-    storage.delete(uris.join(uri, FOLDER))
+def clear(output: Location) -> None:
+    """Delete the records of a complete set."""
+    storage.delete(output / FOLDER)
 
 
 def _record(name: str) -> str:

@@ -1,15 +1,15 @@
 """Image file bytes <-> uint8 pixels, one channel for grey and three for RGB.
 
-The pixels are those of Pillow's ``ImageOps.exif_transpose(image).convert("RGB")``, with an alpha
-channel laid on white: palettes and CMYK become RGB, orientation is applied (see `headers`),
-colour profiles are not. Of several frames or pages the first one is read. More than 8 bits a
-channel is refused. Any fault is a ValueError: a decoder that only warns and fills the rest with
-grey is never trusted with a file. One warning passes: bytes between the pixels of a JPEG and its
+The pixels equal those of Pillow's ``ImageOps.exif_transpose(image).convert("RGB")``, with an alpha
+channel composited on white: palettes and CMYK become RGB, the orientation is applied (see
+`headers`), colour profiles are not. Only the first of several frames or pages is read. More than 8
+bits per channel are refused. Every fault raises ValueError, so no decoder is used that only warns
+and fills the rest with grey. One warning is tolerated: bytes between the pixels of a JPEG and its
 end, which some cameras leave.
 
-JPEG goes through simplejpeg: 1.5 times as fast as Pillow, equal in its pixels, and strict about
-damage. PNG goes through imagecodecs (libpng): several times as fast as `Image.open` on small
-images, and strict, too. JPEG XL is imagecodecs', the rest Pillow's. All of them release the GIL.
+simplejpeg decodes JPEG: 1.5 times as fast as Pillow, with equal pixels, and strict about damage.
+imagecodecs (libpng) decodes PNG: several times as fast as `Image.open` on small images, and as
+strict. imagecodecs also decodes JPEG XL, and Pillow the rest. All of them release the GIL.
 """
 
 import contextlib
@@ -46,16 +46,16 @@ IMAGE_EXTENSIONS = (
     *("jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "tga", "icb", "vda", "vst", "psd", "dds", "pcx"),
     *("ico", "icns", "cur", "sgi", "rgb", "rgba", "bw", "ras", "im", "msp", "blp", "xbm", "xpm"),
 )
-"""Of the image files that are read, in small letters."""
+"""Extensions of the image files that are read, in lower case."""
 UNREAD_EXTENSIONS = (
     *("heic", "heif", "hif", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf", "pef", "srw"),
     *("jxr", "wdp", "hdp", "jls", "exr", "hdr", "fits", "fit"),
 )
-"""Of the image files that no decoder here reads, or reads to 8 bits a channel."""
+"""Extensions of the image files that no decoder here reads, or reads to 8 bits per channel."""
 ARRAY_EXTENSION = "npy"
 _COLOURS = {1: "GRAY", 3: "RGB"}
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-# None that runs another program, as EPS does.
+# No format that runs another program, as EPS does.
 _PILLOW_FORMATS = (
     *("WEBP", "JPEG", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "DIB", "QOI", "ICO", "ICNS"),
     *("CUR", "PSD", "DDS", "PCX", "SGI", "SUN", "IM", "MSP", "BLP", "XBM", "XPM"),
@@ -65,20 +65,20 @@ _HEIC = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", 
 _FILLING = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 _JPEG_END = b"\xff\xd9"
 
-# libpng warns about metadata (an odd colour profile, say), once for each image of a set.
+# libpng warns about metadata, such as an odd colour profile, once per image of a set.
 logging.getLogger("imagecodecs").setLevel(logging.ERROR)
 
 
 def is_image(extension: str) -> bool:
-    """Whether an extension (``png``, ``seg.jpg``) names an image file; ``npy`` does not."""
+    """Return whether an extension (``png``, ``seg.jpg``) names an image file; ``npy`` does not."""
     return extension.rsplit(".", 1)[-1].lower() in IMAGE_EXTENSIONS
 
 
 def image_extensions(members: Iterable[str]) -> list[str]:
-    """Those of a sample's members that may be its image, first choice first.
+    """Return the members of a sample that may be its image, in order of preference.
 
-    ``jpg`` before ``seg.png``, usual formats before rare ones, then by name. A member ``npy`` may
-    be anything, so it counts only where there is no image file, and ``latent.npy`` never.
+    ``jpg`` precedes ``seg.png``, and common formats precede rare ones; then names decide. A member
+    ``npy`` may be anything, so it comes last; ``latent.npy`` is never an image.
     """
 
     def rank(name: str) -> tuple[int, bool, str]:
@@ -89,10 +89,10 @@ def image_extensions(members: Iterable[str]) -> list[str]:
 
 
 def read_shape(data: Buffer) -> tuple[int, int, int]:
-    """(C, H, W) of the upright image, from the header alone.
+    """Return (C, H, W) of the upright image; only JPEG XL is decoded for it.
 
     Raises:
-        ValueError: not an image that we read.
+        ValueError: The data is not an image of a supported format.
     """
     if data[:2] == JPEG and (header := read_jpeg_header(data)):
         return header.shape
@@ -106,10 +106,10 @@ def read_shape(data: Buffer) -> tuple[int, int, int]:
         return 1 if found == 1 else 3, height, width
     try:
         with _open_with_pillow(data) as image:
-            # Pillow turns a TIFF while it loads it and gives the upright size before.
+            # Pillow rotates a TIFF while loading it, and reports its upright size before.
             orientation = _read_orientation(image) if image.format != "TIFF" else 1
-            turned = orientation in (5, 6, 7, 8)
-            height, width = image.size if turned else (image.height, image.width)
+            transposed = orientation in (5, 6, 7, 8)
+            height, width = image.size if transposed else (image.height, image.width)
             _refuse_deep(image)
             return 1 if image.mode in ("1", "L") else 3, height, width
     except Exception as error:
@@ -117,25 +117,25 @@ def read_shape(data: Buffer) -> tuple[int, int, int]:
 
 
 def count_frames(data: Buffer) -> int:
-    """Frames of an animation or pages of a document; 1 where they cannot be told."""
+    """Count the frames of an animation or the pages of a document; 1 if the count is unknown."""
     if data[:2] == JPEG and not has_further_jpegs(data):
         return 1
     if data[:8] == PNG and bytes(data[37:41]) != b"acTL":
         return 1
     try:
         with _open_with_pillow(data) as image:
-            # Layers, sizes and the like are one picture.
+            # In other formats, "frames" are layers or sizes of one image.
             animated = image.format in ("GIF", "TIFF", "WEBP", "AVIF", "PNG", "MPO")
             return int(getattr(image, "n_frames", 1)) if animated else 1
-    except Exception:  # the first one was read
+    except Exception:  # the first frame was read
         return 1
 
 
 def decode_image(data: Buffer, channels: int) -> np.ndarray:
-    """uint8 (channels, H, W), converted between grey and RGB as `channels` (1 or 3) asks.
+    """Decode to uint8 (channels, H, W), converted to grey (1) or RGB (3).
 
     Raises:
-        ValueError: damaged, or not an image that we read.
+        ValueError: The data is damaged, or not an image of a supported format.
     """
     return _decode(data, channels).transpose(2, 0, 1)
 
@@ -147,17 +147,16 @@ def decode_into(
 ) -> None:
     """Fill `row` with the image in `data`.
 
-    An image of another size is scaled until it just covers the row and then cropped: the crop is
-    the largest part of the row's aspect, on whole pixels. A JPEG of at least twice the row's size
-    is scaled while it is decoded.
+    An image of another size is cropped to the largest part with the row's aspect ratio, on whole
+    pixels, and resampled. A JPEG of at least twice the row's size is scaled during decoding.
 
     Args:
-        row: uint8 (H, W, C), C-contiguous, C = 1 or 3; on an error its content is undefined.
-        data: an image file.
-        crop_at: (vertical, horizontal) place of the crop, 0 for top or left, 1 for the other end.
+        row: Row of a batch, uint8 (H, W, C), C-contiguous, C = 1 or 3; undefined after an error.
+        data: Image file.
+        crop_at: Place of the crop, (vertical, horizontal): 0 for top or left, 1 for the other end.
 
     Raises:
-        ValueError: damaged, or not an image that we read.
+        ValueError: The data is damaged, or not an image of a supported format.
     """
     if data[:2] == JPEG and _fill_from_jpeg(row, data):
         return
@@ -169,14 +168,14 @@ def decode_into(
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """PNG of uint8 (H, W) or (H, W, 3); the same bytes for the same pixels."""
+    """Encode uint8 (H, W) or (H, W, 3) as PNG; equal pixels give equal bytes."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=6)
     return buffer.getvalue()
 
 
 def _decode(data: Buffer, channels: int, row: np.ndarray | None = None) -> np.ndarray:
-    """uint8 (H, W, channels); `row` is for `_decode_jpeg`."""
+    """Decode to uint8 (H, W, channels); `row` is for `_decode_jpeg`."""
     if data[:2] == JPEG:
         return _decode_jpeg(data, channels, row)
     if data[:8] == PNG:
@@ -191,9 +190,9 @@ def _decode(data: Buffer, channels: int, row: np.ndarray | None = None) -> np.nd
 
 
 def _fill_from_jpeg(row: np.ndarray, data: Buffer) -> bool:
-    """Fill `row` where that takes no more than decoding: the usual case, in few steps.
+    """Decode into `row` if the JPEG needs nothing else: the fast path of the usual case.
 
-    False where it takes more, or where something is wrong: `_decode_jpeg` finds out what.
+    Return False if it needs more, or is faulty; `_decode_jpeg` then handles it.
     """
     if not is_jpeg_of_size(data, row.shape[:2]):
         return False
@@ -205,7 +204,7 @@ def _fill_from_jpeg(row: np.ndarray, data: Buffer) -> bool:
 
 
 def _decode_jpeg(data: Buffer, channels: int, row: np.ndarray | None) -> np.ndarray:
-    """Not much larger than `row`, where there is one."""
+    """Decode to uint8 (H, W, channels), scaled down towards the size of `row` if it is given."""
     header = read_jpeg_header(data)
     if header is None:
         return _decode_with_pillow(data, channels)
@@ -224,11 +223,11 @@ def _decode_jpeg(data: Buffer, channels: int, row: np.ndarray | None) -> np.ndar
                 min_height=math.ceil(height / divisor),
                 min_width=math.ceil(width / divisor),
             )
-            # The last pixels of a scaled JPEG may be only partly image.
+            # The last pixels of a scaled JPEG may lie partly outside the image.
             pixels = pixels[: height // divisor, : width // divisor]
     except ValueError as error:
-        if (mended := _drop_filling(data, str(error))) is not None:
-            return _decode_jpeg(mended, channels, row)
+        if (repaired := _drop_filling(data, str(error))) is not None:
+            return _decode_jpeg(repaired, channels, row)
         raise ValueError(f"damaged or unusual JPEG ({error})") from error
     if header.channels == 4:
         size = (pixels.shape[1], pixels.shape[0])
@@ -238,22 +237,22 @@ def _decode_jpeg(data: Buffer, channels: int, row: np.ndarray | None) -> np.ndar
 
 
 def _drop_filling(data: Buffer, warning: str) -> bytes | None:
-    """The JPEG without the bytes before its end that the decoder warns of; None for all else."""
+    """Remove the bytes before the JPEG's end that `warning` reports; None for other warnings."""
     found = _FILLING.search(warning)
     if found is None:
         return None
     data = bytes(data)
-    end = data.find(_JPEG_END, data.find(b"\xff\xda"))  # in pixels, 0xff is never before 0xd9
+    end = data.find(_JPEG_END, data.find(b"\xff\xda"))  # pixel data never contains 0xff 0xd9
     start = end - int(found[1])
     return data[:start] + data[end:] if end >= 0 and start > 0 else None
 
 
 def _decode_png(data: Buffer, channels: int) -> np.ndarray:
-    data = bytes(data)  # libpng reads no views
+    data = bytes(data)  # the decoder reads no views
     header = read_png_header(data)
     try:
         pixels = imagecodecs.png_decode(data)
-    except UnicodeDecodeError as error:  # imagecodecs cannot read libpng's message
+    except UnicodeDecodeError as error:  # imagecodecs cannot decode libpng's message
         raise ValueError("damaged PNG (a chunk unknown or out of place)") from error
     except (imagecodecs.PngError, ValueError) as error:
         raise ValueError(f"damaged PNG ({error})") from error
@@ -261,14 +260,14 @@ def _decode_png(data: Buffer, channels: int) -> np.ndarray:
         pixels = pixels[..., None]
     found = pixels.shape[2]
     if found in (1, 3) and header.has_key:
-        raise ValueError("damaged PNG (its transparency)")  # of which libpng only warns
+        raise ValueError("damaged PNG (its transparency)")  # libpng only warns about it
     if found != channels:
         pixels = _convert(pixels, channels)
     return _turn(pixels, header.orientation)
 
 
 def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """(H, W, C) upright, a view."""
+    """Return an upright view of (H, W, C)."""
     if orientation == 1:
         return pixels
     if orientation >= 5:
@@ -281,13 +280,13 @@ def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _decode_jpeg_xl(data: Buffer) -> np.ndarray:
-    """uint8 (H, W, 1 to 4), upright: libjxl turns it."""
+    """Decode to uint8 (H, W, 1 to 4); libjxl applies the orientation."""
     try:
         pixels = imagecodecs.jpegxl_decode(bytes(data), index=0)
     except (imagecodecs.JpegxlError, RuntimeError, ValueError) as error:
         raise ValueError(f"damaged JPEG XL ({error})") from error
     if pixels.dtype != np.uint8:
-        raise ValueError(f"JPEG XL of {pixels.dtype}: convert it to 8 bits a channel first")
+        raise ValueError(f"JPEG XL of {pixels.dtype}: convert it to 8 bits per channel first")
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
@@ -296,7 +295,7 @@ def _decode_with_pillow(data: Buffer, channels: int) -> np.ndarray:
         with _open_with_pillow(data) as image:
             image.load()
             upright = image
-            with contextlib.suppress(Exception):  # damaged metadata is no damaged image
+            with contextlib.suppress(Exception):  # damaged metadata does not make a damaged image
                 upright = ImageOps.exif_transpose(image)
             return _as_grey_or_rgb(upright, channels)
     except Exception as error:
@@ -304,7 +303,7 @@ def _decode_with_pillow(data: Buffer, channels: int) -> np.ndarray:
 
 
 def _open_with_pillow(data: Buffer) -> Image.Image:
-    # TGA has no first bytes of its own: a palette or none, and one of six types.
+    # TGA has no signature: check its fields for "palette or none" and for one of six types.
     is_tga = len(data) > 18 and data[1] in (0, 1) and data[2] in (1, 2, 3, 9, 10, 11)
     try:
         image = Image.open(
@@ -317,11 +316,11 @@ def _open_with_pillow(data: Buffer) -> Image.Image:
 
 
 def _describe_unknown(data: Buffer) -> str:
-    """Why Pillow cannot say what it is."""
+    """Explain why Pillow does not recognise the data."""
     if not data:
         return "the file is empty"
     if bytes(data[4:12]) in _HEIC:
-        return "HEIC, which is not read: convert it, to JPEG say"
+        return "HEIC is not supported: convert it, for example to JPEG"
     if bytes(data[:40]).startswith(b"version https://git-lfs."):
         return "a pointer of Git LFS: fetch the file with `git lfs pull`"
     return "not an image, or its header is damaged"
@@ -330,18 +329,18 @@ def _describe_unknown(data: Buffer) -> str:
 def _read_orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(ORIENTATION)
-    except Exception:  # damaged metadata is no damaged image
+    except Exception:  # damaged metadata does not make a damaged image
         return None
 
 
 def _convert(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """uint8 (H, W, channels) of grey or RGB, with or without alpha."""
+    """Convert grey or RGB, with or without alpha, to uint8 (H, W, channels)."""
     grey = pixels.shape[2] == 1
     return _as_grey_or_rgb(Image.fromarray(pixels[..., 0] if grey else pixels), channels)
 
 
 def _as_grey_or_rgb(image: Image.Image, channels: int) -> np.ndarray:
-    """uint8 (H, W, channels); transparency becomes white."""
+    """Convert to uint8 (H, W, channels); transparency becomes white."""
     _refuse_deep(image)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
@@ -352,11 +351,11 @@ def _as_grey_or_rgb(image: Image.Image, channels: int) -> np.ndarray:
 
 def _refuse_deep(image: Image.Image) -> None:
     if image.mode in _DEEP_MODES:
-        raise ValueError(f"mode {image.mode} has more than 8 bits a channel: convert it first")
+        raise ValueError(f"mode {image.mode} has more than 8 bits per channel: convert it first")
 
 
 def _explain(error: Exception) -> ValueError:
-    """Pillow's plugins fail in a dozen ways on a damaged file: one kind of error for all."""
+    """Convert any error that Pillow's plugins raise on a damaged file to ValueError."""
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return ValueError(f"refused: {error}")
     if isinstance(error, ValueError):

@@ -1,16 +1,16 @@
-"""An image of any size made to fill a row of a batch: the part that covers it, then resampled."""
+"""Crop and resample an image of any size to fill a row of a batch."""
 
 import numpy as np
 
 
 def cover(pixels: np.ndarray, height: int, width: int, crop_at: tuple[float, float]) -> np.ndarray:
-    """uint8 (height, width, C) from the largest part of `pixels` of that aspect, on whole pixels.
+    """Resample the largest part of `pixels` with the target's aspect ratio, on whole pixels.
 
     Args:
-        pixels: uint8 (H, W, C) of any size.
-        height: wanted.
-        width: wanted.
-        crop_at: (vertical, horizontal) place of the crop, 0 for top or left, 1 for the other end.
+        pixels: Image, uint8 (H, W, C), of any size.
+        height: Target height.
+        width: Target width.
+        crop_at: Place of the crop, (vertical, horizontal): 0 for top or left, 1 for the other end.
     """
     rows, columns = pixels.shape[:2]
     scale = max(height / rows, width / columns)
@@ -22,13 +22,13 @@ def cover(pixels: np.ndarray, height: int, width: int, crop_at: tuple[float, flo
 
 
 def _resample(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Antialiased bicubic, within 1 of Pillow's and, in torch, several times as fast."""
-    import torch  # here, because building and indexing do without
+    """Resample bicubically with antialiasing: within 1 of Pillow, and several times as fast."""
+    import torch  # here, because building and indexing do not need it
 
-    # An axis of one pixel that was turned has a negative stride, which numpy calls contiguous.
+    # A flipped axis of one pixel has a negative stride, which numpy calls contiguous.
     pixels = np.require(pixels, requirements=["C", "W"])
     image = torch.from_numpy(pixels if min(pixels.strides) > 0 else pixels.copy())
-    image = image.view(1, *pixels.shape).permute(0, 3, 1, 2)  # keeps its strides: no copy below
+    image = image.view(1, *pixels.shape).permute(0, 3, 1, 2)  # keeps the strides: no copy
     resized = torch.nn.functional.interpolate(
         image, (height, width), mode="bicubic", antialias=True
     )

@@ -1,4 +1,4 @@
-"""Images of any size -> tiles of one size -> one picture."""
+"""Images of any size -> tiles of one size -> one sheet."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ _BACKGROUND = (236, 236, 236)
 
 
 def draw_tile(pixels: np.ndarray) -> Image.Image:
-    """Draw the whole image: a small one enlarged by a whole number, a large one resampled.
+    """Draw the whole image, a small one enlarged by an integer factor, a large one resampled.
 
     Args:
         pixels: RGB image, uint8 (3, H, W).
@@ -27,9 +27,9 @@ def draw_rows(tiles: Sequence[Image.Image], columns: int, header: int = 0) -> Im
     """Draw tiles in rows.
 
     Args:
-        tiles: At least one, in reading order.
-        columns: Tiles of a row.
-        header: Height of the space left above them, pixels.
+        tiles: Tiles in reading order, at least one.
+        columns: Tiles per row.
+        header: Height of the space above the tiles, in pixels.
     """
     rows, step = -(-len(tiles) // columns), TILE + GAP
     size = (columns * step + GAP, header + rows * step + GAP)

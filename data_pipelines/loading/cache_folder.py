@@ -1,13 +1,11 @@
 """The folder of a node's caches, of one user."""
 
-import errno
 import os
 import tempfile
 from pathlib import Path
 
+from data_pipelines.storage.files import FULL_DISK
 from data_pipelines.storage.retries import StorageError
-
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def choose_cache_dir(cache_dir: str | Path | None) -> Path:
@@ -35,7 +33,7 @@ def explain_full_disk(error: OSError, folder: Path, size: int, setting: str) -> 
         size: bytes that were to be written.
         setting: of the configuration, that bounds the cache.
     """
-    if error.errno not in _FULL_DISK:
+    if error.errno not in FULL_DISK:
         return error
     return StorageError(
         f"no space for {size} bytes in the cache folder {folder}: make space, choose another"

@@ -22,7 +22,7 @@ from data_pipelines.shards.chunks import cut_chunks
 from data_pipelines.shards.index import Members, ShardIndex, load_index
 from data_pipelines.shards.latent_bits import torch_dtype
 from data_pipelines.shards.latent_format import EXTENSION, FORMAT, find_format, read_bits
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
 
 _COLUMNS = 12
 
@@ -33,14 +33,16 @@ class ShardDataset(ABC):
     _member: str | None = None
     """Extension of the member that samples are decoded from; None: that of the image."""
 
-    def __init__(self, uri: str, index: ShardIndex):
-        self.uri = uri
+    def __init__(self, uri: LocationLike, index: ShardIndex):
+        self.uri = str(uri)
+        self._base = Location.parse(index.base or uri)
+        """Where the shards lie."""
         self.index = index
         self.chunks = cut_chunks(index)
         self._length = sum(len(shard.keys) for shard in index.shards)
 
     @staticmethod
-    def open(uri: str) -> "ImageSet | LatentSet":
+    def open(uri: LocationLike) -> "ImageSet | LatentSet":
         """Open the shard set at `uri` (a path, s3://, gs://, http://).
 
         Raises:
@@ -98,7 +100,7 @@ class ShardDataset(ABC):
                 key = shard.keys[0 if part is None else int(np.argmax(part.offset < 0))]
                 there = sorted({name for shard in self.index.shards for name in shard.members})
                 raise ValueError(
-                    f"sample {key!r} of {uris.join(self.uri, shard.name)} has no member"
+                    f"sample {key!r} of {self._base.uri_of(shard.name)} has no member"
                     f" {extension!r}; the set has {', '.join(there)}"
                 )
             if part is not None:
@@ -160,7 +162,7 @@ class ShardDataset(ABC):
 
     def _open_cache(self, options: ReadOptions) -> ShardCache:
         cache = ShardCache(
-            self.index.base or self.uri,
+            self._base,
             self.index,
             self.chunks,
             choose_cache_dir(options.cache_dir),
@@ -243,9 +245,9 @@ class LatentSet(ShardDataset):
 
     _member = EXTENSION
 
-    def __init__(self, uri: str, index: ShardIndex):
+    def __init__(self, uri: LocationLike, index: ShardIndex):
         super().__init__(uri, index)
-        found = find_format(index.provenance, uri)
+        found = find_format(index.provenance, self.uri)
         assert found is not None
         self.format = found
         """What the latents are, and whose."""

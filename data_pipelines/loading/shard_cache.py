@@ -26,7 +26,7 @@ from data_pipelines import storage
 from data_pipelines.loading.cache_folder import explain_full_disk, make_cache_folder
 from data_pipelines.shards.chunks import LARGEST_BYTES, Chunks
 from data_pipelines.shards.index import Shard, ShardIndex
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location
 
 _ABANDONED_SECONDS = 3600.0
 _LOCK_FILES = 256
@@ -57,11 +57,11 @@ class ShardCache:
     """
 
     def __init__(
-        self, uri: str, index: ShardIndex, chunks: Chunks, folder: Path, capacity_bytes: int
+        self, base: Location, index: ShardIndex, chunks: Chunks, folder: Path, capacity_bytes: int
     ):
         self._index, self.chunks = index, chunks
-        self._uris = [uris.join(uri, shard.name) for shard in index.shards]
-        self.local = uris.local_path(uri) is not None
+        self._locations = [base / shard.name for shard in index.shards]
+        self.local = base.path is not None
         """Whether the shards are files of this machine, which need no fetching."""
         self._folder = folder
         self._capacity_bytes = capacity_bytes
@@ -91,9 +91,9 @@ class ShardCache:
             reason = "the shard is missing: write it again, or an index of the shards there are"
             raise ShardError(self.uri(chunks[0]), None, reason) from error
         except (OSError, ValueError) as error:
-            uri = self.uri(chunks[0])
-            reason = str(error).removeprefix(f"{uris.display(uri)}: ")
-            raise ShardError(uri, None, reason) from error
+            location = self._location(chunks[0])
+            reason = str(error).removeprefix(f"{location.display}: ")
+            raise ShardError(location.uri, None, reason) from error
         with self._lock:
             self._maps.update(found)
         return [found[chunk][1] for chunk in chunks]
@@ -115,10 +115,10 @@ class ShardCache:
 
     def uri(self, chunk: int) -> str:
         """The shard that the chunk is of."""
-        return self._uris[int(self.chunks.shard[chunk])]
+        return self._location(chunk).uri
 
     def _map_local(self, chunks: Sequence[int]) -> dict[int, _Mapped]:
-        path = uris.local_path(self.uri(chunks[0]))
+        path = self._location(chunks[0]).path
         assert path is not None
         expected, found = self._shard(chunks[0]).bytes, path.stat().st_size
         if found != expected:
@@ -150,7 +150,7 @@ class ShardCache:
                 run = [chunk for _, chunk in neighbours]
                 start, end = self._span(run)
                 path = self._shard_folder(run[0]) / f"{start}-{end}.chunk"
-                data = _write(path, storage.read_range(self.uri(run[0]), start, end))
+                data = _write(path, storage.read_range(self._location(run[0]), start, end))
                 mapped |= self._cut(run, path, start, data)
                 self._count_fetched(end - start)
         return mapped
@@ -197,6 +197,9 @@ class ShardCache:
                 there = {path: path.exists() for path in {path for path, _ in self._maps.values()}}
                 self._maps = {k: m for k, m in self._maps.items() if there[m[0]]}
             self._evictions = evictions
+
+    def _location(self, chunk: int) -> Location:
+        return self._locations[int(self.chunks.shard[chunk])]
 
     def _shard(self, chunk: int) -> Shard:
         return self._index.shards[int(self.chunks.shard[chunk])]

@@ -1,1 +1,1 @@
-"""What a shard set is: tars, their members, their index, and latents in them."""
+"""The format of a shard set: tars, their members, their index, and latents in them."""

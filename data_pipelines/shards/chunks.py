@@ -1,7 +1,7 @@
-"""Chunks: runs of neighbouring samples of one shard that are fetched, cached and shuffled together.
+"""Chunks: runs of adjacent samples of one shard that are fetched, cached and shuffled together.
 
-A shard may be larger than what should be waited for before the first sample; a chunk is not. How a
-set is cut follows from its index alone, since the epoch's order is an order of chunks.
+A shard may be too large to fetch before the first sample; a chunk is not. The chunks of a set
+depend only on its index, since the epoch's order is an order of chunks.
 """
 
 from collections.abc import Container
@@ -14,29 +14,29 @@ from data_pipelines.shards.index import ShardIndex
 LARGEST_BYTES = 4 * 2**20
 SMALLEST_BYTES = 128 * 2**10
 _CHUNKS_OF_A_SMALL_SET = 512
-"""Enough that many nodes can share a set with few chunks at the borders between them."""
+"""Number of chunks with which many nodes can share a set and overlap in few chunks."""
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """One row per chunk, all int64; samples are numbered through the shards."""
+    """Columns with one row per chunk, all int64; sample numbers continue across shards."""
 
     shard: np.ndarray
     first: np.ndarray
-    """Number of its first sample."""
+    """Number of the first sample."""
     count: np.ndarray
     start: np.ndarray
-    """Its bytes in the shard: [start, end)."""
+    """Start of the bytes in the shard, [start, end)."""
     end: np.ndarray
 
     def of(self, sample: np.ndarray) -> np.ndarray:
-        """The chunk of each sample."""
+        """Return the chunk of each sample."""
         return np.searchsorted(self.first, sample, side="right") - 1
 
     def neighbours(self, chunk: int, among: Container[int]) -> list[int]:
-        """The run of chunks around this one that are `among` those, of one shard, in one piece.
+        """Return the contiguous run of chunks of one shard around `chunk` that are all in `among`.
 
-        It spans at most `LARGEST_BYTES`, more only where the chunk itself does.
+        It spans at most `LARGEST_BYTES`, or more if the chunk itself does.
         """
         first = last = chunk
         while self._joins(first - 1, first, last, among):

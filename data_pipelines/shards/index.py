@@ -1,8 +1,8 @@
-"""What a shard set holds: the object ``index.json`` beside its tars, written last.
+"""Index of a shard set: the object ``index.json`` beside its tars, written last.
 
-The shards are plain WebDataset tars that any reader reads; the index adds sizes, checksums and the
-place of every member, so that a sample is sliced from its shard without parsing the tar. Columns,
-not one object per sample, keep it near 50 bytes a sample.
+The shards are plain WebDataset tars that any reader can read. The index adds sizes, checksums and
+the offset of every member, so that a sample is sliced from its shard without parsing the tar. It
+stores columns instead of one object per sample, which takes about 50 bytes per sample.
 """
 
 import hashlib
@@ -20,18 +20,18 @@ from data_pipelines.images.codec import image_extensions
 from data_pipelines.images.headers import MAX_PIXELS
 from data_pipelines.shards.intake import shorten
 from data_pipelines.shards.tar_members import TarContent, read_members
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
 
 INDEX_NAME = "index.json"
 SHEET_NAME, STATISTICS_NAME = "contact_sheet.png", "statistics.json"
-"""What `describe_set` writes beside it."""
+"""Files that `describe_set` writes beside the index."""
 VERSION = 1
 Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Members:
-    """Where the members with one extension lie in a shard; one row per sample, -1 for none."""
+    """Places of the members with one extension in a shard; one row per sample, -1 for none."""
 
     offset: np.ndarray
     size: np.ndarray
@@ -48,24 +48,24 @@ class Shard:
     keys: list[str]
     members: dict[str, Members]
     left_out: list[str] = field(default_factory=list[str])
-    """Keys of samples that the tar holds and the set does not, such as damaged images."""
+    """Keys of samples in the tar that are not part of the set, such as damaged images."""
 
     def leave_out(self, keys: Collection[str]) -> "Shard":
-        """The same tar without the samples of these keys."""
+        """Return the same tar without the samples of these keys."""
         kept = np.array([key not in keys for key in self.keys], bool)
         members = {
             extension: Members(columns.offset[kept], columns.size[kept], columns.crc32[kept])
             for extension, columns in self.members.items()
             if (columns.offset[kept] >= 0).any()
         }
-        left = [key for key in self.keys if key not in keys]
-        return replace(self, keys=left, members=members, left_out=list(keys))
+        remaining = [key for key in self.keys if key not in keys]
+        return replace(self, keys=remaining, members=members, left_out=list(keys))
 
     def images(self) -> Members:
-        """Each sample's image: the member that `image_extensions` puts first.
+        """Return each sample's image: the member that `image_extensions` prefers.
 
         Raises:
-            ValueError: a sample without an image.
+            ValueError: A sample has no image.
         """
         found = Members(*np.full((3, len(self.keys)), -1, np.int64))
         for extension in image_extensions(self.members):
@@ -78,12 +78,12 @@ class Shard:
         return found
 
     def image_place(self) -> tuple[np.ndarray, np.ndarray]:
-        """(offset, size) of each sample's image."""
+        """Return (offset, size) of each sample's image."""
         images = self.images()
         return images.offset, images.size
 
     def span(self) -> tuple[np.ndarray, np.ndarray]:
-        """(start, end) of the bytes that hold all members of each sample."""
+        """Return (start, end) of the bytes that hold all members of each sample."""
         start = np.full(len(self.keys), self.bytes, np.int64)
         end = np.zeros(len(self.keys), np.int64)
         for members in self.members.values():
@@ -99,15 +99,15 @@ class ShardIndex:
 
     shards: tuple[Shard, ...]
     image_shape: Shape | None
-    """(C, H, W) of every image, C the most channels of any; None when heights or widths differ."""
+    """(C, H, W) of the images, C the largest of any; None if heights or widths differ."""
     provenance: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Where the images came from: source, fingerprint, licence, credit."""
+    """Origin of the images: source, fingerprint, licence, credit."""
     base: str | None = None
-    """URI that the shards' names are relative to; None: they lie beside the index."""
+    """URI to which the shards' names are relative; None for the folder of the index."""
 
     @property
     def id(self) -> str:
-        """A hash of the content: the same bytes in the same shards have the same id."""
+        """Hash of the content: equal bytes in equal shards give equal ids."""
         content = [
             [
                 shard.name,
@@ -149,22 +149,23 @@ class _IndexFile(_StrictModel):
     shards: list[_ShardFile]
 
 
-def load_index(uri: str) -> ShardIndex:
+def load_index(uri: LocationLike) -> ShardIndex:
     """Read and check ``index.json`` of the shard set at `uri`.
 
     Raises:
-        ValueError: none there, or not one that this version reads.
+        ValueError: There is no index, or this version cannot read it.
     """
-    index_uri = uris.join(uri, INDEX_NAME)
+    folder = Location.parse(uri)
+    location = folder / INDEX_NAME
     try:
-        data = storage.read_bytes(index_uri)
+        data = storage.read_bytes(location)
     except FileNotFoundError as error:
-        raise ValueError(_explain_missing(uri)) from error
-    return parse_index(data, index_uri)
+        raise ValueError(_explain_missing(folder)) from error
+    return parse_index(data, location)
 
 
-def parse_index(data: bytes, where: str) -> ShardIndex:
-    """The inverse of `dump_index`; `where` names the file in errors."""
+def parse_index(data: bytes, where: LocationLike) -> ShardIndex:
+    """Parse what `dump_index` wrote; `where` names the file in errors."""
     try:
         tree = json.loads(data)
         version = cast(dict[str, Any], tree).get("version") if isinstance(tree, dict) else None
@@ -196,7 +197,7 @@ def parse_index(data: bytes, where: str) -> ShardIndex:
 
 
 def dump_index(index: ShardIndex) -> bytes:
-    """``index.json``, the same bytes for the same index."""
+    """Return ``index.json``; equal indexes give equal bytes."""
     shards = [
         {
             "name": shard.name,
@@ -228,10 +229,10 @@ def dump_index(index: ShardIndex) -> bytes:
 
 
 def index_tar(path: Path, name: str) -> Shard:
-    """Read the structure and checksums of a tar that we wrote.
+    """Read the structure and checksums of a tar that this package wrote.
 
     Raises:
-        ValueError: compressed, cut off, or a member that cannot be taken; names all faults.
+        ValueError: The tar is compressed, cut off or has an invalid member; lists all faults.
     """
     content = read_members(path, name, name, None)
     if content.faults:
@@ -240,7 +241,7 @@ def index_tar(path: Path, name: str) -> Shard:
 
 
 def make_shard(name: str, content: TarContent) -> Shard:
-    """What the index says of a tar."""
+    """Convert the content of a tar to its entry in the index."""
     rows = content.rows.values()
     members: dict[str, Members] = {}
     for extension in sorted({extension for row in rows for extension in row}):
@@ -249,19 +250,19 @@ def make_shard(name: str, content: TarContent) -> Shard:
     return Shard(name, content.bytes, content.sha256, list(content.rows), members)
 
 
-def write_index(uri: str, index: ShardIndex) -> None:
-    """Write ``index.json``: from now on the set counts as complete."""
-    storage.write_bytes(uris.join(uri, INDEX_NAME), dump_index(index))
+def write_index(uri: LocationLike, index: ShardIndex) -> None:
+    """Write ``index.json``, which makes the set complete."""
+    storage.write_bytes(Location.parse(uri) / INDEX_NAME, dump_index(index))
 
 
 def common_shape(shapes: set[Shape]) -> Shape | None:
-    """(C, H, W) of images of these shapes, C the most channels; None when H or W differ."""
+    """Return (C, H, W) of images of these shapes, C the largest of any; None if H or W differ."""
     if len({shape[1:] for shape in shapes}) != 1:
         return None
     return max(shapes)
 
 
-def _read_shard(file: _ShardFile, where: str) -> Shard:
+def _read_shard(file: _ShardFile, where: LocationLike) -> Shard:
     members: dict[str, Members] = {}
     for extension, columns in file.members.items():
         try:
@@ -281,19 +282,18 @@ def _read_shard(file: _ShardFile, where: str) -> Shard:
     return Shard(file.name, file.bytes, file.sha256, file.keys, members, file.left_out)
 
 
-def _check_base(base: str, where: str) -> None:
-    """An index from elsewhere must not make this machine read files of its own."""
-    uris.check_uri(base)
-    if uris.local_path(base) is not None and uris.local_path(where) is None:
+def _check_base(base: str, where: LocationLike) -> None:
+    """Check that a remote index does not make this machine read local files."""
+    if Location.parse(base).path is not None and Location.parse(where).path is None:
         raise ValueError(f"{where}: base {base!r} is a local path, but the index is remote")
 
 
-def _explain_missing(uri: str) -> str:
-    parts = [uris.join(uri, part) for part in ("train", "held_out")]
-    if all(storage.exists(uris.join(part, INDEX_NAME)) for part in parts):
-        return f"{uri} holds two shard sets: open {parts[0]} or {parts[1]}"
+def _explain_missing(folder: Location) -> str:
+    parts = [folder / part for part in ("train", "held_out")]
+    if all(storage.exists(part / INDEX_NAME) for part in parts):
+        return f"{folder} holds two shard sets: open {parts[0]} or {parts[1]}"
     return (
-        f"{uri} holds no {INDEX_NAME}: check the URI, or build shards there with"
-        f" `python -m data_pipelines.build_shards --source SOURCE --output {uri}`, or index tars"
-        f" that are there with `python -m data_pipelines.index_shards {uri}`"
+        f"{folder} holds no {INDEX_NAME}: check the URI, or build shards there with"
+        f" `python -m data_pipelines.build_shards --source SOURCE --output {folder}`, or index"
+        f" tars that are there with `python -m data_pipelines.index_shards {folder}`"
     )

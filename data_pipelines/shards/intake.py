@@ -1,8 +1,8 @@
-"""What a build or an index does not take: files that it leaves out, and faults of its source.
+"""Files that a build or an index leaves out, and faults of its source.
 
-Nothing is left out without a word. Files that no user means, such as the metadata of an operating
-system, are counted by reason; what a user surely means is a fault. All faults are found in one
-pass: the first are printed, and all of them are written to ``faults.txt`` beside the output.
+Nothing is left out silently. Files that are evidently not data, such as the metadata of an
+operating system, are counted by reason; anything else that cannot be used is a fault. One pass
+finds all faults: it prints the first and writes all of them to ``faults.txt`` beside the output.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipelines import storage
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
 
 FAULTS_NAME = "faults.txt"
 LEFT_OUT, FAULTS = "left_out", "faults"
@@ -43,15 +43,15 @@ _LITTER_FOLDERS = {
 
 @dataclass
 class LeftOut:
-    """Files that were seen and not taken: their number by reason, and one of them."""
+    """Files that were left out: their number and one example, by reason."""
 
     counts: dict[str, int] = field(default_factory=dict[str, int])
     examples: dict[str, str] = field(default_factory=dict[str, str])
 
     def add(self, reason: str, example: str, count: int = 1) -> None:
-        """Count `count` files that were left out for `reason`; `example` names one."""
+        """Add `count` files that were left out for `reason`; `example` names one."""
         self.counts[reason] = self.counts.get(reason, 0) + count
-        if reason not in self.examples:  # a name in Latin-1 can be neither printed nor encoded
+        if reason not in self.examples:  # names in Latin-1 can be neither printed nor encoded
             self.examples[reason] = example.encode(errors="backslashreplace").decode()
 
     def merge(self, other: "LeftOut") -> None:
@@ -60,7 +60,7 @@ class LeftOut:
             self.add(reason, other.examples[reason], count)
 
     def to_json(self) -> dict[str, dict[str, Any]]:
-        """{reason: {"count": …, "example": …}}, the most frequent reason first."""
+        """Return {reason: {"count": …, "example": …}}, the most frequent reason first."""
         ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
         return {
             reason: {"count": count, "example": self.examples[reason]} for reason, count in ordered
@@ -68,35 +68,36 @@ class LeftOut:
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Mapping[str, Any]]) -> "LeftOut":
-        """The inverse of `to_json`."""
+        """Parse what `to_json` returned."""
         return cls(
             {reason: entry["count"] for reason, entry in tree.items()},
             {reason: entry["example"] for reason, entry in tree.items()},
         )
 
     def __str__(self) -> str:
-        """One line for each reason; "" where nothing was left out."""
+        """Return one line per reason, or "" if nothing was left out."""
         lines = [
             f"  {entry['count']} x {reason} (such as {entry['example']})"
             for reason, entry in self.to_json().items()
         ]
-        return f"not taken:\n{shorten(lines)}" if lines else ""
+        return f"left out:\n{shorten(lines)}" if lines else ""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a source may have wrong."""
+    """Faults that a source may have."""
 
     bad_images: int = 0
-    """Most images that are left out because they cannot be taken."""
+    """Largest number of bad images to leave out."""
     dotted_keys: bool = False
     """Whether a sample of a tar may have several images that all have a dot in their extension."""
 
 
 class SourceFaults(ValueError):
-    """Faults of a source, all of them; nothing was written for it.
+    """All faults of a source, for which no index was written.
 
     Attributes:
+        uri: URI of the source.
         faults: One sentence for each fault.
     """
 
@@ -106,23 +107,23 @@ class SourceFaults(ValueError):
 
 
 def shorten(faults: list[str], separator: str = "\n") -> str:
-    """The first `SHOWN_FAULTS` of `faults`, and how many more there are."""
+    """Join the first `SHOWN_FAULTS` of `faults`, and the number of the others."""
     more = len(faults) - SHOWN_FAULTS
     return separator.join([*faults[:SHOWN_FAULTS], *([f"… and {more} more"] if more > 0 else [])])
 
 
-def write_faults(output: str, faults: list[str]) -> str:
-    """Write all faults beside the output, one a line; returns the URI of the file.
+def write_faults(output: LocationLike, faults: list[str]) -> Location:
+    """Write all faults beside the output, one per line; return the location of the file.
 
-    Without a fault there is no file.
+    Without faults, delete the file.
     """
-    uri = uris.join(output, FAULTS_NAME)
+    location = Location.parse(output) / FAULTS_NAME
     if not faults:
-        storage.delete(uri)
-        return uri
+        storage.delete(location)
+        return location
     lines = (fault.replace("\n", "\\n") + "\n" for fault in faults)
-    storage.write_bytes(uri, "".join(lines).encode(errors="backslashreplace"))
-    return uri
+    storage.write_bytes(location, "".join(lines).encode(errors="backslashreplace"))
+    return location
 
 
 def add_tolerance(parser: argparse.ArgumentParser) -> None:
@@ -131,22 +132,22 @@ def add_tolerance(parser: argparse.ArgumentParser) -> None:
         "--bad-images",
         choices=("fail", "skip"),
         default="fail",
-        help="what becomes of images that cannot be taken: fail finds and lists all of them and"
-        f" writes no index; skip leaves them out and lists them in OUTPUT/{FAULTS_NAME}",
+        help="treatment of images that cannot be used: fail lists all of them and writes no index;"
+        f" skip leaves them out and lists them in OUTPUT/{FAULTS_NAME}",
     )
     parser.add_argument(
         "--most-bad-images",
         type=_parse_count,
         default=MOST_BAD_IMAGES,
-        help="with --bad-images skip: fail where more than so many would be left out",
+        help="with --bad-images skip: fail if more images than this would be left out",
     )
     parser.add_argument(
         "--allow",
         action="append",
         default=[],
         choices=("dotted-keys",),
-        help="dotted-keys: samples of a tar with several images that all have a dot in their"
-        " extension; the one whose name comes first is then the sample's image",
+        help="dotted-keys: allow samples of a tar with several images that all have a dot in their"
+        " extension; the first by name is then the sample's image",
     )
 
 
@@ -158,25 +159,25 @@ def _parse_count(text: str) -> int:
 
 
 def pop_tolerance(options: dict[str, Any]) -> Tolerance:
-    """The tolerance that the command's options ask for; removes these options."""
+    """Return the tolerance that the command's options set; remove these options."""
     most = options.pop("most_bad_images")
     skips = options.pop("bad_images") == "skip"
     return Tolerance(most if skips else 0, "dotted-keys" in options.pop("allow"))
 
 
-def describe_faults(error: SourceFaults, tolerance: Tolerance, output: str) -> str:
-    """One line: how many there are, where they are listed, and what to do."""
+def describe_faults(error: SourceFaults, tolerance: Tolerance, output: LocationLike) -> str:
+    """Describe in one line how many faults there are, where they are listed, and the remedy."""
     is_over = 0 < tolerance.bad_images < len(error.faults)
     more = f", more than --most-bad-images {tolerance.bad_images}" if is_over else ""
     remedy = "" if tolerance.bad_images else ", or use --bad-images skip for those of single images"
     return (
         f"{len(error.faults)} faults in {error.uri}{more}, all listed in"
-        f" {uris.join(output, FAULTS_NAME)}: no index written; mend them{remedy}"
+        f" {Location.parse(output) / FAULTS_NAME}: no index written; fix them{remedy}"
     )
 
 
 def find_litter(name: str) -> str | None:
-    """Why no user means the file `name`, a path with slashes; None for all others."""
+    """Return why the file `name`, a path with slashes, is not data; None if it may be data."""
     *folders, base = name.split("/")
     for folder in folders:
         if folder in _LITTER_FOLDERS:

@@ -1,7 +1,7 @@
 """Latents as bits: rounded and packed for a shard, and acted on without unpacking.
 
-In the basis of the irreps every rho(g) is a signed permutation, so an element acts on the stored
-bits without rounding: it moves numbers and flips sign bits.
+In the basis of the irreps, every rho(g) is a signed permutation, so an element acts on the stored
+bits without rounding: it moves numbers and flips their sign bits.
 """
 
 import numpy as np
@@ -13,15 +13,15 @@ from efae.symmetry import Element
 
 
 def torch_dtype(form: LatentFormat) -> torch.dtype:
-    """Of the set's numbers."""
+    """Return the dtype of the set's numbers."""
     return getattr(torch, form.dtype)
 
 
 def pack_latents(latent: Float[torch.Tensor, "b dim h w"], form: LatentFormat) -> list[bytes]:
-    """The npy files of latents, rounded to the set's dtype.
+    """Round latents to the set's dtype; return one npy file for each.
 
     Raises:
-        ValueError: a number that is not finite, also once it is rounded.
+        ValueError: A number is not finite after rounding.
     """
     rounded = latent.to("cpu", torch_dtype(form)).contiguous()
     if not bool(rounded.isfinite().all()):
@@ -32,7 +32,7 @@ def pack_latents(latent: Float[torch.Tensor, "b dim h w"], form: LatentFormat) -
 
 
 class BitAction:
-    """rho(g) on channels and grid of one latent, on its bits."""
+    """Action of group elements on the bits of one latent: on channels and grid."""
 
     def __init__(self, form: LatentFormat):
         representation = form.representation
@@ -43,8 +43,9 @@ class BitAction:
         self._flips = np.where(sign.numpy() < 0, top, 0).astype(form.bits)[..., None, None]
 
     def __call__(self, element: Element, bits: np.ndarray, out: np.ndarray) -> None:
-        """Writes act(element, latent) into `out`, (dim, h, w)."""
+        """Write act(element, latent) into `out`, (dim, h, w)."""
         number = self.group.index(element)
+        # (g z)(p) = rho(g) z(g^-1 p): permute channels, transform the grid, flip signs.
         moved = bits[self._source[number]]
         if element.mirrored:
             moved = moved[..., ::-1]

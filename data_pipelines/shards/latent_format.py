@@ -1,7 +1,7 @@
-"""Latents in shards: one ``latent.npy`` a sample, and in the index what they are.
+"""Latents in shards: one ``latent.npy`` per sample, and their format in the index.
 
-Any reader of WebDataset and npy reads them. bfloat16, which npy does not know, is stored as uint16
-with the same bits; the index says so.
+Any reader of WebDataset and npy can read them. npy has no bfloat16, which is stored as uint16 with
+the same bits; the index names the dtype.
 """
 
 import functools
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EXTENSION = "latent.npy"
 FORMAT = "latents"
-"""The key of the index's provenance."""
+"""Key of the index's provenance that holds the format."""
 Dtype = Literal["float16", "bfloat16", "float32"]
 _STORED = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
 _BITS = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32}
@@ -27,17 +27,16 @@ _LARGEST_DIFFERENCE = 0.01
 
 
 class LatentFormat(BaseModel):
-    """What the latents of a set are, and whose.
+    """Format of the latents of a set, and the model that encoded them.
 
     Attributes:
-        shape: (dim, h, w) of every latent.
-        dtype: of their numbers.
-        group: the name of the group that acts on them.
-        multiplicities: of its representation, by irrep.
-        model_digest: sha256 of the weights that made them; ``models:/NAME@sha256:DIGEST`` pulls
-            them.
-        model_uri: where these were pulled from.
-        certificate: how exactly the encoder commutes with the group; see `ShardDataset`.
+        shape: Shape (dim, h, w) of every latent.
+        dtype: Dtype of their numbers.
+        group: Name of the group that acts on them.
+        multiplicities: Multiplicities of the representation, by irrep.
+        model_digest: SHA-256 of the model's weights; ``models:/NAME@sha256:DIGEST`` pulls them.
+        model_uri: URI from which the model was pulled.
+        certificate: Measured error of the encoder's equivariance; see `ShardDataset`.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -52,14 +51,14 @@ class LatentFormat(BaseModel):
 
     @property
     def representation(self) -> "Representation":
-        """How the group acts."""
+        """Representation of the group on the channels."""
         from efae.symmetry import GROUPS, Representation  # torch takes seconds to import
 
         return Representation(GROUPS[self.group], **self.multiplicities)
 
     @property
     def bits(self) -> np.dtype[Any]:
-        """Unsigned integers of the numbers' size."""
+        """Unsigned integer dtype of the numbers' size."""
         return np.dtype(_BITS[self.dtype])
 
     def require_action(self, where: str) -> None:
@@ -79,15 +78,15 @@ class LatentFormat(BaseModel):
 
     @property
     def header(self) -> bytes:
-        """What every file of the set begins with."""
+        """Header that every npy file of the set starts with."""
         return _make_header(self.dtype, tuple(self.shape))
 
 
 def find_format(provenance: Mapping[str, Any], where: str) -> LatentFormat | None:
-    """The format of a set of latents, from its index's provenance; None of a set of images.
+    """Read the format of a latent set from its index's provenance; None for a set of images.
 
     Raises:
-        ValueError: it is damaged; `where` names the set.
+        ValueError: The format is invalid; `where` names the set.
     """
     if FORMAT not in provenance:
         return None
@@ -96,7 +95,7 @@ def find_format(provenance: Mapping[str, Any], where: str) -> LatentFormat | Non
         dim = found.representation.dim
     except (ValidationError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{where}: its index does not say what its latents are ({error}): encode it again"
+            f"{where}: its index has no valid format of the latents ({error}): encode it again"
         ) from error
     if len(found.shape) != 3 or min(found.shape) < 1 or found.shape[0] != dim:
         raise ValueError(
@@ -107,10 +106,10 @@ def find_format(provenance: Mapping[str, Any], where: str) -> LatentFormat | Non
 
 
 def read_bits(data: Buffer, form: LatentFormat) -> np.ndarray:
-    """The bits of one npy file, (dim, h, w), a view.
+    """Return a view (dim, h, w) of the bits of one npy file.
 
     Raises:
-        ValueError: another shape or dtype, or cut off.
+        ValueError: The file has another shape or dtype, or is cut off.
     """
     header = form.header
     size = len(header) + int(np.prod(form.shape)) * form.bits.itemsize

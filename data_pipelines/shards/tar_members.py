@@ -1,10 +1,10 @@
-"""The members of a plain tar, as their headers say; the tar may have been made to harm its reader.
+"""Members of a plain tar, by its headers; the tar may be malicious.
 
-A regular member is taken as its bytes lie. Whatever else a header says, such as a link or a sparse
-file, whose bytes lie elsewhere, is named: checksums computed later would agree with wrong bytes.
+Only regular members are accepted, whose bytes follow their header. Every other kind, such as a link
+or a sparse file, whose bytes lie elsewhere, is a fault: later checksums would match wrong bytes.
 
-Python's tarfile, before 3.11.10 and 3.11.14, seeks backwards for a negative size, which never
-ends, and takes a time that grows with the square of an extended header's length.
+Older versions of Python's tarfile take quadratic time in the length of an extended header (fixed in
+3.11.10), and seek backwards endlessly on a negative size (fixed in 3.11.14).
 """
 
 import hashlib
@@ -22,13 +22,13 @@ from data_pipelines.images.codec import is_image
 from data_pipelines.shards.intake import LeftOut, find_litter
 
 LARGEST_EXTENDED_HEADER_BYTES = 2**14
-"""Of a pax header or a long name; real ones have some hundred bytes."""
+"""Largest pax header or long name; real ones have a few hundred bytes."""
 LARGEST_MEMBER_BYTES = 2**30
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-_FOLDERS = (tarfile.DIRTYPE, b"D")  # D: of an incremental GNU tar
+_FOLDERS = (tarfile.DIRTYPE, b"D")  # D: folder in an incremental GNU tar
 _USTAR = b"ustar\0"
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
-"""First bytes of gzip, bzip2, xz, zstd and lz4."""
+"""Signatures of gzip, bzip2, xz, zstd and lz4."""
 _NUMBER = re.compile(rb" *([0-7]*)[ \0]*")
 _VOLUME_LABEL = b"V"
 _OTHERS = {
@@ -37,11 +37,11 @@ _OTHERS = {
     tarfile.CHRTYPE: ("device", "pack the tar again without it"),
     tarfile.BLKTYPE: ("device", "pack the tar again without it"),
     tarfile.FIFOTYPE: ("named pipe", "pack the tar again without it"),
-    b"M": ("part of a member", "it goes on from another volume: join the volumes"),
+    b"M": ("part of a member", "it continues from another volume: join the volumes"),
 }
 _SPARSE = ("GNU.sparse.", "SCHILY.realsize", "SUN.holesdata")
 _OF_ONE_MEMBER = {"path", "size"}
-"""Keywords of a pax header that mean nothing, or harm, for all members together."""
+"""Keywords that are invalid in a global pax header: they would apply to all members."""
 _EXTENDED = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
@@ -50,38 +50,38 @@ _EXTENDED = (
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a sample cannot be taken."""
+    """The fault of a sample that cannot be used."""
 
     reason: str
-    """What the samples are counted by that are left out for it."""
+    """Reason by which samples with this fault are counted when they are left out."""
     key: str
     text: str
-    """One sentence, with the tar's name."""
+    """Description in one sentence, with the tar's name."""
     skippable: bool = True
-    """Whether the rest of the tar can be taken without this sample."""
+    """Whether the rest of the tar can be used without this sample."""
 
 
 @dataclass
 class TarContent:
-    """What a tar holds, by WebDataset's convention: key, first dot, extension."""
+    """Content of a tar by WebDataset's naming: key, first dot, extension."""
 
     bytes: int
     sha256: str
     rows: dict[str, dict[str, tuple[int, int, int]]]
-    """{key: {extension: (offset, size, crc32)}}, in the order of the tar."""
+    """Members as {key: {extension: (offset, size, crc32)}}, in the order of the tar."""
     faults: list[Fault] = field(default_factory=list[Fault])
     left_out: LeftOut = field(default_factory=LeftOut)
 
 
 class Header(tarfile.TarInfo):
-    """A header that is refused where it would harm; pass it to `tarfile.open` as `tarinfo`."""
+    """A tar header that rejects harmful values; pass it to `tarfile.open` as `tarinfo`."""
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
-        """As tarfile's own, with one kind of error.
+        """Read the next header like tarfile, with one type of error.
 
         Raises:
-            TarError: damaged.
+            TarError: The header is damaged.
         """
         try:
             return super().fromtarfile(tarfile)
@@ -90,24 +90,24 @@ class Header(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """As tarfile's own.
+        """Parse a header like tarfile.
 
         Raises:
-            ReadError: a negative size, or an extended header of a size that no writer makes.
+            ReadError: The size is negative, or an extended header is too large to be real.
         """
         found = cls._read_regular(buf, encoding, errors) or super().frombuf(buf, encoding, errors)
         if found.size < 0:
-            raise ReadError(f"a header says {found.size} bytes")
+            raise ReadError(f"a header has a size of {found.size} bytes")
         if found.type in _EXTENDED and found.size > LARGEST_EXTENDED_HEADER_BYTES:
             raise ReadError(f"an extended header of {found.size} bytes")
         return found
 
     @classmethod
     def _read_regular(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self | None:
-        """Name and size, all that we need of a regular member; None: tarfile finds out what it is.
+        """Read name and size of a regular member, which suffice; None leaves it to tarfile.
 
-        Its name is right where tarfile errs: that takes other fields of GNU's header for the first
-        part of a name, and a file for a folder where a long name is cut off at a slash.
+        tarfile gets some names wrong: it takes other fields of a GNU header for the first part of a
+        name, and a file for a folder if a long name is cut off at a slash.
         """
         size, checksum = _NUMBER.fullmatch(buf, 124, 136), _NUMBER.fullmatch(buf, 148, 156)
         if len(buf) != tarfile.BLOCKSIZE or buf[156:157] not in _REGULAR:
@@ -124,35 +124,35 @@ class Header(tarfile.TarInfo):
 
 
 def list_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members in their order, each of which begins behind the one before.
+    """Yield the members in order; each must start after the previous one.
 
     Args:
-        tar: opened with `Header`.
+        tar: Tar that was opened with `Header`.
 
     Raises:
-        TarError: the tar is damaged, or made to harm.
+        TarError: The tar is damaged or malicious.
     """
     for member in tar:
         if tar.offset <= member.offset:  # an extended header gave it a negative size
             raise ReadError(f"the member after {member.name!r} lies before it")
         if member.pax_headers:
             if "GNU.volume.offset" in tar.pax_headers:
-                raise ReadError("it is a later volume of a tar of several: join them")
+                raise ReadError("it is a later volume of a multi-volume tar: join the volumes")
             if not _OF_ONE_MEMBER.isdisjoint(tar.pax_headers):
                 raise ReadError("a global header gives all members one name or one size")
             if not member.pax_headers.get("size", "0").isdecimal():
-                raise ReadError(f"the size of {member.name!r} is no number")
+                raise ReadError(f"the size of {member.name!r} is not a number")
         yield member
 
 
 def read_members(path: Path, name: str, where: str, known: Container[str] | None) -> TarContent:
-    """Read one tar whole, once for its hash and once for its members.
+    """Read a whole tar, once for its hash and once for its members.
 
     Args:
-        path: File that is read.
-        name: Of the tar in its set, for the examples of what is left out.
+        path: Local file to read.
+        name: Name of the tar in its set, for the examples of members that are left out.
         where: Name or URI of the tar, for faults.
-        known: Keys that an index has, whose names are then not judged; None: all keys.
+        known: Keys of an index, whose names are then not checked; None exempts all keys.
     """
     try:
         with path.open("rb") as file:
@@ -173,15 +173,13 @@ def read_members(path: Path, name: str, where: str, known: Container[str] | None
                     end = member.offset_data + member.size
                     if member.sparse is None and member.isreg() and end > content.bytes:
                         raise ReadError("unexpected end of data")
-                    named_by_others = known is not None and key not in known
-                    reason = _find_left_out(member, extension, named_by_others)
+                    is_foreign = known is not None and key not in known
+                    reason = _find_left_out(member, extension, is_foreign)
                     if reason is not None:
                         content.left_out.add(reason, f"{name}: {member.name}")
                         continue
                     fault = _find_fault(member, key, where) or (
-                        _find_bad_name(member.name, key, extension, where)
-                        if named_by_others
-                        else None
+                        _find_bad_name(member.name, key, extension, where) if is_foreign else None
                     )
                     first = names.setdefault((key, extension), member.name)
                     if fault is not None:
@@ -191,7 +189,7 @@ def read_members(path: Path, name: str, where: str, known: Container[str] | None
                     else:
                         crc32 = zlib.crc32(data[member.offset_data : end])
                         content.rows[key][extension] = (member.offset_data, member.size, crc32)
-                rest = data[tar.offset :]  # tarfile takes a damaged header for the end
+                rest = data[tar.offset :]  # tarfile mistakes a damaged header for the end
         except tarfile.TarError as error:
             why = "it is compressed: unpack it" if data[:6].startswith(_COMPRESSED) else error
             return _give_up(content, f"{where} is not a plain, whole tar ({why})")
@@ -199,7 +197,7 @@ def read_members(path: Path, name: str, where: str, known: Container[str] | None
         samples, after = len(content.rows), len(rest) - len(rest.lstrip(b"\0"))
         magic = after // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE + 257
         why = (
-            f"holds another tar after {samples} samples: take them apart"
+            f"holds another tar after {samples} samples: split them"
             if after >= tarfile.BLOCKSIZE and rest[magic : magic + 5] == b"ustar"
             else f"is damaged or cut off after {samples} samples"
         )
@@ -208,25 +206,25 @@ def read_members(path: Path, name: str, where: str, known: Container[str] | None
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(key, extension in lower case) of a member: the extension follows the first dot."""
+    """Return (key, extension in lower case) of a member; the first dot separates them."""
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return f"{folder}/{stem}" if folder else stem, extension.lower()
 
 
 def list_reasons(faults: Iterable[Fault]) -> dict[str, str]:
-    """{key: why its sample is left out}: the first of its faults."""
+    """Return {key: reason of the sample's first fault}."""
     reasons: dict[str, str] = {}
     for fault in faults:
         reasons.setdefault(fault.key, fault.reason)
     return reasons
 
 
-def _find_left_out(member: tarfile.TarInfo, extension: str, named_by_others: bool) -> str | None:
-    """Why nobody means the member as part of a sample."""
+def _find_left_out(member: tarfile.TarInfo, extension: str, is_foreign: bool) -> str | None:
+    """Return why the member is evidently not part of a sample; None if it may be."""
     if member.type == _VOLUME_LABEL:
         return "volume label"
-    if not named_by_others:
+    if not is_foreign:
         return None
     name = member.name
     if name.startswith("__") and name.endswith("__") and "/" not in name:
@@ -236,7 +234,7 @@ def _find_left_out(member: tarfile.TarInfo, extension: str, named_by_others: boo
 
 
 def _find_fault(member: tarfile.TarInfo, key: str, where: str) -> Fault | None:
-    """Why the member's bytes cannot be taken as they lie."""
+    """Return the fault of a member whose bytes cannot be used in place, or None."""
     if member.sparse is not None or any(map(_is_of_sparse_file, member.pax_headers)):
         reason, text = "sparse file", "is a sparse file: pack the tar again without --sparse"
     elif member.type in _OTHERS:
@@ -249,7 +247,7 @@ def _find_fault(member: tarfile.TarInfo, key: str, where: str) -> Fault | None:
     elif member.size > LARGEST_MEMBER_BYTES:
         gibibytes, most = member.size / 2**30, LARGEST_MEMBER_BYTES / 2**30
         reason = "member too large"
-        text = f"has {gibibytes:.1f} GiB, more than {most:.0f} GiB: no sample of images"
+        text = f"has {gibibytes:.1f} GiB, more than {most:.0f} GiB: too large for an image"
     else:
         return None
     return Fault(reason, _as_text(key), f"{where}: member {member.name!r} {text}")
@@ -260,7 +258,7 @@ def _is_of_sparse_file(keyword: str) -> bool:
 
 
 def _find_bad_name(name: str, key: str, extension: str, where: str) -> Fault | None:
-    """Why a name that others gave is none of a sample's member."""
+    """Return the fault of a name that no member of a sample may have, or None."""
     if "\0" in name or _as_text(name) != name:
         reason, text = "name that is not UTF-8", "has a name that is not UTF-8"
     elif not key.rpartition("/")[2]:
@@ -273,7 +271,7 @@ def _find_bad_name(name: str, key: str, extension: str, where: str) -> Fault | N
 
 
 def _as_text(name: str) -> str:
-    """The same; bytes that tarfile could not decode are escaped, so that it can be written."""
+    """Escape bytes that tarfile could not decode, so that the name can be written."""
     return name.encode(errors="backslashreplace").decode()
 
 
@@ -287,7 +285,7 @@ def _repeat(where: str, key: str, first: str, second: str) -> Fault:
 
 
 def _give_up(content: TarContent, text: str) -> TarContent:
-    """Add what ends the tar early; its last sample may not be whole."""
+    """Add the fault that ends the tar early; drop its last sample, which may be incomplete."""
     content.faults.append(Fault("damaged tar", "", text, skippable=False))
     if content.rows:
         content.rows.popitem()

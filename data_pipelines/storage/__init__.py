@@ -1,5 +1,6 @@
 """The only room that opens a URI: local files, s3://, gs:// and http(s)://."""
 
+from data_pipelines.storage.location import Location, LocationLike
 from data_pipelines.storage.objects import (
     check_readable,
     check_writable,
@@ -17,6 +18,8 @@ from data_pipelines.storage.objects import (
 )
 
 __all__ = [
+    "Location",
+    "LocationLike",
     "check_readable",
     "check_writable",
     "delete",

@@ -24,8 +24,8 @@ import fsspec  # pyright: ignore[reportMissingTypeStubs]
 import fsspec.asyn  # pyright: ignore[reportMissingTypeStubs]
 import fsspec.config  # pyright: ignore[reportMissingTypeStubs]
 
+from data_pipelines.storage.location import Location, endpoint
 from data_pipelines.storage.retries import StorageError, retry
-from data_pipelines.storage.uris import display, endpoint, split_uri
 
 ATTEMPT_SECONDS = 30.0
 """The longest silence of a server, and the longest that one attempt at a range takes."""
@@ -40,9 +40,9 @@ _TRANSIENT_CODES = {"InternalError", "SlowDown", "ServiceUnavailable", "Operatio
 _filesystems: dict[tuple[Any, ...], Any] = {}
 
 
-def open_client(uri: str) -> Any:
+def open_client(location: Location) -> Any:
     """One client per process and environment, shared by its threads but not across a fork."""
-    scheme, _ = split_uri(uri)
+    scheme = location.scheme
     settings: dict[str, Any] = fsspec.config.conf.get(scheme, {})  # the FSSPEC_ variables
     identity = tuple(item for item in sorted(os.environ.items()) if item[0].startswith("AWS_"))
     key = (os.getpid(), scheme, identity, repr(settings))
@@ -65,7 +65,7 @@ def open_client(uri: str) -> Any:
             }
             if endpoint():
                 options["endpoint_url"] = endpoint()
-        elif scheme in ("http", "https"):
+        elif location.is_http:
             from aiohttp import ClientTimeout  # local use does without aiohttp
 
             wait = ClientTimeout(sock_connect=_CONNECT_SECONDS, sock_read=ATTEMPT_SECONDS)
@@ -75,7 +75,7 @@ def open_client(uri: str) -> Any:
         except ImportError as error:
             package = {"gs": "gcsfs", "s3": "s3fs"}.get(scheme, "aiohttp")
             raise StorageError(
-                f"cannot open {display(uri)}: {scheme}:// needs `pip install {package}`"
+                f"cannot open {location.display}: {scheme}:// needs `pip install {package}`"
             ) from error
         filesystem.retries = 1  # s3fs would retry inside our retries
         if scheme == "s3":
@@ -91,23 +91,23 @@ def _split_literally(client: Any, path: str) -> tuple[str, str, None]:
     return bucket, key, None
 
 
-def list_objects(uri: str) -> dict[str, int]:
-    """{name relative to `uri`: bytes} of all objects below it, folder markers too.
+def list_objects(location: Location) -> dict[str, int]:
+    """{name relative to `location`: bytes} of all objects below it, folder markers too.
 
     Raises:
         FileNotFoundError: there is no such bucket.
         StorageError: denied or unreachable.
     """
-    client = open_client(uri)
-    if split_uri(uri)[0] == "gs":
-        prefix = client._strip_protocol(uri).rstrip("/") + "/"
-        found = retry(uri, lambda: client.find(uri, detail=True))
+    client = open_client(location)
+    if location.scheme == "gs":
+        prefix = client._strip_protocol(location.uri).rstrip("/") + "/"
+        found = retry(location, lambda: client.find(location.uri, detail=True))
         return {
             name.removeprefix(prefix): int(facts["size"])
             for name, facts in found.items()
             if name.startswith(prefix)
         }
-    bucket, key, _ = client.split_path(uri.rstrip("/"))
+    bucket, key, _ = client.split_path(location.uri.rstrip("/"))
     # s3fs's own would take a leading slash off the prefix, and list another folder.
     prefix = f"{key}/" if key else ""
     objects: dict[str, int] = {}
@@ -117,32 +117,32 @@ def list_objects(uri: str) -> dict[str, int]:
         where = {"Bucket": bucket, "Prefix": prefix}
         if token is not None:
             where["ContinuationToken"] = token
-        page = retry(uri, partial(client.call_s3, "list_objects_v2", **where))
+        page = retry(location, partial(client.call_s3, "list_objects_v2", **where))
         for entry in page.get("Contents", []):
             if entry["Key"].startswith(prefix):
                 objects[entry["Key"].removeprefix(prefix)] = int(entry["Size"])
     return objects
 
 
-def delete_objects(uri: str) -> None:
+def delete_objects(location: Location) -> None:
     """Remove the object of this name and all below it; no name is a pattern.
 
     Raises:
         FileNotFoundError: there is no such bucket.
         StorageError: denied or unreachable.
     """
-    client, scheme, uri = open_client(uri), split_uri(uri)[0], uri.rstrip("/")
-    found = [*(f"{uri}/{name}" for name in list_objects(uri)), uri]
+    client, many = open_client(location), location.scheme == "s3"
+    found = [*map(location.uri_of, list_objects(location)), location.uri.rstrip("/")]
     # A request for many is XML, which cannot carry control characters.
-    together = [name for name in found if scheme == "s3" and name.isprintable()]
-    single = [name for name in found if scheme != "s3" or not name.isprintable()]
+    together = [uri for uri in found if many and uri.isprintable()]
+    single = [uri for uri in found if not many or not uri.isprintable()]
     for start in range(0, len(together), _KEYS_PER_REQUEST):
         batch = together[start : start + _KEYS_PER_REQUEST]
-        retry(uri, partial(_delete_together, client, batch))
+        retry(location, partial(_delete_together, client, batch))
 
-    def delete_one(name: str) -> None:
+    def delete_one(uri: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            retry(name, lambda: client.rm_file(name))
+            retry(location, lambda: client.rm_file(uri))
 
     with ThreadPoolExecutor(_DELETING_THREADS) as threads:
         list(threads.map(delete_one, single))
@@ -185,15 +185,15 @@ def _check_credentials() -> None:
         raise StorageError(f"{name} holds {fault}: set it again, to the key alone")
 
 
-def find_http(uri: str, timeout_seconds: float) -> None:
+def find_http(location: Location, timeout_seconds: float) -> None:
     """Ask for the first byte: fsspec's own takes each failure for a missing object.
 
     Raises:
         FileNotFoundError: there is no such object.
         Exception: aiohttp's, where the server refuses or does not answer.
     """
-    client = open_client(uri)
-    fsspec.asyn.sync(client.loop, _find_http, client, uri, timeout=timeout_seconds)
+    client = open_client(location)
+    fsspec.asyn.sync(client.loop, _find_http, client, location.uri, timeout=timeout_seconds)
 
 
 async def _find_http(client: Any, uri: str) -> None:
@@ -204,30 +204,32 @@ async def _find_http(client: Any, uri: str) -> None:
             client._raise_not_found_for_status(response, uri)
 
 
-def read_http_range(uri: str, start: int, end: int, timeout_seconds: float) -> bytes:
+def read_http_range(location: Location, start: int, end: int, timeout_seconds: float) -> bytes:
     """Bytes [start, end), fewer where the object ends before.
 
     fsspec's own would fetch the whole object where ranges are not known.
     """
-    client = open_client(uri)
+    client = open_client(location)
     data: Any = fsspec.asyn.sync(
-        client.loop, _get_http_range, client, uri, start, end, timeout=timeout_seconds
+        client.loop, _get_http_range, client, location, start, end, timeout=timeout_seconds
     )
     return data
 
 
-async def _get_http_range(client: Any, uri: str, start: int, end: int) -> bytes:
+async def _get_http_range(client: Any, location: Location, start: int, end: int) -> bytes:
     session, options = await client.set_session(), client.kwargs
     headers = {**options.get("headers", {}), "Range": f"bytes={start}-{end - 1}"}
     headers["Accept-Encoding"] = "identity"
-    async with session.get(client.encode_url(uri), **{**options, "headers": headers}) as response:
-        client._raise_not_found_for_status(response, uri)
+    async with session.get(
+        client.encode_url(location.uri), **{**options, "headers": headers}
+    ) as response:
+        client._raise_not_found_for_status(response, location.uri)
         if response.status == 206:
             return await response.read()
         size = response.content_length
         if size is None or size > _LARGEST_PREFIX_BYTES:
             raise StorageError(
-                f"{display(uri)}: the server ignores Range and would send the whole object for"
+                f"{location.display}: the server ignores Range and would send the whole object for"
                 " every part of it: use one that knows ranges, or copy the object to s3:// or here"
             )
         return (await response.read())[start:end]

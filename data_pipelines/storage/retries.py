@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
-from data_pipelines.storage.uris import display, endpoint, local_path, split_uri
+from data_pipelines.storage.location import Location, endpoint
 
 Result = TypeVar("Result")
 
@@ -100,14 +100,14 @@ class BadDownload(OSError):
 
 
 def retry(
-    uri: str, action: Callable[[], Result], deadline_seconds: float = DEADLINE_SECONDS
+    location: Location, action: Callable[[], Result], deadline_seconds: float = DEADLINE_SECONDS
 ) -> Result:
     """The result of `action`, tried again after transient errors until the deadline.
 
     Raises:
         FileNotFoundError: there is no such object.
         StorageError: denied, unreachable, or damaged three times.
-        Exception: what `action` raised, where `uri` is local.
+        Exception: what `action` raised, where `location` is local.
     """
     give_up_at = time.monotonic() + deadline_seconds
     longest_wait, bad_downloads = 0.2, 0
@@ -119,7 +119,7 @@ def retry(
             bad_downloads += _is_damage(error)
             hopeless = not (_is_transient(error) or _is_damage(error)) or bad_downloads == 3
             if hopeless or time.monotonic() + wait_seconds > give_up_at:
-                raise _explain(uri, error) from (None if _is_signed(uri) else error)
+                raise _explain(location, error) from (None if _is_signed(location) else error)
         time.sleep(wait_seconds)
         longest_wait = min(2 * longest_wait, 10.0)
 
@@ -158,46 +158,46 @@ def _asked_wait_seconds(error: Exception) -> float:
     return float(text) if text.isdecimal() else 0.0
 
 
-def _explain(uri: str, error: Exception) -> Exception:
+def _explain(location: Location, error: Exception) -> Exception:
     """The error that the user sees: what was asked, of whom, and what to do."""
     if isinstance(error, StorageError):
         return error
-    if local_path(uri) is not None and not _is_damage(error):
+    if location.path is not None and not _is_damage(error):
         return error
-    scheme, name, (status, _) = split_uri(uri)[0], type(error).__name__, _answer(error)
-    at = f" at {endpoint()}" if scheme == "s3" and endpoint() else ""
-    keys, public = _CREDENTIALS.get(scheme, ("", ""))
+    where, name, (status, _) = location.display, type(error).__name__, _answer(error)
+    at = f" at {endpoint()}" if location.scheme == "s3" and endpoint() else ""
+    keys, public = _CREDENTIALS.get(location.scheme, ("", ""))
     # An HTTP client's text repeats the query, where a presigned URL carries its signature.
-    text = name if _is_signed(uri) else " ".join((str(error) or name).split())[:300]
+    text = name if _is_signed(location) else " ".join((str(error) or name).split())[:300]
     if _is_damage(error):
         remedy = "damaged, or not what was indexed: write it again"
-        return StorageError(f"{display(uri)}: {error}; {remedy}")
+        return StorageError(f"{where}: {error}; {remedy}")
     if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(f"{display(uri)} does not exist{at}")
+        return FileNotFoundError(f"{where} does not exist{at}")
     denied = isinstance(error, PermissionError) or status in (401, 403)
-    cause = _find_s3_cause(error) if scheme == "s3" else ""
+    cause = _find_s3_cause(error) if location.scheme == "s3" else ""
     if cause:
         what = "access denied" if denied else "refused"
-        return StorageError(f"{display(uri)}: {what}{at}; {cause}")
+        return StorageError(f"{where}: {what}{at}; {cause}")
     if denied:
-        return StorageError(f"{display(uri)}: access denied{at}; check {keys}{public}")
+        return StorageError(f"{where}: access denied{at}; check {keys}{public}")
     if name in ("NoCredentialsError", "PartialCredentialsError"):
-        return StorageError(f"{display(uri)}: no credentials{at}; set {keys}{public}")
+        return StorageError(f"{where}: no credentials{at}; set {keys}{public}")
     if status == 416:
         return StorageError(
-            f"{display(uri)}: the object ends before the bytes that were asked for: it is not the"
+            f"{where}: the object ends before the bytes that were asked for: it is not the"
             " one that was indexed, or cut short; write it, or its index, again"
         )
     if isinstance(error, TimeoutError) and not str(error):
         text = "too slow, or silent"
     if _is_transient(error):
         remedy = "is AWS_ENDPOINT_URL right and the server up?" if at else "is the network open?"
-        return StorageError(f"{display(uri)}: no answer{at} ({text}); {remedy}")
-    return StorageError(f"{display(uri)}: failed{at} ({text})")
+        return StorageError(f"{where}: no answer{at} ({text}); {remedy}")
+    return StorageError(f"{where}: failed{at} ({text})")
 
 
-def _is_signed(uri: str) -> bool:
-    return display(uri) != uri
+def _is_signed(location: Location) -> bool:
+    return location.display != location.uri
 
 
 def _find_s3_cause(error: Exception) -> str:
@@ -219,11 +219,10 @@ def _find_s3_cause(error: Exception) -> str:
     return cause
 
 
-def describe_missing(uri: str) -> str:
-    """That nothing is at `uri`, and what to do."""
-    scheme, rest = split_uri(uri)
-    if scheme not in ("s3", "gs"):
-        return f"{display(uri)} does not exist: check the address"
-    at = f" at {endpoint()}" if scheme == "s3" and endpoint() else ""
-    bucket = rest.split("/", 1)[0]
-    return f"{uri} does not exist{at}: check the name, or create bucket {bucket!r}"
+def describe_missing(location: Location) -> str:
+    """That nothing is at `location`, and what to do."""
+    if location.scheme not in ("s3", "gs"):
+        return f"{location.display} does not exist: check the address"
+    bucket = location.uri.split("/")[2]
+    at = f" at {endpoint()}" if location.scheme == "s3" and endpoint() else ""
+    return f"{location} does not exist{at}: check the name, or create bucket {bucket!r}"

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from data_pipelines import storage
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location
 from efae import config_forms as configuration
 from efae.config import Config
 from efae.model.pretrained import StoredModel, parse_config, parse_model
@@ -95,10 +95,10 @@ def write_checkpoint(
         CONFIG: configuration.to_json(config).encode(),
     }
     facts = {"step": int(metadata["step"]), "scores": dict(scores or {})}
-    manifest, uri = dump_manifest(contents, facts), str(uri)
-    storage.delete(uris.join(uri, MANIFEST))  # while we write, the folder is not complete
+    manifest, folder = dump_manifest(contents, facts), Location.parse(uri)
+    storage.delete(folder / MANIFEST)  # while we write, the folder is not complete
     for name, data in {**contents, MANIFEST: manifest}.items():
-        storage.write_bytes(uris.join(uri, name), data)
+        storage.write_bytes(folder / name, data)
 
 
 def read_checkpoint(uri: str | Path) -> Checkpoint:
@@ -154,7 +154,8 @@ def read_manifest(uri: str) -> dict[str, Any]:
 
 
 def _read_from(uri: str) -> Callable[[str], bytes]:
-    return lambda name: storage.read_bytes(uris.join(uri, name))
+    folder = Location.parse(uri)
+    return lambda name: storage.read_bytes(folder / name)
 
 
 def _parse_state(uri: str, data: bytes) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipelines import storage
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
 from data_pipelines.storage.retries import StorageError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class RunEvent:
         return f"{time.strftime('%H:%M:%S', time.localtime(self.time))}  {self.facts['what']}"
 
 
-def record_event(run_uri: str, kind: str, what: str, **facts: Any) -> None:
+def record_event(run_uri: LocationLike, kind: str, what: str, **facts: Any) -> None:
     """Adds an event; where storage is away it is logged and left out, since training goes on.
 
     Args:
@@ -49,28 +49,28 @@ def record_event(run_uri: str, kind: str, what: str, **facts: Any) -> None:
         facts: JSON values.
     """
     now = time.time_ns()
-    uri = uris.join(run_uri, _FOLDER, f"{now}-{kind}-{uuid.uuid4().hex[:8]}.json")
+    location = Location.parse(run_uri) / _FOLDER / f"{now}-{kind}-{uuid.uuid4().hex[:8]}.json"
     event = {"time": now / 1e9, "kind": kind, "facts": {"what": what, **facts}}
     try:
-        storage.write_bytes(uri, json.dumps(event).encode(), deadline_seconds=5)
+        storage.write_bytes(location, json.dumps(event).encode(), deadline_seconds=5)
     except StorageError as error:
         logger.warning("event not recorded (%s): %s", error, what)
 
 
-def read_events(run_uri: str) -> list[RunEvent]:
+def read_events(run_uri: LocationLike) -> list[RunEvent]:
     """All events of the run, in order of time; what is not one is left out with a warning.
 
     Raises:
         StorageError: the storage refuses or does not answer.
     """
-    folder = uris.join(run_uri, _FOLDER)
+    folder = Location.parse(run_uri) / _FOLDER
     events: list[RunEvent] = []
     for name in sorted(storage.list_files(folder)):
-        uri = uris.join(folder, name)
         try:
-            events.append(_parse_event(storage.read_bytes(uri)))
+            events.append(_parse_event(storage.read_bytes(folder / name)))
         except (ValueError, TypeError, KeyError, RecursionError):
-            logger.warning("%s is not an event that efae wrote, and is ignored", uri)
+            where = folder.uri_of(name)
+            logger.warning("%s is not an event that efae wrote, and is ignored", where)
     return sorted(events, key=lambda event: event.time)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from data_pipelines import storage
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
 from efae.checkpoints.checkpoint import (
     MANIFEST,
     Checkpoint,
@@ -29,12 +29,12 @@ _NAME = re.compile(r"step-(\d{8,})")
 Content = TypeVar("Content")
 
 
-def locate_run(config: Config) -> str:
+def locate_run(config: Config) -> Location:
     """Where the run's checkpoints and events are: a folder named after it in ray.storage_uri."""
-    return uris.join(config.ray.storage_uri, config.tracking.run_name)
+    return Location.parse(config.ray.storage_uri) / config.tracking.run_name
 
 
-def find_newest_checkpoint(run_uri: str) -> str | None:
+def find_newest_checkpoint(run_uri: LocationLike) -> str | None:
     """The URI of the newest complete checkpoint below `run_uri`, or None.
 
     Complete means all files are there and of the right size; they are not read.
@@ -42,12 +42,13 @@ def find_newest_checkpoint(run_uri: str) -> str | None:
     Raises:
         StorageError: the storage refuses or does not answer.
     """
-    complete = _complete_checkpoints(run_uri, _list_folders(run_uri))
-    return next((uri for uri, fault in complete if fault is None), None)
+    run = Location.parse(run_uri)
+    complete = _complete_checkpoints(run, _list_folders(run))
+    return next((folder.uri for folder, fault in complete if fault is None), None)
 
 
 def read_newest_checkpoint(
-    run_uri: str, tell: Callable[[CheckpointError], None]
+    run_uri: LocationLike, tell: Callable[[CheckpointError], None]
 ) -> tuple[str, Checkpoint] | None:
     """The newest checkpoint that is undamaged, with its URI; None where there is none yet.
 
@@ -60,17 +61,17 @@ def read_newest_checkpoint(
             is the user's decision.
         StorageError: the storage refuses or does not answer.
     """
-    return _read_newest(run_uri, read_checkpoint, tell)
+    return _read_newest(Location.parse(run_uri), read_checkpoint, tell)
 
 
-def read_newest_origin(run_uri: str) -> tuple[str, tuple[dict[str, Any], Config]] | None:
+def read_newest_origin(run_uri: LocationLike) -> tuple[str, tuple[dict[str, Any], Config]] | None:
     """Metadata and configuration of the newest checkpoint where these two are undamaged.
 
     Raises:
         CheckpointError: there are checkpoints and these are damaged in all.
         StorageError: the storage refuses or does not answer.
     """
-    return _read_newest(run_uri, read_origin, warn_of_damage)
+    return _read_newest(Location.parse(run_uri), read_origin, warn_of_damage)
 
 
 def warn_of_damage(fault: CheckpointError) -> None:
@@ -78,7 +79,7 @@ def warn_of_damage(fault: CheckpointError) -> None:
     logger.error("damaged checkpoint, falling back to the one before: %s", fault)
 
 
-def prune_checkpoints(run_uri: str, step: int, newest: int, best_by: str = "") -> None:
+def prune_checkpoints(run_uri: LocationLike, step: int, newest: int, best_by: str = "") -> None:
     """Deletes the checkpoints up to `step`, but for the newest ones and the best one.
 
     Half-written ones among them go too: nobody will end them.
@@ -92,30 +93,31 @@ def prune_checkpoints(run_uri: str, step: int, newest: int, best_by: str = "") -
     Raises:
         StorageError: the storage refuses or does not answer.
     """
-    folders = {at: files for at, files in _list_folders(run_uri).items() if at <= step}
-    complete = [uri for uri, fault in _complete_checkpoints(run_uri, folders) if fault is None]
+    run = Location.parse(run_uri)
+    folders = {at: files for at, files in _list_folders(run).items() if at <= step}
+    complete = [folder for folder, fault in _complete_checkpoints(run, folders) if fault is None]
     keep = set(complete[:newest])
     if best_by:
         sign = -1 if best_by == "loss" else 1
-        manifests = {uri: read_manifest(uri) for uri in complete}
+        manifests = {folder: read_manifest(folder.uri) for folder in complete}
         scores = {
-            u: sign * m["scores"][best_by] for u, m in manifests.items() if best_by in m["scores"]
+            f: sign * m["scores"][best_by] for f, m in manifests.items() if best_by in m["scores"]
         }
-        keep |= {max(scores, key=lambda uri: (scores[uri], uri))} if scores else set()
-    for uri in (uris.join(run_uri, checkpoint_name(at)) for at in folders):
-        if uri not in keep:
-            storage.delete(uris.join(uri, MANIFEST))  # from here on it is not complete
-            storage.delete(uri)
+        keep |= {max(scores, key=lambda folder: (scores[folder], folder.uri))} if scores else set()
+    for folder in (run / checkpoint_name(at) for at in folders):
+        if folder not in keep:
+            storage.delete(folder / MANIFEST)  # from here on it is not complete
+            storage.delete(folder)
 
 
 def _read_newest(
-    run_uri: str, read: Callable[[str], Content], tell: Callable[[CheckpointError], None]
+    run: Location, read: Callable[[str], Content], tell: Callable[[CheckpointError], None]
 ) -> tuple[str, Content] | None:
     fault: CheckpointError | None = None
-    for uri, fault in _complete_checkpoints(run_uri, _list_folders(run_uri)):
+    for folder, fault in _complete_checkpoints(run, _list_folders(run)):
         if fault is None:
             try:
-                return uri, read(uri)
+                return folder.uri, read(folder.uri)
             except CheckpointError as error:
                 fault = error
         tell(fault)
@@ -124,10 +126,10 @@ def _read_newest(
     return None
 
 
-def _list_folders(run_uri: str) -> dict[int, dict[str, int]]:
+def _list_folders(run: Location) -> dict[int, dict[str, int]]:
     """The files, with their bytes, of every folder that is named as a checkpoint is, by step."""
     folders: dict[int, dict[str, int]] = {}
-    for name, size in storage.list_files(run_uri).items():
+    for name, size in storage.list_files(run).items():
         folder, _, file = name.partition("/")
         if match := _NAME.fullmatch(folder):
             folders.setdefault(int(match[1]), {})[file] = size
@@ -135,21 +137,21 @@ def _list_folders(run_uri: str) -> dict[int, dict[str, int]]:
 
 
 def _complete_checkpoints(
-    run_uri: str, folders: dict[int, dict[str, int]]
-) -> Iterator[tuple[str, CheckpointError | None]]:
+    run: Location, folders: dict[int, dict[str, int]]
+) -> Iterator[tuple[Location, CheckpointError | None]]:
     """Complete checkpoints, newest first, with what is wrong with the manifest, if anything."""
     for step in sorted(folders, reverse=True):
-        uri = uris.join(run_uri, checkpoint_name(step))
+        folder = run / checkpoint_name(step)
         if MANIFEST not in folders[step]:
-            logger.warning("half-written checkpoint ignored (no %s): %s", MANIFEST, uri)
+            logger.warning("half-written checkpoint ignored (no %s): %s", MANIFEST, folder)
             continue
         try:
-            files = read_manifest(uri)["files"]
+            files = read_manifest(folder.uri)["files"]
         except CheckpointError as fault:
-            yield uri, fault
+            yield folder, fault
             continue
         wrong = [name for name in files if folders[step].get(name) != files[name]["bytes"]]
         if wrong:
-            logger.warning("half-written checkpoint ignored (%s): %s", ", ".join(wrong), uri)
+            logger.warning("half-written checkpoint ignored (%s): %s", ", ".join(wrong), folder)
             continue
-        yield uri, None
+        yield folder, None

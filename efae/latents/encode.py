@@ -25,7 +25,7 @@ from data_pipelines.loading.dataset import LatentSet
 from data_pipelines.loading.shard_cache import ShardError
 from data_pipelines.shards.index import INDEX_NAME, ShardIndex, load_index, write_index
 from data_pipelines.shards.latent_format import FORMAT, LatentFormat
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location
 from efae.latents.request import Request
 from efae.latents.shard_encoder import ShardEncoder, Source
 from efae.model.autoencoder import check_model
@@ -100,7 +100,7 @@ def encode_set(request: Request, say: Callable[[str], None]) -> Encoded:
     certificate = _run(
         _measure, shared, certificate_data, request.certificate_images, request=request, say=say
     )
-    certificate["data"] = uris.display(certificate_data)
+    certificate["data"] = certificate_data.display
     say(f"certificate: largest difference {certificate['max_abs_difference']:.1e}")
     form = LatentFormat(
         certificate=certificate,
@@ -116,7 +116,9 @@ def encode_set(request: Request, say: Callable[[str], None]) -> Encoded:
     return Encoded(latents, source.index, encoded, difference)
 
 
-def _describe(request: Request, data: str, certificate_data: str) -> tuple[Source, dict[str, Any]]:
+def _describe(
+    request: Request, data: Location, certificate_data: Location
+) -> tuple[Source, dict[str, Any]]:
     """What is sent to the actors, and what the set of latents is to say about itself."""
     stored = pull.read(request.model)
     config = stored.config
@@ -128,7 +130,7 @@ def _describe(request: Request, data: str, certificate_data: str) -> tuple[Sourc
     representation = check_model(config)
     f, (height, width) = config.model.downsampling, config.data.image_size
     source = Source(
-        data,
+        str(data),
         index,
         stored.weights,
         config,
@@ -149,12 +151,13 @@ def _describe(request: Request, data: str, certificate_data: str) -> tuple[Sourc
     }
 
 
-def _find_held_out(data: str) -> str:
+def _find_held_out(data: Location) -> Location:
     """The set of held-out images that build_shards wrote beside these, or these themselves."""
-    folder, _, name = data.rpartition("/")
-    held_out = uris.join(folder, "held_out")
-    there = name == "train" and storage.exists(uris.join(held_out, INDEX_NAME))
-    return held_out if there else data
+    folder, _, name = data.uri.rpartition("/")
+    if name != "train":
+        return data
+    held_out = Location.parse(folder) / "held_out"
+    return held_out if storage.exists(held_out / INDEX_NAME) else data
 
 
 def _common_members(index: ShardIndex) -> tuple[str, ...]:
@@ -175,7 +178,7 @@ def _common_members(index: ShardIndex) -> tuple[str, ...]:
     )
 
 
-def _find_missing(index: ShardIndex, output: str, there: dict[str, int]) -> list[int]:
+def _find_missing(index: ShardIndex, output: Location, there: dict[str, int]) -> list[int]:
     """Positions of the shards that are not encoded yet."""
     records = unfinished.read_records(output, [shard.name for shard in index.shards], there)
     return [
@@ -186,14 +189,14 @@ def _find_missing(index: ShardIndex, output: str, there: dict[str, int]) -> list
 
 
 def _assemble(
-    images: ShardIndex, output: str, form: LatentFormat, fingerprint: dict[str, Any]
+    images: ShardIndex, output: Location, form: LatentFormat, fingerprint: dict[str, Any]
 ) -> LatentSet:
     """The set of all encoded shards; its index is not written yet."""
     names = [shard.name for shard in images.shards]
     records = unfinished.read_records(output, names, storage.list_files(output))
     if unseen := [name for name in names if name not in records]:
         raise ValueError(
-            f"{uris.join(output, unseen[0])} was written by another node and is not seen here: use"
+            f"{output.uri_of(unseen[0])} was written by another node and is not seen here: use"
             " an --output on object storage or on a shared disk"
         )
     origin = {n: images.provenance[n] for n in ("licence", "credit") if n in images.provenance}
@@ -210,7 +213,7 @@ class _Encoder:
     keeps of an exception no more than its traceback.
     """
 
-    def __init__(self, output: str, form: LatentFormat):
+    def __init__(self, output: Location, form: LatentFormat):
         self.encoder: ShardEncoder | None = None
         self.output, self.form = output, form
 
@@ -228,7 +231,7 @@ def _encode_shards(
     shared: Any,
     index: ShardIndex,
     missing: list[int],
-    output: str,
+    output: Location,
     form: LatentFormat,
     request: Request,
 ) -> None:
@@ -255,7 +258,7 @@ def _encode_shards(
     interval = 0.1 if sys.stderr.isatty() else 10.0
     with (
         tqdm(
-            total=total, initial=done, unit="image", desc=output, mininterval=interval
+            total=total, initial=done, unit="image", desc=str(output), mininterval=interval
         ) as progress,
         _first_causes(),
     ):
@@ -273,7 +276,7 @@ def _count_room(request: Request) -> int:
     return max(1, room)
 
 
-def _measure(shared: Source, data: str, count: int) -> dict[str, Any]:
+def _measure(shared: Source, data: Location, count: int) -> dict[str, Any]:
     return ShardEncoder(shared).measure(data, count)
 
 

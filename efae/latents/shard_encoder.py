@@ -21,7 +21,7 @@ from data_pipelines.loading.dataset import ImageSet, LatentSet, ShardDataset
 from data_pipelines.shards.index import ShardIndex, index_tar
 from data_pipelines.shards.latent_bits import pack_latents, torch_dtype
 from data_pipelines.shards.latent_format import EXTENSION, LatentFormat
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
 from efae.config import Config
 from efae.evaluation.held_out import read_held_out
 from efae.evaluation.measures import full_precision, to_float
@@ -66,12 +66,12 @@ class ShardEncoder:
         self.model.load_state_dict(dict(source.weights), strict=True)
         self.model.to(source.device).eval().requires_grad_(False)
 
-    def write_shard(self, number: int, output: str, form: LatentFormat) -> ShardIndex:
+    def write_shard(self, number: int, output: Location, form: LatentFormat) -> ShardIndex:
         """Encode and upload shard `number` and leave its record.
 
         Args:
             number: its position in the source's index.
-            output: URI of the set of latents.
+            output: folder of the set of latents.
             form: of that set.
 
         Returns:
@@ -92,11 +92,11 @@ class ShardEncoder:
                         others = {name: values[row] for name, values in batch.members.items()}
                         writer.write({"__key__": key, EXTENSION: data, **others})
             record = ShardIndex((index_tar(path, shard.name),), None)
-            storage.upload(path, uris.join(output, shard.name))
+            storage.upload(path, output / shard.name)
         unfinished.keep_record(output, shard.name, record)
         return record
 
-    def measure(self, data: str, count: int) -> dict[str, Any]:
+    def measure(self, data: LocationLike, count: int) -> dict[str, Any]:
         """The certificate over the first `count` images of the set at `data`.
 
         Raises:
@@ -104,7 +104,7 @@ class ShardEncoder:
             ShardError: it cannot be read.
         """
         config = replace(
-            self.source.config.data, held_out_uri=data, cache_dir=self.source.cache_dir
+            self.source.config.data, held_out_uri=str(data), cache_dir=self.source.cache_dir
         )
         images = read_held_out(config, count)
         size = self.source.batch_size
@@ -131,7 +131,7 @@ class ShardEncoder:
         for number in filled:
             fresh = next(self._read(number, each))
             stored = next(_read_shard(latents, number, len(fresh.key), self.source.cache_dir))
-            where = uris.join(latents.uri, latents.index.shards[number].name)
+            where = Location.parse(latents.uri).uri_of(latents.index.shards[number].name)
             if stored.key != fresh.key:
                 raise ValueError(f"{where}: its keys are not those of the images: encode it again")
             expected = self._encode(fresh.image).cpu()

@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from data_pipelines import storage
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location
 from efae.config import Config
 from efae.preflight import node_checks
 from efae.preflight.checks import Check, Outcome, merge_outcomes, run_check, run_checks
@@ -182,12 +182,12 @@ def find_dashboard() -> str:
 
 
 @contextmanager
-def leave_mark(folder: str | None) -> Generator[str | None]:
-    """A small object in storage for a while; its URI. None leaves none."""
+def leave_mark(folder: str | None) -> Generator[Location | None]:
+    """A small object in storage for a while; its location. None leaves none."""
     if folder is None:
         yield None
         return
-    mark = uris.join(folder, f".preflight-{uuid.uuid4().hex}")
+    mark = Location.parse(folder) / f".preflight-{uuid.uuid4().hex}"
     storage.write_bytes(mark, b"efae")
     try:
         yield mark
@@ -200,7 +200,7 @@ def list_node_checks(
     config: Config,
     tracking_uri: str,
     passed: Set[str],
-    mark: str | None,
+    mark: Location | None,
     cache_bytes: int,
 ) -> Iterator[tuple[str, Check]]:
     """(what it is about, check) pairs for one node.
@@ -210,7 +210,7 @@ def list_node_checks(
         config: the experiment.
         tracking_uri: of the MLflow server.
         passed: what holds on the driver's machine, by the names of `list_checks`.
-        mark: URI of an object that the driver wrote.
+        mark: an object that the driver wrote.
         cache_bytes: what the run may put into the node's shard cache.
     """
     several = config.ray.num_workers != 1

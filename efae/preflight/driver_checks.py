@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from data_pipelines import ShardDataset, storage
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location
 from efae.checkpoints.checkpoint import checkpoint_name
 from efae.checkpoints.run_folder import locate_run
 from efae.config import Config, DataConfig
@@ -108,7 +108,7 @@ def measure_data(config: Config, data: RunData) -> int:
         ValueError: no readable index there.
         StorageError: the storage refuses or does not answer.
     """
-    remote = [s.bytes for s in (data.train, data.held_out) if not uris.local_path(s.uri)]
+    remote = [s.bytes for s in (data.train, data.held_out) if Location.parse(s.uri).path is None]
     fetched = min(sum(remote), config.data.cache_bytes)
     if not config.data.pixel_cache_bytes:
         return fetched
@@ -135,11 +135,11 @@ def check_configuration(config: Config) -> None:
         ValueError: one of them cannot work.
     """
     for uri in (config.data.uri, config.data.held_out_uri, config.ray.storage_uri):
-        uris.check_uri(uri)
+        Location.parse(uri)
     if not config.tracking.run_name:
         raise ValueError("tracking.run_name='': name the run")
-    # The longest name of an object that the run will write, or about.
-    uris.check_uri(uris.join(locate_run(config), checkpoint_name(0), "optimizer.safetensors"))
+    # Storage must hold the longest name of an object that the run will write, or about that.
+    _ = locate_run(config) / checkpoint_name(0) / "optimizer.safetensors"
     Autoencoder(config)  # raises what is wrong with the sizes
     if config.loss.perceptual:
         load_perceptual(config.loss.perceptual, torch.device("cpu"))
@@ -160,7 +160,7 @@ def check_images(config: Config, facts: SetFacts, cut: bool = True) -> str:
         ValueError: images that are too small; without `cut`, of another size or of several.
     """
     uri, shape, wanted = facts.uri, facts.shape, config.data.image_size
-    found = f"{facts.images} at {uris.display(uri)}"
+    found = f"{facts.images} at {Location.parse(uri).display}"
     if shape is None and cut:
         return found
     if shape is None:

@@ -20,7 +20,8 @@ from data_pipelines import storage
 from data_pipelines.loading.cache_folder import choose_cache_dir
 from data_pipelines.loading.pixel_cache import measure_pixels
 from data_pipelines.loading.shard_cache import measure_cache
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location
+from data_pipelines.storage.location import endpoint
 from data_pipelines.storage.objects import PREFLIGHT_SECONDS
 from efae.preflight.checks import Note
 
@@ -65,7 +66,7 @@ def check_versions(expected: dict[str, str]) -> str:
 
 def find_clock(storage_uri: str, tracking_uri: str) -> str:
     """The server whose time counts: S3's, which refuses requests of another time, or MLflow's."""
-    s3 = uris.endpoint() or "https://s3.amazonaws.com"
+    s3 = endpoint() or "https://s3.amazonaws.com"
     scheme, _, rest = (s3 if storage_uri.startswith("s3:") else tracking_uri).partition("://")
     host = rest.partition("/")[0].rpartition("@")[2]  # without user name and password
     return f"{scheme}://{host}" if host else ""
@@ -162,22 +163,22 @@ def check_shared_memory(required: bool, folder: str = "/dev/shm") -> str:
     raise Note(f"{problem}; until then Ray keeps its objects in the temporary folder, slower")
 
 
-def check_mark(uri: str) -> None:
+def check_mark(mark: Location) -> None:
     """What the driver wrote to storage is read here: credentials reach this node, and it is shared.
 
     Args:
-        uri: of the object that the driver wrote, not empty.
+        mark: the object that the driver wrote, not empty.
 
     Raises:
         ValueError: it is not here.
         StorageError: denied or unreachable.
     """
     try:
-        storage.read_range(uri, 0, 1, PREFLIGHT_SECONDS)
+        storage.read_range(mark, 0, 1, PREFLIGHT_SECONDS)
     except FileNotFoundError as error:
         raise ValueError(
-            f"what the driver wrote to {uris.display(uri).rpartition('/')[0]} is not seen from"
-            " here: set ray.storage_uri to storage that all nodes share, such as s3://"
+            f"what the driver wrote to {mark.display.rpartition('/')[0]} is not seen from here: set"
+            " ray.storage_uri to storage that all nodes share, such as s3://"
         ) from error
 
 

@@ -24,7 +24,8 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from data_pipelines import storage
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location
+from data_pipelines.storage.location import endpoint
 from data_pipelines.storage.retries import StorageError
 from efae.checkpoints.run_folder import find_newest_checkpoint
 from efae.model import pretrained
@@ -239,9 +240,9 @@ def _find(uri: str) -> tuple[Path, StoredModel]:
     """The folder of the model on this machine, and what it holds: read and verified once."""
     if uri.startswith(_OF_MLFLOW):
         return _find_of_mlflow(model_uris.normalize(uri), mlflow.get_tracking_uri())
-    folder = pretrained.find_folder(uri) or uris.local_path(uri)
+    folder = pretrained.find_folder(uri) or Location.parse(uri).path
     if folder is None:
-        return _find_remote(uri.rstrip("/"))
+        return _find_remote(Location.parse(uri.rstrip("/")))
     if not any((folder / name).exists() for name in (MANIFEST, WEIGHTS)):
         raise ValueError(_explain_absence(uri))
     return folder, pretrained.read_folder(folder)
@@ -274,15 +275,14 @@ def _find_of_mlflow(uri: str, tracking_uri: str) -> tuple[Path, StoredModel]:
     return folder, stored
 
 
-def _find_remote(uri: str) -> tuple[Path, StoredModel]:
-    cache, server = find_cache(), (uris.endpoint() or "") if uri.startswith("s3:") else ""
+def _find_remote(location: Location) -> tuple[Path, StoredModel]:
+    uri, cache = location.uri, find_cache()
+    server = endpoint() if location.scheme == "s3" else ""
     if is_offline():
         folder = recall(cache, server, uri)
         return folder, read_copy(uri, folder)
     try:
-        folder, stored = fetch_model(
-            uri, lambda name: storage.read_bytes(uris.join(uri, name)), cache
-        )
+        folder, stored = fetch_model(uri, lambda name: storage.read_bytes(location / name), cache)
     except FileNotFoundError as error:
         raise ValueError(_explain_absence(uri)) from error
     except StorageError as error:

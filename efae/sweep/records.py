@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from data_pipelines import storage
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
 
 _SWEEP = "sweep.json"
 
@@ -63,20 +63,20 @@ class Records:
     """The trials of one sweep, by number, here and in storage.
 
     Args:
-        uri: the sweep's folder; what is there is read.
+        folder: of the sweep; what is there is read.
 
     Raises:
         StorageError: the storage refuses or does not answer.
         ValueError: an object there is not a record.
     """
 
-    def __init__(self, uri: str):
-        self._uri = uri
+    def __init__(self, folder: LocationLike):
+        self._folder = Location.parse(folder)
         self.trials: dict[int, TrialRecord] = {}
-        for name in sorted(storage.list_files(uri)):
+        for name in sorted(storage.list_files(self._folder)):
             if name == _SWEEP or not name.endswith(".json") or "/" in name:
                 continue
-            where = uris.join(uri, name)
+            where = self._folder / name
             try:
                 record = TrialRecord(**json.loads(storage.read_bytes(where)))
             except (TypeError, ValueError) as error:
@@ -101,7 +101,7 @@ class Records:
             StorageError: the storage refuses or does not answer.
         """
         text = json.dumps(asdict(record), indent=2)
-        storage.write_bytes(uris.join(self._uri, f"{record.key}.json"), text.encode())
+        storage.write_bytes(self._folder / f"{record.key}.json", text.encode())
         self.trials[record.number] = record
         return record
 
@@ -115,10 +115,10 @@ class Records:
 
     def read_sweep(self) -> dict[str, Any] | None:
         """The sweep's own object, or None where it is new."""
-        uri = uris.join(self._uri, _SWEEP)
-        return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
+        where = self._folder / _SWEEP
+        return json.loads(storage.read_bytes(where)) if storage.exists(where) else None
 
     def write_sweep(self, facts: dict[str, Any]) -> None:
         """Replace the sweep's own object."""
         text = json.dumps(facts, indent=2)
-        storage.write_bytes(uris.join(self._uri, _SWEEP), text.encode())
+        storage.write_bytes(self._folder / _SWEEP, text.encode())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines import storage
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location
 from efae import config_forms as configuration
 from efae.checkpoints import run_folder
 from efae.config import Config
@@ -268,7 +268,7 @@ def _report(config: Config, facts: dict[str, Any], parent: str, tracking_uri: st
             summary[f"best_{best['metric']}"] = best["value"]
         runs.log_report(tracking_uri, parent, path, summary)
         if config.tracking.report_folder:
-            copy = uris.join(config.tracking.report_folder, config.tracking.run_name)
+            copy = Location.parse(config.tracking.report_folder) / config.tracking.run_name
             storage.upload_folder(path, copy)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location, LocationLike
 from efae.checkpoints.checkpoint import checkpoint_name, write_checkpoint
 from efae.checkpoints.events import record_event
 from efae.checkpoints.run_folder import prune_checkpoints
@@ -19,7 +19,7 @@ class CheckpointWriter:
     """Writes a run's checkpoints from memory to storage and deletes those no longer kept.
 
     Args:
-        run_uri: Folder of the run.
+        run: Folder of the run.
         config: Configuration, which says how many checkpoints to keep.
 
     Attributes:
@@ -28,10 +28,10 @@ class CheckpointWriter:
             upload that was still running when the next was due.
     """
 
-    def __init__(self, run_uri: str, config: Config):
+    def __init__(self, run: LocationLike, config: Config):
         self.saved = 0
         self.stall_seconds = 0.0
-        self._run_uri, self._config = run_uri, config
+        self._run, self._config = Location.parse(run), config
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="efae-checkpoint")
         self._in_flight: Future[None] | None = None
 
@@ -65,14 +65,14 @@ class CheckpointWriter:
     def _write(self, tensors: dict[str, Any], metadata: dict[str, Any]) -> None:
         step, keep, started = metadata["step"], self._config.ray, time.monotonic()
         write_checkpoint(
-            uris.join(self._run_uri, checkpoint_name(step)),
+            str(self._run / checkpoint_name(step)),
             **tensors,
             metadata=metadata,
             config=self._config,
             scores=metadata["scores"],
         )
-        prune_checkpoints(self._run_uri, step, keep.checkpoints_to_keep, keep.best_checkpoint_by)
+        prune_checkpoints(self._run, step, keep.checkpoints_to_keep, keep.best_checkpoint_by)
         seconds = time.monotonic() - started
         if seconds > _SLOW_SECONDS:
             what = f"storage was slow or unreachable: checkpoint {step} took {seconds:.0f} s"
-            record_event(self._run_uri, "outage", what)
+            record_event(self._run, "outage", what)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from data_pipelines import ShardDataset
+from data_pipelines.storage import Location
 from efae.checkpoints.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from efae.checkpoints.events import read_events, record_event
 from efae.checkpoints.run_folder import (
@@ -55,21 +56,21 @@ def continue_run(
         torch.set_num_threads(config.ray.cpus_per_worker)
     for name in ("", "mlflow"):  # Ray, botocore and MLflow chat at INFO
         logging.getLogger(name).setLevel(logging.WARNING)
-    uri = locate_run(config)
+    run = locate_run(config)
     newest, tracker, observer, rollbacks = None, None, Observer(), 0
     if process.rank == 0:
         # Imported here because MLflow takes two seconds, and other ranks do not need it.
         from efae.tracking.sender import Tracker, default_spill_folder
 
         newest = _find_start(config)
-        rollbacks = sum(event.kind == "rollback" for event in read_events(uri))
-        say(_record_start(uri, newest, process))
+        rollbacks = sum(event.kind == "rollback" for event in read_events(run))
+        say(_record_start(run, newest, process))
         tracker = Tracker(
             tracking_uri, run_id, default_spill_folder(), system_metrics_interval_seconds=10
         )
         images = read_held_out(config.data, config.training.validation_images)
         observer = RunObserver(
-            CheckpointWriter(uri, config),
+            CheckpointWriter(run, config),
             tracker,
             Validation(images.to(process.device), tracker.log_figure),
             config.training.steps,
@@ -88,10 +89,10 @@ def continue_run(
     except TrainingDiverged as error:
         observer.wait()
         error = TrainingDiverged(
-            error.step, error.samples, find_newest_checkpoint(uri), rollbacks < config.ray.rollbacks
+            error.step, error.samples, find_newest_checkpoint(run), rollbacks < config.ray.rollbacks
         )
         if process.rank == 0 and error.goes_back:
-            record_event(uri, "rollback", str(error), step=error.step)
+            record_event(run, "rollback", str(error), step=error.step)
         raise error from None
     finally:
         if tracker:
@@ -100,10 +101,10 @@ def continue_run(
                 what = (
                     f"MLflow was unreachable: {tracker.spilled} points of the curves were delayed"
                 )
-                record_event(uri, "outage", what)
+                record_event(run, "outage", what)
 
 
-def _record_start(uri: str, newest: tuple[str, Checkpoint] | None, process: Process) -> str:
+def _record_start(run: Location, newest: tuple[str, Checkpoint] | None, process: Process) -> str:
     step = newest[1].metadata["step"] if newest else 0
     workers, s = (
         (f"{process.world_size} workers", "") if process.world_size > 1 else ("1 worker", "s")
@@ -112,7 +113,7 @@ def _record_start(uri: str, newest: tuple[str, Checkpoint] | None, process: Proc
     if newest:
         what = f"{workers} continue{s} from step {step}, {newest[0]}"
     record_event(
-        uri, "start", what, step=step, world_size=process.world_size, hosts=list(process.hosts)
+        run, "start", what, step=step, world_size=process.world_size, hosts=list(process.hosts)
     )
     return what
 

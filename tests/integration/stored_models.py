@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from mlflow import MlflowClient
 
-from data_pipelines.storage import uris
 from efae import config_forms as configuration
 from efae.checkpoints import checkpoint
 from efae.config import Config
@@ -42,7 +41,7 @@ def write_run(run_uri: str, steps: tuple[int, ...]) -> None:
     for step in steps:
         weights = make_model(seed=step).state_dict()
         checkpoint.write_checkpoint(
-            uris.join(run_uri, checkpoint.checkpoint_name(step)),
+            f"{run_uri}/{checkpoint.checkpoint_name(step)}",
             model={"raw": torch.zeros(2)},
             ema=weights,
             optimizer={},

@@ -16,7 +16,7 @@ from PIL import Image
 from data_pipelines import storage
 from data_pipelines.build_shards import build_shards
 from data_pipelines.index_shards import index_shards
-from data_pipelines.storage import clients
+from data_pipelines.storage import Location, clients
 from data_pipelines.verify_shards import find_faults
 from tests.conftest import find_workers
 
@@ -60,7 +60,7 @@ def read_set(uri):
 
 def find_written(uri):
     """{name: time of its last write}, as the server keeps it."""
-    details = clients.open_client(uri).find(uri, detail=True)
+    details = clients.open_client(Location.parse(uri)).find(uri, detail=True)
     return {name.rsplit("/", 1)[-1]: entry["LastModified"] for name, entry in details.items()}
 
 
@@ -189,9 +189,11 @@ except ray_tasks.TaskFailed as error:
 SCRIPT = """
 import pathlib, sys
 from data_pipelines.building import ray_tasks, shard_writer, sources
+from data_pipelines.storage import Location
 folder = pathlib.Path(sys.argv[1])
 source = sources.open_source(f"folder:{folder}")
-job = shard_writer.ShardJob(f"{folder}/set", "x.tar", source.list_entries(), None, False, {})
+output = Location.parse(folder / "set")
+job = shard_writer.ShardJob(output, "x.tar", source.list_entries(), None, False, {})
 (folder / "a.png").unlink()
 list(ray_tasks.run_tasks(shard_writer.write_shard, source, [job], "ray"))
 """
@@ -210,7 +212,7 @@ def test_a_file_that_a_node_does_not_see_is_named_with_the_node(environment, tmp
     said = result.stderr.strip().splitlines()[-1]
     assert said.startswith("ValueError: ")
     assert f"{tmp_path}/a.png" in said
-    assert f"on node {os.uname().nodename}: on Ray every node has to see the files" in said
+    assert f"on node {os.uname().nodename}: on Ray, every node must see the files" in said
 
 
 def test_tars_are_indexed_by_tasks_as_here(environment, built_here, tmp_path):
@@ -237,7 +239,7 @@ def test_faults_of_tars_are_listed_by_tasks(environment, tmp_path):
     assert "b.tar: sample 'y' has no image" in out
     assert err.strip().splitlines()[-1] == (
         f"index_shards: 2 faults in {tmp_path}, all listed in {tmp_path}/faults.txt: no index"
-        " written; mend them, or use --bad-images skip for those of single images"
+        " written; fix them, or use --bad-images skip for those of single images"
     )
 
 

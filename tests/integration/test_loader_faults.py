@@ -28,7 +28,7 @@ from data_pipelines import ShardDataset, ShardError, storage
 from data_pipelines.build_shards import build_shards
 from data_pipelines.loading.loader import _FETCH_THREADS
 from data_pipelines.loading.shard_cache import ShardCache
-from data_pipelines.storage import objects
+from data_pipelines.storage import Location, objects
 from tests.conftest import ROOT
 from tests.integration.fault_proxy import FaultProxy
 
@@ -390,7 +390,8 @@ class TestNetwork:
 
 def open_cache(uri, folder, capacity_bytes=2**30):
     dataset = ShardDataset.open(uri)
-    return dataset, ShardCache(uri, dataset.index, dataset.chunks, folder, capacity_bytes)
+    base = Location.parse(uri)
+    return dataset, ShardCache(base, dataset.index, dataset.chunks, folder, capacity_bytes)
 
 
 def open_all(uri, folder, endpoint, capacity_bytes=2**30, seed=None):

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from data_pipelines import storage
-from data_pipelines.storage import uris
+from data_pipelines.storage import Location
 
 # What some client, shell or server between here and the store takes for syntax.
 HOSTILE = "[]*?!#%+&=;:@$'\"`\\ {}~^|<>,()-_.\u00e9e\u0301\U0001f986\n\t\r\x01\x7f\u2028"
@@ -63,21 +63,22 @@ EXAMPLES = [
 ]
 
 
-def check_that_names_are_literal(base: str, objects: dict[str, bytes], victim: str) -> None:
-    """Writes the objects below `base`, deletes the victim, and looks at all after each step."""
+def check_that_names_are_literal(uri: str, objects: dict[str, bytes], victim: str) -> None:
+    """Writes the objects below `uri`, deletes the victim, and looks at all after each step."""
+    base = Location.parse(uri)
 
     def check() -> None:
         assert storage.list_files(base) == {name: len(kept[name]) for name in sorted(kept)}
         for name, data in kept.items():
-            uri = uris.join(base, name)
-            assert storage.read_bytes(uri) == data
-            assert storage.read_range(uri, 1, len(data)) == data[1:]
-            assert storage.exists(uri)
+            location = base / name
+            assert storage.read_bytes(location) == data
+            assert storage.read_range(f"{uri}/{name}", 1, len(data)) == data[1:]
+            assert storage.exists(location)
 
     kept: dict[str, bytes] = {}
     for name, data in objects.items():
-        assert not storage.exists(uris.join(base, name))
-        storage.write_bytes(uris.join(base, name), data)
+        assert not storage.exists(base / name)
+        storage.write_bytes(base / name, data)
         kept[name] = data
     check()
     with tempfile.TemporaryDirectory() as folder:
@@ -89,12 +90,12 @@ def check_that_names_are_literal(base: str, objects: dict[str, bytes], victim: s
     storage.delete(f"{base} [copy]*")
     check()
     name = next(iter(objects))
-    storage.write_bytes(uris.join(base, name), b"other content")
+    storage.write_bytes(base / name, b"other content")
     kept[name] = b"other content"
     check()
-    storage.delete(uris.join(base, victim))
+    storage.delete(base / victim)
     kept = {n: d for n, d in kept.items() if n != victim and not n.startswith(f"{victim}/")}
-    assert not storage.exists(uris.join(base, victim))
+    assert not storage.exists(base / victim)
     check()
     storage.delete(base)
     assert storage.list_files(base) == {}

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines.storage import uris
 from efae.checkpoints.run_folder import locate_run
 from efae.config import Config
 from efae.config_forms import with_overrides
@@ -83,8 +82,7 @@ def test_names_that_work_are_taken():
         "-1",
     ):
         config = with_overrides(Config(), {"tracking.run_name": name})
-        assert locate_run(config) == f"s3://efae-runs/ray/{name}"
-        uris.check_uri(locate_run(config))
+        assert str(locate_run(config)) == f"s3://efae-runs/ray/{name}"
     for name in ("/Users/me@host/sketches", "a:b", "it's"):
         with_overrides(Config(), {"tracking.experiment": name})
     with_overrides(Config(), {"tracking.registered_model": 'it\'s "mine", \u00fc'})

@@ -47,7 +47,7 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch, capsys):
     ours = {"ours", "ours, labels", "ours, pixels kept"}
     assert {case.pipeline for case in cases} == {"bare decode"} | ours
     printed = capsys.readouterr().out
-    assert "litdata, PIL: left out, needs `pip install 'litdata'`" in printed
+    assert "litdata, PIL: skipped; it needs `pip install 'litdata'`" in printed
     assert "simplejpeg" not in printed  # that pipeline is for JPEG
 
 
@@ -61,7 +61,7 @@ def test_a_name_is_one_pipeline_and_its_start_all_that_begin_so():
 
 
 def test_a_pipeline_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="there are bare decode, ours"):
+    with pytest.raises(ValueError, match="use one of bare decode, ours"):
         list_cases(Arguments(only=("tensorflow",)), "jpg")
 
 

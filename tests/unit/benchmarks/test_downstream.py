@@ -252,9 +252,9 @@ class TestRuns:
 
     def test_bad_arguments(self, fashion, finished, tmp_path):
         (job, *_), _, _ = finished
-        with pytest.raises(ValueError, match="there are exact, free views"):
+        with pytest.raises(ValueError, match="use some of exact, free views"):
             list_jobs(Arguments(str(fashion), arms=("exact",)))
-        with pytest.raises(ValueError, match="take at most 48 images"):
+        with pytest.raises(ValueError, match="may hold at most 48 images"):
             runs.run_job(replace(job, seed=1), print)
         with pytest.raises(ValueError, match="holds no train-images"):
             runs.build_images(Settings(str(tmp_path)), tmp_path / "set")

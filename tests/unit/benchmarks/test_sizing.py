@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import sizing
-from data_pipelines.loading import dataset, loader
+from data_pipelines.loading import loader
 from data_pipelines.storage import objects
 from efae.model.autoencoder import Autoencoder
 from efae.presets import IMAGENET_256
@@ -32,7 +32,7 @@ def test_the_formulas_have_the_numbers_of_the_code():
     assert objects._attempt_seconds(2**24) == sizing.FILE_SECONDS
     assert objects.ATTEMPT_SECONDS == sizing.FETCH_SECONDS
     assert loader._FETCH_THREADS == sizing.FETCH_THREADS
-    assert dataset._PREFETCH_BYTES == sizing.PREFETCH_BYTES
+    assert loader._PREFETCH_BYTES == sizing.PREFETCH_BYTES
     assert IMAGENET_256.data.cache_bytes == sizing.IMAGENET.cache_bytes
     assert IMAGENET_256.ray.checkpoints_to_keep == 2
     with torch.random.fork_rng(devices=[]):

@@ -101,7 +101,7 @@ class TestBuild:
             "z.heic",
         ]
         assert (output / "faults.txt").read_text().splitlines() == error.value.faults
-        assert "1 images cannot be taken; reading the others" in capsys.readouterr().err
+        assert "1 images cannot be used; reading the others" in capsys.readouterr().err
         assert not list(output.rglob("index.json"))
         with pytest.raises(SourceFaults):
             build_shards(f"folder:{source}", str(output), None, 4, 6, tolerance=Tolerance(4))
@@ -125,7 +125,7 @@ class TestBuild:
         resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limit[1]))
         try:
             with pytest.raises(
-                StorageError, match=r"no room to pack shard-000000\.tar.*set TMPDIR"
+                StorageError, match=r"no space to pack shard-000000\.tar.*set TMPDIR"
             ):
                 build_shards(f"folder:{folder}", str(tmp_path))
         finally:
@@ -159,10 +159,10 @@ class TestBuild:
         build_shards(f"folder:{source}", f"{tmp_path}/whole", **options)
         write = write_index
 
-        def write_one(uri, index):
-            if uri.endswith("train"):
+        def write_one(folder, index):
+            if str(folder).endswith("train"):
                 raise KeyboardInterrupt
-            write(uri, index)
+            write(folder, index)
 
         monkeypatch.setattr("data_pipelines.build_shards.write_index", write_one)
         with pytest.raises(KeyboardInterrupt):
@@ -172,7 +172,7 @@ class TestBuild:
         assert not list(output.glob("*/.unfinished"))
         assert "11 bad images left out" in text
         assert "11 x bad image" in text
-        assert "1 x no image file (.txt)" in text
+        assert "1 x not an image file (.txt)" in text
         assert contents(output) == contents(tmp_path / "whole")
         assert len((output / "faults.txt").read_text().splitlines()) == 11
 
@@ -217,7 +217,7 @@ class TestBuild:
         main([*command, "--bad-images", "skip"])
         said = capsys.readouterr().out
         assert "22 x bad image (such as " in said
-        assert "1 x no image file (.txt) (such as notes.txt)" in said
+        assert "1 x not an image file (.txt) (such as notes.txt)" in said
         with pytest.raises(SystemExit, match=r"22 faults in .*, more than --most-bad-images 21"):
             main([*command[:3], f"{tmp_path}/b", "--bad-images", "skip", "--most-bad-images", "21"])
 

@@ -133,16 +133,16 @@ class TestFolder:
             "NAS thumbnail": 1,
             "deleted file": 3,
             "file of a synchroniser": 1,
-            "no image file (.txt)": 2,
-            "no image file (no extension)": 1,
-            "no image file (.json)": 1,
+            "not an image file (.txt)": 2,
+            "not an image file (no extension)": 1,
+            "not an image file (.json)": 1,
             "picture of a shard set": 1,
             "link to a folder above it": 1,
         }
-        assert "2 x no image file (.txt) (such as more.txt)" in str(source.left_out)
+        assert "2 x not an image file (.txt) (such as more.txt)" in str(source.left_out)
         assert [fault.rpartition("/")[2] for fault in source.faults] == [
-            "IMG_1.HEIC: .heic files are not read: convert it, to JPEG say",
-            "raw.nef: .nef files are not read: convert it, to JPEG say",
+            "IMG_1.HEIC: .heic files are not supported: convert it, for example to JPEG",
+            "raw.nef: .nef files are not supported: convert it, for example to JPEG",
             "gone.jpg: broken link",
         ]
 
@@ -309,9 +309,9 @@ class TestForeignTars:
         with pytest.raises(SourceFaults) as error:
             build_shards(f"wds:{tmp_path}", f"{tmp_path}/set", resolution=2)
         assert sorted(error.value.faults) == [
-            *(f"sample '{key}' of a.tar: has two members .png: drop one" for key in "xy"),
-            "sample 'z' of a.tar: another member would be taken for its image: rename it, or choose"
-            " another --encoding",
+            *(f"sample '{key}' of a.tar: has two members .png: remove one" for key in "xy"),
+            "sample 'z' of a.tar: readers would mistake another member for its image: rename it, or"
+            " choose another --encoding",
         ]
         tolerance = Tolerance(3)
         build_shards(f"wds:{tmp_path}", f"{tmp_path}/set", resolution=2, tolerance=tolerance)

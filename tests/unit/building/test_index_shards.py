@@ -146,7 +146,7 @@ FAULTS = {
 NAMES = {
     "cut": "part-1.tar",
     "compressed inside": "part-1.tar is not a plain, whole tar (it is compressed: unpack it)",
-    "concatenated": "part-1.tar holds another tar after 3 samples: take them apart",
+    "concatenated": "part-1.tar holds another tar after 3 samples: split them",
     "empty": "part-1.tar is empty",
     "leaves": "part-1.tar: sample '../../x' leaves the folder",
     "absolute": "part-1.tar: sample '/etc/x' leaves the folder",

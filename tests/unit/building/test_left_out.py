@@ -25,6 +25,7 @@ from data_pipelines.index_shards import index_shards, main
 from data_pipelines.loading.dataset import ImageSet
 from data_pipelines.shards.index import load_index
 from data_pipelines.shards.intake import LeftOut, SourceFaults, Tolerance
+from data_pipelines.storage import Location
 from data_pipelines.verify_shards import find_faults
 
 
@@ -199,8 +200,8 @@ def test_litter_is_counted(tmp_path: Path):
         "WebDataset metadata": 1,
         "hidden file": 1,
         "further image of a sample": 1,
-        "no tar (.txt)": 1,
-        "no tar (.parquet)": 1,
+        "not a tar (.txt)": 1,
+        "not a tar (.parquet)": 1,
     }
     source = open_source(f"wds:{tmp_path}/set")
     assert isinstance(source, ForeignTars)
@@ -217,7 +218,7 @@ def test_litter_is_counted(tmp_path: Path):
 def test_an_output_below_the_source_is_no_part_of_it(tmp_path: Path):
     for name in ("a.tar", "out/shard-000000.tar", "output/b.tar"):
         write_tar(tmp_path / name, {f"{Path(name).stem}.png": PNG})
-    source = ForeignTars(str(tmp_path), Encoding(), output=f"{tmp_path}/out")
+    source = ForeignTars(str(tmp_path), Encoding(), output=Location.parse(f"{tmp_path}/out"))
     assert [entry.key for entry in source.list_entries()] == ["a", "b"]
 
 

@@ -328,9 +328,9 @@ def test_npy_layouts():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (encode_npy(np.zeros((4, 4), np.float32)), "'<f4': an image has uint8"),
-        (encode_npy(np.zeros((4, 4), np.uint16)), "'<u2': an image has uint8"),
-        (encode_npy(np.array([{}]), allow_pickle=True), "'|O': an image has uint8"),
+        (encode_npy(np.zeros((4, 4), np.float32)), "'<f4': an image is uint8"),
+        (encode_npy(np.zeros((4, 4), np.uint16)), "'<u2': an image is uint8"),
+        (encode_npy(np.array([{}]), allow_pickle=True), "'|O': an image is uint8"),
         (encode_npy(np.zeros(16, np.uint8)), r"shape \(16,\)"),
         (encode_npy(np.zeros((2, 4, 4), np.uint8)), r"shape \(2, 4, 4\)"),
         (encode_npy(np.zeros((0, 4), np.uint8)), "0 x 4 pixels"),
@@ -438,7 +438,7 @@ def test_more_than_8_bits_are_refused():
     twelve = FILES["jpeg"].replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c")
     tiff = encode(Image.fromarray(deep), "TIFF")
     for data in (grey, colour, twelve, tiff):
-        with pytest.raises(ValueError, match=r"bits a channel|data precision 12"):
+        with pytest.raises(ValueError, match=r"bits per channel|data precision 12"):
             read(data, (4, 4, 3))
 
 

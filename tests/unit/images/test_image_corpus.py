@@ -185,7 +185,7 @@ def list_transparent_files() -> Iterator[File]:
 
 
 def open_with_pillow(data: bytes) -> np.ndarray | None:
-    """uint8 (H, W, 3); None of one with more than 8 bits a channel."""
+    """uint8 (H, W, 3); None of one with more than 8 bits per channel."""
     with Image.open(io.BytesIO(data)) as stored:
         image = ImageOps.exif_transpose(stored)
     if image.mode.startswith(DEEP_MODES):
@@ -255,7 +255,7 @@ def test_a_build_has_pillows_pixels(tmp_path: Path, corpus: Corpus):
     faults = (tmp_path / "set/faults.txt").read_text().splitlines()
     deep = [name for name, pixels in corpus.expected.items() if pixels is None]
     assert {fault.split(": ")[0] for fault in faults} == {f"{tmp_path}/source/{n}" for n in deep}
-    assert all("bits a channel" in fault for fault in faults)
+    assert all("bits per channel" in fault for fault in faults)
     assert f"{len(deep)} x bad image" in said
     loader = ShardDataset.open(output).loader(global_batch_size=64, resolution=16)
     assert sum(len(batch.key) for batch in loader) == len(corpus.files) - len(deep)

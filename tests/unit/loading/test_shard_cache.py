@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from data_pipelines.loading.shard_cache import ShardCache, ShardError
 from data_pipelines.shards.chunks import LARGEST_BYTES, cut_chunks
 from data_pipelines.shards.index import Members, Shard, ShardIndex
+from data_pipelines.storage import Location
 
 HEADER = 512
 
@@ -128,12 +129,12 @@ def open_cache(tars, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
-    uri = f"http://127.0.0.1:{server.server_address[1]}"
+    base = Location.parse(f"http://127.0.0.1:{server.server_address[1]}")
 
     def open_one(capacity_chunks=100):
         chunks = cut_chunks(index)
         capacity = capacity_chunks * int((chunks.end - chunks.start).max())
-        return ShardCache(uri, index, chunks, tmp_path / "cache", capacity)
+        return ShardCache(base, index, chunks, tmp_path / "cache", capacity)
 
     yield open_one
     server.shutdown()
@@ -323,7 +324,7 @@ class TestLocal:
     def test_maps_the_shards_where_they_lie(self, tars, tmp_path):
         folder, index = tars
         chunks = cut_chunks(index)
-        cache = ShardCache(str(folder), index, chunks, tmp_path / "cache", 0)
+        cache = ShardCache(Location.parse(folder), index, chunks, tmp_path / "cache", 0)
         assert cache.local
         for chunk in range(16):
             assert cache.open(chunk) == expected(tars, chunk)
@@ -331,7 +332,7 @@ class TestLocal:
 
     def test_refetching_reads_the_file_again_and_leaves_it(self, tars):
         folder, index = tars
-        cache = ShardCache(str(folder), index, cut_chunks(index), None, 0)
+        cache = ShardCache(Location.parse(folder), index, cut_chunks(index), None, 0)
         before = bytes(cache.open(0))
         path = folder / "s0.tar"
         path.rename(folder / "old")
@@ -342,7 +343,7 @@ class TestLocal:
 
     def test_a_shard_of_another_size_or_none_is_named(self, tars):
         folder, index = tars
-        cache = ShardCache(str(folder), index, cut_chunks(index), None, 0)
+        cache = ShardCache(Location.parse(folder), index, cut_chunks(index), None, 0)
         (folder / "s1.tar").write_bytes(b"short")
         (folder / "s2.tar").unlink()
         with pytest.raises(ShardError, match=r"s1\.tar: 5 bytes, the index says \d+.*write it"):

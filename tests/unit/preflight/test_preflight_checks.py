@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from cluster.ports import pick_free
-from data_pipelines.storage.objects import StorageError
+from data_pipelines.storage import Location
+from data_pipelines.storage.retries import StorageError
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.experiment import describe_data
@@ -159,9 +160,9 @@ def test_versions():
 
 def test_mark(tmp_path):
     (tmp_path / "mark").write_bytes(b"efae")
-    node_checks.check_mark(str(tmp_path / "mark"))
+    node_checks.check_mark(Location.parse(tmp_path / "mark"))
     with pytest.raises(ValueError, match=rf"{tmp_path} is not seen.*ray\.storage_uri"):
-        node_checks.check_mark(str(tmp_path / "none"))
+        node_checks.check_mark(Location.parse(tmp_path / "none"))
 
 
 def test_auth(serve):

@@ -158,7 +158,7 @@ def test_the_builtin_model_loads_without_mlflow_ray_and_network():
         "socket.socket.connect = refuse\n"
         "import efae\n"
         "model = efae.load('builtin:openmoji-32')\n"
-        "print(sorted({'mlflow', 'ray', 's3fs', 'data_pipelines'} & set(sys.modules)))"
+        "print(sorted({'mlflow', 'ray', 's3fs', 'fsspec', 'webdataset'} & set(sys.modules)))"
     )
     output = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True

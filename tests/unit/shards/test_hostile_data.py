@@ -20,6 +20,7 @@ from data_pipelines.images.codec import encode_png
 from data_pipelines.index_shards import index_shards
 from data_pipelines.loading.dataset import ShardDataset
 from data_pipelines.shards.index import VERSION, parse_index
+from data_pipelines.storage import Location
 from data_pipelines.verify_shards import find_faults
 from efae.checkpoints.checkpoint import (
     CHECKPOINT_FILES,
@@ -86,7 +87,7 @@ TARS = {
 def test_a_tar_that_would_hold_up_its_reader_is_refused(tar: bytes, tmp_path: Path):
     (tmp_path / "a.tar").write_bytes(tar if tar == TARS["a sparse file, cut off"] else tar + END)
     began = time.monotonic()
-    record, faults = check_tar(TarChecks(str(tmp_path)), "a.tar")
+    record, faults = check_tar(TarChecks(Location.parse(tmp_path)), "a.tar")
     assert record is None
     assert len(faults) == 1
     assert "a.tar is not a plain, whole tar" in faults[0]
@@ -112,7 +113,7 @@ def test_no_change_of_a_header_brings_more_than_a_fault(tmp_path: Path):
             data[at + 156] = generator.choice(b"0123456789SxgXLKADMNV\0")
             data[at : at + 512] = fill_in_sum(data[at : at + 512])
         (tmp_path / "a.tar").write_bytes(data[: generator.choice([None, 700, 1300])])
-        record, faults = check_tar(TarChecks(str(tmp_path)), "a.tar")
+        record, faults = check_tar(TarChecks(Location.parse(tmp_path)), "a.tar")
         refused += record is None
         assert (record is None) == bool(faults)
     assert refused > 300

@@ -19,6 +19,7 @@ from data_pipelines.loading.dataset import LatentSet
 from data_pipelines.shards.index import ShardIndex, load_index, write_index
 from data_pipelines.shards.latent_bits import BitAction, pack_latents
 from data_pipelines.shards.latent_format import EXTENSION, FORMAT, LatentFormat, read_bits
+from data_pipelines.storage import Location
 from data_pipelines.verify_shards import find_faults
 from efae.config import Config
 from efae.config_forms import with_overrides
@@ -63,9 +64,12 @@ def encode_shards(data: str, output: str, model: Autoencoder, form: LatentFormat
     index = load_index(data)
     source = Source(data, index, model.state_dict(), model.config, ("cls",), 5, "cpu")
     encoder = ShardEncoder(source)
-    shards = [encoder.write_shard(n, output, form).shards[0] for n in range(len(index.shards))]
+    shards = [
+        encoder.write_shard(n, Location.parse(output), form).shards[0]
+        for n in range(len(index.shards))
+    ]
     write_index(output, ShardIndex(tuple(shards), None, {FORMAT: form.model_dump()}))
-    unfinished.clear(output)
+    unfinished.clear(Location.parse(output))
     dataset = ShardDataset.open(output)
     encoder.compare(dataset, 8)
     return dataset

@@ -9,6 +9,7 @@ from data_pipelines import ShardDataset
 from data_pipelines.build_shards import build_shards
 from data_pipelines.index_shards import make_index
 from data_pipelines.loading.dataset import ImageSet
+from data_pipelines.storage import Location
 from data_pipelines.verify_shards import find_faults
 from data_pipelines.verify_shards import main as verify
 
@@ -20,6 +21,10 @@ class TestIndex:
         assert made.id == built.id
         assert made.image_shape == built.image_shape
         assert ImageSet(shards, made).keys == ImageSet(shards, built).keys
+
+    def test_is_found_by_path_too_and_the_set_s_uri_is_text(self, shards):
+        for place in (Path(shards), Location.parse(shards)):
+            assert ShardDataset.open(place).uri == shards
 
     @pytest.mark.parametrize(
         ("change", "message"),
