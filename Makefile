@@ -33,8 +33,7 @@ bench: up ## compare level exact with dense twins at one budget (ARGS="--cpu-sec
 	@source "$(LOCAL)/env" && $(OPENMOJI) && $(BIN)/python -m benchmarks.ablate --preset quickstart \
 	    --seeds 1 --variants exact none "exact, narrow" "none, narrow" $(ARGS)
 
-# Two lanes, one for each of two cores: tests that need servers, and those that do not.
-SERVERS := (s3 or ray)
+# Two lanes at once: tests that run on Ray, which mostly wait for its processes, and all others.
 QUICK := not gpu and not slow
 test: $(STAMP) ## run all tests but the slow ones (ARGS="tests/unit -k latent")
 ifdef ARGS
@@ -42,9 +41,9 @@ ifdef ARGS
 else
 	@log=$$(mktemp); failed=0; lane=; \
 	trap '[ -z "$$lane" ] || kill $$lane 2>/dev/null || true; rm -f "$$log"' EXIT; \
-	$(BIN)/python -m pytest -m "not $(SERVERS) and $(QUICK)" >"$$log" 2>&1 & \
+	$(BIN)/python -m pytest -m "not ray and $(QUICK)" >"$$log" 2>&1 & \
 	lane=$$!; \
-	$(BIN)/python -m pytest -m "$(SERVERS) and $(QUICK)" || failed=$$?; \
+	$(BIN)/python -m pytest -m "ray and $(QUICK)" || failed=$$?; \
 	wait $$lane || failed=$$?; \
 	lane=; cat "$$log"; exit $$failed
 endif

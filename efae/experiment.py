@@ -12,14 +12,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from data_pipelines import ShardDataset, storage
+from data_pipelines import storage
 from data_pipelines.storage import Location
 from efae import config_forms as configuration
 from efae.checkpoints import checkpoint, run_folder
 from efae.checkpoints.events import read_events
 from efae.config import Config
 from efae.evaluation.evaluate import Evaluation
+from efae.model.autoencoder import build_representation
+from efae.model.pretrained import pack_model
 from efae.preflight.cluster_checks import run_preflight
+from efae.preflight.driver_checks import RunData
 from efae.presets import PRESETS
 from efae.ray_trainer import evaluate_on_cluster, run_training
 from efae.registry import registration
@@ -56,7 +59,8 @@ def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -
         ConnectionError: MLflow is away when the model is to be registered.
     """
     started = time.monotonic()
-    run_preflight(config, server, say)
+    data = RunData(config.data)
+    run_preflight(config, data, server, say)
     step = find_start(config)
     experiment, run_name = config.tracking.experiment, config.tracking.run_name
     if step == config.training.steps and not runs.find_unfinished_run(server, experiment, run_name):
@@ -81,12 +85,12 @@ def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -
         evaluation = evaluate_on_cluster(final, config)
         facts = {
             **describe_run(config, metadata["totals"]),
-            **describe_data(config),
+            **describe_data(data),
             "wall_seconds": time.monotonic() - started,
         }
         wait_for_mlflow(server, run_name, say)
         deliver_points(run, metadata["unsent_metrics"])
-        summary = publish(config, run, final, evaluation, facts)
+        summary = publish(config, data, run, final, evaluation, facts)
     except BaseException:
         run.finish("FAILED")
         raise
@@ -214,7 +218,7 @@ def describe_preset(config: Config) -> str:
     return "; ".join([nearest, *changes[nearest]])
 
 
-def describe_data(config: Config) -> dict[str, Any]:
+def describe_data(data: RunData) -> dict[str, Any]:
     """Identity of the two image sets, and the credits that their licences ask for.
 
     Returns:
@@ -227,24 +231,26 @@ def describe_data(config: Config) -> dict[str, Any]:
     """
     described: dict[str, Any] = {}
     credits: dict[str, None] = {}  # a set in order
-    for role, uri in (("train", config.data.uri), ("held_out", config.data.held_out_uri)):
-        dataset = ShardDataset.open(uri)
-        described[f"{role}_data"] = f"{uri} ({len(dataset)} images, id {dataset.id})"
-        provenance = dataset.index.provenance
-        if "credit" in provenance:
-            credits[f"{provenance['credit']} ({provenance.get('licence', 'licence unknown')})"] = (
-                None
-            )
+    for role, facts in (("train", data.train), ("held_out", data.held_out)):
+        described[f"{role}_data"] = f"{facts.uri} ({facts.images} images, id {facts.id})"
+        if facts.credit:
+            credits[facts.credit] = None
     return described | {"credits": list(credits)}
 
 
 def publish(
-    config: Config, run: Run, final: str, evaluation: Evaluation, facts: dict[str, Any]
+    config: Config,
+    data: RunData,
+    run: Run,
+    final: str,
+    evaluation: Evaluation,
+    facts: dict[str, Any],
 ) -> dict[str, Any]:
     """Register the averaged model, write the report card and send both to MLflow.
 
     Args:
         config: the experiment; names the registered model, and a folder for the report if any.
+        data: Facts of its shard sets.
         run: MLflow run that trained it; stores the model and the report.
         final: URI of the last checkpoint.
         evaluation: of the model in it.
@@ -274,25 +280,28 @@ def publish(
         "commit": config.tracking.commit,
         "level": config.model.level,
         "group": config.representation.group,
-        "train_data": ShardDataset.open(config.data.uri).id,
-        "held_out_data": ShardDataset.open(config.data.held_out_uri).id,
+        "train_data": data.train.id,
+        "held_out_data": data.held_out.id,
         "held_out_uri": redact(config.data.held_out_uri),
         "held_out_images": str(evaluation.images),
         "image_shape": "x".join(map(str, evaluation.image_shape)),
     }
+    weights = checkpoint.read_model(final).weights
+    model = pack_model(weights, config, build_representation(config))
+    # By its digest: the number of the version is known only after the card was stored with it.
+    uri = f"models:/{config.tracking.registered_model}@sha256:{model.digest[:12]}"
+    card = render_model_card(evaluation.numbers(), config, facts | {"model_uri": uri})
+    version = registration.register_model(
+        model,
+        config.tracking.registered_model,
+        run,
+        metrics={name: value for name, value in measured.items() if value is not None},
+        tags=lineage,
+        card=card,
+        portable=config.tracking.portable,
+    )
     with tempfile.TemporaryDirectory() as folder:
-        model_folder, report_folder = Path(folder) / "model", Path(folder) / "report"
-        weights, _ = checkpoint.read_model(final)
-        checkpoint.write_model(model_folder, weights, config, card=evaluation.numbers())
-        version = registration.register_model(
-            model_folder,
-            config.tracking.registered_model,
-            run,
-            metrics={name: value for name, value in measured.items() if value is not None},
-            tags=lineage,
-            card=render_model_card(evaluation.numbers(), config, facts),
-            portable=config.tracking.portable,
-        )
+        report_folder = Path(folder)
         write_report(
             report_folder,
             numbers=evaluation.numbers(),
@@ -300,6 +309,7 @@ def publish(
             config=config,
             facts=facts | {"model_uri": version.uri},
             curves=run.read_curve("loss"),
+            model_card=card,
         )
         summary = json.loads((report_folder / "summary.json").read_text())
         run.log_report(report_folder, summary)

@@ -35,10 +35,12 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Importing the platform takes seconds; a mistyped option should not.
     from efae.preflight.cluster_checks import run_preflight
+    from efae.preflight.driver_checks import RunData
 
     try:
         outcomes = run_preflight(
             config,
+            RunData(config.data),
             Server.from_environment(),
             say=lambda line: print(line, flush=True),
         )

@@ -24,7 +24,7 @@ from data_pipelines.storage import Location
 from efae.config import Config
 from efae.preflight import node_checks
 from efae.preflight.checks import Check, Outcome, merge_outcomes, run_check, run_checks
-from efae.preflight.driver_checks import list_checks, measure_data
+from efae.preflight.driver_checks import RunData, list_checks, measure_data
 from efae.ray_trainer import connect
 from efae.tracking.server import Server
 
@@ -47,13 +47,16 @@ class Node:
     resources: Mapping[str, float]
 
 
-def run_preflight(config: Config, server: Server, say: Callable[[str], None]) -> list[Outcome]:
+def run_preflight(
+    config: Config, data: RunData, server: Server, say: Callable[[str], None]
+) -> list[Outcome]:
     """Check all that the run needs, and connect to the cluster; one line for each check.
 
     A configuration that cannot work ends it at once, since the other checks go by it.
 
     Args:
         config: the experiment.
+        data: Facts of its shard sets.
         server: MLflow server.
         say: prints one line.
 
@@ -64,7 +67,7 @@ def run_preflight(config: Config, server: Server, say: Callable[[str], None]) ->
         ValueError: some failed; `say` had their lines.
     """
     outcomes: list[Outcome] = []
-    for outcome in check_all(config, server):
+    for outcome in check_all(config, data, server):
         outcomes.append(outcome)
         say(str(outcome))
     failed = [outcome.what for outcome in outcomes if outcome.state == "FAIL"]
@@ -75,10 +78,10 @@ def run_preflight(config: Config, server: Server, say: Callable[[str], None]) ->
     return outcomes
 
 
-def check_all(config: Config, server: Server) -> Iterator[Outcome]:
+def check_all(config: Config, data: RunData, server: Server) -> Iterator[Outcome]:
     """The outcomes of `run_preflight`, as they come in."""
     passed: set[str] = set()
-    for what, check in list_checks(config, server):
+    for what, check in list_checks(config, data, server):
         yield (outcome := run_check(what, check))
         if outcome.state != "FAIL":
             passed.add(what)
@@ -89,7 +92,7 @@ def check_all(config: Config, server: Server) -> Iterator[Outcome]:
         return
     if not find_dashboard():
         yield Outcome("note", "auth", "not checked: this cluster has no dashboard")
-    cache_bytes = measure_data(config) if passed >= {"images", "held-out images"} else 0
+    cache_bytes = measure_data(config, data) if passed >= {"images", "held-out images"} else 0
     with leave_mark(config.ray.storage_uri if "storage" in passed else None) as mark:
         asked = [
             (node, list_node_checks(node, config, server, passed, mark, cache_bytes))

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from efae.checkpoints.checkpoint import MANIFEST
+from efae.model.stored_files import MANIFEST
 from efae.names import is_named
 from efae.tracking.redaction import first_cause, redact
 from efae.tracking.server import Server

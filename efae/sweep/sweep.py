@@ -19,6 +19,7 @@ from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.experiment import describe_data, describe_run, find_final, publish, wait_for_mlflow
 from efae.preflight.cluster_checks import run_preflight
+from efae.preflight.driver_checks import RunData
 from efae.ray_trainer import evaluate_on_cluster
 from efae.registry import pull
 from efae.sweep.config import SweepConfig
@@ -74,7 +75,8 @@ def run_sweep(
     check_settings(config, settings)
     chooser = Chooser(config, read_space(settings.space, config))
     chooser.list_possible()
-    run_preflight(config, server, say)
+    data = RunData(config.data)
+    run_preflight(config, data, server, say)
     records = Records(run_folder.locate_run(config))
     parent = _begin(config, settings, chooser, records, server)
     say(f"ok   sweep {settings.name}: {parent.find_url()}")
@@ -91,12 +93,12 @@ def run_sweep(
         best = find_best(records, settings)
         wait_for_mlflow(server, settings.name, say)
         if best is not None:
-            best["model_uri"] = _register(sweep, records.trials[best["number"]], say)
+            best["model_uri"] = _register(sweep, records.trials[best["number"]], data, say)
         facts = {
             "sweep_name": settings.name,
             "mlflow_parent_run_id": parent.id,
             "mlflow_url": parent.find_url(),
-            **describe_sweep(config, settings, chooser, records),
+            **describe_sweep(config, settings, chooser, records, data),
             "best": best,
             "cost": describe_cost(config, records) | {"wall_seconds": time.monotonic() - started},
         }
@@ -239,7 +241,7 @@ def _end_runs(sweep: Sweep, config: Config, trials: Iterable[TrialRecord], statu
     sweep.parent.finish(status)
 
 
-def _register(sweep: Sweep, winner: TrialRecord, say: Callable[[str], None]) -> str:
+def _register(sweep: Sweep, winner: TrialRecord, data: RunData, say: Callable[[str], None]) -> str:
     """The winner's weights as a version with the alias candidate; its URI."""
     config, server = configure_trial(sweep, winner), sweep.parent.server
     final, metadata = find_final(config)
@@ -248,11 +250,11 @@ def _register(sweep: Sweep, winner: TrialRecord, say: Callable[[str], None]) -> 
     run = runs.find_run(server, names.experiment, names.run_name)
     facts = {
         **describe_run(config, metadata["totals"]),
-        **describe_data(config),
+        **describe_data(data),
         "wall_seconds": winner.seconds,
     }
     evaluation = evaluate_on_cluster(final, config)
-    summary = publish(config, run, final, evaluation, facts)
+    summary = publish(config, data, run, final, evaluation, facts)
     name, version = names.registered_model, int(summary["model_uri"].rpartition("/")[2])
     pull.set_alias(name, CANDIDATE, version, server)
     return summary["model_uri"]

@@ -6,6 +6,7 @@ import pytest
 from mlflow import MlflowClient
 
 from data_pipelines.build_shards import build_shards
+from efae.model.pretrained import read_folder
 from efae.registry import registration
 from efae.registry.pull import RegisteredVersion
 from efae.tracking import runs
@@ -79,6 +80,7 @@ def register(tmp_path: Path, name: str, run: Run):
     def register(seed: int = 0) -> RegisteredVersion:
         folder = write_model(tmp_path / f"model-{seed}", seed)
         metrics, tags = {"psnr": 24.125}, {"preset": "quickstart"}
-        return registration.register_model(folder, name, run, metrics, tags, portable=False)
+        stored = read_folder(folder)
+        return registration.register_model(stored, name, run, metrics, tags, portable=False)
 
     return register

@@ -12,16 +12,13 @@ from mlflow.models import Model
 import efae
 from data_pipelines import storage
 from data_pipelines.storage.retries import StorageError
-from efae import config_forms as configuration
-from efae.checkpoints import checkpoint
-from efae.checkpoints.checkpoint import CheckpointError
+from efae.model.pretrained import read_folder
+from efae.model.stored_files import MODEL_FILES, WEIGHTS, CheckpointError, sha256
 from efae.registry import pull, registration
-from efae.registry.cache import sha256
 from efae.registry.pull import RegisteredVersion
 from efae.tracking import runs
 from tests.integration.fault_proxy import FaultProxy
 from tests.integration.stored_models import (
-    TINY,
     artifact_address,
     make_model,
     write_model,
@@ -44,15 +41,14 @@ def flip_last_bit(data: bytes) -> bytes:
 
 def change_sampler(data: bytes) -> bytes:
     """Another configuration, as valid, of as many bytes, for the same weights."""
-    steps = configuration.from_json(data.decode()).flow.sampler_steps
-    return configuration.to_json(
-        configuration.with_overrides(TINY, {"flow.sampler_steps": steps + 1})
-    ).encode()
+    settings = json.loads(data)
+    settings["efae"]["flow"]["sampler_steps"] += 1
+    return (json.dumps(settings, indent=2) + "\n").encode()
 
 
 @pytest.mark.parametrize(
     ("file", "change"),
-    [("model.safetensors", flip_last_bit), ("config.json", change_sampler)],
+    [(WEIGHTS, flip_last_bit), ("config.json", change_sampler)],
     ids=["weights", "config"],
 )
 def test_a_file_changed_in_the_store_is_refused(
@@ -82,18 +78,18 @@ def test_files_rewritten_together_with_their_manifest_are_refused(
     version = register()
     address = artifact_address(client, run_id, "model")
     config = storage.read_bytes(f"{address}/config.json")
-    other = write_model(tmp_path / "other", seed=9) / "model.safetensors"
+    other = write_model(tmp_path / "other", seed=9) / WEIGHTS
     changed = {
-        "weights": {"model.safetensors": other.read_bytes()},
+        "weights": {WEIGHTS: other.read_bytes()},
         "config": {"config.json": change_sampler(config)},
         "manifest": {},
-        "pickle": {"model.safetensors": pickled[0]},
+        "pickle": {WEIGHTS: pickled[0]},
     }
     rewrite_manifest(address, changed[what])
     with pytest.raises(CheckpointError, match=r"manifest\.json is not the one that was registered"):
         efae.load(version.uri)
     if what == "pickle":
-        with pytest.raises(CheckpointError, match=r"model\.safetensors is not a safetensors file"):
+        with pytest.raises(CheckpointError, match=f"{WEIGHTS} is not a safetensors file"):
             efae.load(f"runs:/{run_id}/model")
     else:
         efae.load(f"runs:/{run_id}/model")  # a run promises nothing about its files
@@ -116,7 +112,7 @@ def test_a_pickle_and_code_planted_beside_the_model_are_ignored(
     efae.load(version.uri)
     assert not trace.exists()
     files = {path.name for path in pull.pull(version.uri).iterdir()}
-    assert files == {*checkpoint.MODEL_FILES, "manifest.json"}
+    assert files == {*MODEL_FILES, "manifest.json"}
 
 
 def read_digest(client: MlflowClient, version: RegisteredVersion) -> str:
@@ -147,7 +143,7 @@ def test_versions_of_one_digest_are_one_model_and_of_two_are_told_apart(
     first = register()
     again = runs.find_or_create_run(server, "registry", f"{name}-again", {})[0]
     folder = tmp_path / "model-0"
-    second = registration.register_model(folder, name, again, {}, {}, portable=False)
+    second = registration.register_model(read_folder(folder), name, again, {}, {}, portable=False)
     assert (first.version, second.version) == (1, 2)
     digest = read_digest(client, first)
     assert pull.pull(f"models:/{name}@sha256:{digest}") == pull.pull(first.uri)
@@ -161,7 +157,7 @@ def test_a_version_that_only_claims_a_digest_is_refused(register, client, name):
     wanted = read_digest(client, first)
     client.delete_model_version(name, "1")
     client.set_model_version_tag(name, "2", "digest", wanted)
-    actual = sha256((pull.pull(second.uri) / "model.safetensors").read_bytes())
+    actual = sha256((pull.pull(second.uri) / WEIGHTS).read_bytes())
     with pytest.raises(CheckpointError, match=f"the weights of version 2 are {actual}"):
         pull.pull(f"models:/{name}@sha256:{wanted}")
 

@@ -15,11 +15,13 @@ from data_pipelines.storage import Location
 from data_pipelines.storage.retries import StorageError
 from efae.config import Config
 from efae.config_forms import with_overrides
+from efae.experiment import describe_data
 from efae.preflight import node_checks
 from efae.preflight.checks import Note, Outcome, merge_outcomes, run_check, run_checks
 from efae.preflight.cluster_checks import join_cluster, run_preflight
-from efae.preflight.driver_checks import measure_data
+from efae.preflight.driver_checks import RunData, list_checks, measure_data
 from efae.tracking.server import Server
+from tests.opened_files import watch_opens
 
 GIB = 2**30
 
@@ -238,7 +240,7 @@ def test_what_nodes_found_is_summed_up():
 
 def test_local_shards_need_no_cache(shards):
     config = with_overrides(Config(), {"data.uri": shards, "data.held_out_uri": shards})
-    assert measure_data(config) == 0
+    assert measure_data(config, RunData(config.data)) == 0
 
 
 @pytest.mark.parametrize(("bound", "expected"), [(2**20, 23 * 3 * 8 * 8), (1000, 1000)])
@@ -252,14 +254,40 @@ def test_pixels_that_are_to_be_kept_need_room(shards, bound, expected):
             "data.pixel_cache_bytes": bound,
         },
     )
-    assert measure_data(config) == expected
+    assert measure_data(config, RunData(config.data)) == expected
+
+
+def test_a_run_reads_the_index_of_each_of_its_sets_once(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "held_out")
+    held_out = str(tmp_path / "held_out")
+    config = with_overrides(
+        Config(),
+        {
+            "data.uri": shards,
+            "data.held_out_uri": held_out,
+            "data.resolution": 8,
+            "data.pixel_cache_bytes": 1000,
+            "tracking.run_name": "x",
+            "ray.storage_uri": str(tmp_path / "run"),
+        },
+    )
+    data = RunData(config.data)
+    with watch_opens() as opened:
+        outcomes = [run_check(what, check) for what, check in list_checks(config, data, "")]
+        measure_data(config, data)
+        described = describe_data(data)
+    passed = {outcome.what for outcome in outcomes if outcome.state == "ok"}
+    assert passed >= {"images", "held-out images", "storage"}
+    assert described["held_out_data"].startswith(f"{held_out} (23 images")
+    for uri in (shards, held_out):
+        assert opened.count(f"{uri}/index.json") == 1
 
 
 def test_a_wrong_configuration_is_not_asked_about():
     said = []
     config = with_overrides(Config(), {"data.uri": "pipe:ls", "tracking.run_name": "x"})
     with pytest.raises(ValueError, match="1 of 1 checks failed: configuration"):
-        run_preflight(config, Server(""), said.append)
+        run_preflight(config, RunData(config.data), Server(""), said.append)
     assert len(said) == 1
     assert said[0].startswith("FAIL configuration: ")
     assert "pipe" in said[0]
