@@ -273,7 +273,7 @@ def test_a_run_reads_the_index_of_each_of_its_sets_once(shards, tmp_path):
     )
     data = RunData(config.data)
     with watch_opens() as opened:
-        outcomes = [run_check(what, check) for what, check in list_checks(config, data, "")]
+        outcomes = [run_check(what, check) for what, check in list_checks(config, data, Server(""))]
         measure_data(config, data)
         described = describe_data(data)
     passed = {outcome.what for outcome in outcomes if outcome.state == "ok"}
