@@ -177,10 +177,10 @@ def test_a_checkpoint_on_s3_is_fetched_once_and_then_read_once_from_the_cache(
 
 
 def test_a_version_is_downloaded_once_and_then_read_once_from_the_cache(
-    register, cache, tracking_uri, monkeypatch
+    register, cache, server, monkeypatch
 ):
     version = register()
-    with FaultProxy(tracking_uri) as proxy:
+    with FaultProxy(server.uri) as proxy:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
         efae.load(version.uri)
         for name in (*MODEL_FILES, "manifest.json"):
