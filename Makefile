@@ -43,8 +43,9 @@ else
 	@log=$$(mktemp); failed=0; lane=; \
 	trap '[ -z "$$lane" ] || kill -- -$$lane 2>/dev/null || true; rm -f "$$log"' EXIT; \
 	set -m; \
-	{ $(BIN)/python -m pytest -m "not s3 and not ray and $(QUICK)" && \
-	  $(BIN)/python -m pytest -m "s3 and not ray and $(QUICK)"; } >"$$log" 2>&1 & \
+	{ $(BIN)/python -m pytest -m "not s3 and not ray and $(QUICK)" || failed=$$?; \
+	  $(BIN)/python -m pytest -m "s3 and not ray and $(QUICK)" || failed=$$?; \
+	  exit $$failed; } >"$$log" 2>&1 & \
 	lane=$$!; set +m; \
 	$(BIN)/python -m pytest -m "ray and $(QUICK)" || failed=$$?; \
 	wait $$lane || failed=$$?; \

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from io import TextIOWrapper
 from typing import NoReturn, TextIO, cast
 
+from data_pipelines.images.logs import ignore_metadata
+
 _CLOSED = 141
 """Shell status of a program that SIGPIPE ended."""
 
@@ -17,6 +19,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     A reader that closes the pipe, such as `head -1`, ends the command without a traceback.
     Characters that the output's encoding lacks are printed as backslash escapes.
     """
+    ignore_metadata()
     cast(TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
     try:
         status = main()

@@ -47,27 +47,27 @@ def load(uri: "str | Path", device: str = "cpu") -> "Autoencoder":
     Args:
         uri: "builtin:openmoji-32", "models:/efae@champion", "models:/efae/3",
             "models:/efae@sha256:HEX" (the version's tag "digest", 12 digits or more),
-            "runs:/RUN_ID/model", the path of a folder that `save_pretrained` wrote, or the path or
-            s3:// address of a checkpoint or model folder.
+            "runs:/RUN_ID/model", or the path or s3:// address of a checkpoint or of a folder that
+            `save_pretrained` wrote.
         device: Where to put it, as torch names devices.
 
     Raises:
         ValueError: an unknown name, alias, version, digest or folder, or not in the cache while
-            offline; the message says what exists. Or a folder of `save_pretrained` is damaged.
+            offline; the message says what exists.
         CheckpointError: files that do not match their manifest, or that what was registered.
         ConnectionError: MLflow fails.
         StorageError: the storage refuses or does not answer.
     """
-    from efae.model import pretrained
+    from efae.model.pretrained import find_folder
 
-    uri = str(uri)
-    if pretrained.is_builtin(uri):  # without the seconds that importing MLflow takes
+    folder = find_folder(str(uri))
+    if folder is not None:  # without the seconds that importing MLflow takes
         from efae.model.autoencoder import Autoencoder
 
-        return Autoencoder.from_pretrained(pretrained.find_builtin(uri), device)
+        return Autoencoder.from_pretrained(folder, device)
     from efae.registry import pull
 
-    return pull.load(uri, device)
+    return pull.load(str(uri), device)
 
 
 def __getattr__(name: str) -> object:

@@ -12,14 +12,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from data_pipelines import ShardDataset, storage
+from data_pipelines import storage
 from data_pipelines.storage import Location
 from efae import config_forms as configuration
 from efae.checkpoints import checkpoint, run_folder
 from efae.checkpoints.events import read_events
 from efae.config import Config
 from efae.evaluation.evaluate import Evaluation
+from efae.model.autoencoder import build_representation
+from efae.model.pretrained import pack_model
 from efae.preflight.cluster_checks import run_preflight
+from efae.preflight.driver_checks import RunData
 from efae.presets import PRESETS
 from efae.ray_trainer import evaluate_on_cluster, run_training
 from efae.registry import registration
@@ -27,19 +30,21 @@ from efae.report.card import write_report
 from efae.report.model_card import render_model_card
 from efae.tracking import runs
 from efae.tracking.redaction import redact
+from efae.tracking.runs import Run
 from efae.tracking.sender import deliver_points
+from efae.tracking.server import Server
 
 MLFLOW_PATIENCE_SECONDS = 60
 
 
-def run_experiment(config: Config, tracking_uri: str, say: Callable[[str], None]) -> dict[str, Any]:
+def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -> dict[str, Any]:
     """Check, train, evaluate, report and register; returns the summary.
 
     A run of the same name that did not finish is continued from its newest checkpoint.
 
     Args:
         config: the experiment.
-        tracking_uri: of the MLflow server, as driver and workers reach it.
+        server: MLflow server, by an address that driver and workers reach.
         say: prints one line of progress.
 
     Returns:
@@ -54,48 +59,46 @@ def run_experiment(config: Config, tracking_uri: str, say: Callable[[str], None]
         ConnectionError: MLflow is away when the model is to be registered.
     """
     started = time.monotonic()
-    run_preflight(config, tracking_uri, say)
+    data = RunData(config.data)
+    run_preflight(config, data, server, say)
     step = find_start(config)
     experiment, run_name = config.tracking.experiment, config.tracking.run_name
-    if step == config.training.steps and not runs.find_unfinished_run(
-        tracking_uri, experiment, run_name
-    ):
+    if step == config.training.steps and not runs.find_unfinished_run(server, experiment, run_name):
         raise ValueError(
             f"tracking.run_name={run_name!r}: that run is finished (step {step}); choose another"
             " name to train again"
         )
-    run_id, _ = runs.find_or_create_run(
-        tracking_uri,
+    run, _ = runs.find_or_create_run(
+        server,
         experiment,
         run_name,
         {"efae.commit": config.tracking.commit, "efae.config": configuration.digest(config)},
     )
-    say(f"ok   run {run_name}: {runs.find_run_url(tracking_uri, run_id)}")
+    say(f"ok   run {run_name}: {run.find_url()}")
     if step:
         say(f"    goes on from step {step}")
-    runs.log_config(tracking_uri, run_id, config)
+    run.log_config(config)
     try:
-        run_training(config, run_id, tracking_uri)
+        run_training(config, run)
         final, metadata = find_final(config)
         say(f"evaluating on {config.training.held_out_images} held-out images ...")
         evaluation = evaluate_on_cluster(final, config)
         facts = {
             **describe_run(config, metadata["totals"]),
-            **describe_data(config),
-            "mlflow_run_id": run_id,
+            **describe_data(data),
             "wall_seconds": time.monotonic() - started,
         }
-        wait_for_mlflow(tracking_uri, run_name, say)
-        deliver_points(tracking_uri, run_id, metadata["unsent_metrics"])
-        summary = publish(config, tracking_uri, final, evaluation, facts)
+        wait_for_mlflow(server, run_name, say)
+        deliver_points(run, metadata["unsent_metrics"])
+        summary = publish(config, data, run, final, evaluation, facts)
     except BaseException:
-        runs.finish_run(tracking_uri, run_id, "FAILED")
+        run.finish("FAILED")
         raise
-    runs.finish_run(tracking_uri, run_id, "FINISHED")
+    run.finish("FINISHED")
     return summary
 
 
-def wait_for_mlflow(tracking_uri: str, run_name: str, say: Callable[[str], None]) -> None:
+def wait_for_mlflow(server: Server, run_name: str, say: Callable[[str], None]) -> None:
     """Return when the server answers: it may have been away while the run trained.
 
     Raises:
@@ -104,7 +107,7 @@ def wait_for_mlflow(tracking_uri: str, run_name: str, say: Callable[[str], None]
     give_up_at = time.monotonic() + MLFLOW_PATIENCE_SECONDS
     while True:
         try:
-            return runs.check_server(tracking_uri)
+            return server.check()
         except ValueError as error:
             if time.monotonic() > give_up_at:
                 raise ConnectionError(
@@ -215,7 +218,7 @@ def describe_preset(config: Config) -> str:
     return "; ".join([nearest, *changes[nearest]])
 
 
-def describe_data(config: Config) -> dict[str, Any]:
+def describe_data(data: RunData) -> dict[str, Any]:
     """Identity of the two image sets, and the credits that their licences ask for.
 
     Returns:
@@ -228,28 +231,30 @@ def describe_data(config: Config) -> dict[str, Any]:
     """
     described: dict[str, Any] = {}
     credits: dict[str, None] = {}  # a set in order
-    for role, uri in (("train", config.data.uri), ("held_out", config.data.held_out_uri)):
-        dataset = ShardDataset.open(uri)
-        described[f"{role}_data"] = f"{uri} ({len(dataset)} images, id {dataset.id})"
-        provenance = dataset.index.provenance
-        if "credit" in provenance:
-            credits[f"{provenance['credit']} ({provenance.get('licence', 'licence unknown')})"] = (
-                None
-            )
+    for role, facts in (("train", data.train), ("held_out", data.held_out)):
+        described[f"{role}_data"] = f"{facts.uri} ({facts.images} images, id {facts.id})"
+        if facts.credit:
+            credits[facts.credit] = None
     return described | {"credits": list(credits)}
 
 
 def publish(
-    config: Config, tracking_uri: str, final: str, evaluation: Evaluation, facts: dict[str, Any]
+    config: Config,
+    data: RunData,
+    run: Run,
+    final: str,
+    evaluation: Evaluation,
+    facts: dict[str, Any],
 ) -> dict[str, Any]:
     """Register the averaged model, write the report card and send both to MLflow.
 
     Args:
         config: the experiment; names the registered model, and a folder for the report if any.
-        tracking_uri: of the MLflow server.
+        data: Facts of its shard sets.
+        run: MLflow run that trained it; stores the model and the report.
         final: URI of the last checkpoint.
         evaluation: of the model in it.
-        facts: JSON values for the report; "mlflow_run_id" and "steps" must be there.
+        facts: JSON values for the report; "steps" must be there.
 
     Returns:
         What summary.json of the report holds.
@@ -259,7 +264,7 @@ def publish(
         StorageError: the storage refuses or does not answer.
         MlflowException: the server refuses or does not answer.
     """
-    run_id = facts["mlflow_run_id"]
+    facts = facts | {"mlflow_run_id": run.id}
     measured = {
         "psnr": evaluation.psnr,
         "ssim": evaluation.ssim,
@@ -275,36 +280,39 @@ def publish(
         "commit": config.tracking.commit,
         "level": config.model.level,
         "group": config.representation.group,
-        "train_data": ShardDataset.open(config.data.uri).id,
-        "held_out_data": ShardDataset.open(config.data.held_out_uri).id,
+        "train_data": data.train.id,
+        "held_out_data": data.held_out.id,
         "held_out_uri": redact(config.data.held_out_uri),
         "held_out_images": str(evaluation.images),
         "image_shape": "x".join(map(str, evaluation.image_shape)),
     }
+    weights = checkpoint.read_model(final).weights
+    model = pack_model(weights, config, build_representation(config))
+    # By its digest: the number of the version is known only after the card was stored with it.
+    uri = f"models:/{config.tracking.registered_model}@sha256:{model.digest[:12]}"
+    card = render_model_card(evaluation.numbers(), config, facts | {"model_uri": uri})
+    version = registration.register_model(
+        model,
+        config.tracking.registered_model,
+        run,
+        metrics={name: value for name, value in measured.items() if value is not None},
+        tags=lineage,
+        card=card,
+        portable=config.tracking.portable,
+    )
     with tempfile.TemporaryDirectory() as folder:
-        model_folder, report_folder = Path(folder) / "model", Path(folder) / "report"
-        weights, _ = checkpoint.read_model(final)
-        checkpoint.write_model(model_folder, weights, config, card=evaluation.numbers())
-        version = registration.register_model(
-            model_folder,
-            config.tracking.registered_model,
-            run_id,
-            metrics={name: value for name, value in measured.items() if value is not None},
-            tags=lineage,
-            tracking_uri=tracking_uri,
-            card=render_model_card(evaluation.numbers(), config, facts),
-            portable=config.tracking.portable,
-        )
+        report_folder = Path(folder)
         write_report(
             report_folder,
             numbers=evaluation.numbers(),
             pictures=evaluation.pictures,
             config=config,
             facts=facts | {"model_uri": version.uri},
-            curves=runs.read_curve(tracking_uri, run_id, "loss"),
+            curves=run.read_curve("loss"),
+            model_card=card,
         )
         summary = json.loads((report_folder / "summary.json").read_text())
-        runs.log_report(tracking_uri, run_id, report_folder, summary)
+        run.log_report(report_folder, summary)
         if config.tracking.report_folder:
             copy = Location.parse(config.tracking.report_folder) / config.tracking.run_name
             storage.upload_folder(report_folder, copy)

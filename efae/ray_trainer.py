@@ -10,6 +10,7 @@ the loss of a worker, of the driver or of the whole cluster. Checkpoints do not 
 import contextlib
 import hashlib
 import itertools
+import logging
 import os
 import tempfile
 import threading
@@ -29,6 +30,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.util import get_node_ip_address  # pyright: ignore[reportUnknownVariableType]
 
+from data_pipelines.images.logs import ignore_metadata
 from data_pipelines.loading.shard_cache import ShardError
 from data_pipelines.storage import Location, LocationLike
 from data_pipelines.storage.retries import StorageError
@@ -41,6 +43,8 @@ from efae.evaluation.evaluate import Evaluation, evaluate
 from efae.evaluation.held_out import read_held_out
 from efae.names import make_ascii
 from efae.tracking.redaction import first_cause
+from efae.tracking.runs import Run
+from efae.tracking.timeouts import notice_outages_soon
 from efae.training.divergence import TrainingDiverged
 from efae.training.process import Process
 from efae.training.resume import continue_run, print_line
@@ -115,15 +119,12 @@ def _set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def run_training(
-    config: Config, run_id: str, tracking_uri: str, on_validation: UserCallback | None = None
-) -> None:
+def run_training(config: Config, run: Run, on_validation: UserCallback | None = None) -> None:
     """Train on the connected cluster; when it returns, the last checkpoint is in storage.
 
     Args:
         config: the experiment.
-        run_id: the MLflow run that rank 0 logs to.
-        tracking_uri: of the MLflow server, as the workers reach it.
+        run: MLflow run that rank 0 logs to.
         on_validation: Callback in Ray's controller; `after_report` gets every validation.
 
     Raises:
@@ -135,7 +136,7 @@ def run_training(
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.ray.placement_timeout_seconds)
     for losses in itertools.count():
         try:
-            return _fit(config, run_id, tracking_uri, on_validation)
+            return _fit(config, run, on_validation)
         except (RayActorError, ray.train.ControllerError) as error:
             # The workers are gone with it; their checkpoints are not.
             what = f"Ray's controller was lost: {first_cause(error)}"
@@ -144,14 +145,11 @@ def run_training(
                 raise TrainingFailed(f"{what}; ray.max_failures={losses} times before") from error
 
 
-def _fit(
-    config: Config, run_id: str, tracking_uri: str, on_validation: UserCallback | None
-) -> None:
+def _fit(config: Config, run: Run, on_validation: UserCallback | None) -> None:
     fewest, most = config.ray.fewest_workers, config.ray.most_workers
     settings = {
         "config": configuration.to_json(config),
-        "run_id": run_id,
-        "tracking_uri": tracking_uri,
+        "run": run,
         "reports": on_validation is not None,
     }
 
@@ -193,8 +191,8 @@ def _fit(
         )
         # By this id the controller of an elastic run reserves nodes. What a lost one reserved stays
         # for three minutes, out of the reach of the next unless that has the same.
-        run = hashlib.sha256(str(locate_run(config)).encode()).hexdigest()[:32]
-        object.__setattr__(trainer.train_run_context, "run_id", run)
+        same_id = hashlib.sha256(str(locate_run(config)).encode()).hexdigest()[:32]
+        object.__setattr__(trainer.train_run_context, "run_id", same_id)
         try:
             trainer.fit()
         except ray.train.ControllerError as error:
@@ -262,6 +260,7 @@ def is_final(error: Exception) -> bool:
 
 
 def _train_on_worker(settings: dict[str, Any]) -> None:
+    set_up_worker()
     config, context = configuration.from_json(settings["config"]), ray.train.get_context()
     rank = context.get_world_rank()
     hosts = [""] * context.get_world_size()
@@ -275,7 +274,15 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
         ends_soon=_Notice(locate_run(config) if rank == 0 else None),
         **({"report": ray.train.report} if settings["reports"] else {}),
     )
-    continue_run(config, settings["run_id"], settings["tracking_uri"], process)
+    continue_run(config, settings["run"], process)
+
+
+def set_up_worker() -> None:
+    """What a process of Ray's that trains decides for itself, before it begins."""
+    for name in ("", "mlflow"):  # Ray, botocore and MLflow chat at INFO
+        logging.getLogger(name).setLevel(logging.WARNING)
+    ignore_metadata()
+    notice_outages_soon()
 
 
 class _Notice:
@@ -322,6 +329,7 @@ def evaluate_on_cluster(model_uri: str, config: Config) -> Evaluation:
 def _evaluate(model_uri: str, text: str) -> Evaluation:
     from efae.registry.pull import load  # with MLflow, which workers that train do without
 
+    ignore_metadata()
     config = configuration.from_json(text)
     torch.set_num_threads(config.ray.cpus_per_worker)
     model = load(model_uri, device="cuda" if config.ray.use_gpu else "cpu")

@@ -34,6 +34,8 @@ def main(arguments: list[str]) -> int:
     from efae.checkpoints.checkpoint import CheckpointError
     from efae.latents.encode import EncodingFailed, encode_set
 
+    for name in ("ray.data", "ray.data._internal"):  # they describe plans and progress
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         encoded = encode_set(request, say=lambda line: print(line, flush=True))
     except (ValueError, OSError, CheckpointError, ShardError, EncodingFailed) as error:

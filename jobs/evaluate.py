@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from efae.config import Config
     from efae.evaluation.protocol import Tokenizer
+    from efae.preflight.driver_checks import SetFacts
 
 
 @dataclass
@@ -84,6 +85,7 @@ def _run(chosen: Arguments) -> Path:
     from efae.evaluation.any_angle import choose_angles
     from efae.evaluation.evaluate import evaluate
     from efae.evaluation.lpips_fid import Lpips, load_fid
+    from efae.preflight.driver_checks import read_facts
     from efae.report.card import Card, write_comparison, write_report
 
     if not chosen.model or len(set(chosen.model)) < len(chosen.model):
@@ -93,10 +95,15 @@ def _run(chosen: Arguments) -> Path:
     lpips = Lpips(chosen.lpips_weights).to(chosen.device) if chosen.lpips_weights else None
     if chosen.fid_weights:
         load_fid(chosen.fid_weights)
-    shape, credits = _look_at(chosen.data)
+    found = read_facts(chosen.data)
+    if found.shape is None:
+        raise ValueError(
+            f"{chosen.data}: its images differ in size; build the shards with --resolution N"
+        )
+    shape, credits = found.shape, [found.credit] if found.credit else []
     if lpips is not None:
         lpips.check_size(*shape[1:])
-    loaded = {uri: _load(uri, shape, chosen) for uri in chosen.model}
+    loaded = {uri: _load(uri, found, shape, chosen) for uri in chosen.model}
     for uri, (model, _, _) in loaded.items():
         try:
             choose_angles(model, chosen.angles or None, *shape[1:])
@@ -138,28 +145,8 @@ def _run(chosen: Arguments) -> Path:
     )
 
 
-def _look_at(data: str) -> tuple[tuple[int, int, int], list[str]]:
-    """Shape of the images, and the credits that their licence asks for.
-
-    Raises:
-        ValueError: there is no such set, or its images differ in size.
-    """
-    from data_pipelines import ShardDataset, storage
-
-    storage.check_readable(data)
-    dataset = ShardDataset.open(data)
-    if dataset.image_shape is None:
-        raise ValueError(f"{data}: its images differ in size; build the shards with --resolution N")
-    provenance = dataset.index.provenance
-    if "credit" not in provenance:
-        return dataset.image_shape, []
-    return dataset.image_shape, [
-        f"{provenance['credit']} ({provenance.get('licence', 'licence unknown')})"
-    ]
-
-
 def _load(
-    uri: str, shape: tuple[int, int, int], chosen: Arguments
+    uri: str, images: "SetFacts", shape: tuple[int, int, int], chosen: Arguments
 ) -> "tuple[Tokenizer, Config | None, Literal[1, 3]]":
     """The model, its configuration if it is ours, and the colours that it takes.
 
@@ -184,7 +171,7 @@ def _load(
     else:
         model = efae.load(uri, device=chosen.device)
         config = model.config
-        check_images(config, chosen.data, cut=False)
+        check_images(config, images, cut=False)
         takes = config.data.channels
     if takes not in (channels, 3) or takes not in (1, 3):
         raise ValueError(

@@ -9,7 +9,6 @@ Addresses come from the environment (`source .local/env` for the local stack).
 
 import dataclasses
 import logging
-import os
 import sys
 
 import tyro
@@ -18,6 +17,7 @@ from data_pipelines.commands import run_command
 from efae.config import Config
 from efae.config_forms import rename_options
 from efae.presets import PRESETS
+from efae.tracking.server import Server
 
 
 def parse_arguments(arguments: list[str]) -> Config:
@@ -35,11 +35,13 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Importing the platform takes seconds; a mistyped option should not.
     from efae.preflight.cluster_checks import run_preflight
+    from efae.preflight.driver_checks import RunData
 
     try:
         outcomes = run_preflight(
             config,
-            os.environ.get("MLFLOW_TRACKING_URI", ""),
+            RunData(config.data),
+            Server.from_environment(),
             say=lambda line: print(line, flush=True),
         )
     except (ValueError, OSError) as error:

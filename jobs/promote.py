@@ -17,7 +17,6 @@ alias named before and how to go back. MLFLOW_TRACKING_URI names the registry
 """
 
 import logging
-import os
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -26,6 +25,7 @@ import tyro
 
 from data_pipelines.commands import run_command
 from efae.registry.promotion import GATES, GateName, Promotion, Terms, promote
+from efae.tracking.server import Server
 
 
 @dataclass
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
             chosen.model,
             chosen.alias,
             Terms(chosen.metric, chosen.margin, chosen.gap_tolerance, chosen.skip),
-            os.environ.get("MLFLOW_TRACKING_URI", ""),
+            Server.from_environment(),
             compare=chosen.compare or chosen.alias == "champion",
         )
     except (ValueError, OSError) as error:

@@ -23,6 +23,7 @@ from data_pipelines.commands import run_command
 from efae.config import Config
 from efae.config_forms import rename_options
 from efae.presets import PRESETS
+from efae.tracking.server import Server
 
 EVENTS_SHOWN = 12
 
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> int:
     try:
         summary = run_experiment(
             config,
-            os.environ.get("MLFLOW_TRACKING_URI", ""),
+            Server.from_environment(),
             say=lambda line: print(line, flush=True),
         )
     except (ValueError, OSError, CheckpointError, TrainingFailed) as error:

@@ -27,6 +27,13 @@ from efae.config import Config
 from efae.config_forms import rename_options
 from efae.presets import PRESETS
 from efae.sweep.config import SweepConfig
+from efae.tracking.server import Server
+
+LOG_LEVELS = {
+    "optuna": logging.WARNING,  # it announces each study
+    "ray.tune": logging.WARNING,
+    "ray.tune.tune": logging.ERROR,  # it advises Tuner.restore
+}
 
 
 @dataclass(frozen=True)
@@ -62,18 +69,22 @@ def main(arguments: list[str]) -> int:
     """Exit status 0 only if a best model was found and registered."""
     preset, config, sweep = parse_arguments(arguments)
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # The sweep reports its progress; only the older of Tune's two ways of printing can be silent.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Importing the platform takes seconds; a mistyped option should not.
     from efae.checkpoints.checkpoint import CheckpointError
     from efae.sweep.phase import Interrupted
     from efae.sweep.sweep import run_sweep
 
+    for name, level in LOG_LEVELS.items():
+        logging.getLogger(name).setLevel(level)
     again = f"nothing is lost: submit again with --sweep.name {sweep.name} to go on"
     try:
         found = run_sweep(
             config,
             sweep,
-            os.environ.get("MLFLOW_TRACKING_URI", ""),
+            Server.from_environment(),
             say=lambda line: print(line, flush=True),
         )
     except (ValueError, OSError, CheckpointError) as error:

@@ -81,6 +81,7 @@ def main() -> int:
         arguments.kills, arguments.kinds, arguments.steps, CHECKPOINT_INTERVAL, arguments.seed
     )
     os.environ["EFAE_RAY_HEAD_CPUS"] = "0"
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM, too, stops all servers
     with tempfile.TemporaryDirectory(prefix="efae-", ignore_cleanup_errors=True) as folder:
         state = StackState(Path(folder))

@@ -1,15 +1,14 @@
 """Outcome of a finished run, read from MLflow."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
+from efae.tracking.server import Server
 
 
-def read_outcome(tracking_uri: str, run_name: str) -> dict[str, Any]:
+def read_outcome(server: Server, run_name: str) -> dict[str, Any]:
     """Read the outcome of a finished run.
 
     Returns:
@@ -20,8 +19,7 @@ def read_outcome(tracking_uri: str, run_name: str) -> dict[str, Any]:
     Raises:
         ValueError: MLflow has no run of that name.
     """
-    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
-    client = MlflowClient(tracking_uri)
+    client = server.client()
     experiment = client.get_experiment_by_name("efae")
     runs = client.search_runs(
         [experiment.experiment_id] if experiment else [], f"attributes.run_name = '{run_name}'"

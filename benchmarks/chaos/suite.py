@@ -1,7 +1,6 @@
 """The same run twice, once without and once with kills, and their comparison."""
 
 import json
-import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from benchmarks.chaos.fire import Kill, Run
 from benchmarks.chaos.outcome import compare, read_outcome
 from data_pipelines import ShardDataset
 from data_pipelines.build_shards import build_shards
+from efae.tracking.server import Server
 
 SHARDS = "s3://efae-data/chaos"
 GLOBAL_BATCH_SIZE = 32
@@ -72,7 +72,7 @@ def run_suite(
         with Run(cluster, f"{name}-{suffix}", options, folder) as run:
             run.execute(kills)
         runs.append(run)
-        outcomes.append(read_outcome(os.environ["MLFLOW_TRACKING_URI"], run.name))
+        outcomes.append(read_outcome(Server.from_environment(), run.name))
     first, *others = read_attempts(runs[0].sample_log)
     assert not others, "the run without kills restarted"
     attempts = read_attempts(runs[1].sample_log)

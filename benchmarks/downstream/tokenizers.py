@@ -22,7 +22,7 @@ from efae.config_forms import with_overrides
 from efae.evaluation.measures import to_float
 from efae.latents.shard_encoder import ShardEncoder, Source
 from efae.model.autoencoder import Autoencoder
-from efae.model.pretrained import WEIGHTS
+from efae.model.stored_files import WEIGHTS
 from efae.presets import PRESETS
 from efae.symmetry import D4
 from efae.training.loop import train

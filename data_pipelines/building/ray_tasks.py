@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, repeat
 from typing import Any, TypeVar, cast
 
+from data_pipelines.images.logs import ignore_metadata
+
 Shared = TypeVar("Shared")
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -157,6 +159,7 @@ def _explain(error: Exception) -> str:
 
 def _call(function: Callable[[Any, Any], Any], shared: Any, job: Any) -> Any:
     """Call the function on a node; explain files that the node does not see."""
+    ignore_metadata()
     try:
         return function(shared, job)
     except FileNotFoundError as error:

@@ -14,7 +14,6 @@ strict. imagecodecs also decodes JPEG XL, and Pillow the rest. All of them relea
 
 import contextlib
 import io
-import logging
 import math
 import re
 from collections.abc import Iterable
@@ -64,9 +63,6 @@ _JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL ")
 _HEIC = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1"))
 _FILLING = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 _JPEG_END = b"\xff\xd9"
-
-# libpng warns about metadata, such as an odd colour profile, once per image of a set.
-logging.getLogger("imagecodecs").setLevel(logging.ERROR)
 
 
 def is_image(extension: str) -> bool:

@@ -1,50 +1,38 @@
 """State <-> folder: safetensors and JSON, hashed, complete or absent. No pickle.
 
-A checkpoint is a folder ``step-00001234`` of six files. ``manifest.json`` holds the bytes and
-sha256 of the others and is written last, so a folder without it is half-written. A model is the
-same idea with the EMA weights alone; a checkpoint can be read as a model.
-
-Only the names below are ever read: what a manifest says never becomes a path.
+A checkpoint is a folder ``step-00001234`` of six files; the manifest among them is written last,
+see `efae.model.stored_files`. It can be read as a model, that of its EMA weights.
 """
 
-import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from data_pipelines import storage
 from data_pipelines.storage import Location
 from efae import config_forms as configuration
 from efae.config import Config
-
-FORMAT_VERSION = 2
-MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
-STATE, CONFIG, MANIFEST = "state.json", "config.json", "manifest.json"
-CHECKPOINT_FILES = (MODEL, EMA, OPTIMIZER, STATE, CONFIG)
-MODEL_FILES = (MODEL, CONFIG)
-
-
-class CheckpointError(Exception):
-    """A checkpoint or model folder that must not be used, and why.
-
-    Attributes:
-        uri: the folder.
-        reason: what is wrong with it.
-    """
-
-    def __init__(self, uri: str, reason: str):
-        super().__init__(f"{uri}: {reason}")
-        self.uri = uri
-        self.reason = reason
-
-    def __reduce__(self):  # Ray sends exceptions between processes
-        return CheckpointError, (self.uri, self.reason)
+from efae.model.pretrained import StoredModel, parse_config, parse_model
+from efae.model.stored_files import (
+    CHECKPOINT_FILES,
+    CONFIG,
+    EMA,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    CheckpointError,
+    dump_manifest,
+    pack_tensors,
+    parse_manifest,
+    read_file,
+    read_verified,
+    unpack_tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -100,13 +88,17 @@ def write_checkpoint(
         StorageError: the storage refuses or does not answer.
     """
     contents = {
-        MODEL: _pack(model),
-        EMA: _pack(ema),
-        OPTIMIZER: _pack(optimizer),
+        MODEL: pack_tensors(model),
+        EMA: pack_tensors(ema),
+        OPTIMIZER: pack_tensors(optimizer),
         STATE: json.dumps(dict(metadata), allow_nan=False).encode(),
         CONFIG: configuration.to_json(config).encode(),
     }
-    _write_folder(str(uri), contents, {"step": int(metadata["step"]), "scores": dict(scores or {})})
+    facts = {"step": int(metadata["step"]), "scores": dict(scores or {})}
+    manifest, folder = dump_manifest(contents, facts), Location.parse(uri)
+    storage.delete(folder / MANIFEST)  # while we write, the folder is not complete
+    for name, data in {**contents, MANIFEST: manifest}.items():
+        storage.write_bytes(folder / name, data)
 
 
 def read_checkpoint(uri: str | Path) -> Checkpoint:
@@ -118,15 +110,13 @@ def read_checkpoint(uri: str | Path) -> Checkpoint:
     """
     uri = str(uri)
     manifest = read_manifest(uri)
-    model, ema, optimizer, state, config = (
-        read_verified(uri, name, manifest) for name in CHECKPOINT_FILES
-    )
+    files = read_verified(uri, CHECKPOINT_FILES, manifest, _read_from(uri))
     return Checkpoint(
-        model=_unpack(uri, MODEL, model),
-        ema=_unpack(uri, EMA, ema),
-        optimizer=_unpack(uri, OPTIMIZER, optimizer),
-        metadata=_parse_state(uri, state),
-        config=_parse_config(uri, config),
+        model=unpack_tensors(uri, MODEL, files[MODEL]),
+        ema=unpack_tensors(uri, EMA, files[EMA]),
+        optimizer=unpack_tensors(uri, OPTIMIZER, files[OPTIMIZER]),
+        metadata=_parse_state(uri, files[STATE]),
+        config=parse_config(uri, files[CONFIG]),
     )
 
 
@@ -138,157 +128,34 @@ def read_origin(uri: str) -> tuple[dict[str, Any], Config]:
         StorageError: the storage refuses or does not answer.
     """
     manifest = read_manifest(uri)
-    state, config = (read_verified(uri, name, manifest) for name in (STATE, CONFIG))
-    return _parse_state(uri, state), _parse_config(uri, config)
+    files = read_verified(uri, (STATE, CONFIG), manifest, _read_from(uri))
+    return _parse_state(uri, files[STATE]), parse_config(uri, files[CONFIG])
 
 
-def write_model(
-    directory: Path, weights: Mapping[str, Tensor], config: Config, card: Mapping[str, Any]
-) -> None:
-    """Writes a model into `directory`, which is made if need be.
-
-    Args:
-        directory: a local folder; a model in it is replaced.
-        weights: by parameter name.
-        config: what the model is built from.
-        card: JSON values that travel in the manifest.
-    """
-    contents = {MODEL: _pack(weights), CONFIG: configuration.to_json(config).encode()}
-    _write_folder(str(directory), contents, {"card": dict(card)})
-
-
-def read_model(uri: str | Path) -> tuple[dict[str, Tensor], Config]:
-    """Weights (on the CPU) and configuration of a model, or the EMA weights of a checkpoint.
+def read_model(uri: str) -> StoredModel:
+    """The EMA weights of a checkpoint as a model; or the model in a folder.
 
     Raises:
         CheckpointError: not complete, damaged, or of another format.
         StorageError: the storage refuses or does not answer.
     """
-    uri = str(uri)
-    manifest = read_manifest(uri)
-    contents = {name: read_file(uri, name) for name in model_files(manifest)}
-    return parse_model(uri, manifest, contents)
-
-
-def parse_model(
-    uri: str, manifest: Mapping[str, Any], contents: Mapping[str, bytes]
-) -> tuple[dict[str, Tensor], Config]:
-    """As `read_model` gives it, from the bytes of `model_files` by name; `uri` is for messages.
-
-    Raises:
-        CheckpointError: they are not what the manifest says, or no weights and configuration.
-    """
-    for name, data in contents.items():
-        check_file(uri, name, data, manifest)
-    weights, config = model_files(manifest)
-    return _unpack(uri, weights, contents[weights]), _parse_config(uri, contents[config])
-
-
-def model_files(manifest: Mapping[str, Any]) -> tuple[str, str]:
-    """The names of weights and configuration in a folder with this manifest."""
-    return (EMA if EMA in manifest["files"] else MODEL), CONFIG
+    read = _read_from(uri)
+    return parse_model(uri, read_file(uri, MANIFEST, read), read)
 
 
 def read_manifest(uri: str) -> dict[str, Any]:
-    """The manifest of a checkpoint or model folder, checked for format and file names.
-
-    Returns:
-        {"format_version": int, "files": {name: {"bytes": int, "sha256": str}}} and the facts that
-        the writer added: "step", or "card".
+    """The manifest of a checkpoint or model folder; see `parse_manifest`.
 
     Raises:
         CheckpointError: there is none, it is not a manifest, or of another format.
         StorageError: the storage refuses or does not answer.
     """
-    return parse_manifest(uri, read_file(uri, MANIFEST))
+    return parse_manifest(uri, read_file(uri, MANIFEST, _read_from(uri)))
 
 
-def parse_manifest(uri: str, data: bytes) -> dict[str, Any]:
-    """The manifest in `data`, as `read_manifest` gives it; `uri` is for messages.
-
-    Raises:
-        CheckpointError: not a manifest, or of another format.
-    """
-    try:
-        manifest = json.loads(data)
-        version, files = manifest["format_version"], manifest["files"]
-        names = set(files)
-        sizes_and_hashes = [(int(f["bytes"]), str(f["sha256"])) for f in files.values()]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(uri, f"{MANIFEST} is not a manifest") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            uri, f"format version {version!r}; this efae reads {FORMAT_VERSION}: use another efae"
-        )
-    if names not in (set(CHECKPOINT_FILES), set(MODEL_FILES)) or not sizes_and_hashes:
-        raise CheckpointError(uri, f"{MANIFEST} lists {sorted(names)}")
-    return manifest
-
-
-def read_verified(uri: str, name: str, manifest: Mapping[str, Any]) -> bytes:
-    """One file, after its bytes were compared with the manifest.
-
-    Raises:
-        CheckpointError: missing or damaged.
-        StorageError: the storage refuses or does not answer.
-    """
-    if name not in manifest["files"]:
-        raise CheckpointError(
-            uri, f"holds no {name}: it is a model, not a checkpoint to go on from"
-        )
-    data = read_file(uri, name)
-    check_file(uri, name, data, manifest)
-    return data
-
-
-def read_file(uri: str, name: str) -> bytes:
-    """One file of a checkpoint or model folder, unchecked.
-
-    Raises:
-        CheckpointError: missing.
-        StorageError: the storage refuses or does not answer.
-    """
-    try:
-        return storage.read_bytes(Location.parse(uri) / name)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(uri, f"{name} is missing") from error
-
-
-def check_file(uri: str, name: str, data: bytes, manifest: Mapping[str, Any]) -> None:
-    """Compares size and sha256 of the file `name` with the manifest's.
-
-    Raises:
-        CheckpointError: they differ.
-    """
-    expected = manifest["files"][name]
-    if len(data) != expected["bytes"]:
-        raise CheckpointError(uri, f"{name} has {len(data)} bytes, not {expected['bytes']}")
-    if hashlib.sha256(data).hexdigest() != expected["sha256"]:
-        raise CheckpointError(uri, f"{name} is damaged: its sha256 is not the manifest's")
-
-
-def _write_folder(uri: str, contents: Mapping[str, bytes], facts: dict[str, Any]) -> None:
-    files = {
-        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        for name, data in contents.items()
-    }
-    facts = {"format_version": FORMAT_VERSION, **facts, "files": files}
-    manifest = json.dumps(facts, indent=2, allow_nan=False).encode()
+def _read_from(uri: str) -> Callable[[str], bytes]:
     folder = Location.parse(uri)
-    storage.delete(folder / MANIFEST)  # while we write, the folder is not complete
-    for name, data in {**contents, MANIFEST: manifest}.items():
-        storage.write_bytes(folder / name, data)
-
-
-def _pack(tensors: Mapping[str, Tensor]) -> bytes:
-    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
-
-
-def _unpack(uri: str, name: str, data: bytes) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load(data)
-    except SafetensorError as error:
-        raise CheckpointError(uri, f"{name} is not a safetensors file ({error})") from error
+    return lambda name: storage.read_bytes(folder / name)
 
 
 def _parse_state(uri: str, data: bytes) -> dict[str, Any]:
@@ -296,10 +163,3 @@ def _parse_state(uri: str, data: bytes) -> dict[str, Any]:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(uri, f"{STATE} is not JSON") from error
-
-
-def _parse_config(uri: str, data: bytes) -> Config:
-    try:
-        return configuration.from_json(data.decode())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(uri, f"{CONFIG} is not valid for this efae ({error})") from error

@@ -32,6 +32,7 @@ from torch import Tensor
 from efae import config_forms as configuration
 from efae.model import pretrained
 from efae.model.autoencoder import Autoencoder
+from efae.model.stored_files import CONFIG
 from efae.symmetry import Element, Group, Representation
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -59,7 +60,7 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             of two.
     """
 
-    config_name = pretrained.CONFIG
+    config_name = CONFIG
     _supports_group_offloading = False  # our modules use each other's weights
 
     def __init__(self, efae: Autoencoder | dict[str, Any]):

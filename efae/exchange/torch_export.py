@@ -1,6 +1,6 @@
 """A model for people without this package: programs of torch.export, and MLflow's pyfunc flavour.
 
-`export_portable` writes, beside the two files and the manifest that are a model:
+`export_portable` writes, to lie beside the files of a model:
 
     encode.pt2          image -> latent           torch.export.load(path).module()(image)
     decode.pt2          (latent, noise) -> image  the configuration's sampler, steps and guidance
@@ -38,9 +38,9 @@ from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 from torch import Tensor, nn
 from torch.export import Dim
 
-from efae.checkpoints import checkpoint
 from efae.config import FlowConfig
 from efae.model.autoencoder import Autoencoder
+from efae.model.pretrained import StoredModel
 from efae.model.sampler import Method, time_grid
 
 ENCODE, DECODE, PROGRAMS = "encode.pt2", "decode.pt2", "programs.json"
@@ -50,21 +50,18 @@ _FOR_PEOPLE = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", 
 """What torch notes of each operation's origin: most of a program's size, and paths of this host."""
 
 
-def export_portable(model_dir: Path, destination: Path) -> None:
+def export_portable(stored: StoredModel, destination: Path) -> None:
     """Writes `PORTABLE_FILES` into `destination`, a folder that exists.
 
     Args:
-        model_dir: a model or checkpoint folder.
+        stored: Model to export.
         destination: where to; files of these names are replaced.
 
     Raises:
-        CheckpointError: `model_dir` is not an undamaged model.
+        CheckpointError: the weights are not those of the configuration.
         ValueError: its configuration cannot be built.
     """
-    weights, config = checkpoint.read_model(model_dir)
-    model = Autoencoder(config)
-    model.load_state_dict(weights, strict=True)
-    model.eval().requires_grad_(False)
+    model, config = Autoencoder.restore(stored), stored.config
     for module in model.modules():  # a view of something larger would be stored as all of it
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.clone(memory_format=torch.contiguous_format))
@@ -80,9 +77,8 @@ def export_portable(model_dir: Path, destination: Path) -> None:
     del model.encoder
     _write_program(_Decode(model, config.flow), (latent, image), destination / DECODE)
     model.encoder = encoder
-    manifest = checkpoint.read_manifest(str(model_dir))
     facts = {
-        "model_digest": manifest["files"][checkpoint.model_files(manifest)[0]]["sha256"],
+        "model_digest": stored.digest,
         "image_shape": list(image.shape[1:]),
         "latent_shape": list(latent.shape[1:]),
         "sampler": config.flow.sampler,

@@ -17,10 +17,11 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from data_pipelines import storage
+from data_pipelines import ShardDataset, storage
 from data_pipelines.building import unfinished
 from data_pipelines.building.fingerprint import make_absolute
 from data_pipelines.images.codec import image_extensions
+from data_pipelines.images.logs import ignore_metadata
 from data_pipelines.loading.dataset import LatentSet
 from data_pipelines.loading.shard_cache import ShardError
 from data_pipelines.shards.index import INDEX_NAME, ShardIndex, load_index, write_index
@@ -29,10 +30,10 @@ from data_pipelines.storage import Location
 from efae.latents.request import Request
 from efae.latents.shard_encoder import ShardEncoder, Source
 from efae.model.autoencoder import check_model
+from efae.model.stored_files import CONFIG, sha256
 from efae.preflight.cluster_checks import reach_cluster
-from efae.preflight.driver_checks import check_images
+from efae.preflight.driver_checks import check_images, list_facts, read_facts
 from efae.registry import pull
-from efae.registry.cache import sha256
 from efae.tracking.redaction import first_cause, redact
 
 _PATIENCE_SECONDS = 20
@@ -79,7 +80,7 @@ def encode_set(request: Request, say: Callable[[str], None]) -> Encoded:
     source, facts = _describe(request, data, certificate_data)
     fingerprint = {
         "data": source.index.id,
-        "certificate_data": load_index(certificate_data).id,
+        "certificate_data": facts["certificate_data"],
         "certificate_images": request.certificate_images,
         "members": list(source.members),
         **{name: facts[name] for name in ("model_digest", "config_digest", "shape", "dtype")},
@@ -120,18 +121,19 @@ def _describe(
     request: Request, data: Location, certificate_data: Location
 ) -> tuple[Source, dict[str, Any]]:
     """What is sent to the actors, and what the set of latents is to say about itself."""
-    folder = pull.pull(request.model)
-    weights, config = pull.read(folder)
-    weights_name, config_name = pull.find_files(folder)
-    for uri in (data, certificate_data):
-        check_images(config, uri)
-    index = load_index(data)
+    stored = pull.read(request.model)
+    config = stored.config
+    storage.check_readable(data)
+    dataset = ShardDataset.open(data)
+    index, certified = dataset.index, read_facts(certificate_data)
+    for images in (list_facts(dataset), certified):
+        check_images(config, images)
     representation = check_model(config)
     f, (height, width) = config.model.downsampling, config.data.image_size
     source = Source(
         str(data),
         index,
-        weights,
+        stored.weights,
         config,
         _common_members(index),
         request.batch_size,
@@ -143,8 +145,9 @@ def _describe(
         "dtype": request.dtype,
         "group": representation.group.name,
         "multiplicities": representation.multiplicities,
-        "model_digest": sha256((folder / weights_name).read_bytes()),
-        "config_digest": sha256((folder / config_name).read_bytes()),
+        "certificate_data": certified.id,
+        "model_digest": stored.digest,
+        "config_digest": sha256(stored.files[CONFIG]),
         "model_uri": redact(request.model),
     }
 
@@ -217,7 +220,7 @@ class _Encoder:
 
     def __call__(self, row: dict[str, Any], shared: list[Any]) -> dict[str, Any]:
         if self.encoder is None:
-            self.encoder = ShardEncoder(cast(Source, ray.get(shared[0])))
+            self.encoder = _make_encoder(cast(Source, ray.get(shared[0])))
         try:
             record = self.encoder.write_shard(int(row["shard"]), self.output, self.form)
         except _CLEAR as error:
@@ -238,8 +241,6 @@ def _encode_shards(
     if not missing:
         return
     ray.data.DataContext.get_current().enable_progress_bars = False  # it has one of blocks
-    for name in ("ray.data", "ray.data._internal"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     actors = min(request.actors or _count_room(request), len(missing))
     rows = ray.data.from_items(
         [{"shard": number} for number in missing], override_num_blocks=len(missing)
@@ -275,11 +276,17 @@ def _count_room(request: Request) -> int:
 
 
 def _measure(shared: Source, data: Location, count: int) -> dict[str, Any]:
-    return ShardEncoder(shared).measure(data, count)
+    return _make_encoder(shared).measure(data, count)
 
 
 def _compare(shared: Source, latents: LatentSet, count: int) -> float:
-    return ShardEncoder(shared).compare(latents, count)
+    return _make_encoder(shared).compare(latents, count)
+
+
+def _make_encoder(source: Source) -> ShardEncoder:
+    """In a process of Ray's, which shows what it logs."""
+    ignore_metadata()
+    return ShardEncoder(source)
 
 
 def _run(

@@ -112,14 +112,14 @@ class Autoencoder(nn.Module):
             self.basis = Basis(self.representation.dim)
 
     def save_pretrained(self, folder: str | Path, card: str = "") -> None:
-        """Write the model as config.json and safetensors, see `efae.model.pretrained`.
+        """Write the model as one folder, see `efae.model.pretrained`.
 
         Args:
             folder: Folder, created if need be; a model in it is replaced.
             card: Text of README.md.
         """
-        pretrained.write_pretrained(
-            folder, self.state_dict(), self.config, self.representation, card
+        pretrained.pack_model(self.state_dict(), self.config, self.representation).write(
+            Path(folder), card
         )
 
     @classmethod
@@ -131,12 +131,25 @@ class Autoencoder(nn.Module):
             device: Device, as torch names them.
 
         Raises:
-            ValueError: The folder is not as it was saved, or holds a pickle; names the file.
+            CheckpointError: The folder is not as it was saved, or holds a pickle; names the file.
         """
-        weights, config = pretrained.read_pretrained(folder)
-        model = cls(config)
-        pretrained.check_weights(folder, weights, model.state_dict())
-        model.load_state_dict(weights, assign=True)  # keeps half precision as it was saved
+        return cls.restore(pretrained.read_folder(folder), device)
+
+    @classmethod
+    def restore(cls, stored: pretrained.StoredModel, device: str = "cpu") -> "Autoencoder":
+        """The model that was read from a folder, for inference: evaluation mode, no gradients.
+
+        Args:
+            stored: Model as its folder holds it; its weights become the model's own.
+            device: Device, as torch names them.
+
+        Raises:
+            CheckpointError: Its weights are not its configuration's.
+            ValueError: Its configuration cannot be built.
+        """
+        model = cls(stored.config)
+        pretrained.check_weights(stored, model.state_dict())
+        model.load_state_dict(stored.weights, assign=True)  # keeps half precision as it was saved
         return model.to(device).eval().requires_grad_(False)
 
     def encode(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:

@@ -1,39 +1,229 @@
-"""A model as a folder in the style of diffusers: config.json and safetensors, nothing else.
+"""One model as one folder: config.json, safetensors and manifest.json, in the style of diffusers.
 
-Two readers share it: `Autoencoder.from_pretrained` and `efae.exchange.diffusers_adapter`. Beside
-our configuration, config.json says what latent-diffusion code asks of an autoencoder. The header of
-the weights holds the hash of config.json and that of the tensors, so that neither goes with
-another. The hashes find accidents and mix-ups; somebody who means harm can write new ones, and can
-still not make a reader run code.
+It is what `Autoencoder.save_pretrained` writes, what the registry stores, and what `efae.load` and
+`efae.exchange.diffusers_adapter` read. Beside our configuration, config.json says what
+latent-diffusion code asks of an autoencoder. The hashes find accidents and mix-ups; somebody who
+means harm can write new ones, and can still not make a reader run code.
+
+The same reader takes a checkpoint as a model of its EMA weights, and what older versions wrote.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from efae import __version__
 from efae import config_forms as configuration
 from efae.config import Config
+from efae.model.stored_files import (
+    CONFIG,
+    EMA,
+    MANIFEST,
+    MODEL,
+    WEIGHTS,
+    CheckpointError,
+    dump_manifest,
+    pack_tensors,
+    parse_manifest,
+    read_file,
+    read_from,
+    read_verified,
+    sha256,
+    unpack_tensors,
+)
 from efae.symmetry import Representation
 
-CONFIG, WEIGHTS, CARD = "config.json", "diffusion_pytorch_model.safetensors", "README.md"
+CARD = "README.md"
 CLASS_NAME = "AutoencoderEFAE"
-_REQUIRED = {
-    *("_class_name", "_efae_version", "efae", "in_channels", "out_channels", "latent_channels"),
-    *("sample_size", "scaling_factor", "shift_factor", "group", "representation"),
-}
 BUILTIN = "builtin:"
 """Before the names of the models that come with this package."""
 _BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin"
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"}
+
+
+@dataclass(frozen=True, eq=False)
+class StoredModel:
+    """A model as its folder holds it; the folder was read and verified once.
+
+    Attributes:
+        uri: Where it was read, for messages.
+        files: Contents of weights, configuration and manifest, by file name.
+        weights_file: Name of the weights among them.
+        weights: Tensors by parameter name, on the CPU, in the precision they are stored in.
+        config: Configuration that the model is built from.
+    """
+
+    uri: str
+    files: Mapping[str, bytes] = field(repr=False)
+    weights_file: str
+    weights: Mapping[str, Tensor] = field(repr=False)
+    config: Config = field(repr=False)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the weights, which names the model in models:/NAME@sha256:HEX."""
+        return json.loads(self.files[MANIFEST])["files"][self.weights_file]["sha256"]
+
+    @property
+    def manifest_digest(self) -> str:
+        """sha256 of the manifest, which vouches for weights and configuration."""
+        return sha256(self.files[MANIFEST])
+
+    def write(self, folder: Path, card: str = "") -> None:
+        """Write the files into a folder.
+
+        Args:
+            folder: Folder, made if need be; a model in it is replaced.
+            card: Text of README.md; a README.md that is there stays if this is empty.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)  # while we write, the folder is not complete
+        for name, data in self.files.items():  # the manifest is last
+            (folder / name).write_bytes(data)
+        if card:
+            (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def pack_model(
+    weights: Mapping[str, Tensor], config: Config, representation: Representation
+) -> StoredModel:
+    """The files of a model folder, in memory.
+
+    Args:
+        weights: Tensors by parameter name, on any device.
+        config: Configuration that the model is built from.
+        representation: Representation of its latents.
+    """
+    settings = {
+        "_class_name": CLASS_NAME,
+        "_efae_version": __version__,
+        **describe_latent(config, representation),
+        "efae": asdict(config),
+    }
+    files = {
+        CONFIG: (json.dumps(settings, indent=2) + "\n").encode(),
+        WEIGHTS: pack_tensors(weights, {"format": "pt"}),
+    }
+    files[MANIFEST] = dump_manifest(files, {})
+    return StoredModel("a new model", files, WEIGHTS, weights, config)
+
+
+def parse_model(uri: str, manifest: bytes, read: Callable[[str], bytes]) -> StoredModel:
+    """Read, verify and unpack a model, or the EMA weights of a checkpoint; each file once.
+
+    Args:
+        uri: Folder, for messages.
+        manifest: Bytes of its manifest.
+        read: Function that returns another file of the folder by its name.
+
+    Raises:
+        CheckpointError: incomplete, damaged, or of another format.
+    """
+    parsed = parse_manifest(uri, manifest)
+    weights = next(name for name in (WEIGHTS, EMA, MODEL) if name in parsed["files"])
+    files = read_verified(uri, (CONFIG, weights), parsed, read)
+    return StoredModel(
+        uri,
+        files | {MANIFEST: manifest},
+        weights,
+        unpack_tensors(uri, weights, files[weights]),
+        parse_config(uri, files[CONFIG]),
+    )
+
+
+def read_folder(folder: str | Path) -> StoredModel:
+    """The model in a local folder.
+
+    Raises:
+        CheckpointError: no such folder; it holds a pickle; a file is missing, damaged, of another
+            kind or of another model; an unknown setting.
+    """
+    folder, uri = Path(folder), str(folder)
+    if not folder.is_dir():
+        raise CheckpointError(uri, "no such folder; models are not downloaded here")
+    names = {path.name for path in folder.iterdir()}
+    pickles = sorted(name for name in names if Path(name).suffix.lower() in _PICKLES)
+    if pickles:
+        raise CheckpointError(
+            uri,
+            f"holds {', '.join(pickles)}, which may be a pickle, and those can run code:"
+            " nothing here was opened; take it out if you trust the rest",
+        )
+
+    if MANIFEST in names:
+        return parse_model(uri, (folder / MANIFEST).read_bytes(), read_from(folder))
+    if WEIGHTS in names:
+        return _parse_unlisted(uri, folder)
+    raise CheckpointError(uri, f"{MANIFEST} is missing")
+
+
+def find_folder(uri: str) -> Path | None:
+    """The folder on this machine that holds the model `uri` names; None where there is none.
+
+    Raises:
+        ValueError: "builtin:NAME" of a name that there is not; the message lists those that exist.
+    """
+    if uri.startswith(BUILTIN):
+        known = {path.name: path for path in _BUILTIN_FOLDER.iterdir() if path.is_dir()}
+        name = uri.removeprefix(BUILTIN)
+        if name not in known:
+            names = ", ".join(f"{BUILTIN}{name}" for name in sorted(known))
+            raise ValueError(f"no model {uri!r} comes with efae {__version__}; use {names}")
+        return known[name]
+    folder = Path(uri)
+    is_path = ":" not in uri.partition("/")[0]
+    return folder if is_path and any((folder / n).exists() for n in (MANIFEST, WEIGHTS)) else None
+
+
+def parse_config(uri: str, data: bytes) -> Config:
+    """The configuration in a config.json of ours.
+
+    Raises:
+        CheckpointError: it is of another kind of model, or holds a setting that there is not.
+    """
+    try:
+        settings: Any = json.loads(data)
+        name = settings.get("_class_name", CLASS_NAME)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(uri, f"{CONFIG} is not the configuration of a model") from error
+    if name != CLASS_NAME:
+        raise CheckpointError(uri, f"{CONFIG} describes a model of class {name}, not {CLASS_NAME}")
+    writer = f"written by efae {settings['_efae_version']}, " if "_efae_version" in settings else ""
+    try:
+        return configuration.from_dict(settings["efae"] if "_class_name" in settings else settings)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            uri, f"{CONFIG} is {writer}not valid for this efae {__version__} ({error})"
+        ) from error
+
+
+def check_weights(stored: StoredModel, expected: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes of stored weights with those of the model of their configuration.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or of another shape; the first few are named.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.weights.items()}
+    faults = [f"{name} is missing" for name in expected if name not in shapes]
+    faults += [f"{name} is unknown" for name in shapes if name not in expected]
+    faults += [
+        f"{name} has shape {shapes[name]}, not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in shapes and shapes[name] != tuple(tensor.shape)
+    ]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise CheckpointError(
+            stored.uri,
+            f"{stored.weights_file}: its weights are not its configuration's:"
+            f" {'; '.join(faults[:3])}{more}",
+        )
 
 
 def describe_latent(config: Config, representation: Representation) -> dict[str, Any]:
@@ -60,154 +250,24 @@ def describe_latent(config: Config, representation: Representation) -> dict[str,
     return described
 
 
-def write_pretrained(
-    folder: str | Path,
-    weights: Mapping[str, Tensor],
-    config: Config,
-    representation: Representation,
-    card: str = "",
-) -> None:
-    """Write the folder.
+def _parse_unlisted(uri: str, folder: Path) -> StoredModel:
+    """A folder that save_pretrained wrote before it wrote manifest.json.
 
-    Args:
-        folder: made if need be; a model in it is replaced.
-        weights: by parameter name, on any device.
-        config: what the model is built from.
-        representation: of its latents.
-        card: becomes README.md; a README.md that is there stays if this is empty.
+    The header of its weights holds the hashes of config.json and of the tensors.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "_class_name": CLASS_NAME,
-        "_efae_version": __version__,
-        **describe_latent(config, representation),
-        "efae": asdict(config),
-    }
-    text = (json.dumps(settings, indent=2) + "\n").encode()
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    metadata = {
-        "format": "pt",
-        "config_sha256": hashlib.sha256(text).hexdigest(),
-        "tensors_sha256": _hash_tensors(tensors),
-    }
-    # In this order: weights that are cut off are noticed, and older ones do not fit the new text.
-    (folder / CONFIG).write_bytes(text)
-    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata)
-    if card:
-        (folder / CARD).write_text(card, encoding="utf-8")
-
-
-def read_pretrained(folder: str | Path) -> tuple[dict[str, Tensor], Config]:
-    """Weights (on the CPU, as they were stored) and configuration of a folder.
-
-    Raises:
-        ValueError: no such folder; it holds a pickle; a file is missing, damaged, of another kind
-            or of another model; an unknown setting.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; models are not downloaded here")
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in _PICKLES)
-    if pickles:
-        raise ValueError(
-            f"{folder}: holds {', '.join(pickles)}, which may be a pickle, and those can run code:"
-            " nothing here was opened; take it out if you trust the rest"
-        )
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder}: {name} is missing")
-    text = (folder / CONFIG).read_bytes()
-    settings = _parse_settings(folder, text)
-    tensors, metadata = _read_tensors(folder / WEIGHTS)
-    for name in ("config_sha256", "tensors_sha256"):
-        if name not in metadata:
-            raise ValueError(f"{folder / WEIGHTS}: its header has no {name}: not written by efae")
-    if hashlib.sha256(text).hexdigest() != metadata["config_sha256"]:
-        raise ValueError(
-            f"{folder / CONFIG}: not the configuration that was saved with {WEIGHTS} (its sha256"
-            " differs): it was changed, or comes from another model"
-        )
-    if _hash_tensors(tensors) != metadata["tensors_sha256"]:
-        raise ValueError(f"{folder / WEIGHTS}: damaged, its tensors have another sha256")
-    try:
-        config = configuration.from_dict(settings["efae"])
-    except ValueError as error:
-        raise ValueError(
-            f"{folder / CONFIG}: written by efae {settings['_efae_version']}, and not valid for"
-            f" efae {__version__}: {error}"
-        ) from error
-    return tensors, config
-
-
-def is_builtin(uri: str) -> bool:
-    """Whether `uri` names a model that comes with this package: "builtin:NAME"."""
-    return uri.startswith(BUILTIN)
-
-
-def find_builtin(uri: str) -> Path:
-    """The folder of a model that comes with this package.
-
-    Args:
-        uri: "builtin:NAME".
-
-    Raises:
-        ValueError: there is no such model; the message lists those that exist.
-    """
-    known = {path.name: path for path in _BUILTIN_FOLDER.iterdir() if path.is_dir()}
-    name = uri.removeprefix(BUILTIN)
-    if name not in known:
-        names = ", ".join(f"{BUILTIN}{name}" for name in sorted(known))
-        raise ValueError(f"no model {uri!r} comes with efae {__version__}; use {names}")
-    return known[name]
-
-
-def check_weights(
-    folder: str | Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> None:
-    """Compare names and shapes of weights from a folder with those of a model.
-
-    Raises:
-        ValueError: a tensor is missing, unknown or of another shape; the first few are named.
-    """
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    faults = [f"{name} is missing" for name in expected if name not in shapes]
-    faults += [f"{name} is unknown" for name in shapes if name not in expected]
-    faults += [
-        f"{name} has shape {shapes[name]}, not {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in shapes and shapes[name] != tuple(tensor.shape)
-    ]
-    if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise ValueError(f"{Path(folder) / WEIGHTS}: {'; '.join(faults[:3])}{more}")
-
-
-def _parse_settings(folder: Path, text: bytes) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        settings: Any = json.loads(text)
-        name = settings.get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not the configuration of a model") from error
-    if name != CLASS_NAME:
-        raise ValueError(f"{path}: describes a model of class {name}, not {CLASS_NAME}")
-    if missing := sorted(_REQUIRED - set(settings)):
-        raise ValueError(f"{path}: has no {', '.join(missing)}")
-    if unknown := sorted(set(settings) - _REQUIRED - {"block_out_channels"}):
-        raise ValueError(f"{path}: unknown settings {', '.join(unknown)}")
-    return settings
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        opened: Any = safetensors.safe_open(path, framework="pt")
-        with opened as file:
-            # Copies: what is read may stay mapped to the file, which may change.
-            tensors = {str(name): file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
+    files = {name: read_file(uri, name, read_from(folder)) for name in (CONFIG, WEIGHTS)}
+    config = parse_config(uri, files[CONFIG])
+    weights = unpack_tensors(uri, WEIGHTS, files[WEIGHTS])
+    length = 8 + int.from_bytes(files[WEIGHTS][:8], "little")
+    header = json.loads(files[WEIGHTS][8:length]).get("__metadata__", {})
+    if "config_sha256" not in header:
+        raise CheckpointError(uri, f"{MANIFEST} is missing")
+    if header["config_sha256"] != sha256(files[CONFIG]):
+        raise CheckpointError(uri, f"{CONFIG} was changed, or comes from another model")
+    if header.get("tensors_sha256") != _hash_tensors(weights):
+        raise CheckpointError(uri, f"{WEIGHTS} is damaged: its tensors have another sha256")
+    files[MANIFEST] = dump_manifest(files, {})
+    return StoredModel(uri, files, WEIGHTS, weights, config)
 
 
 def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:

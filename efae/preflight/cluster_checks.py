@@ -24,8 +24,9 @@ from data_pipelines.storage import Location
 from efae.config import Config
 from efae.preflight import node_checks
 from efae.preflight.checks import Check, Outcome, merge_outcomes, run_check, run_checks
-from efae.preflight.driver_checks import list_checks, measure_data
+from efae.preflight.driver_checks import RunData, list_checks, measure_data
 from efae.ray_trainer import connect
+from efae.tracking.server import Server
 
 NODE_SECONDS = 60.0
 """How long all nodes together may take: a cold worker imports torch from a slow disk."""
@@ -46,14 +47,17 @@ class Node:
     resources: Mapping[str, float]
 
 
-def run_preflight(config: Config, tracking_uri: str, say: Callable[[str], None]) -> list[Outcome]:
+def run_preflight(
+    config: Config, data: RunData, server: Server, say: Callable[[str], None]
+) -> list[Outcome]:
     """Check all that the run needs, and connect to the cluster; one line for each check.
 
     A configuration that cannot work ends it at once, since the other checks go by it.
 
     Args:
         config: the experiment.
-        tracking_uri: of the MLflow server; "" where none is set.
+        data: Facts of its shard sets.
+        server: MLflow server.
         say: prints one line.
 
     Returns:
@@ -63,7 +67,7 @@ def run_preflight(config: Config, tracking_uri: str, say: Callable[[str], None])
         ValueError: some failed; `say` had their lines.
     """
     outcomes: list[Outcome] = []
-    for outcome in check_all(config, tracking_uri):
+    for outcome in check_all(config, data, server):
         outcomes.append(outcome)
         say(str(outcome))
     failed = [outcome.what for outcome in outcomes if outcome.state == "FAIL"]
@@ -74,10 +78,10 @@ def run_preflight(config: Config, tracking_uri: str, say: Callable[[str], None])
     return outcomes
 
 
-def check_all(config: Config, tracking_uri: str) -> Iterator[Outcome]:
+def check_all(config: Config, data: RunData, server: Server) -> Iterator[Outcome]:
     """The outcomes of `run_preflight`, as they come in."""
     passed: set[str] = set()
-    for what, check in list_checks(config, tracking_uri):
+    for what, check in list_checks(config, data, server):
         yield (outcome := run_check(what, check))
         if outcome.state != "FAIL":
             passed.add(what)
@@ -88,10 +92,10 @@ def check_all(config: Config, tracking_uri: str) -> Iterator[Outcome]:
         return
     if not find_dashboard():
         yield Outcome("note", "auth", "not checked: this cluster has no dashboard")
-    cache_bytes = measure_data(config) if passed >= {"images", "held-out images"} else 0
+    cache_bytes = measure_data(config, data) if passed >= {"images", "held-out images"} else 0
     with leave_mark(config.ray.storage_uri if "storage" in passed else None) as mark:
         asked = [
-            (node, list_node_checks(node, config, tracking_uri, passed, mark, cache_bytes))
+            (node, list_node_checks(node, config, server, passed, mark, cache_bytes))
             for node in list_nodes()
         ]
         yield from merge_outcomes(ask_nodes(asked))
@@ -195,7 +199,7 @@ def leave_mark(folder: str | None) -> Generator[Location | None]:
 def list_node_checks(
     node: Node,
     config: Config,
-    tracking_uri: str,
+    server: Server,
     passed: Set[str],
     mark: Location | None,
     cache_bytes: int,
@@ -205,7 +209,7 @@ def list_node_checks(
     Args:
         node: where they will run.
         config: the experiment.
-        tracking_uri: of the MLflow server.
+        server: MLflow server.
         passed: what holds on the driver's machine, by the names of `list_checks`.
         mark: an object that the driver wrote.
         cache_bytes: what the run may put into the node's shard cache.
@@ -213,8 +217,8 @@ def list_node_checks(
     several = config.ray.num_workers != 1
     trains = node.resources.get("CPU", 0) > 0
     yield "versions", partial(node_checks.check_versions, node_checks.list_versions())
-    if server := node_checks.find_clock(config.ray.storage_uri, tracking_uri):
-        yield "clock", partial(node_checks.check_clock, server)
+    if clock := node_checks.find_clock(config.ray.storage_uri, server):
+        yield "clock", partial(node_checks.check_clock, clock)
     if trains:
         yield "disk", partial(node_checks.check_disk, config.data.cache_dir, cache_bytes)
     if trains and several:
@@ -224,7 +228,7 @@ def list_node_checks(
     if mark:
         yield "storage", partial(node_checks.check_mark, mark)
     if "MLflow" in passed:
-        yield "MLflow", partial(node_checks.check_mlflow, tracking_uri)
+        yield "MLflow", server.check
     if _HEAD in node.resources and (dashboard := find_dashboard()):
         yield "auth", partial(node_checks.check_auth, dashboard)
     if config.ray.use_gpu and (gpus := int(node.resources.get("GPU", 0))):

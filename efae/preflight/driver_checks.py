@@ -2,65 +2,123 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from data_pipelines import ShardDataset, storage
-from data_pipelines.shards.index import load_index
 from data_pipelines.storage import Location, LocationLike
 from efae.checkpoints.checkpoint import checkpoint_name
 from efae.checkpoints.run_folder import locate_run
-from efae.config import Config
+from efae.config import Config, DataConfig
 from efae.model.autoencoder import Autoencoder
 from efae.model.objective import load_perceptual
 from efae.preflight.checks import Check
 from efae.symmetry import GROUPS
-from efae.tracking.redaction import redact
-from efae.tracking.runs import check_server
+from efae.tracking.server import Server
 
 
-def list_checks(config: Config, tracking_uri: str) -> Iterator[tuple[str, Check]]:
+@dataclass(frozen=True)
+class SetFacts:
+    """What the driver needs of a shard set's index, which may be large.
+
+    Attributes:
+        uri: Where the set is.
+        id: Hash of its content.
+        images: Number of images.
+        shape: (C, H, W) of every image, or None where heights or widths differ.
+        bytes: Bytes of all shards.
+        credit: What its licence asks to be said; "" where that is nothing.
+    """
+
+    uri: str
+    id: str
+    images: int
+    shape: tuple[int, int, int] | None
+    bytes: int
+    credit: str
+
+
+class RunData:
+    """The facts of a run's two shard sets; each index is read and parsed once, on first use."""
+
+    def __init__(self, data: DataConfig):
+        self._data = data
+
+    @cached_property
+    def train(self) -> SetFacts:
+        """The images to train on; raises as `read_facts`."""
+        return read_facts(self._data.uri)
+
+    @cached_property
+    def held_out(self) -> SetFacts:
+        """The images to measure on; raises as `read_facts`."""
+        return read_facts(self._data.held_out_uri)
+
+
+def read_facts(uri: LocationLike) -> SetFacts:
+    """The facts of the shard set at `uri`.
+
+    Raises:
+        ValueError: no readable index there.
+        StorageError: the storage refuses or does not answer.
+    """
+    storage.check_readable(uri)
+    return list_facts(ShardDataset.open(uri))
+
+
+def list_facts(dataset: ShardDataset) -> SetFacts:
+    """The facts of an open shard set."""
+    index = dataset.index
+    credit, licence = (index.provenance.get(name, "") for name in ("credit", "licence"))
+    return SetFacts(
+        uri=dataset.uri,
+        id=dataset.id,
+        images=len(dataset),
+        shape=dataset.image_shape,
+        bytes=sum(shard.bytes for shard in index.shards),
+        credit=f"{credit} ({licence or 'licence unknown'})" if credit else "",
+    )
+
+
+def list_checks(config: Config, data: RunData, server: Server) -> Iterator[tuple[str, Check]]:
     """(what it is about, check) pairs, the cheap ones first.
 
     Args:
         config: the experiment.
-        tracking_uri: of the MLflow server; "" where none is set.
+        data: Facts of its shard sets.
+        server: MLflow server.
 
     Returns:
         Checks that raise ValueError or StorageError where something does not hold.
     """
     yield "configuration", lambda: check_configuration(config)
-    yield "MLflow", lambda: check_mlflow(tracking_uri)
-    yield "images", lambda: check_images(config, config.data.uri)
-    yield "held-out images", lambda: check_images(config, config.data.held_out_uri)
+    yield "MLflow", lambda: check_mlflow(server)
+    yield "images", lambda: check_images(config, data.train)
+    yield "held-out images", lambda: check_images(config, data.held_out)
     yield "storage", lambda: check_storage(config.ray.storage_uri)
 
 
-def measure_data(config: Config) -> int:
+def measure_data(config: Config, data: RunData) -> int:
     """Bytes that a node's caches take at most: of shards that are fetched, and of kept pixels.
 
     Raises:
         ValueError: no readable index there.
         StorageError: the storage refuses or does not answer.
     """
-    remote = [
-        uri
-        for uri in (config.data.uri, config.data.held_out_uri)
-        if Location.parse(uri).path is None
-    ]
-    found = [shard.bytes for uri in remote for shard in load_index(uri).shards]
-    fetched = min(sum(found), config.data.cache_bytes)
+    remote = [s.bytes for s in (data.train, data.held_out) if Location.parse(s.uri).path is None]
+    fetched = min(sum(remote), config.data.cache_bytes)
     if not config.data.pixel_cache_bytes:
         return fetched
-    samples = sum(len(shard.keys) for shard in load_index(config.data.uri).shards)
-    pixels = samples * config.data.channels * math.prod(config.data.image_size)
+    pixels = data.train.images * config.data.channels * math.prod(config.data.image_size)
     return fetched + min(pixels, config.data.pixel_cache_bytes)
 
 
-def check_mlflow(tracking_uri: str) -> str:
-    """The MLflow server answers; see `check_server`."""
-    check_server(tracking_uri)
-    return redact(tracking_uri)
+def check_mlflow(server: Server) -> str:
+    """The MLflow server answers; see `Server.check`."""
+    server.check()
+    return str(server)
 
 
 def check_storage(uri: str) -> str:
@@ -86,12 +144,12 @@ def check_configuration(config: Config) -> None:
         load_perceptual(config.loss.perceptual, torch.device("cpu"))
 
 
-def check_images(config: Config, uri: LocationLike, cut: bool = True) -> str:
-    """The shard set answers and its images are what the model takes.
+def check_images(config: Config, facts: SetFacts, cut: bool = True) -> str:
+    """The images of a shard set are what the model takes.
 
     Args:
         config: says the size of images and the group that acts on them.
-        uri: of the shard set.
+        facts: Facts of the shard set.
         cut: whether larger images, or images of several sizes, are cut to the model's.
 
     Returns:
@@ -99,12 +157,9 @@ def check_images(config: Config, uri: LocationLike, cut: bool = True) -> str:
 
     Raises:
         ValueError: images that are too small; without `cut`, of another size or of several.
-        StorageError: nothing can be read there.
     """
-    storage.check_readable(uri)
-    dataset = ShardDataset.open(uri)
-    shape, wanted = dataset.image_shape, config.data.image_size
-    found = f"{len(dataset)} at {Location.parse(uri).display}"
+    uri, shape, wanted = facts.uri, facts.shape, config.data.image_size
+    found = f"{facts.images} at {Location.parse(uri).display}"
     if shape is None and cut:
         return found
     if shape is None:

@@ -24,6 +24,7 @@ from data_pipelines.storage import Location
 from data_pipelines.storage.location import endpoint
 from data_pipelines.storage.objects import PREFLIGHT_SECONDS
 from efae.preflight.checks import Note
+from efae.tracking.server import Server
 
 SPARE_BYTES = 2**30
 """For checkpoints on their way to storage, Ray's logs and metrics that wait for MLflow."""
@@ -64,10 +65,10 @@ def check_versions(expected: dict[str, str]) -> str:
     return ", ".join(f"{name} {number}" for name, number in found.items())
 
 
-def find_clock(storage_uri: str, tracking_uri: str) -> str:
+def find_clock(storage_uri: str, server: Server) -> str:
     """The server whose time counts: S3's, which refuses requests of another time, or MLflow's."""
     s3 = endpoint() or "https://s3.amazonaws.com"
-    scheme, _, rest = (s3 if storage_uri.startswith("s3:") else tracking_uri).partition("://")
+    scheme, _, rest = (s3 if storage_uri.startswith("s3:") else server.uri).partition("://")
     host = rest.partition("/")[0].rpartition("@")[2]  # without user name and password
     return f"{scheme}://{host}" if host else ""
 
@@ -180,13 +181,6 @@ def check_mark(mark: Location) -> None:
             f"what the driver wrote to {mark.display.rpartition('/')[0]} is not seen from here: set"
             " ray.storage_uri to storage that all nodes share, such as s3://"
         ) from error
-
-
-def check_mlflow(tracking_uri: str) -> None:
-    """The MLflow server answers this node; see `check_server`."""
-    from efae.tracking.runs import check_server
-
-    check_server(tracking_uri)
 
 
 def check_auth(dashboard: str) -> str:

@@ -5,7 +5,6 @@ A copy appears whole or not at all, only after it was read as what it claims to 
 again whenever it is used; one that was damaged or exchanged meanwhile is fetched again.
 """
 
-import hashlib
 import logging
 import os
 import re
@@ -14,8 +13,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from efae.checkpoints import checkpoint
-from efae.checkpoints.checkpoint import MANIFEST, CheckpointError
+from efae.model.pretrained import StoredModel, parse_model
+from efae.model.stored_files import MANIFEST, CheckpointError, read_file, read_from, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -27,77 +26,71 @@ def find_cache() -> Path:
 
 def fetch_model(
     uri: str, read: Callable[[str], bytes], cache: Path, manifest_digest: str | None = None
-) -> Path:
-    """The folder of a model in the cache, downloaded and verified if it is not there yet.
+) -> tuple[Path, StoredModel]:
+    """The folder of a model in the cache, and the model; downloaded if it is not there yet.
 
     Args:
-        uri: names the model in messages.
-        read: gives a file of the model by its name.
-        cache: folder with a folder for each model.
+        uri: Name of the model in messages.
+        read: Function that returns a file of the model by its name.
+        cache: Folder with a folder for each model.
         manifest_digest: sha256 that its manifest must have, where it is known.
 
     Raises:
+        FileNotFoundError: there is no manifest; from `read`.
         CheckpointError: the files do not match their manifest, or that its digest, or are no model.
     """
     if manifest_digest is not None and not is_sha256(manifest_digest):
         # It comes from a server and would become a path.
         raise CheckpointError(uri, f"its tag manifest_digest is no sha256: {manifest_digest!r}")
-    if manifest_digest is not None and _is_intact(uri, cache / manifest_digest):
-        return cache / manifest_digest
+    if manifest_digest is not None and (copy := _find_copy(uri, cache / manifest_digest)):
+        return cache / manifest_digest, copy
     data = read(MANIFEST)
     if manifest_digest not in (None, sha256(data)):
         raise CheckpointError(uri, f"{MANIFEST} is not the one that was registered")
     folder = cache / sha256(data)
-    if _is_intact(uri, folder):
-        return folder
-    manifest = checkpoint.parse_manifest(uri, data)
-    contents = {name: read(name) for name in checkpoint.model_files(manifest)}
-    checkpoint.parse_model(uri, manifest, contents)
+    if copy := _find_copy(uri, folder):
+        return folder, copy
+    stored = parse_model(uri, data, read)
     cache.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=cache))
     try:
-        for name, content in {**contents, MANIFEST: data}.items():
-            (draft / name).write_bytes(content)
+        stored.write(draft)
         try:
             draft.rename(folder)
         except OSError:  # another process was faster
-            if not _is_intact(uri, folder):
+            if not _find_copy(uri, folder):
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return folder
+    return folder, stored
 
 
-def check_copy(uri: str, folder: Path) -> None:
-    """Reads a folder of the cache as the model that its name says.
+def read_copy(uri: str, folder: Path) -> StoredModel:
+    """The model in a folder of the cache, verified to be the one that the folder's name says.
 
     Raises:
         CheckpointError: it was damaged, or exchanged for another model.
     """
+    read = read_from(folder)
     try:
-        checkpoint.read_model(folder)
+        manifest = read_file(uri, MANIFEST, read)
+        if sha256(manifest) == folder.name:
+            return parse_model(uri, manifest, read)
     except CheckpointError as error:
         raise CheckpointError(uri, f"the copy in {folder} is damaged: {error.reason}") from error
-    if sha256((folder / MANIFEST).read_bytes()) != folder.name:
-        raise CheckpointError(uri, f"the copy in {folder} was exchanged for another model")
+    raise CheckpointError(uri, f"the copy in {folder} was exchanged for another model")
 
 
-def _is_intact(uri: str, folder: Path) -> bool:
-    """Whether the cache holds this model; one that is not what it was is removed."""
+def _find_copy(uri: str, folder: Path) -> StoredModel | None:
+    """The model if the cache holds it; a copy that is not what it was is removed."""
     if not folder.exists():
-        return False
+        return None
     try:
-        check_copy(uri, folder)
+        return read_copy(uri, folder)
     except CheckpointError as error:
         logger.warning("%s; it is fetched again", error)
         shutil.rmtree(folder)
-        return False
-    return True
-
-
-def sha256(data: bytes) -> str:
-    """The hash in hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
+        return None
 
 
 def is_sha256(text: str) -> bool:

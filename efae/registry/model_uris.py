@@ -16,10 +16,10 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from efae.checkpoints.checkpoint import MANIFEST
+from efae.model.stored_files import MANIFEST
 from efae.names import is_named
 from efae.tracking.redaction import first_cause, redact
-from efae.tracking.timeouts import PATIENT, request_limits
+from efae.tracking.server import Server
 
 FORMS = (
     "models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME@sha256:HEX (12 to 64 digits 0-9a-f)"
@@ -136,7 +136,7 @@ def search_versions(client: MlflowClient, name: str, also: str = "") -> list[Mod
 
 
 @contextmanager
-def asking(tracking_uri: str) -> Generator[MlflowClient]:
+def asking(server: Server) -> Generator[MlflowClient]:
     """A client for a while, whose errors are two.
 
     Raises:
@@ -144,12 +144,11 @@ def asking(tracking_uri: str) -> Generator[MlflowClient]:
         ConnectionError: MLflow fails.
     """
     try:
-        with request_limits(PATIENT):
-            yield MlflowClient(tracking_uri)
+        yield server.client()
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise ValueError(first_cause(error)) from error
-        raise ConnectionError(f"MLflow at {redact(tracking_uri)}: {first_cause(error)}") from error
+        raise ConnectionError(f"MLflow at {server}: {first_cause(error)}") from error
 
 
 def read_aliases_and_tags(client: Any, name: str) -> tuple[dict[str, str], dict[str, str]]:

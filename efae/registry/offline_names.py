@@ -8,11 +8,13 @@ server said is never taken for what another means by the same name. Passwords ar
 import json
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_pipelines import storage
-from efae.registry.cache import check_copy, is_sha256, sha256
+from efae.model.stored_files import sha256
+from efae.registry.cache import is_sha256
 from efae.tracking.redaction import redact
 
 logger = logging.getLogger(__name__)
@@ -43,20 +45,21 @@ def is_offline() -> bool:
     return os.environ.get("EFAE_OFFLINE", "") not in ("", "0")
 
 
-def remember(cache: Path, server: str, uri: str, manifest_digest: str) -> None:
-    """Keeps what `uri` names now; warns where the cache cannot be written."""
-    name = PulledName(redact(uri), _show(server), manifest_digest)
-    text = json.dumps(asdict(name))
-    path = _folder(cache) / f"{sha256(str(name).encode())}.json"
-    try:
-        if not (path.exists() and path.read_text() == text):
-            storage.write_bytes(str(path), text.encode())
-    except OSError as error:  # a cache that came with an image may be read-only
-        logger.warning("%s cannot be used offline later: %s", name, error)
+def remember(cache: Path, server: str, uris: Iterable[str], manifest_digest: str) -> None:
+    """Keeps what each of `uris` names now; warns where the cache cannot be written."""
+    shown = _show(server)
+    for name in (PulledName(redact(uri), shown, manifest_digest) for uri in uris):
+        text = json.dumps(asdict(name))
+        path = _folder(cache) / f"{sha256(str(name).encode())}.json"
+        try:
+            if not (path.exists() and path.read_text() == text):
+                storage.write_bytes(str(path), text.encode())
+        except OSError as error:  # a cache that came with an image may be read-only
+            logger.warning("%s cannot be used offline later: %s", name, error)
 
 
 def recall(cache: Path, server: str, uri: str) -> Path:
-    """The verified folder of the model that `uri` named when it was last pulled from `server`.
+    """The folder of the model that `uri` named when it was last pulled from `server`.
 
     Args:
         cache: as `find_cache` gives it.
@@ -65,11 +68,9 @@ def recall(cache: Path, server: str, uri: str) -> Path:
 
     Raises:
         ValueError: it was not pulled before, or names several models; the message says what was.
-        CheckpointError: the copy was damaged or exchanged since.
     """
     found = _find(cache, server, uri)
     if len(found) == 1:
-        check_copy(uri, found[0])
         return found[0]
     if found:
         raise ValueError(f"{uri} names {len(found)} models in {cache}: write more of its digits")

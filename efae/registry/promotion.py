@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Literal, get_args
 
+from efae.tracking.server import Server
+
 if TYPE_CHECKING:
     from efae.registry.pull import RegisteredVersion
 
@@ -115,7 +117,7 @@ class Promotion:
         return not self.refused and self.now == self.version
 
 
-def promote(model: str, alias: str, terms: Terms, tracking_uri: str, *, compare: bool) -> Promotion:
+def promote(model: str, alias: str, terms: Terms, server: Server, *, compare: bool) -> Promotion:
     """Give a version an alias, if the gates let it pass.
 
     Tag "promoted.ALIAS" of the version then says what it replaced, and which gates it passed or
@@ -125,7 +127,7 @@ def promote(model: str, alias: str, terms: Terms, tracking_uri: str, *, compare:
         model: "models:/NAME/VERSION" or "models:/NAME@ALIAS".
         alias: to move; it need not exist.
         terms: of the gates.
-        tracking_uri: of the MLflow server.
+        server: MLflow server of the registry.
         compare: holds the version to the gates; without it only its integrity counts.
 
     Raises:
@@ -135,10 +137,10 @@ def promote(model: str, alias: str, terms: Terms, tracking_uri: str, *, compare:
     """
     from efae.registry import pull  # MLflow takes seconds to import; deciding needs none
 
-    version = pull.read_version(model, tracking_uri)
-    integrity = _check_integrity(version, tracking_uri)
-    with pull.promote_alone(version.name, tracking_uri):
-        before = pull.read_alias(version.name, alias, tracking_uri)
+    version = pull.read_version(model, server)
+    integrity = _check_integrity(version, server)
+    with pull.promote_alone(version.name, server):
+        before = pull.read_alias(version.name, alias, server)
         verdicts = [integrity]
         if compare and before != version:
             present = before and Contender(before.uri, before.tags)
@@ -151,18 +153,18 @@ def promote(model: str, alias: str, terms: Terms, tracking_uri: str, *, compare:
         )
         replaced = before.uri if before else "nothing"
         note = f"replaced: {replaced}; passed: {passed}; skipped: {skipped}"
-        pull.set_tag(version, f"promoted.{alias}", note, tracking_uri)
-        pull.set_alias(version.name, alias, version.version, tracking_uri)
-        now = pull.read_alias(version.name, alias, tracking_uri)
+        pull.set_tag(version, f"promoted.{alias}", note, server)
+        pull.set_alias(version.name, alias, version.version, server)
+        now = pull.read_alias(version.name, alias, server)
     return Promotion(version, alias, verdicts, before, now)
 
 
-def _check_integrity(version: "RegisteredVersion", tracking_uri: str) -> Verdict:
+def _check_integrity(version: "RegisteredVersion", server: Server) -> Verdict:
     from efae.checkpoints.checkpoint import CheckpointError
     from efae.registry import pull
 
     try:
-        pull.verify(version, tracking_uri)
+        pull.verify(version, server)
     except CheckpointError as error:
         remedy = f"{error.reason}: restore the files of its run {version.tags.get('run_name', '')}"
         return Verdict("integrity", "FAIL", "damaged", "", remedy.rstrip())

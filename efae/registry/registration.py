@@ -1,4 +1,4 @@
-"""Model folder -> version in MLflow's registry: files, tags, card, programs for other people."""
+"""Model -> version in MLflow's registry: files, tags, card, programs for other people."""
 
 import logging
 import tempfile
@@ -11,74 +11,66 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 from efae import config_forms as configuration
-from efae.checkpoints import checkpoint
-from efae.checkpoints.checkpoint import CONFIG, MANIFEST, MODEL
+from efae.model.pretrained import CARD, StoredModel
+from efae.model.stored_files import CONFIG, MANIFEST, sha256
 from efae.registry import model_uris
-from efae.registry.cache import sha256
 from efae.registry.pull import CHAMPION, FILE_TAG, RegisteredVersion, as_registered
-from efae.tracking.timeouts import PATIENT, request_limits
+from efae.tracking.runs import Run
 
 logger = logging.getLogger(__name__)
 
-README = "README.md"
 DESCRIPTION_CHARACTERS = 5000
 """The width of MLflow's column; SQLite takes more, PostgreSQL and MySQL refuse it."""
 
 
 def register_model(
-    model_dir: Path,
+    stored: StoredModel,
     name: str,
-    run_id: str,
+    run: Run,
     metrics: Mapping[str, float],
     tags: Mapping[str, str],
-    tracking_uri: str,
     card: str = "",
     portable: bool = True,
 ) -> RegisteredVersion:
-    """Stores a folder made by `write_model` with its run and makes it a version of `name`.
+    """Store the folder of a model with its run and make it a version of `name`.
 
     The first version becomes the champion. Registering the same weights of the same run again
     gives the version that exists.
 
     Args:
-        model_dir: a local folder.
+        stored: Model to register.
         name: of the registered model; made if there is none.
-        run_id: the MLflow run that the model came from; it stores the files.
+        run: MLflow run that the model came from; it stores the files.
         metrics: numbers that become tags "metric.NAME" of the version.
         tags: further tags of the version.
-        tracking_uri: of the MLflow server.
         card: what a reader should know, as Markdown: the version's description, cut where MLflow's
             column ends, and whole as README.md beside the files. No pull reads it.
         portable: whether to export it for people without this package, too; that takes some ten
             seconds. What cannot be exported is registered all the same, with a warning.
 
     Raises:
-        CheckpointError: the folder is not an undamaged model.
         MlflowException: the server refuses or does not answer, or there is no such run.
     """
-    _, config = checkpoint.read_model(model_dir)
-    manifest = checkpoint.read_manifest(str(model_dir))
-    digest = manifest["files"][MODEL]["sha256"]
     facts = {f"metric.{key}": f"{value:.6g}" for key, value in metrics.items()} | dict(tags)
-    facts["digest"] = digest
-    facts["config_digest"] = configuration.digest(config)
-    facts["manifest_digest"] = sha256((model_dir / MANIFEST).read_bytes())
-    client = MlflowClient(tracking_uri)
-    with request_limits(PATIENT):
-        _create_registered_model(client, name)
-        found = _find_version(client, name, run_id, digest)
-        if found is None:
-            with tempfile.TemporaryDirectory() as folder:
-                exported = _export(model_dir, Path(folder)) if portable else []
-                source = _upload(client, run_id, model_dir, digest, card, exported)
-                for path in exported:
-                    facts[f"{FILE_TAG}{path.name}"] = sha256(path.read_bytes())
-            found = client.create_model_version(
-                name, source, run_id, facts, description=_describe(card), await_creation_for=0
-            )
-        aliases, _ = model_uris.read_aliases_and_tags(client, name)
-        if int(found.version) == 1 and CHAMPION not in aliases:  # later ones are to be promoted
-            client.set_registered_model_alias(name, CHAMPION, found.version)
+    facts["digest"] = stored.digest
+    facts["config_digest"] = configuration.digest(stored.config)
+    facts["manifest_digest"] = stored.manifest_digest
+    client = run.server.client()
+    _create_registered_model(client, name)
+    found = _find_version(client, name, run.id, stored.digest)
+    if found is None:
+        with tempfile.TemporaryDirectory() as folder:
+            stored.write(Path(folder) / "model", card)
+            exported = _export(stored, Path(folder)) if portable else []
+            source = _upload(client, run.id, stored, Path(folder) / "model", exported)
+            for path in exported:
+                facts[f"{FILE_TAG}{path.name}"] = sha256(path.read_bytes())
+        found = client.create_model_version(
+            name, source, run.id, facts, description=_describe(card), await_creation_for=0
+        )
+    aliases, _ = model_uris.read_aliases_and_tags(client, name)
+    if int(found.version) == 1 and CHAMPION not in aliases:  # later ones are to be promoted
+        client.set_registered_model_alias(name, CHAMPION, found.version)
     return as_registered(found)
 
 
@@ -95,12 +87,12 @@ def _find_version(client: MlflowClient, name: str, run_id: str, digest: str) -> 
     return next((v for v in versions if v.tags.get("digest") == digest), None)
 
 
-def _export(model_dir: Path, folder: Path) -> list[Path]:
+def _export(stored: StoredModel, folder: Path) -> list[Path]:
     """The files of `torch_export` in `folder`; none where torch cannot export this model."""
     from efae.exchange import torch_export  # the imports take seconds, and no pull needs them
 
     try:
-        torch_export.export_portable(model_dir, folder)
+        torch_export.export_portable(stored, folder)
     except Exception as error:  # torch.export raises what its many parts raise
         logger.warning(
             "registered without its portable programs: efae.load works, MLflow alone cannot load"
@@ -115,30 +107,23 @@ def _export(model_dir: Path, folder: Path) -> list[Path]:
 def _describe(card: str) -> str:
     if len(card) <= DESCRIPTION_CHARACTERS:
         return card
-    rest = f"\n\n(The rest is in {README}, beside the files.)"
+    rest = f"\n\n(The rest is in {CARD}, beside the files.)"
     return card[: DESCRIPTION_CHARACTERS - len(rest)] + rest
 
 
 def _upload(
-    client: MlflowClient,
-    run_id: str,
-    model_dir: Path,
-    digest: str,
-    card: str,
-    exported: Sequence[Path],
+    client: MlflowClient, run_id: str, stored: StoredModel, folder: Path, exported: Sequence[Path]
 ) -> str:
     """Stores the files with the run; other weights of the same run are never overwritten."""
-    path = f"model-{digest[:12]}" if client.list_artifacts(run_id, "model") else "model"
-    for file in (*(model_dir / name for name in (MODEL, CONFIG, MANIFEST)), *exported):
+    path = f"model-{stored.digest[:12]}" if client.list_artifacts(run_id, "model") else "model"
+    for file in (*sorted(folder.iterdir()), *exported):
         client.log_artifact(run_id, str(file), path)
     # MLflow's pages read MLmodel; our flavour names files and no code.
-    flavour = {"efae": {"weights": MODEL, "config": CONFIG, "manifest": MANIFEST}}
+    flavour = {"efae": {"weights": stored.weights_file, "config": CONFIG, "manifest": MANIFEST}}
     model = Model(artifact_path=path, run_id=run_id, flavors=flavour)
     if exported:
         from efae.exchange.torch_export import describe_portable
 
         describe_portable(model)
     client.log_text(run_id, model.to_yaml(), f"{path}/MLmodel")
-    if card:
-        client.log_text(run_id, card, f"{path}/{README}")
     return f"runs:/{run_id}/{path}"

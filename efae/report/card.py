@@ -88,6 +88,7 @@ def write_report(
     config: Config | None,
     facts: Mapping[str, Any],
     curves: Sequence[tuple[int, float]] | None = None,
+    model_card: str = "",
 ) -> Path:
     """Write page, JSON files, figures and model card into `directory`; returns the page's path.
 
@@ -98,6 +99,7 @@ def write_report(
         config: Configuration, as in `Card`.
         facts: Facts, as in `Card`.
         curves: Points (step, training loss), oldest first.
+        model_card: Model card that is stored with the model; "" renders one from the above.
 
     Raises:
         ValueError: A number is not finite; summary.json is written nevertheless.
@@ -112,7 +114,7 @@ def write_report(
         )
     write_json(directory / "evaluation.json", numbers)
     if config is not None:
-        card = render_model_card(numbers, config, facts)
+        card = model_card or render_model_card(numbers, config, facts)
         (directory / "model_card.md").write_text(card, encoding="utf-8")
     _draw_figures(directory, numbers, pictures, curves)
     channels, height, width = numbers["image_shape"]

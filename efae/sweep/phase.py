@@ -1,6 +1,5 @@
 """One phase of a sweep: Ray Tune runs trials, as many at a time as the cluster has room for."""
 
-import logging
 import os
 import signal
 import tempfile
@@ -21,11 +20,6 @@ from efae.sweep.records import Records, TrialRecord
 from efae.sweep.run_trial import Sweep, list_resources, run_trial
 from efae.sweep.searcher import Proposals
 from efae.tracking.redaction import first_cause
-
-# The sweep says itself what happens; of Tune's two ways of printing only the older can be silent.
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-logging.getLogger("ray.tune").setLevel(logging.WARNING)
-logging.getLogger("ray.tune.tune").setLevel(logging.ERROR)  # it advises Tuner.restore
 
 REDUCTION = 2
 """One of so many trials goes on at a rung."""

@@ -9,6 +9,7 @@ from typing import Any
 from efae.config import Config
 from efae.experiment import describe_data
 from efae.model.autoencoder import build_representation
+from efae.preflight.driver_checks import RunData
 from efae.sweep.config import OBJECTIVES, SweepConfig
 from efae.sweep.phase import REDUCTION, find_first_rung
 from efae.sweep.records import Records, TrialRecord
@@ -92,6 +93,7 @@ def describe_sweep(
     settings: SweepConfig,
     chooser: Chooser,
     records: Records,
+    data: RunData,
 ) -> dict[str, Any]:
     """How was searched and what became of each trial, for sweep.json and the report."""
     steps = config.training.steps
@@ -107,7 +109,7 @@ def describe_sweep(
         "dim": config.representation.dim,
         "colours": config.data.channels,
         "downsampling": config.model.downsampling,
-        **describe_data(config),
+        **describe_data(data),
         "objectives": objectives,
         "space": chooser.space.describe(),
         "search": settings.search,

@@ -17,12 +17,12 @@ from efae import config_forms as configuration
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.model.autoencoder import build_representation
-from efae.ray_trainer import TrainingFailed, is_final, run_training
+from efae.ray_trainer import TrainingFailed, is_final, run_training, set_up_worker
 from efae.sweep.records import TrialRecord
 from efae.sweep.space import apply_combination
 from efae.tracking import runs
 from efae.tracking.redaction import first_cause
-from efae.tracking.timeouts import PATIENT, request_limits
+from efae.tracking.runs import Run
 from efae.training.divergence import TrainingDiverged
 from efae.training.process import Process
 from efae.training.resume import continue_run
@@ -37,16 +37,14 @@ class Sweep:
     """What all trials of a sweep share.
 
     Attributes:
-        name: of the sweep.
-        config: what every trial starts from, as JSON.
-        tracking_uri: of the MLflow server.
-        parent_run_id: the MLflow run of the sweep.
+        name: Name of the sweep.
+        config: Configuration that every trial starts from, as JSON.
+        parent: MLflow run of the sweep.
     """
 
     name: str
     config: str
-    tracking_uri: str
-    parent_run_id: str
+    parent: Run
 
 
 def configure_trial(sweep: Sweep, record: TrialRecord) -> Config:
@@ -86,13 +84,12 @@ def run_trial(proposal: dict[str, Any], sweep: Sweep) -> None:
     """
     record = TrialRecord(**proposal["record"])
     config = configure_trial(sweep, record)
-    with request_limits(PATIENT):
-        run_id = _begin_run(sweep, record, config)
+    run = _begin_run(sweep, record, config)
     try:
         if config.ray.most_workers > 1:
-            run_training(config, run_id, sweep.tracking_uri, on_validation=TuneReportCallback())
+            run_training(config, run, on_validation=TuneReportCallback())
         else:
-            _train_here(config, run_id, sweep.tracking_uri)
+            _train_here(config, run)
     except Exception as error:
         if not (isinstance(error, TrainingFailed) or is_final(error)):
             raise
@@ -100,34 +97,34 @@ def run_trial(proposal: dict[str, Any], sweep: Sweep) -> None:
         tune.report({"step": 0, **nothing, "cause": first_cause(error)})
 
 
-def _begin_run(sweep: Sweep, record: TrialRecord, config: Config) -> str:
+def _begin_run(sweep: Sweep, record: TrialRecord, config: Config) -> Run:
     """The trial's MLflow run, with its parameters."""
-    uri = sweep.tracking_uri
-    run_id, _ = runs.find_or_create_run(
-        uri,
+    run, _ = runs.find_or_create_run(
+        sweep.parent.server,
         config.tracking.experiment,
         config.tracking.run_name,
         {
-            runs.PARENT: sweep.parent_run_id,
+            runs.PARENT: sweep.parent.id,
             "efae.phase": record.phase,
             "efae.commit": config.tracking.commit,
             "efae.config": configuration.digest(config),
         },
     )
-    runs.log_config(uri, run_id, config)
+    run.log_config(config)
     counts = build_representation(config).multiplicities
-    runs.log_params(uri, run_id, {f"latent.{irrep}": n for irrep, n in counts.items()})
-    return run_id
+    run.log_params({f"latent.{irrep}": n for irrep, n in counts.items()})
+    return run
 
 
-def _train_here(config: Config, run_id: str, tracking_uri: str) -> None:
+def _train_here(config: Config, run: Run) -> None:
+    set_up_worker()
     process = Process(
         device=torch.device("cuda" if config.ray.use_gpu else "cpu"),
         report=cast(Callable[[dict[str, float]], None], tune.report),
     )
     while True:
         try:
-            return continue_run(config, run_id, tracking_uri, process, say=lambda line: None)
+            return continue_run(config, run, process, say=lambda line: None)
         except TrainingDiverged as error:
             if not error.goes_back:
                 raise

@@ -18,8 +18,6 @@ from efae.sweep.config import OBJECTIVES, SweepConfig
 from efae.sweep.records import Records, TrialRecord
 from efae.sweep.space import Chooser, apply_combination, count_latent
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-
 _DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
 _MOST_ASKS = 100
 """Of Optuna for one proposal, where most combinations cannot work or were there before."""

@@ -31,7 +31,9 @@ def find_front(trials: Sequence[Trial], objectives: Sequence[Mapping[str, str]])
         if t.finished
     ]
     found = [(trial, values) for trial, values in points if not np.isnan(values).any()]
-    study = _create_study([_DIRECTIONS[objective["mode"]] for objective in objectives])
+    study = optuna.create_study(
+        directions=[_DIRECTIONS[objective["mode"]] for objective in objectives]
+    )
     study.add_trials([optuna.create_trial(values=values) for _, values in found])
     return [found[best.number][0] for best in study.best_trials]
 
@@ -57,7 +59,7 @@ def rate_knobs(trials: Sequence[Trial], metric: str, knobs: Sequence[str]) -> di
     }
     if len(found) < FEWEST_TRIALS or len(distributions) < 2 or not np.ptp(values):
         return {}
-    study = _create_study([StudyDirection.MINIMIZE])
+    study = optuna.create_study(directions=[StudyDirection.MINIMIZE])
     for i, value in enumerate(values.tolist()):
         params = {
             knob: float(columns[knob][i])
@@ -73,15 +75,6 @@ def rate_knobs(trials: Sequence[Trial], metric: str, knobs: Sequence[str]) -> di
         return get_param_importances(study, evaluator=evaluator)
     except RuntimeError:  # no tree of the forest finds anything to split
         return {}
-
-
-def _create_study(directions: Sequence[StudyDirection]) -> optuna.Study:
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces each study
-    try:
-        return optuna.create_study(directions=directions)
-    finally:
-        optuna.logging.set_verbosity(verbosity)
 
 
 def _distribution(values: Sequence[Any]) -> Any:

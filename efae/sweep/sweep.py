@@ -19,6 +19,7 @@ from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.experiment import describe_data, describe_run, find_final, publish, wait_for_mlflow
 from efae.preflight.cluster_checks import run_preflight
+from efae.preflight.driver_checks import RunData
 from efae.ray_trainer import evaluate_on_cluster
 from efae.registry import pull
 from efae.sweep.config import SweepConfig
@@ -36,6 +37,8 @@ from efae.sweep.run_trial import Sweep, configure_trial, name_run
 from efae.sweep.searcher import Proposals
 from efae.sweep.space import Chooser, read_space
 from efae.tracking import runs
+from efae.tracking.runs import Run
+from efae.tracking.server import Server
 
 CANDIDATE = "candidate"
 _STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "running": "KILLED"}
@@ -44,7 +47,7 @@ _MAY_GROW = ("trials", "finalists", "finalist_seeds")
 
 
 def run_sweep(
-    config: Config, settings: SweepConfig, tracking_uri: str, say: Callable[[str], None]
+    config: Config, settings: SweepConfig, server: Server, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Search, repeat the best with other seeds, register the winner, report.
 
@@ -54,7 +57,7 @@ def run_sweep(
     Args:
         config: what every trial starts from; tracking.run_name is ignored.
         settings: of the sweep.
-        tracking_uri: of the MLflow server, as driver and trials reach it.
+        server: MLflow server, by an address that driver and trials reach.
         say: prints one line of progress.
 
     Returns:
@@ -72,33 +75,34 @@ def run_sweep(
     check_settings(config, settings)
     chooser = Chooser(config, read_space(settings.space, config))
     chooser.list_possible()
-    run_preflight(config, tracking_uri, say)
+    data = RunData(config.data)
+    run_preflight(config, data, server, say)
     records = Records(run_folder.locate_run(config))
-    parent = _begin(config, settings, chooser, records, tracking_uri)
-    say(f"ok   sweep {settings.name}: {runs.find_run_url(tracking_uri, parent)}")
+    parent = _begin(config, settings, chooser, records, server)
+    say(f"ok   sweep {settings.name}: {parent.find_url()}")
     if records.trials:
         states = [record.state for record in records.trials.values()]
         found = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
         say(f"    goes on; trials so far: {found}")
-    sweep = Sweep(settings.name, configuration.to_json(config), tracking_uri, parent)
+    sweep = Sweep(settings.name, configuration.to_json(config), parent)
     diary = _Diary(config, settings, sweep, records, say)
     phases = Phases(sweep, config, settings, records, diary.note)
     try:
         phases.search(Proposals(chooser, records, settings))
         phases.repeat(choose_finalists(records, settings, config.training.seed))
         best = find_best(records, settings)
-        wait_for_mlflow(tracking_uri, settings.name, say)
+        wait_for_mlflow(server, settings.name, say)
         if best is not None:
-            best["model_uri"] = _register(sweep, records.trials[best["number"]], say)
+            best["model_uri"] = _register(sweep, records.trials[best["number"]], data, say)
         facts = {
             "sweep_name": settings.name,
-            "mlflow_parent_run_id": parent,
-            "mlflow_url": runs.find_run_url(tracking_uri, parent),
-            **describe_sweep(config, settings, chooser, records),
+            "mlflow_parent_run_id": parent.id,
+            "mlflow_url": parent.find_url(),
+            **describe_sweep(config, settings, chooser, records, data),
             "best": best,
             "cost": describe_cost(config, records) | {"wall_seconds": time.monotonic() - started},
         }
-        _report(config, facts, parent, tracking_uri)
+        _report(config, facts, parent)
         _check_found(records, best)
     except BaseException as error:
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
@@ -128,9 +132,9 @@ def check_settings(config: Config, settings: SweepConfig) -> None:
 
 
 def _begin(
-    config: Config, settings: SweepConfig, chooser: Chooser, records: Records, tracking_uri: str
-) -> str:
-    """Find or make the sweep in storage and in MLflow; the id of its run.
+    config: Config, settings: SweepConfig, chooser: Chooser, records: Records, server: Server
+) -> Run:
+    """Find or make the sweep in storage and in MLflow; its run.
 
     Raises:
         ValueError: there is a sweep or a run of this name that is another or has ended.
@@ -149,16 +153,16 @@ def _begin(
     fixed = json.loads(json.dumps(fixed))
     known = records.read_sweep()
     if known is None:
-        run_id, _ = runs.find_or_create_run(
-            tracking_uri,
+        run, _ = runs.find_or_create_run(
+            server,
             config.tracking.experiment,
             name,
             {"efae.commit": config.tracking.commit, "efae.sweep": "parent"},
         )
-        runs.log_params(tracking_uri, run_id, fixed)
-        records.write_sweep({"mlflow_run_id": run_id, "settings": fixed, "ended": None})
+        run.log_params(fixed)
+        records.write_sweep({"mlflow_run_id": run.id, "settings": fixed, "ended": None})
     else:
-        run_id, before = known["mlflow_run_id"], known["settings"]
+        run, before = Run(server, known["mlflow_run_id"]), known["settings"]
         changed = [
             f"{key}: {before.get(key)!r} -> {fixed.get(key)!r}"
             for key in sorted(filter(configuration.decides_weights, {*before, *fixed}))
@@ -176,10 +180,10 @@ def _begin(
                 " sweep.trials to go on with it"
             )
         records.write_sweep(known | {"ended": None})
-        runs.reopen_run(tracking_uri, run_id)
+        run.reopen()
     for record in records.trials.values():
         chooser.accept(record.combination)
-    return run_id
+    return run
 
 
 def _plan(settings: SweepConfig) -> dict[str, int]:
@@ -222,7 +226,7 @@ class _Diary:
 def end_trial(sweep: Sweep, config: Config, record: TrialRecord) -> None:
     """End the trial's run in MLflow, with its last numbers for the comparison of runs."""
     runs.end_trial(
-        sweep.tracking_uri,
+        sweep.parent.server,
         config.tracking.experiment,
         name_run(sweep.name, record),
         _STATUS[record.state],
@@ -234,29 +238,29 @@ def end_trial(sweep: Sweep, config: Config, record: TrialRecord) -> None:
 def _end_runs(sweep: Sweep, config: Config, trials: Iterable[TrialRecord], status: str) -> None:
     for record in trials:
         end_trial(sweep, config, record)
-    runs.finish_run(sweep.tracking_uri, sweep.parent_run_id, status)
+    sweep.parent.finish(status)
 
 
-def _register(sweep: Sweep, winner: TrialRecord, say: Callable[[str], None]) -> str:
+def _register(sweep: Sweep, winner: TrialRecord, data: RunData, say: Callable[[str], None]) -> str:
     """The winner's weights as a version with the alias candidate; its URI."""
-    config, uri = configure_trial(sweep, winner), sweep.tracking_uri
+    config, server = configure_trial(sweep, winner), sweep.parent.server
     final, metadata = find_final(config)
     say(f"evaluating trial {winner.key} on {config.training.held_out_images} held-out images ...")
     names = config.tracking
+    run = runs.find_run(server, names.experiment, names.run_name)
     facts = {
         **describe_run(config, metadata["totals"]),
-        **describe_data(config),
-        "mlflow_run_id": runs.find_run(uri, names.experiment, names.run_name),
+        **describe_data(data),
         "wall_seconds": winner.seconds,
     }
     evaluation = evaluate_on_cluster(final, config)
-    summary = publish(config, uri, final, evaluation, facts)
+    summary = publish(config, data, run, final, evaluation, facts)
     name, version = names.registered_model, int(summary["model_uri"].rpartition("/")[2])
-    pull.set_alias(name, CANDIDATE, version, uri)
+    pull.set_alias(name, CANDIDATE, version, server)
     return summary["model_uri"]
 
 
-def _report(config: Config, facts: dict[str, Any], parent: str, tracking_uri: str) -> None:
+def _report(config: Config, facts: dict[str, Any], parent: Run) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report"
         write_sweep_report(path, facts)
@@ -264,7 +268,7 @@ def _report(config: Config, facts: dict[str, Any], parent: str, tracking_uri: st
         summary = {"steps": facts["cost"]["steps"]}
         if best is not None:
             summary[f"best_{best['metric']}"] = best["value"]
-        runs.log_report(tracking_uri, parent, path, summary)
+        parent.log_report(path, summary)
         if config.tracking.report_folder:
             copy = Location.parse(config.tracking.report_folder) / config.tracking.run_name
             storage.upload_folder(path, copy)

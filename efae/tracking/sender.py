@@ -19,14 +19,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from efae.tracking.redaction import first_cause, redact
+from efae.tracking.redaction import first_cause
+from efae.tracking.runs import Run
 from efae.tracking.spill import Point, Spill
-from efae.tracking.timeouts import PATIENT, QUICK, request_limits
 
 logger = logging.getLogger(__name__)
 
@@ -47,33 +46,31 @@ def default_spill_folder() -> Path:
     return folder
 
 
-def deliver_points(tracking_uri: str, run_id: str, points: Iterable[Sequence[Any]]) -> None:
+def deliver_points(run: Run, points: Iterable[Sequence[Any]]) -> None:
     """Sends what a tracker that has ended left behind, where MLflow lacks it.
 
     Args:
-        tracking_uri: of the MLflow server.
-        run_id: the run.
-        points: what `Tracker.unsent` gave; what waits in this node's spill folder goes first.
+        run: Run that the points are of.
+        points: What `Tracker.unsent` gave; what waits in this node's spill folder goes first.
 
     Raises:
         ConnectionError: they could not be sent within a minute.
     """
-    with request_limits(PATIENT):
-        tracker = Tracker(tracking_uri, run_id, default_spill_folder())
-        tracker.resend(points)
-        if not tracker.close(timeout_seconds=60):
-            raise ConnectionError(f"MLflow at {redact(tracking_uri)} does not take the curves")
+    tracker = Tracker(run, default_spill_folder())
+    tracker.resend(points)
+    if not tracker.close(timeout_seconds=60):
+        raise ConnectionError(f"MLflow at {run.server} does not take the curves")
 
 
 class Tracker:
     """Sends metrics, figures and texts of one run from a background thread.
 
     `spill_folder` is local and outlives the process: what could not be sent waits there and is
-    sent by the next tracker of the run on this node.
+    sent by the next tracker of the run on this node. MLflow's own settings decide how soon an
+    outage shows; see `efae.tracking.timeouts`.
 
     Args:
-        tracking_uri: of the MLflow server; it need not answer.
-        run_id: an existing run.
+        run: Run that exists; its server need not answer.
         spill_folder: made if need be.
         send_interval_seconds: longest wait between two rounds of sending.
         queue_size: calls of `log_metrics` that may wait in memory.
@@ -87,24 +84,19 @@ class Tracker:
 
     def __init__(
         self,
-        tracking_uri: str,
-        run_id: str,
+        run: Run,
         spill_folder: Path,
         *,
         send_interval_seconds: float = 2.0,
         queue_size: int = 10_000,
         system_metrics_interval_seconds: float | None = None,
     ):
-        for name, value in QUICK.items():
-            os.environ.setdefault(name, value)
         self.dropped = 0
         self.spilled = 0
-        self._client = MlflowClient(tracking_uri)
-        self._tracking_uri = tracking_uri
-        self._run_id = run_id
-        self._address = redact(tracking_uri)
-        self._spill = Spill(spill_folder / f"{run_id}.jsonl")
-        self._outbox = spill_folder / run_id
+        self._run = run
+        self._client = run.server.client()
+        self._spill = Spill(spill_folder / f"{run.id}.jsonl")
+        self._outbox = spill_folder / run.id
         self._queue: deque[tuple[int, int, dict[str, float]]] = deque()
         self._in_flight: list[Point] = []
         self._handing_over = threading.Lock()
@@ -116,7 +108,7 @@ class Tracker:
         self._closing = threading.Event()
         self._system_metrics_interval_seconds = system_metrics_interval_seconds
         self._system_metrics: _SystemMetrics | None = None
-        self._thread = threading.Thread(target=self._run, name="efae-tracker", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="efae-tracker", daemon=True)
         self._thread.start()
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -173,7 +165,7 @@ class Tracker:
         if self._thread.is_alive() or not self._spill.is_empty() or self._letters():
             logger.warning(
                 "MLflow at %s is away: what it lacks of run %s is kept in %s",
-                *(self._address, self._run_id, self._outbox.parent),
+                *(self._run.server, self._run.id, self._outbox.parent),
             )
             return False
         shutil.rmtree(self._outbox, ignore_errors=True)  # empty folders
@@ -190,7 +182,7 @@ class Tracker:
     def _letters(self) -> list[Path]:
         return sorted(path for path in self._outbox.rglob("*") if path.is_file())
 
-    def _run(self) -> None:
+    def _work(self) -> None:
         last_round = False
         while not last_round:
             self._wake.wait(self._send_interval_seconds)
@@ -205,7 +197,7 @@ class Tracker:
             except OSError as error:  # the local disk is full or gone; training goes on
                 lost = len(self._in_flight)
                 self.dropped += lost
-                logger.warning("run %s: %d points are lost: %s", self._run_id, lost, error)
+                logger.warning("run %s: %d points are lost: %s", self._run.id, lost, error)
             self._in_flight = []
 
     def _deliver(self, points: list[Point]) -> None:
@@ -232,19 +224,19 @@ class Tracker:
             if not self._away:
                 logger.warning(
                     "MLflow at %s is away (%s): points wait in %s",
-                    *(self._address, first_cause(error), self._spill.path),
+                    *(self._run.server, first_cause(error), self._spill.path),
                 )
             self._away = True
             return False
         if self._away:
-            logger.warning("MLflow at %s is back", self._address)
+            logger.warning("MLflow at %s is back", self._run.server)
         self._away = False
         return True
 
     def _send_batch(self, points: list[Point]) -> None:
         metrics = [Metric(name, value, time_ms, step) for name, step, time_ms, value in points]
         try:
-            self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
+            self._client.log_batch(self._run.id, metrics=metrics, synchronous=True)
         except MlflowException as error:
             if error.error_code not in _UNSENDABLE:
                 raise
@@ -258,13 +250,12 @@ class Tracker:
     def _connect(self) -> dict[str, int]:
         """The last logged step of each metric; asked once, when the server first answers."""
         if self._last_steps is None:
-            metrics = self._client.get_run(self._run_id).data.to_proto().metrics
+            metrics = self._client.get_run(self._run.id).data.to_proto().metrics
             self._last_steps = {metric.key: metric.step for metric in metrics}
             if self._system_metrics_interval_seconds is not None and not self._closing.is_set():
                 self._system_metrics = _SystemMetrics(
                     self,
-                    self._tracking_uri,
-                    self._run_id,
+                    self._run,
                     self._system_metrics_interval_seconds,
                     _next_system_step(self._last_steps),
                 )
@@ -276,7 +267,7 @@ class Tracker:
             folder = path.relative_to(self._outbox).parent.as_posix()
             try:
                 self._client.log_artifact(
-                    self._run_id, str(path), None if folder == "." else folder
+                    self._run.id, str(path), None if folder == "." else folder
                 )
             except (MlflowException, OSError) as error:
                 logger.info("artifact %s waits: %s", path.name, first_cause(error))
@@ -298,15 +289,8 @@ class _SystemMetrics(SystemMetricsMonitor):
     MLflow's delivery ends for good at the first request that fails.
     """
 
-    def __init__(
-        self,
-        tracker: Tracker,
-        tracking_uri: str,
-        run_id: str,
-        interval_seconds: float,
-        first_step: int,
-    ):
-        super().__init__(run_id, tracking_uri=tracking_uri)
+    def __init__(self, tracker: Tracker, run: Run, interval_seconds: float, first_step: int):
+        super().__init__(run.id, tracking_uri=run.server.uri)
         self._tracker = tracker
         self._interval_seconds = interval_seconds
         self._logging_step = first_step

@@ -1,6 +1,5 @@
 """One process of a run, from the newest checkpoint to the last step, with or without Ray."""
 
-import logging
 from collections.abc import Callable
 
 import torch
@@ -17,6 +16,7 @@ from efae.checkpoints.run_folder import (
 )
 from efae.config import Config
 from efae.evaluation.held_out import read_held_out
+from efae.tracking.runs import Run
 from efae.training.checkpoint_writer import CheckpointWriter
 from efae.training.divergence import TrainingDiverged
 from efae.training.loop import Start, train
@@ -32,8 +32,7 @@ def print_line(line: str) -> None:
 
 def continue_run(
     config: Config,
-    run_id: str,
-    tracking_uri: str,
+    run: Run,
     process: Process,
     say: Callable[[str], None] = print_line,
 ) -> None:
@@ -41,8 +40,7 @@ def continue_run(
 
     Args:
         config: Configuration of the experiment.
-        run_id: MLflow run that rank 0 logs to.
-        tracking_uri: Address of the MLflow server.
+        run: MLflow run that rank 0 logs to.
         process: This process.
         say: Function that prints one line of progress.
 
@@ -54,23 +52,19 @@ def continue_run(
     """
     if process.device.type == "cpu":
         torch.set_num_threads(config.ray.cpus_per_worker)
-    for name in ("", "mlflow"):  # Ray, botocore and MLflow chat at INFO
-        logging.getLogger(name).setLevel(logging.WARNING)
-    run = locate_run(config)
+    folder = locate_run(config)
     newest, tracker, observer, rollbacks = None, None, Observer(), 0
     if process.rank == 0:
         # Imported here because MLflow takes two seconds, and other ranks do not need it.
         from efae.tracking.sender import Tracker, default_spill_folder
 
         newest = _find_start(config)
-        rollbacks = sum(event.kind == "rollback" for event in read_events(run))
-        say(_record_start(run, newest, process))
-        tracker = Tracker(
-            tracking_uri, run_id, default_spill_folder(), system_metrics_interval_seconds=10
-        )
+        rollbacks = sum(event.kind == "rollback" for event in read_events(folder))
+        say(_record_start(folder, newest, process))
+        tracker = Tracker(run, default_spill_folder(), system_metrics_interval_seconds=10)
         images = read_held_out(config.data, config.training.validation_images)
         observer = RunObserver(
-            CheckpointWriter(run, config),
+            CheckpointWriter(folder, config),
             tracker,
             Validation(images.to(process.device), tracker.log_figure),
             config.training.steps,
@@ -88,11 +82,11 @@ def continue_run(
         )
     except TrainingDiverged as error:
         observer.wait()
-        error = TrainingDiverged(
-            error.step, error.samples, find_newest_checkpoint(run), rollbacks < config.ray.rollbacks
-        )
+        goes_back = rollbacks < config.ray.rollbacks
+        newest_uri = find_newest_checkpoint(folder)
+        error = TrainingDiverged(error.step, error.samples, newest_uri, goes_back)
         if process.rank == 0 and error.goes_back:
-            record_event(run, "rollback", str(error), step=error.step)
+            record_event(folder, "rollback", str(error), step=error.step)
         raise error from None
     finally:
         if tracker:
@@ -101,10 +95,10 @@ def continue_run(
                 what = (
                     f"MLflow was unreachable: {tracker.spilled} points of the curves were delayed"
                 )
-                record_event(run, "outage", what)
+                record_event(folder, "outage", what)
 
 
-def _record_start(run: Location, newest: tuple[str, Checkpoint] | None, process: Process) -> str:
+def _record_start(folder: Location, newest: tuple[str, Checkpoint] | None, process: Process) -> str:
     step = newest[1].metadata["step"] if newest else 0
     workers, s = (
         (f"{process.world_size} workers", "") if process.world_size > 1 else ("1 worker", "s")
@@ -113,7 +107,7 @@ def _record_start(run: Location, newest: tuple[str, Checkpoint] | None, process:
     if newest:
         what = f"{workers} continue{s} from step {step}, {newest[0]}"
     record_event(
-        run, "start", what, step=step, world_size=process.world_size, hosts=list(process.hosts)
+        folder, "start", what, step=step, world_size=process.world_size, hosts=list(process.hosts)
     )
     return what
 

@@ -6,9 +6,12 @@ import pytest
 from mlflow import MlflowClient
 
 from data_pipelines.build_shards import build_shards
+from efae.model.pretrained import read_folder
 from efae.registry import registration
 from efae.registry.pull import RegisteredVersion
 from efae.tracking import runs
+from efae.tracking.runs import Run
+from efae.tracking.server import Server
 from tests.integration.stored_models import write_model
 from tests.integration.train_jobs import LONG_STEPS, OPTIONS, SHARDS, find_run, run_job
 
@@ -44,13 +47,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def tracking_uri(local_stack: dict[str, str]) -> str:
-    return local_stack["MLFLOW_TRACKING_URI"]
+def server(local_stack: dict[str, str]) -> Server:
+    """The stack's MLflow."""
+    return Server(local_stack["MLFLOW_TRACKING_URI"])
 
 
 @pytest.fixture
-def client(tracking_uri: str) -> MlflowClient:
-    return MlflowClient(tracking_uri)
+def client(server: Server) -> MlflowClient:
+    return server.client()
 
 
 @pytest.fixture
@@ -60,19 +64,23 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def run_id(tracking_uri: str, name: str) -> str:
-    return runs.find_or_create_run(tracking_uri, "registry", name, {})[0]
+def run(server: Server, name: str) -> Run:
+    return runs.find_or_create_run(server, "registry", name, {})[0]
 
 
 @pytest.fixture
-def register(tmp_path: Path, name: str, run_id: str, tracking_uri: str):
+def run_id(run: Run) -> str:
+    return run.id
+
+
+@pytest.fixture
+def register(tmp_path: Path, name: str, run: Run):
     """Registers a tiny model of this seed."""
 
     def register(seed: int = 0) -> RegisteredVersion:
         folder = write_model(tmp_path / f"model-{seed}", seed)
         metrics, tags = {"psnr": 24.125}, {"preset": "quickstart"}
-        return registration.register_model(
-            folder, name, run_id, metrics, tags, tracking_uri, portable=False
-        )
+        stored = read_folder(folder)
+        return registration.register_model(stored, name, run, metrics, tags, portable=False)
 
     return register

@@ -27,7 +27,7 @@ def make_model(seed: int = 0) -> Autoencoder:
 
 
 def write_model(folder: Path, seed: int = 0) -> Path:
-    checkpoint.write_model(folder, make_model(seed).state_dict(), TINY, {})
+    make_model(seed).save_pretrained(folder)
     return folder
 
 

@@ -16,7 +16,6 @@ from PIL import Image
 from data_pipelines import ShardDataset, storage
 from data_pipelines.build_shards import build_shards
 from data_pipelines.verify_shards import find_faults
-from efae.checkpoints import checkpoint
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
@@ -43,7 +42,7 @@ def write_model(folder: Path, **changes) -> Autoencoder:
     model = Autoencoder(with_overrides(Config(), SMALL | changes)).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter += 0.05 * torch.randn_like(parameter)
-    checkpoint.write_model(folder, model.state_dict(), model.config, card={})
+    model.save_pretrained(folder)
     return model
 
 

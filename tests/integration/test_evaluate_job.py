@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from data_pipelines.build_shards import build_shards
-from efae.checkpoints import checkpoint
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.evaluation.any_angle import ANGLES
@@ -42,7 +41,7 @@ def write_shards(folder, size: tuple[int, int], mode: str) -> str:
 def write_ours(folder, channels: int, **changes) -> str:
     torch.manual_seed(0)
     config = with_overrides(Config(), OURS | {"data.channels": channels} | changes)
-    checkpoint.write_model(folder, Autoencoder(config).state_dict(), config, card={})
+    Autoencoder(config).save_pretrained(folder)
     return str(folder)
 
 

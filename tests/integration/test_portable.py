@@ -11,12 +11,15 @@ from mlflow import MlflowClient
 
 import efae
 from efae import config_forms as configuration
-from efae.checkpoints import checkpoint
+from efae.exchange.diffusers_adapter import AutoencoderEFAE
 from efae.exchange.torch_export import PORTABLE_FILES
 from efae.model.autoencoder import Autoencoder
+from efae.model.pretrained import pack_model
+from efae.model.stored_files import MODEL_FILES, sha256
 from efae.registry import pull, registration
 from efae.symmetry import D4
 from efae.tracking import runs
+from efae.tracking.server import Server
 from tests.clean_environment import make_environment, run_alone
 from tests.integration.stored_models import TINY, make_model
 
@@ -70,14 +73,12 @@ def stored(model, local_stack, tmp_path_factory) -> Iterator[Path]:
     """A folder with the files of a registered model, downloaded from the server."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EFAE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        tracking_uri = local_stack["MLFLOW_TRACKING_URI"]
-        run_id, _ = runs.find_or_create_run(tracking_uri, "portable", "portable", {})
-        folder = tmp_path_factory.mktemp("model")
-        checkpoint.write_model(folder, model.state_dict(), TINY, {})
-        registration.register_model(folder, "portable", run_id, {}, {}, tracking_uri)
-        client = MlflowClient(tracking_uri)
-        path = client.download_artifacts(run_id, "model", str(tmp_path_factory.mktemp("stored")))
-        yield Path(path)
+        server = Server(local_stack["MLFLOW_TRACKING_URI"])
+        run, _ = runs.find_or_create_run(server, "portable", "portable", {})
+        packed = pack_model(model.state_dict(), TINY, model.representation)
+        registration.register_model(packed, "portable", run, {}, {})
+        stored = tmp_path_factory.mktemp("stored")
+        yield Path(server.client().download_artifacts(run.id, "model", str(stored)))
 
 
 @pytest.fixture
@@ -128,25 +129,31 @@ def test_tags_of_the_version_say_what_the_portable_files_were(stored, local_stac
     client = MlflowClient(local_stack["MLFLOW_TRACKING_URI"])
     tags = client.get_model_version("portable", "1").tags
     for name in PORTABLE_FILES:
-        assert tags[f"sha256.{name}"] == pull.sha256((stored / name).read_bytes())
+        assert tags[f"sha256.{name}"] == sha256((stored / name).read_bytes())
 
 
 def test_our_own_load_takes_nothing_of_the_portable_files(stored):
     files = {path.name for path in pull.pull("models:/portable@champion").iterdir()}
-    assert files == {*checkpoint.MODEL_FILES, "manifest.json"}
+    assert files == {*MODEL_FILES, "manifest.json"}
 
 
-def test_what_cannot_be_exported_is_registered_with_a_warning(local_stack, tmp_path, caplog):
+def test_the_stored_folder_is_the_one_that_every_reader_opens(model, stored, image):
+    expected = model.encode(image)
+    assert torch.equal(efae.load(stored).encode(image), expected)
+    assert torch.equal(Autoencoder.from_pretrained(stored).encode(image), expected)
+    vae = AutoencoderEFAE.from_pretrained(stored)
+    assert torch.equal(vae.encode(image).latent_dist.mode(), expected)
+
+
+def test_what_cannot_be_exported_is_registered_with_a_warning(server, caplog):
     other = configuration.with_overrides(TINY, {"model.depth": 2})
-    checkpoint.write_model(tmp_path / "model", make_model().state_dict(), other, {})
-    tracking_uri = local_stack["MLFLOW_TRACKING_URI"]
-    run_id, _ = runs.find_or_create_run(tracking_uri, "portable", "unportable", {})
+    shallow = make_model()
+    packed = pack_model(shallow.state_dict(), other, shallow.representation)
+    run, _ = runs.find_or_create_run(server, "portable", "unportable", {})
     with caplog.at_level(logging.WARNING, "efae"):
-        version = registration.register_model(
-            tmp_path / "model", "unportable", run_id, {}, {}, tracking_uri
-        )
+        version = registration.register_model(packed, "unportable", run, {}, {})
     assert version.version == 1
     assert "registered without its portable programs" in caplog.text
-    files = {file.path for file in MlflowClient(tracking_uri).list_artifacts(run_id, "model")}
-    stored = ("MLmodel", "config.json", "manifest.json", "model.safetensors")
+    files = {file.path for file in server.client().list_artifacts(run.id, "model")}
+    stored = ("MLmodel", "manifest.json", *MODEL_FILES)
     assert files == {f"model/{name}" for name in stored}

@@ -22,11 +22,15 @@ from efae.config import Config
 from efae.evaluation.evaluate import evaluate
 from efae.evaluation.held_out import read_held_out
 from efae.experiment import publish
-from efae.model.autoencoder import Autoencoder
+from efae.model.autoencoder import Autoencoder, build_representation
+from efae.model.pretrained import pack_model
+from efae.model.stored_files import WEIGHTS
+from efae.preflight.driver_checks import RunData
 from efae.registry import pull, registration
 from efae.registry.promotion import GATES
 from efae.registry.pull import RegisteredVersion
 from jobs.promote import main
+from tests.opened_files import watch_opens
 
 pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("cache")]
 
@@ -53,18 +57,16 @@ Register = Callable[..., RegisteredVersion]
 
 
 @pytest.fixture
-def register(tmp_path, name, run_id, tracking_uri) -> Register:
+def register(name, run) -> Register:
     """Registers one more version with this PSNR; `changes` are tags, None leaves one out."""
 
     def register(psnr: float, gap: float = 2e-6, **changes: str | None) -> RegisteredVersion:
         torch.manual_seed(int(psnr * 1000))
-        folder = tmp_path / f"model-{psnr}"
-        checkpoint.write_model(folder, Autoencoder(TINY).state_dict(), TINY, {})
+        model = Autoencoder(TINY)
+        packed = pack_model(model.state_dict(), TINY, model.representation)
         tags = {key: value for key, value in (LINEAGE | changes).items() if value is not None}
         metrics = {"psnr": psnr, "worst_gap_db": gap}
-        return registration.register_model(
-            folder, name, run_id, metrics, tags, tracking_uri, portable=False
-        )
+        return registration.register_model(packed, name, run, metrics, tags, portable=False)
 
     return register
 
@@ -168,13 +170,13 @@ def test_a_damaged_model_gets_no_alias_though_the_cache_holds_a_sound_one(
         "mlflow-artifacts:/", "s3://mlflow/artifacts/"
     )
     source = client.get_model_version(version.name, str(version.version)).source
-    address = f"{root}/{source.rsplit('/', 1)[1]}/model.safetensors"
+    address = f"{root}/{source.rsplit('/', 1)[1]}/{WEIGHTS}"
     good = storage.read_bytes(address)
     storage.write_bytes(address, good[:-1] + bytes([good[-1] ^ 1]))
     every = ("--skip", *GATES)
     for arguments in (("champion", *every), ("candidate",)):
         assert promote(version, *arguments) == 1
-        assert "model.safetensors is damaged" in capsys.readouterr().out
+        assert f"{WEIGHTS} is damaged" in capsys.readouterr().out
     assert aliases() == {"champion": 1}
     storage.write_bytes(address, good)
     client.delete_model_version_tag(version.name, str(version.version), "manifest_digest")
@@ -192,16 +194,11 @@ def test_a_damaged_champion_is_not_confirmed(register, client, run_id, aliases):
     assert aliases() == {"champion": 1}
 
 
-def test_weights_that_are_not_their_configurations_are_refused(
-    register, tmp_path, name, run_id, tracking_uri, capsys
-):
+def test_weights_that_are_not_their_configurations_are_refused(register, name, run, capsys):
     register(24.0)
-    folder = tmp_path / "wrong"
     weights = {"encoder": torch.zeros(2)}
-    checkpoint.write_model(folder, weights, TINY, {})
-    version = registration.register_model(
-        folder, name, run_id, {}, {}, tracking_uri, portable=False
-    )
+    wrong = pack_model(weights, TINY, build_representation(TINY))
+    version = registration.register_model(wrong, name, run, {}, {}, portable=False)
     assert promote(version, "candidate") == 1
     assert "not its configuration's" in capsys.readouterr().out
 
@@ -226,11 +223,11 @@ def test_what_cannot_be_done_is_said(register, name, capsys, monkeypatch, aliase
 
 
 def test_another_promotion_under_way_is_waited_for_unless_it_was_killed(
-    register, client, name, tracking_uri, aliases, capsys
+    register, client, name, server, aliases, capsys
 ):
     register(24.0)
     version = register(25.0)
-    with pull.promote_alone(name, tracking_uri):
+    with pull.promote_alone(name, server):
         assert promote(version) == 1
     assert f"another promotion of '{name}' began" in capsys.readouterr().err
     assert aliases() == {"champion": 1}
@@ -240,7 +237,7 @@ def test_another_promotion_under_way_is_waited_for_unless_it_was_killed(
     assert client.get_registered_model(name).tags == {}
 
 
-def test_of_promotions_at_the_same_time_one_at_most_goes_on(register, name, tracking_uri):
+def test_of_promotions_at_the_same_time_one_at_most_goes_on(register, name, server):
     register(24.0)
     inside, most, entered, refused = 0, 0, 0, 0
     lock = Lock()
@@ -248,7 +245,7 @@ def test_of_promotions_at_the_same_time_one_at_most_goes_on(register, name, trac
     def enter(_: int) -> None:
         nonlocal inside, most, entered, refused
         try:
-            with pull.promote_alone(name, tracking_uri):
+            with pull.promote_alone(name, server):
                 with lock:
                     inside, entered = inside + 1, entered + 1
                     most = max(most, inside)
@@ -277,7 +274,7 @@ def write_pictures(folder: Path, seed: int) -> str:
 
 
 def test_what_an_experiment_publishes_says_all_that_the_gates_ask(
-    tmp_path, name, client, tracking_uri, run_id, register
+    tmp_path, name, client, run, register
 ):
     uris = [write_pictures(tmp_path / role, seed) for seed, role in enumerate(("train", "held"))]
     config = configuration.with_overrides(
@@ -303,8 +300,18 @@ def test_what_an_experiment_publishes_says_all_that_the_gates_ask(
         config=config,
     )
     evaluation = evaluate(model, read_held_out(config.data, 4))
-    publish(config, tracking_uri, final, evaluation, {"mlflow_run_id": run_id, "steps": 1})
+    data = RunData(config.data)
+    with watch_opens() as opened:
+        publish(config, data, run, final, evaluation, {"steps": 1})
+    for path in (f"{final}/ema.safetensors", *(f"{uri}/index.json" for uri in uris)):
+        assert opened.count(path) == 1
     tags = client.get_model_version(name, "1").tags
+    stored, reported = (
+        Path(client.download_artifacts(run.id, path, str(tmp_path))).read_text()
+        for path in ("model/README.md", "report/model_card.md")
+    )
+    assert f'efae.load("models:/{name}@sha256:{tags["digest"][:12]}")' in stored
+    assert reported == stored
     assert tags["train_data"] == ShardDataset.open(uris[0]).id
     assert tags["held_out_data"] == ShardDataset.open(uris[1]).id
     assert tags["held_out_uri"] == uris[1]

@@ -12,16 +12,13 @@ from mlflow.models import Model
 import efae
 from data_pipelines import storage
 from data_pipelines.storage.retries import StorageError
-from efae import config_forms as configuration
-from efae.checkpoints import checkpoint
-from efae.checkpoints.checkpoint import CheckpointError
+from efae.model.pretrained import read_folder
+from efae.model.stored_files import MODEL_FILES, WEIGHTS, CheckpointError, sha256
 from efae.registry import pull, registration
-from efae.registry.cache import sha256
 from efae.registry.pull import RegisteredVersion
 from efae.tracking import runs
 from tests.integration.fault_proxy import FaultProxy
 from tests.integration.stored_models import (
-    TINY,
     artifact_address,
     make_model,
     write_model,
@@ -44,15 +41,14 @@ def flip_last_bit(data: bytes) -> bytes:
 
 def change_sampler(data: bytes) -> bytes:
     """Another configuration, as valid, of as many bytes, for the same weights."""
-    steps = configuration.from_json(data.decode()).flow.sampler_steps
-    return configuration.to_json(
-        configuration.with_overrides(TINY, {"flow.sampler_steps": steps + 1})
-    ).encode()
+    settings = json.loads(data)
+    settings["efae"]["flow"]["sampler_steps"] += 1
+    return (json.dumps(settings, indent=2) + "\n").encode()
 
 
 @pytest.mark.parametrize(
     ("file", "change"),
-    [("model.safetensors", flip_last_bit), ("config.json", change_sampler)],
+    [(WEIGHTS, flip_last_bit), ("config.json", change_sampler)],
     ids=["weights", "config"],
 )
 def test_a_file_changed_in_the_store_is_refused(
@@ -82,18 +78,18 @@ def test_files_rewritten_together_with_their_manifest_are_refused(
     version = register()
     address = artifact_address(client, run_id, "model")
     config = storage.read_bytes(f"{address}/config.json")
-    other = write_model(tmp_path / "other", seed=9) / "model.safetensors"
+    other = write_model(tmp_path / "other", seed=9) / WEIGHTS
     changed = {
-        "weights": {"model.safetensors": other.read_bytes()},
+        "weights": {WEIGHTS: other.read_bytes()},
         "config": {"config.json": change_sampler(config)},
         "manifest": {},
-        "pickle": {"model.safetensors": pickled[0]},
+        "pickle": {WEIGHTS: pickled[0]},
     }
     rewrite_manifest(address, changed[what])
     with pytest.raises(CheckpointError, match=r"manifest\.json is not the one that was registered"):
         efae.load(version.uri)
     if what == "pickle":
-        with pytest.raises(CheckpointError, match=r"model\.safetensors is not a safetensors file"):
+        with pytest.raises(CheckpointError, match=f"{WEIGHTS} is not a safetensors file"):
             efae.load(f"runs:/{run_id}/model")
     else:
         efae.load(f"runs:/{run_id}/model")  # a run promises nothing about its files
@@ -116,19 +112,19 @@ def test_a_pickle_and_code_planted_beside_the_model_are_ignored(
     efae.load(version.uri)
     assert not trace.exists()
     files = {path.name for path in pull.pull(version.uri).iterdir()}
-    assert files == {*checkpoint.MODEL_FILES, "manifest.json"}
+    assert files == {*MODEL_FILES, "manifest.json"}
 
 
 def read_digest(client: MlflowClient, version: RegisteredVersion) -> str:
     return client.get_model_version(version.name, str(version.version)).tags["digest"]
 
 
-def test_a_digest_names_a_version_by_its_weights(register, client, name, tracking_uri):
+def test_a_digest_names_a_version_by_its_weights(register, client, name, server):
     first, second = register(seed=0), register(seed=1)
     digest = read_digest(client, first)
     for uri in (f"models:/{name}@sha256:{digest}", f"models:/{name}@sha256:{digest[:12]}"):
         assert pull.pull(uri) == pull.pull(first.uri)
-        assert pull.read_version(uri, tracking_uri) == first
+        assert pull.read_version(uri, server) == first
     newest = f"2 \\({read_digest(client, second)}\\), 1 \\({digest}\\)"
     with pytest.raises(
         ValueError, match=f"no version of {name} has the digest {'0' * 64}; .*{newest}"
@@ -142,12 +138,12 @@ def test_a_digest_names_a_version_by_its_weights(register, client, name, trackin
 
 
 def test_versions_of_one_digest_are_one_model_and_of_two_are_told_apart(
-    register, client, name, tracking_uri, tmp_path
+    register, client, name, server, tmp_path
 ):
     first = register()
-    again = runs.find_or_create_run(tracking_uri, "registry", f"{name}-again", {})[0]
+    again = runs.find_or_create_run(server, "registry", f"{name}-again", {})[0]
     folder = tmp_path / "model-0"
-    second = registration.register_model(folder, name, again, {}, {}, tracking_uri, portable=False)
+    second = registration.register_model(read_folder(folder), name, again, {}, {}, portable=False)
     assert (first.version, second.version) == (1, 2)
     digest = read_digest(client, first)
     assert pull.pull(f"models:/{name}@sha256:{digest}") == pull.pull(first.uri)
@@ -161,17 +157,17 @@ def test_a_version_that_only_claims_a_digest_is_refused(register, client, name):
     wanted = read_digest(client, first)
     client.delete_model_version(name, "1")
     client.set_model_version_tag(name, "2", "digest", wanted)
-    actual = sha256((pull.pull(second.uri) / "model.safetensors").read_bytes())
+    actual = sha256((pull.pull(second.uri) / WEIGHTS).read_bytes())
     with pytest.raises(CheckpointError, match=f"the weights of version 2 are {actual}"):
         pull.pull(f"models:/{name}@sha256:{wanted}")
 
 
 def test_offline_nobody_is_asked_and_what_was_pulled_is_used(
-    register, client, name, run_id, tracking_uri, monkeypatch, cache
+    register, client, name, run_id, server, monkeypatch, cache
 ):
     version = register()
     champion, digest = f"models:/{name}@champion", read_digest(client, version)
-    with FaultProxy(tracking_uri) as proxy:
+    with FaultProxy(server.uri) as proxy:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
         folder = pull.pull(champion)
         of_run = pull.pull(f"runs:/{run_id}/model/")
@@ -195,8 +191,8 @@ def test_offline_nobody_is_asked_and_what_was_pulled_is_used(
         for part in (str(cache), f"{champion} of {proxy.url}", "pull it once without EFAE_OFFLINE"):
             assert part in str(error.value)
         assert proxy.requests("*") == 0
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)  # another server, for all we know
-    with pytest.raises(ValueError, match=f"{champion} of {tracking_uri} was not pulled before"):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)  # another server, for all we know
+    with pytest.raises(ValueError, match=f"{champion} of {server} was not pulled before"):
         pull.pull(champion)
     monkeypatch.setenv("EFAE_OFFLINE", "0")
     assert pull.pull(champion) == folder

@@ -13,10 +13,12 @@ from mlflow.models import Model
 import efae
 from data_pipelines import storage
 from efae import config_forms as configuration
-from efae.checkpoints import checkpoint, run_folder
-from efae.checkpoints.checkpoint import CheckpointError
+from efae.checkpoints import run_folder
+from efae.model.pretrained import read_folder
+from efae.model.stored_files import MODEL_FILES, CheckpointError
 from efae.registry import pull, registration
 from efae.registry.pull import RegisteredVersion
+from tests.integration.fault_proxy import FaultProxy
 from tests.integration.stored_models import (
     TINY,
     artifact_address,
@@ -24,8 +26,12 @@ from tests.integration.stored_models import (
     write_model,
     write_run,
 )
+from tests.opened_files import watch_opens
 
 pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("cache")]
+
+NEEDED = ("ema.safetensors", "config.json", "manifest.json")
+"""Of a checkpoint's files, those that a model needs."""
 
 
 def test_a_registered_model_gives_the_same_numbers_in_another_process(register, name):
@@ -60,7 +66,7 @@ def test_the_first_version_becomes_the_champion_and_stays_it(register, client, n
 def test_weights_of_one_run_do_not_overwrite_each_other(register):
     versions = [register(seed) for seed in (0, 1)]
     for seed, version in enumerate(versions):
-        weights, _ = checkpoint.read_model(pull.pull(version.uri))
+        weights = pull.read(version.uri).weights
         expected = make_model(seed).state_dict()
         assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
@@ -73,21 +79,19 @@ def test_registering_twice_gives_one_version(register, client, name):
 def test_what_is_stored_is_data_that_mlflow_can_show(register, client, run_id, tmp_path):
     register()
     files = {file.path for file in client.list_artifacts(run_id, "model")}
-    stored = {"MLmodel", "config.json", "manifest.json", "model.safetensors"}
+    stored = {"MLmodel", "manifest.json", *MODEL_FILES}
     assert files == {f"model/{file}" for file in stored}
     path = client.download_artifacts(run_id, "model/MLmodel", str(tmp_path))
     assert list(Model.load(path).flavors) == ["efae"]
 
 
-def test_the_card_is_the_description_and_a_file_that_no_pull_reads(
-    client, name, run_id, tracking_uri, tmp_path
-):
+def test_the_card_is_the_description_and_a_file_that_no_pull_reads(client, name, run, tmp_path):
     card = "# Title\n\n" + "Latents that turn. " * 400
     folder = write_model(tmp_path / "model")
     version = registration.register_model(
-        folder, name, run_id, {}, {}, tracking_uri, card=card, portable=False
+        read_folder(folder), name, run, {}, {}, card=card, portable=False
     )
-    path = client.download_artifacts(run_id, "model/README.md", str(tmp_path))
+    path = client.download_artifacts(run.id, "model/README.md", str(tmp_path))
     assert Path(path).read_text() == card
     described = client.get_model_version(name, str(version.version)).description
     assert described[:4900] == card[:4900]
@@ -110,8 +114,8 @@ def test_a_second_pull_downloads_nothing(register, client, run_id, cache):
 def test_pull_copies_the_model_to_a_destination(register, tmp_path):
     folder = pull.pull(register().uri, tmp_path / "mine")
     assert folder == tmp_path / "mine"
-    assert {path.name for path in folder.iterdir()} == {*checkpoint.MODEL_FILES, "manifest.json"}
-    checkpoint.read_model(folder)
+    assert {path.name for path in folder.iterdir()} == {*MODEL_FILES, "manifest.json"}
+    read_folder(folder)
 
 
 def test_what_does_not_exist_is_named_beside_what_does(register, name, run_id):
@@ -153,11 +157,61 @@ def test_a_checkpoint_loads_as_a_model_of_its_ema(where, local_stack, tmp_path):
         efae.load(f"{run_uri}/nothing")
 
 
+def test_a_checkpoint_on_s3_is_fetched_once_and_then_read_once_from_the_cache(
+    local_stack, cache, monkeypatch
+):
+    write_run("s3://efae-runs/registry/once", (5,))
+    uri = "s3://efae-runs/registry/once/step-00000005"
+    with FaultProxy(local_stack["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        efae.load(uri)
+        sizes = {name: size for name, size in storage.list_files(uri).items() if name in NEEDED}
+        for name, size in sizes.items():
+            assert proxy.bytes_sent(f"*/step-00000005/{name}") == size
+        assert proxy.bytes_sent("*/step-00000005/*") == sum(sizes.values())
+        proxy.clear()
+        with watch_opens() as opened:
+            efae.load(uri)
+        assert proxy.bytes_sent("*/step-00000005/*") == sizes["manifest.json"]
+    check_opened(opened, cache, NEEDED)
+
+
+def test_a_version_is_downloaded_once_and_then_read_once_from_the_cache(
+    register, cache, server, monkeypatch
+):
+    version = register()
+    with FaultProxy(server.uri) as proxy:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
+        efae.load(version.uri)
+        for name in (*MODEL_FILES, "manifest.json"):
+            assert proxy.requests(f"*/artifacts/model/{name}") == 1
+        proxy.clear()
+        with watch_opens() as opened:
+            efae.load(version.uri)
+        assert proxy.requests("*/model/*") == 0
+    check_opened(opened, cache, (*MODEL_FILES, "manifest.json"))
+
+
+def test_a_folder_of_save_pretrained_loads_from_s3_too(local_stack, tmp_path):
+    uri = "s3://efae-runs/registry/saved"
+    storage.upload_folder(write_model(tmp_path / "saved"), uri)
+    expected = make_model().state_dict()
+    for _ in range(2):
+        loaded = efae.load(uri).state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
+
+
+def check_opened(opened: list[str], cache: Path, names: tuple[str, ...]) -> None:
+    """The cached model's files, each opened once."""
+    (folder,) = (path for path in (cache / "models").iterdir() if path.name != "refs")
+    found = sorted(path for path in opened if path.startswith(f"{folder}/"))
+    assert found == sorted(str(folder / name) for name in names)
+
+
 def test_only_what_a_model_needs_is_cached_of_a_checkpoint(local_stack):
     write_run("s3://efae-runs/registry/cached", (5,))
     folder = pull.pull("s3://efae-runs/registry/cached/step-00000005")
-    names = {path.name for path in folder.iterdir()}
-    assert names == {"ema.safetensors", "config.json", "manifest.json"}
+    assert {path.name for path in folder.iterdir()} == {*NEEDED}
 
 
 def test_a_half_uploaded_or_damaged_checkpoint_on_s3_gives_way_to_the_one_before(

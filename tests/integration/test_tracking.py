@@ -23,7 +23,10 @@ from efae import config_forms as configuration
 from efae.config import Config, DataConfig
 from efae.registry.model_uris import find_version, search_versions
 from efae.tracking import runs
+from efae.tracking.runs import Run
 from efae.tracking.sender import Tracker, deliver_points
+from efae.tracking.server import Server
+from efae.tracking.timeouts import notice_outages_soon
 
 
 class MlflowServer:
@@ -88,20 +91,26 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
 
 
 @pytest.fixture(autouse=True)
-def _restore_request_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tracker makes MLflow impatient for its whole process; not for the tests after these."""
-    for name in ("TIMEOUT", "MAX_RETRIES"):
-        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", {"TIMEOUT": "5"}.get(name, "0"))
+def _as_in_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TIMEOUT", "MAX_RETRIES"):  # monkeypatch gives back what was there
+        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", "")
+        monkeypatch.delenv(f"MLFLOW_HTTP_REQUEST_{name}")
+    notice_outages_soon()
 
 
 @pytest.fixture
-def client(server: MlflowServer) -> MlflowClient:
-    return MlflowClient(server.uri)
+def mlflow(server: MlflowServer) -> Server:
+    return Server(server.uri)
 
 
 @pytest.fixture
-def run_id(server: MlflowServer, request: pytest.FixtureRequest) -> str:
-    return runs.find_or_create_run(server.uri, "tests", request.node.name, {})[0]
+def client(mlflow: Server) -> MlflowClient:
+    return mlflow.client()
+
+
+@pytest.fixture
+def run(mlflow: Server, request: pytest.FixtureRequest) -> Run:
+    return runs.find_or_create_run(mlflow, "tests", request.node.name, {})[0]
 
 
 def read_history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:
@@ -113,20 +122,20 @@ def log_steps(tracker: Tracker, steps: range, sign: float = 1.0) -> None:
         tracker.log_metrics(step, {"loss": sign * step})
 
 
-def test_check_server_accepts_a_server(server):
-    runs.check_server(server.uri)
+def test_check_server_accepts_a_server(mlflow):
+    mlflow.check()
 
 
 @pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "file:///mlruns", "mlruns", ""])
 def test_check_server_refuses_what_other_nodes_cannot_reach(uri):
     with pytest.raises(ValueError, match=r"other nodes.*make up.*MLFLOW_TRACKING_URI"):
-        runs.check_server(uri)
+        Server(uri).check()
 
 
 def test_check_server_names_address_and_remedy_when_nobody_listens():
     uri = f"http://127.0.0.1:{ports.pick_free(1)[0]}"
     with pytest.raises(ValueError, match=rf"{uri}.*Connection refused.*make up") as caught:
-        runs.check_server(uri)
+        Server(uri).check()
     assert "\n" not in str(caught.value)
 
 
@@ -134,76 +143,74 @@ def test_check_server_gives_up_on_silence_within_seconds_and_hides_the_password(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         start = time.monotonic()
         with pytest.raises(ValueError, match="does not answer") as caught:
-            runs.check_server(f"http://user:hunter2@127.0.0.1:{silent.getsockname()[1]}")
+            Server(f"http://user:hunter2@127.0.0.1:{silent.getsockname()[1]}").check()
         assert time.monotonic() - start < 10
         assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize("status", ["RUNNING", "FAILED", "KILLED"])
-def test_an_unfinished_run_is_continued(server, client, status):
+def test_an_unfinished_run_is_continued(mlflow, client, status):
     name = f"continued-{status}"
-    first, existed = runs.find_or_create_run(server.uri, "tests", name, {"preset": "p"})
+    first, existed = runs.find_or_create_run(mlflow, "tests", name, {"preset": "p"})
     assert not existed
-    assert client.get_run(first).data.tags["preset"] == "p"
+    assert client.get_run(first.id).data.tags["preset"] == "p"
     if status != "RUNNING":
-        runs.finish_run(server.uri, first, status)
-    assert runs.find_or_create_run(server.uri, "tests", name, {}) == (first, True)
-    assert client.get_run(first).info.status == "RUNNING"
+        first.finish(status)
+    assert runs.find_or_create_run(mlflow, "tests", name, {}) == (first, True)
+    assert client.get_run(first.id).info.status == "RUNNING"
 
 
-def test_a_finished_run_is_left_alone_and_the_newest_decides(server):
-    first, _ = runs.find_or_create_run(server.uri, "tests", "finished", {})
-    runs.finish_run(server.uri, first, "FINISHED")
-    second, existed = runs.find_or_create_run(server.uri, "tests", "finished", {})
+def test_a_finished_run_is_left_alone_and_the_newest_decides(mlflow):
+    first, _ = runs.find_or_create_run(mlflow, "tests", "finished", {})
+    first.finish("FINISHED")
+    second, existed = runs.find_or_create_run(mlflow, "tests", "finished", {})
     assert second != first
     assert not existed
-    assert runs.find_or_create_run(server.uri, "tests", "finished", {}) == (second, True)
+    assert runs.find_or_create_run(mlflow, "tests", "finished", {}) == (second, True)
 
 
-def test_a_deleted_experiment_is_named(server, client):
+def test_a_deleted_experiment_is_named(mlflow, client):
     client.delete_experiment(client.create_experiment("gone"))
     with pytest.raises(ValueError, match=r"tracking\.experiment='gone'"):
-        runs.find_or_create_run(server.uri, "gone", "run", {})
+        runs.find_or_create_run(mlflow, "gone", "run", {})
 
 
-def test_config_is_logged_once_and_may_differ_after_a_restart(server, client, run_id, tmp_path):
+def test_config_is_logged_once_and_may_differ_after_a_restart(client, run, tmp_path):
     secret = "s3://AKIA:hunter2@bucket/train?secret_key=hunter2&region=here"
     config = replace(Config(), data=DataConfig(uri=secret))
-    runs.log_config(server.uri, run_id, config)
+    run.log_config(config)
     changed = configuration.with_overrides(config, {"ray.num_workers": 4})
-    runs.log_config(server.uri, run_id, changed)
-    run = client.get_run(run_id)
-    assert run.data.params["ray.num_workers"] == "2"
-    assert run.data.params["representation.multiplicities"] == "None"
-    assert run.data.params.keys() == configuration.flatten(config).keys()
-    stored = Path(client.download_artifacts(run_id, "config.json", str(tmp_path))).read_text()
-    assert "hunter2" not in stored + json.dumps(run.data.params)
+    run.log_config(changed)
+    params = client.get_run(run.id).data.params
+    assert params["ray.num_workers"] == "2"
+    assert params["representation.multiplicities"] == "None"
+    assert params.keys() == configuration.flatten(config).keys()
+    stored = Path(client.download_artifacts(run.id, "config.json", str(tmp_path))).read_text()
+    assert "hunter2" not in stored + json.dumps(params)
     assert configuration.from_json(stored).data.uri == (
         "s3://***@bucket/train?secret_key=***&region=here"
     )
     assert configuration.from_json(stored).ray.num_workers == 4
 
 
-def test_a_report_is_stored_with_the_numbers_of_its_summary(server, client, run_id, tmp_path):
+def test_a_report_is_stored_with_the_numbers_of_its_summary(client, run, tmp_path):
     (tmp_path / "report.html").write_text("<html></html>")
     summary = {"steps": 300, "psnr": 24.5, "run_name": "r", "gap_db": {"rot90": 0.0}}
-    runs.log_report(server.uri, run_id, tmp_path, summary)
-    assert [f.path for f in client.list_artifacts(run_id, "report")] == ["report/report.html"]
-    assert client.get_run(run_id).data.metrics == {"summary/steps": 300.0, "summary/psnr": 24.5}
-    assert read_history(client, run_id, "summary/psnr") == [(300, 24.5)]
+    run.log_report(tmp_path, summary)
+    assert [f.path for f in client.list_artifacts(run.id, "report")] == ["report/report.html"]
+    assert client.get_run(run.id).data.metrics == {"summary/steps": 300.0, "summary/psnr": 24.5}
+    assert read_history(client, run.id, "summary/psnr") == [(300, 24.5)]
 
 
-def test_a_curve_is_read_back_in_order(server, client, run_id):
-    assert runs.read_curve(server.uri, run_id, "loss") == []
+def test_a_curve_is_read_back_in_order(client, run):
+    assert run.read_curve("loss") == []
     points = [Metric("loss", float(step), 1000 - step, step) for step in (20, 5, 10)]
-    client.log_batch(run_id, metrics=points, synchronous=True)
-    assert runs.read_curve(server.uri, run_id, "loss") == [(5, 5.0), (10, 10.0), (20, 20.0)]
+    client.log_batch(run.id, metrics=points, synchronous=True)
+    assert run.read_curve("loss") == [(5, 5.0), (10, 10.0), (20, 20.0)]
 
 
-def test_every_point_arrives_in_order_and_logging_takes_microseconds(
-    server, client, run_id, tmp_path
-):
-    tracker = Tracker(server.uri, run_id, tmp_path)
+def test_every_point_arrives_in_order_and_logging_takes_microseconds(client, run, tmp_path):
+    tracker = Tracker(run, tmp_path)
     seconds = []
     for step in range(500):
         start = time.perf_counter()
@@ -211,21 +218,21 @@ def test_every_point_arrives_in_order_and_logging_takes_microseconds(
         seconds.append(time.perf_counter() - start)
     tracker.log_text("hello", "notes/hello.txt")
     tracker.close()
-    assert read_history(client, run_id, "rate") == [(step, float(step)) for step in range(500)]
+    assert read_history(client, run.id, "rate") == [(step, float(step)) for step in range(500)]
     assert (tracker.dropped, tracker.spilled) == (0, 0)
-    assert [file.path for file in client.list_artifacts(run_id, "notes")] == ["notes/hello.txt"]
+    assert [file.path for file in client.list_artifacts(run.id, "notes")] == ["notes/hello.txt"]
     assert list(tmp_path.iterdir()) == []
     assert statistics.median(seconds) < 2e-4
 
 
 def test_an_outage_delays_points_and_figures_but_loses_and_repeats_none(
-    server, client, run_id, tmp_path
+    server, client, run, tmp_path
 ):
     figure = tmp_path / "figure.png"
     figure.write_bytes(b"not really a picture")
-    tracker = Tracker(server.uri, run_id, tmp_path / "spill", send_interval_seconds=0.2)
+    tracker = Tracker(run, tmp_path / "spill", send_interval_seconds=0.2)
     log_steps(tracker, range(100))
-    assert wait_until(lambda: len(read_history(client, run_id, "loss")) == 100, 20)
+    assert wait_until(lambda: len(read_history(client, run.id, "loss")) == 100, 20)
     server.stop()
     try:
         slowest = 0.0
@@ -240,109 +247,107 @@ def test_an_outage_delays_points_and_figures_but_loses_and_repeats_none(
     finally:
         server.start()
     log_steps(tracker, range(200, 300))
-    assert wait_until(lambda: len(read_history(client, run_id, "loss")) == 300, 20)
+    assert wait_until(lambda: len(read_history(client, run.id, "loss")) == 300, 20)
     tracker.close()
-    assert read_history(client, run_id, "loss") == [(step, float(step)) for step in range(300)]
-    found = [file.path for file in client.list_artifacts(run_id, "figures")]
+    assert read_history(client, run.id, "loss") == [(step, float(step)) for step in range(300)]
+    found = [file.path for file in client.list_artifacts(run.id, "figures")]
     assert found == ["figures/step-150.png"]
     assert tracker.dropped == 0
     assert slowest < 1.0  # a request would take 5
     assert list((tmp_path / "spill").iterdir()) == []
 
 
-def test_a_restart_from_a_checkpoint_repeats_no_step(server, client, run_id, tmp_path):
-    first = Tracker(server.uri, run_id, tmp_path / "node-1")
+def test_a_restart_from_a_checkpoint_repeats_no_step(client, run, tmp_path):
+    first = Tracker(run, tmp_path / "node-1")
     log_steps(first, range(51))
     first.log_metrics(50, {"held_out/psnr": 20.0})
     first.close()
-    second = Tracker(server.uri, run_id, tmp_path / "node-2")
+    second = Tracker(run, tmp_path / "node-2")
     log_steps(second, range(41, 61), sign=-1.0)
     second.log_metrics(60, {"held_out/psnr": 21.0})
     second.close()
     expected = [(step, float(step if step <= 50 else -step)) for step in range(61)]
-    assert read_history(client, run_id, "loss") == expected
-    assert read_history(client, run_id, "held_out/psnr") == [(50, 20.0), (60, 21.0)]
+    assert read_history(client, run.id, "loss") == expected
+    assert read_history(client, run.id, "held_out/psnr") == [(50, 20.0), (60, 21.0)]
 
 
-def test_what_a_killed_worker_left_behind_is_sent_by_the_next(server, client, run_id, tmp_path):
-    nobody = f"http://127.0.0.1:{ports.pick_free(1)[0]}"
-    killed = Tracker(nobody, run_id, tmp_path, send_interval_seconds=0.1)
+def test_what_a_killed_worker_left_behind_is_sent_by_the_next(client, run, tmp_path):
+    nobody = Server(f"http://127.0.0.1:{ports.pick_free(1)[0]}")
+    killed = Tracker(Run(nobody, run.id), tmp_path, send_interval_seconds=0.1)
     log_steps(killed, range(60))
     killed.log_text("old", "old.txt")
     killed.close()
     assert killed.spilled == 60
-    with (tmp_path / f"{run_id}.jsonl").open("a") as file:
+    with (tmp_path / f"{run.id}.jsonl").open("a") as file:
         file.write('{"name": "loss", "st')  # killed in mid-line
-    log_steps(revived := Tracker(server.uri, run_id, tmp_path), range(41, 80))
+    log_steps(revived := Tracker(run, tmp_path), range(41, 80))
     revived.close()
-    assert read_history(client, run_id, "loss") == [(step, float(step)) for step in range(80)]
-    assert [file.path for file in client.list_artifacts(run_id)] == ["old.txt"]
+    assert read_history(client, run.id, "loss") == [(step, float(step)) for step in range(80)]
+    assert [file.path for file in client.list_artifacts(run.id)] == ["old.txt"]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_point_that_the_server_has_is_stored_once(client, run_id):
+def test_a_point_that_the_server_has_is_stored_once(client, run):
     """What sending again after an unclear failure relies on."""
     points = [Metric("loss", float(step), 1000 + step, step) for step in range(10)]
-    client.log_batch(run_id, metrics=points, synchronous=True)
-    client.log_batch(run_id, metrics=points[5:], synchronous=True)
-    assert [step for step, _ in read_history(client, run_id, "loss")] == list(range(10))
+    client.log_batch(run.id, metrics=points, synchronous=True)
+    client.log_batch(run.id, metrics=points[5:], synchronous=True)
+    assert [step for step, _ in read_history(client, run.id, "loss")] == list(range(10))
 
 
-def test_one_bad_name_does_not_take_the_others_along(server, client, run_id, tmp_path):
-    tracker = Tracker(server.uri, run_id, tmp_path)
+def test_one_bad_name_does_not_take_the_others_along(client, run, tmp_path):
+    tracker = Tracker(run, tmp_path)
     log_steps(tracker, range(5))
     tracker.log_metrics(5, {"loss": 5.0, "bad\tname?": 1.0, "nan": float("nan")})
     tracker.close()
     assert tracker.dropped == 1
-    assert len(read_history(client, run_id, "loss")) == 6
-    assert [step for step, _ in read_history(client, run_id, "nan")] == [5]
+    assert len(read_history(client, run.id, "loss")) == 6
+    assert [step for step, _ in read_history(client, run.id, "nan")] == [5]
 
 
-def test_a_full_queue_drops_and_counts_instead_of_blocking(server, client, run_id, tmp_path):
-    tracker = Tracker(server.uri, run_id, tmp_path, send_interval_seconds=60, queue_size=10)
+def test_a_full_queue_drops_and_counts_instead_of_blocking(client, run, tmp_path):
+    tracker = Tracker(run, tmp_path, send_interval_seconds=60, queue_size=10)
     log_steps(tracker, range(25))
     tracker.close()
     assert tracker.dropped == 15
-    assert len(read_history(client, run_id, "loss")) == 10
+    assert len(read_history(client, run.id, "loss")) == 10
 
 
-def test_system_metrics_go_on_where_they_were_after_a_restart(server, client, run_id, tmp_path):
+def test_system_metrics_go_on_where_they_were_after_a_restart(client, run, tmp_path):
     name = "system/cpu_utilization_percentage"
 
     def count() -> int:
-        return len(client.get_metric_history(run_id, name))
+        return len(client.get_metric_history(run.id, name))
 
     for enough in (2, 4):
         tracker = Tracker(
-            *(server.uri, run_id, tmp_path),
-            send_interval_seconds=0.1,
-            system_metrics_interval_seconds=0.2,
+            run, tmp_path, send_interval_seconds=0.1, system_metrics_interval_seconds=0.2
         )
         assert wait_until(lambda enough=enough: count() >= enough, 20)
         tracker.close()
-    steps = [step for step, _ in read_history(client, run_id, name)]
+    steps = [step for step, _ in read_history(client, run.id, name)]
     assert steps == list(range(len(steps)))
 
 
-def test_a_checkpoint_carries_what_a_killed_process_had_not_sent(server, client, run_id, tmp_path):
-    before = Tracker(server.uri, run_id, tmp_path / "a", send_interval_seconds=3600)
+def test_a_checkpoint_carries_what_a_killed_process_had_not_sent(client, run, tmp_path):
+    before = Tracker(run, tmp_path / "a", send_interval_seconds=3600)
     for step in range(3):
         before.log_metrics(step, {"loss": step / 10, "system/cpu": 1.0})
     saved = json.loads(json.dumps(before.unsent()))
     assert [(name, step) for name, step, *_ in saved] == [("loss", step) for step in range(3)]
     for node in ("b", "c"):  # two more lives, on other nodes; what arrived comes only once
-        after = Tracker(server.uri, run_id, tmp_path / node)
+        after = Tracker(run, tmp_path / node)
         after.resend(saved)
         after.close()
-    assert read_history(client, run_id, "loss") == [(0, 0.0), (1, 0.1), (2, 0.2)]
+    assert read_history(client, run.id, "loss") == [(0, 0.0), (1, 0.1), (2, 0.2)]
 
 
 @pytest.mark.slow
-def test_a_checkpoint_carries_what_an_outage_held_up(server, client, run_id, tmp_path):
+def test_a_checkpoint_carries_what_an_outage_held_up(server, client, run, tmp_path):
     """MLflow is away until training has ended; the driver, on another node, sends the curves."""
-    tracker = Tracker(server.uri, run_id, tmp_path / "worker", send_interval_seconds=0.1)
+    tracker = Tracker(run, tmp_path / "worker", send_interval_seconds=0.1)
     tracker.log_metrics(0, {"loss": 0.5})
-    assert wait_until(lambda: read_history(client, run_id, "loss"), 20)
+    assert wait_until(lambda: read_history(client, run.id, "loss"), 20)
     server.stop()
     try:
         for step in (1, 2):
@@ -354,9 +359,9 @@ def test_a_checkpoint_carries_what_an_outage_held_up(server, client, run_id, tmp
     finally:
         server.start()
     assert [step for _, step, *_ in saved] == [1, 2, 3]
-    deliver_points(server.uri, run_id, saved)
-    deliver_points(server.uri, run_id, saved)
-    assert read_history(client, run_id, "loss") == [(0, 0.5), (1, 0.1), (2, 0.2), (3, 0.3)]
+    deliver_points(run, saved)
+    deliver_points(run, saved)
+    assert read_history(client, run.id, "loss") == [(0, 0.5), (1, 0.1), (2, 0.2), (3, 0.3)]
 
 
 NAMES = [
@@ -365,28 +370,28 @@ NAMES = [
 ]
 
 
-def test_a_run_is_found_by_its_very_name(server: MlflowServer, client: MlflowClient):
+def test_a_run_is_found_by_its_very_name(mlflow: Server, client: MlflowClient):
     experiment = 'it\'s "odd", 100%_\u00fc'
     names = [name for name in NAMES if "/" not in name]
-    made = {name: runs.find_or_create_run(server.uri, experiment, name, {})[0] for name in names}
+    made = {name: runs.find_or_create_run(mlflow, experiment, name, {})[0] for name in names}
     assert len(set(made.values())) == len(names)
-    for name, run_id in made.items():
-        assert runs.find_or_create_run(server.uri, experiment, name, {}) == (run_id, True)
-        assert runs.find_run(server.uri, experiment, name) == run_id
-    runs.finish_run(server.uri, made["it's"], "FINISHED")
-    assert runs.find_unfinished_run(server.uri, experiment, "it's") is None
-    assert runs.find_unfinished_run(server.uri, experiment, 'it\'s "both"')
+    for name, run in made.items():
+        assert runs.find_or_create_run(mlflow, experiment, name, {}) == (run, True)
+        assert runs.find_run(mlflow, experiment, name) == run
+    made["it's"].finish("FINISHED")
+    assert runs.find_unfinished_run(mlflow, experiment, "it's") is None
+    assert runs.find_unfinished_run(mlflow, experiment, 'it\'s "both"')
     for missing in ("it", "a%", "_", "%", 'it\'s "b_th"', "%'\""):
         with pytest.raises(ValueError, match="MLflow has no run"):
-            runs.find_run(server.uri, experiment, missing)
+            runs.find_run(mlflow, experiment, missing)
 
 
-def test_many_runs_that_look_alike_do_not_hide_one(server: MlflowServer, client: MlflowClient):
+def test_many_runs_that_look_alike_do_not_hide_one(mlflow: Server, client: MlflowClient):
     experiment = client.create_experiment("alike")
     wanted = client.create_run(experiment, run_name="'\"").info.run_id
     for number in range(60):  # more than one page; all match the pattern that finds it
         client.create_run(experiment, run_name=f"{chr(200 + number)}x")
-    assert runs.find_run(server.uri, "alike", "'\"") == wanted
+    assert runs.find_run(mlflow, "alike", "'\"").id == wanted
 
 
 def test_the_versions_of_a_model_are_those_of_its_very_name(client: MlflowClient):

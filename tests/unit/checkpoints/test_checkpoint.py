@@ -9,6 +9,7 @@ import torch
 from efae.checkpoints import checkpoint
 from efae.checkpoints.checkpoint import CheckpointError
 from efae.config import Config, TrainingConfig
+from efae.model.autoencoder import Autoencoder
 
 ALL_FILES = (*checkpoint.CHECKPOINT_FILES, checkpoint.MANIFEST)
 CONFIG = replace(Config(), training=TrainingConfig(seed=7))
@@ -130,14 +131,8 @@ def test_a_write_that_fails_midway_leaves_no_manifest_not_even_an_old_one(tmp_pa
     assert not (folder / checkpoint.MANIFEST).exists()
 
 
-def test_a_model_comes_back_and_holds_two_files(tmp_path):
-    weights = make_state()["ema"]
-    checkpoint.write_model(tmp_path, weights, CONFIG, {"psnr": 24.5})
-    assert {path.name for path in tmp_path.iterdir()} == {*checkpoint.MODEL_FILES, "manifest.json"}
-    found, config = checkpoint.read_model(tmp_path)
-    assert torch.equal(found["weight"], weights["weight"])
-    assert config == CONFIG
-    assert checkpoint.read_manifest(str(tmp_path))["card"] == {"psnr": 24.5}
+def test_a_model_is_no_checkpoint_to_go_on_from(tmp_path):
+    Autoencoder(CONFIG).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="it is a model"):
         checkpoint.read_checkpoint(tmp_path)
 
@@ -145,9 +140,9 @@ def test_a_model_comes_back_and_holds_two_files(tmp_path):
 def test_a_checkpoint_read_as_a_model_gives_the_ema(tmp_path):
     folder = write(tmp_path, 3)
     (folder / checkpoint.OPTIMIZER).unlink()  # not needed, so not read
-    weights, config = checkpoint.read_model(folder)
-    assert torch.equal(weights["weight"], make_state(3)["ema"]["weight"])
-    assert config == CONFIG
+    model = checkpoint.read_model(str(folder))
+    assert torch.equal(model.weights["weight"], make_state(3)["ema"]["weight"])
+    assert model.config == CONFIG
 
 
 def test_the_error_survives_the_way_between_processes():

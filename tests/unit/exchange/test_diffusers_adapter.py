@@ -20,7 +20,8 @@ from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.exchange.diffusers_adapter import AutoencoderEFAE
 from efae.model.autoencoder import Autoencoder
-from efae.model.pretrained import CLASS_NAME, CONFIG, WEIGHTS
+from efae.model.pretrained import CLASS_NAME
+from efae.model.stored_files import CONFIG, MANIFEST, MODEL_FILES
 from efae.symmetry import D4
 
 SIZES = {
@@ -243,7 +244,7 @@ def test_a_pipeline_saves_and_loads_it(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["vae"] == ["efae.exchange.diffusers_adapter", CLASS_NAME]
-    assert {path.name for path in (tmp_path / "vae").iterdir()} == {CONFIG, WEIGHTS}
+    assert {path.name for path in (tmp_path / "vae").iterdir()} == {*MODEL_FILES, MANIFEST}
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded.vae) is AutoencoderEFAE

@@ -14,10 +14,10 @@ from mlflow.models import Model
 from mlflow.pyfunc import PyFuncModel
 
 from efae import config_forms as configuration
-from efae.checkpoints import checkpoint
 from efae.config import Config
 from efae.exchange import torch_export
 from efae.model.autoencoder import Autoencoder
+from efae.model.pretrained import pack_model
 from efae.model.sampler import EVALUATIONS, integrate, time_grid
 
 ROOT = Path(__file__).parents[3]
@@ -66,8 +66,9 @@ def exported(request, tmp_path_factory) -> tuple[Autoencoder, Path]:
     for weight in model.parameters():
         weight += 0.05 * torch.rand_like(weight)
     folder = tmp_path_factory.mktemp("model")
-    checkpoint.write_model(folder, model.state_dict(), config, {})
-    torch_export.export_portable(folder, folder)
+    torch_export.export_portable(
+        pack_model(model.state_dict(), config, model.representation), folder
+    )
     described = Model()
     torch_export.describe_portable(described)
     described.save(str(folder / "MLmodel"))

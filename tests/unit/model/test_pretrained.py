@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -12,7 +13,15 @@ import torch
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
-from efae.model.pretrained import CARD, CONFIG, WEIGHTS, write_pretrained
+from efae.model.pretrained import CARD, StoredModel, pack_model
+from efae.model.stored_files import (
+    CONFIG,
+    MANIFEST,
+    MODEL_FILES,
+    WEIGHTS,
+    CheckpointError,
+    dump_manifest,
+)
 from efae.symmetry import D4
 
 SIZES = {
@@ -98,8 +107,8 @@ def test_the_configuration_says_what_latent_diffusion_reads(tmp_path):
     assert 2 ** (len(settings["block_out_channels"]) - 1) == 8
 
 
-def test_the_folder_holds_two_files_and_a_card_if_there_is_one(folder, model):
-    assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS}
+def test_the_folder_holds_three_files_and_a_card_if_there_is_one(folder, model):
+    assert {path.name for path in folder.iterdir()} == {*MODEL_FILES, MANIFEST}
     model.save_pretrained(folder, card="# mine é")
     assert (folder / CARD).read_text(encoding="utf-8") == "# mine é"
     model.save_pretrained(folder)  # does not take it away
@@ -115,7 +124,7 @@ def test_weights_do_not_follow_a_file_that_changes(folder, model):
 
 
 def refuse(folder, *parts):
-    with pytest.raises(ValueError, match=str(folder)) as caught:
+    with pytest.raises(CheckpointError, match=str(folder)) as caught:
         Autoencoder.from_pretrained(folder)
     for part in parts:
         assert part in str(caught.value)
@@ -136,12 +145,12 @@ def test_a_planted_pickle_is_named_and_not_opened(folder, name, capsys):
 
 
 def test_a_pickle_under_our_name_is_no_safetensors_file(folder, capsys):
-    (folder / WEIGHTS).write_bytes(pickle.dumps(Planted()))
-    refuse(folder, WEIGHTS, "not a complete safetensors file")
+    rewrite(folder, WEIGHTS, pickle.dumps(Planted()))
+    refuse(folder, WEIGHTS, "not a safetensors file")
     assert not capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+@pytest.mark.parametrize("name", [*MODEL_FILES, MANIFEST])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
     refuse(folder, f"{name} is missing")
@@ -155,7 +164,9 @@ def test_no_folder_is_not_downloaded(tmp_path):
 def test_weights_that_are_cut_off_are_refused(folder, share):
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[: int(len(whole) * share)])
-    refuse(folder, WEIGHTS, "not a complete safetensors file")
+    refuse(folder, WEIGHTS, f"bytes, not {len(whole)}")
+    rewrite(folder, WEIGHTS, whole[: int(len(whole) * share)])
+    refuse(folder, WEIGHTS, "not a safetensors file")
 
 
 def test_one_flipped_bit_is_noticed(folder):
@@ -171,42 +182,41 @@ def test_the_configuration_of_another_model_is_refused(tmp_path, folder, model):
     other.config = replace(model.config, flow=replace(model.config.flow, sampler_steps=7))
     other.save_pretrained(tmp_path / "other")
     (folder / CONFIG).write_bytes((tmp_path / "other" / CONFIG).read_bytes())
-    refuse(folder, CONFIG, "another model")
+    refuse(folder, CONFIG, "its sha256 is not the manifest's")
 
 
 def test_an_edited_configuration_is_refused(folder):
     text = (folder / CONFIG).read_text()
     (folder / CONFIG).write_text(text.replace('"scaling_factor": 1.0', '"scaling_factor": 0.5'))
-    refuse(folder, CONFIG, "was changed")
+    refuse(folder, CONFIG, "its sha256 is not the manifest's")
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"_class_name": "AutoencoderKL"}, "class AutoencoderKL, not AutoencoderEFAE"),
-        ({"surprise": 1}, "unknown settings surprise"),
-        ({"efae": None}, "not valid for efae"),
-        (None, "has no _efae_version"),
+        ({"efae": None}, "not valid for this efae"),
+        (None, "not valid for this efae"),
     ],
 )
 def test_other_settings_are_named(folder, change, said):
     settings = json.loads((folder / CONFIG).read_text())
     if change is None:
-        del settings["_efae_version"]
-    sign(folder, settings | (change or {}))
+        del settings["efae"]
+    rewrite(folder, CONFIG, json.dumps(settings | (change or {})).encode())
     refuse(folder, CONFIG, said)
 
 
 def test_settings_of_a_newer_efae_are_named(folder):
     settings = json.loads((folder / CONFIG).read_text()) | {"_efae_version": "9.9"}
     settings["efae"]["model"]["telepathy"] = True
-    sign(folder, settings)
+    rewrite(folder, CONFIG, json.dumps(settings).encode())
     refuse(folder, CONFIG, "efae 9.9", "telepathy")
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "", "\x80\x04"])
 def test_what_is_no_configuration_is_refused(folder, text):
-    (folder / CONFIG).write_text(text, encoding="latin-1")
+    rewrite(folder, CONFIG, text.encode("latin-1"))
     refuse(folder, CONFIG, "not the configuration of a model")
 
 
@@ -222,21 +232,79 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, model):
     ):
         weights = dict(model.state_dict())
         change(weights)
-        write_pretrained(tmp_path / name, weights, model.config, model.representation)
+        pack_model(weights, model.config, model.representation).write(tmp_path / name)
         refuse(tmp_path / name, WEIGHTS, said)
+
+
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_a_write_that_fails_midway_leaves_no_manifest_not_even_an_old_one(folder, model, name):
+    (folder / name).unlink()
+    (folder / name).mkdir()  # so that this file cannot be written
+    with pytest.raises(IsADirectoryError):
+        model.save_pretrained(folder)
+    refuse(folder)
+    assert not (folder / MANIFEST).exists()
+
+
+def test_equal_models_give_equal_bytes_and_the_digest_of_the_weights(folder, model):
+    packed = pack_model(model.state_dict(), model.config, model.representation)
+    for name in (*MODEL_FILES, MANIFEST):
+        assert (folder / name).read_bytes() == packed.files[name]
+    assert packed.digest == hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+
+
+def save_before_manifests(model: Autoencoder, folder: Path) -> StoredModel:
+    """Write the folder as save_pretrained did before format version 3."""
+    packed = pack_model(model.state_dict(), model.config, model.representation)
+    digest = hashlib.sha256()
+    for name in sorted(packed.weights):
+        tensor = packed.weights[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    folder.mkdir()
+    (folder / CONFIG).write_bytes(packed.files[CONFIG])
+    metadata = {
+        "format": "pt",
+        "config_sha256": hashlib.sha256(packed.files[CONFIG]).hexdigest(),
+        "tensors_sha256": digest.hexdigest(),
+    }
+    safetensors.torch.save_file(dict(packed.weights), folder / WEIGHTS, metadata)
+    return packed
+
+
+def test_a_folder_without_a_manifest_is_read_if_the_header_of_its_weights_vouches(tmp_path, model):
+    save_before_manifests(model, tmp_path / "old")
+    loaded = Autoencoder.from_pretrained(tmp_path / "old")
+    assert loaded.config == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_a_changed_file_beside_such_a_header_is_named(tmp_path, model, name):
+    folder = tmp_path / "old"
+    save_before_manifests(model, folder)
+    data = (folder / name).read_bytes()
+    changed = data.replace(b'"scaling_factor": 1.0', b'"scaling_factor": 0.5')
+    (folder / name).write_bytes(changed if name == CONFIG else data[:-1] + bytes([data[-1] ^ 1]))
+    refuse(folder, name, "was changed" if name == CONFIG else "damaged")
 
 
 def test_a_foreign_safetensors_file_is_refused(folder, model):
     safetensors.torch.save_file(model.state_dict(), folder / WEIGHTS)
-    refuse(folder, WEIGHTS, "config_sha256", "not written by efae")
+    (folder / MANIFEST).unlink()
+    refuse(folder, f"{MANIFEST} is missing")
 
 
-def sign(folder, settings) -> None:
-    """Replace the configuration, and its hash in the header of the weights."""
-    text = json.dumps(settings)
-    (folder / CONFIG).write_text(text)
-    with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    metadata["config_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata)
+def test_the_folder_of_another_library_is_named_as_such(folder):
+    settings = json.loads((folder / CONFIG).read_text()) | {"_class_name": "AutoencoderKL"}
+    (folder / CONFIG).write_text(json.dumps(settings))
+    (folder / MANIFEST).unlink()
+    refuse(folder, "class AutoencoderKL, not AutoencoderEFAE")
+
+
+def rewrite(folder, name: str, data: bytes) -> None:
+    """Replace a file, and the manifest with it."""
+    (folder / name).write_bytes(data)
+    contents = {name: (folder / name).read_bytes() for name in MODEL_FILES}
+    (folder / MANIFEST).write_bytes(dump_manifest(contents, {}))

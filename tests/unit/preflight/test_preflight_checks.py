@@ -15,10 +15,13 @@ from data_pipelines.storage import Location
 from data_pipelines.storage.retries import StorageError
 from efae.config import Config
 from efae.config_forms import with_overrides
+from efae.experiment import describe_data
 from efae.preflight import node_checks
 from efae.preflight.checks import Note, Outcome, merge_outcomes, run_check, run_checks
 from efae.preflight.cluster_checks import join_cluster, run_preflight
-from efae.preflight.driver_checks import measure_data
+from efae.preflight.driver_checks import RunData, list_checks, measure_data
+from efae.tracking.server import Server
+from tests.opened_files import watch_opens
 
 GIB = 2**30
 
@@ -61,7 +64,7 @@ def serve():
 def test_mlflow_that_refuses_the_credentials_names_them(serve, status):
     address = serve(status)
     with pytest.raises(ValueError, match=rf"refuses these credentials \({status}\)") as error:
-        node_checks.check_mlflow(f"http://someone:hunter2@{address}")
+        Server(f"http://someone:hunter2@{address}").check()
     message = str(error.value)
     assert f"MLflow at http://***@{address}" in message
     assert "hunter2" not in message
@@ -72,13 +75,13 @@ def test_mlflow_that_refuses_the_credentials_names_them(serve, status):
 def test_a_token_of_mlflow_that_no_request_can_carry_is_not_repeated(serve, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "hunter2\n")
     with pytest.raises(ValueError, match=r"^MLFLOW_TRACKING_TOKEN holds a line break") as error:
-        node_checks.check_mlflow(f"http://{serve()}")
+        Server(f"http://{serve()}").check()
     assert "hunter2" not in str(error.value)
 
 
 def test_mlflow_that_fails_is_not_said_to_refuse(serve):
     with pytest.raises(ValueError, match=r"does not answer .*; start the local stack"):
-        node_checks.check_mlflow(f"http://{serve(500)}")
+        Server(f"http://{serve(500)}").check()
 
 
 @pytest.mark.parametrize("status", [200, 403])
@@ -108,10 +111,10 @@ def test_clocks_that_cannot_be_compared(serve):
 
 def test_the_clock_that_counts(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://storage:8333")
-    mlflow = "https://user:secret@mlflow:5000/path"
+    mlflow = Server("https://user:secret@mlflow:5000/path")
     assert node_checks.find_clock("s3://runs/ray", mlflow) == "http://storage:8333"
     assert node_checks.find_clock("/runs/ray", mlflow) == "https://mlflow:5000"
-    assert node_checks.find_clock("/runs/ray", "") == ""
+    assert node_checks.find_clock("/runs/ray", Server("")) == ""
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
     assert node_checks.find_clock("s3://runs/ray", mlflow) == "https://s3.amazonaws.com"
@@ -237,7 +240,7 @@ def test_what_nodes_found_is_summed_up():
 
 def test_local_shards_need_no_cache(shards):
     config = with_overrides(Config(), {"data.uri": shards, "data.held_out_uri": shards})
-    assert measure_data(config) == 0
+    assert measure_data(config, RunData(config.data)) == 0
 
 
 @pytest.mark.parametrize(("bound", "expected"), [(2**20, 23 * 3 * 8 * 8), (1000, 1000)])
@@ -251,14 +254,40 @@ def test_pixels_that_are_to_be_kept_need_room(shards, bound, expected):
             "data.pixel_cache_bytes": bound,
         },
     )
-    assert measure_data(config) == expected
+    assert measure_data(config, RunData(config.data)) == expected
+
+
+def test_a_run_reads_the_index_of_each_of_its_sets_once(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "held_out")
+    held_out = str(tmp_path / "held_out")
+    config = with_overrides(
+        Config(),
+        {
+            "data.uri": shards,
+            "data.held_out_uri": held_out,
+            "data.resolution": 8,
+            "data.pixel_cache_bytes": 1000,
+            "tracking.run_name": "x",
+            "ray.storage_uri": str(tmp_path / "run"),
+        },
+    )
+    data = RunData(config.data)
+    with watch_opens() as opened:
+        outcomes = [run_check(what, check) for what, check in list_checks(config, data, Server(""))]
+        measure_data(config, data)
+        described = describe_data(data)
+    passed = {outcome.what for outcome in outcomes if outcome.state == "ok"}
+    assert passed >= {"images", "held-out images", "storage"}
+    assert described["held_out_data"].startswith(f"{held_out} (23 images")
+    for uri in (shards, held_out):
+        assert opened.count(f"{uri}/index.json") == 1
 
 
 def test_a_wrong_configuration_is_not_asked_about():
     said = []
     config = with_overrides(Config(), {"data.uri": "pipe:ls", "tracking.run_name": "x"})
     with pytest.raises(ValueError, match="1 of 1 checks failed: configuration"):
-        run_preflight(config, "", said.append)
+        run_preflight(config, RunData(config.data), Server(""), said.append)
     assert len(said) == 1
     assert said[0].startswith("FAIL configuration: ")
     assert "pipe" in said[0]

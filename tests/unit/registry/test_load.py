@@ -1,10 +1,13 @@
 """efae.load reads every folder that we write, and the models that come with the package."""
 
+import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
+import safetensors.torch
 import torch
 
 import efae
@@ -12,8 +15,10 @@ from efae.checkpoints import checkpoint
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.model import pretrained
+from efae.model.stored_files import CONFIG, WEIGHTS, read_from
 from efae.registry import pull
 from efae.registry.cache import fetch_model
+from tests.opened_files import watch_opens
 
 TINY = with_overrides(
     Config(),
@@ -52,15 +57,34 @@ def write_checkpoint(model, folder):
 
 def pull_to_cache(model, folder):
     """What the registry's cache holds of a version."""
-    stored = folder / "stored"
-    checkpoint.write_model(stored, model.state_dict(), TINY, {})
-    return fetch_model("models:/tiny/1", lambda name: (stored / name).read_bytes(), folder)
+    stored = save_pretrained(model, folder / "stored")
+    read = read_from(stored)
+    return fetch_model("models:/tiny/1", read, folder)[0]
+
+
+def register_before_version_3(model, folder):
+    """What the registry stored before a version was what save_pretrained writes."""
+    files = {
+        "model.safetensors": safetensors.torch.save(model.state_dict()),
+        "config.json": json.dumps(asdict(TINY)).encode(),
+    }
+    hashes = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in files.items()
+    }
+    manifest = {"format_version": 2, "card": {"psnr": 24.5}, "files": hashes}
+    folder.mkdir(exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
 
 
 WRITERS = {
     "save_pretrained": save_pretrained,
     "checkpoint": write_checkpoint,
     "registry's cache": pull_to_cache,
+    "registered before version 3": register_before_version_3,
 }
 
 
@@ -80,18 +104,30 @@ def test_every_folder_of_a_model_loads(write, model, tmp_path):
 def test_a_folder_is_pulled_as_the_files_that_a_model_needs(write, model, tmp_path):
     folder = write(model, tmp_path / "here")
     copy = pull.pull(str(folder), tmp_path / "there")
-    assert {path.name for path in copy.iterdir()} - {checkpoint.MANIFEST} == {
-        *pull.find_files(copy)
-    }
-    weights, config = pull.read(copy)
-    assert config == TINY
-    assert set(weights) == set(model.state_dict())
+    stored = pull.read(str(copy))
+    assert {path.name for path in copy.iterdir()} == {*stored.files}
+    assert {*stored.files} == {stored.weights_file, "config.json", "manifest.json"}
+    for name, data in stored.files.items():
+        assert (folder / name).read_bytes() == data
+    assert stored.config == TINY
+    assert set(stored.weights) == set(model.state_dict())
     assert efae.load(copy).config == TINY
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_load_opens_each_file_once(write, model, tmp_path):
+    folder = write(model, tmp_path / "here")
+    efae.load(folder)  # imports are done
+    with watch_opens() as opened:
+        efae.load(folder)
+    of_the_model = sorted(path for path in opened if path.startswith(f"{folder}/"))
+    stored = pull.read(str(folder))
+    assert of_the_model == sorted(str(folder / name) for name in stored.files)
 
 
 def test_a_damaged_folder_of_save_pretrained_is_refused(model, tmp_path):
     model.save_pretrained(tmp_path)
-    with (tmp_path / pretrained.WEIGHTS).open("r+b") as file:
+    with (tmp_path / WEIGHTS).open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x7f")
     with pytest.raises(ValueError, match="damaged"):
@@ -136,7 +172,7 @@ def test_the_builtin_model_is_small_credited_and_exactly_equivariant():
     assert sum(path.stat().st_size for path in folder.iterdir()) < 2**20
     assert "OpenMoji" in (folder / pretrained.CARD).read_text(encoding="utf-8")
     assert "CC BY-SA 4.0" in (folder / pretrained.CARD).read_text(encoding="utf-8")
-    assert json.loads((folder / pretrained.CONFIG).read_text())["group"] == "D4"
+    assert json.loads((folder / CONFIG).read_text())["group"] == "D4"
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1
     noise = torch.randn(2, 3, 32, 32, generator=generator)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,12 +10,13 @@ import torch
 
 import efae
 from efae import config_forms as configuration
-from efae.checkpoints import checkpoint
-from efae.checkpoints.checkpoint import CheckpointError
 from efae.config import Config
-from efae.model.autoencoder import Autoencoder
-from efae.registry.cache import fetch_model, sha256
+from efae.model.autoencoder import Autoencoder, build_representation
+from efae.model.pretrained import pack_model
+from efae.model.stored_files import MANIFEST, MODEL_FILES, WEIGHTS, CheckpointError, sha256
+from efae.registry.cache import fetch_model, read_copy
 from efae.registry.offline_names import mention_copy, recall, remember
+from tests.opened_files import watch_opens
 from tests.planted import make_pickle
 
 SERVER = "http://127.0.0.1:5000"
@@ -39,12 +39,13 @@ def payload(tmp_path) -> tuple[bytes, Path]:
 
 def write_model(folder: Path, seed: int = 0, config: Config = TINY) -> Path:
     generator = torch.Generator().manual_seed(seed)
-    checkpoint.write_model(folder, {"w": torch.randn(5, generator=generator)}, config, {})
+    weights = {"w": torch.randn(5, generator=generator)}
+    pack_model(weights, config, build_representation(config)).write(folder)
     return folder
 
 
 def write_loadable(folder: Path) -> Path:
-    checkpoint.write_model(folder, Autoencoder(TINY).state_dict(), TINY, {})
+    Autoencoder(TINY).save_pretrained(folder)
     return folder
 
 
@@ -57,15 +58,16 @@ def rewrite(folder: Path, name: str, data: bytes) -> None:
 
 
 def fetch(source: Path, cache: Path, manifest_digest: str | None = None) -> Path:
-    return fetch_model(
+    folder, _ = fetch_model(
         "models:/m/1", lambda name: (source / name).read_bytes(), cache, manifest_digest
     )
+    return folder
 
 
 def other_config() -> bytes:
     """Valid, and of a wider model."""
     changed = configuration.with_overrides(TINY, {"model.hidden_size": 64})
-    return configuration.to_json(changed).encode()
+    return pack_model({}, changed, build_representation(changed)).files["config.json"]
 
 
 def exchange_files(ours: Path, theirs: Path) -> None:
@@ -73,8 +75,8 @@ def exchange_files(ours: Path, theirs: Path) -> None:
 
 
 def flip_last_bit(ours: Path, theirs: Path) -> None:
-    data = (ours / "model.safetensors").read_bytes()
-    (ours / "model.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    data = (ours / WEIGHTS).read_bytes()
+    (ours / WEIGHTS).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
 @pytest.mark.parametrize(
@@ -83,14 +85,14 @@ def flip_last_bit(ours: Path, theirs: Path) -> None:
 def test_a_copy_that_changed_is_fetched_again_and_offline_refused(tmp_path, harm, reason):
     cache, source = tmp_path / "cache", write_model(tmp_path / "source")
     folder = fetch(source, cache)
-    remember(cache, SERVER, "models:/m/1", folder.name)
+    remember(cache, SERVER, ["models:/m/1"], folder.name)
     harm(folder, write_model(tmp_path / "other", seed=1))
     with pytest.raises(CheckpointError, match=f"models:/m/1: the copy in .* {reason}"):
-        recall(cache, SERVER, "models:/m/1")
+        read_copy("models:/m/1", recall(cache, SERVER, "models:/m/1"))
     assert fetch(source, cache, manifest_digest=folder.name) == folder
-    for name in ("model.safetensors", "config.json", "manifest.json"):
+    for name in (*MODEL_FILES, MANIFEST):
         assert (folder / name).read_bytes() == (source / name).read_bytes()
-    assert recall(cache, SERVER, "models:/m/1") == folder
+    assert read_copy("models:/m/1", recall(cache, SERVER, "models:/m/1")).files
 
 
 def test_a_manifest_digest_never_becomes_a_path_out_of_the_cache(tmp_path):
@@ -104,11 +106,11 @@ def test_a_manifest_digest_never_becomes_a_path_out_of_the_cache(tmp_path):
 def test_a_pickle_in_place_of_the_weights_is_refused_and_not_kept(tmp_path, payload):
     data, trace = payload
     source = write_model(tmp_path / "source")
-    rewrite(source, "model.safetensors", data)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a safetensors file"):
+    rewrite(source, WEIGHTS, data)
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS} is not a safetensors file"):
         fetch(source, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a safetensors file"):
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS} is not a safetensors file"):
         efae.load(str(source))
     assert not trace.exists()
 
@@ -117,18 +119,11 @@ def test_a_pickle_beside_the_weights_is_never_opened(tmp_path, payload):
     data, trace = payload
     source = write_loadable(tmp_path / "source")
     (source / "python_model.pkl").write_bytes(data)
-    opened: list[str] = []
-    watching = True
-
-    def watch(event: str, arguments: tuple) -> None:  # a hook cannot be taken off again
-        if event == "open" and watching:
-            opened.append(str(arguments[0]))
-
-    sys.addaudithook(watch)
-    efae.load(str(source))
-    fetch(source, tmp_path / "cache")
-    watching = False
-    assert str(source / "model.safetensors") in opened
+    with watch_opens() as opened:
+        fetch(source, tmp_path / "cache")
+        with pytest.raises(CheckpointError, match=r"python_model\.pkl.*may be a pickle"):
+            efae.load(str(source))
+    assert str(source / WEIGHTS) in opened
     assert [name for name in opened if name.endswith(".pkl")] == []
     assert not trace.exists()
 
@@ -146,7 +141,7 @@ def test_another_valid_config_is_refused(tmp_path):
 
 def test_a_name_is_recalled_for_its_own_server_only(tmp_path):
     folder = fetch(write_model(tmp_path / "source"), tmp_path)
-    remember(tmp_path, f"{SERVER}/", "models:/m@champion", folder.name)
+    remember(tmp_path, f"{SERVER}/", ["models:/m@champion"], folder.name)
     assert recall(tmp_path, SERVER, "models:/m@champion") == folder
     assert "EFAE_OFFLINE=1" in mention_copy(tmp_path, SERVER, "models:/m@champion")
     other = "http://127.0.0.1:5001"
@@ -161,34 +156,34 @@ def test_a_name_is_recalled_for_its_own_server_only(tmp_path):
 def test_a_name_follows_what_the_server_said_last(tmp_path):
     first, second = (fetch(write_model(tmp_path / f"{n}", n), tmp_path / "cache") for n in (0, 1))
     for folder in (first, second, first):
-        remember(tmp_path / "cache", SERVER, "models:/m@champion", folder.name)
+        remember(tmp_path / "cache", SERVER, ["models:/m@champion"], folder.name)
         assert recall(tmp_path / "cache", SERVER, "models:/m@champion") == folder
 
 
 def test_first_digits_of_a_digest_suffice_where_they_mean_one_model(tmp_path):
     first, second = (fetch(write_model(tmp_path / f"{n}", n), tmp_path / "cache") for n in (0, 1))
     known = f"models:/m@sha256:{'a' * 12}"
-    remember(tmp_path / "cache", SERVER, known + "b" * 52, first.name)
-    remember(tmp_path / "cache", SERVER, known + "c" * 52, second.name)
+    remember(tmp_path / "cache", SERVER, [known + "b" * 52], first.name)
+    remember(tmp_path / "cache", SERVER, [known + "c" * 52], second.name)
     assert recall(tmp_path / "cache", SERVER, known + "b") == first
     with pytest.raises(ValueError, match="names 2 models"):
         recall(tmp_path / "cache", SERVER, known)
-    remember(tmp_path / "cache", SERVER, "models:/m/31", first.name)
+    remember(tmp_path / "cache", SERVER, ["models:/m/31"], first.name)
     with pytest.raises(ValueError, match="was not pulled"):  # digits of a version mean another one
         recall(tmp_path / "cache", SERVER, "models:/m/3")
 
 
 def test_passwords_are_not_written(tmp_path):
     folder = fetch(write_model(tmp_path / "source"), tmp_path)
-    remember(tmp_path, "http://user:hunter2@host:5000", "models:/m/1", folder.name)
+    remember(tmp_path, "http://user:hunter2@host:5000", ["models:/m/1"], folder.name)
     assert all("hunter2" not in path.read_text() for path in (tmp_path / "refs").iterdir())
     assert recall(tmp_path, "http://user:hunter2@host:5000", "models:/m/1") == folder
 
 
 def test_answers_that_are_damaged_or_whose_model_is_gone_are_as_if_never_given(tmp_path, caplog):
     folder = fetch(write_model(tmp_path / "source"), tmp_path)
-    remember(tmp_path, SERVER, "models:/m/1", folder.name)
-    remember(tmp_path, SERVER, "models:/m/2", "../source")
+    remember(tmp_path, SERVER, ["models:/m/1"], folder.name)
+    remember(tmp_path, SERVER, ["models:/m/2"], "../source")
     (tmp_path / "refs" / f"{'0' * 64}.json").write_text("{")
     with pytest.raises(ValueError, match=f"holds models:/m/1 of {SERVER}: pull"):
         recall(tmp_path, SERVER, "models:/m/2")
@@ -206,8 +201,8 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path):
     def pull_often(writer: int) -> None:
         for number in range(10):
             uri = f"models:/m/{writer}{number}"
-            remember(cache, SERVER, "models:/m@shared", folders[number % 2].name)
-            remember(cache, SERVER, uri, folders[writer % 2].name)
+            remember(cache, SERVER, ["models:/m@shared"], folders[number % 2].name)
+            remember(cache, SERVER, [uri], folders[writer % 2].name)
             assert recall(cache, SERVER, uri) == folders[writer % 2]
             assert recall(cache, SERVER, "models:/m@shared") in folders  # never half-written
 

@@ -1,0 +1,110 @@
+"""The MLflow server that a run logs to and models are registered on.
+
+Importing this module imports no MLflow, which takes two seconds: every worker of Ray's receives a
+server, but of those that train only rank 0 speaks to it.
+"""
+
+# pyright: reportUnknownVariableType=false
+import os
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from efae.tracking.redaction import first_cause, redact
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_CHECK_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Server:
+    """An MLflow server, reached or not; as text its address without a password.
+
+    Requests of `client` follow MLflow's own settings, MLFLOW_HTTP_REQUEST_TIMEOUT and
+    MLFLOW_HTTP_REQUEST_MAX_RETRIES: by default a server that is unreachable is noticed after
+    minutes. Call `check` first, or see `efae.tracking.timeouts`.
+
+    Attributes:
+        uri: Address as MLFLOW_TRACKING_URI holds it; "" where none is set.
+    """
+
+    uri: str = field(repr=False)
+
+    @classmethod
+    def from_environment(cls) -> "Server":
+        """The server that MLFLOW_TRACKING_URI names."""
+        return cls(os.environ.get("MLFLOW_TRACKING_URI", ""))
+
+    def __str__(self) -> str:
+        return redact(self.uri)
+
+    def client(self) -> "MlflowClient":
+        """MLflow's client of this server.
+
+        Only this one, with explicit run ids: MLflow's fluent API keeps a "current run" per process
+        and thread, and a restarted worker would open a second one.
+        """
+        from mlflow import MlflowClient
+
+        return MlflowClient(self.uri)
+
+    def check(self) -> None:
+        """Ask the server one small question.
+
+        Raises:
+            ValueError: not an http(s) address, or no proper answer within seconds.
+        """
+        if urlsplit(self.uri).scheme not in ("http", "https"):
+            raise ValueError(
+                f"MLflow at {str(self)!r}: workers on other nodes cannot reach it; start a"
+                " server (make up) and set MLFLOW_TRACKING_URI=http://HOST:PORT"
+            )
+        token = os.environ.get("MLFLOW_TRACKING_TOKEN", "")
+        if not (token.isascii() and token.isprintable()) or " " in token:
+            raise ValueError(  # before the client does, whose error repeats it
+                "MLFLOW_TRACKING_TOKEN holds a line break, a space or a character outside ASCII:"
+                " set it again, to the token alone"
+            )
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._ask()
+        except (MlflowException, OSError) as error:
+            if status := _find_refusal(error):
+                raise ValueError(
+                    f"MLflow at {self} refuses these credentials ({status}): set"
+                    " MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or"
+                    " MLFLOW_TRACKING_TOKEN, to what the server accepts"
+                ) from error
+            raise ValueError(
+                f"MLflow at {self} does not answer ({first_cause(error)}); start the"
+                " local stack (make up) or set MLFLOW_TRACKING_URI to a running server"
+            ) from error
+
+    def _ask(self) -> None:
+        """Search for an experiment, once; `MlflowClient` takes no time limit of its own."""
+        from mlflow.utils.credentials import get_default_host_creds
+        from mlflow.utils.rest_utils import http_request_safe
+
+        http_request_safe(
+            get_default_host_creds(self.uri),
+            "/api/2.0/mlflow/experiments/search",
+            "POST",
+            json={"max_results": 1},
+            timeout=_CHECK_SECONDS,
+            max_retries=0,
+        )
+
+
+def _find_refusal(error: Exception) -> int | None:
+    """401 or 403, where the server, or a proxy before it, answered so."""
+    from mlflow.exceptions import MlflowException
+
+    status = error.get_http_status_code() if isinstance(error, MlflowException) else None
+    if status in (401, 403):
+        return status
+    found = re.search(r"error code (401|403)\b", str(error))
+    return int(found[1]) if found else None

@@ -1,0 +1,46 @@
+"""Runs and servers as values; what they ask of MLflow is in integration/test_tracking.py."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from efae.tracking.runs import Run
+from efae.tracking.server import Server
+from efae.tracking.timeouts import notice_outages_soon
+
+RUN = Run(Server("http://someone:hunter2@mlflow:5000/"), "0123")
+
+
+def test_a_run_travels_as_two_short_texts():
+    assert pickle.loads(pickle.dumps(RUN)) == RUN
+    assert len(pickle.dumps(RUN)) < 250
+
+
+def test_neither_shows_a_password():
+    assert str(RUN.server) == "http://***@mlflow:5000/"
+    assert "hunter2" not in f"{RUN} {RUN!r} {RUN.server!r}"
+
+
+def test_a_worker_that_receives_a_run_imports_no_mlflow():
+    script = (
+        "import pickle, sys; from efae.training import resume;"
+        f" run = pickle.loads({pickle.dumps(RUN)!r}); print(run.id, 'mlflow' in sys.modules)"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
+    assert output.split() == ["0123", "False"]
+
+
+def test_a_workers_requests_are_quick_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    timeout, retries = "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    monkeypatch.setenv(timeout, "60")
+    monkeypatch.setenv(retries, "7")  # so that it is given back
+    monkeypatch.delenv(retries)
+    notice_outages_soon()
+    assert (os.environ[timeout], os.environ[retries]) == ("60", "0")
