@@ -131,10 +131,13 @@ def _assign_ports(state: StackState, dead: Sequence[Service]) -> None:
             )
         chosen[port] = service
         state.ports[service.name] = port
-    for service in dead:
-        hidden = [f"{service.name}.{name}" for name in service.hidden_ports]
-        if not all(name in state.ports and ports.is_free(state.ports[name]) for name in hidden):
-            state.ports.update(zip(hidden, ports.pick_free(len(hidden)), strict=True))
+    hidden = [f"{service.name}.{name}" for service in dead for name in service.hidden_ports]
+    taken = {port for name, port in state.ports.items() if name not in hidden}
+    kept = {state.ports[name] for name in hidden if name in state.ports} - taken
+    if len(kept) < len(hidden) or not all(map(ports.is_free, kept)):
+        # In one call: nobody listens on a port yet, so a second call could return it again.
+        free = [port for port in ports.pick_free(len(hidden) + len(taken)) if port not in taken]
+        state.ports.update(zip(hidden, free, strict=False))
 
 
 def _start(state: StackState, service: Service) -> None:

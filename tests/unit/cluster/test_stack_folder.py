@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.local_stack import _assign_ports
+from cluster.ports import pick_free
+from cluster.services import SERVICES
 from cluster.state import StackState
 from efae.preflight.cluster_checks import reach_cluster
 
@@ -45,3 +48,17 @@ def test_a_cluster_that_begins_here_has_its_sockets_in_a_short_folder(monkeypatc
         monkeypatch.setenv("TMPDIR", temporary)
         reach_cluster(lambda: None)
         assert os.environ["RAY_TMPDIR"] == expected
+
+
+def test_no_two_servers_of_a_stack_share_a_port(monkeypatch):
+    """Not even where an earlier release wrote one port down twice."""
+    for service, port in zip(SERVICES, pick_free(len(SERVICES)), strict=True):
+        monkeypatch.setenv(service.variable, str(port))
+    state = StackState(Path("/tmp/efae-x"))
+    for _ in range(2):
+        _assign_ports(state, SERVICES)
+        first = dict(state.ports)
+        assert len(set(first.values())) == len(first)
+        _assign_ports(state, SERVICES)
+        assert state.ports == first
+        state.ports["ray.gcs"] = state.ports["s3.master.port"]
