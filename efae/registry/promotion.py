@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from efae.tracking.server import Server
 
 if TYPE_CHECKING:
-    from efae.registry.pull import RegisteredVersion
+    from efae.registry.versions import RegisteredVersion
 
 HIGHER_IS_BETTER = {
     "psnr": True,
@@ -135,12 +135,12 @@ def promote(model: str, alias: str, terms: Terms, server: Server, *, compare: bo
             answer, or another promotion is under way.
         ConnectionError: MLflow fails.
     """
-    from efae.registry import pull  # MLflow takes seconds to import; deciding needs none
+    from efae.registry import versions  # MLflow takes seconds to import; deciding needs none
 
-    version = pull.read_version(model, server)
+    version = versions.read_version(model, server)
     integrity = _check_integrity(version, server)
-    with pull.promote_alone(version.name, server):
-        before = pull.read_alias(version.name, alias, server)
+    with versions.promote_alone(version.name, server):
+        before = versions.read_alias(version.name, alias, server)
         verdicts = [integrity]
         if compare and before != version:
             present = before and Contender(before.uri, before.tags)
@@ -153,9 +153,9 @@ def promote(model: str, alias: str, terms: Terms, server: Server, *, compare: bo
         )
         replaced = before.uri if before else "nothing"
         note = f"replaced: {replaced}; passed: {passed}; skipped: {skipped}"
-        pull.set_tag(version, f"promoted.{alias}", note, server)
-        pull.set_alias(version.name, alias, version.version, server)
-        now = pull.read_alias(version.name, alias, server)
+        versions.set_tag(version, f"promoted.{alias}", note, server)
+        versions.set_alias(version.name, alias, version.version, server)
+        now = versions.read_alias(version.name, alias, server)
     return Promotion(version, alias, verdicts, before, now)
 
 

@@ -10,16 +10,10 @@ Beside them lie the files of `torch_export`, for people without this package; no
 """
 
 import tempfile
-import time
-import uuid
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlflow
-from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -34,38 +28,13 @@ from efae.model.stored_files import MANIFEST, WEIGHTS, CheckpointError, sha256
 from efae.registry import model_uris
 from efae.registry.cache import fetch_model, find_cache, read_copy
 from efae.registry.offline_names import is_offline, mention_copy, recall, remember
+from efae.registry.versions import FILE_TAG, RegisteredVersion
 from efae.tracking.server import Server
 
 if TYPE_CHECKING:
     from efae.model.autoencoder import Autoencoder
 
-CHAMPION = "champion"
-ABANDONED_AFTER_SECONDS = 600
-"""A promotion takes seconds once its model is verified; one that is older was killed."""
-_PROMOTING = "promoting."
 _OF_MLFLOW = ("models:", "runs:")
-FILE_TAG = "sha256."
-"""Before the name of a file beside the model, in a tag with its hash."""
-
-
-@dataclass(frozen=True)
-class RegisteredVersion:
-    """One version of a registered model.
-
-    Attributes:
-        name: of the registered model.
-        version: counted from 1.
-        tags: as they were when it was read.
-    """
-
-    name: str
-    version: int
-    tags: Mapping[str, str] = field(default_factory=dict[str, str], compare=False, repr=False)
-
-    @property
-    def uri(self) -> str:
-        """What `pull` and `load` take."""
-        return f"models:/{self.name}/{self.version}"
 
 
 def pull(uri: str, destination: Path | None = None) -> Path:
@@ -125,24 +94,6 @@ def load(uri: str, device: str = "cpu") -> "Autoencoder":
     return Autoencoder.restore(read(uri), device)
 
 
-def read_version(uri: str, server: Server) -> RegisteredVersion:
-    """The version that `uri` names now, with its tags.
-
-    Args:
-        uri: "models:/NAME@ALIAS", "models:/NAME/VERSION" or "models:/NAME@sha256:HEX".
-        server: MLflow server of the registry, here and in the functions below.
-
-    Raises:
-        ValueError: there is no such version, and the message says what exists; or MLflow does not
-            answer.
-        ConnectionError: MLflow fails, here and in the functions below.
-    """
-    server.check()
-    with model_uris.asking(server) as client:
-        found = model_uris.find_version(client, uri)
-    return as_registered(found)
-
-
 def verify(version: RegisteredVersion, server: Server) -> None:
     """Read the stored model, whatever the cache holds, and build it; and the files beside it.
 
@@ -167,72 +118,6 @@ def verify(version: RegisteredVersion, server: Server) -> None:
         name = tag.removeprefix(FILE_TAG)
         if name != tag and sha256(_download(version.uri, source, name, server)) != digest:
             raise CheckpointError(version.uri, f"{name} is not the one that was registered")
-
-
-def read_alias(name: str, alias: str, server: Server) -> RegisteredVersion | None:
-    """The version of `name` that the alias points to, if any.
-
-    Raises:
-        ValueError: there is no such model.
-    """
-    with model_uris.asking(server) as client:
-        aliases, _ = model_uris.read_aliases_and_tags(client, name)
-        number = aliases.get(alias)
-        return None if number is None else as_registered(client.get_model_version(name, number))
-
-
-def set_alias(name: str, alias: str, version: int, server: Server) -> None:
-    """Point an alias of `name` to a version; it leaves the one that it pointed to.
-
-    Raises:
-        ValueError: there is no such version, or MLflow does not take this alias.
-    """
-    with model_uris.asking(server) as client:
-        client.set_registered_model_alias(name, alias, str(version))
-
-
-def set_tag(version: RegisteredVersion, key: str, value: str, server: Server) -> None:
-    """Write one tag of a version."""
-    with model_uris.asking(server) as client:
-        client.set_model_version_tag(version.name, str(version.version), key, value)
-
-
-@contextmanager
-def promote_alone(name: str, server: Server) -> Generator[None]:
-    """Keeps other promotions of `name` out; MLflow has no way to compare and set an alias.
-
-    Each leaves a tag of its own on the registered model before it looks for those of others: of two
-    at the same time at least one sees the other, and gives up.
-
-    Raises:
-        ValueError: another promotion is under way.
-    """
-    mine = f"{_PROMOTING}{uuid.uuid4().hex}"
-    with model_uris.asking(server) as client:
-        client.set_registered_model_tag(name, mine, f"{time.time():.0f}")
-    try:
-        with model_uris.asking(server) as client:
-            _, tags = model_uris.read_aliases_and_tags(client, name)
-            for key, since in tags.items():
-                if not key.startswith(_PROMOTING) or key == mine:
-                    continue
-                age = time.time() - float(since)
-                if age < ABANDONED_AFTER_SECONDS:
-                    raise ValueError(
-                        f"another promotion of {name!r} began {max(age, 0):.0f} s ago: run this"
-                        f" again when it is done (one that was killed counts for"
-                        f" {ABANDONED_AFTER_SECONDS} s)"
-                    )
-                client.delete_registered_model_tag(name, key)
-        yield
-    finally:
-        with model_uris.asking(server) as client:
-            client.delete_registered_model_tag(name, mine)
-
-
-def as_registered(found: ModelVersion) -> RegisteredVersion:
-    """A version as MLflow gives it."""
-    return RegisteredVersion(found.name, int(found.version), dict(found.tags))
 
 
 def _find(uri: str) -> tuple[Path, StoredModel]:

@@ -14,7 +14,7 @@ from efae import config_forms as configuration
 from efae.model.pretrained import CARD, StoredModel
 from efae.model.stored_files import CONFIG, MANIFEST, sha256
 from efae.registry import model_uris
-from efae.registry.pull import CHAMPION, FILE_TAG, RegisteredVersion, as_registered
+from efae.registry.versions import CHAMPION, FILE_TAG, RegisteredVersion, as_registered
 from efae.tracking.runs import Run
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from efae.experiment import describe_data, describe_run, find_final, publish, wa
 from efae.preflight.cluster_checks import run_preflight
 from efae.preflight.driver_checks import RunData
 from efae.ray_trainer import evaluate_on_cluster
-from efae.registry import pull
+from efae.registry import versions
 from efae.sweep.config import SweepConfig
 from efae.sweep.phase import Interrupted, Phases
 from efae.sweep.ranking import (
@@ -256,7 +256,7 @@ def _register(sweep: Sweep, winner: TrialRecord, data: RunData, say: Callable[[s
     evaluation = evaluate_on_cluster(final, config)
     summary = publish(config, data, run, final, evaluation, facts)
     name, version = names.registered_model, int(summary["model_uri"].rpartition("/")[2])
-    pull.set_alias(name, CANDIDATE, version, server)
+    versions.set_alias(name, CANDIDATE, version, server)
     return summary["model_uri"]
 
 

@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 from data_pipelines.build_shards import build_shards
 from efae.model.pretrained import read_folder
 from efae.registry import registration
-from efae.registry.pull import RegisteredVersion
+from efae.registry.versions import RegisteredVersion
 from efae.tracking import runs
 from efae.tracking.runs import Run
 from efae.tracking.server import Server

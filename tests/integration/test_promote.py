@@ -26,9 +26,9 @@ from efae.model.autoencoder import Autoencoder, build_representation
 from efae.model.pretrained import pack_model
 from efae.model.stored_files import WEIGHTS
 from efae.preflight.driver_checks import RunData
-from efae.registry import pull, registration
+from efae.registry import pull, registration, versions
 from efae.registry.promotion import GATES
-from efae.registry.pull import RegisteredVersion
+from efae.registry.versions import RegisteredVersion
 from jobs.promote import main
 from tests.opened_files import watch_opens
 
@@ -227,11 +227,11 @@ def test_another_promotion_under_way_is_waited_for_unless_it_was_killed(
 ):
     register(24.0)
     version = register(25.0)
-    with pull.promote_alone(name, server):
+    with versions.promote_alone(name, server):
         assert promote(version) == 1
     assert f"another promotion of '{name}' began" in capsys.readouterr().err
     assert aliases() == {"champion": 1}
-    killed = time.time() - pull.ABANDONED_AFTER_SECONDS - 1
+    killed = time.time() - versions.ABANDONED_AFTER_SECONDS - 1
     client.set_registered_model_tag(name, "promoting.killed", f"{killed:.0f}")
     assert promote(version) == 0
     assert client.get_registered_model(name).tags == {}
@@ -245,7 +245,7 @@ def test_of_promotions_at_the_same_time_one_at_most_goes_on(register, name, serv
     def enter(_: int) -> None:
         nonlocal inside, most, entered, refused
         try:
-            with pull.promote_alone(name, server):
+            with versions.promote_alone(name, server):
                 with lock:
                     inside, entered = inside + 1, entered + 1
                     most = max(most, inside)

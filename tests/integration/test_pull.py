@@ -14,8 +14,8 @@ from data_pipelines import storage
 from data_pipelines.storage.retries import StorageError
 from efae.model.pretrained import read_folder
 from efae.model.stored_files import MODEL_FILES, WEIGHTS, CheckpointError, sha256
-from efae.registry import pull, registration
-from efae.registry.pull import RegisteredVersion
+from efae.registry import pull, registration, versions
+from efae.registry.versions import RegisteredVersion
 from efae.tracking import runs
 from tests.integration.fault_proxy import FaultProxy
 from tests.integration.stored_models import (
@@ -124,7 +124,7 @@ def test_a_digest_names_a_version_by_its_weights(register, client, name, server)
     digest = read_digest(client, first)
     for uri in (f"models:/{name}@sha256:{digest}", f"models:/{name}@sha256:{digest[:12]}"):
         assert pull.pull(uri) == pull.pull(first.uri)
-        assert pull.read_version(uri, server) == first
+        assert versions.read_version(uri, server) == first
     newest = f"2 \\({read_digest(client, second)}\\), 1 \\({digest}\\)"
     with pytest.raises(
         ValueError, match=f"no version of {name} has the digest {'0' * 64}; .*{newest}"

@@ -17,7 +17,7 @@ from efae.checkpoints import run_folder
 from efae.model.pretrained import read_folder
 from efae.model.stored_files import MODEL_FILES, CheckpointError
 from efae.registry import pull, registration
-from efae.registry.pull import RegisteredVersion
+from efae.registry.versions import RegisteredVersion
 from tests.integration.fault_proxy import FaultProxy
 from tests.integration.stored_models import (
     TINY,
