@@ -1,1 +1,1 @@
-"""MLflow: the run, and the thread that sends its curves."""
+"""MLflow: the run, and the thread that sends its metrics."""

@@ -1,6 +1,6 @@
-"""A run in MLflow: found or made by its name, its configuration, its end and its report.
+"""A run in MLflow: find or create it by name, log its configuration and report, end it.
 
-Importing this module imports no MLflow; see `efae.tracking.server`.
+Importing this module does not import MLflow; see `efae.tracking.server`.
 """
 
 import logging
@@ -24,41 +24,41 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PARENT = "mlflow.parentRunId"
-"""The tag that hangs a run below another in MLflow's pages."""
+"""Tag that nests a run below another in MLflow's pages."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that exists on a server; two short texts, which Ray sends to workers.
+    """A run that exists on a server; two short strings, which Ray sends to workers.
 
-    Its methods, unless they say otherwise, raise MlflowException where the server refuses or does
-    not answer.
+    Unless stated otherwise, methods raise MlflowException if the server refuses or does not
+    answer.
 
     Attributes:
-        server: Server that holds it.
-        id: Id that MLflow gave it.
+        server: Server that holds the run.
+        id: Run id that MLflow assigned.
     """
 
     server: Server
     id: str
 
     def find_url(self) -> str:
-        """Where a browser shows the run; without a password, since it is printed."""
+        """Return the address of the run's page, without a password, since it is printed."""
         experiment_id = self.server.client().get_run(self.id).info.experiment_id
         return f"{str(self.server).rstrip('/')}/#/experiments/{experiment_id}/runs/{self.id}"
 
     def log_config(self, config: Config) -> None:
-        """Log the tree as dotted parameters and as the artifact config.json, without secrets.
+        """Log the configuration as dotted parameters and as config.json, without secrets.
 
-        MLflow's parameters are written once: a continued run keeps its first ones, and config.json
-        shows the newest.
+        MLflow writes a parameter once: a resumed run keeps its first ones, and config.json holds
+        the newest.
         """
         self.log_params(configuration.flatten(config))
         text = redact(configuration.to_json(config))
         self.server.client().log_text(self.id, text, "config.json")
 
     def log_params(self, values: Mapping[str, Any]) -> None:
-        """Log values as parameters, without secrets; those that were logged before stay."""
+        """Log values as parameters, without secrets; parameters logged before keep their value."""
         from mlflow.entities import Param
 
         client = self.server.client()
@@ -69,7 +69,7 @@ class Run:
         client.log_batch(self.id, params=params)
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Log numbers at once; what runs beside training goes through a `Tracker`."""
+        """Log numbers synchronously; during training, use a `Tracker` instead."""
         from mlflow.entities import Metric
 
         time_ms = time.time_ns() // 1_000_000
@@ -80,8 +80,8 @@ class Run:
         """Store the files as artifacts below report/, the numbers of `summary` as summary/ metrics.
 
         Raises:
-            KeyError: the summary lacks "steps", which the metrics are logged at.
-            MlflowException: the server refuses or does not answer.
+            KeyError: The summary lacks "steps", the step of the metrics.
+            MlflowException: The server refuses or does not answer.
         """
         numbers = {
             f"summary/{name}": float(value)
@@ -93,7 +93,7 @@ class Run:
         self.log_metrics(step, numbers)
 
     def read_curve(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of one metric, in order of steps; [] if it was never logged."""
+        """Return (step, value) pairs of one metric by step; [] if it was never logged."""
         history = self.server.client().get_metric_history(self.id, name)
         return sorted((point.step, point.value) for point in history)
 
@@ -102,10 +102,10 @@ class Run:
         self.server.client().update_run(self.id, status="RUNNING")
 
     def finish(self, status: str) -> None:
-        """End the run; a warning where MLflow cannot be told.
+        """End the run; log a warning if MLflow does not accept it.
 
         Args:
-            status: "FINISHED", "FAILED" or "KILLED".
+            status: Status, one of "FINISHED", "FAILED" and "KILLED".
         """
         from mlflow.exceptions import MlflowException
 
@@ -118,19 +118,19 @@ class Run:
 def find_or_create_run(
     server: Server, experiment: str, run_name: str, tags: Mapping[str, str]
 ) -> tuple[Run, bool]:
-    """The run to log to, and whether it existed.
+    """Return the run to log to, and whether it existed.
 
-    The newest run of that name is continued unless it is FINISHED.
+    The newest run of that name resumes unless it is FINISHED.
 
     Args:
         server: MLflow server, here and in the functions below.
-        experiment: Name of the experiment; made if there is none.
-        run_name: Name of the run; not "".
+        experiment: Name of the experiment; created if missing.
+        run_name: Name of the run; not empty.
         tags: Tags of a new run.
 
     Raises:
-        ValueError: a deleted experiment, or no name.
-        MlflowException: the server refuses or does not answer, here and in the functions below.
+        ValueError: The experiment is deleted, or the name is empty.
+        MlflowException: The server refuses or does not answer, here and in the functions below.
     """
     if not run_name:
         raise ValueError("tracking.run_name='': name the run")
@@ -145,20 +145,20 @@ def find_or_create_run(
 
 
 def find_unfinished_run(server: Server, experiment: str, run_name: str) -> Run | None:
-    """The newest run of that name, if there is one and it is not FINISHED.
+    """Return the newest run of that name; None if there is none or it is FINISHED.
 
     Raises:
-        ValueError: the experiment is deleted.
+        ValueError: The experiment is deleted.
     """
     newest = _find_newest_run(server, experiment, run_name)
     return Run(server, newest.run_id) if newest and newest.status != "FINISHED" else None
 
 
 def find_run(server: Server, experiment: str, run_name: str) -> Run:
-    """The newest run of that name.
+    """Return the newest run of that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is no such run.
     """
     newest = _find_newest_run(server, experiment, run_name)
     if newest is None:
@@ -196,7 +196,7 @@ def _find_or_create_experiment(client: "MlflowClient", name: str) -> str:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(name)  # another driver was faster
+            found = client.get_experiment_by_name(name)  # another driver created it first
     if found is None or found.lifecycle_stage != "active":
         raise ValueError(
             f"tracking.experiment={name!r} is deleted in MLflow: restore it or use another name"
@@ -212,16 +212,17 @@ def end_trial(
     metrics: Mapping[str, float],
     step: int,
 ) -> None:
-    """End the run of this name with last metrics, if it has not ended.
+    """Log last metrics to the run of this name and end it, if it has not ended.
 
-    Warns where MLflow cannot be told: the sweep continues meanwhile, and tells it again at its end.
+    If MLflow does not accept it, only a warning is logged: the sweep continues, and tries again at
+    its end.
 
     Args:
         server: MLflow server.
         experiment: Name of the run's experiment.
         run_name: Name of the run.
-        status: Status as `Run.finish` takes it.
-        metrics: Last metrics; what is not finite is left out.
+        status: Status, as in `Run.finish`.
+        metrics: Last metrics; values that are not finite are left out.
         step: Step of the metrics.
     """
     from mlflow.exceptions import MlflowException

@@ -1,7 +1,7 @@
-"""Metrics, figures and texts of a running training -> MLflow, which never stops or slows it.
+"""Delivery of metrics, figures and texts to MLflow, without stopping or slowing training.
 
-Points go to a background thread, which sends them in batches. While the server is away they wait
-in a local file, in order.
+A background thread sends points in batches. While the server is unreachable they wait in a local
+file, in order.
 
 Every point reaches the run once. MLflow ignores a point that it already holds (same name, step,
 time and value), so sending again after an unclear failure is safe; and a point at or before the
@@ -34,10 +34,10 @@ _UNSENDABLE = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
 
 
 def default_spill_folder() -> Path:
-    """Where points wait on this node: a folder of this user's alone in the temporary folder.
+    """Return this user's folder for waiting points, in this node's temporary folder.
 
     Raises:
-        ValueError: it belongs to another user, who could read and change what waits there.
+        ValueError: Another user owns the folder, and could read and change what waits there.
     """
     folder = Path(tempfile.gettempdir()) / f"efae-spill-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -47,39 +47,39 @@ def default_spill_folder() -> Path:
 
 
 def deliver_points(run: Run, points: Iterable[Sequence[Any]]) -> None:
-    """Sends what a tracker that has ended left behind, where MLflow lacks it.
+    """Send the points that an ended tracker left behind and MLflow lacks.
 
     Args:
-        run: Run that the points are of.
-        points: What `Tracker.unsent` gave; what waits in this node's spill folder goes first.
+        run: Run that the points belong to.
+        points: Points from `Tracker.unsent`; those in this node's spill folder are sent first.
 
     Raises:
-        ConnectionError: they could not be sent within a minute.
+        ConnectionError: The points could not be sent within a minute.
     """
     tracker = Tracker(run, default_spill_folder())
     tracker.resend(points)
     if not tracker.close(timeout_seconds=60):
-        raise ConnectionError(f"MLflow at {run.server} does not take the curves")
+        raise ConnectionError(f"MLflow at {run.server} does not accept the metrics")
 
 
 class Tracker:
     """Sends metrics, figures and texts of one run from a background thread.
 
-    `spill_folder` is local and outlives the process: what could not be sent waits there and is
-    sent by the next tracker of the run on this node. MLflow's own settings decide how soon an
-    outage shows; see `efae.tracking.timeouts`.
+    `spill_folder` is local and outlives the process: points that could not be sent wait there, and
+    the run's next tracker on this node sends them. MLflow's own settings decide how soon an
+    outage is detected; see `efae.tracking.timeouts`.
 
     Args:
-        run: Run that exists; its server need not answer.
-        spill_folder: made if need be.
-        send_interval_seconds: longest wait between two rounds of sending.
-        queue_size: calls of `log_metrics` that may wait in memory.
-        system_metrics_interval_seconds: between two samples of CPU, memory, disk, network and
-            GPU; None takes none.
+        run: Existing run; its server need not answer.
+        spill_folder: Folder of waiting points; created if missing.
+        send_interval_seconds: Longest wait between two rounds of sending.
+        queue_size: Most calls of `log_metrics` that wait in memory.
+        system_metrics_interval_seconds: Time between two samples of CPU, memory, disk, network and
+            GPU; None: no samples.
 
     Attributes:
-        spilled: points that had to wait.
-        dropped: points that were lost (the queue was full, or MLflow refused them).
+        spilled: Number of points that had to wait.
+        dropped: Number of points lost, because the queue was full or MLflow refused them.
     """
 
     def __init__(
@@ -99,10 +99,10 @@ class Tracker:
         self._outbox = spill_folder / run.id
         self._queue: deque[tuple[int, int, dict[str, float]]] = deque()
         self._in_flight: list[Point] = []
-        self._handing_over = threading.Lock()
+        self._transfer_lock = threading.Lock()
         self._queue_size = queue_size
         self._last_steps: dict[str, int] | None = None
-        self._away = False
+        self._unreachable = False
         self._send_interval_seconds = send_interval_seconds
         self._wake = threading.Event()
         self._closing = threading.Event()
@@ -112,9 +112,9 @@ class Tracker:
         self._thread.start()
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Queues one value per name; returns at once and never raises.
+        """Queue one value per name; return at once, and never raise.
 
-        What is not a number is dropped with a warning.
+        Values that are not numbers are dropped with a warning.
         """
         if len(self._queue) >= self._queue_size:
             self.dropped += len(metrics)
@@ -131,40 +131,40 @@ class Tracker:
             self._wake.set()
 
     def unsent(self) -> list[Point]:
-        """What MLflow may not have yet, for a checkpoint: it would be lost with this node."""
-        with self._handing_over:
+        """Return the points that MLflow may lack; a checkpoint keeps them beyond this node."""
+        with self._transfer_lock:  # or points on their way from queue to flight would be missed
             points = [*self._spill.read(), *self._in_flight, *_split_points(list(self._queue))]
         return [point for point in points if not point.name.startswith("system/")]
 
     def resend(self, points: Iterable[Sequence[Any]]) -> None:
-        """Queues what `unsent` gave to another tracker of the run; what arrived is skipped."""
+        """Queue the `unsent` points of another tracker of the run; points sent are skipped."""
         for name, step, time_ms, value in points:
             self._queue.append((step, time_ms, {name: value}))
 
     def log_figure(self, path: Path, name: str) -> None:
-        """Queues a copy of the file `path` as the artifact `name`, such as figures/step-100.png."""
+        """Queue a copy of the file `path` as the artifact `name`, such as figures/step-100.png."""
         try:
             self._post(path.read_bytes(), name)
         except OSError as error:
             logger.warning("figure %s is not logged: %s", name, error)
 
     def log_text(self, text: str, name: str) -> None:
-        """Queues a text as the artifact `name`."""
+        """Queue a text as the artifact `name`."""
         try:
             self._post(text.encode(), name)
         except OSError as error:
             logger.warning("text %s is not logged: %s", name, error)
 
     def close(self, timeout_seconds: float = 15.0) -> bool:
-        """Sends what is left, and says whether all is sent; the rest stays in the spill folder."""
+        """Send what is left; return False if some of it stays in the spill folder."""
         self._closing.set()
         if self._system_metrics is not None:
             self._system_metrics.finish()
         self._wake.set()
         self._thread.join(timeout_seconds)
-        if self._thread.is_alive() or not self._spill.is_empty() or self._letters():
+        if self._thread.is_alive() or not self._spill.is_empty() or self._list_artifacts():
             logger.warning(
-                "MLflow at %s is away: what it lacks of run %s is kept in %s",
+                "MLflow at %s is unreachable: what it lacks of run %s is kept in %s",
                 *(self._run.server, self._run.id, self._outbox.parent),
             )
             return False
@@ -172,14 +172,14 @@ class Tracker:
         return True
 
     def _post(self, content: bytes, name: str) -> None:
-        # A rename makes the letter visible to the background thread only when it is complete.
+        # The rename shows the file to the background thread only once it is complete.
         target = self._outbox / PurePosixPath(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self._outbox.parent, delete=False) as draft:
             draft.write(content)
         Path(draft.name).replace(target)
 
-    def _letters(self) -> list[Path]:
+    def _list_artifacts(self) -> list[Path]:
         return sorted(path for path in self._outbox.rglob("*") if path.is_file())
 
     def _work(self) -> None:
@@ -188,16 +188,16 @@ class Tracker:
             self._wake.wait(self._send_interval_seconds)
             self._wake.clear()
             last_round = self._closing.is_set()
-            with self._handing_over:
+            with self._transfer_lock:
                 self._in_flight = _split_points(
                     self._queue.popleft() for _ in range(len(self._queue))
                 )
             try:
                 self._deliver(self._in_flight)
-            except OSError as error:  # the local disk is full or gone; training goes on
+            except OSError as error:  # the local disk is full or gone; training continues
                 lost = len(self._in_flight)
                 self.dropped += lost
-                logger.warning("run %s: %d points are lost: %s", self._run.id, lost, error)
+                logger.warning("run %s: lost %d points: %s", self._run.id, lost, error)
             self._in_flight = []
 
     def _deliver(self, points: list[Point]) -> None:
@@ -205,11 +205,11 @@ class Tracker:
             self._spill.append(points)
             self.spilled += len(points)
             self._spill.drain(self._send)
-        if not self._away:
-            self._send_letters()
+        if not self._unreachable:
+            self._send_artifacts()
 
     def _send(self, points: list[Point]) -> bool:
-        """Sends points that the run does not have yet; False if the server is away."""
+        """Send the points that the run lacks; return False if the server is unreachable."""
         try:
             last_steps = dict(self._connect())
             fresh: list[Point] = []
@@ -221,16 +221,16 @@ class Tracker:
                 self._send_batch(fresh[start : start + _POINTS_PER_REQUEST])
             self._last_steps = last_steps
         except (MlflowException, OSError) as error:
-            if not self._away:
+            if not self._unreachable:
                 logger.warning(
-                    "MLflow at %s is away (%s): points wait in %s",
+                    "MLflow at %s is unreachable (%s): points wait in %s",
                     *(self._run.server, first_cause(error), self._spill.path),
                 )
-            self._away = True
+            self._unreachable = True
             return False
-        if self._away:
-            logger.warning("MLflow at %s is back", self._run.server)
-        self._away = False
+        if self._unreachable:
+            logger.warning("MLflow at %s is reachable again", self._run.server)
+        self._unreachable = False
         return True
 
     def _send_batch(self, points: list[Point]) -> None:
@@ -240,7 +240,7 @@ class Tracker:
         except MlflowException as error:
             if error.error_code not in _UNSENDABLE:
                 raise
-            if len(points) > 1:  # one bad point must not take the others along
+            if len(points) > 1:  # one bad point must not cost the others
                 self._send_batch(points[: len(points) // 2])
                 self._send_batch(points[len(points) // 2 :])
             else:
@@ -248,7 +248,7 @@ class Tracker:
                 logger.warning("MLflow refuses %s: %s", points[0], first_cause(error))
 
     def _connect(self) -> dict[str, int]:
-        """The last logged step of each metric; asked once, when the server first answers."""
+        """Return the last logged step of each metric, read once, when the server first answers."""
         if self._last_steps is None:
             metrics = self._client.get_run(self._run.id).data.to_proto().metrics
             self._last_steps = {metric.key: metric.step for metric in metrics}
@@ -262,8 +262,8 @@ class Tracker:
                 self._system_metrics.start()
         return self._last_steps
 
-    def _send_letters(self) -> None:
-        for path in self._letters():
+    def _send_artifacts(self) -> None:
+        for path in self._list_artifacts():
             folder = path.relative_to(self._outbox).parent.as_posix()
             try:
                 self._client.log_artifact(
@@ -286,7 +286,7 @@ def _split_points(queued: Iterable[tuple[int, int, dict[str, float]]]) -> list[P
 class _SystemMetrics(SystemMetricsMonitor):
     """MLflow's own sampler of CPU, memory, disk, network and GPU, delivered by a tracker.
 
-    MLflow's delivery ends for good at the first request that fails.
+    MLflow's own delivery ends for good at the first request that fails.
     """
 
     def __init__(self, tracker: Tracker, run: Run, interval_seconds: float, first_step: int):

@@ -1,7 +1,7 @@
 """The MLflow server that a run logs to and models are registered on.
 
-Importing this module imports no MLflow, which takes two seconds: every worker of Ray's receives a
-server, but of those that train only rank 0 speaks to it.
+Importing this module does not import MLflow, which takes two seconds: every Ray worker receives a
+server, but among those that train only rank 0 talks to it.
 """
 
 # pyright: reportUnknownVariableType=false
@@ -21,41 +21,42 @@ _CHECK_SECONDS = 5
 
 @dataclass(frozen=True)
 class Server:
-    """An MLflow server, reached or not; as text its address without a password.
+    """An MLflow server, which need not be reachable; `str` gives its address without a password.
 
     Requests of `client` follow MLflow's own settings, MLFLOW_HTTP_REQUEST_TIMEOUT and
-    MLFLOW_HTTP_REQUEST_MAX_RETRIES: by default a server that is unreachable is noticed after
-    minutes. Call `check` first, or see `efae.tracking.timeouts`.
+    MLFLOW_HTTP_REQUEST_MAX_RETRIES: by default a request to an unreachable
+    server fails after minutes. Call `check` first, or see `efae.tracking.timeouts`.
 
     Attributes:
-        uri: Address as MLFLOW_TRACKING_URI holds it; "" where none is set.
+        uri: Address, as in MLFLOW_TRACKING_URI; "" if none is set.
     """
 
     uri: str = field(repr=False)
 
     @classmethod
     def from_environment(cls) -> "Server":
-        """The server that MLFLOW_TRACKING_URI names."""
+        """Return the server that MLFLOW_TRACKING_URI names."""
         return cls(os.environ.get("MLFLOW_TRACKING_URI", ""))
 
     def __str__(self) -> str:
         return redact(self.uri)
 
     def client(self) -> "MlflowClient":
-        """MLflow's client of this server.
+        """Return an MLflow client of this server.
 
-        Only this one, with explicit run ids: MLflow's fluent API keeps a "current run" per process
-        and thread, and a restarted worker would open a second one.
+        All calls use it, with explicit run ids: MLflow's fluent API keeps a "current run" per
+        process and thread, and a restarted worker would open a second one.
         """
         from mlflow import MlflowClient
 
         return MlflowClient(self.uri)
 
     def check(self) -> None:
-        """Ask the server one small question.
+        """Send the server one small request, to see whether it answers.
 
         Raises:
-            ValueError: not an http(s) address, or no proper answer within seconds.
+            ValueError: The address is not http(s), or the server does not answer properly within
+                seconds.
         """
         if urlsplit(self.uri).scheme not in ("http", "https"):
             raise ValueError(
@@ -64,7 +65,7 @@ class Server:
             )
         token = os.environ.get("MLFLOW_TRACKING_TOKEN", "")
         if not (token.isascii() and token.isprintable()) or " " in token:
-            raise ValueError(  # before the client does, whose error repeats it
+            raise ValueError(  # before the client raises: its message repeats the token
                 "MLFLOW_TRACKING_TOKEN holds a line break, a space or a character outside ASCII:"
                 " set it again, to the token alone"
             )
@@ -100,7 +101,7 @@ class Server:
 
 
 def _find_refusal(error: Exception) -> int | None:
-    """401 or 403, where the server, or a proxy before it, answered so."""
+    """Return 401 or 403 if the server, or a proxy in front of it, answered so."""
     from mlflow.exceptions import MlflowException
 
     status = error.get_http_status_code() if isinstance(error, MlflowException) else None

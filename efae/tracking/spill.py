@@ -1,4 +1,4 @@
-"""Metric points that wait on the local disk while the tracking server is away."""
+"""Metric points that wait on the local disk while the tracking server is unreachable."""
 
 import json
 import logging
@@ -15,10 +15,10 @@ class Point(NamedTuple):
     """One value of one metric.
 
     Attributes:
-        name: of the metric.
-        step: of training (or the count of samples, for system metrics).
-        time_ms: when it was logged, milliseconds since 1970.
-        value: a number; may be nan or infinite.
+        name: Name of the metric.
+        step: Training step; for system metrics, the number of the sample.
+        time_ms: Time of logging, in milliseconds since 1970.
+        value: Value; may be nan or infinite.
     """
 
     name: str
@@ -28,15 +28,15 @@ class Point(NamedTuple):
 
 
 class Spill:
-    """Points that wait for the server, one JSON object a line, oldest first.
+    """Points that wait for the server, one JSON object per line, oldest first.
 
-    One process writes at a time. What a killed one left behind is kept.
+    One process writes at a time. Points that a killed process left behind are kept.
 
     Args:
-        path: a local file; it exists only while points wait.
+        path: Local file; it exists only while points wait.
 
     Raises:
-        OSError: the disk refuses, here and in the methods.
+        OSError: The disk refuses, here and in the methods.
     """
 
     def __init__(self, path: Path):
@@ -44,21 +44,21 @@ class Spill:
         self._sent_bytes = 0
         if not self.is_empty() and not path.read_bytes().endswith(b"\n"):
             with path.open("ab") as file:
-                file.write(b"\n")  # the last writer was killed in mid-line
+                file.write(b"\n")  # the last writer was killed in the middle of a line
 
     def is_empty(self) -> bool:
-        """Whether no point waits."""
+        """Return whether no point waits."""
         return not self.path.exists()
 
     def append(self, points: list[Point]) -> None:
-        """Adds points behind those that wait."""
+        """Append points after those that wait."""
         if points:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(point._asdict()) + "\n" for point in points)
 
     def read(self) -> list[Point]:
-        """The points that wait, and some that were sent since; [] when none wait."""
+        """Return the points that wait, and some that were sent since; [] when none wait."""
         try:
             lines = self.path.read_bytes().splitlines()
         except FileNotFoundError:
@@ -66,9 +66,9 @@ class Spill:
         return [point for line in lines if (point := _parse_point(line))]
 
     def drain(self, send: Callable[[list[Point]], bool]) -> None:
-        """Passes the points to `send` in order until it returns False or none is left.
+        """Pass the points to `send` in order until it returns False or none is left.
 
-        Points that `send` took are not passed again by this object; after a crash they may be.
+        This object never passes a sent point twice; after a crash the next one may.
         """
         while not self.is_empty():
             with self.path.open("rb") as file:
@@ -86,5 +86,5 @@ def _parse_point(line: bytes) -> Point | None:
     try:
         return Point(**json.loads(line))
     except (ValueError, TypeError):
-        logger.warning("a half-written line of a spill file is skipped")
+        logger.warning("skipped a half-written line of a spill file")
         return None

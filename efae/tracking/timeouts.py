@@ -1,4 +1,4 @@
-"""How long MLflow's requests may take in a process that trains."""
+"""Timeouts of MLflow's requests in a process that trains."""
 
 import os
 
@@ -6,10 +6,11 @@ _QUICK = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES":
 
 
 def notice_outages_soon() -> None:
-    """Have MLflow's requests fail within seconds, where the environment does not say otherwise.
+    """Make MLflow's requests fail within seconds, unless the environment sets other limits.
 
-    For the entry point of a process, before it logs: the settings exist only as environment
-    variables. Points then reach the local file of a `Tracker` in seconds instead of minutes.
+    Call it in the entry point of a process, before it logs: these settings exist only as
+    environment variables. During an outage a `Tracker` then writes points to its local file after
+    seconds instead of minutes.
     """
     for name, value in _QUICK.items():
         os.environ.setdefault(name, value)
