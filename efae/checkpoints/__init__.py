@@ -1,1 +1,1 @@
-"""Training states in storage: one of them, and the folder of a run."""
+"""Checkpoints in storage, and the run folder that holds them."""

@@ -1,7 +1,7 @@
-"""State <-> folder: safetensors and JSON, hashed, complete or absent. No pickle.
+"""One checkpoint: a folder of safetensors and JSON, hashed, complete or absent. No pickle.
 
-A checkpoint is a folder ``step-00001234`` of six files; the manifest among them is written last,
-see `efae.model.stored_files`. It can be read as a model, that of its EMA weights.
+The folder ``step-00001234`` holds six files, of which the manifest is written last; see
+`efae.model.stored_files`. It can also be read as a model, with the EMA weights.
 """
 
 import json
@@ -37,14 +37,14 @@ from efae.model.stored_files import (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that a run needs to go on as if nothing had happened.
+    """Everything that a run needs to resume as if it had not stopped.
 
     Attributes:
-        model: the weights by parameter name, on the CPU.
-        ema: their moving average, by the same names.
-        optimizer: its state by PARAMETER.KEY.
-        metadata: JSON values; "step", the optimizer updates done, is always there.
-        config: of the run.
+        model: Weights by parameter name, on the CPU.
+        ema: Moving average of the weights, by the same names.
+        optimizer: State of the optimizer by PARAMETER.KEY.
+        metadata: JSON values; always with "step", the number of optimizer updates done.
+        config: Configuration of the run.
     """
 
     model: dict[str, Tensor]
@@ -55,7 +55,7 @@ class Checkpoint:
 
 
 def checkpoint_name(step: int) -> str:
-    """The folder of a checkpoint; names sort as steps do."""
+    """Return the folder name of a checkpoint; names sort as steps do."""
     return f"step-{step:08d}"
 
 
@@ -69,23 +69,23 @@ def write_checkpoint(
     config: Config,
     scores: Mapping[str, float] | None = None,
 ) -> None:
-    """Writes a checkpoint to a folder or URI, straight from memory.
+    """Write a checkpoint to a folder or URI, straight from memory.
 
     Equal state gives equal bytes. Tensors may be on any device but may not share memory.
 
     Args:
-        uri: a checkpoint there is replaced.
-        model: as in `Checkpoint`, and so the others.
-        ema: the averaged weights.
-        optimizer: state by PARAMETER.KEY.
+        uri: Path or URI of the folder; a checkpoint there is replaced.
+        model: Weights by parameter name.
+        ema: Averaged weights, by the same names.
+        optimizer: State of the optimizer by PARAMETER.KEY.
         metadata: JSON values, "step" among them.
-        config: of the run.
-        scores: what checkpoints of a run are compared by, kept in the manifest; finite.
+        config: Configuration of the run.
+        scores: Finite numbers by which a run's checkpoints are compared; kept in the manifest.
 
     Raises:
-        ValueError: the metadata or scores are not finite JSON.
-        KeyError: "step" is not among them.
-        StorageError: the storage refuses or does not answer.
+        ValueError: The metadata or scores are not finite JSON.
+        KeyError: The metadata lack "step".
+        StorageError: The storage refuses or does not answer.
     """
     contents = {
         MODEL: pack_tensors(model),
@@ -96,17 +96,17 @@ def write_checkpoint(
     }
     facts = {"step": int(metadata["step"]), "scores": dict(scores or {})}
     manifest, folder = dump_manifest(contents, facts), Location.parse(uri)
-    storage.delete(folder / MANIFEST)  # while we write, the folder is not complete
+    storage.delete(folder / MANIFEST)  # the folder stays incomplete while we write
     for name, data in {**contents, MANIFEST: manifest}.items():
         storage.write_bytes(folder / name, data)
 
 
 def read_checkpoint(uri: str | Path) -> Checkpoint:
-    """The checkpoint at a path or URI, after its bytes were checked against the manifest.
+    """Read the checkpoint at a path or URI, and check its bytes against the manifest.
 
     Raises:
-        CheckpointError: not a complete, undamaged checkpoint of this format.
-        StorageError: the storage refuses or does not answer.
+        CheckpointError: The folder is no complete, undamaged checkpoint of this format.
+        StorageError: The storage refuses or does not answer.
     """
     uri = str(uri)
     manifest = read_manifest(uri)
@@ -121,11 +121,11 @@ def read_checkpoint(uri: str | Path) -> Checkpoint:
 
 
 def read_origin(uri: str) -> tuple[dict[str, Any], Config]:
-    """Metadata and configuration of a checkpoint, without its tensors.
+    """Read metadata and configuration of a checkpoint, without its tensors.
 
     Raises:
-        CheckpointError: not complete, damaged, or of another format.
-        StorageError: the storage refuses or does not answer.
+        CheckpointError: The folder is incomplete, damaged, or of another format.
+        StorageError: The storage refuses or does not answer.
     """
     manifest = read_manifest(uri)
     files = read_verified(uri, (STATE, CONFIG), manifest, _read_from(uri))
@@ -133,22 +133,22 @@ def read_origin(uri: str) -> tuple[dict[str, Any], Config]:
 
 
 def read_model(uri: str) -> StoredModel:
-    """The EMA weights of a checkpoint as a model; or the model in a folder.
+    """Read a model folder, or a checkpoint as a model with its EMA weights.
 
     Raises:
-        CheckpointError: not complete, damaged, or of another format.
-        StorageError: the storage refuses or does not answer.
+        CheckpointError: The folder is incomplete, damaged, or of another format.
+        StorageError: The storage refuses or does not answer.
     """
     read = _read_from(uri)
     return parse_model(uri, read_file(uri, MANIFEST, read), read)
 
 
 def read_manifest(uri: str) -> dict[str, Any]:
-    """The manifest of a checkpoint or model folder; see `parse_manifest`.
+    """Read the manifest of a checkpoint or model folder; see `parse_manifest`.
 
     Raises:
-        CheckpointError: there is none, it is not a manifest, or of another format.
-        StorageError: the storage refuses or does not answer.
+        CheckpointError: The manifest is missing, malformed or of another format.
+        StorageError: The storage refuses or does not answer.
     """
     return parse_manifest(uri, read_file(uri, MANIFEST, _read_from(uri)))
 

@@ -1,6 +1,6 @@
-"""What happened to a run: one small object per event in its folder, from whichever process saw it.
+"""Events of a run: one small object per event in its folder, written by the process that saw it.
 
-The driver that ends the run reads them for the summary, even where earlier drivers are gone.
+The driver that ends the run reads them for the summary, also those of earlier drivers.
 """
 
 import json
@@ -24,11 +24,11 @@ class RunEvent:
     """One event.
 
     Attributes:
-        time: seconds since 1970.
-        kind: "start" (a group of workers began), "failure" (a worker was lost), "damage" (a
-            checkpoint could not be used), "rollback", "notice" (a node is to be taken away),
+        time: Time in seconds since 1970.
+        kind: Kind: "start" (a worker group started), "failure" (a worker was lost), "damage" (a
+            checkpoint could not be used), "rollback", "notice" (a node will be removed),
             "standstill" (workers cannot start) or "outage".
-        facts: JSON values.
+        facts: JSON values; "what" is one line for people.
     """
 
     time: float
@@ -40,12 +40,12 @@ class RunEvent:
 
 
 def record_event(run_uri: LocationLike, kind: str, what: str, **facts: Any) -> None:
-    """Adds an event; where storage is away it is logged and left out, since training goes on.
+    """Add an event; if storage is unreachable, log it instead, so that training continues.
 
     Args:
-        run_uri: the run's folder.
-        kind: as in `RunEvent`.
-        what: one line for people.
+        run_uri: Folder of the run.
+        kind: Kind, as in `RunEvent`.
+        what: Description in one line, for people.
         facts: JSON values.
     """
     now = time.time_ns()
@@ -58,10 +58,10 @@ def record_event(run_uri: LocationLike, kind: str, what: str, **facts: Any) -> N
 
 
 def read_events(run_uri: LocationLike) -> list[RunEvent]:
-    """All events of the run, in order of time; what is not one is left out with a warning.
+    """Read all events of the run by time; skip objects that are no events, with a warning.
 
     Raises:
-        StorageError: the storage refuses or does not answer.
+        StorageError: The storage refuses or does not answer.
     """
     folder = Location.parse(run_uri) / _FOLDER
     events: list[RunEvent] = []
@@ -70,7 +70,7 @@ def read_events(run_uri: LocationLike) -> list[RunEvent]:
             events.append(_parse_event(storage.read_bytes(folder / name)))
         except (ValueError, TypeError, KeyError, RecursionError):
             where = folder.uri_of(name)
-            logger.warning("%s is not an event that efae wrote, and is ignored", where)
+            logger.warning("ignored %s: it is not an event that efae wrote", where)
     return sorted(events, key=lambda event: event.time)
 
 

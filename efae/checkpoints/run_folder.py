@@ -1,8 +1,8 @@
-"""The checkpoints of one run: which is the newest that can be used, and which are kept.
+"""The checkpoints of one run: which usable one is newest, and which are kept.
 
-They lie side by side in the run's folder, named by step. One that misses its manifest, or a file of
-the size that the manifest says, is half-written: it is not there. One whose bytes are not those of
-its manifest is damaged: the one before it is used instead, and that is said.
+They lie side by side in the run's folder, named by step. A checkpoint without its manifest, or with
+a file missing or of another size than the manifest lists, is half-written and ignored. One whose
+bytes do not match its manifest is damaged: the one before it is used instead, with an error log.
 """
 
 import logging
@@ -30,17 +30,17 @@ Content = TypeVar("Content")
 
 
 def locate_run(config: Config) -> Location:
-    """Where the run's checkpoints and events are: a folder named after it in ray.storage_uri."""
+    """Return the folder of the run's checkpoints and events: its name, below ray.storage_uri."""
     return Location.parse(config.ray.storage_uri) / config.tracking.run_name
 
 
 def find_newest_checkpoint(run_uri: LocationLike) -> str | None:
-    """The URI of the newest complete checkpoint below `run_uri`, or None.
+    """Return the URI of the newest complete checkpoint below `run_uri`, or None.
 
-    Complete means all files are there and of the right size; they are not read.
+    Complete means that all files exist in the right size; they are not read.
 
     Raises:
-        StorageError: the storage refuses or does not answer.
+        StorageError: The storage refuses or does not answer.
     """
     run = Location.parse(run_uri)
     complete = _complete_checkpoints(run, _list_folders(run))
@@ -50,48 +50,47 @@ def find_newest_checkpoint(run_uri: LocationLike) -> str | None:
 def read_newest_checkpoint(
     run_uri: LocationLike, tell: Callable[[CheckpointError], None]
 ) -> tuple[str, Checkpoint] | None:
-    """The newest checkpoint that is undamaged, with its URI; None where there is none yet.
+    """Read the newest undamaged checkpoint, with its URI; None if the run has none yet.
 
     Args:
-        run_uri: the folder of the run's checkpoints.
-        tell: gets what is wrong with each newer one.
+        run_uri: Folder of the run's checkpoints.
+        tell: Function that receives the fault of each newer, damaged one.
 
     Raises:
-        CheckpointError: there are checkpoints and all are damaged; starting again from nothing
-            is the user's decision.
-        StorageError: the storage refuses or does not answer.
+        CheckpointError: All checkpoints are damaged; only the user may decide to start over.
+        StorageError: The storage refuses or does not answer.
     """
     return _read_newest(Location.parse(run_uri), read_checkpoint, tell)
 
 
 def read_newest_origin(run_uri: LocationLike) -> tuple[str, tuple[dict[str, Any], Config]] | None:
-    """Metadata and configuration of the newest checkpoint where these two are undamaged.
+    """Read metadata and configuration of the newest checkpoint in which both are undamaged.
 
     Raises:
-        CheckpointError: there are checkpoints and these are damaged in all.
-        StorageError: the storage refuses or does not answer.
+        CheckpointError: They are damaged in all checkpoints.
+        StorageError: The storage refuses or does not answer.
     """
     return _read_newest(Location.parse(run_uri), read_origin, warn_of_damage)
 
 
 def warn_of_damage(fault: CheckpointError) -> None:
-    """Says loudly that a checkpoint cannot be used."""
+    """Log an error that a checkpoint cannot be used."""
     logger.error("damaged checkpoint, falling back to the one before: %s", fault)
 
 
 def prune_checkpoints(run_uri: LocationLike, step: int, newest: int, best_by: str = "") -> None:
-    """Deletes the checkpoints up to `step`, but for the newest ones and the best one.
+    """Delete the checkpoints up to `step`, except the newest ones and the best one.
 
-    Half-written ones among them go too: nobody will end them.
+    Half-written ones among them are deleted too: no process will complete them.
 
     Args:
-        run_uri: the folder of the run's checkpoints.
-        step: of the checkpoint that was written last; later ones are left alone.
-        newest: how many to keep.
-        best_by: the score whose best value is kept beside them: "psnr", "loss" or "" for none.
+        run_uri: Folder of the run's checkpoints.
+        step: Step of the checkpoint that was written last; later ones are left alone.
+        newest: Number of newest checkpoints to keep.
+        best_by: Score by which the best one is kept too: "psnr", "loss", or "" for none.
 
     Raises:
-        StorageError: the storage refuses or does not answer.
+        StorageError: The storage refuses or does not answer.
     """
     run = Location.parse(run_uri)
     folders = {at: files for at, files in _list_folders(run).items() if at <= step}
@@ -106,7 +105,7 @@ def prune_checkpoints(run_uri: LocationLike, step: int, newest: int, best_by: st
         keep |= {max(scores, key=lambda folder: (scores[folder], folder.uri))} if scores else set()
     for folder in (run / checkpoint_name(at) for at in folders):
         if folder not in keep:
-            storage.delete(folder / MANIFEST)  # from here on it is not complete
+            storage.delete(folder / MANIFEST)  # makes it incomplete before its files go
             storage.delete(folder)
 
 
@@ -127,7 +126,7 @@ def _read_newest(
 
 
 def _list_folders(run: Location) -> dict[int, dict[str, int]]:
-    """The files, with their bytes, of every folder that is named as a checkpoint is, by step."""
+    """Return {step: {file: bytes}} of every folder with the name of a checkpoint."""
     folders: dict[int, dict[str, int]] = {}
     for name, size in storage.list_files(run).items():
         folder, _, file = name.partition("/")
@@ -139,7 +138,7 @@ def _list_folders(run: Location) -> dict[int, dict[str, int]]:
 def _complete_checkpoints(
     run: Location, folders: dict[int, dict[str, int]]
 ) -> Iterator[tuple[Location, CheckpointError | None]]:
-    """Complete checkpoints, newest first, with what is wrong with the manifest, if anything."""
+    """Yield complete checkpoints, newest first, with the fault of the manifest, if any."""
     for step in sorted(folders, reverse=True):
         folder = run / checkpoint_name(step)
         if MANIFEST not in folders[step]:
