@@ -1,1 +1,1 @@
-"""Shards -> batches, in the order of a plan that is a pure function."""
+"""Batches from shards, in the order of an epoch plan that is a pure function."""

@@ -1,4 +1,4 @@
-"""What a sample's bytes become: a row of a batch of images, or of latents."""
+"""Batches and samples, and how a sample's bytes become a row of a batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,14 +21,14 @@ class Batch:
     """This rank's part of one global batch.
 
     Raises:
-        AttributeError: `image` of latents; `latent` or `element` of images.
+        AttributeError: A batch of latents has no `image`, one of images no `latent` or `element`.
     """
 
     values: torch.Tensor
     """(b, C, H, W); b = 0 in some ragged last batches."""
     key: list[str]
     members: dict[str, list[bytes]]
-    """The members that the loader was asked for, by extension."""
+    """Members that the loader's options name, by extension."""
     elements: list[Element] | None = field(default=None, repr=False)
 
     @property
@@ -47,7 +47,7 @@ class Batch:
 
     @property
     def element(self) -> list[Element]:
-        """The group element of each latent; all the identity without `augment`."""
+        """Group element that acted on each latent; the identity without `augment`."""
         if self.elements is None:
             raise AttributeError("a batch of images has no element: only latents are acted on")
         return self.elements
@@ -58,7 +58,7 @@ class Sample:
     """One sample of a set.
 
     Raises:
-        AttributeError: `image` of a latent, `latent` of an image.
+        AttributeError: A latent has no `image`, an image no `latent`.
     """
 
     key: str
@@ -82,22 +82,22 @@ class Sample:
 
 
 class SampleForm(Protocol):
-    """How samples of one kind are read; thread-safe."""
+    """How samples of one kind are decoded; thread-safe."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of a row of `dtype`."""
+        """Shape of a row of `dtype`."""
         ...
 
     @property
     def dtype(self) -> np.dtype[Any]: ...
 
     def draw(self, epoch: int, sample: int) -> Any:
-        """What is drawn for this sample in this epoch, at any rank and world size."""
+        """Draw this sample's random choice in this epoch; the same at any rank and world size."""
         ...
 
     def decode(self, row: np.ndarray, data: bytes, drawn: Any, /) -> None:
-        """Decode into `row`; ValueError where the data are damaged."""
+        """Decode into `row`; raise ValueError if the data are damaged."""
         ...
 
     def make_batch(
@@ -107,13 +107,13 @@ class SampleForm(Protocol):
         members: dict[str, list[bytes]],
         drawn: Sequence[Any],
     ) -> Batch:
-        """The batch of decoded rows."""
+        """Make a batch of decoded rows."""
         ...
 
 
 @dataclass(frozen=True)
 class ImageForm:
-    """uint8 (H, W, C), cut to one size."""
+    """Images, uint8 (H, W, C), cropped to one size."""
 
     shape: tuple[int, int, int]
     crop: Crop
@@ -122,7 +122,7 @@ class ImageForm:
     decode = staticmethod(decode_into)
 
     def draw(self, epoch: int, sample: int) -> tuple[float, float]:
-        """Where in an image to cut: (down, right), each in [0, 1)."""
+        """Draw the crop's place in the image: (down, right), each in [0, 1)."""
         if self.crop == "center":
             return 0.5, 0.5
         down, right = _generator(self.seed, epoch, sample, _CROP).random(2)
@@ -139,12 +139,12 @@ class ImageForm:
 
 
 class LatentForm:
-    """The bits of latents (dim, h, w), acted on by one element each, or by none.
+    """Bits of latents (dim, h, w), each acted on by one group element, or by none.
 
     Args:
-        form: of the set.
-        augment: draw an element for each sample, anew in every epoch.
-        seed: of that.
+        form: Format of the set.
+        augment: Whether to draw an element for each sample, anew in every epoch.
+        seed: Seed of the draw.
     """
 
     def __init__(self, form: LatentFormat, augment: bool, seed: int):
@@ -173,5 +173,7 @@ class LatentForm:
 
 def _generator(seed: int, epoch: int, sample: int, purpose: int) -> np.random.Generator:
     key = np.array([seed, epoch], np.uint64)
-    counter = np.array([sample, purpose, 0, 2**64 - 1], np.uint64)  # not one of the order's
+    counter = np.array(
+        [sample, purpose, 0, 2**64 - 1], np.uint64
+    )  # never a counter of the epoch order
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

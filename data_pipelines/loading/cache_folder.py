@@ -1,4 +1,4 @@
-"""The folder of a node's caches, of one user."""
+"""The folder of one user's caches on a node."""
 
 import os
 import tempfile
@@ -9,15 +9,15 @@ from data_pipelines.storage.retries import StorageError
 
 
 def choose_cache_dir(cache_dir: str | Path | None) -> Path:
-    """The given folder; for None, one of this user's in the temporary folder."""
+    """Return the given folder; for None, this user's own in the temporary folder."""
     return Path(cache_dir or f"{tempfile.gettempdir()}/efae-shards-{os.getuid()}")
 
 
 def make_cache_folder(folder: Path) -> None:
-    """Make it, for this user alone.
+    """Create the folder, for this user alone.
 
     Raises:
-        ValueError: it is there and belongs to another user.
+        ValueError: The folder belongs to another user.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
@@ -25,13 +25,13 @@ def make_cache_folder(folder: Path) -> None:
 
 
 def explain_full_disk(error: OSError, folder: Path, size: int, setting: str) -> OSError:
-    """What to do about a write that failed, where the disk is full; else the error itself.
+    """Return an error with a remedy if a write failed because the disk is full; else the error.
 
     Args:
-        error: of the write.
-        folder: that of the cache.
-        size: bytes that were to be written.
-        setting: of the configuration, that bounds the cache.
+        error: Error of the write.
+        folder: Folder of the cache.
+        size: Number of bytes to write.
+        setting: Setting in the configuration that bounds the cache.
     """
     if error.errno not in FULL_DISK:
         return error

@@ -28,15 +28,15 @@ _COLUMNS = 12
 
 
 class ShardDataset(ABC):
-    """A shard set; it reads nothing but the index until a sample or a batch is asked for."""
+    """A shard set; reads only the index until a sample or a batch is requested."""
 
     _member: str | None = None
-    """Extension of the member that samples are decoded from; None: that of the image."""
+    """Extension of the member that samples are decoded from; None: the image."""
 
     def __init__(self, uri: LocationLike, index: ShardIndex):
         self.uri = str(uri)
         self._base = Location.parse(index.base or uri)
-        """Where the shards lie."""
+        """Folder of the shards."""
         self.index = index
         self.chunks = cut_chunks(index)
         self._length = sum(len(shard.keys) for shard in index.shards)
@@ -46,7 +46,7 @@ class ShardDataset(ABC):
         """Open the shard set at `uri` (a path, s3://, gs://, http://).
 
         Raises:
-            ValueError: no index there, or a damaged one; the message says what to do.
+            ValueError: The index is missing or damaged; the message says what to do.
         """
         index = load_index(uri)
         return LatentSet(uri, index) if FORMAT in index.provenance else ImageSet(uri, index)
@@ -58,14 +58,14 @@ class ShardDataset(ABC):
         return type(self), (self.uri, self.index)
 
     def __getitem__(self, number: int) -> Sample:
-        """One sample, in the order of the shards; as in a list, -1 is the last.
+        """Return one sample, in the order of the shards; as in a list, -1 is the last.
 
-        To look at a set; training reads much faster from a `loader`.
+        This is for inspection; training reads much faster from a `loader`.
 
         Raises:
-            IndexError: there are fewer samples.
-            TypeError: a slice, or another value that is no integer.
-            ShardError: the sample cannot be read.
+            IndexError: The set has fewer samples.
+            TypeError: The number is a slice, or another value that is no integer.
+            ShardError: The sample cannot be read.
         """
         wanted = operator.index(number)
         if not -len(self) <= wanted < len(self):
@@ -88,10 +88,10 @@ class ShardDataset(ABC):
         return [key for shard in self.index.shards for key in shard.keys]
 
     def columns(self, extension: str | None = None) -> Members:
-        """Where each sample's member with this extension lies; its image for None.
+        """Return the place of each sample's member with this extension; None: the image.
 
         Raises:
-            ValueError: a sample has none.
+            ValueError: A sample has no such member.
         """
         parts: list[Members] = []
         for shard in self.index.shards:
@@ -123,7 +123,7 @@ class ShardDataset(ABC):
         options: ReadOptions | None = None,
         **changes: Any,
     ) -> ShardLoader:
-        """Batches for rank `rank` of `world_size`.
+        """Return a loader of the batches of rank `rank` of `world_size`.
 
         Args:
             global_batch_size: Samples per batch over all ranks; where `world_size` does not divide
@@ -136,10 +136,10 @@ class ShardDataset(ABC):
                 `crop="random"`, `shuffle=False`, `tail="carry"`, ... `LoaderOptions` has them all.
 
         Raises:
-            ValueError: sizes that do not fit together, images of differing size, an empty set, or
-                an option of images for latents or the reverse; `augment` where the encoder does
-                not commute with the group.
-            TypeError: there is no option of this name.
+            ValueError: Sizes do not fit together, images differ in size, the set is empty, an
+                option belongs to the other kind of set, or `augment` is given and the encoder
+                does not commute with the group.
+            TypeError: There is no option of this name.
         """
         chosen = choose_options(options or LoaderOptions(), **changes)
         if not len(self):
@@ -178,17 +178,17 @@ class ShardDataset(ABC):
 
     @cached_property
     def _reader(self) -> MemberReader:
-        """For single samples."""
+        """Reader of single samples."""
         cache = self._open_cache(ReadOptions())
         return MemberReader(self.index, cache, {None: self.columns(self._member)})
 
     @abstractmethod
     def _decode(self, key: str, data: bytes) -> Sample:
-        """A sample from the bytes of its file."""
+        """Decode a sample from the bytes of its file."""
 
     @abstractmethod
     def _choose_form(self, options: LoaderOptions, seed: int) -> SampleForm:
-        """What a loader decodes samples to; ValueError for options of another kind of set."""
+        """Choose what samples are decoded to; ValueError for options of another kind of set."""
 
 
 class ImageSet(ShardDataset):
@@ -203,8 +203,8 @@ class ImageSet(ShardDataset):
         """Draw `count` images, at equal distances in the set; all of them where it has fewer.
 
         Raises:
-            ValueError: an empty set, or a count below 1.
-            ShardError: an image cannot be read.
+            ValueError: The set is empty, or the count below 1.
+            ShardError: An image cannot be read.
         """
         if count < 1 or not len(self):
             raise ValueError(f"cannot show {count} of the {len(self)} images of {self.uri}")
@@ -240,7 +240,7 @@ class LatentSet(ShardDataset):
     """A shard set of latents, as jobs/encode.py writes it.
 
     Raises:
-        ValueError: the index does not say what the latents are.
+        ValueError: The index does not describe the latents.
     """
 
     _member = EXTENSION
@@ -250,15 +250,15 @@ class LatentSet(ShardDataset):
         found = find_format(index.provenance, self.uri)
         assert found is not None
         self.format = found
-        """What the latents are, and whose."""
+        """Format of the latents, and the model that made them."""
 
     @property
     def certificate(self) -> dict[str, Any]:
         """How exactly the encoder of these latents commutes with the group.
 
-        Keys: `max_abs_difference`, the largest |act(g, encode(x)) - encode(g x)| of any number of
-        any latent, which have unit scale; `by_element`, the same for each g; `images` and `data`,
-        how many were measured and where they lie; `model_digest` and `representation`.
+        Keys: `max_abs_difference`, the largest |act(g, encode(x)) - encode(g x)| over all
+        latents, which have unit scale; `by_element`, the same for each g; `images` and `data`,
+        number and URI of the images measured; `model_digest` and `representation`.
         """
         return {
             **self.format.certificate,

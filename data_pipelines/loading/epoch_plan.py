@@ -1,14 +1,19 @@
 """Which samples make up which batch: a pure function of the seed, the same at any world size.
 
-The epoch's stream: chunks (`chunks.py`) are permuted, then samples within windows of
-`WINDOW_CHUNKS` neighbouring chunks. The stream is cut into lanes of equal length, and one sample of
-each lane in turn makes the epoch's order; global batch s is the positions [s·B, (s+1)·B) of it,
-sorted by lane, and rank r of W takes the r-th of W equal runs. The number of lanes divides B, so
-every batch takes equally from every lane, and a rank stays in its own stretch of the stream: each
-node reads its share of the chunks, while batches do not depend on the world size.
+1. Shuffle on two levels: permute the chunks (`chunks.py`), then the samples within windows of
+   `WINDOW_CHUNKS` neighbouring chunks. Storage is read a chunk at a time, and a full permutation
+   of the samples would need every chunk throughout the epoch. The result is the epoch's stream.
+2. Cut the stream into lanes of equal length, and take one sample of each lane in turn. A batch thus
+   mixes samples from all over the stream, which makes up for the narrow windows.
+3. Global batch s is positions [s·B, (s+1)·B) of that order, sorted by lane, and rank r of W takes
+   the r-th of W equal runs. The number of lanes divides B, so every batch takes equally from every
+   lane, and a rank stays in its own stretch of the stream: each node reads only its share of the
+   chunks, while batches do not depend on the world size.
 
-Windows are permuted when they are reached, so that a plan of any length starts at once and holds
-little: the lanes' windows and the permutation of the chunks.
+To resume needs only (epoch, samples consumed by all ranks): positions map to samples by arithmetic
+and a permutation seeded per window, so no earlier window is computed again. Windows are permuted
+when they are reached, so a plan of any length starts at once and holds only the windows of its
+lanes and the permutation of the chunks.
 """
 
 from collections import OrderedDict
@@ -23,13 +28,13 @@ from data_pipelines.loading.options import Tail
 MOST_LANES = 128
 WINDOW_CHUNKS = 2
 VERSION = 2
-"""Of the order; a position of another version means other samples."""
+"""Version of the order; a position of another version means other samples."""
 _SAMPLES_PLANNED_AT_ONCE = 2**14
 
 
 @dataclass(frozen=True)
 class Position:
-    """How much of the stream has been handed out to all ranks together."""
+    """How much of the order all ranks together have consumed."""
 
     epoch: int = 0
     consumed: int = 0
@@ -43,20 +48,20 @@ class PlannedBatch:
     sample: np.ndarray
     """Sample numbers, int64 (b,)."""
     epoch: np.ndarray
-    """The epoch of each, int64 (b,): a batch at a border holds samples of two."""
+    """Epoch of each sample, int64 (b,): a batch at a border holds samples of two."""
     position: Position
-    """After this batch."""
+    """Position after this batch."""
 
 
 def count_lanes(global_batch_size: int) -> int:
-    """The largest divisor up to `MOST_LANES`, or all of a batch size with small divisors only."""
+    """Return the largest divisor up to `MOST_LANES`, or the batch size if that is too small."""
     divisors = (n for n in range(MOST_LANES, 0, -1) if global_batch_size % n == 0)
     lanes = next(divisors)
     return lanes if lanes >= min(global_batch_size, MOST_LANES // 8) else global_batch_size
 
 
 class EpochOrder:
-    """The order of one epoch's samples, which are numbered through chunks of `counts` samples."""
+    """The order of one epoch's samples, numbered through consecutive chunks of `counts` samples."""
 
     def __init__(
         self, counts: Sequence[int] | np.ndarray, seed: int, epoch: int, lanes: int, shuffle: bool
@@ -74,11 +79,13 @@ class EpochOrder:
             self._chunk_ends[WINDOW_CHUNKS - 1 : -1 : WINDOW_CHUNKS], self.total
         )
         self._windows: OrderedDict[int, np.ndarray] = OrderedDict()
+        # Lanes differ by at most one sample. The order is `_rows` rows with one sample of each lane,
+        # then one partial row with the last samples of the longer lanes.
         edges = [lane * self.total // self._lanes for lane in range(self._lanes + 1)]
         self._starts = np.array(edges[:-1], np.int64)
         self._rows = self.total // self._lanes
         self.even_total = self._rows * self._lanes
-        """Positions that form whole rows; after them comes the last sample of the longer lanes."""
+        """Number of positions in whole rows."""
         self._turn = _spread(self._lanes)
         longer = np.diff(np.array(edges, np.int64)) > self._rows
         self._last_turn = self._turn[longer[self._turn]]
@@ -86,9 +93,9 @@ class EpochOrder:
     def read(
         self, start: int, stop: int, share: tuple[float, float] = (0.0, 1.0)
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Positions [start, stop) of the order: (sample, lane), int64 and int32 (stop - start,).
+        """Return (sample, lane) at positions [start, stop), int64 and int32 (stop - start,).
 
-        Samples of lanes outside `share` of all lanes may be left undefined.
+        Samples of lanes outside the fraction `share` of all lanes may be left undefined.
         """
         samples: list[np.ndarray] = []
         lanes: list[np.ndarray] = []
@@ -113,7 +120,7 @@ class EpochOrder:
         return np.concatenate(samples), np.concatenate(lanes)
 
     def _stream(self, start: int, stop: int) -> np.ndarray:
-        """Samples [start, stop) of the stream, through as many windows as it takes."""
+        """Return samples [start, stop) of the stream, from as many windows as they span."""
         parts: list[np.ndarray] = []
         window = int(np.searchsorted(self._window_ends, start, side="right"))
         while start < stop:
@@ -140,7 +147,7 @@ class EpochOrder:
         return samples
 
     def _random(self, stream: int) -> np.random.Generator:
-        """Streams of one key that never meet: each has a counter of its own."""
+        """Return a generator whose counter range no other stream of this key overlaps."""
         counter = np.array([0, 0, 0, stream], np.uint64)
         return np.random.Generator(np.random.Philox(key=self._key, counter=counter))
 
@@ -155,12 +162,12 @@ def plan_batches(
     shuffle: bool = True,
     tail: Tail = "ragged",
 ) -> Iterator[PlannedBatch]:
-    """This rank's part of each global batch from `position` on.
+    """Yield this rank's part of each global batch from `position` on.
 
     With ``tail="ragged"`` the iteration ends with the epoch, whose last batch may be smaller; a
-    rank's part of it is empty only where fewer samples than ranks are left. With ``"carry"`` it
-    never ends: every batch is full, those at a border hold the end of one epoch and the start of
-    the next.
+    rank's part of it is empty only if fewer samples than ranks are left. With ``"carry"`` it never
+    ends: every batch is full, and one at a border joins the end of an epoch to the start of the
+    next.
     """
     lanes = count_lanes(global_batch_size)
     order = EpochOrder(counts, seed, position.epoch, lanes, shuffle)
@@ -169,7 +176,7 @@ def plan_batches(
         return
 
     def choose(lane: np.ndarray) -> np.ndarray:
-        """This rank's run of a batch that is sorted by lane."""
+        """Return the indices of this rank's run of the batch, once sorted by lane."""
         run = slice(len(lane) * rank // world_size, len(lane) * (rank + 1) // world_size)
         return np.argsort(lane, kind="stable")[run]
 
@@ -177,7 +184,7 @@ def plan_batches(
     at_once = max(_SAMPLES_PLANNED_AT_ONCE // global_batch_size, 1)
     while tail == "carry" or consumed < total:
         even = min((order.even_total - consumed) // global_batch_size, at_once)
-        if even > 0:  # whole rows: the same lanes in every batch
+        if even > 0:  # whole batches of whole rows hold the same lanes: one choice serves all
             stop = consumed + even * global_batch_size
             sample, lane = order.read(consumed, stop, share)
             mine = choose(lane[:global_batch_size])
@@ -187,7 +194,7 @@ def plan_batches(
                 if consumed == total:
                     epoch, consumed = epoch + 1, 0
                 yield PlannedBatch(batch, epochs, Position(epoch, consumed))
-        else:
+        else:  # one batch with a partial row, which may continue in the next epoch
             parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
             missing = global_batch_size
             while missing:
@@ -211,7 +218,7 @@ def plan_batches(
 
 
 def _spread(lanes: int) -> np.ndarray:
-    """Every lane once, such that the first few of any number are spread evenly: golden steps."""
+    """Return every lane once, in golden-ratio steps: any first few are spread evenly."""
     step = max(round(lanes * 0.618), 1)
     while gcd(step, lanes) > 1:
         step -= 1

@@ -1,9 +1,9 @@
-"""Planned batches -> decoded ones, in the order of `epoch_plan`, from any position on.
+"""Loading of batches in the order of `epoch_plan`, from any position on.
 
 Chunks are fetched ahead of the decoders, and threads decode whole batches ahead of the consumer
-(the decoders release the GIL), each into one array; normalising is the device's work. The position
-counts the batches handed out, not those decoded ahead, and holds nothing per worker, so it resumes
-at another world size.
+(the decoders release the GIL), each into one array; the device normalises. The position counts the
+batches returned, not those decoded ahead, and holds nothing per worker, so it resumes at another
+world size.
 """
 
 import math
@@ -27,7 +27,7 @@ _BATCHES_AHEAD = 2
 """Decoded batches that may wait for the consumer, beside one in each decoder thread."""
 _FETCH_THREADS = 16
 _PREFETCH_BYTES = 512 * 2**20
-"""Upper bound of what is fetched ahead of the decoders."""
+"""Upper bound of the bytes fetched ahead of the decoders."""
 _SMALL_SAMPLE = 3 * 64 * 64
 """Below this many values, decoding takes less time than handing over the GIL."""
 
@@ -54,7 +54,7 @@ class ShardLoader:
             raise ValueError(f"{seed=}: must be >= 0")
         self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
         self.wait_seconds = 0.0
-        """Time that the consumer has waited for batches, in all."""
+        """Total time that the consumer has waited for batches."""
         self._reader, self._options, self._seed = reader, options, seed
         self._dataset_id = reader.index.id
         self._decode_threads = options.decode_threads or _choose_threads(reader.form.shape)
@@ -67,11 +67,11 @@ class ShardLoader:
 
     @property
     def bad_samples(self) -> dict[str, str]:
-        """Key and fault of every bad sample that this rank has replaced since it was made."""
+        """Key and fault of every bad sample that this loader has replaced."""
         return dict(self._reader.bad_samples)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches from the position on; a newer iterator ends the older ones."""
+        """Iterate over batches from the position on; a newer iterator ends the older ones."""
         self._iteration += 1
         return self._iterate(self._iteration)
 
@@ -112,14 +112,14 @@ class ShardLoader:
             decoders.shutdown(wait=True, cancel_futures=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch handed out; JSON types, the same on every rank."""
+        """Return the position after the last batch returned; JSON, the same on every rank."""
         return {**self._identity(), **asdict(self._position)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the last batch that the saved loader handed out, at any world size.
+        """Resume after the last batch that the saved loader returned, at any world size.
 
         Raises:
-            ValueError: the state belongs to other data or another order.
+            ValueError: The state belongs to other data or another order.
         """
         for name, mine in self._identity().items():
             if state.get(name) != mine:
@@ -147,7 +147,7 @@ class ShardLoader:
 
 
 class _FetchedAhead:
-    """Planned batches, whose chunks are being fetched by threads before they are taken."""
+    """Planned batches, whose chunks threads fetch before the batches are taken."""
 
     def __init__(self, planned: Iterator[PlannedBatch], reader: SampleReader, prefetch_bytes: int):
         self._planned, self._reader, self._prefetch_bytes = planned, reader, prefetch_bytes
@@ -158,7 +158,7 @@ class _FetchedAhead:
         self._failure: ShardError | None = None
 
     def take(self) -> PlannedBatch | None:
-        """The next batch, or None after the last."""
+        """Return the next batch, or None after the last."""
         wanted: dict[int, None] = {}  # a set in order
         while not self._ahead or self._bytes_ahead < self._prefetch_bytes:
             batch = next(self._planned, None)
@@ -177,21 +177,23 @@ class _FetchedAhead:
         return batch
 
     def read(self, batch: PlannedBatch) -> Batch:
-        """Decode the batch when its chunks are here; in a decoder thread."""
+        """Decode the batch once its chunks have arrived; called in a decoder thread."""
         if self._fetches:
             for chunk in self._chunks(batch):
                 fetch = self._fetches.get(chunk)
                 if fetch is not None:
                     fetch.result()
-                    self._fetches.pop(chunk, None)  # may be evicted, and be fetched again, from now
+                    self._fetches.pop(
+                        chunk, None
+                    )  # from now on it may be evicted and fetched again
         return self._reader.read(batch)
 
     def close(self) -> None:
-        """Cancel what has not begun and wait for the rest."""
+        """Cancel fetches that have not started and wait for the others."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _fetch(self, wanted: Iterable[int]) -> None:
-        """Begin to fetch, what is needed first first, and its wanted neighbours along with it."""
+        """Start fetches in the order of need, each together with its wanted neighbours."""
         cache = self._reader.cache
         missing = dict.fromkeys(c for c in wanted if c not in self._fetches and not cache.holds(c))
         for chunk in list(missing):
@@ -203,7 +205,7 @@ class _FetchedAhead:
                     self._fetches[fetched] = fetch
 
     def _fetch_run(self, chunks: list[int]) -> None:
-        """In a thread; after the first failure no other fetch begins, which would be waited for."""
+        """Fetch in a thread; after a failure fail at once, so that `close` need not wait."""
         if self._failure is not None:
             raise self._failure
         try:

@@ -1,7 +1,7 @@
 """Every option of a loader: its default, its meaning, and the values that are allowed.
 
-Plain values that import nothing else of this project, so that `efae.config.DataConfig`, and with it
-the command line, inherits them.
+They import nothing else of this project, so that `efae.config.DataConfig`, and with it the command
+line, can inherit them.
 """
 
 from dataclasses import dataclass, fields
@@ -97,7 +97,7 @@ class LoaderOptions(ReadOptions):
 
 
 def choose_options(options: ReadOptions, **changes: Any) -> LoaderOptions:
-    """A loader's options: `options`, with `changes` in place of those of the same name."""
+    """Return `options` as a loader's options, with `changes` applied by name."""
     kind = LoaderOptions if isinstance(options, LoaderOptions) else ReadOptions
     given = {field.name: getattr(options, field.name) for field in fields(kind)}
     return LoaderOptions(**given | changes)

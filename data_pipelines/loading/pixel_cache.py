@@ -1,10 +1,10 @@
 """Decoded images of one set on this node's disk, shared by the ranks of one user.
 
-Decoding is most of what a warm epoch costs. Kept pixels take ten times the room of a JPEG, and as
-much of the disk's speed, so nobody gets them unasked. One sparse file has a place for each sample
-from the first on, as many as there is room for; which they are does not change, since in a random
-order every image is as far away as any other. A place counts from when the checksum of its pixels
-is written, after them: a process killed in between leaves it empty.
+Decoding dominates a warm epoch. Pixels take ten times the space and disk bandwidth of a JPEG, so
+the cache is off by default. One sparse file has a slot for each sample from the first on, for as
+many as fit; they are never evicted, since in a random order every image is equally likely to come
+next. A slot is valid once its checksum is written, after its pixels: a process killed in between
+leaves it empty.
 """
 
 import contextlib
@@ -24,24 +24,24 @@ from data_pipelines.loading.cache_folder import explain_full_disk, make_cache_fo
 
 _SUFFIX = ".pixels"
 _FORMAT = 2
-"""Goes up when the decoders change what they make of a file."""
+"""Version; raise it when decoders return other pixels for the same file."""
 _CHECK = np.dtype("<u4")
 
 
 class PixelCache:
     """Rows for the first samples of a set; thread-safe.
 
-    Files of other sets, or of this one in another shape, that no process has open are deleted.
+    Files of other sets or shapes are deleted unless a process has them open.
 
     Args:
-        folder: of the node's shard cache.
-        dataset_id: the set's.
-        samples: how many it has.
-        shape: of a row, uint8 (H, W, C).
-        capacity_bytes: at most these on disk.
+        folder: Folder of the node's shard cache.
+        dataset_id: Id of the set.
+        samples: Number of samples in the set.
+        shape: Shape of a row, uint8 (H, W, C).
+        capacity_bytes: Upper bound of the file, bytes.
 
     Raises:
-        ValueError: less than one row.
+        ValueError: The capacity is less than one row.
     """
 
     def __init__(
@@ -66,36 +66,36 @@ class PixelCache:
         self._checks = np.zeros(0, _CHECK)
 
     def open(self) -> None:
-        """Make the file where it is not there; before the first use, and harmless after it.
+        """Open the file, creating it if missing; call before the first use, any number of times.
 
         Raises:
-            ValueError: the folder belongs to another user.
-            StorageError: the disk takes no file of this size.
+            ValueError: The folder belongs to another user.
+            StorageError: The disk has no room for a file of this size.
         """
         if self._file >= 0:
             return
         make_cache_folder(self._path.parent)
         file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         weakref.finalize(self, os.close, file)
-        fcntl.flock(file, fcntl.LOCK_SH)  # until then
+        fcntl.flock(file, fcntl.LOCK_SH)  # until it is closed: keeps `_delete_unused` off
         _delete_unused(self._path)
         size = self._first + self._rows * self._row_bytes
         with self._explained(size):
             os.ftruncate(file, size)
-        # By its number: another process may have deleted the name before the lock was taken.
+        # Use the descriptor: another process may have deleted the name before the lock was taken.
         checks = mmap.mmap(file, self._first, access=mmap.ACCESS_READ)
         self._checks = np.frombuffer(checks, _CHECK)
         self._file = file
 
     def holds(self, samples: np.ndarray) -> np.ndarray:
-        """Which of these sample numbers have pixels here."""
+        """Return which of these samples have pixels here, as a mask."""
         found = np.zeros(len(samples), bool)
         inside = samples < self._rows
         found[inside] = self._checks[samples[inside]] != 0
         return found
 
     def read(self, sample: int, row: np.ndarray) -> bool:
-        """Fill `row`, C-contiguous, if the sample is here and as it was written."""
+        """Fill the C-contiguous `row`; return False if the sample is missing or damaged."""
         if sample >= self._rows or not (expected := self._checks[sample]):
             return False
         assert self._file >= 0
@@ -103,10 +103,10 @@ class PixelCache:
         return _check(row) == expected
 
     def write(self, sample: int, row: np.ndarray) -> None:
-        """Keep the sample's pixels, if there is a place for it.
+        """Store the sample's pixels, if it has a slot.
 
         Raises:
-            StorageError: the disk is full.
+            StorageError: The disk is full.
         """
         if sample >= self._rows:
             return
@@ -125,7 +125,7 @@ class PixelCache:
 
 
 def measure_pixels(folder: Path) -> int:
-    """Bytes of disk that files of pixels take in this folder; 0 where there is none."""
+    """Return the disk space of pixel files in this folder, in bytes; 0 if there are none."""
     found = 0
     for path in folder.glob(f"*{_SUFFIX}"):
         with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
@@ -134,7 +134,7 @@ def measure_pixels(folder: Path) -> int:
 
 
 def _check(row: np.ndarray) -> int:
-    """A checksum that is never 0, which stands for none."""
+    """Return a checksum that is never 0, which marks an empty slot."""
     return compute_crc32(row.data) or 1  # pyright: ignore[reportArgumentType]  # any buffer will do
 
 

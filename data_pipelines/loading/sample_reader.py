@@ -1,8 +1,9 @@
-"""Sample numbers -> checked bytes -> rows of a batch.
+"""Reading and decoding of samples: numbers -> verified bytes -> rows of a batch.
 
-Every member is compared with the index's crc32 when it is read: what differs is fetched once more
-(a flipped bit on the way or on this node's disk), and then is a bad sample, like an image that does
-not decode. A bad sample fails, or is replaced by the next good one of its chunk.
+Every member is checked against the index's crc32 when it is read. On a mismatch it is fetched once
+more (a bit may have flipped on the network or on this node's disk); a second mismatch makes a bad
+sample, like an image that does not decode. A bad sample stops the run, or is replaced by the next
+good one of its chunk.
 """
 
 import logging
@@ -25,14 +26,14 @@ from data_pipelines.shards.index import Members, ShardIndex
 
 _MOST_ARRAYS = 16
 _UNUSED = 3
-"""References to an array that only the list of arrays knows: that, a variable, an argument."""
+"""References to an unused array: the list's, the loop variable's, the argument's."""
 _logger = logging.getLogger(__name__)
 
 
 _Place = tuple[int, int, int, int]
-"""Of a member: its chunk, its bytes [start, end) in that, and their crc32."""
+"""A member's chunk, its bytes [start, end) in the chunk, and their crc32."""
 _Content = list[bytes | None]
-"""A sample's members in the order of the columns; None for the first once it is decoded."""
+"""One entry per column; the image is None when its pixels are already in the batch."""
 
 
 class MemberReader:
@@ -49,17 +50,17 @@ class MemberReader:
         self._columns = columns
         self._shard_ends = np.cumsum([len(shard.keys) for shard in index.shards])
         self._beyond_help: set[int] = set()
-        """Chunks that were no better when they were fetched again: it is the storage's damage."""
+        """Chunks still damaged after they were fetched again: the damage is in storage."""
 
     def count_bytes(self, sample: np.ndarray) -> int:
-        """Bytes of these samples, without other members."""
+        """Return the bytes of these samples' images or latents, without other members."""
         return int(self._columns[None].size[sample].sum())
 
     def read_one(self, sample: int, decode: Callable[[str, bytes], Sample]) -> Sample:
-        """What `decode` makes of the key and the bytes of one image or latent.
+        """Read one image or latent, and decode its key and bytes with `decode`.
 
         Raises:
-            ShardError: a shard that cannot be read, or a damaged sample.
+            ShardError: The shard cannot be read, or the sample is damaged.
         """
         key, [[place]] = self._key(sample), self._find_members(np.array([sample]))
         try:
@@ -68,7 +69,7 @@ class MemberReader:
             raise ShardError(self._uri(sample), key, str(fault)) from fault
 
     def _find_members(self, samples: np.ndarray) -> list[tuple[_Place, ...]]:
-        """Where each sample and its other members lie."""
+        """Return the places of each sample's members, in the order of the columns."""
         chunk = self.chunks.of(samples)
         before = self.chunks.start[chunk]
         found: list[zip[_Place]] = []
@@ -80,7 +81,7 @@ class MemberReader:
         return list(zip(*found, strict=True))
 
     def _read(self, chunk: int, start: int, end: int, crc32: int) -> bytes:
-        """A copy, since a file may change after it was checked."""
+        """Return a verified copy, since the file may change after the check."""
         data = self.cache.open(chunk)[start:end].tobytes()
         if compute_crc32(data) == crc32:
             return data
@@ -99,7 +100,9 @@ class MemberReader:
 
     def _keys(self, samples: np.ndarray) -> list[str]:
         shard = np.searchsorted(self._shard_ends, samples, side="right")
-        place = (samples - self._shard_ends[shard]).tolist()  # from the end of the shard, below 0
+        place = (
+            samples - self._shard_ends[shard]
+        ).tolist()  # negative: counted from the shard's end
         return [
             self.index.shards[number].keys[at]
             for number, at in zip(shard.tolist(), place, strict=True)
@@ -138,25 +141,25 @@ class SampleReader(MemberReader):
         self._arrays: deque[np.ndarray] = deque(maxlen=_MOST_ARRAYS)
 
     def open(self) -> None:
-        """Open what is kept on this node; before the first batch.
+        """Open the pixel cache, if any; call before the first batch.
 
         Raises:
-            ValueError: its folder belongs to another user.
+            ValueError: Its folder belongs to another user.
         """
         if self._pixels is not None:
             self._pixels.open()
 
     def find_chunks(self, sample: np.ndarray) -> list[int]:
-        """The chunks that are needed to read these samples."""
+        """Return the chunks that are needed to read these samples."""
         if self._pixels is not None and len(self._columns) == 1:
             sample = sample[~self._pixels.holds(sample)]
         return np.unique(self.chunks.of(sample)).tolist()
 
     def read(self, planned: PlannedBatch) -> Batch:
-        """The samples and members of one planned batch.
+        """Read and decode one planned batch.
 
         Raises:
-            ShardError: a shard that cannot be read, a bad sample, or too many of them.
+            ShardError: A shard cannot be read, or there is a bad sample or too many of them.
         """
         rows = self._allocate(len(planned.sample))
         wanted = planned.sample.tolist()
@@ -164,8 +167,8 @@ class SampleReader(MemberReader):
         drawn = [self.form.draw(*at) for at in zip(epochs, wanted, strict=True)]
         keys = self._keys(planned.sample)
         pixels = list(rows.numpy())
-        # First all bytes, then all decoding: by turns they drive each other's code from the
-        # processor's caches.
+        # Read all samples, then decode all: alternating, reading and decoding evict each other's
+        # code from the CPU caches.
         contents: list[_Content] = []
         for number, places in enumerate(self._find_members(planned.sample)):
             try:
@@ -191,9 +194,9 @@ class SampleReader(MemberReader):
         return self.form.make_batch(rows, keys, members, drawn)
 
     def _allocate(self, size: int) -> torch.Tensor:
-        """Room for a batch: memory of an earlier one that nobody holds any more, or new.
+        """Return memory for a batch: that of an earlier batch no longer referenced, or new.
 
-        The kernel clears new memory page by page, which would cost a tenth of decoding.
+        The kernel clears new memory page by page, which takes a tenth of the decoding time.
         """
         shape = (size, *self.form.shape)
         if self._options.pin_memory:  # torch keeps page-locked memory for reuse itself
@@ -201,7 +204,7 @@ class SampleReader(MemberReader):
             return torch.empty(shape, dtype=dtype, pin_memory=True)
         with self._lock:
             for array in self._arrays:
-                # A tensor, and every view of one, holds a reference to the array that it is of.
+                # A tensor and all its views hold a reference to their array.
                 if sys.getrefcount(array) == _UNUSED and len(array) == size:
                     return torch.from_numpy(array)
             array = np.empty(shape, self.form.dtype)
@@ -209,10 +212,10 @@ class SampleReader(MemberReader):
             return torch.from_numpy(array)
 
     def _load(self, row: np.ndarray, sample: int, places: Sequence[_Place]) -> _Content:
-        """The sample's members; `row` is filled instead where its pixels were kept.
+        """Read the sample's members; if its pixels are cached, fill `row` instead of its first.
 
         Raises:
-            ValueError: one of them is damaged.
+            ValueError: One of them is damaged.
         """
         if self._pixels is not None and self._pixels.read(sample, row):
             return [None, *(self._read(*place) for place in places[1:])]
@@ -225,7 +228,7 @@ class SampleReader(MemberReader):
     def _replace_bad(
         self, row: np.ndarray, sample: int, draw: Any, fault: ValueError
     ) -> tuple[str, _Content]:
-        """Decode the next good sample of the chunk into `row`: its key and other members."""
+        """Decode the chunk's next good sample into `row`; return its key and members."""
         self._note_bad(sample, fault)
         chunk = int(self.chunks.of(np.array([sample]))[0])
         first, count = int(self.chunks.first[chunk]), int(self.chunks.count[chunk])

@@ -1,10 +1,19 @@
 """Chunks of shards on this node's disk, memory-mapped; shared by the processes of one user.
 
-A file holds what one request fetched, a run of chunks: to create a file takes longer than to write
-a small chunk. It is named by its place in the shard, in a folder named by the shard's sha256, so
-two shard sets never mix, and gets its name when it is whole. What is in it is checked sample by
-sample when it is read; `refetch` replaces a file whose samples are not as the index says. Shards
-that already are local files are mapped where they lie.
+A file holds what one request fetched, a run of chunks: creating a file takes longer than writing a
+small chunk. Its name is its byte range in the shard, in a folder named by the shard's sha256, so
+shard sets never mix. Samples are checked when they are read; `refetch` replaces a file whose
+samples do not match the index. Shards that are local files are mapped in place.
+
+Concurrency between processes:
+
+- An exclusive flock per stretch of a shard is held while chunks are looked up and downloaded, so
+  each is downloaded once per node. Another flock, evict.lock, guards the count of bytes written.
+- A file is renamed into place when it is complete, so a name never leads to a partial file.
+- Any process may delete any file (`_evict`, `refetch`) without the stretch's lock: a mapping stays
+  valid after its file is deleted, and a reader that finds no file downloads again.
+- A process that dies loses its locks, since the kernel drops them. It leaves at most a .part file,
+  which a later eviction deletes after an hour, and a byte count that lacks its last file.
 """
 
 import contextlib
@@ -33,11 +42,11 @@ _LOCK_FILES = 256
 _SHARD_FOLDER = re.compile(r"[0-9a-f]{32}")
 _CHUNK_FILE = re.compile(r"(\d+)-(\d+)\.chunk")
 _Mapped = tuple[Path, memoryview]
-"""Of a chunk: the file that it is in, and its bytes."""
+"""A chunk's file and its bytes."""
 
 
 class ShardError(OSError):
-    """A shard or an image in it that cannot be read; `uri`, `key` (or None) and `reason`."""
+    """A shard, or a sample in it, cannot be read; has `uri`, `key` (or None) and `reason`."""
 
     def __init__(self, uri: str, key: str | None, reason: str):
         self.uri, self.key, self.reason = uri, key, reason
@@ -48,12 +57,12 @@ class ShardError(OSError):
 
 
 class ShardCache:
-    """At most `capacity_bytes` of files in `folder`; the least recently opened go first.
+    """At most `capacity_bytes` of files in `folder`; the least recently opened are evicted first.
 
-    One download for each fetching thread may come on top.
+    Each fetching thread may exceed this by one download.
 
     Raises:
-        ValueError: when it is used: the folder belongs to another user, or the disk is full.
+        ShardError: On use, the folder belongs to another user, or the disk is full.
     """
 
     def __init__(
@@ -62,28 +71,28 @@ class ShardCache:
         self._index, self.chunks = index, chunks
         self._locations = [base / shard.name for shard in index.shards]
         self.local = base.path is not None
-        """Whether the shards are files of this machine, which need no fetching."""
+        """Whether the shards are local files, which need no download."""
         self._folder = folder
         self._capacity_bytes = capacity_bytes
         self._maps: dict[int, _Mapped] = {}
         self._lock = threading.Lock()
         self._evictions = -1
-        """The folder's count of them when this process last wrote there."""
+        """The folder's count of evictions when this process last wrote there."""
 
     def open(self, chunk: int) -> memoryview:
-        """The chunk's bytes, fetched first where they are not here; thread-safe.
+        """Return the chunk's bytes, fetching them if need be; thread-safe.
 
         Raises:
-            ShardError: missing, unreachable or too short.
+            ShardError: The shard is missing, unreachable or too short.
         """
         mapped = self._maps.get(chunk)
         return mapped[1] if mapped is not None else self.fetch([chunk])[0]
 
     def fetch(self, chunks: Sequence[int]) -> list[memoryview]:
-        """The same of neighbouring chunks of one shard, what is missing in one request.
+        """Return the bytes of neighbouring chunks of one shard, fetching missing ones together.
 
         Raises:
-            ShardError: as `open`.
+            ShardError: As in `open`.
         """
         try:
             found = self._map_local(chunks) if self.local else self._map_remote(chunks)
@@ -99,7 +108,7 @@ class ShardCache:
         return [found[chunk][1] for chunk in chunks]
 
     def refetch(self, chunk: int) -> memoryview:
-        """Fetch the chunk again, and what lies in one file with it; a local shard is only read."""
+        """Fetch the chunk, and others in its file, again; a local shard is only mapped again."""
         with self._lock:
             path, _ = self._maps.get(chunk, (None, None))
             lost = sorted({chunk, *(other for other, at in self._maps.items() if at[0] == path)})
@@ -110,11 +119,11 @@ class ShardCache:
         return self.fetch(lost)[lost.index(chunk)]
 
     def holds(self, chunk: int) -> bool:
-        """Whether this process has the chunk mapped."""
+        """Return whether this process has the chunk mapped."""
         return chunk in self._maps
 
     def uri(self, chunk: int) -> str:
-        """The shard that the chunk is of."""
+        """Return the URI of the chunk's shard."""
         return self._location(chunk).uri
 
     def _map_local(self, chunks: Sequence[int]) -> dict[int, _Mapped]:
@@ -133,7 +142,9 @@ class ShardCache:
     def _map_remote(self, chunks: Sequence[int]) -> dict[int, _Mapped]:
         make_cache_folder(self._folder)
         mapped: dict[int, _Mapped] = {}
-        with contextlib.ExitStack() as locks:  # one download a node, not one a rank
+        with contextlib.ExitStack() as locks:
+            # Ranks of a node want the same chunks at the same time: the first to lock them
+            # downloads, the others wait here and then find its file.
             for lock in self._lock_files(chunks):
                 locks.enter_context(_locked(lock))
             for path, start, end in self._list_files(chunks[0]):
@@ -142,6 +153,7 @@ class ShardCache:
                     for chunk in chunks
                     if start <= self.chunks.start[chunk] and self.chunks.end[chunk] <= end
                 ]
+                # None: evicted since it was listed, and thus missing below.
                 data = _map_whole(path, end - start) if inside else None
                 if data is not None:
                     mapped |= self._cut(inside, path, start, data)
@@ -158,12 +170,12 @@ class ShardCache:
     def _cut(
         self, chunks: Sequence[int], path: Path, start: int, data: memoryview
     ) -> dict[int, _Mapped]:
-        """The chunks' bytes out of `data`, which begins at `start` in the shard."""
+        """Cut the chunks' bytes from `data`, which begins at `start` in the shard."""
         places = ((chunk, *self._span([chunk])) for chunk in chunks)
         return {chunk: (path, data[first - start : end - start]) for chunk, first, end in places}
 
     def _list_files(self, chunk: int) -> list[tuple[Path, int, int]]:
-        """The files that hold chunks of the same shard, and their places in it."""
+        """List the cached files of the chunk's shard, with their [start, end) in it."""
         folder = self._shard_folder(chunk)
         try:
             names = [_CHUNK_FILE.fullmatch(file.name) for file in os.scandir(folder)]
@@ -172,9 +184,10 @@ class ShardCache:
         return [(folder / at[0], int(at[1]), int(at[2])) for at in names if at]
 
     def _lock_files(self, chunks: Sequence[int]) -> list[Path]:
-        """What to lock, in this order; only a few, so that a large cache has not many such files.
+        """Return the files to lock, in ascending order, so that processes cannot deadlock.
 
-        Every chunk belongs to a stretch of its shard, and a run spans hardly more than one.
+        A lock guards the chunks of one stretch of a shard, and a run rarely spans more than two.
+        Stretches share `_LOCK_FILES` files by hash, which bounds their number in a large cache.
         """
         stretches = np.unique(self.chunks.start[list(chunks)] // LARGEST_BYTES).tolist()
         names = (f"{self._shard_folder(chunks[0]).name}-{stretch}" for stretch in stretches)
@@ -182,18 +195,19 @@ class ShardCache:
         return [self._folder / f"{number:03d}.lock" for number in numbers]
 
     def _count_fetched(self, size: int) -> None:
-        """Add to the bytes that all processes wrote here, and make room where they are too many."""
+        """Add to the count of bytes that all processes wrote, and evict if it is too high."""
         with self._lock, _locked(self._folder / "evict.lock") as file:
-            written = re.match(rb"(\d{20}) (\d{20})", file.read(41))  # none in a new file
+            written = re.match(rb"(\d{20}) (\d{20})", file.read(41))  # no match in a new file
             used, evictions = map(int, written.groups()) if written else (self._capacity_bytes, 0)
             used += size
+            # A process's first fetch evicts too: that recounts files, whatever the count says.
             if used > self._capacity_bytes or self._evictions < 0:
                 used = _evict(self._folder, self._capacity_bytes)
                 evictions += 1
-            file.seek(0)  # in its place: after a file is made empty, ext4 waits for the disk
+            file.seek(0)  # overwrite in place: ext4 flushes a file that was truncated
             file.write(b"%020d %020d" % (used, evictions))
             if evictions != self._evictions:
-                # A file that was evicted keeps its disk space until its map is dropped.
+                # An evicted file keeps its disk space until all its mappings are dropped.
                 there = {path: path.exists() for path in {path for path, _ in self._maps.values()}}
                 self._maps = {k: m for k, m in self._maps.items() if there[m[0]]}
             self._evictions = evictions
@@ -205,17 +219,17 @@ class ShardCache:
         return self._index.shards[int(self.chunks.shard[chunk])]
 
     def _shard_folder(self, chunk: int) -> Path:
-        """Where its shard's files are: apart from others, since each fetch looks through it."""
+        """Return the folder of its shard: one per shard, since each fetch lists it."""
         return self._folder / self._shard(chunk).sha256[:32]
 
     def _span(self, chunks: Sequence[int]) -> tuple[int, int]:
-        """Their bytes in the shard: [start, end)."""
+        """Return their byte range in the shard, [start, end)."""
         rows = list(chunks)
         return int(self.chunks.start[rows].min()), int(self.chunks.end[rows].max())
 
 
 def measure_cache(folder: Path) -> int:
-    """Bytes that the cache in this folder holds; 0 where there is none."""
+    """Return the bytes that the cache in this folder holds; 0 if there is none."""
     held = 0
     for file in _list_shard_folders(folder):
         with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
@@ -232,12 +246,12 @@ def _list_shard_folders(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _evict(folder: Path, capacity_bytes: int) -> int:
-    """Delete the least recently opened files, and downloads that a killed process left.
+    """Delete the least recently opened files, and partial downloads of killed processes.
 
-    Where there is too much, a little more than that goes, so that it is not soon too much again.
+    A cache above its capacity shrinks to 15/16 of it, so that evictions stay rare.
 
     Returns:
-        Bytes of the files that are left.
+        Bytes of the remaining files.
     """
     abandoned = time.time() - _ABANDONED_SECONDS
     files: list[tuple[float, int, str]] = []
@@ -259,7 +273,7 @@ def _evict(folder: Path, capacity_bytes: int) -> int:
 
 
 def _write(path: Path, data: bytes) -> memoryview:
-    """Write the file and map it before it has its name: then another process may evict it."""
+    """Write and map the file before it gets its name: from then on a process may evict it."""
     part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -277,13 +291,13 @@ def _write(path: Path, data: bytes) -> memoryview:
 
 
 def _map(path: Path, start: int = 0, size: int = 0) -> memoryview:
-    """`size` bytes from `start` on, a multiple of the page size; 0 for all."""
+    """Map `size` bytes (0: all) from `start`, a multiple of the page size."""
     with path.open("rb") as file:
         return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=start))
 
 
 def _map_whole(path: Path, size: int) -> memoryview | None:
-    """The file, marked as used now; None where it is not there, or not of this size."""
+    """Map the file and mark it as just used; None if it is missing or of another size."""
     try:
         if path.stat().st_size != size:
             return None
@@ -295,7 +309,7 @@ def _map_whole(path: Path, size: int) -> memoryview | None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Generator[BinaryIO]:
-    """Hold a lock between processes; the kernel drops it when its holder dies."""
+    """Hold a lock against other processes; the kernel drops it when its holder dies."""
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file
