@@ -1,1 +1,1 @@
-"""Registered models: pulling, registering and promoting them."""
+"""Registered models: pull, register and promote them."""

@@ -1,8 +1,8 @@
-"""A verified copy of a model on this machine, kept by the hash of its manifest.
+"""Verified copies of models on this machine, by the hash of their manifest.
 
-What was fetched once is read from the folder that EFAE_CACHE_DIR names, ~/.cache/efae by default.
-A copy appears whole or not at all, only after it was read as what it claims to be, and is read
-again whenever it is used; one that was damaged or exchanged meanwhile is fetched again.
+They lie in the folder that EFAE_CACHE_DIR names, by default ~/.cache/efae. A copy appears whole or
+not at all, after it was verified, and is verified again on every use; one that has been damaged or
+replaced since is downloaded again.
 """
 
 import logging
@@ -20,27 +20,28 @@ logger = logging.getLogger(__name__)
 
 
 def find_cache() -> Path:
-    """The folder of this machine's models; it need not exist."""
+    """Return the folder of this machine's models; it need not exist."""
     return Path(os.environ.get("EFAE_CACHE_DIR") or Path.home() / ".cache" / "efae") / "models"
 
 
 def fetch_model(
     uri: str, read: Callable[[str], bytes], cache: Path, manifest_digest: str | None = None
 ) -> tuple[Path, StoredModel]:
-    """The folder of a model in the cache, and the model; downloaded if it is not there yet.
+    """Return the cache folder of a model, and the model; download it if it is missing.
 
     Args:
         uri: Name of the model in messages.
         read: Function that returns a file of the model by its name.
         cache: Folder with a folder for each model.
-        manifest_digest: sha256 that its manifest must have, where it is known.
+        manifest_digest: sha256 that its manifest must have, if known.
 
     Raises:
-        FileNotFoundError: there is no manifest; from `read`.
-        CheckpointError: the files do not match their manifest, or that its digest, or are no model.
+        FileNotFoundError: There is no manifest; raised by `read`.
+        CheckpointError: The files do not match their manifest, the manifest does not match its
+            digest, or they are no model.
     """
     if manifest_digest is not None and not is_sha256(manifest_digest):
-        # It comes from a server and would become a path.
+        # The digest comes from a server and becomes a path below.
         raise CheckpointError(uri, f"its tag manifest_digest is no sha256: {manifest_digest!r}")
     if manifest_digest is not None and (copy := _find_copy(uri, cache / manifest_digest)):
         return cache / manifest_digest, copy
@@ -57,7 +58,7 @@ def fetch_model(
         stored.write(draft)
         try:
             draft.rename(folder)
-        except OSError:  # another process was faster
+        except OSError:  # another process stored it first
             if not _find_copy(uri, folder):
                 raise
     finally:
@@ -66,10 +67,10 @@ def fetch_model(
 
 
 def read_copy(uri: str, folder: Path) -> StoredModel:
-    """The model in a folder of the cache, verified to be the one that the folder's name says.
+    """Read the model in a cache folder, and verify it against the folder's name.
 
     Raises:
-        CheckpointError: it was damaged, or exchanged for another model.
+        CheckpointError: The copy was damaged, or exchanged for another model.
     """
     read = read_from(folder)
     try:
@@ -82,17 +83,17 @@ def read_copy(uri: str, folder: Path) -> StoredModel:
 
 
 def _find_copy(uri: str, folder: Path) -> StoredModel | None:
-    """The model if the cache holds it; a copy that is not what it was is removed."""
+    """Return the model if the cache holds it; delete a copy that was changed."""
     if not folder.exists():
         return None
     try:
         return read_copy(uri, folder)
     except CheckpointError as error:
-        logger.warning("%s; it is fetched again", error)
+        logger.warning("%s; downloading it again", error)
         shutil.rmtree(folder)
         return None
 
 
 def is_sha256(text: str) -> bool:
-    """Whether this can be what `sha256` gives."""
+    """Return whether `text` has the form of a sha256 in hexadecimal."""
     return re.fullmatch("[0-9a-f]{64}", text) is not None

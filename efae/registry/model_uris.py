@@ -1,8 +1,8 @@
-"""What models:/ and runs:/ URIs name: a version by number, alias or digest; a folder of a run.
+"""Resolution of models:/ URIs (a version by number, alias or digest) and runs:/ URIs (a folder).
 
-models:/NAME@sha256:HEX names the versions whose weights have that hash, by all 64 hexadecimal
-digits or the first 12 and more. An alias may move and a server may be changed, but a digest gives
-these weights or none.
+models:/NAME@sha256:HEX names the versions whose weights have that hash; HEX is its first 12 to 64
+hexadecimal digits. An alias may move and a server may change, but a digest names these weights or
+none.
 """
 
 import re
@@ -31,7 +31,7 @@ _MODEL_URI = re.compile(
 _RUN_URI = re.compile(r"runs:/+(?P<run_id>\w+)/(?P<path>.+?)/?")
 _LOGGED_MODEL = re.compile(r"models:/+(?P<id>m-[^/]+)")
 _STORES = ("", "file", "s3", "gs", "abfss", "wasbs", "dbfs")
-"""Schemes of storage that is asked with credentials of its own, or none."""
+"""Schemes of storage that has its own credentials, or none, so that MLflow's are not sent."""
 _SHOWN_VERSIONS = 5
 
 
@@ -40,10 +40,10 @@ class StoredModel:
     """A model among MLflow's artifacts.
 
     Attributes:
-        source: its folder, as MLflow's artifact functions take it.
-        manifest_digest: sha256 of the manifest that was registered; None where nothing says it.
-        name: of the registered model, where it is a version of one.
-        version: its number.
+        source: Folder, in the form that MLflow's artifact functions accept.
+        manifest_digest: sha256 of the manifest as registered; None if unknown.
+        name: Name of the registered model; "" if the model is no version of one.
+        version: Number of the version; 0 if it is none.
     """
 
     source: str
@@ -53,10 +53,10 @@ class StoredModel:
 
 
 def normalize(uri: str) -> str:
-    """The one spelling of a models:/ or runs:/ URI.
+    """Return the canonical spelling of a models:/ or runs:/ URI.
 
     Raises:
-        ValueError: it names no model.
+        ValueError: The URI names no model.
     """
     if not (_MODEL_URI.fullmatch(uri) or _RUN_URI.fullmatch(uri)):
         raise ValueError(f"{uri!r} names no model: use {FORMS}, or runs:/RUN_ID/PATH")
@@ -65,12 +65,12 @@ def normalize(uri: str) -> str:
 
 
 def find_model(client: MlflowClient, uri: str) -> StoredModel:
-    """Where the model is that `uri` names now.
+    """Find the model that `uri` names now.
 
     Raises:
-        ValueError: there is none, and the message says what exists; or its files are not where
-            MLflow's credentials may be sent.
-        MlflowException: the server refuses or does not answer, here and in the functions below.
+        ValueError: There is none, and the message lists what exists; or its files are on a host
+            to which MLflow's credentials may not be sent.
+        MlflowException: The server refuses or does not answer, here and in the functions below.
     """
     if match := _RUN_URI.fullmatch(uri):
         _check_run_artifact(client, match["run_id"], match["path"])
@@ -82,10 +82,11 @@ def find_model(client: MlflowClient, uri: str) -> StoredModel:
 
 
 def find_version(client: MlflowClient, uri: str) -> ModelVersion:
-    """The version that a models:/ URI names now; the newest of those with a digest.
+    """Find the version that a models:/ URI names now; for a digest, the newest version with it.
 
     Raises:
-        ValueError: there is none, and the message says what exists; or digits of several digests.
+        ValueError: There is none, and the message lists what exists; or the digits fit several
+            digests.
     """
     match = _MODEL_URI.fullmatch(uri)
     if not match:
@@ -104,7 +105,7 @@ def find_version(client: MlflowClient, uri: str) -> ModelVersion:
 
 
 def _find_digest(client: MlflowClient, name: str, digits: str) -> ModelVersion:
-    client.get_registered_model(name)  # so that a name that is wrong is said to be
+    client.get_registered_model(name)  # raises if the name is unknown
     versions = search_versions(client, name, f"tags.digest LIKE '{digits}%'")
     digests = {version.tags["digest"] for version in versions}
     if len(digests) > 1:
@@ -123,12 +124,12 @@ def _find_digest(client: MlflowClient, name: str, digits: str) -> ModelVersion:
 
 
 def search_versions(client: MlflowClient, name: str, also: str = "") -> list[ModelVersion]:
-    """The versions of the registered model of this name, newest first.
+    """Return the versions of the registered model of this name, newest first.
 
     Args:
         client: Client of MLflow.
-        name: Name, any.
-        also: Condition of MLflow's filters that they meet, too.
+        name: Name, with any characters.
+        also: Further condition, in MLflow's filter syntax.
     """
     condition = f"name {is_named(name)}" + (f" and {also}" if also else "")
     found = client.search_model_versions(condition, order_by=["version_number DESC"])
@@ -137,10 +138,10 @@ def search_versions(client: MlflowClient, name: str, also: str = "") -> list[Mod
 
 @contextmanager
 def asking(server: Server) -> Generator[MlflowClient]:
-    """A client for a while, whose errors are two.
+    """Provide a client, and translate its exceptions within the block.
 
     Raises:
-        ValueError: MLflow knows no such thing, or does not take a value.
+        ValueError: The object does not exist in MLflow, or MLflow rejects a value.
         ConnectionError: MLflow fails.
     """
     try:
@@ -152,7 +153,7 @@ def asking(server: Server) -> Generator[MlflowClient]:
 
 
 def read_aliases_and_tags(client: Any, name: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Of a registered model: the versions by alias, and its tags."""
+    """Return a registered model's versions by alias, and its tags."""
     model = client.get_registered_model(name)  # MLflow does not type it, nor what is below
     return model.aliases, model.tags
 
@@ -173,15 +174,15 @@ def _what_exists(client: Any, name: str) -> str:
 
 
 def _check_place(client: Any, uri: str, place: str) -> None:
-    """MLflow sends its own token or password to whatever host an artifact's address names.
+    """Refuse files on a foreign host, to which MLflow would send its own token or password.
 
     Args:
-        client: asked where the files of a run or logged model are.
-        uri: of the model, for messages.
-        place: the folder of its files; others than we may have written it.
+        client: Client that tells where the files of a run or logged model are.
+        uri: URI of the model, for messages.
+        place: Folder of its files, from the server: it may come from anyone who can write there.
 
     Raises:
-        ValueError: on a host that is not the tracking server.
+        ValueError: The host is not the tracking server.
     """
     if match := _RUN_URI.fullmatch(place):
         place = client.get_run(match["run_id"]).info.artifact_uri or ""

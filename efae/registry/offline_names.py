@@ -1,8 +1,8 @@
-"""What a URI named when its server last said so, for EFAE_OFFLINE=1.
+"""The models that URIs resolved to, stored so that EFAE_OFFLINE=1 works without a server.
 
-Every answer is one small file in the folder `refs` of the cache, named by a hash of server and URI
-and replaced whole, so processes that pull at the same time need not wait for each other. What one
-server said is never taken for what another means by the same name. Passwords are not written.
+Each answer is one small file in the folder `refs` of the cache, named by a hash of server and URI
+and replaced atomically, so concurrent pulls need no lock. Answers of different servers for the same
+name are kept apart. Passwords are not written.
 """
 
 import json
@@ -24,12 +24,12 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class PulledName:
-    """An answer of a server.
+    """The answer of a server: the model that a URI named.
 
     Attributes:
-        uri: what was asked for, normalized.
-        server: the tracking server or storage endpoint that was asked, "" where the URI names it.
-        manifest_digest: of the model that it named, which is the model's folder in the cache.
+        uri: Normalized URI.
+        server: Tracking server or storage endpoint that answered; "" if the URI names it.
+        manifest_digest: Digest of the model's manifest, the name of its folder in the cache.
     """
 
     uri: str
@@ -41,12 +41,12 @@ class PulledName:
 
 
 def is_offline() -> bool:
-    """Whether EFAE_OFFLINE is set, to anything but 0."""
+    """Return whether EFAE_OFFLINE is set, to anything but 0."""
     return os.environ.get("EFAE_OFFLINE", "") not in ("", "0")
 
 
 def remember(cache: Path, server: str, uris: Iterable[str], manifest_digest: str) -> None:
-    """Keeps what each of `uris` names now; warns where the cache cannot be written."""
+    """Store what `uris` name now; log a warning if the cache is not writable."""
     shown = _show(server)
     for name in (PulledName(redact(uri), shown, manifest_digest) for uri in uris):
         text = json.dumps(asdict(name))
@@ -59,15 +59,16 @@ def remember(cache: Path, server: str, uris: Iterable[str], manifest_digest: str
 
 
 def recall(cache: Path, server: str, uri: str) -> Path:
-    """The folder of the model that `uri` named when it was last pulled from `server`.
+    """Return the folder of the model that `uri` named when it was last pulled from `server`.
 
     Args:
-        cache: as `find_cache` gives it.
-        server: tracking server or storage endpoint; nobody asks it.
-        uri: normalized.
+        cache: Cache, as from `find_cache`.
+        server: Tracking server or storage endpoint; it is not contacted.
+        uri: Normalized URI.
 
     Raises:
-        ValueError: it was not pulled before, or names several models; the message says what was.
+        ValueError: The URI was not pulled before, and the message lists what was; or it names
+            several models.
     """
     found = _find(cache, server, uri)
     if len(found) == 1:
@@ -87,16 +88,16 @@ def recall(cache: Path, server: str, uri: str) -> Path:
 
 
 def mention_copy(cache: Path, server: str, uri: str) -> str:
-    """What an error about a server that is away says besides: that there is a copy, if so."""
+    """Return text for an error about an unreachable server: that there is a copy, or ""."""
     if not _find(cache, server, uri):
         return ""
     return f"; a copy pulled before is in {cache}: EFAE_OFFLINE=1 uses it"
 
 
 def _find(cache: Path, server: str, uri: str) -> list[Path]:
-    """Folders of the models that were pulled under this name."""
+    """Return folders of the models that were pulled under this name."""
     asked, server = redact(uri), _show(server)
-    is_digest = uri.startswith("models:") and "@sha256:" in uri  # its first digits will do
+    is_digest = uri.startswith("models:") and "@sha256:" in uri  # its first digits suffice
     digests = {
         name.manifest_digest
         for name in _read_names(cache)
@@ -107,7 +108,7 @@ def _find(cache: Path, server: str, uri: str) -> list[Path]:
 
 
 def _read_names(cache: Path) -> list[PulledName]:
-    """Those whose model is still there, newest first."""
+    """Return the names whose model is still in the cache, newest first."""
     paths = _folder(cache).glob("[0-9a-f]*.json")
     names: list[PulledName] = []
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
@@ -115,7 +116,7 @@ def _read_names(cache: Path) -> list[PulledName]:
             name = PulledName(**json.loads(path.read_text()))
             is_folder = is_sha256(name.manifest_digest) and (cache / name.manifest_digest).is_dir()
         except (ValueError, TypeError):
-            logger.warning("%s is not what efae wrote, and is ignored", path)
+            logger.warning("ignored %s: efae did not write it", path)
             continue
         if is_folder:
             names.append(name)

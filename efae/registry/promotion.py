@@ -1,7 +1,7 @@
-"""Which version of the registry may have an alias: gates on what the versions' tags say.
+"""Promotion of a version to an alias, if it passes gates on its tags and the present version's.
 
-Numbers are compared as the tags spell them, as decimals: 24.1 is 0.1 more than 24.0, and no more.
-What a tag does not say is unknown, and unknown never passes.
+Numbers are compared as decimals, as the tags spell them: 24.1 is exactly 0.1 more than 24.0. A
+missing tag is unknown, and unknown never passes.
 """
 
 import math
@@ -30,13 +30,13 @@ GATES: tuple[GateName, ...] = get_args(GateName)
 
 @dataclass(frozen=True)
 class Terms:
-    """What is asked of a version.
+    """Requirements on a version.
 
     Attributes:
-        metric: a key of `HIGHER_IS_BETTER`, that must be better than the present version's.
-        margin: by more than this, in the metric's unit.
-        gap_tolerance_db: the worst gap may be this much larger, as rounding makes it.
-        skip: gates that need not pass.
+        metric: Metric that must improve on the present version's; a key of `HIGHER_IS_BETTER`.
+        margin: Margin that the improvement must exceed, in the metric's unit.
+        gap_tolerance_db: Tolerance for a larger worst gap, which rounding causes, in dB.
+        skip: Gates that need not pass.
     """
 
     metric: str = "psnr"
@@ -55,13 +55,13 @@ class Terms:
 
 @dataclass(frozen=True)
 class Contender:
-    """A version as the gates see it: its URI and its tags."""
+    """What the gates need of a version: its URI and its tags."""
 
     uri: str
     tags: Mapping[str, str]
 
     def number(self, name: str) -> Decimal | None:
-        """A metric; None where it is missing or not a finite number."""
+        """Return a metric; None if it is missing or not a finite number."""
         try:
             value = Decimal(self.tags.get(f"metric.{name}", ""))
         except InvalidOperation:
@@ -71,14 +71,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one gate says.
+    """Verdict of one gate.
 
     Attributes:
-        gate: its name.
-        outcome: "skipped" where the user did so.
-        candidate: what counts of the version that wants the alias.
-        present: the same of the version that has it; empty where there is none.
-        remark: what is asked; of a gate that fails, the remedy too.
+        gate: Name of the gate.
+        outcome: Outcome; "skipped" if the user skipped the gate.
+        candidate: Relevant tags of the version to promote.
+        present: Relevant tags of the version that has the alias; "" if there is none.
+        remark: Requirement; for a gate that fails, the remedy too.
     """
 
     gate: str
@@ -90,14 +90,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Promotion:
-    """What came of it.
+    """Result of `promote`.
 
     Attributes:
-        version: the one that wanted the alias.
-        alias: the alias.
-        verdicts: integrity first.
-        before: the version that had the alias, if any.
-        now: the version that it points to at the end, if any.
+        version: Version to promote.
+        alias: Alias to move.
+        verdicts: Verdicts of the gates, integrity first.
+        before: Version that had the alias, if any.
+        now: Version that the alias points to at the end, if any.
     """
 
     version: "RegisteredVersion"
@@ -108,34 +108,36 @@ class Promotion:
 
     @property
     def refused(self) -> bool:
-        """A gate failed, and nothing was changed."""
+        """Whether a gate failed, so that nothing was changed."""
         return any(verdict.outcome == "FAIL" for verdict in self.verdicts)
 
     @property
     def succeeded(self) -> bool:
-        """The alias names the version, and rightly."""
+        """Whether the alias points to the version and no gate failed."""
         return not self.refused and self.now == self.version
 
 
 def promote(model: str, alias: str, terms: Terms, server: Server, *, compare: bool) -> Promotion:
-    """Give a version an alias, if the gates let it pass.
+    """Point an alias to a version, if it passes the gates.
 
-    Tag "promoted.ALIAS" of the version then says what it replaced, and which gates it passed or
+    The version's tag "promoted.ALIAS" then records what it replaced, and which gates it passed or
     skipped.
 
     Args:
-        model: "models:/NAME/VERSION" or "models:/NAME@ALIAS".
-        alias: to move; it need not exist.
-        terms: of the gates.
+        model: URI, "models:/NAME/VERSION" or "models:/NAME@ALIAS".
+        alias: Alias to move; it need not exist.
+        terms: Requirements of the gates.
         server: MLflow server of the registry.
-        compare: holds the version to the gates; without it only its integrity counts.
+        compare: Whether to apply the gates; if False, only integrity is checked.
 
     Raises:
-        ValueError: there is no such version or metric, MLflow does not take the alias or does not
+        ValueError: There is no such version or metric, MLflow rejects the alias or does not
             answer, or another promotion is under way.
         ConnectionError: MLflow fails.
     """
-    from efae.registry import versions  # MLflow takes seconds to import; deciding needs none
+    from efae.registry import (
+        versions,
+    )  # MLflow takes seconds to import, and judging does not need it
 
     version = versions.read_version(model, server)
     integrity = _check_integrity(version, server)
@@ -173,10 +175,10 @@ def _check_integrity(version: "RegisteredVersion", server: Server) -> Verdict:
 
 
 def judge(candidate: Contender, present: Contender | None, terms: Terms) -> list[Verdict]:
-    """What every gate says; what compares passes where there is no `present` and all is known.
+    """Return the verdict of every gate; without `present`, comparisons pass if all is known.
 
     Raises:
-        ValueError: no such metric; says which could be used.
+        ValueError: There is no such metric; the message lists usable ones.
     """
     if terms.metric not in HIGHER_IS_BETTER:
         raise ValueError(f"--metric {terms.metric}: unknown; {_name_metrics(candidate, present)}")
@@ -259,12 +261,12 @@ def _find_fault_of_gap(candidate: Contender, present: Contender | None, terms: T
 
 
 def _show(contender: Contender | None, keys: tuple[str, ...]) -> str:
-    """Tags in words; nothing of no contender."""
+    """Return tags as text; "" without a contender."""
     return " / ".join(contender.tags.get(key) or "unknown" for key in keys) if contender else ""
 
 
 def _name_metrics(candidate: Contender, present: Contender | None) -> str:
-    """Which metrics could be compared."""
+    """Return text that lists the metrics that can be compared."""
     both = [
         name
         for name in HIGHER_IS_BETTER
@@ -276,7 +278,7 @@ def _name_metrics(candidate: Contender, present: Contender | None) -> str:
 
 
 def _measure_again(candidate: Contender, present: Contender | None, data: str = "") -> str:
-    """What to do where tags cannot tell: measure, look, and answer for it."""
+    """Return the remedy for missing tags: measure, then skip the gate deliberately."""
     models = f"{present.uri} {candidate.uri}" if present else candidate.uri
     data = data or candidate.tags.get("held_out_uri") or "URI"
     return (

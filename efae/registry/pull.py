@@ -1,12 +1,11 @@
-"""A version in MLflow's registry -> its model, in any process; and which version has which alias.
+"""Pulling of models: from MLflow's registry, a run, storage or a folder, verified and cached.
 
 A version is the folder that `save_pretrained` writes: weights as safetensors, configuration and
-manifest as JSON. Neither way needs pickle, nor runs code that came with a model. A pull is checked
-against the manifest, and the manifest of a registered version against a tag of that version; pulled
-models are cached by the manifest's hash, so one version is downloaded once, and with EFAE_OFFLINE=1
-used without asking anybody. Versions are made in `registration`; when an alias may be moved is
-decided in `promotion`.
-Beside them lie the files of `torch_export`, for people without this package; no pull reads those.
+manifest as JSON. A pull unpickles nothing and runs no code that came with a model. It checks files
+against the manifest, and the manifest of a registered version against a tag of that version. Models
+are cached by the manifest's hash, so a version is downloaded once, and with EFAE_OFFLINE=1 used
+without a server. The files of `torch_export` beside a version are for people without this package;
+no pull reads them. See `registration`, `versions` and `promotion` for the rest.
 """
 
 import tempfile
@@ -38,14 +37,14 @@ _OF_MLFLOW = ("models:", "runs:")
 
 
 def pull(uri: str, destination: Path | None = None) -> Path:
-    """A local folder with the model at `uri`, verified; a copy in `destination` if given.
+    """Return a local folder with the verified model at `uri`: `destination`, if given.
 
     Args:
-        uri: as `read` takes it.
-        destination: folder to copy the model to.
+        uri: URI, as in `read`.
+        destination: Folder to copy the model to.
 
     Raises:
-        ValueError, CheckpointError, ConnectionError, StorageError: as `read`.
+        ValueError, CheckpointError, ConnectionError, StorageError: As in `read`.
     """
     folder, stored = _find(uri)
     if destination is None:
@@ -55,39 +54,40 @@ def pull(uri: str, destination: Path | None = None) -> Path:
 
 
 def read(uri: str) -> StoredModel:
-    """The model at `uri`, verified.
+    """Read and verify the model at `uri`.
 
-    With EFAE_OFFLINE=1 in the environment neither MLflow nor a storage is asked: the model is the
-    verified copy in the cache that this URI named when it was last pulled with this
-    MLFLOW_TRACKING_URI; so an alias may have moved since. What was pulled by any models:/ URI is
-    there by its version and its digest, too.
+    With EFAE_OFFLINE=1 in the environment neither MLflow nor storage is contacted: the model is the
+    verified cached copy that this URI named when it was last pulled with this MLFLOW_TRACKING_URI;
+    an alias may have moved since. A model pulled by any models:/ URI is also found by its version
+    and its digest.
 
     Args:
-        uri: "models:/NAME@ALIAS", "models:/NAME/VERSION", "models:/NAME@sha256:HEX",
+        uri: URI: "models:/NAME@ALIAS", "models:/NAME/VERSION", "models:/NAME@sha256:HEX",
             "runs:/RUN_ID/PATH", "builtin:NAME", or the path or address of a checkpoint or model
             folder. The registry is the one that MLFLOW_TRACKING_URI names. HEX is the version's
             tag "digest", the sha256 of its weights, or its first 12 digits or more.
 
     Raises:
-        ValueError: there is no such model, and the message says what exists; or MLflow does not
-            answer; or EFAE_OFFLINE is set and it was not pulled before.
-        CheckpointError: its files do not match their manifest, or that what was registered.
+        ValueError: There is no such model, and the message lists what exists; or MLflow does not
+            answer; or EFAE_OFFLINE is set and the model was not pulled before.
+        CheckpointError: The files do not match the manifest, or the manifest does not match the
+            registered one.
         ConnectionError: MLflow fails.
-        StorageError: the storage refuses or does not answer.
+        StorageError: The storage refuses or does not answer.
     """
     return _find(uri)[1]
 
 
 def load(uri: str, device: str = "cpu") -> "Autoencoder":
-    """The model at `uri` on `device`, for inference: evaluation mode, no gradients.
+    """Load the model at `uri` to `device` for inference: evaluation mode, no gradients.
 
     Args:
-        uri: as `read` takes it.
-        device: as torch names devices.
+        uri: URI, as in `read`.
+        device: Device, as torch names it.
 
     Raises:
-        CheckpointError: its weights are not its configuration's; or as `read`.
-        ValueError, ConnectionError, StorageError: as `read`.
+        CheckpointError: The weights do not fit the configuration; or as in `read`.
+        ValueError, ConnectionError, StorageError: As in `read`.
     """
     from efae.model.autoencoder import Autoencoder
 
@@ -95,10 +95,10 @@ def load(uri: str, device: str = "cpu") -> "Autoencoder":
 
 
 def verify(version: RegisteredVersion, server: Server) -> None:
-    """Read the stored model, whatever the cache holds, and build it; and the files beside it.
+    """Download a stored model, without the cache, build it, and check the files beside it.
 
     Raises:
-        CheckpointError: it is not what was registered, or makes no model.
+        CheckpointError: The files are not the registered ones, or make no model.
     """
     if "manifest_digest" not in version.tags:
         raise CheckpointError(version.uri, "no tag manifest_digest says what was registered")
@@ -121,7 +121,7 @@ def verify(version: RegisteredVersion, server: Server) -> None:
 
 
 def _find(uri: str) -> tuple[Path, StoredModel]:
-    """The folder of the model on this machine, and what it holds: read and verified once."""
+    """Return the local folder of the model and its content, read and verified once."""
     if uri.startswith(_OF_MLFLOW):
         return _find_of_mlflow(model_uris.normalize(uri), Server(mlflow.get_tracking_uri()))
     folder = pretrained.find_folder(uri) or Location.parse(uri).path
@@ -182,10 +182,10 @@ def _explain_absence(uri: str) -> str:
 
 
 def _download(uri: str, source: str, name: str, server: Server) -> bytes:
-    """A file of a stored model.
+    """Download a file of a stored model.
 
-    By the method that each of MLflow's stores has: `download_artifacts` lists the folder first,
-    and draws a progress bar that only an environment variable stops.
+    This calls the private method that all MLflow stores have: the public `download_artifacts` lists
+    the folder first, and draws a progress bar that only an environment variable turns off.
     """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "file"

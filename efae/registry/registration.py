@@ -1,4 +1,4 @@
-"""Model -> version in MLflow's registry: files, tags, card, programs for other people."""
+"""Registration of a model as a version in MLflow: files, tags, card and portable programs."""
 
 import logging
 import tempfile
@@ -20,7 +20,7 @@ from efae.tracking.runs import Run
 logger = logging.getLogger(__name__)
 
 DESCRIPTION_CHARACTERS = 5000
-"""The width of MLflow's column; SQLite takes more, PostgreSQL and MySQL refuse it."""
+"""Width of MLflow's column; SQLite accepts more, PostgreSQL and MySQL refuse it."""
 
 
 def register_model(
@@ -32,24 +32,24 @@ def register_model(
     card: str = "",
     portable: bool = True,
 ) -> RegisteredVersion:
-    """Store the folder of a model with its run and make it a version of `name`.
+    """Store a model with its run and register it as a version of `name`.
 
     The first version becomes the champion. Registering the same weights of the same run again
-    gives the version that exists.
+    returns the existing version.
 
     Args:
         stored: Model to register.
-        name: of the registered model; made if there is none.
+        name: Name of the registered model; created if missing.
         run: MLflow run that the model came from; it stores the files.
-        metrics: numbers that become tags "metric.NAME" of the version.
-        tags: further tags of the version.
-        card: what a reader should know, as Markdown: the version's description, cut where MLflow's
-            column ends, and whole as README.md beside the files. No pull reads it.
-        portable: whether to export it for people without this package, too; that takes some ten
-            seconds. What cannot be exported is registered all the same, with a warning.
+        metrics: Metrics that become tags "metric.NAME" of the version.
+        tags: Further tags of the version.
+        card: Model card as Markdown: stored as README.md beside the files, and as the version's
+            description, cut at the width of MLflow's column. No pull reads it.
+        portable: Whether to export programs for people without this package, too, which takes some
+            ten seconds. If the export fails, the model is registered with a warning.
 
     Raises:
-        MlflowException: the server refuses or does not answer, or there is no such run.
+        MlflowException: The server refuses or does not answer, or there is no such run.
     """
     facts = {f"metric.{key}": f"{value:.6g}" for key, value in metrics.items()} | dict(tags)
     facts["digest"] = stored.digest
@@ -69,7 +69,7 @@ def register_model(
             name, source, run.id, facts, description=_describe(card), await_creation_for=0
         )
     aliases, _ = model_uris.read_aliases_and_tags(client, name)
-    if int(found.version) == 1 and CHAMPION not in aliases:  # later ones are to be promoted
+    if int(found.version) == 1 and CHAMPION not in aliases:  # later ones need `promote`
         client.set_registered_model_alias(name, CHAMPION, found.version)
     return as_registered(found)
 
@@ -88,8 +88,8 @@ def _find_version(client: MlflowClient, name: str, run_id: str, digest: str) -> 
 
 
 def _export(stored: StoredModel, folder: Path) -> list[Path]:
-    """The files of `torch_export` in `folder`; none where torch cannot export this model."""
-    from efae.exchange import torch_export  # the imports take seconds, and no pull needs them
+    """Export the files of `torch_export` to `folder`; [] if torch cannot export this model."""
+    from efae.exchange import torch_export  # imports take seconds; no pull needs them
 
     try:
         torch_export.export_portable(stored, folder)
@@ -114,7 +114,7 @@ def _describe(card: str) -> str:
 def _upload(
     client: MlflowClient, run_id: str, stored: StoredModel, folder: Path, exported: Sequence[Path]
 ) -> str:
-    """Stores the files with the run; other weights of the same run are never overwritten."""
+    """Upload the files to the run, never over other weights of the same run."""
     path = f"model-{stored.digest[:12]}" if client.list_artifacts(run_id, "model") else "model"
     for file in (*sorted(folder.iterdir()), *exported):
         client.log_artifact(run_id, str(file), path)

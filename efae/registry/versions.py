@@ -1,4 +1,4 @@
-"""Registered versions, their tags and the aliases that point to them."""
+"""Versions in MLflow's registry, their tags and the aliases that point to them."""
 
 import time
 import uuid
@@ -13,10 +13,10 @@ from efae.tracking.server import Server
 
 CHAMPION = "champion"
 ABANDONED_AFTER_SECONDS = 600
-"""A promotion takes seconds once its model is verified; one that is older was killed."""
+"""Age from which a promotion counts as killed; it takes seconds once the model is verified."""
 _PROMOTING = "promoting."
 FILE_TAG = "sha256."
-"""Before the name of a file beside the model, in a tag with its hash."""
+"""Prefix of tags that hold the hash of a file beside the model, before the file's name."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class RegisteredVersion:
     """One version of a registered model.
 
     Attributes:
-        name: of the registered model.
-        version: counted from 1.
-        tags: as they were when it was read.
+        name: Name of the registered model.
+        version: Number of the version, from 1.
+        tags: Tags at the time of reading.
     """
 
     name: str
@@ -35,19 +35,19 @@ class RegisteredVersion:
 
     @property
     def uri(self) -> str:
-        """What `pull` and `load` take."""
+        """URI that `pull` and `load` accept."""
         return f"models:/{self.name}/{self.version}"
 
 
 def read_version(uri: str, server: Server) -> RegisteredVersion:
-    """The version that `uri` names now, with its tags.
+    """Read the version that `uri` names now, with its tags.
 
     Args:
-        uri: "models:/NAME@ALIAS", "models:/NAME/VERSION" or "models:/NAME@sha256:HEX".
+        uri: URI: "models:/NAME@ALIAS", "models:/NAME/VERSION" or "models:/NAME@sha256:HEX".
         server: MLflow server of the registry, here and in the functions below.
 
     Raises:
-        ValueError: there is no such version, and the message says what exists; or MLflow does not
+        ValueError: There is no such version, and the message lists what exists; or MLflow does not
             answer.
         ConnectionError: MLflow fails, here and in the functions below.
     """
@@ -58,10 +58,10 @@ def read_version(uri: str, server: Server) -> RegisteredVersion:
 
 
 def read_alias(name: str, alias: str, server: Server) -> RegisteredVersion | None:
-    """The version of `name` that the alias points to, if any.
+    """Read the version of `name` that the alias points to, if any.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: There is no such model.
     """
     with model_uris.asking(server) as client:
         aliases, _ = model_uris.read_aliases_and_tags(client, name)
@@ -70,10 +70,10 @@ def read_alias(name: str, alias: str, server: Server) -> RegisteredVersion | Non
 
 
 def set_alias(name: str, alias: str, version: int, server: Server) -> None:
-    """Point an alias of `name` to a version; it leaves the one that it pointed to.
+    """Point an alias of `name` to a version; the alias leaves its present one.
 
     Raises:
-        ValueError: there is no such version, or MLflow does not take this alias.
+        ValueError: There is no such version, or MLflow rejects the alias.
     """
     with model_uris.asking(server) as client:
         client.set_registered_model_alias(name, alias, str(version))
@@ -87,13 +87,13 @@ def set_tag(version: RegisteredVersion, key: str, value: str, server: Server) ->
 
 @contextmanager
 def promote_alone(name: str, server: Server) -> Generator[None]:
-    """Keeps other promotions of `name` out; MLflow has no way to compare and set an alias.
+    """Exclude concurrent promotions of `name`; MLflow cannot compare and set an alias.
 
-    Each leaves a tag of its own on the registered model before it looks for those of others: of two
-    at the same time at least one sees the other, and gives up.
+    Each promotion first sets a tag of its own on the registered model, then reads those of others:
+    of two at the same time at least one sees the other, and gives up.
 
     Raises:
-        ValueError: another promotion is under way.
+        ValueError: Another promotion is under way.
     """
     mine = f"{_PROMOTING}{uuid.uuid4().hex}"
     with model_uris.asking(server) as client:
@@ -119,5 +119,5 @@ def promote_alone(name: str, server: Server) -> Generator[None]:
 
 
 def as_registered(found: ModelVersion) -> RegisteredVersion:
-    """A version as MLflow gives it."""
+    """Convert a version from MLflow's type."""
     return RegisteredVersion(found.name, int(found.version), dict(found.tags))

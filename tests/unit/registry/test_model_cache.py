@@ -187,7 +187,7 @@ def test_answers_that_are_damaged_or_whose_model_is_gone_are_as_if_never_given(t
     (tmp_path / "refs" / f"{'0' * 64}.json").write_text("{")
     with pytest.raises(ValueError, match=f"holds models:/m/1 of {SERVER}: pull"):
         recall(tmp_path, SERVER, "models:/m/2")
-    assert "is not what efae wrote" in caplog.text
+    assert "efae did not write it" in caplog.text
     shutil.rmtree(folder)
     with pytest.raises(ValueError, match="holds nothing"):
         recall(tmp_path, SERVER, "models:/m/1")
