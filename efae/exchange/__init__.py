@@ -1,1 +1,1 @@
-"""Models and tokenizers of other libraries, and ours for them."""
+"""Exchange of models and tokenizers with other libraries."""

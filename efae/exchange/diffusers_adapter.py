@@ -1,12 +1,12 @@
-"""Our autoencoder as one of diffusers' own: the calling convention of its AutoencoderKL.
+"""Our autoencoder as a diffusers model, with the calling convention of AutoencoderKL.
 
 Code for latent diffusion trains and samples on it unchanged, and pipelines save and load it.
-Latents come at unit scale: scaling_factor is 1, shift_factor 0. Needs diffusers, the extra "audit".
+Latents have unit scale: scaling_factor is 1, shift_factor 0. Needs diffusers, the extra "audit".
 A saved pipeline names this module, and diffusers loads it only where the caller has imported it.
 
-The decoder is a flow, so an image depends on noise too. It comes from the generator that `decode`
-is given; without one it comes from a fixed seed and is the same for every image, which makes
-`decode` a function of each latent alone.
+The decoder is a flow, so an image also depends on noise. `decode` draws it from the generator that
+it receives; without one, from a fixed seed, the same for every image, which makes `decode` a
+function of each latent alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,22 +41,22 @@ _CHANGE_NOTHING = {
     *("max_memory", "offload_folder", "offload_state_dict", "proxies", "revision", "token"),
     "use_safetensors",
 }
-"""What pipelines pass to every model: of downloads and memory."""
+"""Options on downloads and memory that pipelines pass to every model; ignored."""
 
 
 class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
-    """An `Autoencoder` that diffusers takes for an AutoencoderKL.
+    """An `Autoencoder` that diffusers can use as an AutoencoderKL.
 
     Args:
-        efae: the model, whose weights are shared; or the tree of a configuration, for random ones.
+        efae: Model, whose weights are shared; or a configuration as a dict, for random weights.
 
     Attributes:
-        autoencoder: the model.
-        decoding_steps: of the sampler; None for those of the configuration. Not saved.
-        decoding_seed: of the noise where `decode` is given no generator. Not saved.
+        autoencoder: Model.
+        decoding_steps: Steps of the sampler; None: the configuration's. Not saved.
+        decoding_seed: Seed of the noise if `decode` receives no generator. Not saved.
 
     Raises:
-        ValueError: the configuration cannot be built, or its pixels per latent cell are no power
+        ValueError: The configuration cannot be built, or its pixels per latent cell are no power
             of two.
     """
 
@@ -81,30 +81,30 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @property
     def group(self) -> Group:
-        """What acts on images and latents."""
+        """Group that acts on images and latents."""
         return self.autoencoder.group
 
     @property
     def representation(self) -> Representation:
-        """How it acts on latents."""
+        """Representation by which the group acts on latents."""
         return self.autoencoder.representation
 
     def act(
         self, element: Element | Sequence[Element] | Tensor, z: Float[Tensor, "b dim lh lw"]
     ) -> Float[Tensor, "b dim lh lw"]:
-        """The latent of the image that `element` turns or flips; one, or one per example."""
+        """Return the latent of the transformed image; one element, or one per example."""
         return self.autoencoder.act(element, z)
 
     @accelerate_utils.apply_forward_hook
     def encode(
         self, x: Float[Tensor, "b c h w"], return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Images in [-1, 1] to the distribution of their latents.
+        """Encode images in [-1, 1] to the distribution of their latents.
 
-        With bottleneck "rms" that is a point: `sample` gives the mode.
+        With bottleneck "rms" it is a point: `sample` returns the mode.
 
         Raises:
-            ValueError: the images have another shape than the model was built for.
+            ValueError: The images have another shape than the model was built for.
         """
         with self._precision():
             parts = [self.autoencoder.encode(part.to(self.dtype)) for part in self._slices(x)]
@@ -123,12 +123,12 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latents to images near [-1, 1]; no gradient passes.
+        """Decode latents to images near [-1, 1], without gradients.
 
         Args:
-            z: from `encode`, from a diffusion model, acted on or not.
-            return_dict: gives a DecoderOutput, otherwise a tuple.
-            generator: of the noise, or one per example; None for the seed, see above.
+            z: Latents from `encode` or a diffusion model, acted on or not.
+            return_dict: Whether to return a DecoderOutput instead of a tuple.
+            generator: Generator of the noise, or one per example; None: `decoding_seed`.
         """
         wide = torch.promote_types(self.dtype, torch.float32)
         f, colours = self.autoencoder.config.model.downsampling, self.config["in_channels"]
@@ -174,19 +174,19 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Write the folder that `Autoencoder.save_pretrained` writes, always as one file.
 
         Args:
-            save_directory: made if need be; a model in it is replaced.
-            is_main_process: False writes nothing, for the other processes of a training.
-            save_function: changes nothing, and neither does `max_shard_size`.
-            safe_serialization: must be True.
-            variant: must be None.
-            max_shard_size: see above.
-            push_to_hub: must be False; the method of that name does it.
-            use_flashpack: must be False.
-            card: becomes README.md.
-            kwargs: nothing else is taken.
+            save_directory: Folder, created if missing; a model in it is replaced.
+            is_main_process: Whether to write; False for the other processes of a training.
+            save_function: Ignored.
+            safe_serialization: Must be True.
+            variant: Must be None.
+            max_shard_size: Ignored.
+            push_to_hub: Must be False; call the method of that name instead.
+            use_flashpack: Must be False.
+            card: Text of README.md.
+            kwargs: No other options are accepted.
 
         Raises:
-            ValueError: an option that there is not.
+            ValueError: An option is unknown or unsupported.
         """
         asked = {"variant": variant, "push_to_hub": push_to_hub, "use_flashpack": use_flashpack}
         _refuse_unknown({**asked, "safe_serialization=False": not safe_serialization, **kwargs})
@@ -197,17 +197,17 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | PathLike[str] | None, **kwargs: Any
     ) -> "AutoencoderEFAE":
-        """The adapter of a model in a local folder, in evaluation mode, without gradients.
+        """Load a model from a local folder, in evaluation mode, without gradients.
 
         Args:
-            pretrained_model_name_or_path: the folder; nothing is downloaded.
-            kwargs: of diffusers: `subfolder`; `torch_dtype` or `dtype` to convert the weights to,
-                which otherwise stay as they were saved; `device_map`, a device or {"": device}.
-                Others that concern downloads and memory change nothing.
+            pretrained_model_name_or_path: Folder; nothing is downloaded.
+            kwargs: Options of diffusers: `subfolder`; `torch_dtype` or `dtype` to convert the
+                weights to, by default as saved; `device_map`, a device or {"": device}. Options on
+                downloads and memory are ignored.
 
         Raises:
-            ValueError: the folder is not as it was saved, or holds a pickle; or an option that
-                there is not.
+            ValueError: The folder was changed since it was saved, or holds a pickle; or an option
+                is unknown.
         """
         if pretrained_model_name_or_path is None:
             raise ValueError("from_pretrained needs the folder that save_pretrained wrote")
@@ -222,7 +222,7 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return cls(loaded.to(dtype=dtypes[1] or dtypes[0])).eval()
 
     def _precision(self) -> AbstractContextManager[Any]:
-        # The bottleneck and the sampler work in fp32, whatever the weights are kept in.
+        # The bottleneck and the sampler compute in fp32, whatever the dtype of the weights.
         if self.dtype in _HALVES:
             return torch.autocast(self.device.type, dtype=self.dtype)
         return nullcontext()

@@ -1,4 +1,4 @@
-"""Other people's tokenizers, wrapped to be measured beside ours."""
+"""Tokenizers of diffusers, wrapped so that they can be evaluated like ours."""
 
 import importlib
 import json
@@ -18,17 +18,17 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 class DiffusersTokenizer(nn.Module):
     """An AutoencoderKL of diffusers; deterministic both ways.
 
-    Its latent is the posterior's mode, shifted and scaled as its configuration tells diffusion
-    models to. The group acts as on an image, by moving the cells of the grid: the only action that
-    such a latent could have by nature.
+    Its latent is the posterior's mode, shifted and scaled as its configuration prescribes for
+    diffusion models. The group acts as on an image, by moving the cells of the grid: the only
+    action that such a latent has by construction.
 
     Args:
-        network: an AutoencoderKL, in evaluation mode.
-        group: what acts.
+        network: AutoencoderKL, in evaluation mode.
+        group: Group that acts on images and latents.
 
     Attributes:
-        group: as given.
-        representation: every channel invariant.
+        group: Group that acts on images and latents.
+        representation: Trivial representation: every channel is invariant.
     """
 
     def __init__(self, network: Any, group: Group = D4):
@@ -53,7 +53,7 @@ class DiffusersTokenizer(nn.Module):
         return 2 ** (len(settings.block_out_channels) - 1)
 
     def check_images(self, channels: int, height: int, width: int) -> None:
-        """Raise ValueError for images that this network does not take."""
+        """Raise ValueError for images that this network does not accept."""
         if channels != self.channels:
             raise ValueError(
                 f"images of {channels} colours: this AutoencoderKL takes {self.channels}"
@@ -70,10 +70,10 @@ class DiffusersTokenizer(nn.Module):
             )
 
     def encode(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
-        """Image in [-1, 1] to its latent.
+        """Encode images in [-1, 1] to latents.
 
         Raises:
-            ValueError: a shape that the network does not take.
+            ValueError: The network does not accept the shape.
         """
         self.check_images(*image.shape[1:])
         encoded = self.network.encode(image)
@@ -83,7 +83,7 @@ class DiffusersTokenizer(nn.Module):
     def act(
         self, element: Element, latent: Float[Tensor, "b dim lh lw"]
     ) -> Float[Tensor, "b dim lh lw"]:
-        """The element applied to the grid, as to an image."""
+        """Apply the element to the grid, as to an image."""
         return self.representation.act(element, latent)
 
     def decode(
@@ -93,22 +93,22 @@ class DiffusersTokenizer(nn.Module):
         noise: Float[Tensor, "b c h w"] | None = None,
         seed: int | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """The image near [-1, 1]; steps, noise and seed change nothing."""
+        """Decode to images near [-1, 1]; steps, noise and seed are ignored."""
         decoded = self.network.decode(latent / self._scale + self._shift)
         sample: Tensor = decoded.sample
         return sample
 
 
 def load_diffusers(path: str, group: Group = D4, device: str = "cpu") -> DiffusersTokenizer:
-    """The AutoencoderKL in a local folder, in evaluation mode and fp32; nothing is downloaded.
+    """Load the AutoencoderKL in a local folder, in evaluation mode and fp32, without downloads.
 
     Args:
-        path: a folder with config.json and diffusion_pytorch_model.safetensors.
-        group: what acts on images and latents.
-        device: where to put it, as torch names devices.
+        path: Folder with config.json and diffusion_pytorch_model.safetensors.
+        group: Group that acts on images and latents.
+        device: Device, as torch names it.
 
     Raises:
-        ValueError: diffusers is missing, or the folder or what it holds is not as above.
+        ValueError: The package diffusers is missing, or the folder does not hold such a model.
     """
     folder = Path(path)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Encodes images, acts on latents and decodes them with MLflow, numpy and torch alone.
+"""Encode images, act on latents and decode them, with MLflow, numpy and torch alone.
 
     model = mlflow.pyfunc.load_model("models:/efae@champion")
     latent = model.predict(images, params={"task": "encode"})
@@ -7,7 +7,7 @@
 
 All arrays are float32, (batch, channel, height, width); images lie in [-1, 1]. This script travels
 with a model as MLflow's "model from code", beside two programs of torch.export and programs.json,
-which says what they take; the package that made them does not have to be installed.
+which describes their inputs; the package that made them need not be installed.
 """
 
 import hashlib
@@ -24,32 +24,32 @@ TASKS = ("encode", "act", "decode")
 
 
 class PortableModel(PythonModel):
-    """The two programs, and the action of the group between them."""
+    """The encoder and decoder programs, and the action of the group on latents."""
 
     def load_context(self, context: Any) -> None:
-        """Loads what lies beside this script, once its sha256 is that of programs.json.
+        """Load the programs beside this script, after checking their sha256 against programs.json.
 
         Raises:
-            ValueError: a program is damaged.
+            ValueError: A program is damaged.
         """
         self.facts = json.loads(Path(context.artifacts["programs.json"]).read_text())
         self.encoder = self._load_program(context, "encode.pt2")
         self.decoder = self._load_program(context, "decode.pt2")
 
-    # np.ndarray: of most other types MLflow warns whoever loads this.
+    # Typed np.ndarray: for most other types MLflow logs a warning on every load.
     def predict(
         self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None
     ) -> Any:
-        """What `params["task"]` makes of the array: a latent, or images.
+        """Run `params["task"]` on the array: return latents or images.
 
         Args:
-            context: of MLflow.
-            model_input: images for "encode", latents for "act" and "decode".
-            params: "task"; "element" of the group for "act"; for "decode" the "seed" that its noise
-                is drawn from.
+            context: Context from MLflow; not used.
+            model_input: Images for "encode", latents for "act" and "decode".
+            params: Parameters: "task"; for "act" the "element" of the group; for "decode" the
+                "seed" of the noise.
 
         Raises:
-            ValueError: no such task or element, or an array of another kind or shape.
+            ValueError: The task or element is unknown, or the array has another dtype or shape.
         """
         given: dict[str, Any] = {"task": "encode", "element": "identity", "seed": 0}
         given |= params or {}
@@ -65,7 +65,7 @@ class PortableModel(PythonModel):
         raise ValueError(f"task={task!r}: use one of {', '.join(TASKS)}")
 
     def _act(self, name: str, latents: np.ndarray) -> np.ndarray:
-        """The grid moves like an image, and the channels by a signed permutation."""
+        """Move the grid like an image, and permute and sign the channels."""
         elements = self.facts["elements"]
         if name not in elements:
             raise ValueError(f"element={name!r}: this model's group has {', '.join(elements)}")
@@ -76,7 +76,7 @@ class PortableModel(PythonModel):
         return moved[:, element["source"]] * sign
 
     def _decode(self, latents: np.ndarray, seed: int) -> np.ndarray:
-        """From noise of the seed to images; equal seeds give equal noise."""
+        """Decode latents to images, from the noise of the seed."""
         noise = torch.randn(
             (len(latents), *self.facts["image_shape"]),
             generator=torch.Generator().manual_seed(int(seed)),
@@ -95,7 +95,7 @@ class PortableModel(PythonModel):
         return torch.export.load(path).module()
 
     def _check(self, array: Any, shape_name: str, task: str) -> np.ndarray:
-        """The array in a layout that torch takes."""
+        """Check dtype and shape; return the array in a layout that torch accepts."""
         expected = ", ".join(map(str, self.facts[shape_name]))
         kind = getattr(array, "dtype", type(array).__name__)
         if kind != np.float32:

@@ -1,6 +1,6 @@
-"""A model for people without this package: programs of torch.export, and MLflow's pyfunc flavour.
+"""Export of a model for use without this package: torch.export and MLflow's pyfunc flavour.
 
-`export_portable` writes, to lie beside the files of a model:
+`export_portable` writes these files beside those of a model:
 
     encode.pt2          image -> latent           torch.export.load(path).module()(image)
     decode.pt2          (latent, noise) -> image  the configuration's sampler, steps and guidance
@@ -8,15 +8,14 @@
     portable_model.py   lets MLflow encode, act and decode with them
     requirements.txt, python_env.yaml
 
-The programs are of float32 on the CPU, for any batch and the configuration's image size.
+The programs compute in float32 on the CPU, for any batch and the configuration's image size.
 `efae.load` reads none of these files.
 
-What torch.export.load does with a file (torch 2.13): weights and constants are raw bytes, but where
-the archive asks for it they, and the example inputs, are unpickled, and sizes in the graph are
-parsed by a sympy that evaluates them. So a program is as trustworthy as code. Ours hold nothing
-pickled, not even example inputs, and portable_model.py compares sha256 before it loads one; that
-finds damage. Against an author with bad intent only the origin of programs.json helps, whose hash
-is a tag of the registered version.
+Security of torch.export.load (torch 2.13): weights and constants are raw bytes, but an archive can
+have them, and the example inputs, unpickled, and sympy evaluates the sizes in the graph. Trust a
+program as you trust code. Ours hold nothing pickled, not even example inputs, and portable_model.py
+checks sha256 before it loads one, which detects damage. Against a malicious author only the origin
+of programs.json helps, whose hash is a tag of the registered version.
 """
 
 import hashlib
@@ -47,31 +46,31 @@ ENCODE, DECODE, PROGRAMS = "encode.pt2", "decode.pt2", "programs.json"
 SCRIPT, REQUIREMENTS, ENVIRONMENT = "portable_model.py", "requirements.txt", "python_env.yaml"
 PORTABLE_FILES = (ENCODE, DECODE, PROGRAMS, SCRIPT, REQUIREMENTS, ENVIRONMENT)
 _FOR_PEOPLE = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
-"""What torch notes of each operation's origin: most of a program's size, and paths of this host."""
+"""Metadata on each operation's origin: most of a program's size, and paths of this host."""
 
 
 def export_portable(stored: StoredModel, destination: Path) -> None:
-    """Writes `PORTABLE_FILES` into `destination`, a folder that exists.
+    """Write `PORTABLE_FILES` into `destination`.
 
     Args:
         stored: Model to export.
-        destination: where to; files of these names are replaced.
+        destination: Existing folder; files of these names are replaced.
 
     Raises:
-        CheckpointError: the weights are not those of the configuration.
-        ValueError: its configuration cannot be built.
+        CheckpointError: The weights do not fit the configuration.
+        ValueError: The configuration cannot be built.
     """
     model, config = Autoencoder.restore(stored), stored.config
-    for module in model.modules():  # a view of something larger would be stored as all of it
+    for module in model.modules():  # a view would be stored with its whole base
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.clone(memory_format=torch.contiguous_format))
     channels, (height, width) = config.data.channels, config.data.image_size
     f = config.model.downsampling
-    # Two, since a batch of one would be taken for a constant.
+    # A batch of two, since torch.export would specialise a batch of one to a constant.
     image = torch.zeros(2, channels, height, width)
     latent = torch.zeros(2, model.representation.dim, height // f, width // f)
     encoder, decoder = model.encoder, model.decoder
-    del model.decoder  # so that its weights do not travel with the other program
+    del model.decoder  # so that the encoder's program does not hold its weights
     _write_program(_Encode(model), (image,), destination / ENCODE)
     model.decoder = decoder
     del model.encoder
@@ -99,7 +98,7 @@ def export_portable(stored: StoredModel, destination: Path) -> None:
 
 
 def describe_portable(model: Model) -> None:
-    """Adds the pyfunc flavour and its signature to what MLmodel will say."""
+    """Add the pyfunc flavour and its signature to an MLmodel."""
     mlflow.pyfunc.add_to_model(
         model,
         loader_module="mlflow.pyfunc.loaders.code_model",
@@ -119,9 +118,9 @@ def describe_portable(model: Model) -> None:
 
 
 class Evaluation(NamedTuple):
-    """One evaluation of the velocity v, at y and `t`, and what it does to the state.
+    """One evaluation of the velocity v at (y, t), and its update of the state.
 
-    x += advance * v + advance_slope * (v of the evaluation before); then y = x + ahead * v.
+    x += advance * v + advance_slope * (previous v); then y = x + ahead * v.
     """
 
     t: float
@@ -131,11 +130,11 @@ class Evaluation(NamedTuple):
 
 
 def list_evaluations(times: Sequence[float], method: Method) -> list[Evaluation]:
-    """The steps of `sampler.integrate` one velocity at a time, so that a loop can be traced once.
+    """List the steps of `sampler.integrate` by velocity, so that a loop can be traced once.
 
     Args:
-        times: falling from 1 to 0.
-        method: of the sampler.
+        times: Times, decreasing from 1 to 0.
+        method: Method of the sampler.
     """
     found: list[Evaluation] = []
     for t, end in itertools.pairwise(times):
@@ -160,10 +159,10 @@ class _Encode(nn.Module):
 
 
 class _Decode(nn.Module):
-    """`Autoencoder.decode`, as a loop of torch.
+    """`Autoencoder.decode` as a loop in the graph.
 
-    Unrolled, the quick start's four steps took 7.7 MB and 10 s to load, against 3.2 MB and 2.5 s,
-    and the export of each further step took seconds.
+    Unrolled, the quick start's four steps took 7.7 MB and 10 s to load, instead of 3.2 MB and
+    2.5 s, and the export of each further step took seconds.
     """
 
     table: Tensor
@@ -181,7 +180,7 @@ class _Decode(nn.Module):
         self.register_buffer("scale", torch.tensor(scale))
 
     def forward(self, latent: Tensor, noise: Tensor) -> Tensor:
-        def goes_on(i: Tensor, *_: Tensor) -> Tensor:
+        def has_next(i: Tensor, *_: Tensor) -> Tensor:
             return (i < self.count).view(())
 
         def evaluate(i: Tensor, x: Tensor, y: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
@@ -194,14 +193,14 @@ class _Decode(nn.Module):
             x = x + advance * v + advance_slope * slope
             return i + 1, x, x + ahead * v, v
 
-        # The carried tensors may not share memory.
+        # while_loop forbids carried tensors that share memory: hence the clones.
         state = (torch.zeros(1, dtype=torch.long), noise.clone(), noise.clone(), noise * 0)
-        return cast(Any, torch_control).while_loop(goes_on, evaluate, state)[1]
+        return cast(Any, torch_control).while_loop(has_next, evaluate, state)[1]
 
 
 def _write_program(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
     batch = Dim("batch", min=1)
-    with torch.no_grad():  # else every operation would lie in a graph of its own for that
+    with torch.no_grad():  # else each operation gets a subgraph of its own to switch gradients off
         program = torch.export.export(module, inputs, dynamic_shapes=({0: batch},) * len(inputs))
     graphs = (part.graph for part in program.graph_module.modules() if hasattr(part, "graph"))
     for node in itertools.chain.from_iterable(cast(Any, graph).nodes for graph in graphs):

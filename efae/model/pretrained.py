@@ -1,11 +1,11 @@
-"""One model as one folder: config.json, safetensors and manifest.json, in the style of diffusers.
+"""The model folder: config.json, safetensors and manifest.json, in the style of diffusers.
 
 It is what `Autoencoder.save_pretrained` writes, what the registry stores, and what `efae.load` and
-`efae.exchange.diffusers_adapter` read. Beside our configuration, config.json says what
-latent-diffusion code asks of an autoencoder. The hashes find accidents and mix-ups; somebody who
-means harm can write new ones, and can still not make a reader run code.
+`efae.exchange.diffusers_adapter` read. Beside our configuration, config.json holds the settings
+that latent-diffusion code reads. The hashes detect damage and mix-ups; an attacker can write new
+ones, but cannot make a reader run code.
 
-The same reader takes a checkpoint as a model of its EMA weights, and what older versions wrote.
+The same reader reads a checkpoint as a model with its EMA weights, and folders of older versions.
 """
 
 import hashlib
@@ -42,17 +42,17 @@ from efae.symmetry import Representation
 CARD = "README.md"
 CLASS_NAME = "AutoencoderEFAE"
 BUILTIN = "builtin:"
-"""Before the names of the models that come with this package."""
+"""Prefix of the names of models that ship in this package."""
 _BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin"
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"}
 
 
 @dataclass(frozen=True, eq=False)
 class StoredModel:
-    """A model as its folder holds it; the folder was read and verified once.
+    """The content of a model folder, read and verified once.
 
     Attributes:
-        uri: Where it was read, for messages.
+        uri: Path or URI it was read from, for messages.
         files: Contents of weights, configuration and manifest, by file name.
         weights_file: Name of the weights among them.
         weights: Tensors by parameter name, on the CPU, in the precision they are stored in.
@@ -72,18 +72,18 @@ class StoredModel:
 
     @property
     def manifest_digest(self) -> str:
-        """sha256 of the manifest, which vouches for weights and configuration."""
+        """sha256 of the manifest, which holds the hashes of weights and configuration."""
         return sha256(self.files[MANIFEST])
 
     def write(self, folder: Path, card: str = "") -> None:
         """Write the files into a folder.
 
         Args:
-            folder: Folder, made if need be; a model in it is replaced.
-            card: Text of README.md; a README.md that is there stays if this is empty.
+            folder: Folder, created if missing; a model in it is replaced.
+            card: Text of README.md; if empty, an existing README.md stays.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)  # while we write, the folder is not complete
+        (folder / MANIFEST).unlink(missing_ok=True)  # the folder stays incomplete while we write
         for name, data in self.files.items():  # the manifest is last
             (folder / name).write_bytes(data)
         if card:
@@ -93,7 +93,7 @@ class StoredModel:
 def pack_model(
     weights: Mapping[str, Tensor], config: Config, representation: Representation
 ) -> StoredModel:
-    """The files of a model folder, in memory.
+    """Make the files of a model folder, in memory.
 
     Args:
         weights: Tensors by parameter name, on any device.
@@ -123,7 +123,7 @@ def parse_model(uri: str, manifest: bytes, read: Callable[[str], bytes]) -> Stor
         read: Function that returns another file of the folder by its name.
 
     Raises:
-        CheckpointError: incomplete, damaged, or of another format.
+        CheckpointError: The folder is incomplete, damaged, or of another format.
     """
     parsed = parse_manifest(uri, manifest)
     weights = next(name for name in (WEIGHTS, EMA, MODEL) if name in parsed["files"])
@@ -138,11 +138,11 @@ def parse_model(uri: str, manifest: bytes, read: Callable[[str], bytes]) -> Stor
 
 
 def read_folder(folder: str | Path) -> StoredModel:
-    """The model in a local folder.
+    """Read the model in a local folder.
 
     Raises:
-        CheckpointError: no such folder; it holds a pickle; a file is missing, damaged, of another
-            kind or of another model; an unknown setting.
+        CheckpointError: The folder does not exist or holds a pickle; a file is missing, damaged, of
+            another kind or of another model; or a setting is unknown.
     """
     folder, uri = Path(folder), str(folder)
     if not folder.is_dir():
@@ -164,10 +164,10 @@ def read_folder(folder: str | Path) -> StoredModel:
 
 
 def find_folder(uri: str) -> Path | None:
-    """The folder on this machine that holds the model `uri` names; None where there is none.
+    """Return the local folder of the model that `uri` names; None if there is none.
 
     Raises:
-        ValueError: "builtin:NAME" of a name that there is not; the message lists those that exist.
+        ValueError: No model "builtin:NAME" ships; the message lists those that do.
     """
     if uri.startswith(BUILTIN):
         known = {path.name: path for path in _BUILTIN_FOLDER.iterdir() if path.is_dir()}
@@ -182,10 +182,10 @@ def find_folder(uri: str) -> Path | None:
 
 
 def parse_config(uri: str, data: bytes) -> Config:
-    """The configuration in a config.json of ours.
+    """Parse the configuration in our config.json.
 
     Raises:
-        CheckpointError: it is of another kind of model, or holds a setting that there is not.
+        CheckpointError: It describes another kind of model, or holds an unknown setting.
     """
     try:
         settings: Any = json.loads(data)
@@ -204,10 +204,10 @@ def parse_config(uri: str, data: bytes) -> Config:
 
 
 def check_weights(stored: StoredModel, expected: Mapping[str, Tensor]) -> None:
-    """Compare names and shapes of stored weights with those of the model of their configuration.
+    """Compare names and shapes of stored weights with those that the configuration implies.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown or of another shape; the first few are named.
+        CheckpointError: A tensor is missing, unknown or of another shape; the first few are named.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.weights.items()}
     faults = [f"{name} is missing" for name in expected if name not in shapes]
@@ -227,11 +227,11 @@ def check_weights(stored: StoredModel, expected: Mapping[str, Tensor]) -> None:
 
 
 def describe_latent(config: Config, representation: Representation) -> dict[str, Any]:
-    """What latent-diffusion code reads, by the names of diffusers; and how the group acts.
+    """Return the settings that latent-diffusion code reads, in diffusers' names, and the action.
 
-    Latents are handed out at unit scale, so that there is nothing to scale or to shift. Pipelines
-    take 2 ** (len(block_out_channels) - 1) for the pixels of a latent cell; it is left out where
-    those are no power of two.
+    Latents have unit scale, so the scaling factor is 1 and the shift 0. Pipelines compute the
+    pixels per latent cell as 2 ** (len(block_out_channels) - 1); block_out_channels is left out if
+    they are no power of two.
     """
     height, width = config.data.image_size
     halvings = config.model.downsampling.bit_length() - 1
@@ -251,7 +251,7 @@ def describe_latent(config: Config, representation: Representation) -> dict[str,
 
 
 def _parse_unlisted(uri: str, folder: Path) -> StoredModel:
-    """A folder that save_pretrained wrote before it wrote manifest.json.
+    """Read a folder that save_pretrained wrote before manifest.json existed.
 
     The header of its weights holds the hashes of config.json and of the tensors.
     """

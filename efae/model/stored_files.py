@@ -1,8 +1,8 @@
-"""What checkpoint and model folders share: safetensors, and a manifest with each file's hash.
+"""The format of checkpoint and model folders: safetensors, and a manifest with hashes.
 
-``manifest.json`` holds the bytes and sha256 of the other files and is written last, so a folder
-without it is half-written. Only the names below are ever read: what a manifest says never becomes
-a path. Nothing is a pickle.
+``manifest.json`` holds the size and sha256 of the other files and is written last, so a folder
+without it is half-written. Only the names below are ever read: a name in a manifest never becomes
+a path. Nothing is pickled.
 """
 
 import hashlib
@@ -22,17 +22,17 @@ CHECKPOINT_FILES = (MODEL, EMA, OPTIMIZER, STATE, CONFIG)
 MODEL_FILES = (WEIGHTS, CONFIG)
 _VERSIONS = {
     frozenset(CHECKPOINT_FILES): 2,
-    frozenset({MODEL, CONFIG}): 2,  # a model as it was registered before version 3
+    frozenset({MODEL, CONFIG}): 2,  # a model registered before version 3
     frozenset(MODEL_FILES): 3,
 }
 
 
 class CheckpointError(ValueError):
-    """A checkpoint or model folder that must not be used, and why.
+    """A checkpoint or model folder cannot be used.
 
     Attributes:
         uri: Folder.
-        reason: What is wrong with it.
+        reason: Fault of the folder.
     """
 
     def __init__(self, uri: str, reason: str):
@@ -45,19 +45,19 @@ class CheckpointError(ValueError):
 
 
 def sha256(data: bytes) -> str:
-    """The hash in hexadecimal."""
+    """Return the sha256 in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def dump_manifest(contents: Mapping[str, bytes], facts: Mapping[str, Any]) -> bytes:
-    """The manifest of a folder with these files.
+    """Return the manifest of a folder with these files.
 
     Args:
         contents: Bytes by file name.
         facts: JSON values to keep beside the hashes.
 
     Raises:
-        ValueError: the facts are not finite JSON.
+        ValueError: The facts are not finite JSON.
     """
     files = {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in contents.items()}
     manifest = {"format_version": _VERSIONS[frozenset(contents)], **facts, "files": files}
@@ -65,7 +65,7 @@ def dump_manifest(contents: Mapping[str, bytes], facts: Mapping[str, Any]) -> by
 
 
 def parse_manifest(uri: str, data: bytes) -> dict[str, Any]:
-    """The inverse of `dump_manifest`, checked for format and file names.
+    """Parse a manifest, the inverse of `dump_manifest`, and check its format and file names.
 
     Args:
         uri: Folder, for messages.
@@ -75,7 +75,7 @@ def parse_manifest(uri: str, data: bytes) -> dict[str, Any]:
         {"format_version": int, "files": {name: {"bytes": int, "sha256": str}}} and the facts.
 
     Raises:
-        CheckpointError: not a manifest, or of another format.
+        CheckpointError: The data are no manifest, or of another format.
     """
     try:
         manifest = json.loads(data)
@@ -94,12 +94,12 @@ def parse_manifest(uri: str, data: bytes) -> dict[str, Any]:
 
 
 def read_from(folder: Path) -> Callable[[str], bytes]:
-    """A function that returns a file of a local folder by its name, as those below take it."""
+    """Return a function that reads a file of a local folder by its name."""
     return lambda name: (folder / name).read_bytes()
 
 
 def read_file(uri: str, name: str, read: Callable[[str], bytes]) -> bytes:
-    """One file of a folder, unchecked.
+    """Read one file of a folder, without verifying it.
 
     Args:
         uri: Folder, for messages.
@@ -107,7 +107,7 @@ def read_file(uri: str, name: str, read: Callable[[str], bytes]) -> bytes:
         read: Function that returns a file of the folder by its name.
 
     Raises:
-        CheckpointError: missing.
+        CheckpointError: The file is missing.
     """
     try:
         return read(name)
@@ -118,7 +118,7 @@ def read_file(uri: str, name: str, read: Callable[[str], bytes]) -> bytes:
 def read_verified(
     uri: str, names: Iterable[str], manifest: Mapping[str, Any], read: Callable[[str], bytes]
 ) -> dict[str, bytes]:
-    """Files of a folder by name, after each was compared with the manifest.
+    """Read files of a folder by name, and verify each against the manifest.
 
     Args:
         uri: Folder, for messages.
@@ -127,13 +127,13 @@ def read_verified(
         read: Function that returns a file of the folder by its name.
 
     Raises:
-        CheckpointError: missing or damaged.
+        CheckpointError: A file is missing or damaged.
     """
     found: dict[str, bytes] = {}
     for name in names:
         if name not in manifest["files"]:
             raise CheckpointError(
-                uri, f"holds no {name}: it is a model, not a checkpoint to go on from"
+                uri, f"holds no {name}: it is a model, not a checkpoint to resume from"
             )
         found[name] = data = read_file(uri, name, read)
         expected = manifest["files"][name]
@@ -145,16 +145,16 @@ def read_verified(
 
 
 def pack_tensors(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file; equal tensors give equal bytes."""
+    """Return a safetensors file; equal tensors give equal bytes."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return safetensors.torch.save(contiguous, metadata)
 
 
 def unpack_tensors(uri: str, name: str, data: bytes) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU; `uri` and `name` are for messages.
+    """Read a safetensors file to tensors on the CPU; `uri` and `name` are for messages.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: The data are no safetensors file.
     """
     try:
         return safetensors.torch.load(data)
