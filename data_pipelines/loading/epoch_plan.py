@@ -54,7 +54,7 @@ class PlannedBatch:
 
 
 def count_lanes(global_batch_size: int) -> int:
-    """Return the largest divisor up to `MOST_LANES`, or the batch size if that is too small."""
+    """Return the largest divisor up to `MOST_LANES`; the batch size if that is small."""
     divisors = (n for n in range(MOST_LANES, 0, -1) if global_batch_size % n == 0)
     lanes = next(divisors)
     return lanes if lanes >= min(global_batch_size, MOST_LANES // 8) else global_batch_size
