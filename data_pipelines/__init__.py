@@ -1,4 +1,4 @@
-"""Images -> shards -> batches. Importing this package is cheap: torch comes with first use."""
+"""Images -> shards -> batches. Importing this package is cheap: torch is imported on first use."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -54,7 +54,7 @@ class PlannedBatch:
 
 
 def count_lanes(global_batch_size: int) -> int:
-    """Return the largest divisor up to `MOST_LANES`; the batch size if that is small."""
+    """Return the largest divisor up to `MOST_LANES`; the batch size if it is small."""
     divisors = (n for n in range(MOST_LANES, 0, -1) if global_batch_size % n == 0)
     lanes = next(divisors)
     return lanes if lanes >= min(global_batch_size, MOST_LANES // 8) else global_batch_size
@@ -79,7 +79,7 @@ class EpochOrder:
             self._chunk_ends[WINDOW_CHUNKS - 1 : -1 : WINDOW_CHUNKS], self.total
         )
         self._windows: OrderedDict[int, np.ndarray] = OrderedDict()
-        # Lanes differ by at most one sample. The order is `_rows` rows with one sample of each lane,
+        # Lanes differ by at most one sample. The order is `_rows` rows of one sample per lane,
         # then one partial row with the last samples of the longer lanes.
         edges = [lane * self.total // self._lanes for lane in range(self._lanes + 1)]
         self._starts = np.array(edges[:-1], np.int64)

@@ -1,4 +1,4 @@
-"""The only room that opens a URI: local files, s3://, gs:// and http(s)://."""
+"""The only package that opens a URI: local files, s3://, gs:// and http(s)://."""
 
 from data_pipelines.storage.location import Location, LocationLike
 from data_pipelines.storage.objects import (

@@ -1,9 +1,9 @@
 """The clients behind `storage`: one per process and identity, with their limits and credentials.
 
-Credentials come from the environment or a role, never from the URI. What users set:
+Credentials come from the environment or a role, never from the URI. Users set:
 
 - s3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN; or AWS_PROFILE and the shared
-  files; or nothing, where an instance, container or web identity has a role. FSSPEC_S3_ANON=true
+  files; or nothing, if an instance, container or web identity has a role. FSSPEC_S3_ANON=true
   reads a public bucket without any. AWS_ENDPOINT_URL_S3 (or AWS_ENDPOINT_URL) names another server.
 - gs: GOOGLE_APPLICATION_CREDENTIALS or a role; FSSPEC_GS_TOKEN=anon for a public bucket.
 - http: FSSPEC_HTTP='{"headers": {"Authorization": "Bearer …"}}', or a presigned URL.
@@ -28,10 +28,10 @@ from data_pipelines.storage.location import Location, endpoint
 from data_pipelines.storage.retries import StorageError, retry
 
 ATTEMPT_SECONDS = 30.0
-"""The longest silence of a server, and the longest that one attempt at a range takes."""
+"""Longest silence of a server, and longest attempt to read a range."""
 _CONNECT_SECONDS = 3.0
 _CONNECTIONS = 32
-"""As many at once as threads fetch, and some more; botocore allows 10."""
+"""Most connections: more than the fetching threads; botocore's default is 10."""
 _LARGEST_PREFIX_BYTES = 2**24
 _KEYS_PER_REQUEST = 1000
 _DELETING_THREADS = 8
@@ -41,7 +41,7 @@ _filesystems: dict[tuple[Any, ...], Any] = {}
 
 
 def open_client(location: Location) -> Any:
-    """One client per process and environment, shared by its threads but not across a fork."""
+    """Return the client of this process and environment: threads share it, forks do not."""
     scheme = location.scheme
     settings: dict[str, Any] = fsspec.config.conf.get(scheme, {})  # the FSSPEC_ variables
     identity = tuple(item for item in sorted(os.environ.items()) if item[0].startswith("AWS_"))
@@ -51,7 +51,7 @@ def open_client(location: Location) -> Any:
             _check_credentials()
         options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
         if scheme in ("s3", "gs"):
-            options["version_aware"] = False  # else gcsfs takes `#123` for a generation
+            options["version_aware"] = False  # else gcsfs reads `#123` as a generation
         if scheme == "s3":
             config: dict[str, Any] = {
                 "connect_timeout": _CONNECT_SECONDS,
@@ -66,7 +66,7 @@ def open_client(location: Location) -> Any:
             if endpoint():
                 options["endpoint_url"] = endpoint()
         elif location.is_http:
-            from aiohttp import ClientTimeout  # local use does without aiohttp
+            from aiohttp import ClientTimeout  # local use does not need aiohttp
 
             wait = ClientTimeout(sock_connect=_CONNECT_SECONDS, sock_read=ATTEMPT_SECONDS)
             options["client_kwargs"] = {"timeout": wait, **settings.get("client_kwargs", {})}
@@ -80,23 +80,23 @@ def open_client(location: Location) -> Any:
         filesystem.retries = 1  # s3fs would retry inside our retries
         if scheme == "s3":
             filesystem.split_path = partial(_split_literally, filesystem)
-        _filesystems.setdefault(key, filesystem)  # another thread may have been faster
+        _filesystems.setdefault(key, filesystem)  # another thread may have stored one first
     return _filesystems[key]
 
 
 def _split_literally(client: Any, path: str) -> tuple[str, str, None]:
-    """(bucket, key, no version): s3fs's own cuts a key at `?versionId=`."""
+    """Return (bucket, key, None): s3fs's own function cuts a key at `?versionId=`."""
     path = path.removeprefix("s3://").lstrip("/")
     bucket, key = client._find_bucket_key(path)  # a bucket may be an ARN, with slashes
     return bucket, key, None
 
 
 def list_objects(location: Location) -> dict[str, int]:
-    """{name relative to `location`: bytes} of all objects below it, folder markers too.
+    """List all objects below `location`, folder markers too, as {relative name: bytes}.
 
     Raises:
-        FileNotFoundError: there is no such bucket.
-        StorageError: denied or unreachable.
+        FileNotFoundError: There is no such bucket.
+        StorageError: Access is denied, or the server unreachable.
     """
     client = open_client(location)
     if location.scheme == "gs":
@@ -108,7 +108,7 @@ def list_objects(location: Location) -> dict[str, int]:
             if name.startswith(prefix)
         }
     bucket, key, _ = client.split_path(location.uri.rstrip("/"))
-    # s3fs's own would take a leading slash off the prefix, and list another folder.
+    # s3fs's own listing strips a leading slash off the prefix, and lists another folder.
     prefix = f"{key}/" if key else ""
     objects: dict[str, int] = {}
     page: dict[str, Any] = {"NextContinuationToken": None}
@@ -125,15 +125,15 @@ def list_objects(location: Location) -> dict[str, int]:
 
 
 def delete_objects(location: Location) -> None:
-    """Remove the object of this name and all below it; no name is a pattern.
+    """Delete the object of this name and all below it; no name is a pattern.
 
     Raises:
-        FileNotFoundError: there is no such bucket.
-        StorageError: denied or unreachable.
+        FileNotFoundError: There is no such bucket.
+        StorageError: Access is denied, or the server unreachable.
     """
     client, many = open_client(location), location.scheme == "s3"
     found = [*map(location.uri_of, list_objects(location)), location.uri.rstrip("/")]
-    # A request for many is XML, which cannot carry control characters.
+    # A bulk request is XML, which cannot carry control characters.
     together = [uri for uri in found if many and uri.isprintable()]
     single = [uri for uri in found if not many or not uri.isprintable()]
     for start in range(0, len(together), _KEYS_PER_REQUEST):
@@ -167,10 +167,10 @@ def _delete_together(client: Any, names: Sequence[str]) -> None:
 
 
 def _check_credentials() -> None:
-    """Refuses keys that no request can carry, before hours of work or minutes of retries.
+    """Refuse keys that no request can carry, before hours of work or minutes of retries.
 
     Raises:
-        StorageError: names the variable, not its value.
+        StorageError: A key is malformed; the message names the variable, not its value.
     """
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         value = os.environ.get(name, "")
@@ -186,11 +186,11 @@ def _check_credentials() -> None:
 
 
 def find_http(location: Location, timeout_seconds: float) -> None:
-    """Ask for the first byte: fsspec's own takes each failure for a missing object.
+    """Request the first byte: fsspec's own check takes each failure for a missing object.
 
     Raises:
-        FileNotFoundError: there is no such object.
-        Exception: aiohttp's, where the server refuses or does not answer.
+        FileNotFoundError: There is no such object.
+        Exception: An error of aiohttp: the server refuses or does not answer.
     """
     client = open_client(location)
     fsspec.asyn.sync(client.loop, _find_http, client, location.uri, timeout=timeout_seconds)
@@ -200,14 +200,14 @@ async def _find_http(client: Any, uri: str) -> None:
     session, options = await client.set_session(), client.kwargs
     headers = {**options.get("headers", {}), "Range": "bytes=0-0"}
     async with session.get(client.encode_url(uri), **{**options, "headers": headers}) as response:
-        if response.status != 416:  # there is one, without a byte
+        if response.status != 416:  # an empty object
             client._raise_not_found_for_status(response, uri)
 
 
 def read_http_range(location: Location, start: int, end: int, timeout_seconds: float) -> bytes:
-    """Bytes [start, end), fewer where the object ends before.
+    """Read bytes [start, end), fewer if the object ends before.
 
-    fsspec's own would fetch the whole object where ranges are not known.
+    fsspec's own function fetches the whole object if the server does not support ranges.
     """
     client = open_client(location)
     data: Any = fsspec.asyn.sync(
@@ -230,6 +230,6 @@ async def _get_http_range(client: Any, location: Location, start: int, end: int)
         if size is None or size > _LARGEST_PREFIX_BYTES:
             raise StorageError(
                 f"{location.display}: the server ignores Range and would send the whole object for"
-                " every part of it: use one that knows ranges, or copy the object to s3:// or here"
+                " every part of it: use one with Range support, or copy the object to s3:// or here"
             )
         return (await response.read())[start:end]

@@ -1,4 +1,4 @@
-"""Files of this machine: read without waiting for ever, written whole or not at all."""
+"""Local files: reads that never block forever, and atomic writes."""
 
 import contextlib
 import errno
@@ -11,14 +11,14 @@ from pathlib import Path
 from data_pipelines.storage.retries import StorageError
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Numbers of errors where there is no room for a file."""
+"""Error numbers of a full disk or quota."""
 _LONGEST_NAME_BYTES = 200
-"""Of a file in its temporary neighbour's name, which has 255 bytes at most."""
+"""Longest part of a file's name in that of its temporary file, which has 255 bytes at most."""
 
 
 def read_file(path: Path, start: int = 0, end: int | None = None) -> bytes:
-    """Bytes [start, end) of a file, fewer where it ends before; None is its end."""
-    # Without waiting for somebody to write into a named pipe; for a file it means nothing.
+    """Read bytes [start, end) of a file, fewer if it ends before; None is its end."""
+    # O_NONBLOCK: do not wait for a writer of a named pipe; it has no effect on files.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         facts = os.fstat(descriptor)
@@ -36,7 +36,7 @@ def read_file(path: Path, start: int = 0, end: int | None = None) -> bytes:
 
 
 def refuse_endless(path: Path, mode: int | None = None) -> Path:
-    """The path, unless it is a named pipe, a socket or a device, where reading may never end."""
+    """Return the path; raise for a named pipe, socket or device: reading those may never end."""
     mode = path.stat().st_mode if mode is None else mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         kind = "named pipe" if stat.S_ISFIFO(mode) else "socket or device"
@@ -46,7 +46,7 @@ def refuse_endless(path: Path, mode: int | None = None) -> Path:
 
 @contextlib.contextmanager
 def renamed_into(path: Path, size: int | None) -> Generator[Path]:
-    """A temporary neighbour of `path` that replaces it when the block has written `size` bytes."""
+    """Provide a temporary file beside `path`, which replaces it when the block succeeds."""
     name = os.fsdecode(os.fsencode(path.name)[:_LONGEST_NAME_BYTES])
     part = path.with_name(f".{name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.part")
     try:

@@ -1,4 +1,4 @@
-"""Where objects lie: file paths, file://, s3://, gs:// and http(s)://, each parsed once."""
+"""Locations of objects: file paths, file://, s3://, gs:// and http(s)://, each parsed once."""
 
 import os
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from urllib.parse import quote
 _HTTP_SCHEMES = ("http", "https")
 _REMOTE_SCHEMES = ("s3", "gs", *_HTTP_SCHEMES)
 _KEY_BYTES = 1024
-"""The longest name of an object in S3 and Google's storage."""
+"""Longest name of an object in S3 and Google's storage, in bytes."""
 _ALLOWED = "a file path, file://, s3://, gs://, http:// or https://"
 
 
@@ -22,9 +22,9 @@ class Location:
         uri: URI or file path.
 
     Attributes:
-        scheme: In small letters; "" for a plain path.
-        path: Path on this machine; None where it is remote.
-        is_http: Whether a web server has it, which can neither be listed nor written.
+        scheme: Scheme in lower case; "" for a plain path.
+        path: Local path; None if the location is remote.
+        is_http: Whether it is on a web server, which can neither be listed nor written.
 
     Raises:
         ValueError: An unknown scheme, user name and password inside the URI, or a name that no
@@ -52,45 +52,45 @@ class Location:
 
     @classmethod
     def parse(cls, place: "LocationLike") -> "Location":
-        """The location that a URI or a path names; a location is returned as it is."""
+        """Return the location that a URI or a path names; a location is returned unchanged."""
         return place if isinstance(place, Location) else cls(str(place))
 
     def __str__(self) -> str:
         return self.uri
 
     def __truediv__(self, name: str) -> "Location":
-        """The location `name` below this folder.
+        """Return the location `name` below this folder.
 
         Args:
-            name: Literal: nothing in it is syntax, but a slash separates folders.
+            name: Name, taken literally, except that a slash separates folders.
         """
         return Location(self.uri_of(name))
 
     def uri_of(self, name: str) -> str:
-        """The URI of `name` below this folder, unchecked: for messages about names that are bad.
+        """Return the URI of `name` below this folder, unchecked, for messages about bad names.
 
-        Over http it has %XX where a URL wants it.
+        Over http it is percent-encoded.
         """
         name = quote(name) if self.is_http else name
         return f"/{name}" if self.uri == "/" else f"{self.uri.rstrip('/') or '/'}/{name}"
 
     @property
     def display(self) -> str:
-        """The URI for people: see `drop_query`."""
+        """URI for messages, without its query: see `drop_query`."""
         return drop_query(self.uri)
 
 
 LocationLike = str | Path | Location
-"""What functions of storage take."""
+"""Types that functions of storage accept."""
 
 
 def endpoint() -> str:
-    """Address of the server that s3:// means; "" is Amazon's own."""
+    """Return the address of the server behind s3://; "" is Amazon's own."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
 def drop_query(text: str) -> str:
-    """`text` without the query of a URL in it, where presigned URLs carry their signature."""
+    """Return `text` without the query of a URL, where presigned URLs carry their signature."""
     return text.split("?", 1)[0] if "http://" in text or "https://" in text else text
 
 

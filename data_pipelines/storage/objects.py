@@ -1,7 +1,7 @@
-"""The only place that opens a URI: local files, s3://, gs:// and http(s)://, through fsspec.
+"""Operations on objects: local files, s3://, gs:// and http(s)://, through fsspec.
 
-Every write is whole or absent: a local file is renamed into place, an object store shows an object
-only when its PUT or multipart upload is complete. Every wait has an end: see `retries`. Credentials
+Every write is atomic: a local file is renamed into place, and an object store shows an object only
+when its PUT or multipart upload is complete. Every wait is bounded: see `retries`. Credentials
 and other settings: see `clients`. Names are literal: `[ ] * ? # %` stand for themselves.
 """
 
@@ -41,30 +41,31 @@ _SYSTEM_FOLDER = "lost+found"
 
 
 def read_bytes(uri: LocationLike) -> bytes:
-    """The whole object.
+    """Read the whole object.
 
     Raises:
-        FileNotFoundError: there is none.
-        StorageError: access denied, or no answer within the deadline.
+        FileNotFoundError: There is none.
+        StorageError: Access is denied, or there is no answer within the deadline.
     """
     location = Location.parse(uri)
     if location.path is not None:
         return read_file(location.path)
-    limit = _attempt_seconds(2**24)  # what is read at once is small
+    limit = _attempt_seconds(2**24)  # objects that are read whole are small
     return retry(location, lambda: open_client(location).cat_file(location.uri, timeout=limit))
 
 
 def read_range(
     uri: LocationLike, start: int, end: int, deadline_seconds: float = DEADLINE_SECONDS
 ) -> bytes:
-    """Bytes [start, end) of the object, all of them; many threads may call it at once.
+    """Read bytes [start, end) of the object, no fewer; thread-safe.
 
-    One attempt takes at most `ATTEMPT_SECONDS`, or the deadline where that is shorter. An HTTP
-    server that knows no ranges is borne with for objects of at most 16 MiB.
+    One attempt takes at most `ATTEMPT_SECONDS`, or the deadline if that is shorter. HTTP servers
+    without Range support are tolerated for objects up to 16 MiB.
 
     Raises:
-        FileNotFoundError: there is no such object.
-        StorageError: denied, unreachable, or still not end - start bytes after three attempts.
+        FileNotFoundError: There is no such object.
+        StorageError: Access is denied, the server unreachable, or three attempts returned another
+            number of bytes.
     """
     location = Location.parse(uri)
     if not 0 <= start <= end:
@@ -105,7 +106,7 @@ def write_bytes(uri: LocationLike, data: bytes, deadline_seconds: float = DEADLI
 
 
 def exists(uri: LocationLike) -> bool:
-    """Whether an object, or a folder with something in it, has this name."""
+    """Return whether an object or a folder that is not empty has this name."""
     location = Location.parse(uri)
     if location.path is not None:
         return location.path.exists()
@@ -120,10 +121,10 @@ def exists(uri: LocationLike) -> bool:
 
 
 def list_files(uri: LocationLike) -> dict[str, int]:
-    """Every file below `uri`, as {name relative to it: bytes}, sorted; {} when there is none.
+    """List every file below `uri`, as {relative name: bytes}, sorted; {} if there is none.
 
     Raises:
-        StorageError: a folder below it may not be listed, so that files could be missing.
+        StorageError: A folder below it may not be listed, so files could be missing.
     """
     location = Location.parse(uri)
     tree = list_tree(location)
@@ -142,14 +143,14 @@ def list_files(uri: LocationLike) -> dict[str, int]:
 
 
 def list_tree(uri: LocationLike) -> Tree:
-    """Every file below `uri`, and what is there and no file that can be read.
+    """List every file below `uri`, and the entries that are no readable files.
 
-    Links are followed, to folders too, but for those to a folder that they lie in. In an object
-    store, objects whose names end in a slash stand for folders and are left out.
+    Links to files and folders are followed, except those whose files would be found twice. In an
+    object store, objects whose names end in a slash stand for folders and are left out.
 
     Raises:
-        ValueError: `uri` cannot be listed over http.
-        StorageError: denied or unreachable.
+        ValueError: The URI is http, which cannot be listed.
+        StorageError: Access is denied, or the server unreachable.
     """
     location = Location.parse(uri)
     if location.path is not None:
@@ -173,12 +174,12 @@ def download(
     sha256: str | None = None,
     deadline_seconds: float = DEADLINE_SECONDS,
 ) -> None:
-    """Copy one object to `path`, which appears only when it is whole and as expected.
+    """Copy one object to `path`, which appears only once it is complete and as expected.
 
     Raises:
-        FileNotFoundError: there is no such object.
-        StorageError: denied, unreachable, the disk full, or not `expected_bytes` long or of this
-            `sha256` three times.
+        FileNotFoundError: There is no such object.
+        StorageError: Access is denied, the server unreachable, the disk full, or three attempts
+            returned another size or sha256.
     """
     path, location = Path(path), Location.parse(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,8 +201,8 @@ def download_folder(uri: LocationLike, path: str | Path) -> None:
     """Copy every file below `uri` into the folder `path`.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        StorageError: a name there is none of a file below a folder, as `../x` and `a//b`.
+        FileNotFoundError: The folder does not exist or is empty.
+        StorageError: A name cannot be a file below a folder, such as `../x` and `a//b`.
     """
     location, folder = Location.parse(uri), Path(path)
     sizes = list_files(location)
@@ -219,7 +220,7 @@ def upload_folder(path: str | Path, uri: LocationLike) -> None:
     """Copy every file below the folder `path` to the same name below `uri`.
 
     Raises:
-        ValueError: it is no folder, or holds what cannot be copied, as a broken link.
+        ValueError: The path is no folder, or holds what cannot be copied, such as a broken link.
     """
     folder, location = Path(path), Location.parse(uri)
     if not folder.is_dir():
@@ -235,7 +236,7 @@ def upload(path: str | Path, uri: LocationLike) -> None:
     """Copy one local file to `uri`, atomically."""
     location, path = Location.parse(uri), refuse_endless(Path(path))
     target = location.path
-    if path.is_dir():  # which s3fs leaves out without a word
+    if path.is_dir():  # which s3fs skips silently
         raise IsADirectoryError(f"cannot upload {path} as one object: it is a folder")
     if target is None:
         _refuse_read_only(location)
@@ -251,11 +252,11 @@ def upload(path: str | Path, uri: LocationLike) -> None:
 
 
 def delete(uri: LocationLike) -> None:
-    """Remove the object, or the folder and all below it; nothing there is no error.
+    """Delete the object, or the folder and all below it; a missing one is no error.
 
     Raises:
-        ValueError: `uri` is a whole bucket.
-        StorageError: denied or unreachable.
+        ValueError: The URI is a whole bucket.
+        StorageError: Access is denied, or the server unreachable.
     """
     location = Location.parse(uri)
     path = location.path
@@ -273,12 +274,13 @@ def delete(uri: LocationLike) -> None:
 
 
 def check_readable(uri: LocationLike) -> None:
-    """Answer within seconds whether something can be read at `uri`.
+    """Check within seconds that something can be read at `uri`.
 
-    Over http, where a folder need not have a page of its own, whether the server answers.
+    Over http, where a folder need not have a page, check only that the server answers.
 
     Raises:
-        StorageError: missing, denied or unreachable, in one sentence with a remedy.
+        StorageError: The object is missing, access is denied, or the server unreachable; one
+            sentence with a remedy.
     """
     location = Location.parse(uri)
     if location.path is not None:
@@ -303,7 +305,7 @@ def check_readable(uri: LocationLike) -> None:
 
 
 def _is_served(location: Location, timeout_seconds: float) -> bool:
-    """Whether something has this address; public buckets answer 403 where nothing has."""
+    """Return whether the address exists; public buckets answer 403 for a missing object."""
     try:
         find_http(location, timeout_seconds)
     except FileNotFoundError:
@@ -316,10 +318,11 @@ def _is_served(location: Location, timeout_seconds: float) -> bool:
 
 
 def check_writable(uri: LocationLike) -> None:
-    """Answer within seconds whether objects below `uri` can be written, by writing one.
+    """Check within seconds that objects below `uri` can be written, by writing one.
 
     Raises:
-        StorageError: missing bucket, denied or unreachable, in one sentence with a remedy.
+        StorageError: The bucket is missing, access is denied, or the server unreachable; one
+            sentence with a remedy.
     """
     location = Location.parse(uri)
     probe = location / f".write-check-{uuid.uuid4().hex}"

@@ -1,8 +1,8 @@
-"""Storage errors: the transient ones are tried again until a deadline, the others explained.
+"""Storage errors: transient ones are retried until a deadline, others are explained.
 
 Transient are connection errors, timeouts, 5xx and throttling. Waits are random, up to a limit that
-doubles, and at least what the server's Retry-After asks for. Nothing retries on top of this. No
-attempt starts after the deadline; how long one may take is `storage`'s to say.
+doubles, and at least the server's Retry-After. Nothing retries on top of this. No attempt starts
+after the deadline; the caller bounds the duration of an attempt.
 """
 
 import email.utils
@@ -18,7 +18,7 @@ from data_pipelines.storage.location import Location, endpoint
 Result = TypeVar("Result")
 
 DEADLINE_SECONDS = 180.0
-"""An outage of storage that everything waits for; a minute is common."""
+"""Longest storage outage that operations wait for; a minute is common."""
 
 _PERMANENT_ERRNOS = {
     errno.EINVAL,
@@ -61,7 +61,7 @@ _CREDENTIALS = {
     **dict.fromkeys(("http", "https"), ("FSSPEC_HTTP, or the URL's signature", "")),
 }
 _CLOCK_SECONDS = 900
-"""A request that is signed further off the server's time is refused."""
+"""Largest clock difference; servers refuse requests signed further from their time."""
 _CLOCK = (
     "this machine's clock is more than 15 minutes off the server's: set it, and keep it set with"
     " chrony or systemd-timesyncd"
@@ -71,7 +71,7 @@ _REGION = (
     "the bucket is in another region: set AWS_DEFAULT_REGION to it, and AWS_ENDPOINT_URL, if you"
     " set that, to the region's server"
 )
-# What S3 says, and what to do. It answers a HEAD without a word: then the code is the status.
+# Remedies by S3's error code. The answer to a HEAD has no body: then the code is the status.
 _S3_CAUSES = {
     **dict.fromkeys(("ExpiredToken", "InvalidToken", "TokenRefreshRequired"), _TOKEN),
     "400": f"without a reason; most often {_TOKEN}, or unset it",
@@ -92,7 +92,7 @@ _S3_CAUSES = {
 
 
 class StorageError(OSError):
-    """Storage refused or did not answer; the message names the URI, the endpoint and a remedy."""
+    """Storage refused or did not answer; the message names the URI, endpoint and a remedy."""
 
 
 class BadDownload(OSError):
@@ -102,12 +102,12 @@ class BadDownload(OSError):
 def retry(
     location: Location, action: Callable[[], Result], deadline_seconds: float = DEADLINE_SECONDS
 ) -> Result:
-    """The result of `action`, tried again after transient errors until the deadline.
+    """Return the result of `action`, retried after transient errors until the deadline.
 
     Raises:
-        FileNotFoundError: there is no such object.
-        StorageError: denied, unreachable, or damaged three times.
-        Exception: what `action` raised, where `location` is local.
+        FileNotFoundError: There is no such object.
+        StorageError: Access is denied, the server unreachable, or three downloads were damaged.
+        Exception: The error of `action`, if `location` is local.
     """
     give_up_at = time.monotonic() + deadline_seconds
     longest_wait, bad_downloads = 0.2, 0
@@ -138,12 +138,12 @@ def _is_transient(error: Exception) -> bool:
 
 
 def _is_damage(error: Exception) -> bool:
-    # botocore's, by name: the body is not of the checksum that the server keeps of the object.
+    # botocore's, by name: the body does not match the server's checksum of the object.
     return isinstance(error, BadDownload) or type(error).__name__ == "FlexibleChecksumError"
 
 
 def _answer(error: Exception) -> tuple[int | None, Mapping[str, str]]:
-    """Status and headers of the server's answer, where there was one; in s3fs the cause has it."""
+    """Return status and headers of the server's answer, if any; in s3fs the cause holds it."""
     response: Any = getattr(error.__cause__, "response", None)
     if isinstance(response, dict):
         metadata: dict[str, Any] = cast(dict[str, Any], response).get("ResponseMetadata", {})
@@ -159,7 +159,7 @@ def _asked_wait_seconds(error: Exception) -> float:
 
 
 def _explain(location: Location, error: Exception) -> Exception:
-    """The error that the user sees: what was asked, of whom, and what to do."""
+    """Return the error that the user sees: the URI, the server and a remedy."""
     if isinstance(error, StorageError):
         return error
     if location.path is not None and not _is_damage(error):
@@ -201,7 +201,7 @@ def _is_signed(location: Location) -> bool:
 
 
 def _find_s3_cause(error: Exception) -> str:
-    """What S3's code says of the cause, with what to do; "" where that is not known."""
+    """Return cause and remedy for S3's error code; "" if it is unknown."""
     response: Any = getattr(error.__cause__, "response", None)
     if not isinstance(response, dict):
         return ""
@@ -220,7 +220,7 @@ def _find_s3_cause(error: Exception) -> str:
 
 
 def describe_missing(location: Location) -> str:
-    """That nothing is at `location`, and what to do."""
+    """Return a message that nothing is at `location`, with a remedy."""
     if location.scheme not in ("s3", "gs"):
         return f"{location.display} does not exist: check the address"
     bucket = location.uri.split("/")[2]

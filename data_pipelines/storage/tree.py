@@ -1,4 +1,4 @@
-"""What lies below a folder of this machine: the files, and whatever is none that can be read."""
+"""Listing of a local folder: its files, and the entries that are no readable files."""
 
 import os
 import stat
@@ -8,17 +8,17 @@ from pathlib import Path
 UNLISTABLE = "folder that may not be listed"
 NOT_UTF8 = "name that is not UTF-8"
 
-# Path, name with a slash at its end, device and inode of it and of all folders that it lies in.
+# Path, relative name with a final slash, (device, inode) of the folder and of all its parents.
 _Folder = tuple[Path, str, tuple[tuple[int, int], ...]]
 
 
 @dataclass(frozen=True)
 class Tree:
-    """What lies below a folder.
+    """The content of a folder.
 
     Attributes:
-        files: {name relative to the folder: bytes}, sorted.
-        others: {name: why it is no file that can be read}, sorted.
+        files: Sizes, {name relative to the folder: bytes}, sorted.
+        others: Entries that are no readable files, {name: reason}, sorted.
     """
 
     files: dict[str, int]
@@ -26,10 +26,10 @@ class Tree:
 
 
 def walk(root: Path) -> Tree:
-    """What lies below the folder `root`; nothing where there is no such folder.
+    """List the folder `root` recursively; the result is empty if there is no such folder.
 
-    Links are followed, to folders too, but for those to a folder of this tree, or around it, whose
-    files would be found twice.
+    Links to files and folders are followed, except those to a folder of this tree or above it,
+    whose files would be found twice.
     """
     files: dict[str, int] = {}
     others: dict[str, str] = {}
@@ -74,7 +74,7 @@ def walk(root: Path) -> Tree:
 
 
 def _look_at(entry: os.DirEntry[str]) -> os.stat_result | str | None:
-    """Of what the entry means; why there is nothing; None where it was deleted meanwhile."""
+    """Return the status of the entry's target, the fault of a link, or None if just deleted."""
     try:
         return entry.stat()
     except OSError as error:
