@@ -33,7 +33,7 @@ def fetch_model(
         uri: Name of the model in messages.
         read: Function that returns a file of the model by its name.
         cache: Folder with a folder for each model.
-        manifest_digest: sha256 that its manifest must have, if known.
+        manifest_digest: Required sha256 of its manifest, if known.
 
     Raises:
         FileNotFoundError: There is no manifest; raised by `read`.

@@ -41,7 +41,7 @@ class StoredModel:
 
     Attributes:
         source: Folder, in the form that MLflow's artifact functions accept.
-        manifest_digest: sha256 of the manifest as registered; None if unknown.
+        manifest_digest: Digest (sha256) of the manifest as registered; None if unknown.
         name: Name of the registered model; "" if the model is no version of one.
         version: Number of the version; 0 if it is none.
     """

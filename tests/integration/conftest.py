@@ -1,4 +1,4 @@
-"""What several files of integration tests share: a registry's fixtures, an undisturbed run."""
+"""Fixtures that several integration tests share: a registry, an undisturbed run."""
 
 from pathlib import Path
 

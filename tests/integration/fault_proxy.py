@@ -1,4 +1,4 @@
-"""A reverse proxy on a free loopback port that damages what a real server answers.
+"""A reverse proxy on a free loopback port that damages a real server's answers.
 
     with FaultProxy(local_stack["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)

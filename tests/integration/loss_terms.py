@@ -1,4 +1,4 @@
-"""Loss terms for jobs that shall diverge, or take their time."""
+"""Loss terms that make jobs diverge or run slowly."""
 
 import os
 import tempfile

@@ -1,4 +1,4 @@
-"""Small models for the tests of the registry, and where they are stored."""
+"""Small models for registry tests, and their storage."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The audit: what every rank consumed through three epochs, under kills and changes of world size.
+"""Audit of the samples that every rank consumes in three epochs, under kills and resizes.
 
 Each rank is a process that reads from S3 through the node's shared cache, writes down the keys of
 every batch, and waits for the others, as a training step does; rank 0 saves the position now and

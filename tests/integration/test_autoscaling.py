@@ -1,4 +1,4 @@
-"""A cluster without workers until somebody asks: Ray's own autoscaler, its nodes on this host."""
+"""Ray's autoscaler, with nodes on this host, on a cluster that starts without workers."""
 
 import dataclasses
 import json

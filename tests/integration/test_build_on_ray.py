@@ -1,4 +1,4 @@
-"""Ray tasks build and index shards, on real servers: the same bytes as here, also after kills."""
+"""Building and indexing of shards by Ray tasks: the same bytes as locally, also after kills."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Jobs whose loss is no longer a number: stopped at once, or taken back to a lower rate."""
+"""Jobs with a non-finite loss: stopped at once, or rolled back to a lower learning rate."""
 
 import json
 

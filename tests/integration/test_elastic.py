@@ -1,4 +1,4 @@
-"""A run whose nodes go, with notice, and come: 2 -> 1 -> 2 workers in mid-epoch."""
+"""A run whose nodes leave, with notice, and join: 2 -> 1 -> 2 workers in mid-epoch."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""jobs/encode.py on the real stack: whole, killed and begun again, refused."""
+"""jobs/encode.py on the real stack: complete, killed and restarted, refused."""
 
 import os
 import re

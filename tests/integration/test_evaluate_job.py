@@ -1,4 +1,4 @@
-"""jobs/evaluate.py on shards in a folder: one model, two side by side, and what is refused."""
+"""jobs/evaluate.py on shards in a folder: one model, two side by side, and refusals."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Groups of workers that are killed, or find no room, on a cluster of two CPUs."""
+"""Worker groups that are killed, or cannot be placed, on a cluster of two CPUs."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Three hosts with addresses of their own: jobs from outside with the token, a host cut off."""
+"""Three hosts with their own addresses: jobs from outside with the token, an unreachable host."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What the loader does under faults: the right batches, or an error that names the shard.
+"""The loader under faults: the right batches, or an error that names the shard.
 
 Shards lie on the real server; a proxy before it does the damage and counts the bytes.
 """

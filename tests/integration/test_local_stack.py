@@ -1,4 +1,4 @@
-"""The local stack as its users meet it: its commands, its env file, its processes."""
+"""The local stack as users see it: its commands, its env file, its processes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Servers that go away and a worker that stands still, in one run: it waits, and loses nothing."""
+"""Unreachable servers and a stalled worker in one run, which waits and loses nothing."""
 
 import signal
 import time

@@ -1,4 +1,4 @@
-"""A registered model where only mlflow and torch are: from the real server, in other processes."""
+"""A registered model in processes with only mlflow and torch, loaded from the real server."""
 
 import logging
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The preflight command on real servers: all well, two things wrong, an open cluster of two."""
+"""The preflight command on real servers: no fault, two faults, an open cluster of two nodes."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""jobs/promote.py on the local stack: real MLflow; hand-made models, nothing is trained."""
+"""jobs/promote.py on the local stack: real MLflow, hand-made models, no training."""
 
 import os
 import subprocess

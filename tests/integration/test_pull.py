@@ -1,4 +1,4 @@
-"""Pulls from a real MLflow and real S3: by digest, offline, and of files that were changed."""
+"""Pulls from a real MLflow and real S3: by digest, offline, and of changed files."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Attacks on the local stack and on our clients of it; docs/security.md says which row is whose."""
+"""Attacks on the local stack and on our clients; docs/security.md lists each threat's tests."""
 
 import contextlib
 import http.client

@@ -1,3 +1,5 @@
+"""Storage and shards on real S3: operations, shared caches, damage and checks."""
+
 import hashlib
 import socket
 import time

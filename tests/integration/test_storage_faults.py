@@ -1,4 +1,4 @@
-"""What storage does when the server or the network misbehaves: real SeaweedFS behind a proxy."""
+"""Storage under faults of server and network: real SeaweedFS behind a proxy."""
 
 import hashlib
 import json

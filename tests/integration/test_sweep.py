@@ -1,4 +1,4 @@
-"""Sweeps as users start them: stopped, killed, taken up again; failing trials among good ones."""
+"""Sweeps as users start them: stopped, killed, resumed; failing trials among good ones."""
 
 import json
 import os

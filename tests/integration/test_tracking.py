@@ -1,4 +1,4 @@
-"""Tracking against a real MLflow server that goes away and comes back."""
+"""Tracking to a real MLflow server that becomes unreachable and returns."""
 
 import json
 import os
@@ -344,7 +344,7 @@ def test_a_checkpoint_carries_what_a_killed_process_had_not_sent(client, run, tm
 
 @pytest.mark.slow
 def test_a_checkpoint_carries_what_an_outage_held_up(server, client, run, tmp_path):
-    """MLflow is away until training has ended; the driver, on another node, sends the curves."""
+    """MLflow is unreachable until training has ended; the driver, elsewhere, sends the curves."""
     tracker = Tracker(run, tmp_path / "worker", send_interval_seconds=0.1)
     tracker.log_metrics(0, {"loss": 0.5})
     assert wait_until(lambda: read_history(client, run.id, "loss"), 20)

@@ -1,4 +1,4 @@
-"""A small training job as users submit it, and what it leaves in MLflow and storage."""
+"""A small training job as users submit it, and its results in MLflow and storage."""
 
 import json
 import os
