@@ -153,7 +153,7 @@ class ShardCache:
                     for chunk in chunks
                     if start <= self.chunks.start[chunk] and self.chunks.end[chunk] <= end
                 ]
-                # None: evicted since it was listed, and thus missing below.
+                # None: evicted since it was listed, or of another size; missing below either way.
                 data = _map_whole(path, end - start) if inside else None
                 if data is not None:
                     mapped |= self._cut(inside, path, start, data)

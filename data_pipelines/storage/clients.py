@@ -162,7 +162,7 @@ def _delete_together(client: Any, names: Sequence[str]) -> None:
         raise StorageError(
             f"{names[0].split('://')[0]}://{places[0][0]}/{first.get('Key')} could not be deleted"
             f" ({first.get('Code')}: {first.get('Message', '')}), as {len(failed)} of"
-            f" {len(names)} objects: see whether your credentials may delete there"
+            f" {len(names)} objects: check that your credentials may delete there"
         )
 
 

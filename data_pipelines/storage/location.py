@@ -107,7 +107,7 @@ def _check(uri: str, scheme: str, rest: str) -> None:
             f" name is {'./' + uri!r}"
         )
     if not uri.startswith(scheme):
-        raise ValueError(f"cannot open {uri!r}: write {scheme}: in small letters")
+        raise ValueError(f"cannot open {uri!r}: write {scheme}: in lower case")
     if scheme in _REMOTE_SCHEMES:
         if not uri.startswith(f"{scheme}://"):
             shown = drop_query(uri)

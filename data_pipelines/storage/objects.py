@@ -63,6 +63,7 @@ def read_range(
     without Range support are tolerated for objects up to 16 MiB.
 
     Raises:
+        ValueError: The range is negative or reversed.
         FileNotFoundError: There is no such object.
         StorageError: Access is denied, the server unreachable, or three attempts returned another
             number of bytes.
@@ -124,6 +125,7 @@ def list_files(uri: LocationLike) -> dict[str, int]:
     """List every file below `uri`, as {relative name: bytes}, sorted; {} if there is none.
 
     Raises:
+        ValueError: The URI is http, which cannot be listed.
         StorageError: A folder below it may not be listed, so files could be missing.
     """
     location = Location.parse(uri)
@@ -146,7 +148,7 @@ def list_tree(uri: LocationLike) -> Tree:
     """List every file below `uri`, and the entries that are no readable files.
 
     Links to files and folders are followed, except those whose files would be found twice. In an
-    object store, objects whose names end in a slash stand for folders and are left out.
+    object store, an empty object whose name ends in a slash stands for a folder and is left out.
 
     Raises:
         ValueError: The URI is http, which cannot be listed.

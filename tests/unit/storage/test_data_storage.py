@@ -30,8 +30,8 @@ def test_other_schemes_are_refused(uri):
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("S3://bucket/x", r"'S3://bucket/x': write s3: in small letters"),
-        ("HTTPS://host/x", r"write https: in small letters"),
+        ("S3://bucket/x", r"'S3://bucket/x': write s3: in lower case"),
+        ("HTTPS://host/x", r"write https: in lower case"),
         ("s3:/bucket/x", r"'s3:/bucket/x': write s3:// with two slashes"),
         ("s3:bucket/x", r"write s3:// with two slashes"),
         ("photos:2024/x", r"a file of this name is './photos:2024/x'"),
