@@ -1,1 +1,1 @@
-"""What people run: each job parses its command line, calls one function and sets the exit code."""
+"""Command-line jobs: each parses its arguments, calls one function and sets the exit status."""

@@ -1,12 +1,12 @@
-"""Encode a shard set once, for people who train on latents.
+"""Encode a shard set once, for training on latents.
 
     python jobs/encode.py --model models:/efae@champion \
         --data s3://efae-data/openmoji-32/train --output s3://efae-data/openmoji-32-latents
     ray job submit --working-dir . -- python jobs/encode.py --model ... --use-gpu
 
-Writes WebDataset shards with one latent.npy a sample, under the keys and with the labels of the
-images, and an index that says what they are. The same command goes on where it was stopped. One
-copy serves all flips and turns: ShardDataset.open(OUTPUT).loader(..., augment="group").
+Writes WebDataset shards with one latent.npy per sample, with the keys and labels of the images, and
+an index that describes them. The same command resumes an interrupted encoding. One copy serves all
+flips and turns: ShardDataset.open(OUTPUT).loader(..., augment="group").
 Addresses come from the environment (`source .local/env` for the local stack).
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status 0 only if the set of latents is whole."""
+    """Run the job; return 0 only if the latent set is complete."""
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     request = tyro.cli(Request, description=__doc__, args=arguments, prog="jobs/encode.py")
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
 
 
 def print_summary(encoded: "Encoded") -> None:
-    """What is there now, and what to do with it."""
+    """Print the facts of the latent set, and how to use it."""
     latents = encoded.latents
     form, certificate = latents.format, latents.certificate
     size, before = (
@@ -57,7 +57,7 @@ def print_summary(encoded: "Encoded") -> None:
     compared = ""
     if encoded.largest_difference is not None:
         compared = (
-            f"\n  compared           {encoded.largest_difference:.1e} from fresh ones at most"
+            f"\n  compared           {encoded.largest_difference:.1e} from fresh latents at most"
         )
     print(
         f"""

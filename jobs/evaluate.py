@@ -30,36 +30,36 @@ if TYPE_CHECKING:
 
 @dataclass
 class Arguments:
-    """What to measure on what."""
+    """Models, images and options of an evaluation."""
 
     model: tuple[str, ...]
-    """One or more of: models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint or a model folder,
+    """One or more models: models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint or a model folder,
     local or remote; or diffusers:PATH, a local folder with an AutoencoderKL of diffusers
     (config.json and diffusion_pytorch_model.safetensors; needs the package diffusers)."""
     data: str
-    """Shard set that no model was trained on."""
+    """URI of a shard set that no model was trained on."""
     output: Path = Path("report")
     """Folder for report.html, summary.json, evaluation.json and the figures."""
     images: int = 512
-    """Images to measure, at most."""
+    """Maximum number of images."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     batch_size: int = 64
-    """Images at a time."""
+    """Images per batch."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """Torch device: cpu or cuda."""
     angles: tuple[float, ...] = ()
-    """Measure rotations by these angles too, in degrees counter-clockwise; without any, a model
-    that was trained on rotations by any angle (loss.rotation_probability) brings its own."""
+    """Additional rotations to measure, in degrees counter-clockwise; by default none, or a fixed
+    list if the model was trained on rotations by any angle (loss.rotation_probability)."""
     lpips_weights: Path | None = None
-    """Measure LPIPS too: torchvision's AlexNet weights, alexnet-owt-7be5be79.pth."""
+    """AlexNet weights of torchvision, alexnet-owt-7be5be79.pth, to measure LPIPS too."""
     fid_weights: Path | None = None
-    """Measure FID too: torch-fidelity's Inception weights; needs the packages torch-fidelity and
-    torchvision."""
+    """Inception weights of torch-fidelity, to measure FID too; needs the packages torch-fidelity
+    and torchvision."""
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status 0 only if the report was written."""
+    """Run the job; return 0 only if the report was written."""
     chosen = tyro.cli(Arguments, description=__doc__, args=arguments, prog="jobs/evaluate.py")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     from efae.checkpoints.checkpoint import CheckpointError
@@ -70,15 +70,15 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     _print_table(json.loads((chosen.output / "summary.json").read_text()))
-    print(f"look at {report}")
+    print(f"report: {report}")
     return 0
 
 
 def _run(chosen: Arguments) -> Path:
-    """Check everything, measure every model, write the page.
+    """Check the input, measure every model, and write the report.
 
     Raises:
-        ValueError: something that the user gave cannot work.
+        ValueError: The user's input cannot work.
     """
     from tqdm import tqdm
 
@@ -148,10 +148,10 @@ def _run(chosen: Arguments) -> Path:
 def _load(
     uri: str, images: "SetFacts", shape: tuple[int, int, int], chosen: Arguments
 ) -> "tuple[Tokenizer, Config | None, Literal[1, 3]]":
-    """The model, its configuration if it is ours, and the colours that it takes.
+    """Return the model, its configuration (None if foreign) and its number of colour channels.
 
     Raises:
-        ValueError: there is no such model, or it does not take images of this shape.
+        ValueError: There is no such model, or it does not accept images of this shape.
     """
     import efae
     from efae.exchange.diffusers_tokenizer import load_diffusers
@@ -176,13 +176,13 @@ def _load(
     if takes not in (channels, 3) or takes not in (1, 3):
         raise ValueError(
             f"{uri} takes images of {takes} colours, but those of {chosen.data} have {channels}:"
-            " measure it on a set of its own kind"
+            " measure it on a set with its number of colours"
         )
     return model, config, takes
 
 
 def _read(chosen: Arguments, channels: Literal[1, 3], shape: tuple[int, int, int]) -> "Tensor":
-    """The images as uint8; grey ones repeated for a model that takes colour."""
+    """Return the images as uint8; grey images are repeated for a model that takes colour."""
     from efae.config import DataConfig
     from efae.evaluation.held_out import read_held_out
 

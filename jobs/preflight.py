@@ -3,7 +3,7 @@
     python jobs/preflight.py quickstart
     ray job submit --working-dir . -- python jobs/preflight.py imagenet_256 --ray.num-workers 16
 
-Takes the presets and overrides of jobs/train.py, which does the same checks before it trains.
+Takes the presets and overrides of jobs/train.py, which runs the same checks before training.
 Addresses come from the environment (`source .local/env` for the local stack).
 """
 
@@ -21,7 +21,7 @@ from efae.tracking.server import Server
 
 
 def parse_arguments(arguments: list[str]) -> Config:
-    """The preset with the command line's overrides; exits with status 2 and a message if wrong."""
+    """Return the preset with the command line's overrides; exit with status 2 if invalid."""
     config = tyro.extras.overridable_config_cli(
         PRESETS, description=__doc__, args=rename_options(arguments), prog="jobs/preflight.py"
     )
@@ -30,7 +30,7 @@ def parse_arguments(arguments: list[str]) -> Config:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status 0 only if all checks passed."""
+    """Run the job; return 0 only if all checks passed."""
     config = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Importing the platform takes seconds; a mistyped option should not.

@@ -1,18 +1,18 @@
-"""Give a version of the registry an alias, if it passes the gates; exit status 0 only if it has it.
+"""Set an alias of a registered version if it passes the gates; exit status 0 only if it was set.
 
     python jobs/promote.py --model models:/efae@candidate --alias champion
     python jobs/promote.py --model models:/efae/3 --alias champion --metric ssim --margin 0.001
     python jobs/promote.py --model models:/efae/3 --alias candidate
 
 The gates:
-- integrity: the stored files are those that were registered, and load; never skipped
-- lineage: the version was not measured on the images that it was trained on
+- integrity: the stored files are the registered ones, and load; never skipped
+- lineage: the version was not measured on its training images
 - images: both versions were measured on the same held-out images
-- metric: the version is better than the one that has the alias; as good is not better
+- metric: the version is better than the present holder of the alias; a tie fails
 - gap: its worst gap is no larger, up to rounding
 
-A champion must pass all, any other alias only integrity, or all with --compare. Prints what the
-alias named before and how to go back. MLFLOW_TRACKING_URI names the registry
+A champion must pass all gates, other aliases only integrity, or all with --compare. Prints the
+previous version of the alias and how to restore it. MLFLOW_TRACKING_URI names the registry
 (`source .local/env` for the local stack).
 """
 
@@ -30,27 +30,27 @@ from efae.tracking.server import Server
 
 @dataclass
 class Arguments:
-    """What to promote."""
+    """Version, alias and terms of a promotion."""
 
     model: str
-    """models:/NAME/VERSION or models:/NAME@ALIAS."""
+    """URI of the version: models:/NAME/VERSION or models:/NAME@ALIAS."""
     alias: str = "champion"
-    """The alias that it is to have."""
+    """Alias to set."""
     metric: str = "psnr"
-    """What the version must be better in: psnr, ssim, held_out_loss, worst_gap_db, lpips or fid, as
-    far as both versions carry it."""
+    """Metric in which the version must be better: psnr, ssim, held_out_loss, worst_gap_db, lpips or
+    fid, if both versions have it."""
     margin: float = 0.0
-    """It must be better by more than this."""
+    """Amount by which the metric must at least be exceeded."""
     gap_tolerance: float = 1e-3
-    """dB that the worst gap may be larger by; the default is what rounding makes."""
+    """Tolerated increase of the worst gap, in dB; the default allows for rounding."""
     skip: tuple[GateName, ...] = ()
-    """Gates that need not pass; the version's tag promoted.ALIAS names them."""
+    """Gates to skip; the version's tag promoted.ALIAS records them."""
     compare: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Hold an alias other than champion to the gates, too."""
+    """Apply all gates to an alias other than champion, too."""
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status 0 only if the alias names the version."""
+    """Run the job; return 0 only if the alias points to the version."""
     chosen = tyro.cli(Arguments, description=__doc__, args=arguments, prog="jobs/promote.py")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
 
 
 def print_gates(promotion: Promotion) -> None:
-    """A line for each gate."""
+    """Print one line per gate."""
     present = promotion.before.uri if promotion.before else "(nothing)"
     rows = [("", "gate", promotion.version.uri, present, "asked")]
     rows += [(v.outcome, v.gate, v.candidate, v.present, v.remark) for v in promotion.verdicts]
@@ -81,7 +81,7 @@ def print_gates(promotion: Promotion) -> None:
 
 
 def describe(promotion: Promotion) -> str:
-    """What the alias named before, what it names now, and how to go back."""
+    """Describe the previous and the present version of the alias, and how to restore the former."""
     version, before, now = promotion.version, promotion.before, promotion.now
     alias = f"models:/{version.name}@{promotion.alias}"
     if promotion.refused:

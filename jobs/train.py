@@ -5,8 +5,8 @@
     ray job submit --working-dir . -- python jobs/train.py quickstart
 
 Addresses come from the environment (`source .local/env` for the local stack): RAY_ADDRESS,
-MLFLOW_TRACKING_URI, AWS_*. The same --tracking.run-name goes on where that run stopped, unless
---resume never; --resume URI begins a new run from a checkpoint of another.
+MLFLOW_TRACKING_URI, AWS_*. The same --tracking.run-name resumes that run, unless --resume never;
+--resume URI starts a new run from a checkpoint of another.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ EVENTS_SHOWN = 12
 
 
 def parse_arguments(arguments: list[str]) -> Config:
-    """The preset with the command line's overrides; exits with status 2 and a message if wrong."""
+    """Return the preset with the command line's overrides; exit with status 2 if invalid."""
     config = tyro.extras.overridable_config_cli(
         PRESETS, description=__doc__, args=rename_options(arguments), prog="jobs/train.py"
     )
@@ -41,7 +41,7 @@ def parse_arguments(arguments: list[str]) -> Config:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status 0 only if a model was trained and registered."""
+    """Run the job; return 0 only if a model was trained and registered."""
     config = parse_arguments(arguments)
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -64,12 +64,12 @@ def main(arguments: list[str]) -> int:
 
 
 def print_summary(summary: Mapping[str, Any], report_folder: str) -> None:
-    """What happened, and what to do next."""
+    """Print what happened, and what to do next."""
     report = "report/report.html among the run's artifacts in MLflow"
     if report_folder:
         report = f"{report_folder}/{summary['run_name']}/report.html"
     events = ""
-    if len(summary["events"]) > 1:  # more than that the workers began
+    if len(summary["events"]) > 1:  # more than the start of the workers
         events = "".join(f"\n  {line}" for line in summary["events"][-EVENTS_SHOWN:])
     bad_samples = f", bad images replaced: {bad}" if (bad := summary["bad_samples"]) else ""
     print(
@@ -84,7 +84,7 @@ def print_summary(summary: Mapping[str, Any], report_folder: str) -> None:
   registered         {summary["model_uri"]}
 
 next:
-  look at    {report}
+  report     {report}
   use        efae.load("{summary["model_uri"]}")
 """,
         flush=True,

@@ -1,13 +1,13 @@
-"""Search the configuration, the latent's representation above all, and register the best.
+"""Search the configuration, above all the latent's representation, and register the best model.
 
     python jobs/tune.py quickstart_trial
     python jobs/tune.py quickstart_trial --sweep.trials 24 --sweep.space split_and_rate
     python jobs/tune.py imagenet_256 --training.steps 20000 --sweep.space my_space.toml
     ray job submit --working-dir . -- python jobs/tune.py quickstart_trial
 
-Every trial is a run as jobs/train.py makes it, of the preset with its overrides. Addresses come
-from the environment, as for jobs/train.py. The same --sweep.name goes on where that sweep stopped:
-trials that ended are kept, those that had begun go on from their checkpoints.
+Every trial is a run of jobs/train.py, of the preset with the trial's overrides. Addresses come from
+the environment, as for jobs/train.py. The same --sweep.name resumes that sweep: ended trials are
+kept, and unfinished ones resume from their checkpoints.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ from efae.sweep.config import SweepConfig
 from efae.tracking.server import Server
 
 LOG_LEVELS = {
-    "optuna": logging.WARNING,  # it announces each study
+    "optuna": logging.WARNING,  # it logs every study
     "ray.tune": logging.WARNING,
-    "ray.tune.tune": logging.ERROR,  # it advises Tuner.restore
+    "ray.tune.tune": logging.ERROR,  # it recommends Tuner.restore
 }
 
 
@@ -44,9 +44,9 @@ class SweepJob(Config):
 
 
 def parse_arguments(arguments: list[str]) -> tuple[str, Config, SweepConfig]:
-    """Name and values of the preset, with the command line's overrides, and the search.
+    """Return the preset's name, its configuration with overrides, and the search.
 
-    Exits with status 2 and a message if something is wrong.
+    Exit with status 2 and a message if the arguments are invalid.
     """
     presets = {name: (what, SweepJob(**_split(preset))) for name, (what, preset) in PRESETS.items()}
     job = tyro.extras.overridable_config_cli(
@@ -66,7 +66,7 @@ def _split(config: Config) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status 0 only if a best model was found and registered."""
+    """Run the job; return 0 only if a best model was found and registered."""
     preset, config, sweep = parse_arguments(arguments)
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # The sweep reports its progress; only the older of Tune's two ways of printing can be silent.
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
 
     for name, level in LOG_LEVELS.items():
         logging.getLogger(name).setLevel(level)
-    again = f"nothing is lost: submit again with --sweep.name {sweep.name} to go on"
+    again = f"nothing is lost: submit again with --sweep.name {sweep.name} to resume"
     try:
         found = run_sweep(
             config,
@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> int:
 
 
 def print_summary(found: Mapping[str, Any], preset: str, report_folder: str) -> None:
-    """What was found, and what to do next."""
+    """Print what was found, and what to do next."""
     best, cost = found["best"], found["cost"]
     states = [trial["state"] for trial in found["trials"]]
     counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
@@ -117,7 +117,7 @@ def print_summary(found: Mapping[str, Any], preset: str, report_folder: str) -> 
   registered         {best["model_uri"]}, alias candidate
 
 next:
-  look at    {report}
+  report     {report}
   train it   python jobs/train.py {preset} {options}
   promote    python jobs/promote.py --model {best["model_uri"]}
 """,

@@ -1,1 +1,1 @@
-"""Images -> latents, once, on a Ray cluster: shard sets for those who train on latents."""
+"""Encoding of image sets on a Ray cluster, into shard sets for training on latents."""

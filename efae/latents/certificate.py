@@ -1,4 +1,4 @@
-"""How exactly an encoder commutes with its group: the certificate of a set of latents."""
+"""Certificate of a latent set: how exactly its encoder commutes with the group."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,17 +13,17 @@ from efae.model.autoencoder import Autoencoder
 
 @torch.no_grad()
 def certify(model: Autoencoder, batches: Iterable[UInt8[Tensor, "b c h w"]]) -> dict[str, Any]:
-    """The largest |act(g, encode(x)) - encode(g x)|, over all numbers of all latents.
+    """Measure the largest |act(g, encode(x)) - encode(g x)|, over all numbers of all latents.
 
     Args:
-        model: in evaluation mode; hands out latents at unit scale.
-        batches: images, on the CPU.
+        model: Model in evaluation mode; its latents have unit scale.
+        batches: Batches of images, on the CPU.
 
     Returns:
         {"max_abs_difference": float, "by_element": {name: float}, "images": int}.
 
     Raises:
-        ValueError: a latent that is not finite.
+        ValueError: A latent is not finite.
     """
     device = next(model.parameters()).device
     worst = torch.zeros(len(model.group), device=device)
@@ -39,5 +39,5 @@ def certify(model: Autoencoder, batches: Iterable[UInt8[Tensor, "b c h w"]]) -> 
     found = [float(value) for value in worst]
     by_element = {g.name: value for g, value in zip(model.group, found, strict=True)}
     if not bool(worst.isfinite().all()):
-        raise ValueError("the model gives latents that are not finite: use an earlier checkpoint")
+        raise ValueError("the model's latents are not finite: use an earlier checkpoint")
     return {"max_abs_difference": max(found), "by_element": by_element, "images": count}

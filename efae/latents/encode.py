@@ -1,8 +1,8 @@
-"""A shard set -> the set of its latents, by a pool of actors on a Ray cluster.
+"""Encoding of a shard set into a latent set, by a pool of actors on a Ray cluster.
 
-Ray Data hands shards to actors that hold the model, starts lost actors again and takes more of them
-as nodes come. Every finished shard leaves a record in storage, and the index is written last: the
-same command goes on where it was stopped, and a set is whole or not there.
+Ray Data distributes shards to actors that hold the model, and restarts lost actors. Every finished
+shard leaves a record in storage, and the index is written last: the same command resumes where it
+stopped, and a set without an index is incomplete.
 """
 
 import logging
@@ -38,22 +38,23 @@ from efae.tracking.redaction import first_cause, redact
 
 _PATIENCE_SECONDS = 20
 _CLEAR = (ValueError, OSError, ShardError)
-"""What says by itself what is wrong."""
+"""Exceptions whose messages are clear to the user."""
 
 
 class EncodingFailed(RuntimeError):
-    """A shard cannot be encoded, or Ray gave up on it; says why."""
+    """A shard cannot be encoded, or Ray gave up on it; the message says why."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What came of it.
+    """Result of an encoding.
 
     Attributes:
-        latents: the set.
-        images: the index of the set that it was made from.
-        encoded: samples that this run encoded; the others were there.
-        largest_difference: of stored latents from fresh ones; None where nothing was to do.
+        latents: Latent set.
+        images: Index of the image set that it was made from.
+        encoded: Number of samples that this run encoded; the others were there before.
+        largest_difference: Largest difference between stored and fresh latents; None if the set
+            was complete already.
     """
 
     latents: LatentSet
@@ -63,15 +64,14 @@ class Encoded:
 
 
 def encode_set(request: Request, say: Callable[[str], None]) -> Encoded:
-    """Encode what is not encoded yet, certify and verify it, write the index.
+    """Encode the missing shards, certify and verify the set, and write its index.
 
     Raises:
-        ValueError: something that the user gave cannot work, or an output that holds something
-            else.
-        CheckpointError: the model is damaged.
-        ShardError: images of the certificate that cannot be read.
-        StorageError: the storage refuses or does not answer.
-        EncodingFailed: a shard cannot be encoded, or Ray gave up on it.
+        ValueError: The user's input cannot work, or the output holds something else.
+        CheckpointError: The model is damaged.
+        ShardError: Images of the certificate cannot be read.
+        StorageError: The storage refuses or does not answer.
+        EncodingFailed: A shard cannot be encoded, or Ray gave up on it.
     """
     output = make_absolute(request.output)
     storage.check_writable(output)
@@ -120,7 +120,7 @@ def encode_set(request: Request, say: Callable[[str], None]) -> Encoded:
 def _describe(
     request: Request, data: Location, certificate_data: Location
 ) -> tuple[Source, dict[str, Any]]:
-    """What is sent to the actors, and what the set of latents is to say about itself."""
+    """Return the actors' input, and the facts that the latent set records about itself."""
     stored = pull.read(request.model)
     config = stored.config
     storage.check_readable(data)
@@ -135,7 +135,7 @@ def _describe(
         index,
         stored.weights,
         config,
-        _common_members(index),
+        _list_common_members(index),
         request.batch_size,
         "cuda" if request.use_gpu else "cpu",
         request.cache_dir,
@@ -153,7 +153,7 @@ def _describe(
 
 
 def _find_held_out(data: Location) -> Location:
-    """The set of held-out images that build_shards wrote beside these, or these themselves."""
+    """Return the held-out set that build_shards wrote beside this one, or this one if none."""
     folder, _, name = data.uri.rpartition("/")
     if name != "train":
         return data
@@ -161,8 +161,8 @@ def _find_held_out(data: Location) -> Location:
     return held_out if storage.exists(held_out / INDEX_NAME) else data
 
 
-def _common_members(index: ShardIndex) -> tuple[str, ...]:
-    """The members that every sample has beside images: labels, captions."""
+def _list_common_members(index: ShardIndex) -> tuple[str, ...]:
+    """Return the members other than images that every sample has: labels, captions."""
     shards = [shard for shard in index.shards if shard.keys]
     names = {name for shard in shards for name in shard.members} - {
         name for shard in shards for name in image_extensions(shard.members)
@@ -180,7 +180,7 @@ def _common_members(index: ShardIndex) -> tuple[str, ...]:
 
 
 def _find_missing(index: ShardIndex, output: Location, there: dict[str, int]) -> list[int]:
-    """Positions of the shards that are not encoded yet."""
+    """Return the positions of the shards that are not encoded yet."""
     records = unfinished.read_records(output, [shard.name for shard in index.shards], there)
     return [
         number
@@ -192,12 +192,12 @@ def _find_missing(index: ShardIndex, output: Location, there: dict[str, int]) ->
 def _assemble(
     images: ShardIndex, output: Location, form: LatentFormat, fingerprint: dict[str, Any]
 ) -> LatentSet:
-    """The set of all encoded shards; its index is not written yet."""
+    """Return the set of all encoded shards, without writing its index."""
     names = [shard.name for shard in images.shards]
     records = unfinished.read_records(output, names, storage.list_files(output))
     if unseen := [name for name in names if name not in records]:
         raise ValueError(
-            f"{output.uri_of(unseen[0])} was written by another node and is not seen here: use"
+            f"{output.uri_of(unseen[0])} was written by another node and is not visible here: use"
             " an --output on object storage or on a shared disk"
         )
     origin = {n: images.provenance[n] for n in ("licence", "credit") if n in images.provenance}
@@ -207,11 +207,11 @@ def _assemble(
 
 
 class _Encoder:
-    """An actor of Ray Data's pool.
+    """Actor in Ray Data's pool.
 
-    It gets the model with its first shard: Ray warns of large arguments of a constructor, which
-    could be gone when the actor is started again. It gives faults back as texts, since Ray Data
-    keeps of an exception no more than its traceback.
+    The model arrives with the first shard, because Ray may evict a large constructor argument
+    before it restarts an actor. Errors return as strings, because Ray Data keeps only the traceback
+    of an exception.
     """
 
     def __init__(self, output: Location, form: LatentFormat):
@@ -240,26 +240,26 @@ def _encode_shards(
 
     if not missing:
         return
-    ray.data.DataContext.get_current().enable_progress_bars = False  # it has one of blocks
-    actors = min(request.actors or _count_room(request), len(missing))
+    ray.data.DataContext.get_current().enable_progress_bars = False  # they count blocks, not images
+    actors = min(request.actors or _count_actors(request), len(missing))
     rows = ray.data.from_items(
         [{"shard": number} for number in missing], override_num_blocks=len(missing)
     ).map(
         cast(Any, _Encoder),
         fn_constructor_args=(output, form),
-        fn_args=([shared],),  # in a list Ray leaves a reference as it is
+        fn_args=([shared],),  # in a list, so that Ray does not resolve the reference
         compute=ray.data.ActorPoolStrategy(size=actors),
-        **_ask(request),
+        **_list_resources(request),
     )
     total = sum(len(shard.keys) for shard in index.shards)
     done = total - sum(len(index.shards[number].keys) for number in missing)
-    # In the log of a Ray job a line now and then.
+    # In the log of a Ray job, fewer lines.
     interval = 0.1 if sys.stderr.isatty() else 10.0
     with (
         tqdm(
             total=total, initial=done, unit="image", desc=str(output), mininterval=interval
         ) as progress,
-        _first_causes(),
+        _unwrapped_errors(),
     ):
         for row in rows.iter_rows():
             if row["fault"]:
@@ -267,7 +267,7 @@ def _encode_shards(
             progress.update(int(row["samples"]))
 
 
-def _count_room(request: Request) -> int:
+def _count_actors(request: Request) -> int:
     have = cast(dict[str, float], ray.cluster_resources())  # Ray says dict[?, int]
     room = int(have.get("CPU", 0) // request.cpus_per_actor)
     if request.use_gpu:
@@ -284,7 +284,7 @@ def _compare(shared: Source, latents: LatentSet, count: int) -> float:
 
 
 def _make_encoder(source: Source) -> ShardEncoder:
-    """In a process of Ray's, which shows what it logs."""
+    """Load the model in a Ray worker process, without the warnings about image metadata."""
     ignore_metadata()
     return ShardEncoder(source)
 
@@ -292,25 +292,27 @@ def _make_encoder(source: Source) -> ShardEncoder:
 def _run(
     function: Callable[..., Any], *arguments: Any, request: Request, say: Callable[[str], None]
 ) -> Any:
-    """One call where an actor could be."""
-    reference = ray.remote(max_retries=3, **_ask(request))(function).remote(*arguments)
+    """Call a function in a Ray task with the resources of an actor."""
+    reference = ray.remote(max_retries=3, **_list_resources(request))(function).remote(*arguments)
     if not cast(list[Any], ray.wait([reference], timeout=_PATIENCE_SECONDS)[0]):
-        say(f"waiting for a node with {_ask(request)} free: the cluster is busy, or still grows")
-    with _first_causes():
+        say(
+            f"waiting for a node with {_list_resources(request)} free: the cluster is busy or grows"
+        )
+    with _unwrapped_errors():
         return ray.get(reference)
 
 
-def _ask(request: Request) -> dict[str, Any]:
+def _list_resources(request: Request) -> dict[str, Any]:
     return {"num_cpus": request.cpus_per_actor, "num_gpus": 1 if request.use_gpu else 0}
 
 
 @contextmanager
-def _first_causes() -> Generator[None]:
-    """Raises what was raised on the node, without Ray's wall of text."""
+def _unwrapped_errors() -> Generator[None]:
+    """Raise the exception that was raised on the node, without Ray's wrapping."""
     try:
         yield
     except RayError as error:
-        cause: BaseException = error  # Ray's own is also of the class of what was raised
+        cause: BaseException = error  # Ray's error is also an instance of its cause's class
         while isinstance(cause, RayError) or not isinstance(cause, _CLEAR):
             inner = getattr(cause, "cause", None) or cause.__cause__
             if inner is None:

@@ -1,4 +1,4 @@
-"""What jobs/encode.py may be asked for. Imports nothing heavy: a mistyped option fails at once."""
+"""Options of jobs/encode.py. Imports nothing heavy, so that a mistyped option fails at once."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,34 +6,34 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Request:
-    """What to encode, and where to."""
+    """Model, images and output of one encoding."""
 
     model: str
-    """models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME@sha256:DIGEST, or a checkpoint or
-    model folder, local or remote."""
+    """URI of the model: models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME@sha256:DIGEST, or a
+    checkpoint or model folder, local or remote."""
     data: str
-    """Shard set of images."""
+    """URI of the shard set of images."""
     output: str
-    """Where the shards of latents go: a path, s3://bucket/folder or gs://..."""
+    """Folder for the shards of latents: a path, s3://bucket/folder or gs://..."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Of the stored numbers, which have unit scale."""
+    """Data type of the stored numbers, which have unit scale."""
     certificate_data: str | None = None
-    """Held-out shard set to measure on how exactly the model commutes with its group; by default
-    held_out beside --data if there is one, else --data itself."""
+    """Held-out shard set on which to measure how exactly the model commutes with its group; by
+    default held_out beside --data if it exists, else --data itself."""
     certificate_images: int = 256
-    """Of these, at most."""
+    """Maximum number of images for the certificate."""
     batch_size: int = 64
-    """Images at a time; another one changes latents by rounding."""
+    """Images per batch; another size changes latents by rounding."""
     compared: int = 64
-    """Stored latents to compare with fresh ones at the end, at least."""
+    """Minimum number of stored latents to compare with fresh ones at the end."""
     actors: int = 0
-    """Processes that encode; 0: as many as the cluster has room for now."""
+    """Number of encoding processes; 0 for as many as the cluster has free resources for."""
     cpus_per_actor: int = 1
-    """CPUs that each takes."""
+    """CPUs per process."""
     use_gpu: bool = False
-    """A GPU for each."""
+    """Reserve one GPU per process."""
     cache_dir: str | None = None
-    """Folder of the nodes' shard caches; by default one in the temporary folder."""
+    """Folder for the shard cache of each node; by default in the temporary folder."""
 
     def __post_init__(self):
         for name, least in (

@@ -1,7 +1,7 @@
-"""One shard of images -> the shard of their latents. Runs on any node, without Ray's help.
+"""Encoding of one shard of images into one shard of latents, on any node, without Ray.
 
-A shard's batches are the same wherever and whenever it is encoded, so on the same kind of machine
-its bytes are too.
+A shard is always encoded in the same batches, so its bytes are reproducible on the same kind of
+machine.
 """
 
 import tempfile
@@ -29,22 +29,22 @@ from efae.latents.certificate import certify
 from efae.model.autoencoder import Autoencoder
 
 _TOLERANCE = 1e-4
-"""Of numbers of unit scale, beside rounding: batches of other sizes add up in another order."""
+"""Tolerance for numbers of unit scale, beside rounding: batch size changes the order of sums."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is encoded, by what; the same for every shard.
+    """Images and model of an encoding, the same for every shard.
 
     Attributes:
-        uri: of the shard set.
-        index: of it.
-        weights: of the model.
-        config: of the model.
-        members: extensions that go along with the latents.
-        batch_size: images at a time.
-        device: as torch names devices.
-        cache_dir: of the node's shard cache; None as in `ShardDataset.loader`.
+        uri: URI of the shard set of images.
+        index: Index of that set.
+        weights: Weights of the model.
+        config: Configuration of the model.
+        members: Extensions of the sample members that are copied along with the latents.
+        batch_size: Images per batch.
+        device: Torch device.
+        cache_dir: Folder of the node's shard cache; None as in `ShardDataset.loader`.
     """
 
     uri: str
@@ -58,7 +58,7 @@ class Source:
 
 
 class ShardEncoder:
-    """A model on its device, and the shards that it may be asked for."""
+    """Model on its device that encodes shards of one source."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -67,20 +67,20 @@ class ShardEncoder:
         self.model.to(source.device).eval().requires_grad_(False)
 
     def write_shard(self, number: int, output: Location, form: LatentFormat) -> ShardIndex:
-        """Encode and upload shard `number` and leave its record.
+        """Encode and upload shard `number`, then write its record.
 
         Args:
-            number: its position in the source's index.
-            output: folder of the set of latents.
-            form: of that set.
+            number: Position of the shard in the source's index.
+            output: Folder of the latent set.
+            form: Format of the latent set.
 
         Returns:
             An index of this shard alone.
 
         Raises:
-            ShardError: the shard cannot be read, or an image in it.
-            ValueError: latents that are not finite in the set's dtype.
-            StorageError: the output cannot be written.
+            ShardError: The shard, or an image in it, cannot be read.
+            ValueError: Latents are not finite in the set's dtype.
+            StorageError: The output cannot be written.
         """
         shard = self.source.index.shards[number]
         with tempfile.TemporaryDirectory() as folder:
@@ -97,11 +97,11 @@ class ShardEncoder:
         return record
 
     def measure(self, data: LocationLike, count: int) -> dict[str, Any]:
-        """The certificate over the first `count` images of the set at `data`.
+        """Return the certificate over the first `count` images of the set at `data`.
 
         Raises:
-            ValueError: no such set, or a model whose latents are not finite.
-            ShardError: it cannot be read.
+            ValueError: There is no such set, or the model's latents are not finite.
+            ShardError: The set cannot be read.
         """
         config = replace(
             self.source.config.data, held_out_uri=str(data), cache_dir=self.source.cache_dir
@@ -111,17 +111,17 @@ class ShardEncoder:
         return certify(self.model, (images[i : i + size] for i in range(0, len(images), size)))
 
     def compare(self, latents: LatentSet, count: int) -> float:
-        """The largest difference of stored latents from fresh ones, over about `count` samples.
+        """Return the largest difference between stored and fresh latents of about `count` samples.
 
-        They are the first of every shard.
+        It compares the first samples of every shard.
 
         Args:
-            latents: the set that was made from the source.
-            count: samples to compare, at least.
+            latents: Latent set that was made from the source.
+            count: Minimum number of samples to compare.
 
         Raises:
-            ShardError: latents or images cannot be read.
-            ValueError: a sample with another key than its image's, or that differs by more than
+            ShardError: Latents or images cannot be read.
+            ValueError: A sample's key is not its image's, or its latent differs by more than
                 rounding to the set's dtype.
         """
         rounding = torch.finfo(torch_dtype(latents.format)).eps
@@ -133,15 +133,17 @@ class ShardEncoder:
             stored = next(_read_shard(latents, number, len(fresh.key), self.source.cache_dir))
             where = Location.parse(latents.uri).uri_of(latents.index.shards[number].name)
             if stored.key != fresh.key:
-                raise ValueError(f"{where}: its keys are not those of the images: encode it again")
+                raise ValueError(
+                    f"{where}: its keys differ from those of the images: encode it again"
+                )
             expected = self._encode(fresh.image).cpu()
             difference = (stored.latent.float() - expected).abs()
             off = (difference > rounding * expected.abs() + _TOLERANCE).flatten(1).any(1)
             if bool(off.any()):
                 key = stored.key[int(off.int().argmax())]
                 raise ValueError(
-                    f"{where}, sample {key!r}: differs by {float(difference.max()):.2g} from what"
-                    " the model gives now: encode it again"
+                    f"{where}, sample {key!r}: differs by {float(difference.max()):.2g} from the"
+                    " model's output: encode it again"
                 )
             worst = max(worst, float(difference.max()))
         return worst
@@ -152,7 +154,7 @@ class ShardEncoder:
             return self.model.encode(to_float(image.to(self.source.device, non_blocking=True)))
 
     def _read(self, number: int, most: int | None = None) -> Iterator[Batch]:
-        """The images of one shard in its order, in batches of `most` at most."""
+        """Yield the images of one shard in order, in batches of at most `most`."""
         data = self.source.config.data
         size = min(self.source.batch_size, most or self.source.batch_size)
         return _read_shard(
