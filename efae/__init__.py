@@ -1,7 +1,7 @@
 """Equivariant flow autoencoders: latents that flip and rotate with their images.
 
-Importing this package is cheap: torch, ray and mlflow are imported by what needs them, and each
-name below on first use.
+Importing this package is cheap: torch, ray and mlflow are imported only where they are needed, and
+each name below on first use.
 """
 
 from importlib import import_module as _import_module
@@ -41,27 +41,27 @@ _HOMES = {
 def load(uri: "str | Path", device: str = "cpu") -> "Autoencoder":
     """Load the model at `uri` for inference: evaluation mode, no gradients.
 
-    Its files are checked by their hashes; nothing in them is unpickled or run. With EFAE_OFFLINE=1
-    in the environment no server is asked: what was loaded before comes from the cache.
+    Its files are verified by their hashes; nothing in them is unpickled or run. With EFAE_OFFLINE=1
+    in the environment, models come from the local cache and no server is contacted.
 
     Args:
         uri: "builtin:openmoji-32", "models:/efae@champion", "models:/efae/3",
             "models:/efae@sha256:HEX" (the version's tag "digest", 12 digits or more),
             "runs:/RUN_ID/model", or the path or s3:// address of a checkpoint or of a folder that
             `save_pretrained` wrote.
-        device: Where to put it, as torch names devices.
+        device: Torch device for the model.
 
     Raises:
-        ValueError: an unknown name, alias, version, digest or folder, or not in the cache while
-            offline; the message says what exists.
-        CheckpointError: files that do not match their manifest, or that what was registered.
+        ValueError: The name, alias, version, digest or folder does not exist, or is not in the
+            cache while offline; the message lists what exists.
+        CheckpointError: The files do not match their manifest, or differ from what was registered.
         ConnectionError: MLflow fails.
-        StorageError: the storage refuses or does not answer.
+        StorageError: The storage refuses or does not answer.
     """
     from efae.model.pretrained import find_folder
 
     folder = find_folder(str(uri))
-    if folder is not None:  # without the seconds that importing MLflow takes
+    if folder is not None:  # saves the seconds that importing MLflow takes
         from efae.model.autoencoder import Autoencoder
 
         return Autoencoder.from_pretrained(folder, device)

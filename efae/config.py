@@ -1,9 +1,8 @@
-"""Every knob of a run on one page: a frozen, typed tree.
+"""All settings of a run in one frozen, typed tree.
 
-The command line (``tyro``), Ray Tune and the tests all change it the same way, through
-`config_forms.with_overrides`; the resolved tree travels as JSON with every run, checkpoint and
-model version.
-Units are in the names (``_seconds``, ``_bytes``); sizes are pixels unless said otherwise.
+Ray Tune and the tests change it through `config_forms.with_overrides`, the command line through
+``tyro``. The resolved tree is stored as JSON with every run, checkpoint and model version.
+Units are in the names (``_seconds``, ``_bytes``); sizes are in pixels unless stated otherwise.
 """
 
 from dataclasses import field
@@ -26,10 +25,10 @@ class DataConfig(ReadOptions):
     uri: str = "s3://efae-data/openmoji-32/train"
     """Shard set to train on (a folder with index.json, made by data_pipelines.build_shards)."""
     held_out_uri: str = "s3://efae-data/openmoji-32/held_out"
-    """Shard set to measure on; never trained on."""
+    """Shard set for validation and evaluation; never trained on."""
     resolution: int | tuple[int, int] = 32
-    """Side of square images, or their height and width; pixels. Larger ones are scaled until their
-    shorter side fits, and cropped."""
+    """Side of square images, or height and width, in pixels. Larger images are scaled until their
+    shorter side fits, then cropped."""
     channels: Literal[1, 3] = 3
     """Colour channels: 1 (grey) or 3 (RGB)."""
     cache_dir: str | None = None
@@ -50,23 +49,25 @@ class DataConfig(ReadOptions):
 
 @dataclass(frozen=True, config=_STRICT)
 class RepresentationConfig:
-    """How a group element acts on the latent's channels (DESIGN: five multiplicities)."""
+    """How a group element acts on the latent's channels."""
 
     group: Literal["D4", "C4", "flips", "mirror", "trivial"] = "D4"
-    """Flips and quarter turns that act: all eight (D4), turns (C4), {e, h, v, r^2} (flips),
+    """Flips and quarter turns in the group: all eight (D4), turns (C4), {e, h, v, r^2} (flips),
     {e, h} (mirror), none (trivial)."""
     dim: int = 32
     """Latent channels."""
     rotation_dims: int | None = None
-    """Channels that turn as planes under quarter turns (irrep E, two channels a plane): even. None:
-    about half, where the group turns, and as many invariant channels left as there are colours."""
+    """Channels that rotate in planes under quarter turns (irrep E, two channels per plane); even.
+    None: about half, if the group has quarter turns, leaving at least one invariant channel per
+    colour."""
     chirality_split: float | None = None
-    """Share of the other channels that change sign under some element (A2, B1, B2); in [0, 1].
-    None: about half, with the same care."""
+    """Share of the other channels that change sign under some element (A2, B1, B2), in [0, 1].
+    None: about half, leaving at least one invariant channel per colour."""
     multiplicities: tuple[int, int, int, int, int] | None = None
-    """Copies of (A1, A2, B1, B2, E), instead of the two knobs above; dim must match."""
+    """Copies of (A1, A2, B1, B2, E), instead of the two settings above; must add up to dim."""
     learned_basis: bool = False
-    """Act by Q rho(g) Q^T with a learned orthogonal Q; not at level exact, which absorbs any Q."""
+    """Act by Q rho(g) Q^T with a learned orthogonal Q; not available at level exact, which absorbs
+    any Q."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -74,8 +75,8 @@ class ModelConfig:
     """Encoder and decoder."""
 
     level: Literal["none", "objective", "regularized", "exact"] = "exact"
-    """Equivariance: exact by construction; objective = dense layers, trained on (gx | gz) pairs;
-    regularized = objective and a pair term on the encoder; none = dense layers, no group."""
+    """Equivariance: exact = by construction; objective = dense layers, trained on (gx | gz) pairs;
+    regularized = objective plus a pair term on the encoder; none = dense layers, no group."""
     hidden_size: int = 128
     """Width of the decoder's tokens; a multiple of 8 * num_heads."""
     depth: int = 4
@@ -83,20 +84,20 @@ class ModelConfig:
     num_heads: int = 4
     """Attention heads of encoder and decoder."""
     patch_size: int = 4
-    """Side of a decoder token, pixels; divides downsampling."""
+    """Side of a decoder token, in pixels; divides downsampling."""
     mlp_ratio: int = 3
-    """Hidden width of a block's MLP over hidden_size."""
+    """Hidden width of a block's MLP, in units of hidden_size."""
     encoder_hidden_size: int = 128
     """Width of the encoder's tokens; a multiple of 8 * num_heads."""
     encoder_depth: int = 1
     """Encoder blocks at each grid size, from the patch grid down to the latent grid."""
     downsampling: int = 8
-    """Pixels per latent cell; equal to the resolution for a 1x1 (vector) latent."""
+    """Side of a latent cell, in pixels; equal to the resolution for a 1x1 (vector) latent."""
     bottleneck: Literal["rms", "kl"] = "rms"
-    """What bounds the latent: one root mean square per example, or a Gaussian posterior with a
-    learned spread per irrep copy and loss.kl_weight."""
+    """Bound on the latent: rms = a fixed root mean square per example; kl = a Gaussian posterior
+    with a learned standard deviation per irrep copy, weighted by loss.kl_weight."""
     latent_noise: float = 0.05
-    """Standard deviation of Gaussian noise on the latent in training (bottleneck rms)."""
+    """Standard deviation of the Gaussian noise added to the latent in training (bottleneck rms)."""
 
     def __post_init__(self):
         require_positive(
@@ -125,9 +126,10 @@ class FlowConfig:
     """Rectified flow: x_t = (1 - t) * image + t * noise; t = 1 is noise."""
 
     prediction: Literal["image", "velocity"] = "image"
-    """What the network's output means; the loss is always on the velocity."""
+    """Quantity that the network predicts; the loss is always on the velocity."""
     time_law: Literal["logit_normal", "uniform", "mixture"] = "mixture"
-    """Law of t in training; mixture = logit-normal with a uniform share, so that no t starves."""
+    """Distribution of t in training; mixture = logit-normal plus a uniform share, so that every t
+    is drawn often enough."""
     time_mean: float = 0.0
     """Mean of logit(t); positive values put more weight on noisy images."""
     time_std: float = 1.0
@@ -135,22 +137,23 @@ class FlowConfig:
     time_uniform: float = 0.1
     """Uniform share of the mixture, in (0, 1)."""
     stratified: bool = True
-    """One t per equal slice of the law in every batch, instead of independent draws."""
+    """Draw one t from each of equally probable slices of its distribution in every batch."""
     condition_drop: float = 0.0
-    """Share of training examples that see a learned null condition instead of their latent; needed
-    for guidance."""
+    """Share of training examples whose latent is replaced by a learned null condition; guidance
+    needs it."""
     sampler: Literal["euler", "midpoint", "heun"] = "euler"
-    """Solver of the decoding ODE, unless the caller says otherwise."""
+    """Default solver of the decoding ODE."""
     sampler_steps: int = 4
-    """Its steps."""
+    """Default number of solver steps."""
     sampler_power: float = 1.0
-    """Above 1 for more of the steps near the image, below 1 near the noise."""
+    """Spacing of the steps: above 1, more of them near the image; below 1, near the noise."""
     sampler_shift: float = 1.0
-    """Above 1 for more of the steps near the noise (SD3 uses 3), below 1 near the image."""
+    """Shift of the steps: above 1, more of them near the noise (SD3 uses 3); below 1, near the
+    image."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance when decoding: 1 is none; others need condition_drop > 0."""
+    """Scale of classifier-free guidance; 1 is no guidance, others need condition_drop > 0."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """The t where guidance acts."""
+    """Range of t in which guidance is applied."""
 
     def __post_init__(self):
         require_positive(
@@ -165,7 +168,7 @@ class FlowConfig:
         )
         require(
             self.guidance_scale == 1 or self.condition_drop > 0,
-            f"flow.guidance_scale={self.guidance_scale}: guidance compares with a null condition,"
+            f"flow.guidance_scale={self.guidance_scale}: guidance needs a null condition,"
             " which flow.condition_drop=0 never trains; set it to 0.1, or the scale to 1",
         )
         low, high = self.guidance_interval
@@ -177,21 +180,22 @@ class FlowConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class LossConfig:
-    """What the loss adds to the flow's velocity error."""
+    """Terms of the loss beside the flow's velocity error."""
 
     pair_weight: float = 0.1
     """Weight of |E(gx) - rho(g) E(x)|^2 / Var E(x) at level regularized."""
     kl_weight: float = 1e-4
     """Weight of the posterior's KL divergence from N(0, 1) per pixel value (bottleneck kl)."""
     scaling_probability: float = 0.0
-    """Share of steps whose images and latent grids are shrunk together (EQ-VAE)."""
+    """Share of steps that shrink images and latent grids together (EQ-VAE)."""
     rotation_probability: float = 0.0
-    """Share of examples turned by any angle, image and latent; the loss counts the disk."""
+    """Share of examples whose image and latent are rotated by an arbitrary angle; their loss covers
+    only the inscribed disk."""
     perceptual: str = ""
-    """A function "package.module:name" of (predicted image, image), each (b, c, h, w) in [-1, 1],
-    to a loss (b,), for instance LPIPS; on the one-step prediction of the image."""
+    """Function "package.module:name" that maps (predicted image, image), each (b, c, h, w) in
+    [-1, 1], to a loss (b,), for instance LPIPS. It gets the one-step prediction of the image."""
     perceptual_weight: float = 0.1
-    """Its weight."""
+    """Weight of the perceptual loss."""
 
     def __post_init__(self):
         for name in ("pair_weight", "kl_weight", "perceptual_weight"):
@@ -212,7 +216,7 @@ class OptimizerConfig:
     learning_rate: float = 6e-3
     """Peak learning rate."""
     final_learning_rate_fraction: float = 0.01
-    """Learning rate at the last step over the peak."""
+    """Learning rate of the last step, as a fraction of the peak."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     weight_decay: float = 0.0
@@ -222,9 +226,9 @@ class OptimizerConfig:
     beta2: float = 0.99
     """Decay of AdamW's second moment."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this global norm."""
+    """Global norm that gradients are clipped to."""
     ema_decay: float = 0.999
-    """Decay of the weights' moving average per step; starts lower, see training/ema.py."""
+    """Decay of the weights' moving average per step; starts lower (see training/ema.py)."""
 
     def __post_init__(self):
         require_positive("optimizer", self, "learning_rate", "max_grad_norm")
@@ -240,21 +244,21 @@ class TrainingConfig:
     steps: int = 4000
     """Optimizer updates."""
     global_batch_size: int = 128
-    """Images per step over all workers, at any number of them."""
+    """Images per step over all workers, whatever their number."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """fp32, or autocast to bf16 or to fp16 with a gradient scaler; weights stay fp32."""
+    """fp32, or autocast to bf16, or to fp16 with a gradient scaler; weights stay in fp32."""
     seed: int = 0
-    """Every random draw is a function of (seed, step, rank)."""
+    """Seed of all random draws, each a function of (seed, step, rank)."""
     log_interval: int = 25
     """Steps between two points of the training curves."""
     evaluation_interval: int = 1000
-    """Steps between two validations on held-out images; the last step validates too."""
+    """Steps between two validations on held-out images; the last step is validated too."""
     validation_images: int = 64
-    """Held-out images of a validation, at most."""
+    """Maximum number of held-out images per validation."""
     checkpoint_interval: int = 250
     """Steps between two checkpoints."""
     held_out_images: int = 512
-    """Held-out images of the final evaluation, at most."""
+    """Maximum number of held-out images in the final evaluation."""
 
     def __post_init__(self):
         require_positive(
@@ -268,39 +272,39 @@ class TrainingConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class RayConfig:
-    """What the run asks of the Ray cluster, and what it does when parts of it are lost."""
+    """Resources of the run on the Ray cluster, and its recovery from failures."""
 
     num_workers: int | tuple[int, int] = 2
-    """Training processes, one GPU each where use_gpu. Two numbers, fewest and most, make the run
-    elastic: it goes on with fewer when nodes are lost and with more when nodes come, at the same
-    global batch; one number waits for replacements."""
+    """Training processes, one GPU each with use_gpu. Two numbers, minimum and maximum, make the run
+    elastic: it continues with fewer workers when nodes are lost and with more when nodes join, at
+    the same global batch size. With one number it waits for replacements."""
     use_gpu: bool = False
     """Train on GPUs."""
     cpus_per_worker: int = 1
     """CPUs reserved for each worker."""
     storage_uri: str = "s3://efae-runs/ray"
-    """Where checkpoints go; every node must reach it."""
+    """Folder for checkpoints; every node must reach it."""
     max_failures: int = 3
-    """Losses of workers that a run survives; nodes that the cluster takes back with notice do not
-    count. Also the starts of workers that may fail in a row."""
+    """Worker failures that a run survives, not counting preemptions with notice. Also the number of
+    failed worker starts in a row that it survives."""
     rollbacks: int = 0
-    """Times that a run whose loss is no longer a number goes back to its newest checkpoint, each
-    time at half the learning rate, instead of stopping."""
+    """Number of times that a run whose loss is not finite rolls back to its newest checkpoint, each
+    time at half the learning rate, before it stops."""
     checkpoints_to_keep: int = 2
-    """Newest checkpoints kept in storage."""
+    """Number of newest checkpoints to keep in storage."""
     best_checkpoint_by: Literal["", "psnr", "loss"] = ""
-    """Keep the best one too, by held-out PSNR at the last look or by training loss."""
+    """Keep the best checkpoint too, by PSNR of the last validation or by training loss."""
     autoscaling: bool = False
-    """Nodes come when they are asked for: ask for those that the fewest workers need, and wait
-    placement_timeout_seconds for them, instead of refusing a cluster that is too small now."""
+    """Request the nodes that the minimum number of workers needs from the autoscaler, and wait
+    placement_timeout_seconds for them, instead of refusing a cluster that is too small."""
     placement_timeout_seconds: int = 20
-    """How long to wait for the nodes of a group of workers before counting them anew; 300 where an
-    autoscaler has to start machines. After max_failures + 1 such waits in a row the run ends."""
+    """Time to wait for the nodes of a group of workers before counting the nodes again; use 300 if
+    an autoscaler starts machines. The run ends after max_failures + 1 such waits in a row."""
     resize_interval_seconds: int = 60
-    """How often an elastic run looks for more nodes; growing repeats the steps since the newest
-    checkpoint."""
+    """Interval at which an elastic run checks for new nodes; growing repeats the steps since the
+    newest checkpoint."""
     collective_timeout_seconds: int = 600
-    """A worker that waits longer than this for the others fails, and all start again."""
+    """Time after which a worker that waits for the others fails; all workers then restart."""
 
     def __post_init__(self):
         require_positive(
@@ -311,19 +315,19 @@ class RayConfig:
         )
         require(
             0 < self.fewest_workers <= self.most_workers,
-            f"ray.num_workers={self.num_workers}: must be a positive number, or two, fewest first",
+            f"ray.num_workers={self.num_workers}: must be a positive number, or two, least first",
         )
         for name in ("max_failures", "rollbacks"):
             require(getattr(self, name) >= 0, f"ray.{name}={getattr(self, name)}: must be >= 0")
 
     @property
     def fewest_workers(self) -> int:
-        """The least that the run goes on with."""
+        """Minimum number of workers with which the run continues."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
     def most_workers(self) -> int:
-        """The number of workers when no node is missing."""
+        """Number of workers when no node is missing."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
@@ -334,31 +338,33 @@ class TrackingConfig:
     experiment: str = "efae"
     """MLflow experiment."""
     run_name: str = ""
-    """Name of the run; empty makes one from the preset and the time. The same name resumes."""
+    """Name of the run; by default made from the preset and the time. The same name resumes the
+    run."""
     registered_model: str = "efae"
     """Name of the registered model."""
     portable: bool = True
-    """Export the registered model too for people without this package: a pyfunc flavour of MLflow
-    and programs of torch.export. Takes some ten seconds."""
+    """Export the registered model also for use without this package, as an MLflow pyfunc flavour
+    and as torch.export programs. Takes about ten seconds."""
     report_folder: str = ""
-    """Folder or URI that gets a copy of the report, below the run's name; MLflow always has one."""
+    """Folder or URI for a copy of the report, in a subfolder named after the run; MLflow always
+    stores one."""
     commit: str = ""
     """Commit of the code, recorded with the run."""
     sample_log: str = ""
-    """Local folder where each training process notes the keys that every step consumed, for audits;
-    empty notes nothing."""
+    """Local folder where each training process logs the keys that each step consumed, for audits;
+    empty disables the log."""
 
     def __post_init__(self):
         if self.run_name:
             require_name("tracking.run_name", self.run_name, "/\\")
-        # MLflow refuses / and :, and in models:/NAME@ALIAS the others would be syntax.
+        # MLflow refuses / and :, and in models:/NAME@ALIAS the other characters are syntax.
         require_name("tracking.registered_model", self.registered_model, "/\\:@?#%")
         require_name("tracking.experiment", self.experiment)
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Config:
-    """One experiment."""
+    """Configuration of one experiment."""
 
     data: DataConfig = field(default_factory=DataConfig)
     representation: RepresentationConfig = field(default_factory=RepresentationConfig)
@@ -370,8 +376,8 @@ class Config:
     ray: RayConfig = field(default_factory=RayConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     resume: str = "auto"
-    """auto goes on with the run of this name, if there is one; never refuses if there is one; the
-    URI of a checkpoint begins a new run from its weights, optimizer, step and place in the data."""
+    """auto resumes the run of this name if it exists; never refuses if it exists; the URI of a
+    checkpoint starts a new run from its weights, optimizer state, step and position in the data."""
 
     def __post_init__(self):
         require(
@@ -380,7 +386,7 @@ class Config:
         )
         require(
             all(side % self.model.downsampling == 0 for side in self.data.image_size),
-            f"data.resolution={self.data.resolution}: the latent grid does not divide it; use a"
+            f"data.resolution={self.data.resolution}: not divisible into latent cells; use a"
             f" multiple of model.downsampling={self.model.downsampling}",
         )
         require(
@@ -391,14 +397,15 @@ class Config:
         require(
             not self.representation.learned_basis
             or self.model.level in ("objective", "regularized"),
-            f"representation.learned_basis=True at model.level={self.model.level}: a basis is"
-            " learned where the decoder is trained on act(g, latent), and level exact absorbs any"
-            " into its first and last maps; use level objective or regularized, or leave it off",
+            f"representation.learned_basis=True at model.level={self.model.level}: a basis"
+            " can be learned only where the decoder is trained on act(g, latent), and level exact"
+            " absorbs any basis into its first and last maps; use level objective or regularized,"
+            " or leave it off",
         )
         require(
             self.loss.scaling_probability == 0
             or max(self.data.image_size) > self.model.downsampling,
-            f"loss.scaling_probability={self.loss.scaling_probability}: a latent of 1 x 1 cannot be"
+            f"loss.scaling_probability={self.loss.scaling_probability}: a 1 x 1 latent cannot be"
             " scaled; lower model.downsampling, or set 0",
         )
 
@@ -406,19 +413,19 @@ class Config:
 def require(condition: bool, message: str) -> None:
     """Raise a ValueError with this message unless the condition holds."""
     if not condition:
-        # A ValueError that pydantic shows as it is, without its own boilerplate.
+        # A ValueError that pydantic shows unchanged, without its own boilerplate.
         raise PydanticCustomError("configuration", "{message}", {"message": message})
 
 
 def require_positive(section: str, config: Any, *names: str) -> None:
-    """The same for knobs that must be above 0."""
+    """Raise a ValueError unless all these settings are above 0."""
     for name in names:
         value = getattr(config, name)
         require(value > 0, f"{section}.{name}={value}: must be positive")
 
 
 def require_name(where: str, name: str, syntax: str = "", longest: int = LONGEST_BYTES) -> None:
-    """The same for a name that cannot work somewhere on its way; see `names.find_fault`."""
+    """Raise a ValueError for a name that some system cannot store; see `names.find_fault`."""
     fault = find_fault(name, syntax, longest)
     shown = name if len(name) <= longest else f"{name[:40]}…"
     require(not fault, f"{where}={shown!r}: {fault}; choose another name")

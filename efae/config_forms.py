@@ -1,4 +1,4 @@
-"""The configuration in its other forms: dotted keys, JSON, a digest, some keys replaced."""
+"""Conversions of the configuration: dotted keys, overrides, JSON, a digest."""
 
 import difflib
 import hashlib
@@ -13,9 +13,9 @@ from pydantic import TypeAdapter
 from efae.config import Config
 
 _RENAMED = {"training.look_images": "training.validation_images"}
-"""Keys of release 0.1 that the next release still takes, and their new names."""
-_OF_THE_RUN = ("tracking.", "ray.", "resume")
-_OF_THE_MACHINES = (
+"""Keys of release 0.1 that the next release still accepts, and their new names."""
+_RUN_KEYS = ("tracking.", "ray.", "resume")
+_MACHINE_KEYS = (
     "data.cache_bytes",
     "data.cache_dir",
     "data.pixel_cache_bytes",
@@ -24,11 +24,11 @@ _OF_THE_MACHINES = (
 
 
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
-    """A copy of `config` with dotted keys replaced, e.g. ``{"optimizer.learning_rate": 3e-4}``.
+    """Return `config` with dotted keys replaced, e.g. ``{"optimizer.learning_rate": 3e-4}``.
 
     Raises:
-        ValueError: a key that does not exist (the nearest one is named) or a value that is
-            not allowed.
+        ValueError: A key does not exist (the message names the nearest one), or a value is not
+            allowed.
     """
     tree = asdict(config)
     for key, value in overrides.items():
@@ -47,7 +47,7 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
 
 
 def rename_options(arguments: Sequence[str]) -> list[str]:
-    """Replace options of the earlier release by today's, with a warning."""
+    """Replace renamed options of the previous release, with a warning."""
     renamed: list[str] = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -62,7 +62,7 @@ def _rename(key: str) -> str:
     new = _RENAMED.get(key, key)
     if new != key:
         warnings.warn(
-            f"{key} is called {new} now; the old name ends with the next release",
+            f"{key} was renamed to {new}; the next release removes the old name",
             FutureWarning,
             stacklevel=3,
         )
@@ -70,7 +70,7 @@ def _rename(key: str) -> str:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """The tree as dotted keys, in the order of its page."""
+    """Return the tree as dotted keys, in the order of `efae.config`."""
     return dict(_flatten(config, ""))
 
 
@@ -84,8 +84,11 @@ def _flatten(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
-    """The inverse of ``dataclasses.asdict``; values are validated, unknown keys refused."""
-    for old, new in _RENAMED.items():  # in files of an earlier release
+    """Return the configuration of a nested dictionary, as ``dataclasses.asdict`` makes it.
+
+    Values are validated, and unknown keys refused.
+    """
+    for old, new in _RENAMED.items():  # files written by the previous release
         (section, before), after = old.split("."), new.rpartition(".")[2]
         if before in tree.get(section, {}):
             values = dict(tree[section])
@@ -94,21 +97,21 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
 
 
 def to_json(config: Config) -> str:
-    """The resolved configuration as JSON, two-space indented, in the order of its page."""
+    """Return the resolved configuration as indented JSON, in the order of `efae.config`."""
     return json.dumps(asdict(config), indent=2)
 
 
 def from_json(text: str) -> Config:
-    """The inverse of `to_json`."""
+    """Return the configuration that `to_json` wrote."""
     return from_dict(json.loads(text))
 
 
 def decides_weights(key: str) -> bool:
-    """Whether this setting has a part in the weights; names, places and caches have none."""
-    return not key.startswith(_OF_THE_RUN) and key not in _OF_THE_MACHINES
+    """Return whether this setting influences the weights; names, places and caches do not."""
+    return not key.startswith(_RUN_KEYS) and key not in _MACHINE_KEYS
 
 
 def digest(config: Config) -> str:
-    """A hash of every setting that `decides_weights`."""
+    """Return a hash of all settings that influence the weights."""
     decisive = {key: value for key, value in flatten(config).items() if decides_weights(key)}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""One experiment, from a configuration to a registered model: what the driver does.
+"""The driver's part of one experiment, from a configuration to a registered model.
 
-The driver holds no state: all that a later one needs to go on is in storage and in MLflow, found
-again by the name of the run.
+The driver holds no state: all that a later driver needs to resume is in storage and in MLflow,
+under the name of the run.
 """
 
 import json
@@ -38,25 +38,25 @@ MLFLOW_PATIENCE_SECONDS = 60
 
 
 def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -> dict[str, Any]:
-    """Check, train, evaluate, report and register; returns the summary.
+    """Check, train, evaluate, report and register; return the summary.
 
-    A run of the same name that did not finish is continued from its newest checkpoint.
+    An unfinished run of the same name resumes from its newest checkpoint.
 
     Args:
-        config: the experiment.
+        config: Configuration of the experiment.
         server: MLflow server, by an address that driver and workers reach.
-        say: prints one line of progress.
+        say: Function that prints one line of progress.
 
     Returns:
-        What summary.json of the report holds: the evaluation's numbers and the run's facts.
+        Content of the report's summary.json: the evaluation's numbers and the run's facts.
 
     Raises:
-        ValueError: something that the user gave cannot work; before any work starts.
-        StorageError: the storage refuses or does not answer.
-        CheckpointError: all checkpoints of the run are damaged.
-        TrainingFailed: the workers were lost more often than ray.max_failures, or failed in a way
-            that would repeat itself.
-        ConnectionError: MLflow is away when the model is to be registered.
+        ValueError: The user's input cannot work; raised before any work starts.
+        StorageError: The storage refuses or does not answer.
+        CheckpointError: All checkpoints of the run are damaged.
+        TrainingFailed: The workers were lost more often than ray.max_failures, or failed in a way
+            that a restart would repeat.
+        ConnectionError: MLflow is unreachable when the model is registered.
     """
     started = time.monotonic()
     data = RunData(config.data)
@@ -76,7 +76,7 @@ def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -
     )
     say(f"ok   run {run_name}: {run.find_url()}")
     if step:
-        say(f"    goes on from step {step}")
+        say(f"    resuming from step {step}")
     run.log_config(config)
     try:
         run_training(config, run)
@@ -99,10 +99,10 @@ def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -
 
 
 def wait_for_mlflow(server: Server, run_name: str, say: Callable[[str], None]) -> None:
-    """Return when the server answers: it may have been away while the run trained.
+    """Wait until the server answers: it may have become unreachable while the run trained.
 
     Raises:
-        ConnectionError: it is away for longer; says how to go on.
+        ConnectionError: It stays unreachable; the message says how to resume.
     """
     give_up_at = time.monotonic() + MLFLOW_PATIENCE_SECONDS
     while True:
@@ -119,13 +119,13 @@ def wait_for_mlflow(server: Server, run_name: str, say: Callable[[str], None]) -
 
 
 def find_start(config: Config) -> int:
-    """The step that the run goes on from, or begins at; 0 when all is new.
+    """Return the step from which the run starts or resumes; 0 without a checkpoint.
 
     Raises:
-        ValueError: there is a run of this name and resume=never, or it is of another configuration;
-            or the checkpoint that resume names does not fit. Says which settings.
-        CheckpointError: all checkpoints of the run are damaged, or the one that resume names is.
-        StorageError: the storage refuses or does not answer.
+        ValueError: A run of this name exists and resume=never, or it has another configuration, or
+            the checkpoint that resume names does not fit. The message lists the settings.
+        CheckpointError: All checkpoints of the run, or the one that resume names, are damaged.
+        StorageError: The storage refuses or does not answer.
     """
     name = config.tracking.run_name
     newest = run_folder.read_newest_origin(run_folder.locate_run(config))
@@ -133,8 +133,8 @@ def find_start(config: Config) -> int:
         uri, (metadata, found) = newest
         if config.resume == "never":
             raise ValueError(
-                f"resume=never, but there is a run {name!r} already, at step {metadata['step']}"
-                f" ({uri}); choose another tracking.run_name, or --resume auto to go on with it"
+                f"resume=never, but run {name!r} exists, at step {metadata['step']} ({uri});"
+                " choose another tracking.run_name, or resume it with --resume auto"
             )
         changes = _changes(found, config)
         changed = [line for key, line in changes if configuration.decides_weights(key)]
@@ -142,7 +142,7 @@ def find_start(config: Config) -> int:
             raise ValueError(
                 f"tracking.run_name={name!r}: that run has another configuration"
                 f" ({'; '.join(changed)}); choose another name (with --resume {uri} the new run"
-                " begins where this one is), or the settings it began with"
+                " starts where this one is), or the settings it started with"
             )
         return metadata["step"]
     if config.resume in ("auto", "never"):
@@ -153,13 +153,13 @@ def find_start(config: Config) -> int:
     if changed := [line for key, line in _changes(found, config) if key.startswith(fixed)]:
         raise ValueError(
             f"resume={config.resume!r}: that checkpoint was trained with other settings"
-            f" ({'; '.join(changed)}); its weights, or its place in the data, would mean nothing"
-            " here: use the same"
+            f" ({'; '.join(changed)}); its weights, or its position in the data, would be"
+            " meaningless here: use the same settings"
         )
     if metadata["step"] >= config.training.steps:
         raise ValueError(
-            f"training.steps={config.training.steps}: the checkpoint {config.resume} is at step"
-            f" {metadata['step']} already; raise it"
+            f"training.steps={config.training.steps}: the checkpoint {config.resume} is already at"
+            f" step {metadata['step']}; raise training.steps"
         )
     return metadata["step"]
 
@@ -170,7 +170,7 @@ def _changes(before: Config, now: Config) -> list[tuple[str, str]]:
 
 
 def find_final(config: Config) -> tuple[str, dict[str, Any]]:
-    """URI of the last checkpoint, and its metadata."""
+    """Return the URI of the last checkpoint and its metadata."""
     newest = run_folder.read_newest_origin(run_folder.locate_run(config))
     assert newest is not None, "training ended without a checkpoint"
     uri, (metadata, _) = newest
@@ -178,17 +178,17 @@ def find_final(config: Config) -> tuple[str, dict[str, Any]]:
 
 
 def describe_run(config: Config, totals: dict[str, Any]) -> dict[str, Any]:
-    """The facts of a run that was trained to its end.
+    """Return the facts of a run that was trained to its end.
 
     Args:
-        config: the experiment.
-        totals: of the last checkpoint, see `efae.training.loop`.
+        config: Configuration of the experiment.
+        totals: Totals of the last checkpoint, see `efae.training.loop`.
 
     Returns:
-        JSON values for summary and report.
+        JSON values for the summary and the report.
 
     Raises:
-        StorageError: the storage refuses or does not answer.
+        StorageError: The storage refuses or does not answer.
     """
     events = read_events(run_folder.locate_run(config))
     return {
@@ -205,7 +205,7 @@ def describe_run(config: Config, totals: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_preset(config: Config) -> str:
-    """The nearest preset, and the settings that differ from it, but for places and machines."""
+    """Return the nearest preset and the settings that differ, except places and machines."""
     changes = {
         name: [
             line
@@ -219,18 +219,17 @@ def describe_preset(config: Config) -> str:
 
 
 def describe_data(data: RunData) -> dict[str, Any]:
-    """Identity of the two image sets, and the credits that their licences ask for.
+    """Return the identity of both image sets, and the credits that their licences require.
 
     Returns:
-        "train_data" and "held_out_data", one line each, and "credits", a list of lines without
-        repetition.
+        "train_data" and "held_out_data", one line each, and "credits", a list of distinct lines.
 
     Raises:
-        ValueError: an address is refused.
-        StorageError: the storage refuses or does not answer.
+        ValueError: An address is malformed, or has no readable index.
+        StorageError: The storage refuses or does not answer.
     """
     described: dict[str, Any] = {}
-    credits: dict[str, None] = {}  # a set in order
+    credits: dict[str, None] = {}  # an ordered set
     for role, facts in (("train", data.train), ("held_out", data.held_out)):
         described[f"{role}_data"] = f"{facts.uri} ({facts.images} images, id {facts.id})"
         if facts.credit:
@@ -249,20 +248,21 @@ def publish(
     """Register the averaged model, write the report card and send both to MLflow.
 
     Args:
-        config: the experiment; names the registered model, and a folder for the report if any.
+        config: Configuration of the experiment; names the registered model, and a folder for the
+            report if any.
         data: Facts of its shard sets.
         run: MLflow run that trained it; stores the model and the report.
         final: URI of the last checkpoint.
-        evaluation: of the model in it.
-        facts: JSON values for the report; "steps" must be there.
+        evaluation: Evaluation of the model in it.
+        facts: JSON values for the report; must have "steps".
 
     Returns:
-        What summary.json of the report holds.
+        Content of the report's summary.json.
 
     Raises:
-        CheckpointError: the checkpoint is damaged.
-        StorageError: the storage refuses or does not answer.
-        MlflowException: the server refuses or does not answer.
+        CheckpointError: The checkpoint is damaged.
+        StorageError: The storage refuses or does not answer.
+        MlflowException: The server refuses or does not answer.
     """
     facts = facts | {"mlflow_run_id": run.id}
     measured = {
@@ -275,7 +275,7 @@ def publish(
         "lpips": evaluation.lpips,
         "fid": evaluation.fid,
     }
-    lineage = {  # what promotion asks for, and what a reader of the registry wants to know
+    lineage = {  # for the gates of promotion, and for readers of the registry
         "run_name": config.tracking.run_name,
         "commit": config.tracking.commit,
         "level": config.model.level,
@@ -288,7 +288,7 @@ def publish(
     }
     weights = checkpoint.read_model(final).weights
     model = pack_model(weights, config, build_representation(config))
-    # By its digest: the number of the version is known only after the card was stored with it.
+    # By digest: the version's number is known only after the card was stored with it.
     uri = f"models:/{config.tracking.registered_model}@sha256:{model.digest[:12]}"
     card = render_model_card(evaluation.numbers(), config, facts | {"model_uri": uri})
     version = registration.register_model(

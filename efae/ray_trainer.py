@@ -1,10 +1,10 @@
-"""A run on a Ray cluster.
+"""Training and evaluation on a Ray cluster.
 
-`run_training` puts the training loop into a Ray Train `TorchTrainer`. Ray starts the workers, again
-when some are lost, and fewer or more of them as nodes go and come. Where they go on is not Ray's to
-remember: the newest undamaged checkpoint in storage wins, so a run of the same name goes on after
-the loss of a worker, of the driver or of the whole cluster. Checkpoints do not pass through
-`ray.train.report`: its controller ends the run when it cannot write to storage itself.
+`run_training` runs the training loop in a Ray Train `TorchTrainer`. Ray starts the workers,
+restarts them after failures, and changes their number as nodes leave and join. Ray does not decide
+where they resume: the newest undamaged checkpoint in storage does, so a run of the same name
+survives the loss of a worker, of the driver or of the whole cluster. Checkpoints do not pass
+through `ray.train.report`, because its controller ends the run when it cannot write to storage.
 """
 
 import contextlib
@@ -51,26 +51,26 @@ from efae.training.resume import continue_run, print_line
 from efae.worker_groups import GroupStarts, TrainingFailed, free_orphans
 
 _RAY_ENVIRONMENT = {
-    # How soon a lost worker is noticed; Ray's own interval, 2 s, suits hours-long runs.
+    # Notices a lost worker sooner than Ray's default of 2 s, which suits hours-long runs.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    # Ray would print every line of a worker twice, and in colour also where nobody sees it.
+    # Otherwise Ray prints every line of a worker twice, and colours it outside terminals too.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_COLOR_PREFIX": "0",
 }
-# Trying again would end in the same way: the fault is in what was given.
-_HOPELESS = (
+# A restart would fail in the same way: the fault is in the input.
+_FINAL = (
     *(CheckpointError, ValueError, TypeError, KeyError, AttributeError, ImportError),
     *(torch.OutOfMemoryError, MemoryError),
 )
-_NO_HOST_MEMORY = "can't allocate memory"  # torch has no class for it
+_NO_HOST_MEMORY = "can't allocate memory"  # torch has no exception class for it
 
 
 def connect(config: Config) -> None:
-    """Join the cluster that RAY_ADDRESS names (or start one here) and see that the run fits.
+    """Join the cluster that RAY_ADDRESS names (or start one here) and check that the run fits.
 
     Raises:
-        ValueError: the cluster has fewer CPUs or GPUs than the workers ask for; with
-            ray.autoscaling, still has when it was waited for.
+        ValueError: The cluster has fewer CPUs or GPUs than the workers need; with ray.autoscaling,
+            still too few after placement_timeout_seconds.
     """
     _set_environment()
     if not ray.is_initialized():
@@ -79,11 +79,11 @@ def connect(config: Config) -> None:
     if config.ray.use_gpu:
         want["GPU"] = 1
     workers = config.ray.fewest_workers
-    remedy = "add nodes, or set --ray.autoscaling where they come by themselves"
+    remedy = "add nodes, or set --ray.autoscaling if the cluster has an autoscaler"
     if config.ray.autoscaling:
         _wait_for_nodes(want, workers, config.ray.placement_timeout_seconds)
         remedy = (
-            "see why the autoscaler brings no more (`ray status`), or raise"
+            "check why the autoscaler starts no more (`ray status`), or raise"
             f" ray.placement_timeout_seconds={config.ray.placement_timeout_seconds}"
         )
     have = _list_resources()
@@ -97,7 +97,7 @@ def connect(config: Config) -> None:
 
 
 def _wait_for_nodes(want: dict[str, int], workers: int, seconds: float) -> None:
-    """Asks the autoscaler for room for all workers; returns when it is there, or time is up."""
+    """Request nodes for all workers from the autoscaler, and wait for them or for the timeout."""
     deadline = time.monotonic() + seconds
     request_resources(bundles=[want] * workers)
     try:
@@ -106,7 +106,7 @@ def _wait_for_nodes(want: dict[str, int], workers: int, seconds: float) -> None:
             if all(have.get(name, 0) >= each * workers for name, each in want.items()):
                 return
             time.sleep(0.5)
-    finally:  # else the nodes would stay for ever; from now on the workers keep them
+    finally:  # otherwise the nodes stay forever; from here on, the workers keep them
         request_resources(bundles=[])
 
 
@@ -120,17 +120,17 @@ def _set_environment() -> None:
 
 
 def run_training(config: Config, run: Run, on_validation: UserCallback | None = None) -> None:
-    """Train on the connected cluster; when it returns, the last checkpoint is in storage.
+    """Train on the connected cluster until the last checkpoint is in storage.
 
     Args:
-        config: the experiment.
+        config: Configuration of the experiment.
         run: MLflow run that rank 0 logs to.
         on_validation: Callback in Ray's controller; `after_report` gets every validation.
 
     Raises:
-        TrainingFailed: the workers, or Ray's controller, were lost more often than
-            ray.max_failures, found no room that often in a row, or failed in a way that would
-            repeat itself.
+        TrainingFailed: The workers, or Ray's controller, were lost more often than
+            ray.max_failures, found no free resources that often in a row, or failed in a way that
+            a restart would repeat.
     """
     _set_environment()
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.ray.placement_timeout_seconds)
@@ -138,7 +138,7 @@ def run_training(config: Config, run: Run, on_validation: UserCallback | None = 
         try:
             return _fit(config, run, on_validation)
         except (RayActorError, ray.train.ControllerError) as error:
-            # The workers are gone with it; their checkpoints are not.
+            # The workers died with it; their checkpoints remain.
             what = f"Ray's controller was lost: {first_cause(error)}"
             record_event(locate_run(config), "failure", what)
             if losses == config.ray.max_failures:
@@ -153,7 +153,7 @@ def _fit(config: Config, run: Run, on_validation: UserCallback | None) -> None:
         "reports": on_validation is not None,
     }
 
-    # Not as train_loop_config: Ray shows that to everybody who may see its dashboard.
+    # A closure, because Ray shows train_loop_config to all users of its dashboard.
     def train() -> None:
         _train_on_worker(settings)
 
@@ -172,13 +172,13 @@ def _fit(config: Config, run: Run, on_validation: UserCallback | None) -> None:
             ),
             run_config=RunConfig(
                 name=make_ascii(config.tracking.run_name),
-                storage_path=folder,  # of Ray's own notes
+                storage_path=folder,  # for Ray's own state
                 failure_config=FailureConfig(
                     max_failures=config.ray.max_failures + config.ray.rollbacks
                 ),
                 logging_config=LoggingConfig(log_level="WARNING"),
                 callbacks=cast(
-                    list[UserCallback],  # Ray takes others as well
+                    list[UserCallback],  # Ray accepts other callbacks as well
                     [
                         WorkerFailures(locate_run(config)),
                         GroupStarts(
@@ -189,8 +189,8 @@ def _fit(config: Config, run: Run, on_validation: UserCallback | None) -> None:
                 ),
             ),
         )
-        # By this id the controller of an elastic run reserves nodes. What a lost one reserved stays
-        # for three minutes, out of the reach of the next unless that has the same.
+        # The controller of an elastic run reserves nodes under this id. A lost controller's
+        # reservation lasts three minutes; only a successor with the same id can use it.
         same_id = hashlib.sha256(str(locate_run(config)).encode()).hexdigest()[:32]
         object.__setattr__(trainer.train_run_context, "run_id", same_id)
         try:
@@ -209,19 +209,19 @@ def _fit(config: Config, run: Run, on_validation: UserCallback | None) -> None:
 
 
 class WorkerFailures(UserCallback):
-    """In Ray's controller: records why workers were lost, and ends the run where that is final."""
+    """Callback in Ray's controller: records failures of workers, ends the run if one is final."""
 
     def __init__(self, run: LocationLike):
         self._run, self._last_shard_error = run, ""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Called when workers failed, before Ray decides what to do.
+        """Record the failure of workers, before Ray decides what to do.
 
         Raises:
-            TrainingFailed: starting again would fail in the same way.
+            TrainingFailed: A restart would fail in the same way.
         """
-        rank, error = find_culprit(worker_exceptions)
-        # Storage may be what failed: the controller must not wait for it.
+        rank, error = find_root_cause(worker_exceptions)
+        # Storage may be the cause: the controller must not wait for it.
         record = threading.Thread(target=self._record, args=(rank, first_cause(error)), daemon=True)
         record.start()
         again = isinstance(error, ShardError) and str(error) == self._last_shard_error
@@ -238,10 +238,11 @@ class WorkerFailures(UserCallback):
         record_event(self._run, "failure", f"rank {rank}{host} was lost: {cause}")
 
 
-def find_culprit(errors: Mapping[int, Exception]) -> tuple[int, Exception]:
-    """Of the errors by rank the one that the others came from, with its rank.
+def find_root_cause(errors: Mapping[int, Exception]) -> tuple[int, Exception]:
+    """Return the root-cause error of all ranks' errors, and its rank.
 
-    One that would come again; else one whose process is gone: the others waited for it in vain.
+    It is an error that a restart would repeat, if any; else that of a process that died: the other
+    ranks only waited for it.
     """
 
     def order(rank: int) -> tuple[bool, bool, int]:
@@ -253,10 +254,10 @@ def find_culprit(errors: Mapping[int, Exception]) -> tuple[int, Exception]:
 
 
 def is_final(error: Exception) -> bool:
-    """Whether trying again would end in the same way."""
+    """Return whether a restart would fail in the same way."""
     if isinstance(error, TrainingDiverged):
-        return not error.goes_back
-    return isinstance(error, _HOPELESS) or _NO_HOST_MEMORY in str(error)
+        return not error.rolls_back
+    return isinstance(error, _FINAL) or _NO_HOST_MEMORY in str(error)
 
 
 def _train_on_worker(settings: dict[str, Any]) -> None:
@@ -271,22 +272,22 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
         hosts=hosts,
         wrap=_make_parallel,
         agree=broadcast_from_rank_zero,
-        ends_soon=_Notice(locate_run(config) if rank == 0 else None),
+        ends_soon=_PreemptionNotice(locate_run(config) if rank == 0 else None),
         **({"report": ray.train.report} if settings["reports"] else {}),
     )
     continue_run(config, settings["run"], process)
 
 
 def set_up_worker() -> None:
-    """What a process of Ray's that trains decides for itself, before it begins."""
-    for name in ("", "mlflow"):  # Ray, botocore and MLflow chat at INFO
+    """Set process-wide options of a training process that Ray started."""
+    for name in ("", "mlflow"):  # Ray, botocore and MLflow are verbose at INFO
         logging.getLogger(name).setLevel(logging.WARNING)
     ignore_metadata()
     notice_outages_soon()
 
 
-class _Notice:
-    """Whether the cluster said that a node of the run is to be taken away; all ranks ask."""
+class _PreemptionNotice:
+    """Whether the cluster announced the preemption of a node of the run; all ranks ask."""
 
     def __init__(self, recorded_in: Location | None):
         self._recorded_in = recorded_in
@@ -295,7 +296,7 @@ class _Notice:
         notice = ray.train.get_preemption_info()
         if notice is not None and self._recorded_in:
             ranks = ", ".join(map(str, notice.preempted_ranks))
-            what = f"a node is to be taken away (ranks {ranks}): a checkpoint at every log interval"
+            what = f"a node will be preempted (ranks {ranks}): a checkpoint at every log interval"
             record_event(self._recorded_in, "notice", what)
             self._recorded_in = None
         return notice is not None
@@ -313,11 +314,12 @@ def evaluate_on_cluster(model_uri: str, config: Config) -> Evaluation:
     """Measure a model on the run's held-out images, in a Ray task.
 
     Args:
-        model_uri: as `pull.load` takes it, reachable from the cluster's nodes.
-        config: which images, and the CPUs and GPU to use; the model brings its own.
+        model_uri: URI that `pull.load` accepts, reachable from the cluster's nodes.
+        config: Configuration of the images and of the resources; the model brings its own for the
+            rest.
 
     Raises:
-        ray.exceptions.RayTaskError: the task failed; it is also an instance of its cause's class.
+        ray.exceptions.RayTaskError: The task failed; also an instance of its cause's class.
     """
     free_orphans()
     task = ray.remote(_evaluate).options(
@@ -327,7 +329,7 @@ def evaluate_on_cluster(model_uri: str, config: Config) -> Evaluation:
 
 
 def _evaluate(model_uri: str, text: str) -> Evaluation:
-    from efae.registry.pull import load  # with MLflow, which workers that train do without
+    from efae.registry.pull import load  # imports MLflow, which training workers do not need
 
     ignore_metadata()
     config = configuration.from_json(text)

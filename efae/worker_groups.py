@@ -1,9 +1,9 @@
-"""How Ray's controller starts groups of workers: it frees their room, and does not wait for ever.
+"""Starts of worker groups: orphaned placement groups are freed, and failed starts are limited.
 
-Ray frees a placement group when the actor *and* the job that made it are dead
-(ray-project/ray#65881), and Ray Train loses sight of one when its controller, or a worker, dies
-while the group starts: on a full cluster nothing could start again as long as the driver lives. It
-also repeats a start that fails, without end and without a word.
+Ray removes a placement group only when the actor *and* the job that created it are dead
+(ray-project/ray#65881), and Ray Train leaks one when its controller, or a worker, dies while the
+group starts: on a full cluster nothing could start again while the driver lives. Ray Train also
+retries a failing start forever and logs nothing.
 """
 
 import threading
@@ -32,25 +32,25 @@ from efae.checkpoints.events import record_event
 from efae.config import RayConfig
 from efae.tracking.redaction import first_cause
 
-_FIRST_NOTE_SECONDS = 60.0
-_LOOK_SECONDS = 1.0
+_FIRST_REPORT_SECONDS = 60.0
+_POLL_SECONDS = 1.0
 
 
 class TrainingFailed(RuntimeError):
-    """The run cannot go on; says the first cause and its rank."""
+    """The run cannot continue; the message names the root cause and its rank."""
 
 
 @dataclass(frozen=True)
 class _Reservation:
-    """A placement group that was not removed, or what an actor holds outside of one.
+    """Resources held by a placement group, or by an actor outside of one.
 
     Attributes:
-        id: Of the placement group; empty for an actor.
-        job_id: Of the job that made it, hexadecimal.
-        creator_id: Of the actor that made it, hexadecimal.
-        is_orphan: Whether that actor is dead and it was meant to go with it.
-        state: "PENDING", "PREPARED", "CREATED" or "RESCHEDULING".
-        resources: Amounts by name.
+        id: Id of the placement group; empty for an actor.
+        job_id: Id of the job that created it, hexadecimal.
+        creator_id: Id of the actor that created it, hexadecimal.
+        is_orphan: Whether its creator is dead and it is not detached.
+        state: One of "PENDING", "PREPARED", "CREATED" or "RESCHEDULING".
+        resources: Amounts by resource name.
     """
 
     id: bytes
@@ -62,25 +62,25 @@ class _Reservation:
 
 
 class GroupStarts(ControllerCallback, WorkerGroupCallback):
-    """In Ray's controller: frees what keeps a group from its start, and counts failed starts.
+    """Callback in Ray's controller: frees orphaned resources, and counts failed starts.
 
     Args:
         run: Folder of the run, for its events.
-        settings: How long to wait for room, and how many starts in a row may fail.
-        in_sweep: Whether other runs of the same job hold nodes, too: they come free.
+        settings: Placement timeout, and the number of starts in a row that may fail.
+        in_sweep: Whether other runs of the same job hold nodes too, which they will free.
     """
 
     def __init__(self, run: LocationLike, settings: RayConfig, in_sweep: bool):
         self._run, self._settings, self._in_sweep = run, settings, in_sweep
         self._failed = 0
-        self._stands_since = self._waits_since = 0.0
-        self._next_note = _FIRST_NOTE_SECONDS
+        self._stalled_since = self._waits_since = 0.0
+        self._next_note = _FIRST_REPORT_SECONDS
 
     @contextmanager
     def on_worker_group_start(self) -> Generator[None]:
-        """Called around a start, until all workers have begun."""
+        """Free orphans before a start, and watch the start until all workers run."""
         me = cast(str, ray.get_runtime_context().get_actor_id())
-        free_orphans(me)  # an earlier group of this controller's, too: it has one at a time
+        free_orphans(me)  # also this controller's previous group: it has one at a time
         started = threading.Event()
         threading.Thread(target=self._watch_start, args=(me, started), daemon=True).start()
         try:
@@ -89,9 +89,9 @@ class GroupStarts(ControllerCallback, WorkerGroupCallback):
             started.set()
 
     def _watch_start(self, me: str, started: threading.Event) -> None:
-        """Gives up a group that lost a node while its workers start: Ray would wait for ever."""
+        """Remove a group that lost a node while its workers start: Ray would wait forever."""
         lost_at: float | None = None
-        while not started.wait(_LOOK_SECONDS):
+        while not started.wait(_POLL_SECONDS):
             mine = [group for group in _list_placement_groups() if group.creator_id == me]
             if not any(group.state == "RESCHEDULING" for group in mine):
                 lost_at = None
@@ -103,58 +103,60 @@ class GroupStarts(ControllerCallback, WorkerGroupCallback):
                 return
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Called after every turn of the controller, also when nothing has changed.
+        """Count failed starts; Ray calls this after every iteration of its control loop.
 
         Raises:
-            TrainingFailed: more starts in a row have failed than ray.max_failures.
+            TrainingFailed: More starts in a row failed than ray.max_failures.
         """
         now = time.monotonic()
         if isinstance(current_state, RunningState | PreemptingState):
-            self._failed, self._stands_since = 0, 0.0
+            self._failed, self._stalled_since = 0, 0.0
             return
-        if not self._stands_since:
-            self._stands_since = self._waits_since = now
-            self._next_note = _FIRST_NOTE_SECONDS
+        if not self._stalled_since:
+            self._stalled_since = self._waits_since = now
+            self._next_note = _FIRST_REPORT_SECONDS
         if current_state is not previous_state:
             self._waits_since = now
             if isinstance(current_state, ReschedulingState):
                 error = current_state.training_failed_error
                 self._note_failure(getattr(error, "controller_failure", error))
         elif isinstance(current_state, InitializingState | RestartingState | ReschedulingState):
-            # An elastic run starts no group that it sees no room for, and asks again at once.
-            time.sleep(_LOOK_SECONDS / 4)
+            # An elastic run does not start a group without free resources, and retries at once.
+            time.sleep(_POLL_SECONDS / 4)
             if now - self._waits_since >= self._settings.placement_timeout_seconds:
                 self._waits_since = now
                 self._note_failure(None)
 
     def _note_failure(self, error: Exception | None) -> None:
-        """Counts a start that failed, or one that was not tried for want of room."""
-        seconds = time.monotonic() - self._stands_since
+        """Count a start that failed, or that was not tried for lack of resources."""
+        seconds = time.monotonic() - self._stalled_since
         if error is None or isinstance(error, WorkerGroupStartupTimeoutError):
             workers = self._settings.fewest_workers
             missing, holders = find_shortage(self._list_wanted(workers), workers)
             if error and error.num_workers > workers and not missing:
-                return  # an elastic run asks for lost nodes until Ray has counted them anew
-            missing = missing or f"{workers} workers found no place, though there seems to be room"
+                return  # an elastic run requests lost nodes until Ray has counted them again
+            missing = (
+                missing or f"{workers} workers were not placed, although resources seem to be free"
+            )
             counts = not (self._in_sweep and ray.get_runtime_context().get_job_id() in holders)
-            kind, what = "standstill", f"the run has stood still for {seconds:.0f} s: {missing}"
+            kind, what = "standstill", f"no progress for {seconds:.0f} s: {missing}"
             is_due = seconds >= self._next_note
             remedy = (
-                "submit again under the same name when there is room, or raise"
+                "submit again under the same name when resources are free, or raise"
                 f" ray.placement_timeout_seconds={self._settings.placement_timeout_seconds} (300"
-                " where machines have to start)"
+                " if machines have to start)"
             )
         else:
             kind, what = "failure", f"workers were lost while they started: {first_cause(error)}"
             counts = is_due = True
-            remedy = "look at the nodes' memory, then submit again under the same name"
+            remedy = "check the nodes' memory, then submit again under the same name"
         self._failed += counts
         gives_up = self._failed > self._settings.max_failures
         if not (is_due or gives_up):
             return
         self._next_note = max(self._next_note, 2 * seconds)
         print(what, flush=True)
-        # Storage may be away: the controller must not wait for it.
+        # Storage may be unreachable: the controller must not wait for it.
         record = threading.Thread(target=record_event, args=(self._run, kind, what), daemon=True)
         record.start()
         if gives_up:
@@ -170,10 +172,10 @@ class GroupStarts(ControllerCallback, WorkerGroupCallback):
 
 
 def free_orphans(creator_id: str | None = None) -> None:
-    """Removes the placement groups of this job whose creators died, with all that runs in them.
+    """Remove the placement groups of this job whose creators died, and all that runs in them.
 
     Args:
-        creator_id: Actor of this job whose groups are removed although it lives.
+        creator_id: Id of a living actor of this job whose groups are removed as well.
     """
     job_id = ray.get_runtime_context().get_job_id()
     for group in _list_placement_groups():
@@ -182,11 +184,11 @@ def free_orphans(creator_id: str | None = None) -> None:
 
 
 def find_shortage(wanted: Mapping[str, float], workers: int) -> tuple[str, set[str]]:
-    """What is missing for so many workers, if anything is, and the ids of the jobs that hold it.
+    """Return which resources the workers lack ("" if none), and the ids of the jobs that hold them.
 
     Args:
-        wanted: Amounts by resource, for all workers.
-        workers: Their number.
+        wanted: Amounts by resource name, for all workers.
+        workers: Number of workers.
     """
     total = cast(dict[str, float], ray.cluster_resources())
     free = cast(dict[str, float], ray.available_resources())
@@ -203,14 +205,14 @@ def find_shortage(wanted: Mapping[str, float], workers: int) -> tuple[str, set[s
         by_job = {job_id: n for job_id, n in sorted(by_job.items()) if n}
         holders |= by_job.keys()
         lines.append(
-            f"{workers} workers need {amount:g} {name}s, the living nodes have"
+            f"{workers} workers need {amount:g} {name}s, the live nodes have"
             f" {total.get(name, 0):g}, {free.get(name, 0):g} of them free"
             + "".join(f"; job {job_id} holds {n:g}" for job_id, n in by_job.items())
         )
     return ", ".join(lines), holders
 
 
-# Of Ray's public tables none says which actor made a placement group, and whether it lives.
+# No public table of Ray says which actor created a placement group, and whether it is alive.
 _tables = cast(Any, gcs_pb2)
 
 
@@ -241,7 +243,7 @@ def _list_placement_groups() -> list[_Reservation]:
 
 
 def _list_actors() -> list[_Reservation]:
-    """Living actors that hold resources outside of placement groups."""
+    """Return the live actors that hold resources outside of placement groups."""
     found: list[_Reservation] = []
     for data in _accessor().get_actor_table(None, "ALIVE"):
         actor = _tables.ActorTableData.FromString(data)

@@ -1,1 +1,1 @@
-"""What must hold before work starts: on the driver, on every node, on the cluster."""
+"""Checks before work starts: of the driver's machine, of every node and of the cluster."""

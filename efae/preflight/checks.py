@@ -1,23 +1,23 @@
-"""A check says in one line whether something holds and, where it does not, what to do."""
+"""Preflight checks, and their outcomes as one line each; a failure names the remedy."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 Check = Callable[[], str | None]
-"""Returns what it found, where that is worth a word. Raises ValueError or OSError, with a remedy,
-where training cannot work, and `Note` where it can."""
+"""Function that returns what it found, if anything is worth reporting. It raises ValueError or
+OSError, with a remedy, if training cannot work, and `Note` if training works all the same."""
 
 _NAMED_NODES = 3
 
 
 class Note(Exception):
-    """Something could not be checked, or could be better; training works all the same."""
+    """A problem that does not prevent training, or a check that could not be made."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one check."""
+    """Outcome of one check."""
 
     state: Literal["ok", "note", "FAIL"]
     what: str
@@ -28,7 +28,7 @@ class Outcome:
 
 
 def run_check(what: str, check: Check) -> Outcome:
-    """The outcome of one check."""
+    """Run one check and return its outcome."""
     try:
         return Outcome("ok", what, check() or "")
     except Note as note:
@@ -38,15 +38,15 @@ def run_check(what: str, check: Check) -> Outcome:
 
 
 def run_checks(checks: Iterable[tuple[str, Check]]) -> list[Outcome]:
-    """The outcomes of all of them, whatever fails."""
+    """Run all checks, whatever fails, and return their outcomes."""
     return [run_check(what, check) for what, check in checks]
 
 
 def merge_outcomes(nodes: Mapping[str, Iterable[Outcome]]) -> list[Outcome]:
-    """One outcome for the nodes that agree: for all where a check is ok, else for equal messages.
+    """Merge the outcomes of nodes that agree: all that pass a check, or fail with the same message.
 
     Args:
-        nodes: the outcomes of each node, by its name.
+        nodes: Outcomes of each node, by its name.
     """
     groups: dict[tuple[str, str, str], list[tuple[str, Outcome]]] = {}
     for node, outcomes in nodes.items():

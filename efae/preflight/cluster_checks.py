@@ -1,7 +1,7 @@
-"""Preflight: the checks of the driver's machine, of the Ray cluster and of every node in it.
+"""Preflight: checks of the driver's machine, of the Ray cluster and of every node in it.
 
-The checks of a node run in a Ray task that is pinned to it and takes no CPU, on all nodes at once.
-What the driver found broken is not asked of the nodes again.
+The checks of a node run in a Ray task that is pinned to it and uses no CPU, on all nodes at once.
+Nodes do not repeat a check that failed on the driver.
 """
 
 import os
@@ -29,8 +29,8 @@ from efae.ray_trainer import connect
 from efae.tracking.server import Server
 
 NODE_SECONDS = 60.0
-"""How long all nodes together may take: a cold worker imports torch from a slow disk."""
-_KNOCK_SECONDS = 3.0
+"""Time limit of the checks on all nodes: a cold worker imports torch from a slow disk."""
+_PROBE_SECONDS = 3.0
 _HEAD = "node:__internal_head__"
 # The path of a socket has 107 bytes at most: Ray appends 72 to its folder, and the servers that
 # Python starts for it append 32 to the one for temporary files.
@@ -40,7 +40,7 @@ _LONGEST_TMPDIR = 75
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster, or on a cluster for tests a part of one."""
+    """A node of the cluster; in tests, several share one machine."""
 
     id: str
     name: str
@@ -50,21 +50,21 @@ class Node:
 def run_preflight(
     config: Config, data: RunData, server: Server, say: Callable[[str], None]
 ) -> list[Outcome]:
-    """Check all that the run needs, and connect to the cluster; one line for each check.
+    """Check all that the run needs, and connect to the cluster; print one line for each check.
 
-    A configuration that cannot work ends it at once, since the other checks go by it.
+    An invalid configuration ends the checks at once, since the others depend on it.
 
     Args:
-        config: the experiment.
+        config: Configuration of the experiment.
         data: Facts of its shard sets.
         server: MLflow server.
-        say: prints one line.
+        say: Function that prints one line.
 
     Returns:
-        The outcomes; none failed.
+        The outcomes; none is a failure.
 
     Raises:
-        ValueError: some failed; `say` had their lines.
+        ValueError: Some checks failed; `say` printed them.
     """
     outcomes: list[Outcome] = []
     for outcome in check_all(config, data, server):
@@ -79,7 +79,7 @@ def run_preflight(
 
 
 def check_all(config: Config, data: RunData, server: Server) -> Iterator[Outcome]:
-    """The outcomes of `run_preflight`, as they come in."""
+    """Yield the outcomes of `run_preflight` as they arrive."""
     passed: set[str] = set()
     for what, check in list_checks(config, data, server):
         yield (outcome := run_check(what, check))
@@ -93,7 +93,7 @@ def check_all(config: Config, data: RunData, server: Server) -> Iterator[Outcome
     if not find_dashboard():
         yield Outcome("note", "auth", "not checked: this cluster has no dashboard")
     cache_bytes = measure_data(config, data) if passed >= {"images", "held-out images"} else 0
-    with leave_mark(config.ray.storage_uri if "storage" in passed else None) as mark:
+    with write_mark(config.ray.storage_uri if "storage" in passed else None) as mark:
         asked = [
             (node, list_node_checks(node, config, server, passed, mark, cache_bytes))
             for node in list_nodes()
@@ -102,10 +102,10 @@ def check_all(config: Config, data: RunData, server: Server) -> Iterator[Outcome
 
 
 def join_cluster(config: Config) -> str:
-    """Connect to the cluster; see `connect`.
+    """Connect to the cluster and return its size; see `connect`.
 
     Raises:
-        ValueError: none answers, it refuses, or it lacks CPUs or GPUs.
+        ValueError: The cluster does not answer, refuses, or lacks CPUs or GPUs.
     """
     reach_cluster(partial(connect, config))
     nodes = list_nodes()
@@ -116,17 +116,17 @@ def join_cluster(config: Config) -> str:
 
 
 def reach_cluster(connect_to_it: Callable[[], None]) -> None:
-    """Connect to the cluster of RAY_ADDRESS with the given call.
+    """Connect to the cluster of RAY_ADDRESS with the given function.
 
     Raises:
-        ValueError: none answers, or it refuses; and what the call raises.
+        ValueError: The cluster does not answer or refuses, or the function raises it.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ("", "local"):
         _shorten_ray_folder()
     try:
         if not ray.is_initialized():
-            _knock(address)
+            _probe(address)
         connect_to_it()
     except (OSError, RuntimeError, RayError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -138,7 +138,7 @@ def reach_cluster(connect_to_it: Callable[[], None]) -> None:
 
 
 def _shorten_ray_folder() -> None:
-    """Has a cluster that Ray starts here keep its sockets where their paths are short enough.
+    """Choose a short folder for the sockets of a cluster that Ray starts here.
 
     Raises:
         ValueError: RAY_TMPDIR or TMPDIR is too long.
@@ -148,22 +148,22 @@ def _shorten_ray_folder() -> None:
     for name, longest in limits.items():
         if lengths[name] > longest:
             raise ValueError(
-                f"{name}={os.environ[name]}: too long for the paths of sockets: set it to a folder"
-                f" of at most {longest} bytes"
+                f"{name}={os.environ[name]}: too long for socket paths: set it to a folder of at"
+                f" most {longest} bytes"
             )
     if not lengths["RAY_TMPDIR"] and lengths["TMPDIR"] > _LONGEST_RAY_FOLDER:
         os.environ["RAY_TMPDIR"] = "/tmp"
 
 
-def _knock(address: str) -> None:
-    """Ray itself tries a dead address for two minutes."""
+def _probe(address: str) -> None:
+    """Raise OSError if nothing listens: Ray itself retries a dead address for two minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
-        socket.create_connection((host, int(port)), _KNOCK_SECONDS).close()
+        socket.create_connection((host, int(port)), _PROBE_SECONDS).close()
 
 
 def list_nodes() -> list[Node]:
-    """Those that are alive; named by their address, and by their id too where several share it."""
+    """Return the live nodes, named by their address, and by their id too if several share it."""
     found = [entry for entry in cast(list[dict[str, Any]], ray.nodes()) if entry["Alive"]]
     shared = Counter(entry["NodeManagerAddress"] for entry in found)
     return [
@@ -178,13 +178,13 @@ def list_nodes() -> list[Node]:
 
 
 def find_dashboard() -> str:
-    """Host and port of the connected cluster's dashboard; "" where it has none."""
+    """Return host and port of the connected cluster's dashboard; "" if it has none."""
     return cast(str | None, get_dashboard_url()) or ""
 
 
 @contextmanager
-def leave_mark(folder: str | None) -> Generator[Location | None]:
-    """A small object in storage for a while; its location. None leaves none."""
+def write_mark(folder: str | None) -> Generator[Location | None]:
+    """Write a small object, yield its location, delete it; do nothing without a folder."""
     if folder is None:
         yield None
         return
@@ -204,15 +204,15 @@ def list_node_checks(
     mark: Location | None,
     cache_bytes: int,
 ) -> Iterator[tuple[str, Check]]:
-    """(what it is about, check) pairs for one node.
+    """Yield (subject, check) pairs for one node.
 
     Args:
-        node: where they will run.
-        config: the experiment.
+        node: Node that will run them.
+        config: Configuration of the experiment.
         server: MLflow server.
-        passed: what holds on the driver's machine, by the names of `list_checks`.
-        mark: an object that the driver wrote.
-        cache_bytes: what the run may put into the node's shard cache.
+        passed: Subjects of the driver's checks (`list_checks`) that passed.
+        mark: Location of an object that the driver wrote.
+        cache_bytes: Maximum size of the node's caches.
     """
     several = config.ray.num_workers != 1
     trains = node.resources.get("CPU", 0) > 0
@@ -239,15 +239,15 @@ def list_node_checks(
 def ask_nodes(
     asked: Iterable[tuple[Node, Iterable[tuple[str, Check]]]],
 ) -> dict[str, list[Outcome]]:
-    """Run the checks of each node there, on all at once.
+    """Run the checks of each node on that node, on all nodes at once.
 
     Args:
-        asked: nodes and their checks, which must be functions of importable modules.
+        asked: Nodes and their checks, which must be functions of importable modules.
 
     Returns:
-        The outcomes, by the node's name; one that did not answer has one that says so.
+        Outcomes by the node's name; a node that did not answer has an outcome that says so.
     """
-    # One call each: a process that looked at GPUs keeps some of their memory until it ends.
+    # One call per process: a process that used a GPU holds some of its memory until it exits.
     task = ray.remote(max_calls=1, max_retries=0, num_cpus=0)(run_checks)
     references: dict[Any, Node] = {}
     for node, checks in asked:
@@ -261,7 +261,7 @@ def _read_answer(reference: Any) -> list[Outcome]:
     ready = cast(list[Any], ray.wait([reference], timeout=0)[0])
     if not ready:
         ray.cancel(reference, force=True)
-        slow = f"no answer within {NODE_SECONDS:.0f} s: is the node overloaded, or gone?"
+        slow = f"no answer within {NODE_SECONDS:.0f} s: is the node overloaded, or lost?"
         return [Outcome("FAIL", "checks", slow)]
     try:
         return cast(list[Outcome], ray.get(reference))

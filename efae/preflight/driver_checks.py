@@ -1,4 +1,4 @@
-"""What must hold before any work starts, as seen from the driver; the nodes' are `node_checks`."""
+"""Checks on the driver's machine before any work starts; `node_checks` has those of the nodes."""
 
 import math
 from collections.abc import Iterator
@@ -21,15 +21,15 @@ from efae.tracking.server import Server
 
 @dataclass(frozen=True)
 class SetFacts:
-    """What the driver needs of a shard set's index, which may be large.
+    """Facts of a shard set that the driver keeps instead of its index, which may be large.
 
     Attributes:
-        uri: Where the set is.
+        uri: URI of the set.
         id: Hash of its content.
         images: Number of images.
-        shape: (C, H, W) of every image, or None where heights or widths differ.
-        bytes: Bytes of all shards.
-        credit: What its licence asks to be said; "" where that is nothing.
+        shape: Shape (C, H, W) of every image; None if heights or widths differ.
+        bytes: Size of all shards, in bytes.
+        credit: Credit that its licence requires; "" if none.
     """
 
     uri: str
@@ -41,35 +41,35 @@ class SetFacts:
 
 
 class RunData:
-    """The facts of a run's two shard sets; each index is read and parsed once, on first use."""
+    """Facts of a run's two shard sets; each index is read and parsed once, on first use."""
 
     def __init__(self, data: DataConfig):
         self._data = data
 
     @cached_property
     def train(self) -> SetFacts:
-        """The images to train on; raises as `read_facts`."""
+        """Facts of the training images; raises as `read_facts` does."""
         return read_facts(self._data.uri)
 
     @cached_property
     def held_out(self) -> SetFacts:
-        """The images to measure on; raises as `read_facts`."""
+        """Facts of the held-out images; raises as `read_facts` does."""
         return read_facts(self._data.held_out_uri)
 
 
 def read_facts(uri: LocationLike) -> SetFacts:
-    """The facts of the shard set at `uri`.
+    """Read the facts of the shard set at `uri`.
 
     Raises:
-        ValueError: no readable index there.
-        StorageError: the storage refuses or does not answer.
+        ValueError: There is no readable index.
+        StorageError: The storage refuses or does not answer.
     """
     storage.check_readable(uri)
     return list_facts(ShardDataset.open(uri))
 
 
 def list_facts(dataset: ShardDataset) -> SetFacts:
-    """The facts of an open shard set."""
+    """Return the facts of an open shard set."""
     index = dataset.index
     credit, licence = (index.provenance.get(name, "") for name in ("credit", "licence"))
     return SetFacts(
@@ -83,15 +83,15 @@ def list_facts(dataset: ShardDataset) -> SetFacts:
 
 
 def list_checks(config: Config, data: RunData, server: Server) -> Iterator[tuple[str, Check]]:
-    """(what it is about, check) pairs, the cheap ones first.
+    """Yield (subject, check) pairs, the cheap ones first.
 
     Args:
-        config: the experiment.
+        config: Configuration of the experiment.
         data: Facts of its shard sets.
         server: MLflow server.
 
     Returns:
-        Checks that raise ValueError or StorageError where something does not hold.
+        Checks that raise ValueError or StorageError on failure.
     """
     yield "configuration", lambda: check_configuration(config)
     yield "MLflow", lambda: check_mlflow(server)
@@ -101,11 +101,11 @@ def list_checks(config: Config, data: RunData, server: Server) -> Iterator[tuple
 
 
 def measure_data(config: Config, data: RunData) -> int:
-    """Bytes that a node's caches take at most: of shards that are fetched, and of kept pixels.
+    """Return the maximum size of a node's caches of shards and of pixels, in bytes.
 
     Raises:
-        ValueError: no readable index there.
-        StorageError: the storage refuses or does not answer.
+        ValueError: There is no readable index.
+        StorageError: The storage refuses or does not answer.
     """
     remote = [s.bytes for s in (data.train, data.held_out) if Location.parse(s.uri).path is None]
     fetched = min(sum(remote), config.data.cache_bytes)
@@ -116,47 +116,47 @@ def measure_data(config: Config, data: RunData) -> int:
 
 
 def check_mlflow(server: Server) -> str:
-    """The MLflow server answers; see `Server.check`."""
+    """Check that the MLflow server answers; see `Server.check`."""
     server.check()
     return str(server)
 
 
 def check_storage(uri: str) -> str:
-    """Objects below `uri` can be written and deleted; see `storage.check_writable`."""
+    """Check that objects below `uri` can be written; see `storage.check_writable`."""
     storage.check_writable(uri)
     return uri
 
 
 def check_configuration(config: Config) -> None:
-    """What one page of settings cannot see by itself: addresses, names, the model's sizes.
+    """Check what the configuration cannot check itself: addresses, names, the model's sizes.
 
     Raises:
-        ValueError: one of them cannot work.
+        ValueError: One of them cannot work.
     """
     for uri in (config.data.uri, config.data.held_out_uri, config.ray.storage_uri):
         Location.parse(uri)
     if not config.tracking.run_name:
         raise ValueError("tracking.run_name='': name the run")
-    # Storage must hold the longest name of an object that the run will write, or about that.
+    # Raises if storage cannot hold about the longest object name that the run will write.
     _ = locate_run(config) / checkpoint_name(0) / "optimizer.safetensors"
-    Autoencoder(config)  # raises what is wrong with the sizes
+    Autoencoder(config)  # raises if the sizes do not fit together
     if config.loss.perceptual:
         load_perceptual(config.loss.perceptual, torch.device("cpu"))
 
 
 def check_images(config: Config, facts: SetFacts, cut: bool = True) -> str:
-    """The images of a shard set are what the model takes.
+    """Check that the model accepts the images of a shard set.
 
     Args:
-        config: says the size of images and the group that acts on them.
+        config: Configuration with the size of the images and the group.
         facts: Facts of the shard set.
-        cut: whether larger images, or images of several sizes, are cut to the model's.
+        cut: Whether larger images, or images of several sizes, are cut to the model's size.
 
     Returns:
-        Where and how many they are.
+        Number of images and their location.
 
     Raises:
-        ValueError: images that are too small; without `cut`, of another size or of several.
+        ValueError: The images are too small; without `cut`, of another size or of several sizes.
     """
     uri, shape, wanted = facts.uri, facts.shape, config.data.image_size
     found = f"{facts.images} at {Location.parse(uri).display}"
@@ -172,7 +172,7 @@ def check_images(config: Config, facts: SetFacts, cut: bool = True) -> str:
     if height != width and GROUPS[config.representation.group].swaps_sides:
         raise ValueError(
             f"{uri}: its images are {height} x {width}, not square, but group"
-            f" {config.representation.group} holds quarter turns; build the shards with"
+            f" {config.representation.group} contains quarter turns; build the shards with"
             f" --resolution {wanted[0]}, or set --data.resolution {height} {width}"
             " --representation.group flips"
         )

@@ -1,7 +1,7 @@
-"""What must hold on a machine that trains; plain functions that run there, without Ray.
+"""Checks on a machine that trains: plain functions that run there, without Ray.
 
-Importing this is cheap, because every node does it before anything else: torch and MLflow come
-with the checks that need them.
+Importing this module is cheap, because every node does so first: only the checks that need torch
+or MLflow import them.
 """
 
 import email.utils
@@ -27,15 +27,15 @@ from efae.preflight.checks import Note
 from efae.tracking.server import Server
 
 SPARE_BYTES = 2**30
-"""For checkpoints on their way to storage, Ray's logs and metrics that wait for MLflow."""
+"""Room for checkpoints before their upload, Ray's logs, and metrics that wait for MLflow."""
 SHARED_MEMORY_BYTES = 64 * 2**20
 CLOCK_SECONDS = 300.0
-"""S3 refuses signatures that are 900 s off: this leaves time to act."""
+"""Largest tolerated clock error; S3 refuses signatures that are 900 s off."""
 _REQUEST_SECONDS = 5.0
 
 
 def list_versions() -> dict[str, str]:
-    """Of Python (major and minor), torch and Ray; without torch's suffix for the kind of build."""
+    """Return the versions of Python (major.minor), torch (without its build suffix) and Ray."""
     found = {"python": "{}.{}".format(*sys.version_info)}
     for package in ("torch", "ray"):
         try:
@@ -46,13 +46,13 @@ def list_versions() -> dict[str, str]:
 
 
 def check_versions(expected: dict[str, str]) -> str:
-    """The same programs as the driver has.
+    """Check that this machine has the driver's versions.
 
     Args:
-        expected: `list_versions` of the driver.
+        expected: Result of `list_versions` on the driver.
 
     Raises:
-        ValueError: another version of one of them.
+        ValueError: A version differs.
     """
     found = list_versions()
     wrong = [
@@ -66,7 +66,7 @@ def check_versions(expected: dict[str, str]) -> str:
 
 
 def find_clock(storage_uri: str, server: Server) -> str:
-    """The server whose time counts: S3's, which refuses requests of another time, or MLflow's."""
+    """Return the URL of the server to compare clocks with: S3, which checks the time, or MLflow."""
     s3 = endpoint() or "https://s3.amazonaws.com"
     scheme, _, rest = (s3 if storage_uri.startswith("s3:") else server.uri).partition("://")
     host = rest.partition("/")[0].rpartition("@")[2]  # without user name and password
@@ -74,14 +74,14 @@ def find_clock(storage_uri: str, server: Server) -> str:
 
 
 def check_clock(url: str) -> str:
-    """This machine's clock agrees with the Date of a server's answer, to about a second.
+    """Compare this machine's clock with the Date header of a server, to about a second.
 
     Args:
-        url: of any HTTP server; a refusal carries a date too.
+        url: URL of any HTTP server; a refusal carries a date too.
 
     Raises:
-        ValueError: more than `CLOCK_SECONDS` apart.
-        Note: no answer, or one without a date.
+        ValueError: The clocks differ by more than `CLOCK_SECONDS`.
+        Note: The server does not answer, or sends no date.
     """
     asked = time.time()
     try:
@@ -94,8 +94,8 @@ def check_clock(url: str) -> str:
         raise Note(f"not compared: no answer from {url} ({error})") from error
     waited = time.time() - asked
     if date is None:
-        raise Note(f"not compared: {url} does not say its time")
-    # The server cut its time down to whole seconds, somewhere between request and answer.
+        raise Note(f"not compared: {url} sends no Date header")
+    # The server truncated its time to whole seconds, at some moment between request and answer.
     ahead = asked + waited / 2 - (email.utils.parsedate_to_datetime(date).timestamp() + 0.5)
     if abs(ahead) > CLOCK_SECONDS:
         raise ValueError(
@@ -109,14 +109,14 @@ def check_clock(url: str) -> str:
 
 
 def check_disk(cache_dir: str | None, cache_bytes: int) -> str:
-    """Room for the shard cache, and `SPARE_BYTES` in the temporary folder.
+    """Check the free space for the caches, and for `SPARE_BYTES` in the temporary folder.
 
     Args:
-        cache_dir: data.cache_dir.
-        cache_bytes: what will be in the caches at most; what already is there counts as room.
+        cache_dir: Setting data.cache_dir.
+        cache_bytes: Maximum size of the caches; their present content counts as free space.
 
     Raises:
-        ValueError: less is free.
+        ValueError: The free space is too small.
     """
     cache = choose_cache_dir(cache_dir)
     needs = [
@@ -142,15 +142,15 @@ def check_disk(cache_dir: str | None, cache_bytes: int) -> str:
 
 
 def check_shared_memory(required: bool, folder: str = "/dev/shm") -> str:
-    """Room in shared memory, where Ray's objects and NCCL's buffers lie.
+    """Check the free shared memory, which holds Ray's objects and NCCL's buffers.
 
     Args:
-        required: whether training fails without it, as NCCL does.
-        folder: where it is mounted.
+        required: Whether training fails without it, as NCCL does.
+        folder: Mount point of shared memory.
 
     Raises:
-        ValueError: less than `SHARED_MEMORY_BYTES` is free.
-        Note: the same where it is not required: Ray then takes the temporary folder.
+        ValueError: Less than `SHARED_MEMORY_BYTES` is free.
+        Note: Too little is free, but not required: Ray uses the temporary folder instead.
     """
     free = shutil.disk_usage(folder).free if Path(folder).exists() else 0
     if free >= SHARED_MEMORY_BYTES:
@@ -165,33 +165,33 @@ def check_shared_memory(required: bool, folder: str = "/dev/shm") -> str:
 
 
 def check_mark(mark: Location) -> None:
-    """What the driver wrote to storage is read here: credentials reach this node, and it is shared.
+    """Check that this node reads what the driver wrote: it has credentials, storage is shared.
 
     Args:
-        mark: the object that the driver wrote, not empty.
+        mark: Location of a non-empty object that the driver wrote.
 
     Raises:
-        ValueError: it is not here.
-        StorageError: denied or unreachable.
+        ValueError: The object is not visible here.
+        StorageError: Access is denied, or storage is unreachable.
     """
     try:
         storage.read_range(mark, 0, 1, PREFLIGHT_SECONDS)
     except FileNotFoundError as error:
         raise ValueError(
-            f"what the driver wrote to {mark.display.rpartition('/')[0]} is not seen from here: set"
+            f"what the driver wrote to {mark.display.rpartition('/')[0]} is not visible here: set"
             " ray.storage_uri to storage that all nodes share, such as s3://"
         ) from error
 
 
 def check_auth(dashboard: str) -> str:
-    """Ray's job API, which runs what it is sent, refuses a request without the cluster's token.
+    """Check that Ray's job API, which runs any command, refuses requests without the token.
 
     Args:
-        dashboard: its host and port, as this machine reaches it.
+        dashboard: Host and port of the dashboard, as reachable from this machine.
 
     Raises:
-        ValueError: the request was answered.
-        Note: no answer.
+        ValueError: The request succeeded.
+        Note: The dashboard does not answer.
     """
     try:
         connection = http.client.HTTPConnection(dashboard, timeout=_REQUEST_SECONDS)
@@ -202,9 +202,8 @@ def check_auth(dashboard: str) -> str:
         raise Note(f"not checked: no answer from the dashboard at {dashboard} ({error})") from error
     if status == 200:
         raise ValueError(
-            f"whoever reaches http://{dashboard} can run programs on the cluster, no token is asked"
-            " for: start every node, and every client, with RAY_AUTH_MODE=token and the same"
-            " token"
+            f"anyone who reaches http://{dashboard} can run programs on the cluster without token:"
+            " start every node, and every client, with RAY_AUTH_MODE=token and the same token"
         )
     if status not in (401, 403):
         raise Note(f"not checked: the dashboard at {dashboard} answered {status}")
@@ -212,15 +211,15 @@ def check_auth(dashboard: str) -> str:
 
 
 def check_gpus(count: int, precision: str, several_workers: bool) -> str:
-    """This process can use the machine's GPUs.
+    """Check that this process can use the machine's GPUs.
 
     Args:
-        count: GPUs that Ray gives to workers here.
-        precision: training.precision.
-        several_workers: whether the run has more than one, which then talk by NCCL.
+        count: Number of GPUs that Ray assigns to workers here.
+        precision: Setting training.precision.
+        several_workers: Whether the run has more than one worker; they communicate by NCCL.
 
     Raises:
-        ValueError: fewer GPUs than `count`, one that lacks the precision, or no NCCL.
+        ValueError: There are fewer GPUs than `count`, one lacks the precision, or NCCL is missing.
     """
     import torch
 
@@ -240,7 +239,7 @@ def check_gpus(count: int, precision: str, several_workers: bool) -> str:
     if several_workers:
         if not torch.distributed.is_nccl_available():
             raise ValueError(f"torch {torch.__version__} lacks NCCL: install torch for CUDA")
-        found += "; NCCL is there, the run is the first to try it"
+        found += "; NCCL is available, but was not tested"
     return found
 
 

@@ -1,7 +1,7 @@
-"""One trial: a run of its own, in the process that Ray Tune starts for it.
+"""One trial: a separate run, in the process that Ray Tune starts for it.
 
-One worker trains in that process; several are the workers of a Ray Train `TorchTrainer`, which asks
-for their resources itself. Either way the trial goes on from its newest checkpoint, if it has any.
+A single worker trains in that process; several are the workers of a Ray Train `TorchTrainer`, which
+reserves their resources itself. Either way the trial resumes from its newest checkpoint, if any.
 """
 
 import math
@@ -28,13 +28,13 @@ from efae.training.process import Process
 from efae.training.resume import continue_run
 
 DRIVER_BYTES = 64 * 2**20
-"""Memory that a trial asks for when its workers ask for the rest: Tune refuses to start a trial
-that asks for nothing, and CPUs would be missing for the workers."""
+"""Memory that Tune reserves for a trial whose workers reserve the rest: Tune refuses a trial
+without resources, and CPUs reserved here would be missing for the workers."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What all trials of a sweep share.
+    """Facts that all trials of a sweep share.
 
     Attributes:
         name: Name of the sweep.
@@ -48,10 +48,10 @@ class Sweep:
 
 
 def configure_trial(sweep: Sweep, record: TrialRecord) -> Config:
-    """The configuration of one trial.
+    """Return the configuration of one trial.
 
     Raises:
-        ValueError: its combination cannot work.
+        ValueError: Its combination cannot work.
     """
     base = configuration.from_json(sweep.config)
     return with_overrides(
@@ -61,26 +61,26 @@ def configure_trial(sweep: Sweep, record: TrialRecord) -> Config:
 
 
 def name_run(sweep_name: str, record: TrialRecord) -> str:
-    """Of the trial, in MLflow and in storage."""
+    """Return the name of the trial's run, in MLflow and in storage."""
     return f"{sweep_name}-{record.key}"
 
 
 def list_resources(config: Config) -> dict[str, float]:
-    """What Tune reserves for the trial's own process."""
+    """Return the resources that Tune reserves for the trial's own process."""
     if config.ray.most_workers > 1:
         return {"memory": DRIVER_BYTES}
     return {"CPU": config.ray.cpus_per_worker, **({"GPU": 1} if config.ray.use_gpu else {})}
 
 
 def run_trial(proposal: dict[str, Any], sweep: Sweep) -> None:
-    """Train and report every validation to Tune; a fault that would repeat itself is reported too.
+    """Train and report every validation to Tune; report a final failure too.
 
     Args:
-        proposal: {"record": the fields of a `TrialRecord`}.
-        sweep: what all trials share.
+        proposal: Mapping {"record": fields of a `TrialRecord`}.
+        sweep: Facts that all trials share.
 
     Raises:
-        Exception: what Tune may try again, as the loss of a worker.
+        Exception: A failure that Tune may retry, such as the loss of a worker.
     """
     record = TrialRecord(**proposal["record"])
     config = configure_trial(sweep, record)
@@ -98,7 +98,7 @@ def run_trial(proposal: dict[str, Any], sweep: Sweep) -> None:
 
 
 def _begin_run(sweep: Sweep, record: TrialRecord, config: Config) -> Run:
-    """The trial's MLflow run, with its parameters."""
+    """Find or create the trial's MLflow run, and log its parameters."""
     run, _ = runs.find_or_create_run(
         sweep.parent.server,
         config.tracking.experiment,
@@ -126,5 +126,5 @@ def _train_here(config: Config, run: Run) -> None:
         try:
             return continue_run(config, run, process, say=lambda line: None)
         except TrainingDiverged as error:
-            if not error.goes_back:
+            if not error.rolls_back:
                 raise

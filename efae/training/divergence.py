@@ -22,7 +22,7 @@ class TrainingDiverged(RuntimeError):
         samples: Keys of this rank's samples in that step whose loss is not finite, or of all if
             the loss of each is finite.
         checkpoint: URI of the run's newest checkpoint; None if there is none.
-        goes_back: Whether the run resumes from it automatically, at a lower learning rate.
+        rolls_back: Whether the run resumes from it automatically, at a lower learning rate.
     """
 
     def __init__(
@@ -30,11 +30,11 @@ class TrainingDiverged(RuntimeError):
         step: int,
         samples: Sequence[str],
         checkpoint: str | None = None,
-        goes_back: bool = False,
+        rolls_back: bool = False,
     ):
-        super().__init__(step, samples, checkpoint, goes_back)
+        super().__init__(step, samples, checkpoint, rolls_back)
         self.step, self.samples = step, list(samples)
-        self.checkpoint, self.goes_back = checkpoint, goes_back
+        self.checkpoint, self.rolls_back = checkpoint, rolls_back
 
     def __str__(self) -> str:
         named = ", ".join(repr(key) for key in self.samples[:_SAMPLES_NAMED])
@@ -43,7 +43,7 @@ class TrainingDiverged(RuntimeError):
             f"loss or gradient of step {self.step} is not finite: the weights are those before this"
             f" step. Its samples on this rank: {named}{f' and {more} more' if more > 0 else ''}."
         )
-        if self.goes_back:
+        if self.rolls_back:
             return f"{what} Going back to {self.checkpoint or 'the start'} at half the rate."
         return (
             f"{what} Newest checkpoint: {self.checkpoint or 'none yet'}. Inspect the samples; lower"

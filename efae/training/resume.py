@@ -82,10 +82,10 @@ def continue_run(
         )
     except TrainingDiverged as error:
         observer.wait()
-        goes_back = rollbacks < config.ray.rollbacks
+        rolls_back = rollbacks < config.ray.rollbacks
         newest_uri = find_newest_checkpoint(folder)
-        error = TrainingDiverged(error.step, error.samples, newest_uri, goes_back)
-        if process.rank == 0 and error.goes_back:
+        error = TrainingDiverged(error.step, error.samples, newest_uri, rolls_back)
+        if process.rank == 0 and error.rolls_back:
             record_event(folder, "rollback", str(error), step=error.step)
         raise error from None
     finally:

@@ -158,7 +158,7 @@ def test_the_decoder_is_exact_at_every_size():
 
 
 def test_a_vector_latent_cannot_be_scaled():
-    with pytest.raises(ValueError, match=r"scaling_probability=0\.5: a latent of 1 x 1"):
+    with pytest.raises(ValueError, match=r"scaling_probability=0\.5: a 1 x 1 latent"):
         build(**{"loss.scaling_probability": 0.5, "model.downsampling": 16})
 
 

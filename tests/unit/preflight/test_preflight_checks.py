@@ -103,7 +103,7 @@ def test_clocks_that_differ_too_much(serve, off, word):
 
 
 def test_clocks_that_cannot_be_compared(serve):
-    with pytest.raises(Note, match="does not say its time"):
+    with pytest.raises(Note, match="sends no Date header"):
         node_checks.check_clock(f"http://{serve(seconds_off=None)}")
     with pytest.raises(Note, match="no answer"):
         node_checks.check_clock(f"http://127.0.0.1:{pick_free(1)[0]}")
@@ -162,7 +162,7 @@ def test_versions():
 def test_mark(tmp_path):
     (tmp_path / "mark").write_bytes(b"efae")
     node_checks.check_mark(Location.parse(tmp_path / "mark"))
-    with pytest.raises(ValueError, match=rf"{tmp_path} is not seen.*ray\.storage_uri"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} is not visible.*ray\.storage_uri"):
         node_checks.check_mark(Location.parse(tmp_path / "none"))
 
 

@@ -35,7 +35,7 @@ def test_the_same_name_goes_on_unless_told_never(tmp_path, config):
     other_cluster |= {"data.cache_dir": "/other", "data.cache_bytes": 1, "data.decode_threads": 7}
     other_cluster |= {"data.pixel_cache_bytes": 1}
     assert find_start(with_overrides(config, other_cluster)) == 80
-    with pytest.raises(ValueError, match=rf"'mine' already, at step 80 \({uri}\).*--resume auto"):
+    with pytest.raises(ValueError, match=rf"'mine' exists, at step 80 \({uri}\).*--resume auto"):
         find_start(with_overrides(config, {"resume": "never"}))
 
 
@@ -68,9 +68,9 @@ def test_a_uri_begins_a_new_run_from_another(tmp_path, config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"training.steps": 40}, "training.steps=40: the checkpoint .* is at step 40 already"),
-        ({"model.depth": 5}, "model.depth: 4 -> 5.*would mean nothing"),
-        ({"data.uri": "s3://else/where"}, "data.uri: .*would mean nothing"),
+        ({"training.steps": 40}, "training.steps=40: the checkpoint .* is already at step 40"),
+        ({"model.depth": 5}, "model.depth: 4 -> 5.*would be meaningless"),
+        ({"data.uri": "s3://else/where"}, "data.uri: .*would be meaningless"),
         ({"training.global_batch_size": 64}, "global_batch_size: 128 -> 64"),
     ],
 )

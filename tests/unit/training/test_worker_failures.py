@@ -13,7 +13,7 @@ from ray.train.v2._internal.execution.controller.state import ReschedulingState,
 
 from efae.checkpoints.events import read_events, record_event
 from efae.config import RayConfig
-from efae.ray_trainer import TrainingFailed, WorkerFailures, find_culprit, is_final
+from efae.ray_trainer import TrainingFailed, WorkerFailures, find_root_cause, is_final
 from efae.worker_groups import GroupStarts
 
 GONE = WorkerHealthCheckFailedError(
@@ -39,7 +39,7 @@ def test_a_run_without_memory_is_not_tried_again():
     ],
 )
 def test_the_error_that_the_others_came_from_is_named(errors, rank):
-    assert find_culprit(errors) == (rank, errors[rank])
+    assert find_root_cause(errors) == (rank, errors[rank])
 
 
 def find_failure(uri):
