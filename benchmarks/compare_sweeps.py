@@ -53,7 +53,7 @@ def run(name: str, arguments: Arguments, *options: str) -> dict[str, Any]:
             subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": "."})
             found = json.loads((Path(folder) / name / "sweep.json").read_text())
         for trial in found["trials"]:  # the learning curves would dominate the file
-            del trial["looks"]
+            del trial["validations"]
         found["hardware"] = f"{platform.machine()}, {os.cpu_count()} cores"
         found["torch"] = torch.__version__
         kept.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Every knob of a sweep: what is searched, how, and how long."""
+"""All settings of a sweep: its space, method and length."""
 
 from typing import Literal
 
@@ -9,51 +9,52 @@ from efae.config import require, require_name, require_positive
 from efae.names import LONGEST_BYTES
 
 OBJECTIVES = {"psnr": "max", "held_out_loss": "min", "worst_gap_db": "min", "latent_size": "min"}
-"""What can be searched for, and which way: PSNR of held-out reconstructions in dB, flow loss on
-held-out images, largest gap over the group in dB, numbers in the latent of an image."""
+"""Objectives and their direction: PSNR of held-out reconstructions in dB, flow loss on held-out
+images, largest gap over the group in dB, numbers in the latent of an image."""
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", hide_input_in_errors=True))
 class SweepConfig:
-    """A search over the configuration; every trial is a run of its own."""
+    """Settings of a search over the configuration; every trial is a separate run."""
 
     name: str = ""
-    """Name of the sweep; empty makes one from the preset and the time. The same name resumes."""
+    """Name of the sweep; by default made from the preset and the time. The same name resumes the
+    sweep."""
     space: str = "split"
-    """What is searched: split (representation.rotation_dims and .chirality_split at a fixed latent
+    """Space to search: split (representation.rotation_dims and .chirality_split at a fixed latent
     size), split_and_rate (with the learning rate), multiplicities (all five), or a TOML file with
     lines such as "model.hidden_size" = {choices = [96, 192]}, see docs/sweeps.md."""
     search: Literal["optuna", "random", "grid"] = "optuna"
-    """How combinations are chosen: Optuna's TPE, by chance, or all in order."""
+    """Choice of combinations: Optuna's TPE, at random, or all in order."""
     objectives: tuple[Literal["psnr", "held_out_loss", "worst_gap_db", "latent_size"], ...] = (
         "psnr",
     )
-    """What is searched for; the first decides, several give a Pareto front."""
+    """Objectives of the search; the first decides, several give a Pareto front."""
     trials: int = 16
-    """Trials of the search, at most; a grid tries all of a finite space up to this many."""
+    """Maximum number of trials; a grid stops earlier once a finite space is exhausted."""
     early_stopping: bool = True
-    """Stop trials that are in the worse half at a rung (ASHA), by held-out PSNR, or by flow loss
-    where that is the first objective."""
+    """Stop trials that are in the worse half at a rung (ASHA), by held-out PSNR, or by flow loss if
+    that is the first objective."""
     first_rung: float = 0.25
     """Share of training.steps before a trial can be stopped; the next rungs are at twice that."""
     finalists: int = 3
-    """Best trials that are repeated with other seeds."""
+    """Number of best trials to repeat with other seeds."""
     finalist_seeds: int = 1
-    """Other seeds of each."""
+    """Number of other seeds per finalist."""
     concurrency: int = 0
-    """Trials at a time; 0 for as many as the cluster has room for now."""
+    """Number of concurrent trials; 0 for as many as the cluster has resources for."""
     seed: int = 0
-    """Of the search; trials have training.seed."""
+    """Seed of the search; trials use training.seed."""
 
     @property
     def stops_by(self) -> str:
-        """What trials are compared by before their end."""
-        # Of 29 splits after a quarter of the steps, PSNR foretells the order at the end (rank
+        """Metric that decides early stopping."""
+        # Over 29 splits, PSNR after a quarter of the steps predicts the final order (rank
         # correlation 0.92), the flow loss does not (0.38). A small gap alone is worth nothing.
         return "held_out_loss" if self.objectives[0] == "held_out_loss" else "psnr"
 
     def __post_init__(self):
-        if self.name:  # each trial's run is called NAME-NUMBER
+        if self.name:  # each trial's run is named NAME-NUMBER
             require_name("sweep.name", self.name, "/\\", LONGEST_BYTES - 10)
         require_positive("sweep", self, "trials")
         for name in ("finalists", "finalist_seeds", "concurrency", "seed"):

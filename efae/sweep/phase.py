@@ -1,4 +1,4 @@
-"""One phase of a sweep: Ray Tune runs trials, as many at a time as the cluster has room for."""
+"""Phases of a sweep: Ray Tune runs as many trials at a time as the cluster has resources for."""
 
 import os
 import signal
@@ -22,11 +22,11 @@ from efae.sweep.searcher import Proposals
 from efae.tracking.redaction import first_cause
 
 REDUCTION = 2
-"""One of so many trials goes on at a rung."""
+"""One of this many trials continues at a rung."""
 
 
 class Interrupted(Exception):
-    """The sweep was told to stop before its end."""
+    """The sweep was interrupted before its end."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Phases:
     """The two phases of one sweep.
 
     Attributes:
-        sweep: what all trials share.
-        config: what every trial starts from.
-        settings: of the search.
-        records: of the sweep; kept up to date.
-        on_end: called with every trial that has ended.
+        sweep: Facts that all trials share.
+        config: Configuration that every trial starts from.
+        settings: Settings of the search.
+        records: Records of the sweep; kept up to date.
+        on_end: Function called with every trial that has ended.
     """
 
     sweep: Sweep
@@ -48,10 +48,10 @@ class Phases:
     on_end: Callable[[TrialRecord], None]
 
     def search(self, proposals: Proposals) -> None:
-        """Run trials of what `searcher` says until settings.trials have ended.
+        """Run proposed trials until settings.trials have ended.
 
         Raises:
-            Interrupted: the driver was told to stop; trials that had begun are still "running".
+            Interrupted: The driver was told to stop; unfinished trials are still "running".
         """
         ended = [r for r in self.records.in_phase("search") if r.state != "running"]
         if len(ended) >= self.settings.trials:
@@ -69,10 +69,10 @@ class Phases:
         )
 
     def repeat(self, chosen: Sequence[TrialRecord]) -> None:
-        """Run these finalists to their ends.
+        """Train these finalists for all their steps.
 
         Raises:
-            Interrupted: as of `search`.
+            Interrupted: As for `search`.
         """
         if chosen:
             grid = cast(Any, tune.grid_search([asdict(record) for record in chosen]))
@@ -96,7 +96,7 @@ class Phases:
                 ),
                 run_config=tune.RunConfig(
                     name=make_ascii(self.sweep.name),
-                    storage_path=folder,  # of Tune's own notes
+                    storage_path=folder,  # for Tune's own state
                     failure_config=tune.FailureConfig(max_failures=self.config.ray.max_failures),
                     callbacks=[bookkeeper],
                     verbose=0,
@@ -109,37 +109,37 @@ class Phases:
 
 
 def make_scheduler(config: Config, settings: SweepConfig) -> ASHAScheduler:
-    """Successive halving (Li et al. 2020, arXiv:1810.05934) by `SweepConfig.stops_by`."""
+    """Return successive halving (Li et al. 2020, arXiv:1810.05934) by `SweepConfig.stops_by`."""
     steps = config.training.steps
     return ASHAScheduler(
         time_attr="step",
         metric=settings.stops_by,
         mode=OBJECTIVES[settings.stops_by],
         grace_period=find_first_rung(config, settings),
-        max_t=steps - 1,  # at the end nothing is left to stop
+        max_t=steps - 1,  # stopping at the last step would save nothing
         reduction_factor=REDUCTION,
         stop_last_trials=False,
     )
 
 
 def find_first_rung(config: Config, settings: SweepConfig) -> int:
-    """The step of the first look at which a trial can be stopped."""
+    """Return the step of the first validation at which a trial can be stopped."""
     interval = config.training.evaluation_interval
     return max(1, round(settings.first_rung * config.training.steps / interval)) * interval
 
 
 def replay(scheduler: TrialScheduler, record: TrialRecord) -> None:
-    """Let the scheduler see a trial that ended before this driver began."""
-    # All that it asks of a trial is its id.
+    """Report a trial that ended before this driver started to the scheduler."""
+    # The scheduler reads only the id of a trial.
     trial: Any = Trial("replayed", stub=True, trial_id=f"replayed-{record.key}")
     controller: Any = None
     scheduler.on_trial_add(controller, trial)
-    for look in record.looks:
-        scheduler.on_trial_result(controller, trial, dict(look))
+    for validation in record.validations:
+        scheduler.on_trial_result(controller, trial, dict(validation))
 
 
 def count_concurrent(config: Config, settings: SweepConfig) -> int:
-    """Trials at a time: as many as the whole cluster has CPUs and GPUs for, at least one."""
+    """Return the number of concurrent trials that the cluster allows, at least one."""
     if settings.concurrency:
         return settings.concurrency
     have = cast(dict[str, float], ray.cluster_resources())
@@ -153,7 +153,7 @@ def count_concurrent(config: Config, settings: SweepConfig) -> int:
 
 
 class Bookkeeper(tune.Callback):
-    """Writes what happens to trials into the records."""
+    """Callback in Tune: records validations and ends of trials."""
 
     def __init__(self, records: Records, steps: int, on_end: Callable[[TrialRecord], None]):
         self._records, self._steps, self._on_end = records, steps, on_end
@@ -162,20 +162,18 @@ class Bookkeeper(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        """A look; one that was known before a restart may come again."""
+        """Record a validation; a restarted trial may repeat one that is recorded."""
         number, record = self._find(trial)
         if result.get("cause") or result["step"] <= record.steps:
             return
         names = ("step", "psnr", "held_out_loss", "worst_gap_db")
-        look = {name: result[name] for name in names}
-        self._records.update(
-            number, looks=[*record.looks, look], seconds=self._seconds(number, result)
-        )
+        validations = [*record.validations, {name: result[name] for name in names}]
+        self._records.update(number, validations=validations, seconds=self._seconds(number, result))
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Finished, stopped early, or failed for good in its own words."""
+        """Record a trial that finished, was stopped early, or reported a final failure."""
         number, record = self._find(trial)
         result = cast(dict[str, Any], trial.last_result)
         cause = str(result.get("cause", ""))
@@ -185,7 +183,7 @@ class Bookkeeper(tune.Callback):
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Failed more often than it may be tried again."""
+        """Record a trial that failed more often than it may be retried."""
         number, _ = self._find(trial)
         error = trial.get_pickled_error() or trial.get_error()
         cause = first_cause(error) if error else "its process was lost"
@@ -208,12 +206,12 @@ def _name(trial: Trial) -> str:
 
 @contextmanager
 def _stopped_by(number: signal.Signals) -> Generator[None]:
-    """Turns the signal of `ray job stop` into the one that Tune ends by in order."""
+    """Turn the signal of `ray job stop` into the one on which Tune stops cleanly."""
 
-    def pass_on(number: int, frame: Any) -> None:
+    def forward(number: int, frame: Any) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
 
-    before = signal.signal(number, pass_on)
+    before = signal.signal(number, forward)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Which trials were best, and what a sweep found, as plain values."""
+"""Ranking of trials, and the results of a sweep as plain values."""
 
 import json
 import statistics
@@ -20,7 +20,7 @@ from efae.symmetry import Representation
 
 
 def rank(found: Sequence[TrialRecord], settings: SweepConfig) -> list[TrialRecord]:
-    """Those that finished, the best in the first objective first."""
+    """Return the finished trials, best in the first objective first."""
     first = settings.objectives[0]
     sign = -1 if OBJECTIVES[first] == "max" else 1
     return sorted(
@@ -30,7 +30,7 @@ def rank(found: Sequence[TrialRecord], settings: SweepConfig) -> list[TrialRecor
 
 
 def choose_finalists(records: Records, settings: SweepConfig, seed: int) -> list[TrialRecord]:
-    """Repetitions of the best with other seeds that have not ended; new ones are written."""
+    """Return the unfinished repetitions of the best trials with other seeds; record new ones."""
     planned = {(json.dumps(r.combination), r.seed) for r in records.in_phase("finalist")}
     for record in rank(records.in_phase("search"), settings)[: settings.finalists]:
         for other in range(seed + 1, seed + 1 + settings.finalist_seeds):
@@ -40,7 +40,7 @@ def choose_finalists(records: Records, settings: SweepConfig, seed: int) -> list
 
 
 def find_best(records: Records, settings: SweepConfig) -> dict[str, Any] | None:
-    """The best combination by its mean over seeds, of those with most seeds; None without any."""
+    """Return the best combination by its mean over seeds, of those with most seeds; or None."""
     first = settings.objectives[0]
     groups: dict[str, list[TrialRecord]] = {}
     for record in records.trials.values():
@@ -72,7 +72,7 @@ def find_best(records: Records, settings: SweepConfig) -> dict[str, Any] | None:
 
 
 def describe_trials(config: Config, records: Records) -> list[dict[str, Any]]:
-    """What became of each trial, by number."""
+    """Return the facts of each trial, by number."""
     return [
         asdict(record)
         | {
@@ -95,7 +95,7 @@ def describe_sweep(
     records: Records,
     data: RunData,
 ) -> dict[str, Any]:
-    """How was searched and what became of each trial, for sweep.json and the report."""
+    """Return the search and the facts of each trial, for sweep.json and the report."""
     steps = config.training.steps
     rungs = [find_first_rung(config, settings)] if settings.early_stopping else []
     while rungs and rungs[-1] * REDUCTION < steps:
@@ -125,7 +125,7 @@ def describe_sweep(
 
 
 def describe_cost(config: Config, records: Records) -> dict[str, float]:
-    """Seconds and steps that all trials took, and the steps they would have without a stop."""
+    """Return the seconds and steps of all trials, and their steps without early stopping."""
     found = records.trials.values()
     return {
         "trial_seconds": sum(record.seconds for record in found),
@@ -135,10 +135,11 @@ def describe_cost(config: Config, records: Records) -> dict[str, float]:
 
 
 def predict(config: Config) -> dict[str, float] | None:
-    """The split of the group's action on the pixels of a latent cell, where all of D4 acts."""
+    """Return the split of D4's action on the pixels of a latent cell; None for other groups."""
     if config.representation.group != "D4":
         return None
-    # An even f x f patch: r and the diagonals fix no pixel but the diagonals' f (DESIGN section 2).
+    # On an even f x f patch, each diagonal mirror fixes f pixels and other elements none. Their
+    # characters f^2, 0 and f give the multiplicities.
     size = config.model.downsampling
     a1 = b2 = (size * size + 2 * size) // 8
     a2 = b1 = (size * size - 2 * size) // 8

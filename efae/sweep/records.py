@@ -1,10 +1,11 @@
-"""What storage remembers of a sweep: one JSON object for the sweep and one for each trial.
+"""Records of a sweep in storage: one JSON object for the sweep and one for each trial.
 
-A driver that takes a sweep up again reads these, and nothing that Ray Tune remembers: no pickle is
-loaded from storage, and what was decided is never decided again.
+A driver that resumes a sweep reads only these, not the state of Ray Tune: no pickle is loaded from
+storage, and no decision is made twice.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,18 +17,18 @@ _SWEEP = "sweep.json"
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial.
+    """Record of one trial.
 
     Attributes:
-        number: in the order of proposal, counted from 1.
-        phase: the search itself, or the repetition of its best with other seeds.
-        combination: values of the searched keys.
-        seed: training.seed.
-        latent_size: numbers in the latent of an image.
-        state: running also while nobody runs it; stopped is early; failed has a cause.
-        looks: what was measured of it at which "step".
-        seconds: that its attempts took, together.
-        cause: of a failure, else "".
+        number: Position in the order of proposal, from 1.
+        phase: Search, or repetition of the best trials with other seeds.
+        combination: Values of the searched keys.
+        seed: Setting training.seed.
+        latent_size: Numbers in the latent of an image.
+        state: State of the trial; "running" also covers an interrupted one, "stopped" means early.
+        validations: Metrics of each validation, with its "step".
+        seconds: Duration of all its attempts together.
+        cause: Cause of a failure, else "".
     """
 
     number: int
@@ -36,38 +37,43 @@ class TrialRecord:
     seed: int
     latent_size: int
     state: Literal["running", "finished", "stopped", "failed"] = "running"
-    looks: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    validations: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     seconds: float = 0.0
     cause: str = ""
 
     @property
     def key(self) -> str:
-        """Its name in the sweep."""
+        """Name in the sweep."""
         return f"{self.number:03d}"
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Of the last look, and the latent's size; {} where there was no look."""
-        if not self.looks:
+        """Metrics of the last validation, and the latent's size; {} before the first validation."""
+        if not self.validations:
             return {}
-        measured = {name: value for name, value in self.looks[-1].items() if name != "step"}
+        measured = {name: value for name, value in self.validations[-1].items() if name != "step"}
         return measured | {"latent_size": self.latent_size}
 
     @property
     def steps(self) -> int:
-        """Trained up to the last look."""
-        return int(self.looks[-1]["step"]) if self.looks else 0
+        """Steps trained until the last validation."""
+        return int(self.validations[-1]["step"]) if self.validations else 0
+
+
+def rename_validations(trial: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored trial with the key of release 0.1, "looks", renamed to "validations"."""
+    return {("validations" if key == "looks" else key): value for key, value in trial.items()}
 
 
 class Records:
-    """The trials of one sweep, by number, here and in storage.
+    """Trials of one sweep, by number, in memory and in storage.
 
     Args:
-        folder: of the sweep; what is there is read.
+        folder: Folder of the sweep; existing records are read.
 
     Raises:
-        StorageError: the storage refuses or does not answer.
-        ValueError: an object there is not a record.
+        StorageError: The storage refuses or does not answer.
+        ValueError: An object there is not a record.
     """
 
     def __init__(self, folder: LocationLike):
@@ -78,7 +84,7 @@ class Records:
                 continue
             where = self._folder / name
             try:
-                record = TrialRecord(**json.loads(storage.read_bytes(where)))
+                record = TrialRecord(**rename_validations(json.loads(storage.read_bytes(where))))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{where}: not a trial's record: {error}") from error
             self.trials[record.number] = record
@@ -90,15 +96,15 @@ class Records:
         seed: int,
         latent_size: int,
     ) -> TrialRecord:
-        """A new trial, running."""
+        """Record a new, running trial."""
         number = max(self.trials, default=0) + 1
         return self.write(TrialRecord(number, phase, combination, seed, latent_size))
 
     def write(self, record: TrialRecord) -> TrialRecord:
-        """Keep it in place of the one of that number.
+        """Write a record, replacing the one with its number.
 
         Raises:
-            StorageError: the storage refuses or does not answer.
+            StorageError: The storage refuses or does not answer.
         """
         text = json.dumps(asdict(record), indent=2)
         storage.write_bytes(self._folder / f"{record.key}.json", text.encode())
@@ -110,11 +116,11 @@ class Records:
         return self.write(replace(self.trials[number], **changes))
 
     def in_phase(self, phase: str) -> list[TrialRecord]:
-        """Those of one phase, by number."""
+        """Return the trials of one phase, by number."""
         return [r for _, r in sorted(self.trials.items()) if r.phase == phase]
 
     def read_sweep(self) -> dict[str, Any] | None:
-        """The sweep's own object, or None where it is new."""
+        """Return the sweep's own object; None if the sweep is new."""
         where = self._folder / _SWEEP
         return json.loads(storage.read_bytes(where)) if storage.exists(where) else None
 

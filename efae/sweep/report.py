@@ -1,6 +1,6 @@
-"""The sweep report: which representation a latent should carry, as one page that works offline.
+"""Sweep report: which representation a latent should carry, as one self-contained page.
 
-A pure function of the sweep's mapping, so that it can be written again from its sweep.json.
+It is a pure function of sweep.json, so that it can be written again from that file.
 """
 
 import json
@@ -40,18 +40,18 @@ _METRICS = ("psnr", "held_out_loss", "worst_gap_db", "latent_size")
 
 
 def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
-    """Write report.html, sweep.json and those of `FIGURES` that there is something to draw for.
+    """Write report.html, sweep.json and those of `FIGURES` that have data.
 
     Args:
-        folder: made if it does not exist; figures of an earlier report in it are replaced.
-        sweep: what `jobs/tune.py` knows about the sweep, JSON values only: names, data, objectives
-            (metric and mode), space, search, trials with their looks, best, pareto, theory, cost.
-            A number that is not finite counts as unknown.
+        folder: Folder, created if missing; figures of an earlier report in it are replaced.
+        sweep: Facts of the sweep from `jobs/tune.py`, JSON values only: names, data, objectives
+            (metric and mode), space, search, trials with their validations, best, pareto, theory,
+            cost. A number that is not finite counts as unknown.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in FIGURES:
         (folder / name).unlink(missing_ok=True)
-    sweep = json.loads(json.dumps(finite(sweep)))  # as sweep.json will have it
+    sweep = json.loads(json.dumps(finite(sweep)))  # as it will be in sweep.json
     write_json(folder / "sweep.json", sweep)
     trials = read_trials(sweep["trials"])
     objective = sweep["objectives"][0]
@@ -82,7 +82,7 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
     importances = rate_knobs(trials, metric, _knobs(sweep["space"]))
     if importances:
         draw_importance(importances, folder / "importance.png")
-    # The latent's size is known before training: there is nothing to learn about it.
+    # The latent's size is known before training and has no curve.
     learned = next(
         (m for m in (metric, "psnr") if any(len(trial.curve(m)) > 1 for trial in trials)), None
     )
@@ -130,22 +130,22 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Theory:
-    """The theory's representation beside the best."""
+    """Comparison of the theory's representation with the best."""
 
     invariant: int
     chiral: int
     turning: int
     measured: Sequence[int]
-    """Numbers of the finished trials with it, up to one plane and one sign; else the surface."""
+    """Numbers of the finished trials within one plane and one sign of it; empty: by the surface."""
     value: float
     behind: float
-    """What it is worse by than the best, in the metric's unit; negative: better."""
+    """Deficit to the best, in the metric's unit; negative if better."""
     error: float | None
-    """Standard error of `behind`, as far as seeds and surface tell."""
+    """Standard error of `behind`, from seeds and surface; None if unknown."""
 
 
 def _compare(trials: Sequence[Trial], surface: Surface | None, sweep: Any) -> Theory | None:
-    """None if nothing is known about the theory's representation."""
+    """Compare the theory's representation with the best; None if nothing is known about it."""
     best, dim = sweep["best"], sweep["dim"]
     turning, split = sweep["theory"]["rotation_dims"], sweep["theory"]["chirality_split"]
     chiral = round(split * (dim - turning))
@@ -186,7 +186,7 @@ def _compare(trials: Sequence[Trial], surface: Surface | None, sweep: Any) -> Th
 def _best_trials(
     trials: Sequence[Trial], best: Mapping[str, Any] | None, space: Mapping[str, Any]
 ) -> list[Trial]:
-    """All trials with the best's knobs, whatever their seed; the one that was named first."""
+    """Return all trials with the best's knobs, whatever their seed; the best itself first."""
     if not best:
         return []
     knobs = {name: best["config"].get(name) for name in space}
@@ -200,7 +200,7 @@ def _best_trials(
 
 
 def _ranked(trials: Sequence[Trial], metric: str, mode: str) -> list[Trial]:
-    """By state, then by value, best first."""
+    """Sort by state, then by value, best first."""
 
     def rank(trial: Trial) -> tuple[int, float, int]:
         value = trial.metrics.get(metric)
@@ -211,7 +211,7 @@ def _ranked(trials: Sequence[Trial], metric: str, mode: str) -> list[Trial]:
 
 
 def _shown_metrics(trials: Sequence[Trial], objectives: Sequence[Mapping[str, str]]) -> list[str]:
-    """Those that were measured; the latent's size only where it differs."""
+    """Return the measured metrics; the latent's size only if it differs between trials."""
     names = [objective["metric"] for objective in objectives]
     names += [name for name in _METRICS if name not in names]
     if len({trial.metrics.get("latent_size") for trial in trials}) < 2:
@@ -220,7 +220,7 @@ def _shown_metrics(trials: Sequence[Trial], objectives: Sequence[Mapping[str, st
 
 
 def _knobs(space: Mapping[str, Any]) -> list[str]:
-    """What importances are asked of: five multiplicities are two knobs too."""
+    """Return the knobs to rate; the multiplicities count as the two knobs of a split."""
     knobs = [name for name in space if name != MULTIPLICITIES]
     if MULTIPLICITIES in space:
         knobs += [name for name in (ROTATION, SPLIT) if name not in knobs]
@@ -231,7 +231,7 @@ def _why_no_surface(ends: Sequence[End]) -> str:
     places = {end.position for end in ends}
     if len(places) < FEWEST_POSITIONS:
         return (
-            f"of {len(places)} representations it is known where they end, and it needs"
+            f"the ends of {len(places)} representations are known, and it needs"
             f" {FEWEST_POSITIONS} to tell a slope from noise (stopped trials count once"
             f" {FEWEST_FINISHED} have finished)"
         )
@@ -243,14 +243,14 @@ def _why_no_surface(ends: Sequence[End]) -> str:
 def _why_no_importance(trials: Sequence[Trial], metric: str, space: Mapping[str, Any]) -> str:
     count = sum(trial.finished and metric in trial.metrics for trial in trials)
     if len(_knobs(space)) < 2:
-        return "the sweep had one knob: it has nothing to be compared with"
+        return "the sweep had only one knob"
     if count < FEWEST_TRIALS:
         return f"finished trials: {count}, and it needs {FEWEST_TRIALS}"
     return "no two knobs differ among the finished trials, or their values do not"
 
 
 def _command(sweep: Mapping[str, Any]) -> str:
-    """The best overrides for a longer run of jobs/train.py."""
+    """Return a command that trains the best configuration for longer."""
     config: Mapping[str, Any] = sweep["best"]["config"]
     flags = [_flag(name, config[name]) for name in sweep["space"] if name in config]
     if "representation.dim" not in sweep["space"]:
@@ -282,12 +282,12 @@ def _write_range(choices: Mapping[str, Any]) -> str:
 
 
 def _saved(cost: Mapping[str, Any]) -> float:
-    """Share of the steps that early stopping saved."""
+    """Return the share of the steps that early stopping saved."""
     return 1 - cost["steps"] / cost["full_steps"] if cost["full_steps"] else 0.0
 
 
 def write_duration(seconds: float) -> str:
-    """45 s, 12.3 min or 4.5 h."""
+    """Format a duration, such as 45 s, 12.3 min or 4.5 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

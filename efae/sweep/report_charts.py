@@ -1,4 +1,4 @@
-"""The sweep report's charts, each one function from trials to a PNG file."""
+"""Charts of the sweep report, each a function from trials to a PNG file."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from efae.sweep.surface import Surface
 
 Axes = Any
 _PALE, _PLAIN = "#b9c2cc", "#7d8894"
-# Without the darkest shades, in which black marks are lost.
+# Without the darkest shades, on which black marks are invisible.
 _PALETTE = LinearSegmentedColormap.from_list("value", colormaps["YlGnBu"](np.linspace(0, 0.72, 64)))
 _UNSURE = LinearSegmentedColormap.from_list("unsure", colormaps["Oranges"](np.linspace(0, 0.6, 64)))
 
@@ -35,17 +35,17 @@ def draw_surface(
     best: tuple[float, float] | None,
     theory: tuple[float, float] | None,
 ) -> None:
-    """The fitted metric over the two knobs, and beside it how sure the fit is.
+    """Draw the fitted metric over the two knobs, and beside it the fit's standard deviation.
 
     Args:
-        trials: all with a position are drawn, by their state.
-        surface: through their ends.
-        metric: of the surface.
-        mode: "max" or "min": dark is good.
-        path: of the PNG file.
-        colours: channels of an image; fewer invariant channels are infeasible.
-        best: (rotation_dims, chirality_split) to star.
-        theory: the same, of the theory's prediction.
+        trials: Trials; all with a position are drawn, by state.
+        surface: Surface through their ends.
+        metric: Metric of the surface.
+        mode: Direction, "max" or "min"; dark is good.
+        path: Path of the PNG file.
+        colours: Channels of an image; fewer invariant channels are infeasible.
+        best: Position (rotation_dims, chirality_split) to star.
+        theory: Position of the theory's prediction.
     """
     placed = [(trial, trial.position) for trial in trials if trial.position]
     marks = [position for _, position in placed] + [p for p in (best, theory) if p]
@@ -90,13 +90,13 @@ def draw_pareto(
     best: Sequence[str],
     path: Path,
 ) -> None:
-    """Finished trials in two measures each, with the front and its trials' numbers.
+    """Draw the finished trials over pairs of metrics, with the front and its trials' numbers.
 
     Args:
-        trials: of which the finished ones are drawn.
-        pairs: objectives (metric and mode); the first of a pair goes upwards.
-        best: keys of the trials to star.
-        path: of the PNG file.
+        trials: Trials; the finished ones are drawn.
+        pairs: Pairs of objectives (metric and mode); the first of a pair is the vertical axis.
+        best: Keys of the trials to star.
+        path: Path of the PNG file.
     """
     figure, charts = begin_charts(9.4, 3.6 if len(pairs) < 3 else 3.2, len(pairs))
     for axes, (up, along) in zip(charts, pairs, strict=True):
@@ -129,7 +129,7 @@ def draw_pareto(
 
 
 def draw_importance(importances: Mapping[str, float], path: Path) -> None:
-    """A bar for each knob."""
+    """Draw one bar per knob."""
     count = len(importances)
     figure, (axes,) = begin_charts(9.4, 0.7 + 0.32 * count, 1)
     rows = range(count)
@@ -148,14 +148,14 @@ def draw_importance(importances: Mapping[str, float], path: Path) -> None:
 def draw_curves(
     trials: Sequence[Trial], metric: str, best: Sequence[str], rungs: Sequence[int], path: Path
 ) -> None:
-    """The metric of each trial against steps; where one ended early there is a mark.
+    """Draw the metric of each trial over steps, with a mark where one ended early.
 
     Args:
-        trials: with looks.
-        metric: of the looks.
-        best: keys of the trials to highlight.
-        rungs: steps at which trials were compared, dotted.
-        path: of the PNG file.
+        trials: Trials with validations.
+        metric: Metric of the validations.
+        best: Keys of the trials to highlight.
+        rungs: Steps at which trials were compared, drawn dotted.
+        path: Path of the PNG file.
     """
     figure, (axes,) = begin_charts(9.4, 3.6, 1)
     for rung in rungs:
@@ -207,7 +207,7 @@ _ENDS: dict[str, dict[str, Any]] = {
 
 
 def _range(values: Sequence[float], full: float) -> tuple[float, float]:
-    """The values' own range with a margin; no fit is shown far from where trials were."""
+    """Return the values' range with a margin, so that no fit is shown far from the trials."""
     margin = 0.08 * max(max(values) - min(values), full / 20)
     return max(-0.03 * full, min(values) - margin), min(1.03 * full, max(values) + margin)
 
@@ -227,7 +227,7 @@ def _place_trials(
     norm: Normalize,
     palette: Any,
 ) -> None:
-    """Finished trials last, so that no other hides one; without a palette they are white dots."""
+    """Draw the trials, finished ones last and so on top; in black without a palette."""
     for trial, position in placed:
         if trial.state in _ENDS:
             axes.plot(*position, linestyle="", **_ENDS[trial.state])
@@ -273,12 +273,12 @@ def _add_legend(
 
 
 def _entry(label: str, **style: Any) -> Any:
-    """One entry of a legend."""
+    """Return one entry of a legend."""
     return Line2D([], [], label=label, **style)
 
 
 def _number(axes: Axes, front: Sequence[tuple[int, tuple[float, float]]]) -> None:
-    """Trial numbers beside the front's points, those left out that would lie on another."""
+    """Write trial numbers beside the front's points, except those that would overlap."""
     axes.figure.canvas.draw()
     taken: list[np.ndarray] = []
     for number, point in front:

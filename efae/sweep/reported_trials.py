@@ -1,8 +1,10 @@
-"""The trials of a sweep as its mapping has them, and which of them are worth comparing."""
+"""Trials parsed from sweep.json, and the pairs of metrics to plot."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
+
+from efae.sweep.records import rename_validations
 
 ROTATION, SPLIT = "representation.rotation_dims", "representation.chirality_split"
 MULTIPLICITIES = "representation.multiplicities"
@@ -10,7 +12,7 @@ MULTIPLICITIES = "representation.multiplicities"
 
 @dataclass(frozen=True)
 class Measure:
-    """How a metric is written."""
+    """Name, unit and precision of a metric."""
 
     word: str
     unit: str = ""
@@ -18,16 +20,16 @@ class Measure:
 
     @property
     def label(self) -> str:
-        """Word and unit."""
+        """Name and unit."""
         return f"{self.word}, {self.unit}" if self.unit else self.word
 
     def number(self, value: float) -> str:
-        """A value without its unit; a small one is not rounded to 0."""
+        """Format a value without its unit; a small value is not rounded to 0."""
         text = f"{value:,.{self.digits}f}"
         return text if float(text.replace(",", "")) or not value else f"{value:.1e}"
 
     def write(self, value: float) -> str:
-        """A value with its unit."""
+        """Format a value with its unit."""
         return f"{self.number(value)} {self.unit}".rstrip()
 
 
@@ -41,13 +43,13 @@ _MEASURES = {
 
 
 def describe(metric: str) -> Measure:
-    """How a metric is written; any metric of a trial, or ``seconds``."""
+    """Return name, unit and precision of a trial's metric, or of ``seconds``."""
     return _MEASURES.get(metric) or Measure(metric.replace("_", " "), digits=4)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial of the sweep, as its mapping says; metrics that are unknown are not there."""
+    """One trial of sweep.json, without unknown metrics."""
 
     number: int
     key: str
@@ -57,24 +59,24 @@ class Trial:
     state: str
     metrics: Mapping[str, float]
     multiplicities: Mapping[str, int]
-    looks: Sequence[Mapping[str, Any]]
+    validations: Sequence[Mapping[str, Any]]
     steps: int
     seconds: float
     cause: str
 
     @property
     def finished(self) -> bool:
-        """Trained for all its steps."""
+        """Whether it trained for all its steps."""
         return self.state == "finished"
 
     @property
     def turning(self) -> int:
-        """Channels that turn in planes."""
+        """Number of channels that rotate in planes."""
         return 2 * self.multiplicities.get("e", 0)
 
     @property
     def chiral(self) -> int:
-        """Channels that change sign."""
+        """Number of channels that change sign."""
         return sum(self.multiplicities.get(irrep, 0) for irrep in ("a2", "b1", "b2"))
 
     @property
@@ -87,40 +89,39 @@ class Trial:
         return self.turning, self.chiral / max(1, others)
 
     def measure(self, metric: str) -> float | None:
-        """The metric at its last look, or its ``seconds``."""
+        """Return the metric of the last validation, or ``seconds``."""
         return self.seconds if metric == "seconds" else self.metrics.get(metric)
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
-        """(step, metric) of the looks that have it."""
-        looks = self.looks
-        return [(look["step"], look[metric]) for look in looks if look.get(metric) is not None]
+        """Return (step, metric) of the validations that have it."""
+        return [(v["step"], v[metric]) for v in self.validations if v.get(metric) is not None]
 
     def knob(self, name: str) -> Any:
-        """A knob's value; of the two that name a representation, as trained."""
+        """Return a searched key's value; the two of a split after rounding to channels."""
         if name in (ROTATION, SPLIT) and self.position:
             return self.position[name == SPLIT]
         return self.config.get(name)
 
 
 def read_trials(trials: Sequence[Mapping[str, Any]]) -> list[Trial]:
-    """The trials of a sweep's mapping; extra keys are left out."""
+    """Parse the trials of sweep.json; other keys are ignored."""
     names = [name for name in Trial.__dataclass_fields__ if name != "metrics"]
     return [
         Trial(
             **{name: trial[name] for name in names},
             metrics={name: v for name, v in trial["metrics"].items() if v is not None},
         )
-        for trial in trials
+        for trial in map(rename_validations, trials)
     ]
 
 
 def choose_pairs(
     trials: Sequence[Trial], objectives: Sequence[Mapping[str, str]]
 ) -> list[tuple[Mapping[str, str], Mapping[str, str]]]:
-    """Up to three pairs of measures worth drawing against each other.
+    """Choose up to three pairs of metrics to plot against each other.
 
-    Of several objectives all pairs, the first objective's first; of a single one, the gap, the
-    latent's size or the time against it: the first of them that differs between finished trials.
+    Several objectives give all pairs, those of the first objective first. A single objective is
+    plotted against the first of gap, latent size and time that differs between finished trials.
     """
     finished = [trial for trial in trials if trial.finished]
 
@@ -128,7 +129,7 @@ def choose_pairs(
         values = [v for trial in finished if (v := trial.measure(metric)) is not None]
         if len(values) < 2:
             return False
-        if metric == "seconds":  # machines are not as even as that
+        if metric == "seconds":  # smaller differences are noise of the machines
             return max(values) > 1.25 * min(values)
         least = 1e-3 if metric == "worst_gap_db" else 1e-6 * max(abs(v) for v in values)
         return max(values) - min(values) > least

@@ -1,8 +1,8 @@
-"""Which combination is tried next: an Optuna study behind the interface that Ray Tune asks.
+"""Choice of the next combination: an Optuna study behind Ray Tune's `Searcher` interface.
 
-Ray's own OptunaSearch hands every suggestion to a trial, feasible or not, tells Optuna that a trial
-which was stopped early is complete, and is taken up again from a pickle; this one refuses what
-cannot work or was there before, and is told what the records in storage say.
+Ray's own OptunaSearch turns every suggestion into a trial, feasible or not, reports a trial that
+was stopped early as complete, and resumes from a pickle. This one rejects infeasible and repeated
+combinations, and resumes from the records in storage.
 """
 
 import random
@@ -20,19 +20,19 @@ from efae.sweep.space import Chooser, apply_combination, count_latent
 
 _DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
 _MOST_ASKS = 100
-"""Of Optuna for one proposal, where most combinations cannot work or were there before."""
+"""Maximum number of suggestions that Optuna makes for one proposal; many may be rejected."""
 
 
 class Proposals(Searcher):
-    """Proposes trials, those first that were begun and not ended.
+    """Proposes trials, unfinished ones first.
 
     Args:
-        chooser: says what can work and is new; it has seen what the records hold.
-        records: of the sweep; a proposal is written there before it becomes a trial.
-        sweep: how to search.
+        chooser: Filter of feasible and new combinations; it has seen those of the records.
+        records: Records of the sweep; a proposal is written there before it becomes a trial.
+        sweep: Settings of the search.
 
     Raises:
-        ValueError: nothing in the space can work.
+        ValueError: No combination of the space is feasible.
     """
 
     def __init__(self, chooser: Chooser, records: Records, sweep: SweepConfig):
@@ -43,8 +43,8 @@ class Proposals(Searcher):
         self._distributions = dict(chooser.space.distributions)
         self._possible = chooser.list_possible()
         found = records.in_phase("search")
-        self._begun = [record for record in found if record.state == "running"]
-        # A sampler's own state is not kept: what it does next follows from what was proposed.
+        self._unfinished = [record for record in found if record.state == "running"]
+        # The sampler's state is not stored: its seed follows from the number of proposals.
         self._random = random.Random(f"{sweep.seed} {len(found)}")
         self._study = optuna.create_study(
             directions=[_DIRECTIONS[OBJECTIVES[name]] for name in sweep.objectives],
@@ -56,9 +56,9 @@ class Proposals(Searcher):
         self._asked: dict[str, tuple[optuna.Trial, int]] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """What the trial is to be, or FINISHED where nothing is left to try."""
-        if self._begun:
-            record = self._begun.pop(0)
+        """Return the trial's record, or FINISHED if the space is exhausted."""
+        if self._unfinished:
+            record = self._unfinished.pop(0)
             trial = self._ask_for(record.combination)
         else:
             trial = self._choose()
@@ -72,10 +72,8 @@ class Proposals(Searcher):
         return {"record": asdict(record)}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """A look of a trial."""
-        if len(self._objectives) == 1 and not result.get(
-            "cause"
-        ):  # Optuna knows intermediate values of one objective only
+        """Report a validation of a trial to Optuna, which accepts them for one objective only."""
+        if len(self._objectives) == 1 and not result.get("cause"):
             trial, latent_size = self._asked[trial_id]
             measured = result | {"latent_size": latent_size}
             trial.report(measured[self._objectives[0]], int(result["step"]))
@@ -83,7 +81,7 @@ class Proposals(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """A trial has ended, or was stopped."""
+        """Report the end of a trial to Optuna."""
         trial, latent_size = self._asked.pop(trial_id)
         if error or not result or "step" not in result or result.get("cause"):
             self._study.tell(trial, state=TrialState.FAIL)
@@ -94,13 +92,13 @@ class Proposals(Searcher):
             self._study.tell(trial, [measured[name] for name in self._objectives])
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the records in storage say all."""
+        """Do nothing: all state is in the records."""
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        """Nothing: the records in storage say all."""
+        """Do nothing: all state is in the records."""
 
     def _choose(self) -> optuna.Trial | None:
-        """A combination that can work and is new, by Optuna or, where it insists, by chance."""
+        """Choose a feasible, new combination, by Optuna or, if it repeats itself, at random."""
         if self._how == "optuna" or self._possible is None:
             for _ in range(_MOST_ASKS):
                 trial = self._study.ask(self._distributions)
@@ -117,9 +115,9 @@ class Proposals(Searcher):
         return self._study.ask(self._distributions)
 
     def _remember(self, record: TrialRecord) -> None:
-        """Tell Optuna of a trial that ended before."""
+        """Add a trial that ended before to the study."""
         first = self._objectives[0]
-        looks = {int(look["step"]): look[first] for look in record.looks if first in look}
+        curve = {int(v["step"]): v[first] for v in record.validations if first in v}
         state = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED}
         self._study.add_trial(
             create_trial(
@@ -129,7 +127,7 @@ class Proposals(Searcher):
                 else None,
                 params=record.combination,
                 distributions=self._distributions,
-                intermediate_values=looks if len(self._objectives) == 1 else None,
+                intermediate_values=curve if len(self._objectives) == 1 else None,
             )
         )
 

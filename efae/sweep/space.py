@@ -1,8 +1,8 @@
-"""What a sweep may change: dotted configuration keys, each with the values it may take.
+"""The search space of a sweep: dotted configuration keys, each with its possible values.
 
-Beside the configuration's own keys there are the five names representation.multiplicities.a1 to .e:
-those of them that are searched fill representation.multiplicities, and where one of a1 to b2 is
-left out it takes the channels that the others leave.
+Beside the configuration's own keys there are the five names representation.multiplicities.a1 to .e.
+Those that are searched fill representation.multiplicities; one of a1 to b2 may be left out, and
+then takes the remaining channels.
 """
 
 import difflib
@@ -29,9 +29,9 @@ from efae.symmetry.representation import IRREPS
 
 _MULTIPLICITIES = "representation.multiplicities"
 _MOST_COMBINATIONS = 10_000
-"""That are looked at one by one."""
+"""Maximum number of combinations to enumerate."""
 _SAME = ("data.", "ray.", "tracking.", "resume", "training.steps", "training.seed")
-"""What trials must have in common to be compared."""
+"""Keys that trials must share to be comparable."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Space:
     """Dotted keys and their distributions.
 
     Attributes:
-        distributions: by key, as Optuna has them.
+        distributions: Optuna distributions by key.
     """
 
     distributions: Mapping[str, BaseDistribution]
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """By key what a file would say, see `read_space`."""
+        """Return the space as its file would define it, see `read_space`."""
         described: dict[str, dict[str, Any]] = {}
         for key, distribution in self.distributions.items():
             if isinstance(distribution, CategoricalDistribution):
@@ -59,20 +59,20 @@ class Space:
 
     @property
     def is_finite(self) -> bool:
-        """Whether its combinations can be listed."""
+        """Whether all its combinations can be enumerated."""
         counts = [_list_values(distribution) for distribution in self.distributions.values()]
         return None not in counts and math.prod(len(c) for c in counts if c) <= _MOST_COMBINATIONS
 
     @property
     def combinations(self) -> Iterator[dict[str, Any]]:
-        """All of them, in order; of an endless space some, with the lowest of endless values."""
+        """All combinations in order; of an infinite space only some."""
         values = [_list_values(d) or [cast(Any, d).low] for d in self.distributions.values()]
         for chosen in itertools.islice(itertools.product(*values), _MOST_COMBINATIONS):
             yield dict(zip(self.distributions, chosen, strict=True))
 
 
 def _list_values(distribution: BaseDistribution) -> list[Any] | None:
-    """All values in order; None where there is no end of them."""
+    """Return all values in order; None if they are infinitely many."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     range_ = cast(Any, distribution)
@@ -84,13 +84,13 @@ def _list_values(distribution: BaseDistribution) -> list[Any] | None:
 
 @dataclass
 class Chooser:
-    """Tells combinations that can become a trial from those that cannot work or were there before.
+    """Accepts combinations that are feasible and new.
 
     Attributes:
-        config: what every trial starts from.
-        space: what they may change.
-        seen: signatures of the combinations that were accepted.
-        refused: why others cannot work, by their values.
+        config: Configuration that every trial starts from.
+        space: Search space.
+        seen: Signatures of the accepted combinations.
+        refused: Reasons why others are infeasible, by their values.
     """
 
     config: Config
@@ -99,7 +99,7 @@ class Chooser:
     refused: dict[str, str] = field(default_factory=dict[str, str])
 
     def accept(self, combination: Mapping[str, Any]) -> bool:
-        """Whether it can work and is new; then it is not new any more."""
+        """Return whether the combination is feasible and new, and remember it."""
         signature = self.sign(combination)
         if signature is None or signature in self.seen:
             return False
@@ -107,7 +107,7 @@ class Chooser:
         return True
 
     def sign(self, combination: Mapping[str, Any]) -> str | None:
-        """The same text for combinations that mean the same model; None for what cannot work."""
+        """Return a signature, equal for combinations of the same model; None if infeasible."""
         try:
             config = apply_combination(self.config, combination)
             representation = check_model(config)
@@ -122,10 +122,10 @@ class Chooser:
         return configuration.digest(with_overrides(config, same))
 
     def list_possible(self) -> list[dict[str, Any]] | None:
-        """One combination for each different model; None of an endless space.
+        """Return one combination for each different model; None for an infinite space.
 
         Raises:
-            ValueError: there is none; says why of one of them.
+            ValueError: No combination is feasible; the message explains one of them.
         """
         possible: dict[str, dict[str, Any]] = {}
         for combination in self.space.combinations:
@@ -136,17 +136,17 @@ class Chooser:
         if not possible:
             combination, reason = next(iter(self.refused.items()))
             raise ValueError(
-                f"sweep.space: none of its combinations can work ({len(self.refused)} were looked"
-                f" at), for instance {combination}: {reason}"
+                f"sweep.space: none of its combinations is feasible ({len(self.refused)} were"
+                f" tried), for instance {combination}: {reason}"
             )
         return list(possible.values())
 
 
 def apply_combination(config: Config, combination: Mapping[str, Any]) -> Config:
-    """The configuration with one combination's values.
+    """Return the configuration with one combination's values.
 
     Raises:
-        ValueError: a value that is not allowed.
+        ValueError: A value is not allowed.
     """
     overrides = {k: v for k, v in combination.items() if not k.startswith(f"{_MULTIPLICITIES}.")}
     counts = {
@@ -167,23 +167,24 @@ def apply_combination(config: Config, combination: Mapping[str, Any]) -> Config:
 
 
 def count_latent(config: Config) -> int:
-    """Numbers in the latent of one image."""
+    """Return how many numbers the latent of one image has."""
     height, width = (side // config.model.downsampling for side in config.data.image_size)
     return config.representation.dim * height * width
 
 
 def read_space(source: str, config: Config) -> Space:
-    """The space of this name, or of this file.
+    """Return the space of this name, or of this file.
 
     Args:
-        source: "split", "split_and_rate", "multiplicities", or a TOML file with lines such as
+        source: Name "split", "split_and_rate", "multiplicities", or TOML file with lines such as
             "optimizer.learning_rate" = {low = 1e-3, high = 1e-2, log = true},
             "representation.rotation_dims" = {low = 0, high = 16, step = 4} and
             "model.level" = {choices = ["exact", "objective"]}.
-        config: what every trial starts from.
+        config: Configuration that every trial starts from.
 
     Raises:
-        ValueError: no such space or file, or one of its lines cannot be searched; says which.
+        ValueError: There is no such space or file, or one of its lines is invalid; the message
+            names it.
     """
     if source in NAMED_SPACES:
         table = NAMED_SPACES[source](config)
@@ -215,13 +216,13 @@ def read_space(source: str, config: Config) -> Space:
     if counts and (len(counts) < 4 or (len(counts) == 4 and f"{_MULTIPLICITIES}.e" not in table)):
         raise ValueError(
             f"sweep.space={source}: of {_MULTIPLICITIES}.a1, a2, b1, b2 and e, one of the first"
-            " four may be left out (it takes the rest); give the others"
+            " four may be left out (it takes the remaining channels); give the others"
         )
     return Space({key: _read_values(source, key, values) for key, values in table.items()})
 
 
 def _join_keys(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """TOML reads a bare dotted key as tables in tables."""
+    """Flatten nested tables: TOML parses a bare dotted key as tables in tables."""
     joined: dict[str, Any] = {}
     for key, value in table.items():
         name = f"{prefix}{key}"
@@ -245,7 +246,7 @@ def _read_values(source: str, key: str, values: Any) -> BaseDistribution:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"sweep.space={source}: {key} = {given}: {error}; write {{choices = [...]}}, or low"
-            " and high, with log = true or a step if you like"
+            " and high, optionally with log = true or a step"
         ) from error
 
 
@@ -256,7 +257,7 @@ def _check_choices(choices: list[Any]) -> list[Any]:
 
 
 def _list_splits(config: Config) -> dict[str, Any]:
-    """Half of the channels or none, and what lies between and beyond, in eighths."""
+    """Return the space of rotation_dims, in eighths of the channels, and split, in quarters."""
     dim = config.representation.dim
     step = max(2, 2 * round(dim / 16))
     return {
@@ -286,4 +287,4 @@ NAMED_SPACES: dict[str, Callable[[Config], dict[str, Any]]] = {
     "split_and_rate": lambda config: _list_splits(config) | _list_rates(config),
     "multiplicities": _list_multiplicities,
 }
-"""By name, from the configuration that every trial starts from."""
+"""Functions from the configuration that every trial starts from to a space, by name."""

@@ -1,4 +1,4 @@
-"""A sweep's finished trials as Optuna sees them: its fronts, and which knob matters."""
+"""Optuna's view of a sweep's finished trials: Pareto fronts, and importances of the knobs."""
 
 # pyright: reportMissingTypeStubs=false
 from collections.abc import Mapping, Sequence
@@ -73,12 +73,12 @@ def rate_knobs(trials: Sequence[Trial], metric: str, knobs: Sequence[str]) -> di
     evaluator = FanovaImportanceEvaluator(n_trees=24, seed=0)
     try:
         return get_param_importances(study, evaluator=evaluator)
-    except RuntimeError:  # no tree of the forest finds anything to split
+    except RuntimeError:  # no tree of the forest finds a split
         return {}
 
 
 def _distribution(values: Sequence[Any]) -> Any:
-    """Numbers keep their order; anything else is a choice."""
+    """Return an ordered distribution for numbers, a categorical one for anything else."""
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         return FloatDistribution(float(min(values)), float(max(values)))
     return CategoricalDistribution(sorted({str(value) for value in values}))

@@ -1,8 +1,8 @@
-"""A sweep's metric as a surface over its two knobs.
+"""Fit of a sweep's metric as a surface over its two knobs.
 
-A stopped trial was measured at an earlier step, where all trials are worse: as it stands it would
-pull the surface down wherever the sweep gave up early. It counts by the end that it was heading
-for: its last look, and what the finished trials gained from that step on.
+A stopped trial was measured at an earlier step, where all trials are worse: its raw value would
+pull the surface down wherever trials were stopped. It counts by an estimate of its end instead: its
+last validation plus the average gain of the finished trials from that step on.
 """
 
 # pyright: reportMissingTypeStubs=false
@@ -18,37 +18,38 @@ from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 from efae.sweep.reported_trials import Trial
 
 FEWEST_POSITIONS = 5
-"""Different representations that a surface needs."""
+"""Minimum number of different representations for a surface."""
 FEWEST_FINISHED = 3
-"""Finished trials whose gains say what a stopped one would have gained."""
+"""Minimum number of finished trials for extrapolating a stopped one."""
 
-# Gains differ by this share of how far two trials are apart: over 58 trials of the default space
-# (`benchmarks/compare_sweeps.py`), 0.13 from the first rung and 0.05 from the second.
+# Gains of two trials differ by this share of the distance between their values: over 58 trials of
+# the default space (`benchmarks/compare_sweeps.py`), 0.13 from the first rung, 0.05 from
+# the second.
 _DRIFT = 0.15
-# Lengths in units of the whole range of either knob; variances in that of the values.
+# Lengths in units of a knob's whole range; variances in units of the values' variance.
 _LENGTHS, _AMPLITUDES, _NOISES = (0.2, 0.35, 0.6, 1.0, 1.7), (0.7, 2.0, 6.0), (0.003, 0.03, 0.3)
 
 
 @dataclass(frozen=True)
 class Surface:
-    """Gaussian processes through the trials' ends, each as likely as its weight.
+    """Mixture of Gaussian processes through the trials' ends, weighted by likelihood.
 
-    A single process with the likeliest scales is too sure of itself after a dozen trials, so those
-    with other scales have their say.
+    A single process with the likeliest scales is overconfident after a dozen trials, so others with
+    different scales contribute.
     """
 
     processes: Sequence[tuple[float, Any]]
-    """(weight, process); the weights add up to 1."""
+    """Pairs (weight, process); the weights add up to 1."""
     dim: int
     noise: float
-    """Standard deviation between runs of one representation, by the fit, in the metric's unit."""
+    """Fitted standard deviation between runs of one representation, in the metric's unit."""
 
     def predict(self, rotation_dims: Any, chirality_split: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of the surface itself, without the noise of one run.
+        """Return mean and standard deviation of the surface, without the noise of a single run.
 
         Args:
-            rotation_dims: any shape.
-            chirality_split: the same shape.
+            rotation_dims: Numbers of rotating channels, of any shape.
+            chirality_split: Splits, of the same shape.
         """
         x = np.stack(
             [np.asarray(rotation_dims, float) / self.dim, np.asarray(chirality_split, float)], -1
@@ -64,7 +65,7 @@ class Surface:
 
 @dataclass(frozen=True)
 class Optimum:
-    """Where a surface is best."""
+    """Representation at which a surface is best."""
 
     invariant: int
     chiral: int
@@ -75,7 +76,7 @@ class Optimum:
 
 @dataclass(frozen=True)
 class End:
-    """Where a trial of a representation ended, or would have."""
+    """Measured or extrapolated end of a trial with a representation."""
 
     trial: Trial
     position: tuple[float, float]
@@ -85,16 +86,16 @@ class End:
 
 
 def find_ends(trials: Sequence[Trial], metric: str) -> list[End]:
-    """The metric at the end of each trial that has a representation, and how well it is known.
+    """Return the metric at the end of each trial with a representation, and its standard error.
 
-    Of a finished trial it is what was measured. A stopped one would have gained what the finished
-    ones gained on average since its last step; its error is their spread, and more the further it
-    was from them. Without `FEWEST_FINISHED` finished ones that were looked at in that step, and of
-    trials that failed or still run, nothing is known.
+    A finished trial has its measured value. A stopped one is given the average gain of the finished
+    ones since its last step; its error is the spread of those gains, plus a share of its distance
+    from them. Trials that failed or still run have no end; neither have stopped ones unless at
+    least `FEWEST_FINISHED` finished trials were validated at that step.
 
     Args:
-        trials: of one sweep.
-        metric: of theirs.
+        trials: Trials of one sweep.
+        metric: Metric of the trials.
     """
     measured = [(trial, value) for trial in trials if (value := trial.measure(metric)) is not None]
     placed = [(trial, trial.position, value) for trial, value in measured if trial.position]
@@ -114,13 +115,13 @@ def find_ends(trials: Sequence[Trial], metric: str) -> list[End]:
 
 
 def find_optimum(surface: Surface, ends: Sequence[End], mode: str, colours: int) -> Optimum:
-    """The representation at which the surface is best, in the range where trials ended.
+    """Return the representation at which the surface is best, within the range of the ends.
 
     Args:
-        surface: through the ends.
-        ends: those of `fit_surface`.
-        mode: "max" or "min".
-        colours: invariant channels, at least.
+        surface: Surface through the ends.
+        ends: Ends that `fit_surface` got.
+        mode: Direction, "max" or "min".
+        colours: Minimum number of invariant channels.
     """
     places = np.array([end.position for end in ends])
     (fewest, lowest), (most, highest) = places.min(0), places.max(0)
@@ -139,14 +140,14 @@ def find_optimum(surface: Surface, ends: Sequence[End], mode: str, colours: int)
 
 
 def fit_surface(ends: Sequence[End], dim: int) -> Surface | None:
-    """The metric over (rotation_dims, chirality_split).
+    """Fit the metric over (rotation_dims, chirality_split).
 
-    None if there are fewer than `FEWEST_POSITIONS` representations, if one of the knobs is the same
-    in all of them, or if all values are equal.
+    Return None for fewer than `FEWEST_POSITIONS` representations, if a knob is the same in
+    all of them, or if all values are equal.
 
     Args:
-        ends: of trials, those that stopped early with a wider error.
-        dim: the latent's channels.
+        ends: Ends of trials, with a larger error for those that were stopped early.
+        dim: Number of latent channels.
     """
     if len({end.position for end in ends}) < FEWEST_POSITIONS:
         return None
@@ -155,7 +156,7 @@ def fit_surface(ends: Sequence[End], dim: int) -> Surface | None:
         return None
     x, y = points[:, :2] / (dim, 1), points[:, 2]
     fitted: list[Any] = []
-    # The processes see values in units of their spread; so must the errors be.
+    # The processes normalise the values by their standard deviation, so the errors must be too.
     errors = np.array([end.error for end in ends]) / y.std()
     as_given: dict[str, Any] = {"optimizer": None, "normalize_y": True, "alpha": errors**2 + 1e-10}
     for amplitude, length, other_length, noise in product(_AMPLITUDES, _LENGTHS, _LENGTHS, _NOISES):

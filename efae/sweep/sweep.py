@@ -1,6 +1,6 @@
-"""A sweep from its configuration to a registered candidate: what the driver does.
+"""The driver's part of a sweep, from its configuration to a registered candidate.
 
-As of a single run, storage and MLflow hold all that a later driver of the same name needs to go on.
+As for a single run, storage and MLflow hold all that a later driver needs to resume under the name.
 """
 
 import json
@@ -43,32 +43,32 @@ from efae.tracking.server import Server
 CANDIDATE = "candidate"
 _STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "running": "KILLED"}
 _MAY_GROW = ("trials", "finalists", "finalist_seeds")
-"""Of the sweep's own settings, when it is taken up again; concurrency may be anything."""
+"""Settings that may grow when a sweep resumes; concurrency may change freely."""
 
 
 def run_sweep(
     config: Config, settings: SweepConfig, server: Server, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Search, repeat the best with other seeds, register the winner, report.
+    """Search, repeat the best trials with other seeds, register the winner, and report.
 
-    A sweep of the same name that did not end is taken up: trials that ended are kept, those that
-    had begun go on from their checkpoints.
+    An unfinished sweep of the same name resumes: ended trials are kept, and unfinished ones resume
+    from their checkpoints.
 
     Args:
-        config: what every trial starts from; tracking.run_name is ignored.
-        settings: of the sweep.
+        config: Configuration that every trial starts from; tracking.run_name is ignored.
+        settings: Settings of the sweep.
         server: MLflow server, by an address that driver and trials reach.
-        say: prints one line of progress.
+        say: Function that prints one line of progress.
 
     Returns:
-        What sweep.json holds.
+        Content of sweep.json.
 
     Raises:
-        ValueError: something that the user gave cannot work, before any work starts; or no trial
-            came to its end.
-        StorageError: the storage refuses or does not answer.
-        Interrupted: the driver was told to stop.
-        ConnectionError: MLflow is away when the model is to be registered.
+        ValueError: The user's input cannot work, raised before any work starts; or no trial
+            finished.
+        StorageError: The storage refuses or does not answer.
+        Interrupted: The driver was told to stop.
+        ConnectionError: MLflow is unreachable when the model is registered.
     """
     started = time.monotonic()
     config = with_overrides(config, {"tracking.run_name": settings.name, "resume": "auto"})
@@ -83,10 +83,10 @@ def run_sweep(
     if records.trials:
         states = [record.state for record in records.trials.values()]
         found = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
-        say(f"    goes on; trials so far: {found}")
+        say(f"    resuming; trials so far: {found}")
     sweep = Sweep(settings.name, configuration.to_json(config), parent)
-    diary = _Diary(config, settings, sweep, records, say)
-    phases = Phases(sweep, config, settings, records, diary.note)
+    progress = _Progress(config, settings, sweep, records, say)
+    phases = Phases(sweep, config, settings, records, progress.report)
     try:
         phases.search(Proposals(chooser, records, settings))
         phases.repeat(choose_finalists(records, settings, config.training.seed))
@@ -106,9 +106,9 @@ def run_sweep(
         _check_found(records, best)
     except BaseException as error:
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
-        # Quickly: a stopped job is killed soon. The others have ended, but for a rare moment.
-        begun = [record for record in records.trials.values() if record.state == "running"]
-        _end_runs(sweep, config, begun, "KILLED" if interrupted else "FAILED")
+        # Ray soon kills a stopped job, so end only the runs of unfinished trials.
+        unfinished = [record for record in records.trials.values() if record.state == "running"]
+        _end_runs(sweep, config, unfinished, "KILLED" if interrupted else "FAILED")
         raise
     _end_runs(sweep, config, records.trials.values(), "FINISHED")
     records.write_sweep((records.read_sweep() or {}) | {"ended": _plan(settings)})
@@ -116,17 +116,17 @@ def run_sweep(
 
 
 def check_settings(config: Config, settings: SweepConfig) -> None:
-    """What sweep and configuration cannot see each by itself.
+    """Check that the sweep's settings and the configuration fit together.
 
     Raises:
-        ValueError: they do not fit together.
+        ValueError: They do not.
     """
     training = config.training
     first = settings.first_rung * training.steps
     if settings.early_stopping and training.evaluation_interval > first:
         raise ValueError(
             f"training.evaluation_interval={training.evaluation_interval}: trials are compared at"
-            f" looks, the first at sweep.first_rung={settings.first_rung} of training.steps="
+            f" validations, the first at sweep.first_rung={settings.first_rung} of training.steps="
             f"{training.steps}; lower it to {max(1, int(first))}, or set --sweep.no-early-stopping"
         )
 
@@ -134,14 +134,14 @@ def check_settings(config: Config, settings: SweepConfig) -> None:
 def _begin(
     config: Config, settings: SweepConfig, chooser: Chooser, records: Records, server: Server
 ) -> Run:
-    """Find or make the sweep in storage and in MLflow; its run.
+    """Find or create the sweep in storage and in MLflow; return its MLflow run.
 
     Raises:
-        ValueError: there is a sweep or a run of this name that is another or has ended.
+        ValueError: The name belongs to a run, to a sweep with other settings, or to an ended one.
     """
     name = settings.name
     if run_folder.find_newest_checkpoint(run_folder.locate_run(config)):
-        raise ValueError(f"sweep.name={name!r}: there is a run of that name; choose another")
+        raise ValueError(f"sweep.name={name!r}: a run has that name; choose another")
     free = (*_MAY_GROW, "concurrency")
     fixed = {f"sweep.{k}": v for k, v in asdict(settings).items() if k not in free}
     fixed |= {
@@ -171,13 +171,13 @@ def _begin(
         if changed:
             raise ValueError(
                 f"sweep.name={name!r}: that sweep has other settings ({'; '.join(changed)}); choose"
-                " another name, or the settings it began with"
+                " another name, or the settings it started with"
             )
         planned = _plan(settings)
         if known["ended"] and all(planned[key] <= count for key, count in known["ended"].items()):
             raise ValueError(
                 f"sweep.name={name!r}: that sweep has ended; choose another name, or raise"
-                " sweep.trials to go on with it"
+                " sweep.trials to continue it"
             )
         records.write_sweep(known | {"ended": None})
         run.reopen()
@@ -190,8 +190,8 @@ def _plan(settings: SweepConfig) -> dict[str, int]:
     return {key: getattr(settings, key) for key in _MAY_GROW}
 
 
-class _Diary:
-    """Says how trials ended, and ends their runs in MLflow."""
+class _Progress:
+    """Reports how trials ended, and ends their runs in MLflow."""
 
     def __init__(
         self,
@@ -204,8 +204,8 @@ class _Diary:
         self._config, self._settings, self._sweep = config, settings, sweep
         self._records, self._say = records, say
 
-    def note(self, record: TrialRecord) -> None:
-        """One trial has ended."""
+    def report(self, record: TrialRecord) -> None:
+        """Report a trial that has ended, and end its run."""
         end_trial(self._sweep, self._config, record)
         first = self._settings.objectives[0]
         ended = [r for r in self._records.in_phase(record.phase) if r.state != "running"]
@@ -224,7 +224,7 @@ class _Diary:
 
 
 def end_trial(sweep: Sweep, config: Config, record: TrialRecord) -> None:
-    """End the trial's run in MLflow, with its last numbers for the comparison of runs."""
+    """End the trial's run in MLflow, and log its final metrics for the comparison of runs."""
     runs.end_trial(
         sweep.parent.server,
         config.tracking.experiment,
@@ -242,7 +242,7 @@ def _end_runs(sweep: Sweep, config: Config, trials: Iterable[TrialRecord], statu
 
 
 def _register(sweep: Sweep, winner: TrialRecord, data: RunData, say: Callable[[str], None]) -> str:
-    """The winner's weights as a version with the alias candidate; its URI."""
+    """Register the winner's weights as a version with the alias candidate; return its URI."""
     config, server = configure_trial(sweep, winner), sweep.parent.server
     final, metadata = find_final(config)
     say(f"evaluating trial {winner.key} on {config.training.held_out_images} held-out images ...")
@@ -278,6 +278,6 @@ def _check_found(records: Records, best: dict[str, Any] | None) -> None:
     if best is None:
         causes = {r.cause for r in records.trials.values() if r.cause}
         raise ValueError(
-            f"no trial came to its end: {len(records.trials)} began"
+            f"no trial finished: {len(records.trials)} started"
             f"{'; causes: ' + '; '.join(sorted(causes)) if causes else ''}"
         )

@@ -96,13 +96,17 @@ def stormy_sweep(train_shards, local_stack, tmp_path_factory):
         return Records(uri).trials
 
     with submitted("stormy", *options, job="tune", submission_id="stormy") as job:
-        job.wait_for("look of the first trial", lambda: 1 in trials() and trials()[1].looks)
+        job.wait_for(
+            "validation of the first trial", lambda: 1 in trials() and trials()[1].validations
+        )
         stop = [str(Path(sys.executable).with_name("ray")), "job", "stop", "stormy"]
         subprocess.run(stop, check=True, capture_output=True)
         seen["after the stop"] = (list_leftovers(local_stack), find_children("stormy"))
     with submitted("stormy", *options, job="tune", inside=False) as job:
         job.wait_for("end of the first trial", lambda: trials()[1].state == "finished")
-        job.wait_for("look of the finalist", lambda: 5 in trials() and trials()[5].looks)
+        job.wait_for(
+            "validation of the finalist", lambda: 5 in trials() and trials()[5].validations
+        )
         job.process.send_signal(signal.SIGKILL)
     seen["first trial"] = storage.read_bytes(f"{uri}/001.json")
     seen["chunks"] = find_chunks(folder / "cache")
@@ -140,8 +144,8 @@ def test_what_had_ended_was_kept_and_what_had_begun_went_on(stormy_sweep):
         starts = [event.facts["step"] for event in events if event.kind == "start"]
         assert len(starts) == 2
         assert starts[0] == 0 < starts[1]
-        looks = Records(run_uri("stormy")).trials[number].looks
-        assert [look["step"] for look in looks] == list(range(INTERVAL, STEPS + 1, INTERVAL))
+        validations = Records(run_uri("stormy")).trials[number].validations
+        assert [v["step"] for v in validations] == list(range(INTERVAL, STEPS + 1, INTERVAL))
 
 
 @pytest.mark.slow
@@ -261,7 +265,7 @@ def test_a_sweep_without_a_result_says_why(train_shards, local_stack, tmp_path):
     options = [*TRIALS, f"--sweep.space={space}", "--sweep.name=hopeless", "--ray.num-workers=1"]
     result = run_job("tune", *OPTIONS, *options, f"--tracking.report-folder={tmp_path}")
     assert result.returncode == 1
-    assert "no trial came to its end: 1 began; causes:" in result.stderr
+    assert "no trial finished: 1 started; causes:" in result.stderr
     assert "memory" in result.stderr
     assert (tmp_path / "hopeless" / "report.html").exists()
     children, parent = find_children("hopeless")

@@ -30,7 +30,7 @@ def make_trial(number: int, rotation_dims: int, split: float, **more: Any) -> di
     end = psnr_at(rotation_dims, split) - 2 * abs(np.log10(rate / 1e-3)) + generator.normal(0, 0.05)
     reached = {"finished": STEPS, "stopped": RUNGS[number % 2], "failed": 150, "running": 250}
     steps = reached[more.get("state", "finished")]
-    looks = [
+    validations = [
         {
             "step": step,
             "psnr": float(value),
@@ -40,7 +40,7 @@ def make_trial(number: int, rotation_dims: int, split: float, **more: Any) -> di
         for step in range(50, steps + 1, 50)
         for value in [end - 6 * np.exp(-step / 110) + generator.normal(0, 0.03)]
     ]
-    last = looks[-1]
+    last = validations[-1]
     config = split_config | {RATE: rate, "training.seed": seed}
     return {
         "key": f"t{number:03d}",
@@ -56,7 +56,7 @@ def make_trial(number: int, rotation_dims: int, split: float, **more: Any) -> di
             "latent_size": 512,
         },
         "multiplicities": representation.multiplicities,
-        "looks": looks,
+        "validations": validations,
         "mlflow_run_id": f"{number:032x}",
         "seconds": 40.0 + 0.1 * steps + float(generator.normal(0, 1)),
         "steps": steps,

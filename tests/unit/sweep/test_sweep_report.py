@@ -78,7 +78,7 @@ def test_the_page_shows_the_very_figures_and_loads_nothing(folder, page):
 
 def test_the_answer_comes_first(page, sweep):
     best = sweep["best"]
-    answer = words(page).partition("What to type next")[0]
+    answer = words(page).partition("Next steps")[0]
     assert "8 channels invariant, 8 that change sign, 16 that turn in 8 planes" in answer
     assert f"{best['value']:.2f} dB ± {best['spread']:.2f} dB (standard deviation)" in answer
     assert "over 3 seeds" in answer
@@ -219,7 +219,7 @@ def test_theory_may_be_the_best_or_known_by_the_surface_alone(tmp_path, sweep):
     def say(rotation_dims: int) -> str:
         theory = {"rotation_dims": rotation_dims, "chirality_split": 0.5}
         # Without knobs to rate and curves to draw: this test is about words.
-        trials = [trial | {"looks": []} for trial in sweep["trials"]]
+        trials = [trial | {"validations": []} for trial in sweep["trials"]]
         page = write(tmp_path, sweep | {"trials": trials, "space": {}, "theory": theory})
         return words(page)
 
@@ -231,7 +231,7 @@ def test_theory_may_be_the_best_or_known_by_the_surface_alone(tmp_path, sweep):
 
 
 def make_small(kind: str) -> dict[str, Any]:
-    out_of_memory = {"state": "failed", "metrics": {}, "looks": [], "multiplicities": {}}
+    out_of_memory = {"state": "failed", "metrics": {}, "validations": [], "multiplicities": {}}
     failed = [make_trial(i, 8, 0.5) | out_of_memory | {"cause": "out of memory"} for i in range(3)]
     rates = [make_trial(i, 8, 0.5, rate=rate) for i, rate in enumerate((1e-4, 1e-3, 1e-2, 3e-3))]
     if kind == "learning rate alone":
@@ -247,10 +247,14 @@ def make_small(kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "figures", "said"),
     [
-        ("no trial", set(), ["No trial finished", "No trial began", "finished trials: 0"]),
+        ("no trial", set(), ["No trial finished", "No trial started", "finished trials: 0"]),
         ("all failed", set(), ["there is no answer yet: 3 failed. First cause: out of memory"]),
         ("one trial", {"curves"}, ["one run only", "Fewer than two trials finished"]),
-        ("learning rate alone", {"curves"}, ["optimizer.learning_rate = 0.001", "had one knob"]),
+        (
+            "learning rate alone",
+            {"curves"},
+            ["optimizer.learning_rate = 0.001", "had only one knob"],
+        ),
     ],
 )
 def test_a_sweep_with_little_to_say_says_so(tmp_path, kind, figures, said):
@@ -259,6 +263,6 @@ def test_a_sweep_with_little_to_say_says_so(tmp_path, kind, figures, said):
     assert {path.stem for path in tmp_path.glob("*.png")} == figures
     assert len([tag for tag, _ in page.tags if tag == "img"]) == len(figures)
     text = words(page)
-    for sentence in (*said, "No response surface: of "):
+    for sentence in (*said, "No response surface: the ends of "):
         assert sentence in text
     assert not {"None", "nan", "inf"} & set(text.split())

@@ -25,7 +25,7 @@ def value_of(combination):
     return 25 - abs(combination[ROTATION] - 16) / 8 - 4 * abs(combination[CHIRALITY] - 0.5)
 
 
-def look_at(combination, step=STEPS):
+def validate(combination, step=STEPS):
     value = value_of(combination) - (STEPS - step) / 100
     return {"step": step, "psnr": value, "held_out_loss": 1 / value, "worst_gap_db": 0.0}
 
@@ -47,10 +47,10 @@ def run(records, proposals, count, first_id=0):
         if proposal == "FINISHED":
             break
         record = TrialRecord(**proposal["record"])
-        look = look_at(record.combination)
-        proposals.on_trial_result(str(i), look)
-        proposals.on_trial_complete(str(i), look)
-        records.update(record.number, state="finished", looks=[look])
+        validation = validate(record.combination)
+        proposals.on_trial_result(str(i), validation)
+        proposals.on_trial_complete(str(i), validation)
+        records.update(record.number, state="finished", validations=[validation])
         found.append(record.combination)
     return found
 
@@ -115,11 +115,11 @@ def test_a_trial_stopped_early_is_no_whole_one(tmp_path):
     records, proposals = begin(tmp_path, settings)
     for name, step in (("whole", STEPS), ("stopped", 150)):
         record = TrialRecord(**proposals.suggest(name)["record"])
-        look = look_at(record.combination, step)
-        proposals.on_trial_result(name, look)
-        proposals.on_trial_complete(name, look)
+        validation = validate(record.combination, step)
+        proposals.on_trial_result(name, validation)
+        proposals.on_trial_complete(name, validation)
         state = "finished" if step == STEPS else "stopped"
-        records.update(record.number, state=state, looks=[look])
+        records.update(record.number, state=state, validations=[validation])
     proposals.suggest("failed")
     nothing = dict.fromkeys(("psnr", "held_out_loss", "worst_gap_db"), math.nan)
     proposals.on_trial_result("failed", {"step": 0, **nothing, "cause": "no memory"})
@@ -142,10 +142,10 @@ def test_several_objectives_give_a_front(tmp_path):
     for i in range(3):
         record = TrialRecord(**proposals.suggest(str(i))["record"])
         dim = record.combination["representation.dim"]
-        look = {"step": STEPS, "psnr": psnr[dim], "held_out_loss": 1.0, "worst_gap_db": 0.0}
-        proposals.on_trial_result(str(i), look)
-        proposals.on_trial_complete(str(i), look)
-        records.update(record.number, state="finished", looks=[look])
+        validation = {"step": STEPS, "psnr": psnr[dim], "held_out_loss": 1.0, "worst_gap_db": 0.0}
+        proposals.on_trial_result(str(i), validation)
+        proposals.on_trial_complete(str(i), validation)
+        records.update(record.number, state="finished", validations=[validation])
     assert [list(t.params.values()) for t in proposals._study.best_trials if t.values] == [
         [record.combination["representation.dim"]]
         for record in records.trials.values()
@@ -165,11 +165,11 @@ def test_asha_remembers_what_earlier_drivers_saw(metric):
     scheduler = make_scheduler(CONFIG, settings)
 
     def record(number, loss):
-        looks = [
+        validations = [
             {"step": step, "psnr": -loss, "held_out_loss": loss, "worst_gap_db": 0.0}
             for step in range(150, STEPS + 1, 150)
         ]
-        return TrialRecord(number, "search", {}, 0, 1, "finished", looks)
+        return TrialRecord(number, "search", {}, 0, 1, "finished", validations)
 
     for number, loss in enumerate((0.1, 0.2, 0.3, 0.4), start=1):
         replay(scheduler, record(number, loss))
@@ -201,7 +201,7 @@ def test_finalists_are_the_best_and_planned_once(tmp_path):
     chosen = choose_finalists(records, settings, 0)
     assert [(r.combination, r.seed) for r in chosen] == [(c, s) for c in best for s in (1, 2)]
     assert choose_finalists(records, settings, 0) == chosen
-    records.update(chosen[0].number, state="finished", looks=[look_at(best[0])])
+    records.update(chosen[0].number, state="finished", validations=[validate(best[0])])
     assert choose_finalists(Records(str(tmp_path)), settings, 0) == chosen[1:]
 
 
@@ -210,8 +210,8 @@ def test_the_best_is_the_mean_over_most_seeds(tmp_path):
     records = Records(str(tmp_path))
     for combination, seed, psnr in (("a", 0, 30.0), ("b", 0, 25.0), ("b", 1, 26.0), ("c", 0, 25.8)):
         record = records.add("search", {"k": combination}, seed, 512)
-        look = {"step": STEPS, "psnr": psnr, "held_out_loss": 1.0, "worst_gap_db": 0.0}
-        records.update(record.number, state="finished", looks=[look])
+        validation = {"step": STEPS, "psnr": psnr, "held_out_loss": 1.0, "worst_gap_db": 0.0}
+        records.update(record.number, state="finished", validations=[validation])
     best = find_best(records, settings)
     assert (best["config"], best["value"], best["seeds"]) == ({"k": "b"}, 25.5, [0, 1])
     assert records.trials[best["number"]].metrics["psnr"] == 26.0
@@ -221,7 +221,9 @@ def test_the_best_is_the_mean_over_most_seeds(tmp_path):
 def test_records_come_back_from_storage(tmp_path):
     records = Records(str(tmp_path))
     record = records.add("search", {ROTATION: 4}, 3, 512)
-    records.update(record.number, looks=[look_at({ROTATION: 4, CHIRALITY: 0.5}, 100)], seconds=2.5)
+    records.update(
+        record.number, validations=[validate({ROTATION: 4, CHIRALITY: 0.5}, 100)], seconds=2.5
+    )
     records.write_sweep({"ended": False})
     again = Records(str(tmp_path))
     assert list(map(asdict, again.trials.values())) == list(map(asdict, records.trials.values()))
@@ -230,6 +232,14 @@ def test_records_come_back_from_storage(tmp_path):
     (tmp_path / "002.json").write_text("{")
     with pytest.raises(ValueError, match=r"002\.json: not a trial's record"):
         Records(str(tmp_path))
+
+
+def test_records_of_release_0_1_are_read(tmp_path):
+    """There the key of `validations` was "looks"."""
+    record = Records(str(tmp_path)).add("search", {}, 0, 1)
+    file = tmp_path / f"{record.key}.json"
+    file.write_text(file.read_text().replace('"validations": []', '"looks": [{"step": 7}]'))
+    assert Records(str(tmp_path)).trials[1].steps == 7
 
 
 def test_the_theory_is_the_action_on_a_patch():

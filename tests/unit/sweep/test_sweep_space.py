@@ -96,7 +96,7 @@ def test_a_file_says_values(tmp_path):
         ('"model.depth" = {low = 1}', "low and high"),
         ('"model.depth" = []', "choices"),
         ('"representation.multiplicities" = [[4, 0, 0, 0, 0]]', "numbers, texts"),
-        ('"representation.multiplicities.a2" = [0, 1]', "takes the rest"),
+        ('"representation.multiplicities.a2" = [0, 1]', "takes the remaining channels"),
         ("model.depth = ", "Invalid value"),
         ("", "empty"),
     ],
@@ -145,7 +145,7 @@ def test_wrong_settings_are_refused_by_name(wrong):
         dataclasses.replace(SweepConfig(), **wrong)
 
 
-def test_looks_must_come_before_the_first_rung():
+def test_a_validation_must_come_before_the_first_rung():
     with pytest.raises(ValueError, match=r"training.evaluation_interval=500.*lower it to 200"):
         check_settings(with_overrides(QUICKSTART, {"training.steps": 800}), SweepConfig())
     check_settings(PRESETS["quickstart_trial"][1], SweepConfig())

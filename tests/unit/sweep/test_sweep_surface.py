@@ -75,14 +75,16 @@ def test_a_stopped_trial_counts_by_the_end_it_was_heading_for():
         truth = np.array([t["metrics"]["psnr"] for t in full])
         deviations += [(e.value - v) / e.error for e, v in zip(ends, truth, strict=True) if e.error]
     assert np.mean(np.abs(deviations) < 2) > 0.85
-    assert abs(np.mean(deviations)) < 0.3  # at its last look it would be 2 dB too low
+    assert abs(np.mean(deviations)) < 0.3  # at its last validation it would be 2 dB too low
 
 
 def test_a_stopped_trial_pulls_no_further_than_it_is_known():
     finished = [make_trial(i, 4 * (i % 6), 0.3 * (1 + i // 6)) for i in range(12)]
     stopped = make_trial(12, 8, 0.3, state="stopped")
-    looks = [look | {"psnr": look["psnr"] - 6} for look in stopped["looks"]]
-    ends = find_ends(read_trials([*finished, stopped | {"looks": looks}]), "psnr")
+    validations = [
+        validation | {"psnr": validation["psnr"] - 6} for validation in stopped["validations"]
+    ]
+    ends = find_ends(read_trials([*finished, stopped | {"validations": validations}]), "psnr")
     at: dict[float | None, float] = {}
     for error in (None, ends[-1].error, 0.0):
         told = [*ends[:-1], replace(ends[-1], error=error)] if error is not None else ends[:-1]
