@@ -280,8 +280,8 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
 
 def set_up_worker() -> None:
     """Set process-wide options of a training process that Ray started."""
-    for name in ("", "mlflow"):  # Ray, botocore and MLflow are verbose at INFO
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger().setLevel(logging.WARNING)  # Ray, botocore and MLflow are verbose at INFO
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # MLflow sets its own when imported
     ignore_metadata()
     notice_outages_soon()
 
