@@ -54,10 +54,9 @@ class Bottleneck(nn.Module):
         return wide * torch.rsqrt(wide.square().mean((1, 2, 3), keepdim=True) + 1e-6)
 
     def add_noise(
-        self, latent: Float[Tensor, "b dim h w"], generator: torch.Generator
+        self, latent: Float[Tensor, "b dim h w"], noise: Float[Tensor, "b dim h w"]
     ) -> Float[Tensor, "b dim h w"]:
-        """Add training noise to a bounded latent."""
-        noise = torch.randn(latent.shape, generator=generator, device=latent.device)
+        """Add standard normal noise, at the scale of training, to a bounded latent."""
         return latent + self._spread() * noise
 
     def divergence(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b"]:
@@ -73,6 +72,10 @@ class Bottleneck(nn.Module):
         power = torch.stack([channels[block].mean() for block in self.blocks])
         self.power.lerp_(power, _MOMENTUM)
 
+    def mean_power(self) -> Float[Tensor, ""]:
+        """Return the running mean power over all channels."""
+        return self._by_channel(self.power).mean()
+
     def normalize(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b dim h w"]:
         """Scale a bounded latent to unit root mean square per irrep."""
         return latent / self._scale(latent.dtype)
@@ -87,11 +90,15 @@ class Bottleneck(nn.Module):
         return (self.log_variance / 2).exp()[self.copy_of_channel, None, None]
 
     def _scale(self, dtype: torch.dtype) -> Tensor:
-        sizes = [block.stop - block.start for block in self.blocks]
         # The clamp keeps the scale of an irrep that no image excites above zero.
         scale = self.power.clamp(min=1e-6).sqrt()
-        parts = [value.expand(size) for value, size in zip(scale, sizes, strict=True)]
-        return torch.cat(parts).to(dtype)[:, None, None]
+        return self._by_channel(scale).to(dtype)[:, None, None]
+
+    def _by_channel(self, values: Tensor) -> Tensor:
+        """Repeat one value per block for each of its channels."""
+        sizes = [block.stop - block.start for block in self.blocks]
+        parts = [value.expand(size) for value, size in zip(values, sizes, strict=True)]
+        return torch.cat(parts)
 
 
 def _blocks_of_one_scale(representation: Representation) -> list[slice]:

@@ -1,26 +1,115 @@
 """The training loss, from images to a loss per example.
 
-Each example draws t, noise, latent noise, null condition and angle, all from the generator; at the
-levels that learn equivariance, also a group element g. The decoder is fitted to p(gx | rho(g) z)
-with z = E(x) (level `objective`); `regularized` adds a pair term on the encoder; at level `exact`
-every layer commutes with g, so that drawing it would change nothing.
+Each example draws t, noise, latent noise, null condition and angle; at the levels that learn
+equivariance, also a group element g. The decoder is fitted to p(gx | rho(g) z) with z = E(x) (level
+`objective`); `regularized` adds a pair term on the encoder; at level `exact` every layer commutes
+with g, so that drawing it would change nothing. All draws are made before the loss is computed, so
+that a compiler sees no generator, and parts of a batch can share the draws of the whole.
 """
 
 import importlib
 import random
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from math import gcd
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from efae.config import Config
 from efae.model import flow
 from efae.model.autoencoder import Autoencoder
+from efae.symmetry import GROUPS
 from efae.symmetry.any_angle import act_by_angle, disk_mask, rotate_image
 from efae.symmetry.group import act_on_grid
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random draws of a batch, in the order in which they are made; None is not drawn.
+
+    Attributes:
+        t: Flow times, in (0, 1).
+        element: Positions in the group of the elements that act.
+        angle: Angles of rotation in radians, in float64, in which quarter turns are exact.
+        rotated: Whether the example is rotated by its angle.
+        latent_noise: Standard normal noise of the bottleneck.
+        keep: Whether the decoder sees the latent, not the null condition.
+        noise: Standard normal noise that the flow starts from.
+        cells: Height and width of the latents if the whole batch is downscaled.
+    """
+
+    t: Float[Tensor, "b"]
+    element: Int[Tensor, "b"] | None
+    angle: Float[Tensor, "b"] | None
+    rotated: Bool[Tensor, "b"] | None
+    latent_noise: Float[Tensor, "b dim lh lw"]
+    keep: Bool[Tensor, "b"] | None
+    noise: Float[Tensor, "b c h w"]
+    cells: tuple[int, int] | None
+
+    def split(self, size: int) -> "list[Draws]":
+        """Return the draws of consecutive parts of `size` examples; the last may be smaller."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+
+        def cut(part: slice) -> dict[str, Any]:
+            return {k: v[part] if isinstance(v, Tensor) else v for k, v in values.items()}
+
+        starts = range(0, len(self.t), size)
+        return [Draws(**cut(slice(start, start + size))) for start in starts]
+
+
+def draw(config: Config, shape: tuple[int, ...], generator: torch.Generator) -> Draws:
+    """Draw everything random that the loss of a batch needs.
+
+    Args:
+        config: Configuration of the model and its loss.
+        shape: Shape (b, c, h, w) of the images.
+        generator: Source of the draws, on the images' device.
+    """
+    count, channels, device = shape[0], shape[1], generator.device
+    t = flow.draw_time(count, config.flow, generator, device)
+    element = angle = rotated = keep = None
+    if config.model.level in ("objective", "regularized"):
+        order = len(GROUPS[config.representation.group])
+        element = torch.randint(order, (count,), generator=generator, device=device)
+    if config.loss.rotation_probability:
+        angle = torch.rand(count, generator=generator, device=device, dtype=torch.float64)
+        angle = 2 * torch.pi * angle
+        rotated = torch.rand(count, generator=generator, device=device)
+        rotated = rotated < config.loss.rotation_probability
+    f = config.model.downsampling
+    height, width = shape[-2] // f, shape[-1] // f
+    cells = None
+    if config.loss.scaling_probability:
+        cells = draw_cells(config, (height, width), generator)
+        height, width = cells or (height, width)
+    dim = config.representation.dim
+    latent_noise = torch.randn(count, dim, height, width, generator=generator, device=device)
+    if config.flow.condition_drop:
+        keep = torch.rand(count, generator=generator, device=device) >= config.flow.condition_drop
+    noise = torch.randn(count, channels, height * f, width * f, generator=generator, device=device)
+    return Draws(t, element, angle, rotated, latent_noise, keep, noise, cells)
+
+
+def draw_cells(
+    config: Config, cells: tuple[int, int], generator: torch.Generator
+) -> tuple[int, int] | None:
+    """Draw the latent size of a downscaled batch; None, in most steps, leaves it as it is.
+
+    The scale lies between 1/4 and 1, as in EQ-VAE (Kouzelis et al. 2025, arXiv:2502.09509), here
+    rounded to whole latent cells. It is drawn on the host, since it determines shapes.
+    """
+    drawn = random.Random(generator.initial_seed())
+    if drawn.random() >= config.loss.scaling_probability:
+        return None
+    height, width = cells
+    whole = gcd(height, width)
+    part = drawn.randrange(max(1, whole // 4), whole)
+    return height * part // whole, width * part // whole
 
 
 class Objective(nn.Module):
@@ -42,75 +131,67 @@ class Objective(nn.Module):
         self.perceptual = perceptual
 
     def forward(
-        self, image: Float[Tensor, "b c h w"], generator: torch.Generator
+        self, image: Float[Tensor, "b c h w"], draws: Draws | torch.Generator
     ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
         """Return the loss and the t of each example.
 
         Args:
             image: Images in [-1, 1].
-            generator: Source of all random draws, on the image's device.
+            draws: Draws of these images, or a generator to make them with, on the images' device.
         """
         model = self.model
-        config, count, device = model.config, len(image), image.device
+        config = model.config
         level, prediction = config.model.level, config.flow.prediction
-        t = flow.draw_time(count, config.flow, generator, device)
+        if isinstance(draws, torch.Generator):
+            draws = draw(config, tuple(image.shape), draws)
         latent = model.bounded(image)
-        if model.training:
-            model.bottleneck.update_power(latent)
-        extra = torch.zeros(count, device=device)
+        extra = torch.zeros(len(image), device=image.device)
         if config.model.bottleneck == "kl":
             nats_per_value = model.bottleneck.divergence(latent) / image[0].numel()
             extra = extra + config.loss.kl_weight * nats_per_value
-        if level in ("objective", "regularized"):
-            chosen = torch.randint(len(model.group), (count,), generator=generator, device=device)
-            latent = model.act(chosen, latent)
-            image = act_on_grid(model.group, chosen, image)
+        encoded = latent
+        if draws.element is not None:
+            latent = model.act(draws.element, latent)
+            image = act_on_grid(model.group, draws.element, image)
         if level == "regularized":
-            extra = extra + config.loss.pair_weight * pair_error(model.bounded(image), latent)
+            power = model.bottleneck.mean_power()
+            pair = pair_error(model.bounded(image), latent, power)
+            extra = extra + config.loss.pair_weight * pair
+        if model.training:
+            model.bottleneck.update_power(encoded)
         mask = None
-        if config.loss.rotation_probability:
-            image, latent, mask = rotate_some(model, image, latent, generator)
-        if config.loss.scaling_probability:
-            image, latent = scale_some(model, image, latent, generator)
+        if draws.angle is not None and draws.rotated is not None:
+            image, latent, mask = rotate_some(model, image, latent, draws.angle, draws.rotated)
+        if draws.cells is not None:
+            image, latent = scale(image, latent, draws.cells)
             mask = None if mask is None else F.interpolate(mask, image.shape[-2:], mode="area")
-        latent = model.bottleneck.add_noise(latent, generator)
-        keep = None
-        if config.flow.condition_drop:
-            keep = (
-                torch.rand(count, generator=generator, device=device) >= config.flow.condition_drop
-            )
-        noise = torch.randn(image.shape, generator=generator, device=device)
-        x_t = flow.interpolate(image, noise, t)
-        output = model.decoder(x_t, t, model.from_irreps(latent), keep)
+        latent = model.bottleneck.add_noise(latent, draws.latent_noise)
+        x_t = flow.interpolate(image, draws.noise, draws.t)
+        output = model.decoder(x_t, draws.t, model.from_irreps(latent), draws.keep)
         if self.perceptual is not None:
-            predicted = flow.image_from(output.float(), x_t, t, prediction)
+            predicted = flow.image_from(output.float(), x_t, draws.t, prediction)
             extra = extra + config.loss.perceptual_weight * self.perceptual(predicted, image)
-        return flow.flow_loss(output, image, noise, t, prediction, mask) + extra, t
+        loss = flow.flow_loss(output, image, draws.noise, draws.t, prediction, mask)
+        return loss + extra, draws.t
 
 
 def pair_error(
-    encoded: Float[Tensor, "b dim h w"], acted: Float[Tensor, "b dim h w"]
+    encoded: Float[Tensor, "b dim h w"], acted: Float[Tensor, "b dim h w"], power: Float[Tensor, ""]
 ) -> Float[Tensor, "b"]:
-    """Return |E(gx) - rho(g) E(x)|^2 over the latent's variance; no gradient to rho(g) E(x).
+    """Return |E(gx) - rho(g) E(x)|^2 over the latent's power; no gradient to rho(g) E(x).
 
-    Dividing by the variance keeps the encoder from shrinking the latent instead of aligning it.
+    Dividing by the power keeps the encoder from shrinking the latent instead of aligning it. The
+    power is a running mean, so that the loss of an example does not depend on its batch.
     """
-    target = acted.detach()
-    return (encoded - target).square().mean((1, 2, 3)) / target.var().clamp(min=1e-6)
+    return (encoded - acted.detach()).square().mean((1, 2, 3)) / power.clamp(min=1e-6)
 
 
 def rotate_some(
-    model: Autoencoder, image: Tensor, latent: Tensor, generator: torch.Generator
+    model: Autoencoder, image: Tensor, latent: Tensor, angle: Tensor, rotated: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotate a share of the examples by any angle; also returns the weights of their pixels."""
-    count, device = len(image), image.device
-    # In float64, in which quarter turns are exact.
-    angle = torch.rand(count, generator=generator, device=device, dtype=torch.float64)
-    angle = 2 * torch.pi * angle
-    turned = torch.rand(count, generator=generator, device=device)
-    turned = turned < model.config.loss.rotation_probability
-    pick = turned[:, None, None, None]
-    disk = disk_mask(image.shape[-2], image.shape[-1], device=device)
+    """Rotate the chosen examples by their angles; also returns the weights of the pixels."""
+    pick = rotated[:, None, None, None]
+    disk = disk_mask(image.shape[-2], image.shape[-1], device=image.device)
     return (
         torch.where(pick, rotate_image(image, angle), image),
         torch.where(pick, act_by_angle(model.representation, angle, latent), latent),
@@ -118,22 +199,10 @@ def rotate_some(
     )
 
 
-def scale_some(
-    model: Autoencoder, image: Tensor, latent: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Downscale the whole batch, images and latents, in a random share of the steps.
-
-    The scale lies between 1/4 and 1, as in EQ-VAE (Kouzelis et al. 2025, arXiv:2502.09509), here
-    rounded to whole latent cells. It is drawn on the host, since it determines shapes.
-    """
-    drawn = random.Random(generator.initial_seed())
-    if drawn.random() >= model.config.loss.scaling_probability:
-        return image, latent
-    height, width = latent.shape[-2:]
-    whole = gcd(height, width)
-    part = drawn.randrange(max(1, whole // 4), whole)
-    cells = (height * part // whole, width * part // whole)
-    pixels = tuple(side * model.config.model.downsampling for side in cells)
+def scale(image: Tensor, latent: Tensor, cells: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Downscale images and latents to `cells` latent cells."""
+    f = image.shape[-1] // latent.shape[-1]
+    pixels = (cells[0] * f, cells[1] * f)
     return (
         F.interpolate(image, pixels, mode="bilinear", antialias=True),
         F.interpolate(latent, cells, mode="bilinear", antialias=True),

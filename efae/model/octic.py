@@ -58,11 +58,10 @@ class Linear(nn.Module):
     ) -> Float[Tensor, "slot *axes m_out*coset"]:
         """Map every token, in the dtype of `x`."""
         flat = x.flatten(1, -2)
-        if self.bias is None:
-            y = torch.bmm(flat, self.weight().to(flat.dtype))
-        else:
-            bias = embed_invariant(self.layout, self.bias)[:, None]  # (slot, 1, m_out * coset)
-            y = torch.baddbmm(bias.to(flat.dtype), flat, self.weight().to(flat.dtype))
+        y = torch.bmm(flat, self.weight().to(flat.dtype))
+        if self.bias is not None:
+            # Not baddbmm: on CUDA it writes the bias to the whole output first, compiled too.
+            y = y + embed_invariant(self.layout, self.bias)[:, None].to(y.dtype)
         return y.view(*x.shape[:-1], -1)
 
 

@@ -41,7 +41,7 @@ class Layout:
         fourier: Matrix (slots * cosets, len(group)), orthogonal: regular basis -> slots.
         ties: Signs (coefficients, slots * cosets * cosets) of each free coefficient of a linear map
             in the entries of its blocks; 0 where it does not occur.
-        gain_of: Index (slots, cosets) of the free gain that scales each feature.
+        gain_of: Index of the free gain that scales each feature, by slot and coset.
     """
 
     group: Group
@@ -50,12 +50,12 @@ class Layout:
     hadamard: Tensor
     fourier: Tensor
     ties: Tensor
-    gain_of: Tensor
+    gain_of: tuple[tuple[int, ...], ...]
 
-    @functools.cached_property  # a Python int, computed before torch.export traces a model
+    @property
     def gains(self) -> int:
         """Number of free gains per channel."""
-        return int(self.gain_of.max()) + 1
+        return max(map(max, self.gain_of)) + 1
 
 
 @functools.cache
@@ -82,6 +82,7 @@ def layout_of(group: Group) -> Layout:
     numbers = range(len(group))
     ties = _find_commuting(actions, [(i, j) for i in numbers for j in numbers if block[i, j]])
     gains = _find_commuting(actions, [(i, i) for i in numbers])
+    gain_of = gains.diagonal(dim1=1, dim2=2).argmax(0).view(slots, len(cosets))
     ties = ties.view(-1, slots, len(cosets), slots, len(cosets)).diagonal(dim1=1, dim2=3)
     return Layout(
         group,
@@ -90,7 +91,7 @@ def layout_of(group: Group) -> Layout:
         hadamard,
         fourier,
         ties.movedim(-1, 1).flatten(1),
-        gains.diagonal(dim1=1, dim2=2).argmax(0).view(slots, len(cosets)),
+        tuple(map(tuple, gain_of.tolist())),
     )
 
 
@@ -144,6 +145,7 @@ def spread_gains(
     Features that an element exchanges share a gain: for D4 the two cosets of slots 0 and 1, and
     slots 2 and 3 with their cosets swapped.
     """
-    by_gain = torch.unflatten(gains, -1, (layout.gains, -1))
-    spread = by_gain[:, layout.gain_of]  # (b, slot, coset, m)
-    return spread.permute(1, 0, 3, 2).flatten(2)[:, :, None]
+    # Stacked, not indexed: an index tensor on the host would make every call wait for the device.
+    by_gain = torch.unflatten(gains, -1, (layout.gains, -1)).unbind(1)  # each (b, m)
+    slots = [torch.stack([by_gain[i] for i in row], -1).flatten(1) for row in layout.gain_of]
+    return torch.stack(slots)[:, :, None]

@@ -38,7 +38,9 @@ def test_noise_is_isotropic_on_every_copy():
     torch.nn.init.uniform_(bottleneck.log_variance, -4, 0)
     zeros = torch.zeros(4096, RHO.dim, 2, 2)
     with torch.no_grad():
-        noise = bottleneck.add_noise(zeros, torch.Generator().manual_seed(1))
+        noise = bottleneck.add_noise(
+            zeros, torch.randn(zeros.shape, generator=torch.Generator().manual_seed(1))
+        )
     spread = noise.square().mean((0, 2, 3)).sqrt()
     expected = (bottleneck.log_variance / 2).exp().detach()
     planes = RHO.blocks["e"]

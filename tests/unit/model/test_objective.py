@@ -65,8 +65,21 @@ def test_every_option_trains_and_is_a_function_of_the_seed(overrides):
         if parameter.requires_grad and name not in ("decoder.null_tokens", "decoder.null_pooled"):
             assert parameter.grad is not None, name
             assert parameter.grad.abs().max() > 0, name
-    assert torch.equal(loss, loss_of(model))
-    assert not torch.equal(loss, loss_of(model, seed=1))
+    assert torch.equal(loss, loss_of(build(**overrides)))
+    assert not torch.equal(loss, loss_of(build(**overrides), seed=1))
+
+
+@pytest.mark.parametrize("level", ["exact", "objective", "regularized"])
+def test_parts_of_a_batch_have_the_losses_of_the_whole(level):
+    """In eval mode, since in training every forward pass moves the running power."""
+    options = {"loss.rotation_probability": 0.5, "flow.condition_drop": 0.3}
+    model = build(**{"model.level": level}, **options).eval()
+    draws = objective.draw(model.config, IMAGE.shape, torch.Generator().manual_seed(0))
+    whole, _ = objective.Objective(model)(IMAGE, draws)
+    for size in range(1, len(IMAGE) + 2):
+        pairs = zip(IMAGE.split(size), draws.split(size), strict=True)
+        parts = torch.cat([objective.Objective(model)(*pair)[0] for pair in pairs])
+        assert torch.allclose(parts, whole, rtol=1e-4)
 
 
 def test_pair_error_vanishes_where_the_encoder_is_equivariant_and_only_there():
@@ -74,7 +87,8 @@ def test_pair_error_vanishes_where_the_encoder_is_equivariant_and_only_there():
         model = build(**{"model.level": level})
         with torch.no_grad():
             acted = model.act(D4["rot90"], model.bounded(IMAGE))
-            return objective.pair_error(model.bounded(D4["rot90"].act_on_image(IMAGE)), acted)
+            encoded = model.bounded(D4["rot90"].act_on_image(IMAGE))
+            return objective.pair_error(encoded, acted, model.bottleneck.mean_power())
 
     assert error("exact").max() < 1e-10
     assert error("objective").min() > 0.1
@@ -82,15 +96,26 @@ def test_pair_error_vanishes_where_the_encoder_is_equivariant_and_only_there():
 
 def test_pair_error_pulls_on_the_encoding_alone():
     encoded, acted = (torch.randn(2, 4, 2, 2, requires_grad=True) for _ in range(2))
-    objective.pair_error(encoded, acted).sum().backward()
+    objective.pair_error(encoded, acted, torch.ones(())).sum().backward()
     assert encoded.grad is not None
     assert acted.grad is None
 
 
 def test_pair_error_cannot_be_lowered_by_shrinking_the_latent():
-    encoded, acted = torch.randn(2, 2, 4, 2, 2).unbind()
-    small = objective.pair_error(0.01 * encoded, 0.01 * acted)
-    assert torch.allclose(small, objective.pair_error(encoded, acted), rtol=1e-4)
+    def error_at(scale):
+        model = build(**{"model.level": "regularized", "model.bottleneck": "kl"}).train()
+        with torch.no_grad():
+            for part in (model.encoder.latent.coefficient, model.encoder.linear_path.free):
+                part *= scale
+            latent = model.bounded(IMAGE)
+            for _ in range(1000):  # until the running power has forgotten its start
+                model.bottleneck.update_power(latent)
+            acted = model.act(D4["rot90"], latent)
+            encoded = model.bounded(D4["rot90"].act_on_image(IMAGE))
+            return objective.pair_error(encoded, acted, model.bottleneck.mean_power())
+
+    assert torch.allclose(error_at(0.1), error_at(1.0), rtol=1e-2)
+    assert error_at(1.0).min() > 0.1
 
 
 def test_level_regularized_adds_the_weighted_pair_error():
@@ -124,26 +149,25 @@ def test_without_a_null_condition_there_is_no_guidance():
 
 
 def test_scaling_shrinks_image_and_latent_together_by_whole_cells():
-    model, latent = build(**{"loss.scaling_probability": 0.5}), torch.randn(6, 11, 4, 4)
-    shapes = set()
+    config = build(**{"loss.scaling_probability": 0.5}).config
+    sizes = set()
     for seed in range(40):
-        generator = torch.Generator().manual_seed(seed)
-        image, small = objective.scale_some(model, IMAGE, latent, generator)
-        assert image.shape[-1] == 4 * small.shape[-1]
-        shapes.add(small.shape[-1])
-    assert shapes == {1, 2, 3, 4}
+        draws = objective.draw(config, IMAGE.shape, torch.Generator().manual_seed(seed))
+        side = draws.latent_noise.shape[-1]
+        assert draws.noise.shape[-1] == 4 * side
+        assert draws.cells in (None, (side, side))
+        if draws.cells:
+            image, small = objective.scale(IMAGE, torch.randn(6, 11, 4, 4), draws.cells)
+            assert (image.shape[-1], small.shape[-1]) == (4 * side, side)
+        sizes.add(side)
+    assert sizes == {1, 2, 3, 4}
 
 
 def test_scaling_commutes_with_the_group():
-    model, latent = build(**{"loss.scaling_probability": 1.0}), torch.randn(6, 11, 4, 4)
+    model, latent = build(), torch.randn(6, 11, 4, 4)
     for g in D4:
-        image, small = objective.scale_some(model, IMAGE, latent, torch.Generator().manual_seed(5))
-        acted_image, acted = objective.scale_some(
-            model,
-            g.act_on_image(IMAGE),
-            model.act(g, latent),
-            torch.Generator().manual_seed(5),
-        )
+        image, small = objective.scale(IMAGE, latent, (3, 3))
+        acted_image, acted = objective.scale(g.act_on_image(IMAGE), model.act(g, latent), (3, 3))
         assert torch.allclose(acted_image, g.act_on_image(image), atol=1e-5)
         assert torch.allclose(acted, model.act(g, small), atol=1e-5)
 
@@ -165,9 +189,8 @@ def test_a_vector_latent_cannot_be_scaled():
 def test_rotation_leaves_its_share_and_weighs_the_disk():
     model, latent = build(**{"loss.rotation_probability": 0.5}), torch.randn(512, 11, 4, 4)
     image = torch.rand(512, 3, 16, 16)
-    turned, acted, mask = objective.rotate_some(
-        model, image, latent, torch.Generator().manual_seed(0)
-    )
+    draws = objective.draw(model.config, (512, 3, 16, 16), torch.Generator().manual_seed(0))
+    turned, acted, mask = objective.rotate_some(model, image, latent, draws.angle, draws.rotated)
     left = (turned == image).all(-1).all(-1).all(-1)
     assert float(left.float().mean()) == pytest.approx(0.5, abs=0.1)
     assert torch.equal((mask == 1).all(-1).all(-1).flatten(), left)
