@@ -245,8 +245,19 @@ class TrainingConfig:
     """Optimizer updates."""
     global_batch_size: int = 128
     """Images per step over all workers, whatever their number."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """fp32, or autocast to bf16, or to fp16 with a gradient scaler; weights stay in fp32."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
+    """fp32; tf32 = fp32 with short products on NVIDIA GPUs; autocast to bf16, or to fp16 with a
+    gradient scaler. Weights stay in fp32."""
+    micro_batch_size: int = 0
+    """Maximum number of images per forward pass of a worker, to save memory; gradients are
+    accumulated, so the result stays the same up to rounding. 0 = all images of the worker. A run
+    that is out of memory restarts at half the size."""
+    activation_memory: float = 1.0
+    """Share of the activations that are kept for the backward pass; the others are computed
+    again."""
+    compile: Literal["auto", "none", "blocks", "step"] = "auto"
+    """Compile each transformer block, or the forward and backward pass of the whole step (with
+    CUDA graphs if there is one worker, for small models); auto = blocks on GPUs, none on CPUs."""
     seed: int = 0
     """Seed of all random draws, each a function of (seed, step, rank)."""
     log_interval: int = 25
@@ -267,7 +278,13 @@ class TrainingConfig:
             *("steps", "global_batch_size", "log_interval", "evaluation_interval"),
             *("validation_images", "checkpoint_interval", "held_out_images"),
         )
-        require(self.seed >= 0, f"training.seed={self.seed}: must be >= 0")
+        for name in ("seed", "micro_batch_size"):
+            value = getattr(self, name)
+            require(value >= 0, f"training.{name}={value}: must be >= 0")
+        require(
+            0 <= self.activation_memory <= 1,
+            f"training.activation_memory={self.activation_memory}: must be in [0, 1]",
+        )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -407,6 +424,12 @@ class Config:
             or max(self.data.image_size) > self.model.downsampling,
             f"loss.scaling_probability={self.loss.scaling_probability}: a 1 x 1 latent cannot be"
             " scaled; lower model.downsampling, or set 0",
+        )
+        require(
+            self.loss.scaling_probability == 0 or self.training.compile in ("auto", "none"),
+            f"training.compile={self.training.compile}: every size that"
+            f" loss.scaling_probability={self.loss.scaling_probability} draws would be compiled"
+            " anew; use none",
         )
 
 

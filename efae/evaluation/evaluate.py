@@ -28,7 +28,6 @@ from efae.evaluation.measures import (
     LARGEST_PSNR,
     Totals,
     draw_noise,
-    full_precision,
     gather_json,
     psnr,
     ssim,
@@ -37,6 +36,7 @@ from efae.evaluation.measures import (
 )
 from efae.evaluation.protocol import FlowTokenizer, Tokenizer
 from efae.model.autoencoder import Autoencoder
+from efae.model.precision import float32_arithmetic
 from efae.symmetry.representation import group_law_error
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Evaluation:
         return {name: value for name, value in asdict(self).items() if name != "pictures"}
 
 
-@full_precision()
+@float32_arithmetic("fp32")
 @torch.no_grad()
 def evaluate(
     model: Tokenizer,

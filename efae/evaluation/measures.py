@@ -8,8 +8,7 @@ the functions that use it import it.
 """
 
 import json
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, cast
 
 import numpy as np
@@ -28,17 +27,6 @@ _SYMMETRIC_UNDER = {
     "diagonal": ("transpose",),
     "all_elements": ("transpose", "flip_h", "flip_v"),
 }
-
-
-@contextmanager
-def full_precision() -> Generator[None]:
-    """Run convolutions in full fp32: by default, cuDNN uses TF32, with ten bits of mantissa."""
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def to_float(image: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from efae.evaluation.measures import full_precision, to_float
+from efae.evaluation.measures import to_float
 from efae.model.autoencoder import Autoencoder
+from efae.model.precision import float32_arithmetic
 
 
 @torch.no_grad()
@@ -30,7 +31,7 @@ def certify(model: Autoencoder, batches: Iterable[UInt8[Tensor, "b c h w"]]) -> 
     count = 0
     for batch in batches:
         image = to_float(batch.to(device))
-        with full_precision():
+        with float32_arithmetic("fp32"):
             latent = model.encode(image)
             for number, element in enumerate(model.group):
                 difference = model.act(element, latent) - model.encode(element.act_on_image(image))

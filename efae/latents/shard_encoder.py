@@ -24,9 +24,10 @@ from data_pipelines.shards.latent_format import EXTENSION, LatentFormat
 from data_pipelines.storage import Location, LocationLike
 from efae.config import Config
 from efae.evaluation.held_out import read_held_out
-from efae.evaluation.measures import full_precision, to_float
+from efae.evaluation.measures import to_float
 from efae.latents.certificate import certify
 from efae.model.autoencoder import Autoencoder
+from efae.model.precision import float32_arithmetic
 
 _TOLERANCE = 1e-4
 """Tolerance for numbers of unit scale, beside rounding: batch size changes the order of sums."""
@@ -150,7 +151,7 @@ class ShardEncoder:
 
     @torch.no_grad()
     def _encode(self, image: Tensor) -> Tensor:
-        with full_precision():
+        with float32_arithmetic("fp32"):
             return self.model.encode(to_float(image.to(self.source.device, non_blocking=True)))
 
     def _read(self, number: int, most: int | None = None) -> Iterator[Batch]:

@@ -99,7 +99,8 @@ class Decoder(nn.Module):
             tokens = torch.where(keep[:, None, None], tokens, null.to(tokens.dtype))
             null = self.null_pooled.to(invariants.dtype)
             invariants = torch.where(keep[:, None], invariants, null)
-        x = self.patches(patchify(x_t, self.patch_size)) + self.positions(*grid) + tokens
+        x = self.patches(patchify(x_t, self.patch_size)) + tokens
+        x = x + self.positions(*grid).to(x.dtype)
         time = self.time_condition(embed_time(t, self.pooled_condition.out_features).to(x_t.dtype))
         condition = nn.functional.silu(time + self.pooled_condition(invariants))
         for block in self.blocks:

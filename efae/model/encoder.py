@@ -125,7 +125,9 @@ class Encoder(nn.Module):
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim latent_h latent_w"]:
         """Return the latent: the transformer's output plus the linear path's."""
         height, width = (size // self.patch_size for size in image.shape[-2:])
-        x = self.patches(patchify(image, self.patch_size)) + self.positions(height, width)
+        x = self.patches(patchify(image, self.patch_size))
+        # The residual stream has autocast's dtype, whatever the group.
+        x = x + self.positions(height, width).to(x.dtype)
         for i, stage in enumerate(self.stages):
             if i:
                 x = self.merges[i - 1](self.resample.merge(x, height, width))

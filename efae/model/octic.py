@@ -7,11 +7,13 @@ decoder are built that way. Source: Octic Vision Transformers (Nordström, Edste
 """
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from efae.model.octic_layout import embed_invariant, layout_of, spread_gains
 from efae.symmetry.group import Group, grid_sources
@@ -97,7 +99,8 @@ class Lift(nn.Module):
         """Return the map as one matrix per slot."""
         m, n = self.coefficient.shape
         regular = self.coefficient[:, self.source] * self.sign  # w R(g)^-1: (m, element, n)
-        slots = torch.einsum("sg,mgn->snm", self.fourier, regular)
+        with torch.autocast(regular.device.type, enabled=False):  # a weight is rounded once, in use
+            slots = torch.einsum("sg,mgn->snm", self.fourier, regular)
         slots = slots.view(self.layout.slots, self.layout.cosets, n, m)
         return slots.permute(0, 2, 3, 1).reshape(self.layout.slots, n, m * self.layout.cosets)
 
@@ -182,7 +185,12 @@ class Block(nn.Module):
         num_heads: Number of attention heads; divides m.
         mlp_ratio: Ratio of the hidden channels of the MLP to m.
         conditioning: Width of the condition; 0 for none.
+
+    Attributes:
+        recomputes: Whether backward computes the block's activations again, to save memory.
     """
+
+    recomputes = False
 
     def __init__(self, group: Group, m: int, num_heads: int, mlp_ratio: int, conditioning: int = 0):
         super().__init__()
@@ -206,6 +214,11 @@ class Block(nn.Module):
         condition: Float[Tensor, "batch conditioning"] | None = None,
     ) -> Float[Tensor, "slot batch token m*coset"]:
         """Apply the block; `condition` is required if `conditioning` is not 0, else ignored."""
+        if self.recomputes and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(self._apply_block, x, condition, use_reentrant=False))
+        return self._apply_block(x, condition)
+
+    def _apply_block(self, x: Tensor, condition: Tensor | None) -> Tensor:
         if self.modulation is None:
             x = x + self.attention(normalize(x))
             return x + self.mlp(normalize(x))

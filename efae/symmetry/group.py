@@ -177,7 +177,6 @@ TRIVIAL = Group("trivial", [D4["identity"]])
 GROUPS: dict[str, Group] = {group.name: group for group in (D4, C4, FLIPS, MIRROR, TRIVIAL)}
 
 
-@functools.cache
 def grid_sources(
     group: Group, height: int, width: int, device: torch.device | str = "cpu"
 ) -> Int[Tensor, "element cell"]:
@@ -193,8 +192,17 @@ def grid_sources(
             f"a grid of {height} x {width} is not square, but {group.name} has quarter turns:"
             " use square images"
         )
+    # A compiler traces what is cached, and warns of the cache.
+    find = _find_sources if torch.compiler.is_compiling() else _find_sources_once
+    return find(group, height, width, device)
+
+
+def _find_sources(group: Group, height: int, width: int, device: torch.device | str) -> Tensor:
     cells = torch.arange(height * width).view(height, width)
     return torch.stack([element.act_on_image(cells).flatten() for element in group]).to(device)
+
+
+_find_sources_once = functools.cache(_find_sources)
 
 
 def act_on_grid(

@@ -1,7 +1,7 @@
 """The training loop: read this file first.
 
-A batch becomes float images on the device; the objective draws t, noise and group element per
-example and returns the flow loss; the optimizer steps, then the moving average of the weights. At
+A batch goes to the device; t, noise and group element are drawn per example; the objective returns
+the flow loss; the optimizer steps, then the moving average of the weights. At
 intervals the loop logs metrics, validates on held-out images and writes a checkpoint. Everything
 random is a function of (seed, step, rank), so that a resumed run equals an uninterrupted one, bit
 for bit.
@@ -19,17 +19,17 @@ from torch import nn
 from data_pipelines import ShardDataset
 from efae.checkpoints.checkpoint import Checkpoint
 from efae.config import Config
-from efae.evaluation.measures import to_float
-from efae.model.objective import Objective, load_perceptual
+from efae.model.objective import Objective, draw, load_perceptual
+from efae.model.precision import float32_arithmetic
+from efae.training.compilation import activation_budget, prepare
 from efae.training.divergence import DivergenceGuard
 from efae.training.meter import Meter
+from efae.training.micro_batches import Accumulation
 from efae.training.observer import Observer
 from efae.training.optimizer import learning_rate_at, set_learning_rate
 from efae.training.process import Process
 from efae.training.sample_log import SampleLog
 from efae.training.state import TrainState
-
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,13 @@ class Start:
     Attributes:
         checkpoint: Checkpoint to resume from; None begins at step 0.
         rate_factor: Factor on every learning rate; below 1 after training has diverged.
+        micro_batch_size: Maximum number of images per forward pass; 0 leaves it to the
+            configuration.
     """
 
     checkpoint: Checkpoint | None = None
     rate_factor: float = 1.0
+    micro_batch_size: int = 0
 
 
 def train(
@@ -90,9 +93,12 @@ def train(
     perceptual = None
     if config.loss.perceptual:
         perceptual = load_perceptual(config.loss.perceptual, device)
-    objective = process.wrap(Objective(state.model, perceptual))
+    objective = Objective(state.model, perceptual)
+    prepare(objective, config, device, world_size)
+    accumulate = Accumulation(
+        process.wrap(objective), state, config, start.micro_batch_size or training.micro_batch_size
+    )
     generator = torch.Generator(device)
-    autocast = AUTOCAST[training.precision]
     meter = Meter(device)
     guard = DivergenceGuard(state.optimizer, state.scaler)
     sample_log = SampleLog(config.tracking.sample_log, process.rank, world_size)
@@ -107,17 +113,15 @@ def train(
         batch = next(batches)
         meter.wait_seconds += loader.wait_seconds - waited
         sample_log.write(state.step, batch.key)
-        image = to_float(batch.image.to(device, non_blocking=True))
+        image = batch.image.to(device, non_blocking=True)
 
-        # Forward: one seed per (seed, step, rank), so that no generator state needs saving.
+        # Draws: one seed per (seed, step, rank), so that no generator state needs saving.
         generator.manual_seed(seed_of(training.seed, state.step, process.rank))
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            loss, t = objective(image, generator)
+        draws = draw(config, tuple(image.shape), generator)
 
-        # Backward. DDP averages gradients over ranks with equal weight, but one rank may have one
-        # image more than another: divide by the mean number per rank, not by this rank's own.
-        mean_loss = loss.sum() / (training.global_batch_size / world_size)
-        state.scaler.scale(mean_loss).backward()
+        # Forward and backward, in parts if the batch does not fit into memory.
+        with float32_arithmetic(training.precision), activation_budget(config):
+            loss, t = accumulate(image, draws)
 
         # Update; on a gradient that is not finite the guard freezes the weights on the device.
         state.scaler.unscale_(state.optimizer)

@@ -10,7 +10,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from efae.evaluation.flow_measures import TIME_BINS, measure_loss
-from efae.evaluation.measures import Totals, draw_noise, full_precision, psnr, to_float
+from efae.evaluation.measures import Totals, draw_noise, psnr, to_float
+from efae.model.precision import float32_arithmetic
 from efae.training.state import TrainState
 
 _BATCH_SIZE = 64
@@ -30,7 +31,7 @@ class Validation:
     def __init__(self, images: UInt8[Tensor, "n c h w"], show: Callable[[Path, str], None]):
         self._images, self._show = images, show
 
-    @full_precision()
+    @float32_arithmetic("fp32")
     @torch.no_grad()
     def measure(self, state: TrainState) -> dict[str, float]:
         """Measure the averaged weights of `state`, and show reconstructions.

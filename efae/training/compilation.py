@@ -1,0 +1,55 @@
+"""How a training step runs: eager or compiled, and how many activations it keeps for backward."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch._functorch import config as functorch
+
+from efae.config import Config
+from efae.model.objective import Objective
+from efae.model.octic import Block
+
+
+def choose_compilation(config: Config, device: torch.device) -> Literal["none", "blocks", "step"]:
+    """Return training.compile; "auto" compiles the blocks on a GPU, where shapes are fixed."""
+    chosen = config.training.compile
+    if chosen == "auto":
+        fixed_shapes = config.loss.scaling_probability == 0
+        return "blocks" if device.type == "cuda" and fixed_shapes else "none"
+    return chosen
+
+
+def prepare(objective: Objective, config: Config, device: torch.device, world_size: int) -> None:
+    """Compile the objective in place, at its first call, or have its blocks recompute activations.
+
+    Names of weights, and copies of the model, stay as they are.
+
+    Args:
+        objective: Objective, not yet wrapped for data parallelism.
+        config: Configuration of the experiment.
+        device: Device of training.
+        world_size: Number of training processes.
+    """
+    chosen = choose_compilation(config, device)
+    blocks = [module for module in objective.modules() if isinstance(module, Block)]
+    if chosen == "none":
+        for block in blocks[: round((1 - config.training.activation_memory) * len(blocks))]:
+            block.recomputes = True
+    elif chosen == "blocks":
+        for block in blocks:
+            block.compile(fullgraph=True, dynamic=False)
+    else:
+        # CUDA graphs replay the kernels of a small model without waiting for the host. Several
+        # processes go without: DDP's reduction starts between the kernels.
+        graphs = device.type == "cuda" and world_size == 1
+        mode = "reduce-overhead" if graphs else None
+        objective.compile(fullgraph=True, dynamic=False, mode=mode)
+
+
+@contextmanager
+def activation_budget(config: Config) -> Generator[None]:
+    """Tell the compiler which share of the activations to keep; without effect on eager steps."""
+    with functorch.patch(activation_memory_budget=config.training.activation_memory):
+        yield

@@ -1,0 +1,76 @@
+"""Gradient accumulation: forward and backward in parts of a batch, with the result of the whole.
+
+All parts share the draws of the whole batch, and no loss of an example depends on other examples,
+so the size of the parts changes memory and rounding only.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from efae.config import Config
+from efae.evaluation.measures import to_float
+from efae.model.objective import Draws
+from efae.model.precision import autocast
+from efae.training.state import TrainState
+
+
+class Accumulation:
+    """Forward and backward passes of one step of one rank.
+
+    Args:
+        objective: Objective around the model of `state`, wrapped if there are several ranks.
+        state: State of training; its gradients and its running latent power are set.
+        config: Configuration of the experiment.
+        micro_batch_size: Maximum number of images per pass; 0 is all.
+    """
+
+    def __init__(
+        self, objective: nn.Module, state: TrainState, config: Config, micro_batch_size: int
+    ):
+        self._objective, self._state, self._training = objective, state, config.training
+        self._size = micro_batch_size
+
+    def __call__(
+        self, image: UInt8[Tensor, "b c h w"], draws: Draws
+    ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
+        """Add the gradients of a batch's mean loss; returns loss and t of each example.
+
+        Args:
+            image: Images in [0, 255], on the device.
+            draws: Draws of these images.
+        """
+        size, whole = self._size or len(image), self._training.global_batch_size
+        images, parts = image.split(size), draws.split(size)
+        power = self._state.model.bottleneck.power
+        # Every part updates the running power from the same start; their mean is the update by the
+        # whole batch, and the mean over ranks that by the global batch.
+        start, mean = power.detach().clone(), torch.zeros_like(power)
+        losses: list[Tensor] = []
+        for i, (pixels, drawn) in enumerate(zip(images, parts, strict=True)):
+            power.data.copy_(start)
+            with self._sync(last=i == len(images) - 1):
+                with autocast(self._training.precision, image.device):
+                    loss, _ = self._objective(to_float(pixels), drawn)
+                self._state.scaler.scale(self._mean(loss)).backward()
+            mean += power.detach() * (len(pixels) / whole)
+            losses.append(loss.detach())
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+        power.data.copy_(mean)
+        return torch.cat(losses), draws.t
+
+    def _mean(self, loss: Tensor) -> Tensor:
+        # DDP averages gradients over ranks with equal weight, but one rank may have one image more
+        # than another: divide by the mean number per rank, not by this rank's own.
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        return loss.sum() / (self._training.global_batch_size / world_size)
+
+    def _sync(self, last: bool) -> Any:
+        """Return a context in which ranks average gradients only in the last backward pass."""
+        no_sync = getattr(self._objective, "no_sync", None)
+        return nullcontext() if last or no_sync is None else no_sync()
