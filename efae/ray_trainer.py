@@ -9,6 +9,7 @@ through `ray.train.report`, because its controller ends the run when it cannot w
 
 import contextlib
 import hashlib
+import inspect
 import itertools
 import logging
 import os
@@ -29,6 +30,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.util import get_node_ip_address  # pyright: ignore[reportUnknownVariableType]
+from torch.nn.parallel import DistributedDataParallel
 
 from data_pipelines.images.logs import ignore_metadata
 from data_pipelines.loading.shard_cache import ShardError
@@ -46,6 +48,7 @@ from efae.tracking.redaction import first_cause
 from efae.tracking.runs import Run
 from efae.tracking.timeouts import notice_outages_soon
 from efae.training.divergence import TrainingDiverged
+from efae.training.micro_batches import OutOfMemory
 from efae.training.process import Process
 from efae.training.resume import continue_run, print_line
 from efae.worker_groups import GroupStarts, TrainingFailed, free_orphans
@@ -257,6 +260,8 @@ def is_final(error: Exception) -> bool:
     """Return whether a restart would fail in the same way."""
     if isinstance(error, TrainingDiverged):
         return not error.rolls_back
+    if isinstance(error, OutOfMemory):
+        return error.is_final
     return isinstance(error, _FINAL) or _NO_HOST_MEMORY in str(error)
 
 
@@ -303,11 +308,11 @@ class _PreemptionNotice:
 
 
 def _make_parallel(model: torch.nn.Module) -> torch.nn.Module:
-    # The model's buffers are constants: nothing to broadcast.
-    return prepare_model(
-        model,
-        parallel_strategy_kwargs={"forward_sync_buffers": False, "gradient_as_bucket_view": True},
-    )
+    # The model's buffers are constants: nothing to broadcast. torch 2.13 renamed the option.
+    known = inspect.signature(DistributedDataParallel).parameters
+    broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options = {broadcast: False, "gradient_as_bucket_view": True}
+    return prepare_model(model, parallel_strategy_kwargs=options)
 
 
 def evaluate_on_cluster(model_uri: str, config: Config) -> Evaluation:

@@ -26,8 +26,9 @@ class RunEvent:
     Attributes:
         time: Time in seconds since 1970.
         kind: Kind: "start" (a worker group started), "failure" (a worker was lost), "damage" (a
-            checkpoint could not be used), "rollback", "notice" (a node will be removed),
-            "standstill" (workers cannot start) or "outage".
+            checkpoint could not be used), "rollback", "memory" (a forward pass did not fit into
+            it), "notice" (a node will be removed), "standstill" (workers cannot start) or
+            "outage".
         facts: JSON values; "what" is one line for people.
     """
 

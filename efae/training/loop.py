@@ -66,6 +66,7 @@ def train(
 
     Raises:
         TrainingDiverged: Loss or gradient is not finite; the weights are those before the step.
+        OutOfMemory: A forward or backward pass does not fit into memory.
         StorageError: Shards cannot be read, or checkpoints written, within the deadline.
     """
     training, optimization = config.training, config.optimizer
@@ -95,9 +96,8 @@ def train(
         perceptual = load_perceptual(config.loss.perceptual, device)
     objective = Objective(state.model, perceptual)
     prepare(objective, config, device, world_size)
-    accumulate = Accumulation(
-        process.wrap(objective), state, config, start.micro_batch_size or training.micro_batch_size
-    )
+    size = start.micro_batch_size or training.micro_batch_size
+    accumulate = Accumulation(process.wrap(objective), state, config, size)
     generator = torch.Generator(device)
     meter = Meter(device)
     guard = DivergenceGuard(state.optimizer, state.scaler)

@@ -19,6 +19,40 @@ from efae.model.precision import autocast
 from efae.training.state import TrainState
 
 
+class OutOfMemory(RuntimeError):
+    """The passes of a step did not fit into the memory of the device or the host.
+
+    Attributes:
+        micro_batch_size: Number of images per pass that was too many.
+        cause: What the allocator said.
+    """
+
+    def __init__(self, micro_batch_size: int, cause: str):
+        super().__init__(micro_batch_size, cause)
+        self.micro_batch_size, self.cause = micro_batch_size, cause
+
+    @property
+    def is_final(self) -> bool:
+        """Whether even one image is too many."""
+        return self.micro_batch_size == 1
+
+    def __str__(self) -> str:
+        what = f"{self.micro_batch_size} images per forward pass do not fit into memory"
+        if self.is_final:
+            return (
+                f"{what} ({self.cause}): lower training.activation_memory or the sizes of the"
+                " model, or take machines with more memory"
+            )
+        return f"{what}: restarting with {self.micro_batch_size // 2} ({self.cause})"
+
+
+def _lacks_memory(error: Exception) -> bool:
+    # torch has no exception class for a host without memory.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "can't allocate memory" in str(error)
+    )
+
+
 class Accumulation:
     """Forward and backward passes of one step of one rank.
 
@@ -43,8 +77,20 @@ class Accumulation:
         Args:
             image: Images in [0, 255], on the device.
             draws: Draws of these images.
+
+        Raises:
+            OutOfMemory: A pass does not fit into memory; the gradients are incomplete.
         """
-        size, whole = self._size or len(image), self._training.global_batch_size
+        size = min(self._size or len(image), len(image))
+        try:
+            return self._accumulate(image, draws, size)
+        except (RuntimeError, MemoryError) as error:
+            if _lacks_memory(error):
+                raise OutOfMemory(size, str(error).splitlines()[0]) from error
+            raise
+
+    def _accumulate(self, image: Tensor, draws: Draws, size: int) -> tuple[Tensor, Tensor]:
+        whole = self._training.global_batch_size
         images, parts = image.split(size), draws.split(size)
         power = self._state.model.bottleneck.power
         # Every part updates the running power from the same start; their mean is the update by the

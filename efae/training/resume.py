@@ -1,13 +1,13 @@
 """One process of a run, from the newest checkpoint to the last step, with or without Ray."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from data_pipelines import ShardDataset
 from data_pipelines.storage import Location
 from efae.checkpoints.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from efae.checkpoints.events import read_events, record_event
+from efae.checkpoints.events import RunEvent, read_events, record_event
 from efae.checkpoints.run_folder import (
     find_newest_checkpoint,
     locate_run,
@@ -20,6 +20,7 @@ from efae.tracking.runs import Run
 from efae.training.checkpoint_writer import CheckpointWriter
 from efae.training.divergence import TrainingDiverged
 from efae.training.loop import Start, train
+from efae.training.micro_batches import OutOfMemory
 from efae.training.observer import Observer, RunObserver
 from efae.training.process import Process
 from efae.training.validation import Validation
@@ -46,6 +47,8 @@ def continue_run(
 
     Raises:
         TrainingDiverged: Loss or gradient is not finite; it says whether to call this again.
+        OutOfMemory: A forward or backward pass of this rank does not fit into memory; unless it is
+            final, the next call takes half as many images per pass.
         CheckpointError: All checkpoints of the run are damaged.
         ShardError: A shard or an image in it cannot be read.
         StorageError: The storage refuses or does not answer.
@@ -53,14 +56,16 @@ def continue_run(
     if process.device.type == "cpu":
         torch.set_num_threads(config.ray.cpus_per_worker)
     folder = locate_run(config)
-    newest, tracker, observer, rollbacks = None, None, Observer(), 0
+    newest, tracker, observer, rollbacks, size = None, None, Observer(), 0, 0
     if process.rank == 0:
         # Imported here because MLflow takes two seconds, and other ranks do not need it.
         from efae.tracking.sender import Tracker, default_spill_folder
 
         newest = _find_start(config)
-        rollbacks = sum(event.kind == "rollback" for event in read_events(folder))
-        say(_record_start(folder, newest, process))
+        events = read_events(folder)
+        rollbacks = sum(event.kind == "rollback" for event in events)
+        size = _choose_micro_batch_size(config, events)
+        say(_record_start(folder, newest, process, size))
         tracker = Tracker(run, default_spill_folder(), system_metrics_interval_seconds=10)
         images = read_held_out(config.data, config.training.validation_images)
         observer = RunObserver(
@@ -70,16 +75,21 @@ def continue_run(
             config.training.steps,
             say,
         )
-    found, rollbacks = process.agree((newest[0] if newest else None, rollbacks))
+    found, rollbacks, size = process.agree((newest[0] if newest else None, rollbacks, size))
     checkpoint = newest[1] if newest else (read_checkpoint(found) if found else None)
     try:
         train(
             config,
             ShardDataset.open(config.data.uri),
             process,
-            Start(checkpoint, rate_factor=0.5**rollbacks),
+            Start(checkpoint, rate_factor=0.5**rollbacks, micro_batch_size=size),
             observer,
         )
+    except OutOfMemory as error:
+        # On any rank: the others only wait for this one.
+        facts = {"micro_batch_size": error.micro_batch_size}
+        record_event(folder, "memory", f"rank {process.rank}: {error}", **facts)
+        raise
     except TrainingDiverged as error:
         observer.wait()
         rolls_back = rollbacks < config.ray.rollbacks
@@ -98,7 +108,16 @@ def continue_run(
                 record_event(folder, "outage", what)
 
 
-def _record_start(folder: Location, newest: tuple[str, Checkpoint] | None, process: Process) -> str:
+def _choose_micro_batch_size(config: Config, events: Sequence[RunEvent]) -> int:
+    """Return half of the smallest size that was too large, or the configuration's; 0 is all."""
+    failed = [int(event.facts["micro_batch_size"]) for event in events if event.kind == "memory"]
+    sizes = [max(1, size // 2) for size in failed] + [config.training.micro_batch_size]
+    return min((size for size in sizes if size), default=0)
+
+
+def _record_start(
+    folder: Location, newest: tuple[str, Checkpoint] | None, process: Process, size: int
+) -> str:
     step = newest[1].metadata["step"] if newest else 0
     workers, s = (
         (f"{process.world_size} workers", "") if process.world_size > 1 else ("1 worker", "s")
@@ -106,6 +125,8 @@ def _record_start(folder: Location, newest: tuple[str, Checkpoint] | None, proce
     what = f"{workers} begin{s}"
     if newest:
         what = f"{workers} continue{s} from step {step}, {newest[0]}"
+    if size:
+        what += f", with at most {size} images per forward pass"
     record_event(
         folder, "start", what, step=step, world_size=process.world_size, hosts=list(process.hosts)
     )

@@ -1,4 +1,4 @@
-"""Loss terms that make jobs diverge or run slowly."""
+"""Loss terms that make jobs diverge, run slowly or need much memory."""
 
 import os
 import tempfile
@@ -40,3 +40,10 @@ def once(prediction: Tensor, image: Tensor) -> Tensor:
         marker().touch()
         return torch.nan * prediction.mean((1, 2, 3))
     return 0.0 * prediction.mean((1, 2, 3))
+
+
+def hungry(prediction: Tensor, image: Tensor) -> Tensor:
+    """Nothing, late, and with more memory than the host has for more than eight images."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    torch.empty(len(image) * whole // 8, dtype=torch.uint8)
+    return slow(prediction, image)

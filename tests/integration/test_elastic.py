@@ -1,4 +1,4 @@
-"""A run whose nodes leave, with notice, and join: 2 -> 1 -> 2 workers in mid-epoch."""
+"""Runs whose nodes leave and join: 2 -> 1 -> 2 workers in mid-epoch, and 4 -> 2 without memory."""
 
 import contextlib
 import dataclasses
@@ -34,23 +34,29 @@ pytestmark = [pytest.mark.s3, pytest.mark.ray, pytest.mark.slow, pytest.mark.tim
 NOTICE_SECONDS = 6
 
 
-@pytest.fixture(scope="module")
-def cluster(session_stack, long_run):
-    """A head without CPUs and two nodes, on the session's S3 and MLflow."""
+@contextlib.contextmanager
+def nodes(session_stack, size):
+    """A head without CPUs and `size` nodes, on the session's S3 and MLflow."""
     running = load(session_stack.folder)
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="efae-") as name:
         patch.setenv("EFAE_RAY_HEAD_CPUS", "0")
         ports = {key: port for key, port in running.ports.items() if not key.startswith("ray")}
         state = dataclasses.replace(running, folder=Path(name), ports=ports, processes={})
-        with Cluster(state, size=2) as cluster:
+        with Cluster(state, size=size) as cluster:
             for key, value in client_environment(state).items():
                 patch.setenv(key, value)
             yield cluster
 
 
+@pytest.fixture(scope="module")
+def cluster(session_stack, long_run):
+    with nodes(session_stack, size=2) as cluster:
+        yield cluster
+
+
 def give_notice(node):
     """What a cloud does before it takes a node back; returns the node's raylet."""
-    raylet = next(p for p in psutil.Process(node.pid).children(recursive=True) if is_raylet(p))
+    raylet = find_raylet(node)
     (node_id,) = (a.split("=")[1] for a in raylet.cmdline() if a.startswith("--node_id="))
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "drain-node", f"--address={os.environ['RAY_ADDRESS']}", f"--node-id={node_id}"]
@@ -58,6 +64,10 @@ def give_notice(node):
     command += [f"--deadline-remaining-seconds={NOTICE_SECONDS}"]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     return raylet
+
+
+def find_raylet(node):
+    return next(p for p in psutil.Process(node.pid).children(recursive=True) if is_raylet(p))
 
 
 def is_raylet(process):
@@ -118,3 +128,26 @@ def test_the_loss_is_that_of_the_undisturbed_run(elastic_run, long_run):
     ratios = [losses[step] / expected[step] for step in expected]
     assert 0.97 < statistics.mean(ratios) < 1.03
     assert abs(read_summary(elastic_run[0])["psnr"] - read_summary(long_run)["psnr"]) < 0.5
+
+
+def test_a_shrunken_run_that_is_out_of_memory_halves_its_micro_batch(session_stack, tmp_path):
+    """32 images: 8 for each of four workers, 16 for each of two, whose memory is enough for 8."""
+    options = ["--ray.num-workers", "2", "4", "--ray.resize-interval-seconds=600"]
+    options += ["--loss.perceptual=tests.integration.loss_terms:hungry"]
+    options += ["--ray.max-failures=6", f"--tracking.sample-log={tmp_path}"]
+    with nodes(session_stack, 4) as cluster, submitted("hungry", *options, inside=False) as job:
+        job.wait_for_checkpoint(40)
+        for node in cluster.nodes[:2]:
+            find_raylet(node).kill()
+        job.wait_for_event("memory")
+        job.wait()
+    events = read_events(run_uri("hungry"))
+    sizes = {e.facts["micro_batch_size"] for e in events if e.kind == "memory"}
+    starts = [e.facts["world_size"] for e in events if e.kind == "start"]
+    assert sizes == {16}
+    assert starts[0] == 4
+    assert starts[-1] == 2
+    assert "with at most 8 images per forward pass" in str(events[-1])
+    found = audit(read_attempts(tmp_path), ShardDataset.open(f"{SHARDS}/train").keys, 160, 32)
+    found.pop("steps_done_again")
+    assert set(found.values()) == {0}, found

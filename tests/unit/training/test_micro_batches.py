@@ -1,5 +1,7 @@
 """Gradient accumulation, recomputation and compilation: the same step in other ways."""
 
+import copy
+
 import pytest
 import torch
 import torch._dynamo as dynamo
@@ -11,7 +13,7 @@ from efae.config_forms import with_overrides
 from efae.model.objective import Objective, draw
 from efae.model.octic import Block
 from efae.training.compilation import choose_compilation, prepare
-from efae.training.micro_batches import Accumulation
+from efae.training.micro_batches import Accumulation, OutOfMemory
 from efae.training.state import TrainState
 
 CPU = torch.device("cpu")
@@ -37,7 +39,7 @@ OPTIONS = [
 ]
 
 
-def take_steps(overrides, micro_batch_size=0, steps=1, update=False):
+def take_steps(overrides, micro_batch_size=0, steps=1, update=False, perceptual=None):
     """Losses, gradients of the last step and the running power, from fixed weights and draws."""
     config = with_overrides(Config(), SIZES | overrides)
     state = TrainState.create(config, CPU)
@@ -46,7 +48,7 @@ def take_steps(overrides, micro_batch_size=0, steps=1, update=False):
     for name, parameter in state.model.named_parameters():
         if not parameter.any() and name != "bottleneck.power":
             nn.init.normal_(parameter, std=0.1, generator=generator)
-    objective = Objective(state.model)
+    objective = Objective(state.model, perceptual)
     prepare(objective, config, CPU, world_size=1)
     accumulate = Accumulation(objective, state, config, micro_batch_size)
     for step in range(steps):
@@ -56,6 +58,9 @@ def take_steps(overrides, micro_batch_size=0, steps=1, update=False):
         loss, _ = accumulate(image, draw(config, tuple(image.shape), generator))
         if update:
             state.optimizer.step()
+    with torch.no_grad():  # a validation: a copy in eval mode
+        copied = copy.deepcopy(state.model).eval()
+        copied.decode(copied.encode(torch.zeros(3, 3, 16, 16)), steps=1, seed=0)
     gradients = [p.grad.flatten() for p in state.model.parameters() if p.grad is not None]
     return loss, torch.cat(gradients), state.model.bottleneck.power.detach()
 
@@ -102,8 +107,23 @@ def test_compilation_is_chosen_by_device():
         chosen("cuda", **{"loss.scaling_probability": 0.5, "training.compile": "blocks"})
 
 
+def test_a_pass_that_does_not_fit_into_memory_says_how_many_images_were_too_many():
+    def hungry(predicted, image):
+        if len(image) > 5:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return torch.zeros(len(image))
+
+    with pytest.raises(
+        OutOfMemory, match=r"8 images per forward pass.*restarting with 4"
+    ) as caught:
+        take_steps({}, perceptual=hungry)
+    assert caught.value.micro_batch_size == COUNT
+    take_steps({}, micro_batch_size=4, perceptual=hungry)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("default")  # the compiler's own
 @pytest.mark.parametrize("overrides", OPTIONS, ids=str)
 @pytest.mark.parametrize(("mode", "graphs"), [("blocks", 2), ("step", 1)])
 def test_a_compiled_step_equals_the_eager_one_without_break_or_recompilation(

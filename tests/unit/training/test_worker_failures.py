@@ -14,6 +14,7 @@ from ray.train.v2._internal.execution.controller.state import ReschedulingState,
 from efae.checkpoints.events import read_events, record_event
 from efae.config import RayConfig
 from efae.ray_trainer import TrainingFailed, WorkerFailures, find_root_cause, is_final
+from efae.training.micro_batches import OutOfMemory
 from efae.worker_groups import GroupStarts
 
 GONE = WorkerHealthCheckFailedError(
@@ -27,6 +28,8 @@ def test_a_run_without_memory_is_not_tried_again():
         torch.empty(2**60, dtype=torch.uint8)
     assert is_final(caught.value)
     assert is_final(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert is_final(OutOfMemory(1, "out of memory"))
+    assert not is_final(OutOfMemory(2, "out of memory"))  # the next try takes half
     assert not is_final(RuntimeError("the actor died"))
 
 
