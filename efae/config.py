@@ -432,6 +432,14 @@ class Config:
             " anew; use none",
         )
 
+    def choose_compilation(self, device_type: str) -> Literal["none", "blocks", "step"]:
+        """Return training.compile with "auto" resolved: blocks on "cuda" where shapes are fixed."""
+        chosen = self.training.compile
+        if chosen == "auto":
+            fixed_shapes = self.loss.scaling_probability == 0
+            return "blocks" if device_type == "cuda" and fixed_shapes else "none"
+        return chosen
+
 
 def require(condition: bool, message: str) -> None:
     """Raise a ValueError with this message unless the condition holds."""

@@ -91,7 +91,7 @@ def layout_of(group: Group) -> Layout:
         hadamard,
         fourier,
         ties.movedim(-1, 1).flatten(1),
-        tuple(map(tuple, gain_of.tolist())),
+        tuple(tuple(int(gain) for gain in row) for row in gain_of),
     )
 
 

@@ -234,6 +234,10 @@ def list_node_checks(
     if config.ray.use_gpu and (gpus := int(node.resources.get("GPU", 0))):
         precision = config.training.precision
         yield "GPUs", partial(node_checks.check_gpus, gpus, precision, several)
+    on_gpu = config.ray.use_gpu
+    mode = config.choose_compilation("cuda" if on_gpu else "cpu")
+    if mode != "none" and (node.resources.get("GPU", 0) if on_gpu else trains):
+        yield "compiler", partial(node_checks.check_compiler, mode, on_gpu)
 
 
 def ask_nodes(

@@ -6,6 +6,7 @@ or MLflow import them.
 
 import email.utils
 import http.client
+import importlib.util
 import os
 import shutil
 import sys
@@ -241,6 +242,30 @@ def check_gpus(count: int, precision: str, several_workers: bool) -> str:
             raise ValueError(f"torch {torch.__version__} lacks NCCL: install torch for CUDA")
         found += "; NCCL is available, but was not tested"
     return found
+
+
+def check_compiler(mode: str, on_gpu: bool) -> str:
+    """Check that torch.compile has what it calls at run time: a C compiler and, on GPUs, Triton.
+
+    Args:
+        mode: Setting training.compile.
+        on_gpu: Whether training runs on GPUs.
+
+    Raises:
+        ValueError: Either is missing.
+    """
+    wanted = ["cc", "gcc", "clang"] if on_gpu else ["g++", "clang++"]
+    named = os.environ.get("CC" if on_gpu else "CXX")
+    found = next(filter(None, map(shutil.which, [named] if named else wanted)), None)
+    missing = [] if found else [f"a compiler ({named or ' or '.join(wanted)})"]
+    if on_gpu and importlib.util.find_spec("triton") is None:
+        missing.append("Triton, which comes with torch for CUDA")
+    if missing:
+        raise ValueError(
+            f"training.compile={mode} needs {' and '.join(missing)} on every node: install it, or"
+            " set --training.compile none"
+        )
+    return found or ""
 
 
 def _gib(size: int) -> str:

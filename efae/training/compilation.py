@@ -2,7 +2,6 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch._functorch import config as functorch
@@ -10,15 +9,6 @@ from torch._functorch import config as functorch
 from efae.config import Config
 from efae.model.objective import Objective
 from efae.model.octic import Block
-
-
-def choose_compilation(config: Config, device: torch.device) -> Literal["none", "blocks", "step"]:
-    """Return training.compile; "auto" compiles the blocks on a GPU, where shapes are fixed."""
-    chosen = config.training.compile
-    if chosen == "auto":
-        fixed_shapes = config.loss.scaling_probability == 0
-        return "blocks" if device.type == "cuda" and fixed_shapes else "none"
-    return chosen
 
 
 def prepare(objective: Objective, config: Config, device: torch.device, world_size: int) -> None:
@@ -32,7 +22,7 @@ def prepare(objective: Objective, config: Config, device: torch.device, world_si
         device: Device of training.
         world_size: Number of training processes.
     """
-    chosen = choose_compilation(config, device)
+    chosen = config.choose_compilation(device.type)
     blocks = [module for module in objective.modules() if isinstance(module, Block)]
     if chosen == "none":
         for block in blocks[: round((1 - config.training.activation_memory) * len(blocks))]:

@@ -5,7 +5,7 @@ so the size of the parts changes memory and rounding only.
 """
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -91,7 +91,8 @@ class Accumulation:
 
     def _accumulate(self, image: Tensor, draws: Draws, size: int) -> tuple[Tensor, Tensor]:
         whole = self._training.global_batch_size
-        images, parts = image.split(size), draws.split(size)
+        images = cast(tuple[Tensor, ...], image.split(size))
+        parts = draws.split(size)
         power = self._state.model.bottleneck.power
         # Every part updates the running power from the same start; their mean is the update by the
         # whole batch, and the mean over ranks that by the global batch.

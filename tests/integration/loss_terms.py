@@ -43,7 +43,7 @@ def once(prediction: Tensor, image: Tensor) -> Tensor:
 
 
 def hungry(prediction: Tensor, image: Tensor) -> Tensor:
-    """Nothing, late, and with more memory than the host has for more than eight images."""
+    """Nothing, late, and with more memory than the host has for ten images and more."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    torch.empty(len(image) * whole // 8, dtype=torch.uint8)
+    torch.empty(len(image) * whole // 10, dtype=torch.uint8)
     return slow(prediction, image)

@@ -130,7 +130,9 @@ def test_the_loss_is_that_of_the_undisturbed_run(elastic_run, long_run):
     assert abs(read_summary(elastic_run[0])["psnr"] - read_summary(long_run)["psnr"]) < 0.5
 
 
-def test_a_shrunken_run_that_is_out_of_memory_halves_its_micro_batch(session_stack, tmp_path):
+def test_a_shrunken_run_that_is_out_of_memory_halves_its_micro_batch(
+    session_stack, train_shards, tmp_path
+):
     """32 images: 8 for each of four workers, 16 for each of two, whose memory is enough for 8."""
     options = ["--ray.num-workers", "2", "4", "--ray.resize-interval-seconds=600"]
     options += ["--loss.perceptual=tests.integration.loss_terms:hungry"]

@@ -1,5 +1,6 @@
 """Checks before a run: what they find in real folders and of real HTTP servers, and say."""
 
+import importlib.util
 import re
 import shutil
 import tempfile
@@ -182,6 +183,17 @@ def test_missing_gpus():
     more = torch.cuda.device_count() + 1
     with pytest.raises(ValueError, match=f"Ray counts {more} GPUs here, torch"):
         node_checks.check_gpus(more, "bf16", several_workers=True)
+
+
+def test_compiler(monkeypatch):
+    assert node_checks.check_compiler("step", on_gpu=False).endswith("g++")
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    monkeypatch.setenv("CC", "cc")
+    with pytest.raises(ValueError, match=r"training\.compile=step needs a compiler \(/no/such"):
+        node_checks.check_compiler("step", on_gpu=False)
+    if importlib.util.find_spec("triton") is None:
+        with pytest.raises(ValueError, match=r"training\.compile=blocks needs Triton, which"):
+            node_checks.check_compiler("blocks", on_gpu=True)
 
 
 @pytest.mark.gpu

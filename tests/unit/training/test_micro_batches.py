@@ -12,7 +12,7 @@ from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.model.objective import Objective, draw
 from efae.model.octic import Block
-from efae.training.compilation import choose_compilation, prepare
+from efae.training.compilation import prepare
 from efae.training.micro_batches import Accumulation, OutOfMemory
 from efae.training.state import TrainState
 
@@ -97,7 +97,7 @@ def test_the_share_of_activations_decides_how_many_blocks_recompute():
 
 def test_compilation_is_chosen_by_device():
     def chosen(device, **overrides):
-        return choose_compilation(with_overrides(Config(), overrides), torch.device(device))
+        return with_overrides(Config(), overrides).choose_compilation(device)
 
     assert chosen("cpu") == "none"
     assert chosen("cuda") == "blocks"
