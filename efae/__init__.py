@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from efae.config import Config
     from efae.model.autoencoder import Autoencoder
     from efae.model.objective import Objective
+    from efae.model.precision import Precision
     from efae.presets import PRESETS
     from efae.symmetry import C4, D4, FLIPS, MIRROR, TRIVIAL, Representation
 
@@ -38,7 +39,9 @@ _HOMES = {
 }
 
 
-def load(uri: "str | Path", device: str = "cpu") -> "Autoencoder":
+def load(
+    uri: "str | Path", device: str = "cpu", precision: "Precision | None" = None
+) -> "Autoencoder":
     """Load the model at `uri` for inference: evaluation mode, no gradients.
 
     Its files are verified by their hashes; nothing in them is unpickled or run. With EFAE_OFFLINE=1
@@ -50,6 +53,8 @@ def load(uri: "str | Path", device: str = "cpu") -> "Autoencoder":
             "runs:/RUN_ID/model", or the path or s3:// address of a checkpoint or of a folder that
             `save_pretrained` wrote.
         device: Torch device for the model.
+        precision: Precision that it runs in: "fp32", "tf32", "bf16" or "fp16"; None leaves it to
+            the caller (`torch.autocast`).
 
     Raises:
         ValueError: The name, alias, version, digest or folder does not exist, or is not in the
@@ -64,10 +69,13 @@ def load(uri: "str | Path", device: str = "cpu") -> "Autoencoder":
     if folder is not None:  # saves the seconds that importing MLflow takes
         from efae.model.autoencoder import Autoencoder
 
-        return Autoencoder.from_pretrained(folder, device)
-    from efae.registry import pull
+        model = Autoencoder.from_pretrained(folder, device)
+    else:
+        from efae.registry import pull
 
-    return pull.load(str(uri), device)
+        model = pull.load(str(uri), device)
+    model.precision = precision
+    return model
 
 
 def __getattr__(name: str) -> object:

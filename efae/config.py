@@ -266,6 +266,9 @@ class TrainingConfig:
     """Steps between two validations on held-out images; the last step is validated too."""
     validation_images: int = 64
     """Maximum number of held-out images per validation."""
+    evaluation_precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Precision of the model in validation and in the final evaluation; below fp32, the gap that
+    they measure is that of rounding."""
     checkpoint_interval: int = 250
     """Steps between two checkpoints."""
     held_out_images: int = 512

@@ -340,6 +340,7 @@ def _evaluate(model_uri: str, text: str) -> Evaluation:
     config = configuration.from_json(text)
     torch.set_num_threads(config.ray.cpus_per_worker)
     model = load(model_uri, device="cuda" if config.ray.use_gpu else "cpu")
+    model.precision = config.training.evaluation_precision
     images = read_held_out(config.data, config.training.held_out_images)
     return evaluate(model, images, progress=_say_progress)
 

@@ -48,6 +48,9 @@ class Arguments:
     """Images per batch."""
     device: str = "cpu"
     """Torch device: cpu or cuda."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Precision that our models run in; measures are always taken in fp32, and so are models of
+    diffusers."""
     angles: tuple[float, ...] = ()
     """Additional rotations to measure, in degrees counter-clockwise; by default none, or a fixed
     list if the model was trained on rotations by any angle (loss.rotation_probability)."""
@@ -128,7 +131,7 @@ def _run(chosen: Arguments) -> Path:
             "model_uri": uri.removeprefix("diffusers:"),
             "data": chosen.data,
             "device": chosen.device,
-            "precision": "fp32",
+            "precision": "fp32" if config is None else chosen.precision,
             "wall_seconds": time.monotonic() - started,
             "credits": credits,
         }
@@ -169,7 +172,7 @@ def _load(
             raise ValueError(f"{uri}: {error}") from error
         model, config = foreign, None
     else:
-        model = efae.load(uri, device=chosen.device)
+        model = efae.load(uri, device=chosen.device, precision=chosen.precision)
         config = model.config
         check_images(config, images, cut=False)
         takes = config.data.channels

@@ -131,7 +131,7 @@ def evaluate(
     fid: "Fid | None" = None,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
 ) -> Evaluation:
-    """Measure a model in fp32.
+    """Measure a model in fp32, or at the precision that it has been given.
 
     If torch.distributed is initialised, every process calls this with its own images, and all get
     the numbers of the whole set: the images of rank 0, then of rank 1, ... The pictures show a
@@ -376,6 +376,11 @@ def _summarize(
     )
 
 
+def _name_precision(model: Tokenizer) -> str:
+    precision = (model.precision if isinstance(model, Autoencoder) else None) or "fp32"
+    return "fp32, no TF32" if precision == "fp32" else f"{precision}; measures in fp32"
+
+
 def _protocol(
     model: Tokenizer,
     totals: Totals,
@@ -411,7 +416,7 @@ def _protocol(
         "guidance_scale": None if knobs is None else knobs.guidance_scale,
         "seed": seed,
         "noise": "image i's from (seed, i)",
-        "precision": "fp32, no TF32",
+        "precision": _name_precision(model),
         "lpips": None if lpips is None else lpips.protocol,
         "fid": None if fid is None else fid.protocol,
         "versions": {name: version(name) for name in ("torch", "torchmetrics")},

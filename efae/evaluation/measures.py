@@ -134,13 +134,13 @@ class Totals:
 
     def add(self, name: str, values: Float[Tensor, "b *rest"]) -> None:
         """Add one value per image."""
-        total = values.double().sum(0).cpu()
+        total = values.double().sum(0)  # on the device: the host need not wait
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._counts[name] = self._counts.get(name, 0) + len(values)
 
     def mean(self, name: str) -> Float[Tensor, "*rest"]:
         """Return the mean over all images that were added."""
-        return self._sums[name] / self._counts[name]
+        return self._sums[name].cpu() / self._counts[name]
 
     def count(self, name: str) -> int:
         """Return the number of images that were added."""

@@ -21,7 +21,8 @@ def certify(model: Autoencoder, batches: Iterable[UInt8[Tensor, "b c h w"]]) -> 
         batches: Batches of images, on the CPU.
 
     Returns:
-        {"max_abs_difference": float, "by_element": {name: float}, "images": int}.
+        {"max_abs_difference": float, "by_element": {name: float}, "images": int,
+        "precision": str}.
 
     Raises:
         ValueError: A latent is not finite.
@@ -41,4 +42,9 @@ def certify(model: Autoencoder, batches: Iterable[UInt8[Tensor, "b c h w"]]) -> 
     by_element = {g.name: value for g, value in zip(model.group, found, strict=True)}
     if not bool(worst.isfinite().all()):
         raise ValueError("the model's latents are not finite: use an earlier checkpoint")
-    return {"max_abs_difference": max(found), "by_element": by_element, "images": count}
+    return {
+        "max_abs_difference": max(found),
+        "by_element": by_element,
+        "images": count,
+        "precision": model.precision or "fp32",
+    }

@@ -84,6 +84,8 @@ def encode_set(request: Request, say: Callable[[str], None]) -> Encoded:
         "certificate_images": request.certificate_images,
         "members": list(source.members),
         **{name: facts[name] for name in ("model_digest", "config_digest", "shape", "dtype")},
+        # Absent from sets of earlier releases, which are all fp32.
+        **({} if request.precision == "fp32" else {"precision": request.precision}),
     }
     there = storage.list_files(output)
     if INDEX_NAME in there:
@@ -138,6 +140,7 @@ def _describe(
         _list_common_members(index),
         request.batch_size,
         "cuda" if request.use_gpu else "cpu",
+        request.precision,
         request.cache_dir,
     )
     return source, {

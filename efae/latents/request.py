@@ -17,6 +17,9 @@ class Request:
     """Folder for the shards of latents: a path, s3://bucket/folder or gs://..."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Data type of the stored numbers, which have unit scale."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Precision of the encoder's arithmetic; the certificate is measured at it. On GPUs, bf16 is
+    several times as fast."""
     certificate_data: str | None = None
     """Held-out shard set on which to measure how exactly the model commutes with its group; by
     default held_out beside --data if it exists, else --data itself."""

@@ -27,9 +27,9 @@ from efae.evaluation.held_out import read_held_out
 from efae.evaluation.measures import to_float
 from efae.latents.certificate import certify
 from efae.model.autoencoder import Autoencoder
-from efae.model.precision import float32_arithmetic
+from efae.model.precision import Precision, float32_arithmetic
 
-_TOLERANCE = 1e-4
+_TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 2e-1}
 """Tolerance for numbers of unit scale, beside rounding: batch size changes the order of sums."""
 
 
@@ -45,6 +45,7 @@ class Source:
         members: Extensions of the sample members that are copied along with the latents.
         batch_size: Images per batch.
         device: Torch device.
+        precision: Precision of the encoder's arithmetic.
         cache_dir: Folder of the node's shard cache; None as in `ShardDataset.loader`.
     """
 
@@ -55,6 +56,7 @@ class Source:
     members: tuple[str, ...]
     batch_size: int
     device: str
+    precision: Precision = "fp32"
     cache_dir: str | None = None
 
 
@@ -66,6 +68,7 @@ class ShardEncoder:
         self.model = Autoencoder(source.config)
         self.model.load_state_dict(dict(source.weights), strict=True)
         self.model.to(source.device).eval().requires_grad_(False)
+        self.model.precision = source.precision
 
     def write_shard(self, number: int, output: Location, form: LatentFormat) -> ShardIndex:
         """Encode and upload shard `number`, then write its record.
@@ -87,8 +90,8 @@ class ShardEncoder:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / shard.name.replace("/", "-")
             with path.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
-                for batch in self._read(number):
-                    latents = pack_latents(self._encode(batch.image), form)
+                for batch, latent in self._encode_ahead(number):
+                    latents = pack_latents(latent, form)
                     for row, (key, data) in enumerate(zip(batch.key, latents, strict=True)):
                         others = {name: values[row] for name, values in batch.members.items()}
                         writer.write({"__key__": key, EXTENSION: data, **others})
@@ -126,6 +129,7 @@ class ShardEncoder:
                 rounding to the set's dtype.
         """
         rounding = torch.finfo(torch_dtype(latents.format)).eps
+        tolerance = _TOLERANCES[self.source.precision]
         filled = [n for n, shard in enumerate(latents.index.shards) if shard.keys]
         each = -(-count // max(1, len(filled)))
         worst = 0.0
@@ -139,7 +143,7 @@ class ShardEncoder:
                 )
             expected = self._encode(fresh.image).cpu()
             difference = (stored.latent.float() - expected).abs()
-            off = (difference > rounding * expected.abs() + _TOLERANCE).flatten(1).any(1)
+            off = (difference > rounding * expected.abs() + tolerance).flatten(1).any(1)
             if bool(off.any()):
                 key = stored.key[int(off.int().argmax())]
                 raise ValueError(
@@ -148,6 +152,20 @@ class ShardEncoder:
                 )
             worst = max(worst, float(difference.max()))
         return worst
+
+    def _encode_ahead(self, number: int) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield the batches of a shard with their latents, one batch behind the encoder.
+
+        A GPU works on the next batch while the caller packs and writes this one.
+        """
+        waiting: tuple[Batch, Tensor] | None = None
+        for batch in self._read(number):
+            encoded = batch, self._encode(batch.image)
+            if waiting:
+                yield waiting
+            waiting = encoded
+        if waiting:
+            yield waiting
 
     @torch.no_grad()
     def _encode(self, image: Tensor) -> Tensor:
@@ -166,6 +184,7 @@ class ShardEncoder:
             channels=data.channels,
             resolution=data.image_size,
             members=self.source.members,
+            pin_memory=self.source.device == "cuda",
         )
 
 

@@ -5,6 +5,7 @@ in the basis of the irreps and at unit scale per irrep, whatever basis and scale
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from efae.model import flow, pretrained
 from efae.model.bottleneck import Bottleneck
 from efae.model.decoder import Decoder
 from efae.model.encoder import Encoder
+from efae.model.precision import Precision, at_precision
 from efae.model.sampler import Field, Method, guide, integrate, time_grid
 from efae.symmetry import GROUPS, TRIVIAL, Element, Representation
 from efae.symmetry.any_angle import check_turns_by_any_angle
@@ -85,10 +87,14 @@ class Autoencoder(nn.Module):
         config: Configuration of the experiment.
         group: Group that acts on images and latents.
         representation: Representation of the group on the channels of a latent.
+        precision: Precision in which `encode`, `decode` and `velocity` run the networks; None
+            leaves it to the caller (`torch.autocast`). Latents and images are float32 throughout.
 
     Raises:
         ValueError: The configuration cannot be built.
     """
+
+    precision: Precision | None = None
 
     def __init__(self, config: Config):
         super().__init__()
@@ -205,7 +211,8 @@ class Autoencoder(nn.Module):
             latent = x_t.new_zeros(b, dim, height // f, width // f)
             keep = torch.zeros(b, dtype=torch.bool, device=x_t.device)
         bounded = self.from_irreps(self.bottleneck.denormalize(latent))
-        output = self.decoder(x_t, t, bounded, keep)
+        with self._at_precision(x_t.device):
+            output = self.decoder(x_t, t, bounded, keep)
         return flow.velocity_from(output, x_t, t, self.config.flow.prediction)
 
     @torch.no_grad()
@@ -263,7 +270,12 @@ class Autoencoder(nn.Module):
 
     def bounded(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
         """Encode an image at the network's own scale, in the basis of the irreps."""
-        return self.bottleneck.bound(self.to_irreps(self.encoder(image)))
+        with self._at_precision(image.device):
+            encoded = self.encoder(image)
+        return self.bottleneck.bound(self.to_irreps(encoded))
+
+    def _at_precision(self, device: torch.device) -> AbstractContextManager[None]:
+        return at_precision(self.precision, device) if self.precision else nullcontext()
 
     def to_irreps(self, latent: Tensor) -> Tensor:
         """Map a latent from the basis of the networks to the basis of the irreps."""

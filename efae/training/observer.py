@@ -15,7 +15,16 @@ _SAY_EVERY_SECONDS = 10.0
 
 
 class Observer:
-    """Ignores every event of `train`, as all ranks above 0 do. Subclass it to observe training."""
+    """Ignores every event of `train`. Subclass it to observe training.
+
+    Args:
+        validation: Measurement on held-out images, on all ranks; None measures nothing.
+    """
+
+    _validation: Validation | None = None  # also of subclasses that do not call __init__
+
+    def __init__(self, validation: Validation | None = None):
+        self._validation = validation
 
     def resume(self, metadata: Mapping[str, Any]) -> None:
         """Note that training resumes from a checkpoint with this metadata."""
@@ -25,7 +34,7 @@ class Observer:
 
     def validate(self, state: TrainState) -> dict[str, float]:
         """Validate the model and return measures by name; {} if nothing is measured."""
-        return {}
+        return self._validation.measure(state) if self._validation else {}
 
     def save(self, state: TrainState, metadata: Mapping[str, Any]) -> None:
         """Write a checkpoint, or begin to; `metadata` holds JSON values to store with it."""
@@ -53,7 +62,8 @@ class RunObserver(Observer):
         steps: int,
         say: Callable[[str], None],
     ):
-        self._writer, self._tracker, self._validation = writer, tracker, validation
+        super().__init__(validation)
+        self._writer, self._tracker = writer, tracker
         self._progress = Progress(steps, say)
 
     def resume(self, metadata: Mapping[str, Any]) -> None:
@@ -65,7 +75,7 @@ class RunObserver(Observer):
         self._progress.tick(step, metrics)
 
     def validate(self, state: TrainState) -> dict[str, float]:
-        measured = self._validation.measure(state)
+        measured = super().validate(state)
         curves = {f"held_out/{name.removeprefix('held_out_')}": measured[name] for name in measured}
         self._tracker.log_metrics(state.step, curves)
         return measured

@@ -24,8 +24,8 @@ class Process:
         agree: Function that returns rank 0's value on every rank; all ranks call it together.
         ends_soon: Whether this machine, or another rank's, is about to be preempted; all ranks ask
             at the same steps.
-        report: Function that takes every validation: {"step": ...}, and on rank 0 what was
-            measured; all ranks call it at the same steps.
+        report: Function that takes every validation: {"step": ...} and what was measured; all
+            ranks call it at the same steps.
     """
 
     device: torch.device

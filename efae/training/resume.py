@@ -1,6 +1,7 @@
 """One process of a run, from the newest checkpoint to the last step, with or without Ray."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -56,7 +57,17 @@ def continue_run(
     if process.device.type == "cpu":
         torch.set_num_threads(config.ray.cpus_per_worker)
     folder = locate_run(config)
-    newest, tracker, observer, rollbacks, size = None, None, Observer(), 0, 0
+    newest, tracker, rollbacks, size = None, None, 0, 0
+    images = read_held_out(config.data, config.training.validation_images)
+    validation = partial(
+        Validation,
+        images,
+        process.device,
+        process.rank,
+        process.world_size,
+        config.training.evaluation_precision,
+    )
+    observer = Observer(validation())
     if process.rank == 0:
         # Imported here because MLflow takes two seconds, and other ranks do not need it.
         from efae.tracking.sender import Tracker, default_spill_folder
@@ -67,11 +78,10 @@ def continue_run(
         size = _choose_micro_batch_size(config, events)
         say(_record_start(folder, newest, process, size))
         tracker = Tracker(run, default_spill_folder(), system_metrics_interval_seconds=10)
-        images = read_held_out(config.data, config.training.validation_images)
         observer = RunObserver(
             CheckpointWriter(folder, config),
             tracker,
-            Validation(images.to(process.device), tracker.log_figure),
+            validation(show=tracker.log_figure),
             config.training.steps,
             say,
         )

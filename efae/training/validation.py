@@ -11,7 +11,7 @@ from torch import Tensor
 
 from efae.evaluation.flow_measures import TIME_BINS, measure_loss
 from efae.evaluation.measures import Totals, draw_noise, psnr, to_float
-from efae.model.precision import float32_arithmetic
+from efae.model.precision import Precision, float32_arithmetic
 from efae.training.state import TrainState
 
 _BATCH_SIZE = 64
@@ -21,46 +21,66 @@ _TURNED = 32
 
 
 class Validation:
-    """Measures the averaged weights, always on the same images and noise.
+    """Measures the averaged weights, always on the same images and noise, split over the ranks.
 
     Args:
-        images: Held-out images in [0, 255], on the device of training.
-        show: Function that takes a PNG file, which is removed afterwards, and a name for it.
+        images: All held-out images, in [0, 255].
+        device: Device of training.
+        rank: Rank of this process, which measures its share of the images.
+        world_size: Number of processes.
+        precision: Precision that the model runs in.
+        show: Function that takes a PNG file, which is removed afterwards, and a name for it; rank 0
+            calls it.
     """
 
-    def __init__(self, images: UInt8[Tensor, "n c h w"], show: Callable[[Path, str], None]):
-        self._images, self._show = images, show
+    def __init__(
+        self,
+        images: UInt8[Tensor, "n c h w"],
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        precision: Precision = "fp32",
+        show: Callable[[Path, str], None] | None = None,
+    ):
+        count = len(images)
+        self._first, end = (count * part // world_size for part in (rank, rank + 1))
+        self._images, self._device = images[self._first : end].to(device), device
+        self._stride = -(-count // _TURNED)
+        self._precision: Precision = precision
+        self._show = show
 
     @float32_arithmetic("fp32")
     @torch.no_grad()
     def measure(self, state: TrainState) -> dict[str, float]:
         """Measure the averaged weights of `state`, and show reconstructions.
 
+        All ranks call it together, since it sums over them.
+
         Returns:
             "psnr" of reconstructions in dB; "held_out_loss", the flow loss averaged over t; and
-            "worst_gap_db", the largest |difference| to the identity's PSNR over the group, on the
-            first images.
+            "worst_gap_db", the largest |difference| to the identity's PSNR over the group, on
+            evenly spaced images.
         """
         model = copy.deepcopy(state.model).eval()
+        model.precision = self._precision
         state.average.copy_to(model)
         totals = Totals()
         for start in range(0, len(self._images), _BATCH_SIZE):
             image = to_float(self._images[start : start + _BATCH_SIZE])
-            positions = range(start, start + len(image))
+            positions = range(self._first + start, self._first + start + len(image))
             noise = draw_noise(positions, tuple(image.shape[1:]), 0).to(image.device)
             latent = model.encode(image)
             sample = model.decode(latent, noise=noise).clamp(-1, 1)
             totals.add("psnr", psnr(sample, image))
             measure_loss(model, image, noise, latent, totals)
-            if start == 0:
-                self._draw(state.step, image, sample)
-                few = slice(_TURNED)
-                for g in model.group:
-                    turned = model.decode(
-                        model.act(g, latent[few]), noise=g.act_on_image(noise[few])
-                    )
-                    undone = g.inverse.act_on_image(turned).clamp(-1, 1)
-                    totals.add(f"turned {g}", psnr(undone, image[few]))
+            if start == 0 and self._show:
+                self._draw(self._show, state.step, image, sample)
+            few = [i for i, position in enumerate(positions) if position % self._stride == 0]
+            for g in model.group if few else ():
+                turned = model.decode(model.act(g, latent[few]), noise=g.act_on_image(noise[few]))
+                undone = g.inverse.act_on_image(turned).clamp(-1, 1)
+                totals.add(f"turned {g}", psnr(undone, image[few]))
+        totals.gather(self._device)
         by_element = {g.name: float(totals.mean(f"turned {g}")) for g in model.group}
         return {
             "psnr": float(totals.mean("psnr")),
@@ -69,10 +89,12 @@ class Validation:
             "worst_gap_db": max(abs(by_element["identity"] - p) for p in by_element.values()),
         }
 
-    def _draw(self, step: int, image: Tensor, sample: Tensor) -> None:
+    def _draw(
+        self, show: Callable[[Path, str], None], step: int, image: Tensor, sample: Tensor
+    ) -> None:
         from efae.report.card import draw_reconstructions  # matplotlib, of rank 0 alone
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"step-{step:08d}.png"
             draw_reconstructions(image[:_PICTURED].cpu(), sample[:_PICTURED].cpu(), path)
-            self._show(path, f"reconstructions/{path.name}")
+            show(path, f"reconstructions/{path.name}")

@@ -1,0 +1,60 @@
+"""Precision of a model's arithmetic: what it changes, and what it leaves as it was."""
+
+import pytest
+import torch
+
+import efae
+from efae.evaluation.evaluate import evaluate
+from efae.model.precision import at_precision, float32_arithmetic
+
+IMAGES = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+NOISE = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 0), ("bf16", 3e-2), ("fp16", 4e-3)])
+def test_a_loaded_model_runs_at_its_precision_and_returns_float32(precision, error):
+    exact, model = (efae.load("builtin:openmoji-32", precision=p) for p in (None, precision))
+    image = IMAGES / 127.5 - 1
+    latent = model.encode(image)
+    decoded = model.decode(latent, noise=NOISE)
+    assert latent.dtype == decoded.dtype == torch.float32
+    for got, expected in (
+        (latent, exact.encode(image)),
+        (decoded, exact.decode(latent, noise=NOISE)),
+    ):
+        difference = float((got - expected).square().mean().sqrt())
+        assert difference <= error
+        assert (difference > 0) == (error > 0)
+
+
+def test_an_evaluation_says_at_which_precision_the_model_ran():
+    model = efae.load("builtin:openmoji-32")
+    exact = evaluate(model, IMAGES.byte())
+    model.precision = "bf16"
+    rounded = evaluate(model, IMAGES.byte())
+    assert exact.protocol["precision"] == "fp32, no TF32"
+    assert rounded.protocol["precision"] == "bf16; measures in fp32"
+    assert exact.worst_gap_db < 1e-4
+    assert abs(rounded.psnr - exact.psnr) < 0.2
+    assert rounded.psnr != exact.psnr
+
+
+@pytest.mark.parametrize("products", ["highest", "high"])
+@pytest.mark.parametrize("convolutions", [True, False])
+def test_the_settings_of_the_process_are_put_back(products, convolutions):
+    def read():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = read()
+    try:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+        with at_precision("tf32", torch.device("cpu")):
+            assert read() == ("high", True)
+            with float32_arithmetic("fp32"):
+                assert read() == ("highest", False)
+            assert read() == ("high", True)
+        assert read() == (products, convolutions)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
