@@ -269,6 +269,9 @@ class TrainingConfig:
     evaluation_precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Precision of the model in validation and in the final evaluation; below fp32, the gap that
     they measure is that of rounding."""
+    profile_steps: int = 0
+    """Number of steps to profile on rank 0, soon after the start: MLflow stores a trace and, on a
+    GPU, a memory snapshot as artifacts in the folder profile."""
     checkpoint_interval: int = 250
     """Steps between two checkpoints."""
     held_out_images: int = 512
@@ -281,7 +284,7 @@ class TrainingConfig:
             *("steps", "global_batch_size", "log_interval", "evaluation_interval"),
             *("validation_images", "checkpoint_interval", "held_out_images"),
         )
-        for name in ("seed", "micro_batch_size"):
+        for name in ("seed", "micro_batch_size", "profile_steps"):
             value = getattr(self, name)
             require(value >= 0, f"training.{name}={value}: must be >= 0")
         require(

@@ -16,10 +16,10 @@ _RENAMED = {"training.look_images": "training.validation_images"}
 """Keys of release 0.1 that the next release still accepts, and their new names."""
 _RUN_KEYS = ("tracking.", "ray.", "resume")
 _MACHINE_KEYS = (
-    "data.cache_bytes",
-    "data.cache_dir",
-    "data.pixel_cache_bytes",
-    "data.decode_threads",
+    *("data.cache_bytes", "data.cache_dir", "data.pixel_cache_bytes", "data.decode_threads"),
+    # They change rounding, or measurements, alone.
+    *("training.micro_batch_size", "training.activation_memory", "training.compile"),
+    *("training.evaluation_precision", "training.profile_steps"),
 )
 
 

@@ -71,11 +71,17 @@ def print_summary(summary: Mapping[str, Any], report_folder: str) -> None:
     events = ""
     if len(summary["events"]) > 1:  # more than the start of the workers
         events = "".join(f"\n  {line}" for line in summary["events"][-EVENTS_SHOWN:])
+    busy = ""
+    if summary.get("flop_utilization"):
+        busy = (
+            f", MFU {summary['flop_utilization']:.0%}"
+            f" ({summary['flop_utilization_as_dense']:.0%} counted as dense)"
+        )
     bad_samples = f", bad images replaced: {bad}" if (bad := summary["bad_samples"]) else ""
     print(
         f"""
 {summary["run_name"]}: {summary["steps"]} steps, {summary["images_seen"]} images in\
- {summary["wall_seconds"] / 60:.1f} minutes, {summary["images_per_second"]:.0f} images/s\
+ {summary["wall_seconds"] / 60:.1f} minutes, {summary["images_per_second"]:.0f} images/s{busy}\
  (data wait {summary["data_wait_fraction"]:.1%}), recoveries: {summary["recoveries"]}\
 {bad_samples}{events}
   held-out PSNR      {summary["psnr"]:.2f} dB

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from efae.model.octic_layout import embed_invariant, layout_of, spread_gains
+from efae.model.precision import no_autocast
 from efae.symmetry.group import Group, grid_sources
 from efae.symmetry.representation import Representation
 
@@ -99,7 +100,7 @@ class Lift(nn.Module):
         """Return the map as one matrix per slot."""
         m, n = self.coefficient.shape
         regular = self.coefficient[:, self.source] * self.sign  # w R(g)^-1: (m, element, n)
-        with torch.autocast(regular.device.type, enabled=False):  # a weight is rounded once, in use
+        with no_autocast(regular):  # a weight is rounded once, in use
             slots = torch.einsum("sg,mgn->snm", self.fourier, regular)
         slots = slots.view(self.layout.slots, self.layout.cosets, n, m)
         return slots.permute(0, 2, 3, 1).reshape(self.layout.slots, n, m * self.layout.cosets)

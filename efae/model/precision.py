@@ -4,10 +4,11 @@ Weights, and all that must not lose bits (norms, bottleneck, loss), stay in fp32
 """
 
 from collections.abc import Generator
-from contextlib import contextmanager
-from typing import Literal
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
@@ -18,6 +19,12 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """Return a context in which a forward pass runs at this precision; off for fp32 and tf32."""
     dtype = _AUTOCAST.get(precision)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which arithmetic on the device of `like` keeps the dtypes it is given."""
+    # Tensors without data, on which FLOPs are counted, know no autocast.
+    return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 
 @contextmanager

@@ -40,6 +40,7 @@ _SUMMARY = (
     *("run_name", "mlflow_run_id", "model_uri", "steps", "images_seen", "images_per_second"),
     *("data_wait_fraction", "bad_samples", *_MEASURED, "checkpoints", "checkpoint_stall_seconds"),
     *("recoveries", "world_size", "precision", "device", "wall_seconds", "events"),
+    *("tflops_per_second", "flop_utilization", "flop_utilization_as_dense"),
 )
 _EXACT_DB = 1e-3
 """Largest gap, dB, that counts as rounding."""

@@ -134,6 +134,7 @@ def train(
         state.optimizer.zero_grad(set_to_none=True)
         state.average.update(state.model, state.step)
         meter.add(loss, t)
+        observer.end_step()
         state.step += 1
 
         last = state.step == training.steps
@@ -147,6 +148,8 @@ def train(
         metrics = meter.read() | {"learning_rate": rate, "gradient_norm": float(norm)}
         guard.check(metrics["loss"])  # before a diverged step is logged or saved
         metrics["images_seen"] = state.step * training.global_batch_size
+        if device.type == "cuda":
+            metrics["gpu_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         observer.log(state.step, metrics)
         scores["loss"] = metrics["loss"]
         if validate:

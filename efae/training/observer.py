@@ -4,7 +4,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from efae.config import Config
 from efae.training.checkpoint_writer import CheckpointWriter
+from efae.training.flops import Utilization
+from efae.training.process import Process
+from efae.training.profiling import StepProfiler
 from efae.training.state import TrainState
 from efae.training.validation import Validation
 
@@ -29,6 +33,9 @@ class Observer:
     def resume(self, metadata: Mapping[str, Any]) -> None:
         """Note that training resumes from a checkpoint with this metadata."""
 
+    def end_step(self) -> None:
+        """Note the end of a step, without waiting for the device."""
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics after `step` updates: those of `Meter.read`, and more."""
 
@@ -47,30 +54,43 @@ class RunObserver(Observer):
     """Rank 0's observer: curves to MLflow, checkpoints to storage, progress to the terminal.
 
     Args:
+        config: Configuration of the experiment.
+        process: This process.
         writer: Writer of the checkpoints.
         tracker: Sender of the curves.
         validation: Measurement on held-out images.
-        steps: Length of the run, optimizer updates.
         say: Function that prints one line of progress.
     """
 
     def __init__(
         self,
+        config: Config,
+        process: Process,
         writer: CheckpointWriter,
         tracker: "Tracker",
         validation: Validation,
-        steps: int,
         say: Callable[[str], None],
     ):
         super().__init__(validation)
         self._writer, self._tracker = writer, tracker
-        self._progress = Progress(steps, say)
+        self._progress = Progress(config.training.steps, say)
+        self._utilization = Utilization(config, process.device, process.world_size)
+        self._profiler = None
+        if config.training.profile_steps:
+            self._profiler = StepProfiler(
+                config.training.profile_steps, process.device, tracker.log_figure
+            )
 
     def resume(self, metadata: Mapping[str, Any]) -> None:
         self._tracker.resend(metadata["unsent_metrics"])
         self._progress.start_from(metadata["step"])
 
+    def end_step(self) -> None:
+        if self._profiler:
+            self._profiler.step()
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        metrics = {**metrics, **self._utilization.measure(metrics["images_per_second"])}
         self._tracker.log_metrics(step, metrics)
         self._progress.tick(step, metrics)
 
@@ -81,7 +101,9 @@ class RunObserver(Observer):
         return measured
 
     def save(self, state: TrainState, metadata: Mapping[str, Any]) -> None:
+        speed = metadata["totals"]["images_per_second"]
         totals = metadata["totals"] | {
+            **self._utilization.measure(speed),
             "checkpoints": self._writer.saved,
             "checkpoint_stall_seconds": self._writer.stall_seconds,
         }
@@ -117,9 +139,15 @@ class Progress:
         self._said = now
         left = (now - self._began) / (step - self._first) * (self._steps - step)
         filled = 20 * step // self._steps
+        busy = ""
+        if "flop_utilization" in metrics:
+            busy = (
+                f"  MFU {metrics['flop_utilization']:.0%}"
+                f" ({metrics['flop_utilization_as_dense']:.0%} as dense)"
+            )
         self._say(
             f"[{'#' * filled}{'.' * (20 - filled)}] step {step}/{self._steps}"
-            f"  loss {metrics['loss']:.4f}  {metrics['images_per_second']:.0f} images/s"
+            f"  loss {metrics['loss']:.4f}  {metrics['images_per_second']:.0f} images/s{busy}"
             f"  data wait {metrics['data_wait_fraction']:.1%}"
             f"  {int(left // 60)}:{int(left % 60):02d} left"
         )

@@ -79,10 +79,11 @@ def continue_run(
         say(_record_start(folder, newest, process, size))
         tracker = Tracker(run, default_spill_folder(), system_metrics_interval_seconds=10)
         observer = RunObserver(
+            config,
+            process,
             CheckpointWriter(folder, config),
             tracker,
             validation(show=tracker.log_figure),
-            config.training.steps,
             say,
         )
     found, rollbacks, size = process.agree((newest[0] if newest else None, rollbacks, size))

@@ -28,6 +28,7 @@ SUMMARY = (
     *("data_wait_fraction", "bad_samples", "psnr", "gap_db", "worst_gap_db", "group_law_error"),
     *("checkpoints", "checkpoint_stall_seconds", "recoveries"),
     *("world_size", "precision", "device", "wall_seconds", "events"),
+    *("tflops_per_second", "flop_utilization", "flop_utilization_as_dense"),
 )
 FIGURES = ("orbit", "reconstructions", "gap", "rotations", "energy", "steps", "loss_by_time")
 FACTS = {

@@ -1,0 +1,105 @@
+"""FLOPs of a training step, counted without computing it, and the share of a GPU's peak."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from efae.config import Config
+from efae.config_forms import with_overrides
+from efae.model.autoencoder import Autoencoder
+from efae.model.objective import Draws, Objective
+
+_TERA = 1e12
+# Peak of dense tensor-core products by the data sheets, TFLOP/s at (bf16 or fp16, tf32), and of
+# fp32, by a part of the device's name; the first that fits.
+_PEAKS: dict[str, tuple[float, float, float]] = {
+    "B200": (2250, 1125, 75),
+    "H200": (989, 494, 67),
+    "H100 PCIe": (756, 378, 51),
+    "H100": (989, 494, 67),
+    "A100": (312, 156, 19.5),
+    "L40S": (362, 183, 91.6),
+    "A10G": (125, 62.5, 31.2),
+    "RTX 4090": (165, 82.6, 82.6),
+    "RTX 3090": (71, 35.6, 35.6),
+    "L4": (121, 60, 30.3),
+    "V100": (125, 15.7, 15.7),
+    "T4": (65, 8.1, 8.1),
+}
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of forward and backward for one image; a multiply-add counts as two.
+
+    Attributes:
+        own: FLOPs of matrix products and attention.
+        as_dense: FLOPs of the dense network of the same sizes, which an exactly equivariant one
+            stands in for.
+    """
+
+    own: float
+    as_dense: float
+
+
+def count_flops(config: Config) -> Flops:
+    """Count the FLOPs of a training step, per image, on tensors without data; takes a second."""
+    own = _count(config)
+    if config.model.level != "exact":
+        return Flops(own, own)
+    return Flops(own, _count(with_overrides(config, {"model.level": "none"})))
+
+
+def _count(config: Config) -> float:
+    quiet = {"loss.scaling_probability": 0.0, "loss.rotation_probability": 0.0}
+    objective = Objective(Autoencoder(with_overrides(config, quiet))).to("meta").train()
+    height, width = config.data.image_size
+    f, count = config.model.downsampling, 2
+    image = torch.zeros(count, config.data.channels, height, width, device="meta")
+    latent = torch.zeros(count, config.representation.dim, height // f, width // f, device="meta")
+    draws = Draws(image[:, 0, 0, 0], None, None, None, latent, None, image, None)
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = objective(image, draws)
+        loss.sum().backward()
+    return counter.get_total_flops() / count
+
+
+def find_peak(device: torch.device, precision: str) -> float | None:
+    """Return the peak FLOP/s of a GPU by its data sheet; None if it is not in our table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peaks = next((peaks for part, peaks in _PEAKS.items() if part in name), None)
+    column = {"bf16": 0, "fp16": 0, "tf32": 1, "fp32": 2}[precision]
+    return peaks[column] * _TERA if peaks else None
+
+
+class Utilization:
+    """Turns images per second into FLOP/s and a share of the peak.
+
+    Args:
+        config: Configuration of the experiment.
+        device: Device of training.
+        world_size: Number of training processes.
+    """
+
+    def __init__(self, config: Config, device: torch.device, world_size: int):
+        self._flops, self._world_size = count_flops(config), world_size
+        self._peak = find_peak(device, config.training.precision)
+
+    def measure(self, images_per_second: float) -> dict[str, float]:
+        """Return "tflops_per_second" of each process and, on a known GPU, "flop_utilization".
+
+        "flop_utilization_as_dense" counts an exactly equivariant network as the dense one of its
+        sizes.
+        """
+        own, as_dense = (
+            flops * images_per_second / self._world_size
+            for flops in (self._flops.own, self._flops.as_dense)
+        )
+        measured = {"tflops_per_second": own / _TERA}
+        if self._peak:
+            measured["flop_utilization"] = own / self._peak
+            measured["flop_utilization_as_dense"] = as_dense / self._peak
+        return measured

@@ -1,0 +1,77 @@
+"""FLOPs that a step is said to take, and the profile of steps."""
+
+import gzip
+import json
+import shutil
+
+import pytest
+import torch
+
+from efae.config import Config
+from efae.config_forms import with_overrides
+from efae.presets import PRESETS
+from efae.training.flops import Utilization, count_flops
+from efae.training.profiling import StepProfiler
+
+TINY = {
+    "data.resolution": 16,
+    "model.hidden_size": 64,
+    "model.encoder_hidden_size": 64,
+    "model.num_heads": 2,
+    "model.depth": 1,
+    "model.encoder_depth": 1,
+}
+
+
+def count(**overrides):
+    return count_flops(with_overrides(Config(), TINY | overrides))
+
+
+def test_a_block_more_adds_its_matrices_and_its_attention():
+    """By hand: 16 tokens of width 64 at level none; MLP of 3 x 64; backward costs twice forward.
+
+    And a little more for attention, whose backward computes products of the forward pass again.
+    """
+    m, tokens, width = 64, 16, 64
+    matrices = tokens * (3 * m * m + m * m + 2 * 3 * m * m) + m * 6 * m  # adaLN: once per image
+    attention = 2 * tokens * tokens * width
+    more = count(**{"model.level": "none", "model.depth": 2}).own
+    less = count(**{"model.level": "none"}).own
+    assert more - less == pytest.approx(3 * 2 * (matrices + attention), rel=0.03)
+
+
+def test_an_exact_network_is_counted_as_its_dense_twin_too():
+    exact, dense = count(), count(**{"model.level": "none"})
+    assert exact.as_dense == dense.own == dense.as_dense
+    assert 2 < exact.as_dense / exact.own < 8
+
+
+def test_options_of_the_loss_do_not_stop_the_count():
+    count(**{"loss.scaling_probability": 1.0, "loss.rotation_probability": 1.0})
+    count(**{"model.bottleneck": "kl", "flow.condition_drop": 0.5, "training.precision": "bf16"})
+
+
+def test_utilisation_is_known_only_on_a_known_gpu():
+    config = PRESETS["quickstart"][1]
+    measured = Utilization(config, torch.device("cpu"), world_size=2).measure(1000.0)
+    assert measured == {"tflops_per_second": pytest.approx(count_flops(config).own * 500 / 1e12)}
+
+
+def test_a_profile_holds_the_steps_after_the_first_ones(tmp_path):
+    saved = {}
+
+    def save(path, name):
+        saved[name] = tmp_path / path.name
+        shutil.copy(path, saved[name])
+
+    profiler = StepProfiler(2, torch.device("cpu"), save)
+    for step in range(30):
+        with torch.profiler.record_function(f"step {step}"):
+            torch.ones(8, 8) @ torch.ones(8, 8)
+        profiler.step()
+    (name,) = saved
+    assert name == "profile/trace.json.gz"
+    with gzip.open(saved[name]) as file:
+        events = json.load(file)["traceEvents"]
+    steps = {event["name"] for event in events if event["name"].startswith("step ")}
+    assert steps == {"step 12", "step 13"}
