@@ -28,9 +28,6 @@ from efae.preflight.cluster_checks import run_preflight
 from efae.preflight.driver_checks import RunData
 from efae.presets import PRESETS
 from efae.ray_trainer import run_training
-from efae.registry import registration
-from efae.report.card import write_report
-from efae.report.model_card import render_model_card
 from efae.tracking import runs
 from efae.tracking.redaction import redact
 from efae.tracking.runs import Run
@@ -63,7 +60,7 @@ def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -
     """
     started = time.monotonic()
     data = RunData(config.data)
-    run_preflight(config, data, server, say)
+    run_preflight(config, data, server, say, meanwhile=import_publishing)
     step = find_start(config)
     experiment, run_name = config.tracking.experiment, config.tracking.run_name
     if step == config.training.steps and not runs.find_unfinished_run(server, experiment, run_name):
@@ -99,6 +96,12 @@ def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -
         raise
     run.finish("FINISHED")
     return summary
+
+
+def import_publishing() -> None:
+    """Import what `publish` needs, MLflow above all, in a second that would pass in waiting."""
+    import efae.registry.registration  # pyright: ignore[reportUnusedImport]
+    import efae.report.card  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 
 def wait_for_mlflow(server: Server, run_name: str, say: Callable[[str], None]) -> None:
@@ -262,13 +265,15 @@ def evaluate_and_export(final: str, config: Config) -> Generator[Product]:
         StorageError: The storage refuses or does not answer.
         ray.exceptions.RayTaskError: The evaluation failed; also an instance of its cause's class.
     """
+    from efae.registry.registration import export_programs
+
     wait_for_evaluation = start_evaluation(final, config)
     weights = checkpoint.read_model(final).weights
     model = pack_model(weights, config, build_representation(config))
     with tempfile.TemporaryDirectory() as folder:
         programs: Sequence[Path] = ()
         if config.tracking.portable:
-            programs = registration.export_programs(model, Path(folder))
+            programs = export_programs(model, Path(folder))
         yield Product(model, programs, wait_for_evaluation())
 
 
@@ -296,6 +301,10 @@ def publish(
         StorageError: The storage refuses or does not answer.
         MlflowException: The server refuses or does not answer.
     """
+    from efae.registry.registration import register_model
+    from efae.report.card import write_report
+    from efae.report.model_card import render_model_card
+
     evaluation, model = product.evaluation, product.model
     facts = facts | {"mlflow_run_id": run.id}
     measured = {
@@ -322,7 +331,7 @@ def publish(
     # By digest: the version's number is known only after the card was stored with it.
     uri = f"models:/{config.tracking.registered_model}@sha256:{model.digest[:12]}"
     card = render_model_card(evaluation.numbers(), config, facts | {"model_uri": uri})
-    version = registration.register_model(
+    version = register_model(
         model,
         config.tracking.registered_model,
         run,
