@@ -7,7 +7,9 @@ under the name of the run.
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,15 +21,13 @@ from efae.checkpoints import checkpoint, run_folder
 from efae.checkpoints.events import read_events
 from efae.config import Config
 from efae.evaluation.evaluate import Evaluation
+from efae.evaluation_task import start_evaluation
 from efae.model.autoencoder import build_representation
-from efae.model.pretrained import pack_model
+from efae.model.pretrained import StoredModel, pack_model
 from efae.preflight.cluster_checks import run_preflight
 from efae.preflight.driver_checks import RunData
 from efae.presets import PRESETS
-from efae.ray_trainer import evaluate_on_cluster, run_training
-from efae.registry import registration
-from efae.report.card import write_report
-from efae.report.model_card import render_model_card
+from efae.ray_trainer import run_training
 from efae.tracking import runs
 from efae.tracking.redaction import redact
 from efae.tracking.runs import Run
@@ -60,7 +60,7 @@ def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -
     """
     started = time.monotonic()
     data = RunData(config.data)
-    run_preflight(config, data, server, say)
+    run_preflight(config, data, server, say, meanwhile=import_publishing)
     step = find_start(config)
     experiment, run_name = config.tracking.experiment, config.tracking.run_name
     if step == config.training.steps and not runs.find_unfinished_run(server, experiment, run_name):
@@ -82,20 +82,26 @@ def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -
         run_training(config, run)
         final, metadata = find_final(config)
         say(f"evaluating on {config.training.held_out_images} held-out images ...")
-        evaluation = evaluate_on_cluster(final, config)
-        facts = {
-            **describe_run(config, metadata["totals"]),
-            **describe_data(data),
-            "wall_seconds": time.monotonic() - started,
-        }
-        wait_for_mlflow(server, run_name, say)
-        deliver_points(run, metadata["unsent_metrics"])
-        summary = publish(config, data, run, final, evaluation, facts)
+        with evaluate_and_export(final, config) as product:
+            facts = {
+                **describe_run(config, metadata["totals"]),
+                **describe_data(data),
+                "wall_seconds": time.monotonic() - started,
+            }
+            wait_for_mlflow(server, run_name, say)
+            deliver_points(run, metadata["unsent_metrics"])
+            summary = publish(config, data, run, product, facts)
     except BaseException:
         run.finish("FAILED")
         raise
     run.finish("FINISHED")
     return summary
+
+
+def import_publishing() -> None:
+    """Import what `publish` needs, MLflow above all, in a second that would pass in waiting."""
+    import efae.registry.registration  # pyright: ignore[reportUnusedImport]
+    import efae.report.card  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 
 def wait_for_mlflow(server: Server, run_name: str, say: Callable[[str], None]) -> None:
@@ -237,12 +243,45 @@ def describe_data(data: RunData) -> dict[str, Any]:
     return described | {"credits": list(credits)}
 
 
+@dataclass(frozen=True)
+class Product:
+    """What a run has made: the averaged model, its portable programs and its evaluation."""
+
+    model: StoredModel
+    programs: Sequence[Path]
+    evaluation: Evaluation
+
+
+@contextmanager
+def evaluate_and_export(final: str, config: Config) -> Generator[Product]:
+    """Evaluate the averaged model on the cluster, and meanwhile export its programs here.
+
+    Args:
+        final: URI of the last checkpoint.
+        config: Configuration of the experiment.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged.
+        StorageError: The storage refuses or does not answer.
+        ray.exceptions.RayTaskError: The evaluation failed; also an instance of its cause's class.
+    """
+    from efae.registry.registration import export_programs
+
+    wait_for_evaluation = start_evaluation(final, config)
+    weights = checkpoint.read_model(final).weights
+    model = pack_model(weights, config, build_representation(config))
+    with tempfile.TemporaryDirectory() as folder:
+        programs: Sequence[Path] = ()
+        if config.tracking.portable:
+            programs = export_programs(model, Path(folder))
+        yield Product(model, programs, wait_for_evaluation())
+
+
 def publish(
     config: Config,
     data: RunData,
     run: Run,
-    final: str,
-    evaluation: Evaluation,
+    product: Product,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     """Register the averaged model, write the report card and send both to MLflow.
@@ -252,18 +291,21 @@ def publish(
             report if any.
         data: Facts of its shard sets.
         run: MLflow run that trained it; stores the model and the report.
-        final: URI of the last checkpoint.
-        evaluation: Evaluation of the model in it.
+        product: Model, programs and evaluation.
         facts: JSON values for the report; must have "steps".
 
     Returns:
         Content of the report's summary.json.
 
     Raises:
-        CheckpointError: The checkpoint is damaged.
         StorageError: The storage refuses or does not answer.
         MlflowException: The server refuses or does not answer.
     """
+    from efae.registry.registration import register_model
+    from efae.report.card import write_report
+    from efae.report.model_card import render_model_card
+
+    evaluation, model = product.evaluation, product.model
     facts = facts | {"mlflow_run_id": run.id}
     measured = {
         "psnr": evaluation.psnr,
@@ -286,19 +328,17 @@ def publish(
         "held_out_images": str(evaluation.images),
         "image_shape": "x".join(map(str, evaluation.image_shape)),
     }
-    weights = checkpoint.read_model(final).weights
-    model = pack_model(weights, config, build_representation(config))
     # By digest: the version's number is known only after the card was stored with it.
     uri = f"models:/{config.tracking.registered_model}@sha256:{model.digest[:12]}"
     card = render_model_card(evaluation.numbers(), config, facts | {"model_uri": uri})
-    version = registration.register_model(
+    version = register_model(
         model,
         config.tracking.registered_model,
         run,
         metrics={name: value for name, value in measured.items() if value is not None},
         tags=lineage,
         card=card,
-        portable=config.tracking.portable,
+        programs=product.programs,
     )
     with tempfile.TemporaryDirectory() as folder:
         report_folder = Path(folder)

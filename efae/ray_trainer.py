@@ -1,4 +1,4 @@
-"""Training and evaluation on a Ray cluster.
+"""Training on a Ray cluster.
 
 `run_training` runs the training loop in a Ray Train `TorchTrainer`. Ray starts the workers,
 restarts them after failures, and changes their number as nodes leave and join. Ray does not decide
@@ -16,14 +16,13 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.autoscaler.sdk import request_resources  # pyright: ignore[reportUnknownVariableType]
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.collective import broadcast_from_rank_zero
@@ -41,8 +40,6 @@ from efae.checkpoints.checkpoint import CheckpointError
 from efae.checkpoints.events import read_events, record_event
 from efae.checkpoints.run_folder import locate_run
 from efae.config import Config
-from efae.evaluation.evaluate import Evaluation, evaluate
-from efae.evaluation.held_out import read_held_out
 from efae.names import make_ascii
 from efae.tracking.redaction import first_cause
 from efae.tracking.runs import Run
@@ -50,8 +47,8 @@ from efae.tracking.timeouts import notice_outages_soon
 from efae.training.divergence import TrainingDiverged
 from efae.training.micro_batches import OutOfMemory
 from efae.training.process import Process
-from efae.training.resume import continue_run, print_line
-from efae.worker_groups import GroupStarts, TrainingFailed, free_orphans
+from efae.training.resume import continue_run
+from efae.worker_groups import GroupStarts, TrainingFailed
 
 _RAY_ENVIRONMENT = {
     # Notices a lost worker sooner than Ray's default of 2 s, which suits hours-long runs.
@@ -101,6 +98,9 @@ def connect(config: Config) -> None:
 
 def _wait_for_nodes(want: dict[str, int], workers: int, seconds: float) -> None:
     """Request nodes for all workers from the autoscaler, and wait for them or for the timeout."""
+    # Imported here, because no worker needs it.
+    from ray.autoscaler.sdk import request_resources  # pyright: ignore[reportUnknownVariableType]
+
     deadline = time.monotonic() + seconds
     request_resources(bundles=[want] * workers)
     try:
@@ -313,40 +313,3 @@ def _make_parallel(model: torch.nn.Module) -> torch.nn.Module:
     broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options = {broadcast: False, "gradient_as_bucket_view": True}
     return prepare_model(model, parallel_strategy_kwargs=options)
-
-
-def evaluate_on_cluster(model_uri: str, config: Config) -> Evaluation:
-    """Measure a model on the run's held-out images, in a Ray task.
-
-    Args:
-        model_uri: URI that `pull.load` accepts, reachable from the cluster's nodes.
-        config: Configuration of the images and of the resources; the model brings its own for the
-            rest.
-
-    Raises:
-        ray.exceptions.RayTaskError: The task failed; also an instance of its cause's class.
-    """
-    free_orphans()
-    task = ray.remote(_evaluate).options(
-        num_cpus=config.ray.cpus_per_worker, num_gpus=1 if config.ray.use_gpu else 0
-    )
-    return ray.get(task.remote(model_uri, configuration.to_json(config)))
-
-
-def _evaluate(model_uri: str, text: str) -> Evaluation:
-    from efae.registry.pull import load  # imports MLflow, which training workers do not need
-
-    ignore_metadata()
-    config = configuration.from_json(text)
-    torch.set_num_threads(config.ray.cpus_per_worker)
-    model = load(model_uri, device="cuda" if config.ray.use_gpu else "cpu")
-    model.precision = config.training.evaluation_precision
-    images = read_held_out(config.data, config.training.held_out_images)
-    return evaluate(model, images, progress=_say_progress)
-
-
-def _say_progress(items: Iterable[Any], what: str) -> Iterator[Any]:
-    items = list(items)
-    for done, item in enumerate(items, start=1):
-        yield item
-        print_line(f"evaluating: {what} {done}/{len(items)}")

@@ -48,7 +48,11 @@ class Node:
 
 
 def run_preflight(
-    config: Config, data: RunData, server: Server, say: Callable[[str], None]
+    config: Config,
+    data: RunData,
+    server: Server,
+    say: Callable[[str], None],
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
     """Check all that the run needs, and connect to the cluster; print one line for each check.
 
@@ -59,6 +63,7 @@ def run_preflight(
         data: Facts of its shard sets.
         server: MLflow server.
         say: Function that prints one line.
+        meanwhile: Function to run here while the nodes are checked.
 
     Returns:
         The outcomes; none is a failure.
@@ -67,7 +72,7 @@ def run_preflight(
         ValueError: Some checks failed; `say` printed them.
     """
     outcomes: list[Outcome] = []
-    for outcome in check_all(config, data, server):
+    for outcome in check_all(config, data, server, meanwhile):
         outcomes.append(outcome)
         say(str(outcome))
     failed = [outcome.what for outcome in outcomes if outcome.state == "FAIL"]
@@ -78,7 +83,9 @@ def run_preflight(
     return outcomes
 
 
-def check_all(config: Config, data: RunData, server: Server) -> Iterator[Outcome]:
+def check_all(
+    config: Config, data: RunData, server: Server, meanwhile: Callable[[], None]
+) -> Iterator[Outcome]:
     """Yield the outcomes of `run_preflight` as they arrive."""
     passed: set[str] = set()
     for what, check in list_checks(config, data, server):
@@ -98,7 +105,7 @@ def check_all(config: Config, data: RunData, server: Server) -> Iterator[Outcome
             (node, list_node_checks(node, config, server, passed, mark, cache_bytes))
             for node in list_nodes()
         ]
-        yield from merge_outcomes(ask_nodes(asked))
+        yield from merge_outcomes(ask_nodes(asked, meanwhile))
 
 
 def join_cluster(config: Config) -> str:
@@ -241,12 +248,13 @@ def list_node_checks(
 
 
 def ask_nodes(
-    asked: Iterable[tuple[Node, Iterable[tuple[str, Check]]]],
+    asked: Iterable[tuple[Node, Iterable[tuple[str, Check]]]], meanwhile: Callable[[], None]
 ) -> dict[str, list[Outcome]]:
     """Run the checks of each node on that node, on all nodes at once.
 
     Args:
         asked: Nodes and their checks, which must be functions of importable modules.
+        meanwhile: Function to run here while they work.
 
     Returns:
         Outcomes by the node's name; a node that did not answer has an outcome that says so.
@@ -257,6 +265,7 @@ def ask_nodes(
     for node, checks in asked:
         pinned = NodeAffinitySchedulingStrategy(node.id, soft=False)
         references[task.options(scheduling_strategy=pinned).remote(list(checks))] = node
+    meanwhile()
     ray.wait(list(references), num_returns=len(references), timeout=NODE_SECONDS)
     return {node.name: _read_answer(reference) for reference, node in references.items()}
 

@@ -30,7 +30,7 @@ def register_model(
     metrics: Mapping[str, float],
     tags: Mapping[str, str],
     card: str = "",
-    portable: bool = True,
+    programs: Sequence[Path] = (),
 ) -> RegisteredVersion:
     """Store a model with its run and register it as a version of `name`.
 
@@ -45,8 +45,7 @@ def register_model(
         tags: Further tags of the version.
         card: Model card as Markdown: stored as README.md beside the files, and as the version's
             description, cut at the width of MLflow's column. No pull reads it.
-        portable: Whether to export programs for people without this package, too, which takes some
-            ten seconds. If the export fails, the model is registered with a warning.
+        programs: Files of `export_programs`, stored beside the model.
 
     Raises:
         MlflowException: The server refuses or does not answer, or there is no such run.
@@ -60,11 +59,10 @@ def register_model(
     found = _find_version(client, name, run.id, stored.digest)
     if found is None:
         with tempfile.TemporaryDirectory() as folder:
-            stored.write(Path(folder) / "model", card)
-            exported = _export(stored, Path(folder)) if portable else []
-            source = _upload(client, run.id, stored, Path(folder) / "model", exported)
-            for path in exported:
-                facts[f"{FILE_TAG}{path.name}"] = sha256(path.read_bytes())
+            stored.write(Path(folder), card)
+            source = _upload(client, run.id, stored, Path(folder), programs)
+        for path in programs:
+            facts[f"{FILE_TAG}{path.name}"] = sha256(path.read_bytes())
         found = client.create_model_version(
             name, source, run.id, facts, description=_describe(card), await_creation_for=0
         )
@@ -87,8 +85,16 @@ def _find_version(client: MlflowClient, name: str, run_id: str, digest: str) -> 
     return next((v for v in versions if v.tags.get("digest") == digest), None)
 
 
-def _export(stored: StoredModel, folder: Path) -> list[Path]:
-    """Export the files of `torch_export` to `folder`; [] if torch cannot export this model."""
+def export_programs(stored: StoredModel, folder: Path) -> list[Path]:
+    """Export programs for people without this package, which takes some ten seconds.
+
+    Args:
+        stored: Model to export.
+        folder: Existing folder that receives the files of `torch_export`.
+
+    Returns:
+        The files; [], after a warning, if torch cannot export this model.
+    """
     from efae.exchange import torch_export  # imports take seconds; no pull needs them
 
     try:
@@ -112,16 +118,16 @@ def _describe(card: str) -> str:
 
 
 def _upload(
-    client: MlflowClient, run_id: str, stored: StoredModel, folder: Path, exported: Sequence[Path]
+    client: MlflowClient, run_id: str, stored: StoredModel, folder: Path, programs: Sequence[Path]
 ) -> str:
     """Upload the files to the run, never over other weights of the same run."""
     path = f"model-{stored.digest[:12]}" if client.list_artifacts(run_id, "model") else "model"
-    for file in (*sorted(folder.iterdir()), *exported):
+    for file in (*sorted(folder.iterdir()), *programs):
         client.log_artifact(run_id, str(file), path)
     # MLflow's pages read MLmodel; our flavour names files and no code.
     flavour = {"efae": {"weights": stored.weights_file, "config": CONFIG, "manifest": MANIFEST}}
     model = Model(artifact_path=path, run_id=run_id, flavors=flavour)
-    if exported:
+    if programs:
         from efae.exchange.torch_export import describe_portable
 
         describe_portable(model)

@@ -17,10 +17,16 @@ from efae import config_forms as configuration
 from efae.checkpoints import run_folder
 from efae.config import Config
 from efae.config_forms import with_overrides
-from efae.experiment import describe_data, describe_run, find_final, publish, wait_for_mlflow
+from efae.experiment import (
+    describe_data,
+    describe_run,
+    evaluate_and_export,
+    find_final,
+    publish,
+    wait_for_mlflow,
+)
 from efae.preflight.cluster_checks import run_preflight
 from efae.preflight.driver_checks import RunData
-from efae.ray_trainer import evaluate_on_cluster
 from efae.registry import versions
 from efae.sweep.config import SweepConfig
 from efae.sweep.phase import Interrupted, Phases
@@ -253,8 +259,8 @@ def _register(sweep: Sweep, winner: TrialRecord, data: RunData, say: Callable[[s
         **describe_data(data),
         "wall_seconds": winner.seconds,
     }
-    evaluation = evaluate_on_cluster(final, config)
-    summary = publish(config, data, run, final, evaluation, facts)
+    with evaluate_and_export(final, config) as product:
+        summary = publish(config, data, run, product, facts)
     name, version = names.registered_model, int(summary["model_uri"].rpartition("/")[2])
     versions.set_alias(name, CANDIDATE, version, server)
     return summary["model_uri"]

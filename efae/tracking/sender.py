@@ -6,6 +6,8 @@ file, in order.
 Every point reaches the run once. MLflow ignores a point that it already holds (same name, step,
 time and value), so sending again after an unclear failure is safe; and a point at or before the
 last logged step of its name is skipped, so a restart from a checkpoint repeats no step.
+
+Only that thread imports MLflow, which takes more than a second: training does not wait for it.
 """
 
 import logging
@@ -16,16 +18,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
-
-from mlflow.entities import Metric
-from mlflow.exceptions import MlflowException
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from typing import TYPE_CHECKING, Any
 
 from efae.tracking.redaction import first_cause
 from efae.tracking.runs import Run
 from efae.tracking.spill import Point, Spill
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from efae.tracking.system_metrics import SystemMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +98,6 @@ class Tracker:
         self.dropped = 0
         self.spilled = 0
         self._run = run
-        self._client = run.server.client()
         self._spill = Spill(spill_folder / f"{run.id}.jsonl")
         self._outbox = spill_folder / run.id
         self._queue: deque[tuple[int, int, dict[str, float]]] = deque()
@@ -107,7 +110,7 @@ class Tracker:
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._system_metrics_interval_seconds = system_metrics_interval_seconds
-        self._system_metrics: _SystemMetrics | None = None
+        self._system_metrics: SystemMetrics | None = None
         self._thread = threading.Thread(target=self._work, name="efae-tracker", daemon=True)
         self._thread.start()
 
@@ -182,6 +185,10 @@ class Tracker:
     def _list_artifacts(self) -> list[Path]:
         return sorted(path for path in self._outbox.rglob("*") if path.is_file())
 
+    @cached_property
+    def _client(self) -> "MlflowClient":
+        return self._run.server.client()
+
     def _work(self) -> None:
         last_round = False
         while not last_round:
@@ -210,6 +217,8 @@ class Tracker:
 
     def _send(self, points: list[Point]) -> bool:
         """Send the points that the run lacks; return False if the server is unreachable."""
+        from mlflow.exceptions import MlflowException
+
         try:
             last_steps = dict(self._connect())
             fresh: list[Point] = []
@@ -234,6 +243,9 @@ class Tracker:
         return True
 
     def _send_batch(self, points: list[Point]) -> None:
+        from mlflow.entities import Metric
+        from mlflow.exceptions import MlflowException
+
         metrics = [Metric(name, value, time_ms, step) for name, step, time_ms, value in points]
         try:
             self._client.log_batch(self._run.id, metrics=metrics, synchronous=True)
@@ -253,8 +265,10 @@ class Tracker:
             metrics = self._client.get_run(self._run.id).data.to_proto().metrics
             self._last_steps = {metric.key: metric.step for metric in metrics}
             if self._system_metrics_interval_seconds is not None and not self._closing.is_set():
-                self._system_metrics = _SystemMetrics(
-                    self,
+                from efae.tracking.system_metrics import SystemMetrics
+
+                self._system_metrics = SystemMetrics(
+                    self.log_metrics,
                     self._run,
                     self._system_metrics_interval_seconds,
                     _next_system_step(self._last_steps),
@@ -263,6 +277,8 @@ class Tracker:
         return self._last_steps
 
     def _send_artifacts(self) -> None:
+        from mlflow.exceptions import MlflowException
+
         for path in self._list_artifacts():
             folder = path.relative_to(self._outbox).parent.as_posix()
             try:
@@ -281,30 +297,6 @@ def _split_points(queued: Iterable[tuple[int, int, dict[str, float]]]) -> list[P
         for step, time_ms, metrics in queued
         for name, value in metrics.items()
     ]
-
-
-class _SystemMetrics(SystemMetricsMonitor):
-    """MLflow's own sampler of CPU, memory, disk, network and GPU, delivered by a tracker.
-
-    MLflow's own delivery ends for good at the first request that fails.
-    """
-
-    def __init__(self, tracker: Tracker, run: Run, interval_seconds: float, first_step: int):
-        super().__init__(run.id, tracking_uri=run.server.uri)
-        self._tracker = tracker
-        self._interval_seconds = interval_seconds
-        self._logging_step = first_step
-
-    def monitor(self) -> None:
-        while not self._shutdown_event.wait(self._interval_seconds):
-            self.collect_metrics()
-            metrics = cast(dict[str, float], self.aggregate_metrics())  # MLflow does not type it
-            self._tracker.log_metrics(
-                self._logging_step, {f"system/{name}": value for name, value in metrics.items()}
-            )
-            self._logging_step += 1
-            for monitor in self.monitors:
-                monitor.clear_metrics()
 
 
 def _next_system_step(last_steps: Mapping[str, int]) -> int:

@@ -5,9 +5,13 @@ server, but among those that train only rank 0 talks to it.
 """
 
 # pyright: reportUnknownVariableType=false
+import http.client
+import json
 import os
 import re
+import urllib.request
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _CHECK_SECONDS = 5
+_ADDRESS = "MLFLOW_TRACKING_URI"
+_SEARCH = "/api/2.0/mlflow/experiments/search"
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Server:
     @classmethod
     def from_environment(cls) -> "Server":
         """Return the server that MLFLOW_TRACKING_URI names."""
-        return cls(os.environ.get("MLFLOW_TRACKING_URI", ""))
+        return cls(os.environ.get(_ADDRESS, ""))
 
     def __str__(self) -> str:
         return redact(self.uri)
@@ -69,6 +75,10 @@ class Server:
                 "MLFLOW_TRACKING_TOKEN holds a line break, a space or a character outside ASCII:"
                 " set it again, to the token alone"
             )
+        settings = {name for name in os.environ if name.startswith("MLFLOW_TRACKING_")} - {_ADDRESS}
+        # Importing MLflow takes a node longer than all other checks; it must be installed, though.
+        if not settings and find_spec("mlflow") and self._answers_anyone():
+            return
         from mlflow.exceptions import MlflowException
 
         try:
@@ -85,6 +95,19 @@ class Server:
                 " local stack (make up) or set MLFLOW_TRACKING_URI to a running server"
             ) from error
 
+    def _answers_anyone(self) -> bool:
+        """Return whether the server answers a plain request, without credentials."""
+        request = urllib.request.Request(
+            f"{self.uri.rstrip('/')}{_SEARCH}",
+            json.dumps({"max_results": 1}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=_CHECK_SECONDS) as answer:
+                return isinstance(json.load(answer), dict)
+        except (OSError, http.client.HTTPException, ValueError):
+            return False  # MLflow's own request succeeds with its settings, or says why
+
     def _ask(self) -> None:
         """Search for an experiment, once; `MlflowClient` takes no time limit of its own."""
         from mlflow.utils.credentials import get_default_host_creds
@@ -92,7 +115,7 @@ class Server:
 
         http_request_safe(
             get_default_host_creds(self.uri),
-            "/api/2.0/mlflow/experiments/search",
+            _SEARCH,
             "POST",
             json={"max_results": 1},
             timeout=_CHECK_SECONDS,

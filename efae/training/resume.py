@@ -18,6 +18,7 @@ from efae.checkpoints.run_folder import (
 from efae.config import Config
 from efae.evaluation.held_out import read_held_out
 from efae.tracking.runs import Run
+from efae.tracking.sender import Tracker, default_spill_folder
 from efae.training.checkpoint_writer import CheckpointWriter
 from efae.training.divergence import TrainingDiverged
 from efae.training.loop import Start, train
@@ -69,9 +70,6 @@ def continue_run(
     )
     observer = Observer(validation())
     if process.rank == 0:
-        # Imported here because MLflow takes two seconds, and other ranks do not need it.
-        from efae.tracking.sender import Tracker, default_spill_folder
-
         newest = _find_start(config)
         events = read_events(folder)
         rollbacks = sum(event.kind == "rollback" for event in events)

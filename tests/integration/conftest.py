@@ -81,6 +81,6 @@ def register(tmp_path: Path, name: str, run: Run):
         folder = write_model(tmp_path / f"model-{seed}", seed)
         metrics, tags = {"psnr": 24.125}, {"preset": "quickstart"}
         stored = read_folder(folder)
-        return registration.register_model(stored, name, run, metrics, tags, portable=False)
+        return registration.register_model(stored, name, run, metrics, tags)
 
     return register

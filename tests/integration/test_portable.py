@@ -76,7 +76,8 @@ def stored(model, local_stack, tmp_path_factory) -> Iterator[Path]:
         server = Server(local_stack["MLFLOW_TRACKING_URI"])
         run, _ = runs.find_or_create_run(server, "portable", "portable", {})
         packed = pack_model(model.state_dict(), TINY, model.representation)
-        registration.register_model(packed, "portable", run, {}, {})
+        programs = registration.export_programs(packed, tmp_path_factory.mktemp("programs"))
+        registration.register_model(packed, "portable", run, {}, {}, programs=programs)
         stored = tmp_path_factory.mktemp("stored")
         yield Path(server.client().download_artifacts(run.id, "model", str(stored)))
 
@@ -145,13 +146,14 @@ def test_the_stored_folder_is_the_one_that_every_reader_opens(model, stored, ima
     assert torch.equal(vae.encode(image).latent_dist.mode(), expected)
 
 
-def test_what_cannot_be_exported_is_registered_with_a_warning(server, caplog):
+def test_what_cannot_be_exported_is_registered_with_a_warning(server, caplog, tmp_path):
     other = configuration.with_overrides(TINY, {"model.depth": 2})
     shallow = make_model()
     packed = pack_model(shallow.state_dict(), other, shallow.representation)
     run, _ = runs.find_or_create_run(server, "portable", "unportable", {})
     with caplog.at_level(logging.WARNING, "efae"):
-        version = registration.register_model(packed, "unportable", run, {}, {})
+        programs = registration.export_programs(packed, tmp_path)
+    version = registration.register_model(packed, "unportable", run, {}, {}, programs=programs)
     assert version.version == 1
     assert "registered without its portable programs" in caplog.text
     files = {file.path for file in server.client().list_artifacts(run.id, "model")}

@@ -66,7 +66,7 @@ def register(name, run) -> Register:
         packed = pack_model(model.state_dict(), TINY, model.representation)
         tags = {key: value for key, value in (LINEAGE | changes).items() if value is not None}
         metrics = {"psnr": psnr, "worst_gap_db": gap}
-        return registration.register_model(packed, name, run, metrics, tags, portable=False)
+        return registration.register_model(packed, name, run, metrics, tags)
 
     return register
 
@@ -198,7 +198,7 @@ def test_weights_that_are_not_their_configurations_are_refused(register, name, r
     register(24.0)
     weights = {"encoder": torch.zeros(2)}
     wrong = pack_model(weights, TINY, build_representation(TINY))
-    version = registration.register_model(wrong, name, run, {}, {}, portable=False)
+    version = registration.register_model(wrong, name, run, {}, {})
     assert promote(version, "candidate") == 1
     assert "not its configuration's" in capsys.readouterr().out
 

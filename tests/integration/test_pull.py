@@ -143,7 +143,7 @@ def test_versions_of_one_digest_are_one_model_and_of_two_are_told_apart(
     first = register()
     again = runs.find_or_create_run(server, "registry", f"{name}-again", {})[0]
     folder = tmp_path / "model-0"
-    second = registration.register_model(read_folder(folder), name, again, {}, {}, portable=False)
+    second = registration.register_model(read_folder(folder), name, again, {}, {})
     assert (first.version, second.version) == (1, 2)
     digest = read_digest(client, first)
     assert pull.pull(f"models:/{name}@sha256:{digest}") == pull.pull(first.uri)

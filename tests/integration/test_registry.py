@@ -88,9 +88,7 @@ def test_what_is_stored_is_data_that_mlflow_can_show(register, client, run_id, t
 def test_the_card_is_the_description_and_a_file_that_no_pull_reads(client, name, run, tmp_path):
     card = "# Title\n\n" + "Latents that turn. " * 400
     folder = write_model(tmp_path / "model")
-    version = registration.register_model(
-        read_folder(folder), name, run, {}, {}, card=card, portable=False
-    )
+    version = registration.register_model(read_folder(folder), name, run, {}, {}, card=card)
     path = client.download_artifacts(run.id, "model/README.md", str(tmp_path))
     assert Path(path).read_text() == card
     described = client.get_model_version(name, str(version.version)).description

@@ -50,6 +50,26 @@ def test_dir_lists_what_is_public_and_each_name_is_the_class_itself():
         _ = efae.encoder
 
 
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("efae.evaluation_task", {"ray.train", "mlflow", "pandas", "matplotlib"}),
+        ("efae.preflight.node_checks", {"ray", "mlflow", "torch", "pandas"}),
+        ("efae.ray_trainer", {"mlflow", "matplotlib"}),
+        ("efae.experiment", {"mlflow", "matplotlib"}),
+    ],
+)
+def test_a_process_of_a_run_imports_only_what_it_needs(module, absent):
+    """Each takes a second of every process that starts; a run starts ten."""
+    output = subprocess.run(
+        [sys.executable, "-c", f"import sys, {module}; print({absent} & set(sys.modules))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert output.strip() == "set()"
+
+
 def test_importing_efae_takes_less_than_50_ms():
     """The least of a few, since others share the machine; Python's own start is not counted."""
     script = "import time; t = time.perf_counter(); import efae; print(time.perf_counter() - t)"

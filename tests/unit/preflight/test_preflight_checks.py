@@ -1,8 +1,11 @@
 """Checks before a run: what they find in real folders and of real HTTP servers, and say."""
 
 import importlib.util
+import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -32,7 +35,7 @@ def serve():
     """Starts servers that answer with a status and a date that is off by seconds; None omits it."""
     running = []
 
-    def start(status=200, seconds_off=0.0):
+    def start(status=200, seconds_off=0.0, body=b""):
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 self.send_response_only(status)
@@ -40,8 +43,9 @@ def serve():
                     self.send_header("Date", self.date_time_string(time.time() + seconds_off))
                 if status == 302:
                     self.send_header("Location", "/login")
-                self.send_header("Content-Length", "0")
+                self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
+                self.wfile.write(body)
 
             do_POST = do_GET
 
@@ -83,6 +87,30 @@ def test_a_token_of_mlflow_that_no_request_can_carry_is_not_repeated(serve, monk
 def test_mlflow_that_fails_is_not_said_to_refuse(serve):
     with pytest.raises(ValueError, match=r"does not answer .*; start the local stack"):
         Server(f"http://{serve(500)}").check()
+
+
+@pytest.mark.parametrize(
+    ("name", "imported"), [("MLFLOW_OTHER", False), ("MLFLOW_TRACKING_USERNAME", True)]
+)
+def test_mlflow_is_imported_to_check_credentials_alone(serve, name, imported):
+    script = (
+        "import sys; from efae.tracking.server import Server; Server(sys.argv[1]).check();"
+        "print('mlflow' in sys.modules)"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", script, f"http://{serve(body=b'{}')}"],
+        env={**os.environ, name: "someone"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert answer.stdout.strip() == str(imported)
+
+
+def test_a_page_is_no_answer_of_mlflow(serve):
+    """A proxy in front of the server may show its own, for anyone to log in."""
+    with pytest.raises(ValueError, match="does not answer"):
+        Server(f"http://{serve(body=b'<html>')}").check()
 
 
 @pytest.mark.parametrize("status", [200, 403])
