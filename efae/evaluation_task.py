@@ -1,9 +1,10 @@
-"""Evaluation of a checkpoint in a Ray task, beside other work of the driver.
+"""Evaluation of a checkpoint in Ray tasks, beside other work of the driver.
 
-The process of the task imports this module, and therefore neither Ray Train nor MLflow.
+The process of a task imports this module, and therefore neither Ray Train nor MLflow.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -13,41 +14,63 @@ from data_pipelines.images.logs import ignore_metadata
 from efae import config_forms as configuration
 from efae.checkpoints.checkpoint import read_model
 from efae.config import Config
-from efae.evaluation.evaluate import Evaluation, evaluate
+from efae.evaluation.any_angle import choose_angles
+from efae.evaluation.evaluate import Measurement, Part
 from efae.evaluation.held_out import read_held_out
+from efae.evaluation.results import Evaluation
 from efae.model.autoencoder import Autoencoder
+
+_BATCH_SIZE = 64
 
 
 def start_evaluation(model_uri: str, config: Config) -> Callable[[], Evaluation]:
-    """Start to measure a model on the run's held-out images, in a Ray task.
+    """Start to measure a model on the run's held-out images, in Ray tasks that share the images.
 
     Args:
         model_uri: URI of a checkpoint or model folder, reachable from the cluster's nodes.
-        config: Configuration of the images and of the resources; the model brings its own for the
-            rest.
+        config: Configuration of the model, the images and the resources.
 
     Returns:
-        Function that waits for the result. It raises ray.exceptions.RayTaskError if the task
-        failed; also an instance of its cause's class.
+        Function that waits for the result. It raises ray.exceptions.RayTaskError if a task failed;
+        also an instance of its cause's class.
     """
     from efae.worker_groups import free_orphans  # Ray Train
 
     free_orphans()
-    task = ray.remote(_evaluate).options(
+    measure = ray.remote(_measure).options(
         num_cpus=config.ray.cpus_per_worker, num_gpus=1 if config.ray.use_gpu else 0
     )
-    pending = task.remote(model_uri, configuration.to_json(config))
-    return lambda: ray.get(pending)
+    # Every task loads the model: a batch of images for each pays for it.
+    tasks = min(config.ray.fewest_workers, -(-config.training.held_out_images // _BATCH_SIZE))
+    text = configuration.to_json(config)
+    parts = [measure.remote(model_uri, text, (i, tasks)) for i in range(tasks)]
+
+    def wait() -> Evaluation:
+        first, *others = ray.get(parts)
+        for part in others:
+            first.totals.merge(part.totals)
+        seconds = max(part.seconds for part in (first, *others))
+        return _prepare(Autoencoder(config), config).summarize(replace(first, seconds=seconds))
+
+    return wait
 
 
-def _evaluate(model_uri: str, text: str) -> Evaluation:
+def _prepare(model: Autoencoder, config: Config) -> Measurement:
+    model.precision = config.training.evaluation_precision
+    return Measurement(model, angles=choose_angles(model, None, *config.data.image_size))
+
+
+def _measure(model_uri: str, text: str, share: tuple[int, int]) -> Part:
+    """Measure part `share[0]` of `share[1]` parts of the images."""
     ignore_metadata()
     config = configuration.from_json(text)
     torch.set_num_threads(config.ray.cpus_per_worker)
     model = Autoencoder.restore(read_model(model_uri), "cuda" if config.ray.use_gpu else "cpu")
-    model.precision = config.training.evaluation_precision
     images = read_held_out(config.data, config.training.held_out_images)
-    return evaluate(model, images, progress=_say_progress)
+    total = len(images)
+    first, end = (total * number // share[1] for number in (share[0], share[0] + 1))
+    options = {"progress": _say_progress} if share[0] == 0 else {}
+    return _prepare(model, config).measure(images[first:end], first, total, **options)
 
 
 def _say_progress(items: Iterable[Any], what: str) -> Iterator[Any]:

@@ -20,7 +20,7 @@ from efae import config_forms as configuration
 from efae.checkpoints import checkpoint, run_folder
 from efae.checkpoints.events import read_events
 from efae.config import Config
-from efae.evaluation.evaluate import Evaluation
+from efae.evaluation.results import Evaluation
 from efae.evaluation_task import start_evaluation
 from efae.model.autoencoder import build_representation
 from efae.model.pretrained import StoredModel, pack_model

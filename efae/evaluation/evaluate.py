@@ -8,24 +8,16 @@ records how every number was measured.
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from efae.evaluation.any_angle import choose_angles, measure_rotations, summarize_rotations
-from efae.evaluation.flow_measures import (
-    STEP_COUNTS,
-    TIME_BINS,
-    measure_loss,
-    measure_steps,
-    measure_velocity,
-)
+from efae.evaluation.any_angle import choose_angles, measure_rotations
+from efae.evaluation.flow_measures import measure_loss, measure_steps, measure_velocity
 from efae.evaluation.measures import (
-    LARGEST_PSNR,
     Totals,
     draw_noise,
     gather_json,
@@ -35,91 +27,127 @@ from efae.evaluation.measures import (
     to_float,
 )
 from efae.evaluation.protocol import FlowTokenizer, Tokenizer
+from efae.evaluation.results import CHOSEN, Evaluation, Pictures, describe_protocol, summarize
 from efae.model.autoencoder import Autoencoder
 from efae.model.precision import float32_arithmetic
-from efae.symmetry.representation import group_law_error
 
 if TYPE_CHECKING:
     from efae.evaluation.lpips_fid import Fid, Lpips
 
-CHOSEN = 64
-"""Largest number of images for the measures that take many decodes."""
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """A few held-out examples for figures; images (n, c, h, w) in [-1, 1]."""
+class Part:
+    """What was measured on a part of the images."""
 
-    original: Tensor
-    reconstruction: Tensor
-    acted: dict[str, Tensor]
-    """Decodes of act(g, z), by element."""
-    states: list[tuple[float, Tensor]]
-    """States (t, x_t) of the first examples, from noise to image; only of an `Autoencoder`."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The numbers of one model on one held-out set; PSNR and gaps in dB."""
-
-    images: int
+    totals: Totals
     image_shape: tuple[int, ...]
-    latent_shape: tuple[int, ...]
-    representation: str
-    multiplicities: dict[str, int]
-    """Multiplicity of each irrep."""
-    psnr: float
-    ssim: float
-    psnr_by_element: dict[str, float]
-    ssim_by_element: dict[str, float]
-    gap_db: dict[str, float]
-    worst_gap_db: float
-    """The largest |gap|."""
-    symmetric_gap_db: dict[str, float]
-    """Worst gap on images made exactly symmetric, by the kind of symmetry."""
-    symmetric_worst_gap_db: float
-    deterministic: bool
-    """Whether decodes ignore the noise."""
-    noise_floor_db: float | None
-    """PSNR between two decodes of one latent from different noise; None if deterministic."""
-    encoder_error: dict[str, float]
-    """E |E(gx) - rho(g) E(x)|^2 / Var E(x), by element."""
-    encoder_error_by_irrep: dict[str, dict[str, float]]
-    """Encoder error on the channels of each irrep alone, by irrep and element."""
-    decoder_error_db: dict[str, float]
-    """PSNR of D(rho(g) z; g eps) against g D(z; eps), by element."""
-    group_law_error: float
-    energy_by_irrep: dict[str, float]
-    """Share of each irrep in the latent's energy."""
-    sampler_steps: int | None
-    psnr_by_steps: dict[int, float]
-    """PSNR by number of sampler steps; this and the two below are empty without a flow."""
-    ssim_by_steps: dict[int, float]
-    sharpness_by_steps: dict[int, float]
-    """Gradient energy of the samples divided by that of the images."""
-    loss_by_time: list[float] | None
-    """Flow loss in equal bins of t over [0, 1]; None without a flow."""
-    velocity_error_by_time: list[float] | None
-    """|v(g x_t, t, rho(g) z) - g v(x_t, t, z)|^2 / |v|^2 for the worst g, in the same bins."""
-    rotations: dict[float, dict[str, float]]
-    """Errors by angle in degrees, see `summarize_rotations`; empty if not measured."""
-    lpips: float | None
-    """LPIPS of reconstructions; this and the two below are None without weights."""
-    lpips_by_element: dict[str, float] | None
-    fid: float | None
-    """FID of reconstructions against the images themselves."""
-    protocol: dict[str, Any]
-    """Everything needed to repeat the measurement."""
+    pictures: Pictures
+    """Pictures of the first images of the part."""
     seconds: float
-    pictures: Pictures = field(repr=False)
-
-    def numbers(self) -> dict[str, Any]:
-        """Return all fields except the pictures, ready for JSON."""
-        return {name: value for name, value in asdict(self).items() if name != "pictures"}
 
 
-@float32_arithmetic("fp32")
-@torch.no_grad()
+@dataclass(frozen=True)
+class Measurement:
+    """A model and the way to measure it, the same for all parts of the images.
+
+    Attributes:
+        model: Tokenizer in eval mode; if it has a `velocity`, flow and sampler are measured too.
+        seed: Seed of the noise; image i of the set always gets the same noise.
+        batch_size: Number of images per batch; affects rounding only.
+        angles: Angles of rotations to measure, in degrees.
+        lpips: Network to measure LPIPS with; None skips it.
+        fid: Network to measure FID with; None skips it.
+    """
+
+    model: Tokenizer
+    seed: int = 0
+    batch_size: int = 64
+    angles: Sequence[float] = ()
+    lpips: "Lpips | None" = None
+    fid: "Fid | None" = None
+
+    @float32_arithmetic("fp32")
+    @torch.no_grad()
+    def measure(
+        self,
+        images: UInt8[Tensor, "n c h w"],
+        first: int,
+        total: int,
+        progress: Progress = lambda items, _: items,
+    ) -> Part:
+        """Measure a part of the images.
+
+        Args:
+            images: Images in [0, 255], held out from training.
+            first: Position of the first of them in the whole set.
+            total: Number of images in the whole set.
+            progress: Function that wraps the items of a long loop, given its description.
+        """
+        started = time.monotonic()
+        model, seed, batch_size, device = self.model, self.seed, self.batch_size, self.device
+        stride = -(-total // CHOSEN)
+        totals = Totals()
+        pictures: Pictures | None = None
+        for start in progress(range(0, len(images), batch_size), "reconstruct and act"):
+            part = images[start : start + batch_size]
+            image = to_float(part.to(device))
+            positions = range(first + start, first + start + len(image))
+            noise = draw_noise(positions, tuple(image.shape[1:]), seed).to(device)
+            latent, acted = _measure_elements(model, image, noise, totals, self.lpips)
+            if isinstance(model, FlowTokenizer):
+                measure_loss(model, image, noise, latent, totals)
+            if self.fid is not None:
+                self.fid.add(image, acted["identity"])
+            if pictures is None:
+                shown = {name: sample.clamp(-1, 1).cpu() for name, sample in acted.items()}
+                states = _record_states(model, latent[:8], noise[:8])
+                pictures = Pictures(image.cpu(), shown["identity"], shown, states)
+        chosen = list(range(-first % stride, len(images), stride))
+        batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+        for places in progress(batches, "few images, closer"):
+            image = to_float(images[places].to(device))
+            positions = [first + i for i in places]
+            noise, other = (
+                draw_noise(positions, tuple(image.shape[1:]), seed, stream).to(device)
+                for stream in (0, 1)
+            )
+            latent = model.encode(image)
+            _measure_law(model, latent, totals)
+            _measure_floor(model, latent, noise, other, totals)
+            _measure_symmetric(model, image, noise, totals)
+            measure_rotations(model, image, noise, latent, self.angles, totals)
+            if isinstance(model, FlowTokenizer):
+                measure_steps(model, image, noise, latent, totals)
+                measure_velocity(model, image, noise, latent, totals)
+        if pictures is None:
+            pictures = Pictures(to_float(images), to_float(images), {}, [])
+        return Part(totals.to_host(), tuple(images.shape[1:]), pictures, time.monotonic() - started)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        if isinstance(self.model, nn.Module):
+            return next(self.model.parameters()).device
+        return torch.device("cpu")
+
+    def summarize(self, part: Part) -> Evaluation:
+        """Turn the totals of all images into the numbers."""
+        return summarize(
+            self.model,
+            part.totals,
+            self.angles,
+            image_shape=part.image_shape,
+            pictures=part.pictures,
+            protocol=describe_protocol(
+                self.model, part.totals, self.angles, self.seed, self.lpips, self.fid
+            ),
+            fid=None if self.fid is None else self.fid.compute(),
+            seconds=part.seconds,
+        )
+
+
 def evaluate(
     model: Tokenizer,
     images: UInt8[Tensor, "n c h w"],
@@ -129,7 +157,7 @@ def evaluate(
     angles_degrees: Sequence[float] | None = None,
     lpips: "Lpips | None" = None,
     fid: "Fid | None" = None,
-    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
+    progress: Progress = lambda items, _: items,
 ) -> Evaluation:
     """Measure a model in fp32, or at the precision that it has been given.
 
@@ -152,77 +180,17 @@ def evaluate(
         ValueError: There are no images, they are too small for `lpips`, or model or images cannot
             turn by any angle.
     """
-    started = time.monotonic()
-    device = _device_of(model)
-    counts: list[int] = gather_json(len(images), device)
-    total = sum(counts)
-    if total == 0:
-        raise ValueError("no images to measure on")
     if lpips is not None:
         lpips.check_size(*images.shape[-2:])
     angles = choose_angles(model, angles_degrees, *images.shape[-2:])
-    first = sum(counts[: _rank(counts)])
-    stride = -(-total // CHOSEN)
-
-    totals = Totals()
-    pictures: Pictures | None = None
-    for start in progress(range(0, len(images), batch_size), "reconstruct and act"):
-        part = images[start : start + batch_size]
-        image = to_float(part.to(device))
-        positions = range(first + start, first + start + len(image))
-        noise = draw_noise(positions, tuple(image.shape[1:]), seed).to(device)
-        latent, acted = _measure_elements(model, image, noise, totals, lpips)
-        if isinstance(model, FlowTokenizer):
-            measure_loss(model, image, noise, latent, totals)
-        if fid is not None:
-            fid.add(image, acted["identity"])
-        if pictures is None:
-            shown = {name: sample.clamp(-1, 1).cpu() for name, sample in acted.items()}
-            states = _record_states(model, latent[:8], noise[:8])
-            pictures = Pictures(image.cpu(), shown["identity"], shown, states)
-    chosen = list(range(-first % stride, len(images), stride))
-    batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
-    for places in progress(batches, "few images, closer"):
-        image = to_float(images[places].to(device))
-        positions = [first + i for i in places]
-        noise, other = (
-            draw_noise(positions, tuple(image.shape[1:]), seed, stream).to(device)
-            for stream in (0, 1)
-        )
-        latent = model.encode(image)
-        _measure_law(model, latent, totals)
-        _measure_floor(model, latent, noise, other, totals)
-        _measure_symmetric(model, image, noise, totals)
-        measure_rotations(model, image, noise, latent, angles, totals)
-        if isinstance(model, FlowTokenizer):
-            measure_steps(model, image, noise, latent, totals)
-            measure_velocity(model, image, noise, latent, totals)
-    totals.gather(device)
-    return _summarize(
-        model,
-        totals,
-        angles,
-        image_shape=tuple(images.shape[1:]),
-        pictures=pictures or _no_pictures(images),
-        protocol=_protocol(model, totals, angles, seed, lpips, fid),
-        fid=None if fid is None else fid.compute(),
-        seconds=time.monotonic() - started,
-    )
-
-
-def _device_of(model: Tokenizer) -> torch.device:
-    if isinstance(model, nn.Module):
-        return next(model.parameters()).device
-    return torch.device("cpu")
-
-
-def _rank(counts: list[int]) -> int:
-    return torch.distributed.get_rank() if len(counts) > 1 else 0
-
-
-def _no_pictures(images: Tensor) -> Pictures:
-    """Return the pictures of a process that has no images."""
-    return Pictures(to_float(images), to_float(images), {}, [])
+    measurement = Measurement(model, seed, batch_size, angles, lpips, fid)
+    counts: list[int] = gather_json(len(images), measurement.device)
+    if sum(counts) == 0:
+        raise ValueError("no images to measure on")
+    rank = torch.distributed.get_rank() if len(counts) > 1 else 0
+    part = measurement.measure(images, sum(counts[:rank]), sum(counts), progress)
+    part.totals.gather(measurement.device)
+    return measurement.summarize(part)
 
 
 def _measure_elements(
@@ -286,138 +254,3 @@ def _record_states(model: Tokenizer, latent: Tensor, noise: Tensor) -> list[tupl
             latent, steps=16, noise=noise, visit=lambda t, x: states.append((t, x.clone().cpu()))
         )
     return states
-
-
-def _summarize(
-    model: Tokenizer,
-    totals: Totals,
-    angles: Sequence[float],
-    *,
-    image_shape: tuple[int, ...],
-    pictures: Pictures,
-    protocol: dict[str, Any],
-    fid: float | None,
-    seconds: float,
-) -> Evaluation:
-    names = [g.name for g in model.group]
-    blocks = model.representation.blocks
-
-    def mean(name: str) -> float:
-        return float(totals.mean(name))
-
-    count = totals.count("latent")
-    squared = totals.mean("latent squared")
-    # Variance over images at each cell: the mean latent carries no information.
-    variance = (squared - totals.mean("latent").square()) * count / max(count - 1, 1)
-
-    def encoder_error(g: str, channels: slice) -> float:
-        spread = max(float(variance[channels].mean()), 1e-12)
-        return float(totals.mean(f"encoder {g}")[channels].mean()) / spread
-
-    psnr_by_element = {g: mean(f"psnr {g}") for g in names}
-    gaps = {g: psnr_by_element["identity"] - value for g, value in psnr_by_element.items()}
-    symmetric = {
-        kind: max(
-            abs(mean(f"symmetric {kind} identity") - mean(f"symmetric {kind} {g}")) for g in names
-        )
-        for kind in symmetric_images(torch.zeros(1, *image_shape))
-    }
-    deterministic = mean("floor difference") == 0
-    has_flow = isinstance(model, FlowTokenizer)
-    steps = STEP_COUNTS if has_flow else ()
-    velocity_error = [
-        max(mean(f"velocity {i} {g}") for g in names) / max(mean(f"velocity {i}"), 1e-12)
-        for i in range(TIME_BINS if has_flow else 0)
-    ]
-    lpips = {g: mean(f"lpips {g}") for g in names if totals.count(f"lpips {g}")}
-    matrices = {g.name: model.representation.matrix(g) for g in model.group}
-    return Evaluation(
-        images=count,
-        image_shape=image_shape,
-        latent_shape=tuple(squared.shape),
-        representation=repr(model.representation),
-        multiplicities=dict(model.representation.multiplicities),
-        psnr=psnr_by_element["identity"],
-        ssim=mean("ssim identity"),
-        psnr_by_element=psnr_by_element,
-        ssim_by_element={g: mean(f"ssim {g}") for g in names},
-        gap_db=gaps,
-        worst_gap_db=max(map(abs, gaps.values())),
-        symmetric_gap_db=symmetric,
-        symmetric_worst_gap_db=max(symmetric.values()),
-        deterministic=deterministic,
-        noise_floor_db=None if deterministic else mean("floor"),
-        encoder_error={g: encoder_error(g, slice(None)) for g in names},
-        encoder_error_by_irrep={
-            irrep: {g: encoder_error(g, channels) for g in names}
-            for irrep, channels in blocks.items()
-        },
-        decoder_error_db={g: mean(f"agreement {g}") for g in names},
-        group_law_error=max(group_law_error(model.group, matrices)[0], mean("law")),
-        energy_by_irrep={
-            irrep: float(squared[channels].sum() / squared.sum())
-            for irrep, channels in blocks.items()
-        },
-        sampler_steps=protocol["sampler_steps"],
-        psnr_by_steps={n: mean(f"steps psnr {n}") for n in steps},
-        ssim_by_steps={n: mean(f"steps ssim {n}") for n in steps},
-        sharpness_by_steps={
-            n: mean(f"steps gradient {n}") / max(mean("gradient"), 1e-12) for n in steps
-        },
-        loss_by_time=[mean(f"loss {i}") for i in range(TIME_BINS)] if has_flow else None,
-        velocity_error_by_time=velocity_error or None,
-        rotations=summarize_rotations(totals, angles, variance),
-        lpips=lpips.get("identity"),
-        lpips_by_element=lpips or None,
-        fid=fid,
-        protocol=protocol,
-        seconds=seconds,
-        pictures=pictures,
-    )
-
-
-def _name_precision(model: Tokenizer) -> str:
-    precision = (model.precision if isinstance(model, Autoencoder) else None) or "fp32"
-    return "fp32, no TF32" if precision == "fp32" else f"{precision}; measures in fp32"
-
-
-def _protocol(
-    model: Tokenizer,
-    totals: Totals,
-    angles: Sequence[float],
-    seed: int,
-    lpips: "Lpips | None",
-    fid: "Fid | None",
-) -> dict[str, Any]:
-    knobs = model.config.flow if isinstance(model, Autoencoder) else None
-    chosen = (
-        "group_law_error, noise_floor_db, symmetric_gap_db, rotations, *_by_steps,"
-        " velocity_error_by_time"
-    )
-    return {
-        "images": totals.count("latent"),
-        "chosen_images": totals.count("law"),
-        "on_chosen_images": f"{chosen}: every k-th image, at most {CHOSEN} in all",
-        "data_range": 2.0,
-        "clamping": "decodes to [-1, 1], for all but the decoder's agreement and the noise floor",
-        "mean": f"per image, then over images; PSNR of an image is at most {LARGEST_PSNR} dB",
-        "psnr": "torchmetrics peak_signal_noise_ratio over channels, height and width",
-        "ssim": "torchmetrics structural_similarity_index_measure, Gaussian window 11, sigma 1.5,"
-        " k1 0.01, k2 0.03, reflected borders",
-        "elements": "g^-1 decode(act(g, encode(x)), g noise) against x",
-        "rotations": None
-        if not angles
-        else "decode(act(R, encode(x)), noise) against R x inside the"
-        " inscribed disk, from the same noise at all angles; resampling: band-limited, bicubic",
-        "sampler": None if knobs is None else knobs.sampler,
-        "sampler_steps": None if knobs is None else knobs.sampler_steps,
-        "sampler_power": None if knobs is None else knobs.sampler_power,
-        "sampler_shift": None if knobs is None else knobs.sampler_shift,
-        "guidance_scale": None if knobs is None else knobs.guidance_scale,
-        "seed": seed,
-        "noise": "image i's from (seed, i)",
-        "precision": _name_precision(model),
-        "lpips": None if lpips is None else lpips.protocol,
-        "fid": None if fid is None else fid.protocol,
-        "versions": {name: version(name) for name in ("torch", "torchmetrics")},
-    }

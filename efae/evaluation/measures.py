@@ -146,6 +146,19 @@ class Totals:
         """Return the number of images that were added."""
         return self._counts.get(name, 0)
 
+    def to_host(self) -> "Totals":
+        """Return the same totals on the CPU."""
+        moved = Totals()
+        moved._sums = {name: total.cpu() for name, total in self._sums.items()}
+        moved._counts = dict(self._counts)
+        return moved
+
+    def merge(self, other: "Totals") -> None:
+        """Add the totals of other images."""
+        for name, total in other._sums.items():
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+            self._counts[name] = self._counts.get(name, 0) + other._counts[name]
+
     def gather(self, device: torch.device) -> None:
         """Add the totals of the other processes, if torch.distributed is initialised."""
         mine = {

@@ -11,7 +11,7 @@ import torch
 
 from efae.config import Config
 from efae.config_forms import with_overrides
-from efae.evaluation.evaluate import CHOSEN, evaluate
+from efae.evaluation.evaluate import Measurement, evaluate
 from efae.evaluation.flow_measures import STEP_COUNTS, TIME_BINS
 from efae.evaluation.measures import (
     LARGEST_PSNR,
@@ -22,6 +22,7 @@ from efae.evaluation.measures import (
     to_float,
 )
 from efae.evaluation.protocol import FlowTokenizer
+from efae.evaluation.results import CHOSEN
 from efae.model.autoencoder import Autoencoder
 from efae.symmetry import D4, FLIPS
 
@@ -206,6 +207,20 @@ def test_evaluation_repeats_whatever_the_batch_size(models, measured):
     assert_same_numbers(other, again)
     reseeded = evaluate(models["objective"], draw_images(12), seed=1).numbers()
     assert reseeded["psnr"] != again["psnr"]
+
+
+@pytest.mark.parametrize("shares", [(12,), (5, 7), (1, 0, 11), (4, 4, 4)])
+def test_parts_add_up_to_the_whole(models, measured, shares):
+    measurement = Measurement(models["objective"], batch_size=4, angles=(0.0, 30.0))
+    images, parts = draw_images(12), []
+    for number, share in enumerate(shares):
+        first = sum(shares[:number])
+        parts.append(measurement.measure(images[first : first + share], first, 12))
+    for part in parts[1:]:
+        parts[0].totals.merge(part.totals)
+    found = measurement.summarize(parts[0]).numbers()
+    expected = measured["objective"].numbers()
+    assert_same_numbers(found, expected)
 
 
 def test_the_closer_look_is_at_few_images_evenly_chosen(models):

