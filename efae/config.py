@@ -194,6 +194,9 @@ class LossConfig:
     perceptual: str = ""
     """Function "package.module:name" that maps (predicted image, image), each (b, c, h, w) in
     [-1, 1], to a loss (b,), for instance LPIPS. It gets the one-step prediction of the image."""
+    lpips_weights: str = ""
+    """File of torchvision's AlexNet weights, alexnet-owt-7be5be79.pth, on every worker: LPIPS is
+    the perceptual loss."""
     perceptual_weight: float = 0.1
     """Weight of the perceptual loss."""
 
@@ -206,6 +209,11 @@ class LossConfig:
         require(
             not self.perceptual or ":" in self.perceptual,
             f"loss.perceptual={self.perceptual!r}: must read package.module:function",
+        )
+        require(
+            not (self.perceptual and self.lpips_weights),
+            f"loss.perceptual={self.perceptual!r} and loss.lpips_weights={self.lpips_weights!r}:"
+            " choose one perceptual loss",
         )
 
 

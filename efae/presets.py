@@ -90,6 +90,51 @@ IMAGENET_256 = Config(
     ray=RayConfig(num_workers=8, use_gpu=True, cpus_per_worker=10, max_failures=20),
 )
 
+
+def _photographs(
+    downsampling: int, dim: int, model: ModelConfig, workers: int, batch: int, micro_batch: int
+) -> Config:
+    """Return the experiment on photographs at 256 px, for `workers` GPUs."""
+    return replace(
+        IMAGENET_256,
+        representation=RepresentationConfig(dim=dim),
+        model=replace(model, downsampling=downsampling, patch_size=8),
+        training=replace(
+            IMAGENET_256.training, global_batch_size=batch, micro_batch_size=micro_batch
+        ),
+        ray=replace(IMAGENET_256.ray, num_workers=workers),
+    )
+
+
+def _wide(width: int, depth: int, encoder_depth: int, num_heads: int) -> ModelConfig:
+    return ModelConfig(
+        hidden_size=width,
+        encoder_hidden_size=width,
+        depth=depth,
+        encoder_depth=encoder_depth,
+        num_heads=num_heads,
+    )
+
+
+# Heads of 64, then of 128 features, on which attention is faster. L has the products of
+# imagenet_256, and is wider and shallower: on GPUs, wide octic layers gain more over dense ones.
+_SIZES = {
+    "s": (_wide(512, 8, 2, 8), "one GPU of 24 GB", 1, 128, 64),
+    "b": (_wide(1024, 8, 2, 8), "one H100", 1, 256, 128),
+    "l": (_wide(2048, 4, 2, 16), "eight H100", 8, 512, 0),
+}
+_LATENTS = {"f16": (16, 32), "f8": (8, 16)}
+_PHOTOGRAPHS = {
+    f"photos_{latent}_{size}": (
+        f"Photographs at 256 px, {dim} x {256 // f} x {256 // f} latents, size {size.upper()}, on"
+        f" {machine}; not run by us yet (docs/sizing.md has memory and speed, as calculated)."
+        " Shards as for imagenet_256.",
+        _photographs(f, dim, model, workers, batch, micro_batch),
+    )
+    for latent, (f, dim) in _LATENTS.items()
+    for size, (model, machine, workers, batch, micro_batch) in _SIZES.items()
+}
+
 # Description (images, machine, duration, shards) and whole configuration, by name.
 PRESETS: dict[str, tuple[str, Config]] = {
     "quickstart": (
@@ -113,4 +158,5 @@ PRESETS: dict[str, tuple[str, Config]] = {
         " --resolution 256 --encoding jpeg --held-out 5000, or index_shards for tars.",
         IMAGENET_256,
     ),
+    **_PHOTOGRAPHS,
 }

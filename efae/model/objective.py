@@ -26,6 +26,9 @@ from efae.symmetry import GROUPS
 from efae.symmetry.any_angle import act_by_angle, disk_mask, rotate_image
 from efae.symmetry.group import act_on_grid
 
+Perceptual = Callable[[Tensor, Tensor], Tensor]
+"""Function of (predicted image, image), each (b, c, h, w) in [-1, 1], to a loss (b,)."""
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -117,15 +120,10 @@ class Objective(nn.Module):
 
     Args:
         model: Model to train; in training mode, every batch updates its latent statistics.
-        perceptual: Function of (predicted image, image), each (b, c, h, w) in [-1, 1], to a loss
-            (b,).
+        perceptual: Perceptual loss of the one-step prediction; None for none.
     """
 
-    def __init__(
-        self,
-        model: Autoencoder,
-        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ):
+    def __init__(self, model: Autoencoder, perceptual: Perceptual | None = None):
         super().__init__()
         self.model = model
         self.perceptual = perceptual
@@ -209,7 +207,7 @@ def scale(image: Tensor, latent: Tensor, cells: tuple[int, int]) -> tuple[Tensor
     )
 
 
-def load_perceptual(path: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def load_perceptual(path: str, device: torch.device) -> Perceptual:
     """Import the function that "package.module:name" names, for instance LPIPS.
 
     Only training calls this: loading a model from a registry never runs code that its
@@ -236,6 +234,4 @@ def load_perceptual(path: str, device: torch.device) -> Callable[[Tensor, Tensor
     if isinstance(function, nn.Module):
         function.to(device).eval().requires_grad_(False)
     # The lambda keeps a module from being registered, and so out of weights and checkpoints.
-    return lambda predicted, image: cast(Callable[[Tensor, Tensor], Tensor], function)(
-        predicted, image
-    )
+    return lambda predicted, image: cast(Perceptual, function)(predicted, image)

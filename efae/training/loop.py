@@ -10,6 +10,7 @@ for bit.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import nn
 from data_pipelines import ShardDataset
 from efae.checkpoints.checkpoint import Checkpoint
 from efae.config import Config
-from efae.model.objective import Objective, draw, load_perceptual
+from efae.model.objective import Objective, Perceptual, draw, load_perceptual
 from efae.model.precision import float32_arithmetic
 from efae.training.compilation import activation_budget, prepare
 from efae.training.divergence import DivergenceGuard
@@ -91,10 +92,7 @@ def train(
         scores = dict(checkpoint.metadata["scores"])
         validations = list(checkpoint.metadata.get("validations", []))
         observer.resume(checkpoint.metadata)
-    perceptual = None
-    if config.loss.perceptual:
-        perceptual = load_perceptual(config.loss.perceptual, device)
-    objective = Objective(state.model, perceptual)
+    objective = Objective(state.model, choose_perceptual(config, device))
     prepare(objective, config, device, world_size)
     size = start.micro_batch_size or training.micro_batch_size
     accumulate = Accumulation(process.wrap(objective), state, config, size)
@@ -179,6 +177,20 @@ def train(
             process.report(validations[-1])
     observer.wait()
     return state
+
+
+def choose_perceptual(config: Config, device: torch.device) -> Perceptual | None:
+    """Return the perceptual loss that the configuration names, on the device; None for none.
+
+    Raises:
+        ValueError: There is no such function, or the file holds other weights.
+    """
+    if config.loss.lpips_weights:
+        from efae.evaluation.lpips_fid import Lpips  # torchmetrics takes two seconds
+
+        lpips = Lpips(Path(config.loss.lpips_weights)).to(device)
+        return lambda predicted, image: lpips(predicted, image)
+    return load_perceptual(config.loss.perceptual, device) if config.loss.perceptual else None
 
 
 def describe_device(device: torch.device) -> str:

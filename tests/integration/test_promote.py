@@ -21,7 +21,7 @@ from efae.checkpoints import checkpoint
 from efae.config import Config
 from efae.evaluation.evaluate import evaluate
 from efae.evaluation.held_out import read_held_out
-from efae.experiment import publish
+from efae.experiment import Product, publish
 from efae.model.autoencoder import Autoencoder, build_representation
 from efae.model.pretrained import pack_model
 from efae.model.stored_files import WEIGHTS
@@ -302,7 +302,9 @@ def test_what_an_experiment_publishes_says_all_that_the_gates_ask(
     evaluation = evaluate(model, read_held_out(config.data, 4))
     data = RunData(config.data)
     with watch_opens() as opened:
-        publish(config, data, run, final, evaluation, {"steps": 1})
+        weights = checkpoint.read_model(final).weights
+        product = Product(pack_model(weights, config, model.representation), (), evaluation)
+        publish(config, data, run, product, {"steps": 1})
     for path in (f"{final}/ema.safetensors", *(f"{uri}/index.json" for uri in uris)):
         assert opened.count(path) == 1
     tags = client.get_model_version(name, "1").tags

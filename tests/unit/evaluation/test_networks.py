@@ -1,6 +1,7 @@
 """LPIPS and FID: what is refused before any work, and what they measure where they can."""
 
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,11 @@ import safetensors.torch
 import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from efae.config import Config
+from efae.config_forms import with_overrides
 from efae.evaluation import lpips_fid
 from efae.evaluation.lpips_fid import Fid, Lpips, load_fid
+from efae.training.loop import choose_perceptual
 
 ALEXNET = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
 
@@ -30,11 +34,28 @@ def alexnet() -> dict[str, torch.Tensor]:
 def lpips(alexnet, tmp_path_factory) -> Lpips:
     path = tmp_path_factory.mktemp("weights") / "alexnet.pth"
     torch.save(alexnet, path)
-    return Lpips(path)
+    network = Lpips(path)
+    network.path = path
+    return network
 
 
 def draw(seed: int, channels: int = 3) -> torch.Tensor:
     return torch.rand(2, channels, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_lpips_is_a_training_loss_with_the_weights_that_the_configuration_names(lpips, tmp_path):
+    config = with_overrides(Config(), {"loss.lpips_weights": str(tmp_path / "alexnet.pth")})
+    with pytest.raises(ValueError, match=r"alexnet\.pth"):
+        choose_perceptual(config, torch.device("cpu"))
+    shutil.copy(lpips.path, tmp_path / "alexnet.pth")
+    perceptual = choose_perceptual(config, torch.device("cpu"))
+    predicted, image = draw(0).requires_grad_(), draw(1)
+    loss = perceptual(predicted, image)
+    assert torch.equal(loss, lpips(predicted, image))
+    loss.sum().backward()
+    assert predicted.grad.abs().max() > 0
+    with pytest.raises(ValueError, match="choose one perceptual loss"):
+        with_overrides(config, {"loss.perceptual": "package.module:name"})
 
 
 def test_lpips_is_a_distance_per_pair_that_grows_with_the_error(lpips):
