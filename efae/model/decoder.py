@@ -89,8 +89,8 @@ class Decoder(nn.Module):
         """
         height, width = x_t.shape[-2:]
         grid = (height // self.patch_size, width // self.patch_size)
-        cells = self.latent(latent.flatten(2).mT)  # (slot, b, cell, ratio^2 m coset)
-        tokens = self.resample.split(cells, *grid)  # (slot, b, token, m coset)
+        cells = self.latent(latent.flatten(2).mT)  # (slot, b, cell, ratio^2 coset m)
+        tokens = self.resample.split(cells, *grid)  # (slot, b, token, coset m)
         invariants = take_invariant(self.layout, self.pooled(latent.mean((2, 3))))
         if keep is not None:
             assert self.null_tokens is not None

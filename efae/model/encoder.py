@@ -44,7 +44,7 @@ class Positions(nn.Module):
         nn.init.normal_(self.lift.coefficient, std=0.2)
 
     def forward(self, height: int, width: int) -> Tensor:
-        """Return the embedding (slot, 1, height * width, m * coset), resampled if need be.
+        """Return the embedding (slot, 1, height * width, coset * m), resampled if need be.
 
         Bilinear weights have the symmetries of the grid, so resampling keeps equivariance.
         """

@@ -21,7 +21,14 @@ from efae.model.autoencoder import Autoencoder
 from efae.model.decoder import Decoder
 from efae.model.encoder import Encoder, LinearPath
 from efae.model.octic import Block, Lift, Linear
-from efae.model.octic_layout import Layout, embed_invariant, spread_gains, take_invariant
+from efae.model.octic_layout import (
+    Layout,
+    embed_invariant,
+    from_regular,
+    spread_gains,
+    take_invariant,
+    to_regular,
+)
 
 
 def to_dense(model: Autoencoder) -> Autoencoder:
@@ -76,14 +83,14 @@ def _dense_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _flatten(layout: Layout, x: Tensor) -> Tensor:
-    """Flatten tokens (slot, ..., m * coset) into vectors (..., m * slot * coset)."""
-    return torch.unflatten(x, -1, (-1, layout.cosets)).movedim(0, -2).flatten(-3)
+    """Flatten tokens (slot, ..., coset * m) into vectors (..., m * slot * coset)."""
+    return torch.unflatten(x, -1, (layout.cosets, -1)).movedim((0, -2), (-2, -1)).flatten(-3)
 
 
 def _unflatten(layout: Layout, x: Tensor) -> Tensor:
     """Invert `_flatten`."""
     split = torch.unflatten(x, -1, (-1, layout.slots, layout.cosets))
-    return split.movedim(-2, 0).flatten(-2)
+    return split.movedim((-2, -1), (0, -2)).flatten(-2)
 
 
 def _probe(
@@ -118,16 +125,14 @@ def _of_block(block: Block) -> dict[str, Tensor]:
     layout = block.layout
     inward, _, outward = block.mlp
     assert isinstance(inward, Linear)
-    hadamard = layout.hadamard.double()
-
-    def change_basis(x: Tensor) -> Tensor:
-        return torch.einsum("fs,s...->f...", hadamard, x)
 
     def into_regular(x: Tensor) -> Tensor:
-        return _flatten(layout, change_basis(inward(_unflatten(layout, x))))
+        hidden = to_regular(layout.fourier, inward(_unflatten(layout, x)))
+        return hidden.movedim(0, -1).flatten(-2)
 
     def out_of_regular(x: Tensor) -> Tensor:
-        return _flatten(layout, outward(change_basis(_unflatten(layout, x))))
+        hidden = torch.unflatten(x, -1, (-1, len(layout.group))).movedim(-1, 0)
+        return _flatten(layout, outward(from_regular(layout.fourier, hidden, layout.slots)))
 
     weights: dict[str, Tensor] = {}
     for name, layer, m in (

@@ -1,6 +1,6 @@
 """Octic layers: layers that commute with a group of flips and quarter turns.
 
-Their tokens are one tensor (slot, batch, token, m * coset), laid out as `octic_layout` describes.
+Their tokens are one tensor (slot, batch, token, coset * m), laid out as `octic_layout` describes.
 With the trivial group the same classes are ordinary dense layers: the dense twins of encoder and
 decoder are built that way. Source: Octic Vision Transformers (Nordström, Edstedt, Kahl, Bökman
 2025, arXiv:2505.15441).
@@ -15,10 +15,34 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
-from efae.model.octic_layout import embed_invariant, layout_of, spread_gains
+from efae.model import octic_cpu
+from efae.model.octic_layout import (
+    convert_fourier,
+    embed_invariant,
+    from_regular,
+    layout_of,
+    spread_gains,
+    to_regular,
+)
 from efae.model.precision import no_autocast
 from efae.symmetry.group import Group, grid_sources
 from efae.symmetry.representation import Representation
+
+
+def _expand(
+    ties: Float[Tensor, "coefficient *entries"],
+    coefficient: Float[Tensor, "coefficient m_in m_out"],
+) -> Float[Tensor, "*entries m_in m_out"]:
+    """Return the entries of a linear map, each a matrix between channels."""
+    entries = ties.flatten(1).t() @ coefficient.flatten(1)
+    return entries.view(*ties.shape[1:], *coefficient.shape[1:])
+
+
+def _join(
+    entries: Float[Tensor, "slot coset_in coset_out m_in m_out"],
+) -> Float[Tensor, "slot coset_in*m_in coset_out*m_out"]:
+    """Join the entries of each slot to one matrix."""
+    return entries.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 class Linear(nn.Module):
@@ -48,24 +72,31 @@ class Linear(nn.Module):
         bound = gain / math.sqrt(self.layout.cosets * m_in)
         nn.init.uniform_(self.coefficient, -bound, bound)
 
-    def weight(self) -> Float[Tensor, "slot m_in*coset m_out*coset"]:
+    def weight(self) -> Float[Tensor, "slot coset*m_in coset*m_out"]:
         """Expand the coefficients to blocks, one per slot."""
-        slots, cosets = self.layout.slots, self.layout.cosets
-        blocks = (self.ties.t() @ self.coefficient.flatten(1)).view(
-            slots, cosets, cosets, self.m_in, self.m_out
-        )
-        return blocks.permute(0, 3, 1, 4, 2).reshape(slots, self.m_in * cosets, self.m_out * cosets)
+        return _join(_expand(self.ties, self.coefficient))
 
     def forward(
-        self, x: Float[Tensor, "slot *axes m_in*coset"]
-    ) -> Float[Tensor, "slot *axes m_out*coset"]:
+        self, x: Float[Tensor, "slot *axes coset*m_in"]
+    ) -> Float[Tensor, "slot *axes coset*m_out"]:
         """Map every token, in the dtype of `x`."""
         flat = x.flatten(1, -2)
+        if self.layout.split and octic_cpu.applies_to(x):
+            return self._multiply_by_irrep(flat).view(*x.shape[:-1], -1)
         y = torch.bmm(flat, self.weight().to(flat.dtype))
         if self.bias is not None:
             # Not baddbmm: on CUDA it writes the bias to the whole output first, compiled too.
             y = y + embed_invariant(self.layout, self.bias)[:, None].to(y.dtype)
         return y.view(*x.shape[:-1], -1)
+
+    def _multiply_by_irrep(self, x: Tensor) -> Tensor:
+        """Do without the zeros of the first slots' blocks."""
+        split, cosets = self.layout.split, self.layout.cosets
+        signs = self.ties[:, :split].diagonal(dim1=2, dim2=3)
+        irreps = _expand(signs, self.coefficient).to(x.dtype)
+        others = _join(_expand(self.ties[:, split:], self.coefficient)).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype) * math.sqrt(cosets)
+        return octic_cpu.multiply(x, irreps, others, bias)
 
 
 class Lift(nn.Module):
@@ -96,21 +127,22 @@ class Lift(nn.Module):
         self.coefficient = nn.Parameter(torch.empty(m, source.shape[1]))
         nn.init.uniform_(self.coefficient, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
-    def weight(self) -> Float[Tensor, "slot n m*coset"]:
+    def weight(self) -> Float[Tensor, "slot n coset*m"]:
         """Return the map as one matrix per slot."""
         m, n = self.coefficient.shape
         regular = self.coefficient[:, self.source] * self.sign  # w R(g)^-1: (m, element, n)
+        fourier = convert_fourier(self.fourier, regular.dtype)
         with no_autocast(regular):  # a weight is rounded once, in use
-            slots = torch.einsum("sg,mgn->snm", self.fourier, regular)
+            slots = torch.einsum("sg,mgn->snm", fourier, regular)
         slots = slots.view(self.layout.slots, self.layout.cosets, n, m)
-        return slots.permute(0, 2, 3, 1).reshape(self.layout.slots, n, m * self.layout.cosets)
+        return slots.transpose(1, 2).flatten(2)
 
-    def forward(self, x: Float[Tensor, "*axes n"]) -> Float[Tensor, "slot *axes m*coset"]:
+    def forward(self, x: Float[Tensor, "*axes n"]) -> Float[Tensor, "slot *axes coset*m"]:
         """Map vectors on which R acts to tokens, in the dtype of `x`."""
         weight = self.weight().to(x.dtype)
         return torch.matmul(x.flatten(0, -2), weight).view(len(weight), *x.shape[:-1], -1)
 
-    def back(self, x: Float[Tensor, "slot *axes m*coset"]) -> Float[Tensor, "*axes n"]:
+    def back(self, x: Float[Tensor, "slot *axes coset*m"]) -> Float[Tensor, "*axes n"]:
         """Apply the transposed map, from tokens to vectors on which R acts."""
         weight = self.weight().to(x.dtype)
         return torch.bmm(x.flatten(1, -2), weight.mT).sum(0).view(*x.shape[1:-1], -1)
@@ -124,28 +156,32 @@ def normalize(
     RMS norm (Zhang & Sennrich 2019, arXiv:1910.07467) without gain, computed in float32 or wider.
     `eps` is added to the mean square, so that a token of zeros stays zero.
     """
+    if octic_cpu.applies_to(x):
+        return octic_cpu.normalize(x, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     square = wide.square().mean((0, -1), keepdim=True)
     return x * torch.rsqrt(square + eps).to(x.dtype)
 
 
 class Nonlinearity(nn.Module):
-    """ReLU in the regular basis, where the group permutes: Hadamard, pointwise, Hadamard."""
+    """ReLU in the regular basis, where the group permutes features."""
 
-    hadamard: Tensor
+    fourier: Tensor
 
     def __init__(self, group: Group):
         super().__init__()
-        self.register_buffer("hadamard", layout_of(group).hadamard, persistent=False)
+        self.register_buffer("fourier", layout_of(group).fourier, persistent=False)
 
     def forward(
         self, x: Float[Tensor, "slot *axes features"]
     ) -> Float[Tensor, "slot *axes features"]:
         """Apply the nonlinearity to every token."""
-        if len(self.hadamard) == 1:
+        if len(self.fourier) == 1:
             return F.relu(x)
-        hadamard = self.hadamard.to(x.dtype)
-        return (hadamard @ F.relu(hadamard @ x.flatten(1))).view(x.shape)
+        if octic_cpu.applies_to(x):
+            fourier = convert_fourier(self.fourier, x.dtype)
+            return octic_cpu.relu_in_regular(x.flatten(1, -2), fourier).view(x.shape)
+        return from_regular(self.fourier, F.relu(to_regular(self.fourier, x)), len(x))
 
 
 class Attention(nn.Module):
@@ -164,14 +200,21 @@ class Attention(nn.Module):
         self.outward = Linear(group, m, m)
 
     def forward(
-        self, x: Float[Tensor, "slot batch token m*coset"]
-    ) -> Float[Tensor, "slot batch token m*coset"]:
+        self, x: Float[Tensor, "slot batch token coset*m"]
+    ) -> Float[Tensor, "slot batch token coset*m"]:
         """Attend from every token to all tokens of its example."""
         slots, batch, tokens, width = x.shape
-        split = self.inward(x).view(slots, batch, tokens, 3, self.num_heads, -1)
-        query, key, value = split.permute(3, 1, 4, 2, 0, 5).flatten(-2)  # (batch, head, token, ·)
+        inward, cosets = self.inward(x), self.inward.layout.cosets
+        shape = (slots, batch, tokens, cosets, 3, self.num_heads, -1)
+        if slots > 1 and octic_cpu.applies_to(x):
+            query, key, value = octic_cpu.split_heads(inward.view(shape))
+            mixed = F.scaled_dot_product_attention(query, key, value)
+            mixed = octic_cpu.merge_heads(mixed, slots, cosets)
+            return self.outward(mixed)
+        split = inward.view(shape).permute(4, 1, 5, 2, 0, 3, 6)
+        query, key, value = split.flatten(-3)  # (batch, head, token, slot * coset * channel)
         mixed = F.scaled_dot_product_attention(query, key, value)
-        mixed = torch.unflatten(mixed, -1, (slots, -1)).permute(3, 0, 2, 1, 4)
+        mixed = torch.unflatten(mixed, -1, (slots, cosets, -1)).permute(3, 0, 2, 4, 1, 5)
         return self.outward(mixed.reshape(slots, batch, tokens, width))
 
 
@@ -211,9 +254,9 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "slot batch token m*coset"],
+        x: Float[Tensor, "slot batch token coset*m"],
         condition: Float[Tensor, "batch conditioning"] | None = None,
-    ) -> Float[Tensor, "slot batch token m*coset"]:
+    ) -> Float[Tensor, "slot batch token coset*m"]:
         """Apply the block; `condition` is required if `conditioning` is not 0, else ignored."""
         if self.recomputes and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(self._apply_block, x, condition, use_reentrant=False))
@@ -226,8 +269,9 @@ class Block(nn.Module):
         parts = self.modulation(condition).split(self.sizes, -1)
         scale1, gate1, scale2, gate2 = (spread_gains(self.layout, parts[i]) for i in (0, 1, 3, 4))
         shift1, shift2 = (embed_invariant(self.layout, parts[i])[:, :, None] for i in (2, 5))
-        x = x + gate1 * self.attention(normalize(x) * (1 + scale1) + shift1)
-        return x + gate2 * self.mlp(normalize(x) * (1 + scale2) + shift2)
+        attended = self.attention(torch.addcmul(shift1, normalize(x), 1 + scale1))
+        x = torch.addcmul(x, gate1, attended)
+        return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, normalize(x), 1 + scale2)))
 
 
 def patch_action(

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from efae.model.octic_layout import layout_of
+from efae.model.octic_layout import from_regular, layout_of, to_regular
 from efae.symmetry.group import Group, grid_sources
 
 
@@ -32,43 +32,36 @@ class Resample(nn.Module):
         self.register_buffer("fourier", self.layout.fourier, persistent=False)
 
     def merge(
-        self, x: Float[Tensor, "slot batch token m*coset"], height: int, width: int
-    ) -> Float[Tensor, "slot batch token/ratio**2 ratio**2*m*coset"]:
+        self, x: Float[Tensor, "slot batch token coset*m"], height: int, width: int
+    ) -> Float[Tensor, "slot batch token/ratio**2 ratio**2*coset*m"]:
         """Merge the tokens of a height x width grid, row by row; `ratio` divides both sides."""
         r, batch = self.ratio, x.shape[1]
-        grid = self._to_regular(x).view(
+        grid = to_regular(self.fourier, x).view(
             -1, batch, height // r, r, width // r, r, x.shape[-1] // self.layout.cosets
         )
         offsets = grid.permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5)  # (g, b, h, w, r * r, m)
         filed = torch.stack(
             [part[..., i, :] for part, i in zip(offsets, self.goes_to, strict=True)]
         )
-        return self._from_regular(filed.flatten(-2).flatten(2, 3))
+        return from_regular(self.fourier, filed.flatten(-2).flatten(2, 3), len(x))
 
     def split(
         self,
-        x: Float[Tensor, "slot batch token/ratio**2 ratio**2*m*coset"],
+        x: Float[Tensor, "slot batch token/ratio**2 ratio**2*coset*m"],
         height: int,
         width: int,
-    ) -> Float[Tensor, "slot batch token m*coset"]:
+    ) -> Float[Tensor, "slot batch token coset*m"]:
         """Invert `merge`; height and width are those of the fine grid."""
         r, batch = self.ratio, x.shape[1]
-        filed = self._to_regular(x).view(-1, batch, height // r, width // r, r * r, self._m(x))
+        filed = to_regular(self.fourier, x).view(
+            -1, batch, height // r, width // r, r * r, self._m(x)
+        )
         sources = self.goes_to.argsort(-1)
         offsets = torch.stack([part[..., i, :] for part, i in zip(filed, sources, strict=True)])
         grid = torch.unflatten(offsets, 4, (r, r)).permute(0, 1, 2, 4, 3, 5, 6)
-        return self._from_regular(grid.reshape(-1, batch, height * width, self._m(x)))
+        return from_regular(
+            self.fourier, grid.reshape(-1, batch, height * width, self._m(x)), len(x)
+        )
 
     def _m(self, x: Tensor) -> int:
         return x.shape[-1] // self.layout.cosets // self.ratio**2
-
-    def _to_regular(self, x: Tensor) -> Tensor:
-        """Map tokens (slot, ..., m * coset) to the regular basis (element, ..., m)."""
-        split = torch.unflatten(x, -1, (-1, self.layout.cosets)).movedim(-1, 1).flatten(0, 1)
-        return (self.fourier.t().to(x.dtype) @ split.flatten(1)).view(split.shape)
-
-    def _from_regular(self, x: Tensor) -> Tensor:
-        slots = (self.fourier.to(x.dtype) @ x.flatten(1)).view(
-            self.layout.slots, self.layout.cosets, *x.shape[1:]
-        )
-        return slots.movedim(1, -1).flatten(-2)

@@ -34,15 +34,15 @@ def randomize(module):
 
 
 def act_on_tokens(g, x, group=D4):
-    """Regular features (slot, ..., m * coset), acted on by the definition: u becomes g u."""
+    """Regular features (slot, ..., coset * m), acted on by the definition: u becomes g u."""
     layout = layout_of(group)
     fourier = layout.fourier.double() / layout.fourier.double().norm(dim=1, keepdim=True)
     shift = torch.zeros(len(group), len(group), dtype=torch.float64)
     for i, u in enumerate(group):
         shift[group.index(g @ u), i] = 1
-    features = x.unflatten(-1, (-1, layout.cosets)).movedim(-1, 1).flatten(0, 1)
+    features = x.unflatten(-1, (layout.cosets, -1)).movedim(-2, 1).flatten(0, 1)
     moved = torch.tensordot(fourier @ shift @ fourier.T, features, 1)
-    return moved.unflatten(0, (layout.slots, layout.cosets)).movedim(1, -1).flatten(-2)
+    return moved.unflatten(0, (layout.slots, layout.cosets)).movedim(1, -2).flatten(-2)
 
 
 def act_on_token_grid(g, x, side, group=D4):
@@ -78,7 +78,7 @@ def test_fourier_is_orthogonal_and_elements_only_sign_and_permute(group):
 @every_group
 def test_linear_holds_every_equivariant_map(group):
     """The commutant of a regular representation has the group's order as dimension."""
-    assert torch.linalg.matrix_rank(layout_of(group).ties) == len(group)
+    assert torch.linalg.matrix_rank(layout_of(group).ties.flatten(1)) == len(group)
 
 
 LAYERS = {
