@@ -52,11 +52,6 @@ def relu_in_regular(x: Tensor, fourier: Tensor) -> Tensor:
     return cast(Tensor, _Relu.apply(x, fourier))
 
 
-def normalize(x: Tensor, eps: float) -> Tensor:
-    """Divide tokens (slot, ..., features) by their root mean square."""
-    return cast(Tensor, _Normalize.apply(x, eps))
-
-
 def split_heads(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sort features (slot, batch, token, coset, part, head, channel) by part and head.
 
@@ -141,24 +136,6 @@ def _split(fourier: Tensor, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tens
     rows = max(1, _PART // x[:, 0].numel())
     for start in range(0, x.shape[1], rows):
         yield source[:, :, start : start + rows], target[:, :, start : start + rows]
-
-
-class _Normalize(torch.autograd.Function):
-    """With y = x r and r = (mean(x^2) + eps)^-1/2, the gradient is r (g - y mean(g y))."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        scale = torch.rsqrt(x.square().mean((0, -1), keepdim=True) + eps)
-        y = x * scale
-        ctx.save_for_backward(y, scale)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, scale = ctx.saved_tensors
-        mean = (grad * y).mean((0, -1), keepdim=True)
-        return torch.addcmul(grad, y, mean, value=-1).mul_(scale), None
 
 
 class _SplitHeads(torch.autograd.Function):
