@@ -87,6 +87,9 @@ class ModelConfig:
     """Side of a decoder token, in pixels; divides downsampling."""
     mlp_ratio: int = 3
     """Hidden width of a block's MLP, in units of hidden_size."""
+    modulation: Literal["block", "shared"] = "block"
+    """adaLN of the decoder: a matrix per block, half of the weights of a wide decoder, or one for
+    all blocks with an offset per block."""
     encoder_hidden_size: int = 128
     """Width of the encoder's tokens; a multiple of 8 * num_heads."""
     encoder_depth: int = 1

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from efae.config import DataConfig, ModelConfig
 from efae.model.encoder import Positions, patchify, unpatchify
-from efae.model.octic import Block, Lift, latent_action, normalize, patch_action
+from efae.model.octic import (
+    Block,
+    Lift,
+    latent_action,
+    modulation_sizes,
+    normalize,
+    patch_action,
+    zero_linear,
+)
 from efae.model.octic_layout import embed_invariant, layout_of, spread_gains, take_invariant
 from efae.model.token_grid import Resample
 from efae.symmetry.group import Group
@@ -64,17 +72,19 @@ class Decoder(nn.Module):
         self.time_condition = nn.Sequential(
             nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
+        shared = model.modulation == "shared"
+        self.shared_modulation = None
+        if shared:
+            self.shared_modulation = zero_linear(hidden_size, sum(modulation_sizes(group, m)))
         self.blocks = nn.ModuleList(
-            Block(group, m, model.num_heads, model.mlp_ratio, conditioning=hidden_size)
+            Block(group, m, model.num_heads, model.mlp_ratio, hidden_size, shared)
             for _ in range(model.depth)
         )
         self.sizes = [self.layout.gains * m, m]
-        self.modulation = nn.Linear(hidden_size, sum(self.sizes))
+        self.modulation = zero_linear(hidden_size, sum(self.sizes))
         self.output = Lift(group, *patch, m, fan_in=len(group) * m)
         # The first prediction is zero, the mean of images in [-1, 1].
         nn.init.zeros_(self.output.coefficient)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
 
     def forward(
         self,
@@ -103,8 +113,11 @@ class Decoder(nn.Module):
         x = x + self.positions(*grid).to(x.dtype)
         time = self.time_condition(embed_time(t, self.pooled_condition.out_features).to(x_t.dtype))
         condition = nn.functional.silu(time + self.pooled_condition(invariants))
+        modulation = condition
+        if self.shared_modulation is not None:
+            modulation = self.shared_modulation(condition)
         for block in self.blocks:
-            x = block(x, condition)
+            x = block(x, modulation)
         scale, shift = self.modulation(condition).split(self.sizes, -1)
         x = normalize(x) * (1 + spread_gains(self.layout, scale))
         x = x + embed_invariant(self.layout, shift)[:, :, None]

@@ -20,7 +20,7 @@ from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.model.decoder import Decoder
 from efae.model.encoder import Encoder, LinearPath
-from efae.model.octic import Block, Lift, Linear
+from efae.model.octic import Block, Lift, Linear, Offset, modulation_sizes
 from efae.model.octic_layout import (
     Layout,
     embed_invariant,
@@ -29,6 +29,9 @@ from efae.model.octic_layout import (
     take_invariant,
     to_regular,
 )
+
+_SHIFTS = (2, 5)
+"""Positions of the shifts in `modulation_sizes`."""
 
 
 def to_dense(model: Autoencoder) -> Autoencoder:
@@ -143,24 +146,27 @@ def _of_block(block: Block) -> dict[str, Tensor]:
         weights |= {f"{name}.coefficient": matrix[None], f"{name}.bias": bias}
     if block.modulation is None:
         return weights
-    return weights | _of_modulation(layout, block.modulation, block.sizes, shifts=(2, 5))
+    modulation = _of_modulation(layout, block.modulation, block.sizes, _SHIFTS)
+    return weights | {f"modulation.{name}": value for name, value in modulation.items()}
 
 
 def _of_modulation(
-    layout: Layout, modulation: nn.Linear, sizes: list[int], shifts: Collection[int]
+    layout: Layout, modulation: nn.Module, sizes: list[int], shifts: Collection[int]
 ) -> dict[str, Tensor]:
     """Expand the rows for invariants to rows for all the features that they scale or shift."""
 
-    def modulate(condition: Tensor) -> Tensor:
-        parts = modulation(condition).split(sizes, -1)
-        spread = [
+    def spread(invariants: Tensor) -> Tensor:
+        parts = [
             embed_invariant(layout, part) if i in shifts else spread_gains(layout, part)[:, :, 0]
-            for i, part in enumerate(parts)
+            for i, part in enumerate(torch.split(invariants, sizes, -1))
         ]
-        return torch.cat([_flatten(layout, part) for part in spread], -1)
+        return torch.cat([_flatten(layout, part) for part in parts], -1)
 
-    matrix, bias = _probe(modulate, modulation.in_features)
-    return {"modulation.weight": matrix.T, "modulation.bias": bias}
+    if isinstance(modulation, nn.Linear):
+        matrix, bias = _probe(lambda x: spread(modulation(x)), modulation.in_features)
+        return {"weight": matrix.T, "bias": bias}
+    assert isinstance(modulation, Offset)
+    return {"bias": spread(modulation.bias[None])[0]}
 
 
 def _of_encoder(encoder: Encoder) -> dict[str, Tensor]:
@@ -203,4 +209,10 @@ def _of_decoder(decoder: Decoder) -> dict[str, Tensor]:
         null_pooled = embed_invariant(layout, decoder.null_pooled) / math.sqrt(layout.cosets)
         weights["null_tokens"] = _flatten(layout, null_tokens)
         weights["null_pooled"] = _flatten(layout, null_pooled)
-    return weights | _of_modulation(layout, decoder.modulation, decoder.sizes, shifts=(1,))
+    last = _of_modulation(layout, decoder.modulation, decoder.sizes, shifts=(1,))
+    weights |= {f"modulation.{name}": value for name, value in last.items()}
+    if decoder.shared_modulation is not None:
+        sizes = modulation_sizes(layout.group, len(decoder.patches.coefficient))
+        shared = _of_modulation(layout, decoder.shared_modulation, sizes, _SHIFTS)
+        weights |= {f"shared_modulation.{name}": value for name, value in shared.items()}
+    return weights

@@ -216,10 +216,23 @@ class Attention(nn.Module):
         return self.outward(mixed.reshape(slots, batch, tokens, width))
 
 
+class Offset(nn.Module):
+    """Adds a learned vector: a block's own part of a modulation that all blocks share."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Float[Tensor, "batch size"]) -> Float[Tensor, "batch size"]:
+        """Add the vector."""
+        return x + self.bias
+
+
 class Block(nn.Module):
     """A transformer block; with `conditioning`, scaled, shifted and gated by invariants.
 
-    Source: adaLN-Zero (Peebles & Xie 2023, arXiv:2212.09748).
+    Source: adaLN-Zero (Peebles & Xie 2023, arXiv:2212.09748); shared by all blocks up to an offset
+    in PixArt (Chen et al. 2023, arXiv:2310.00426).
 
     Args:
         group: Group that acts.
@@ -227,6 +240,8 @@ class Block(nn.Module):
         num_heads: Number of attention heads; divides m.
         mlp_ratio: Ratio of the hidden channels of the MLP to m.
         conditioning: Width of the condition; 0 for none.
+        shared: Whether the condition is already the modulation, made once for all blocks, of
+            `modulation_sizes` in total.
 
     Attributes:
         recomputes: Whether backward computes the block's activations again, to save memory.
@@ -234,7 +249,15 @@ class Block(nn.Module):
 
     recomputes = False
 
-    def __init__(self, group: Group, m: int, num_heads: int, mlp_ratio: int, conditioning: int = 0):
+    def __init__(
+        self,
+        group: Group,
+        m: int,
+        num_heads: int,
+        mlp_ratio: int,
+        conditioning: int = 0,
+        shared: bool = False,
+    ):
         super().__init__()
         self.layout = layout_of(group)
         self.m = m
@@ -244,11 +267,10 @@ class Block(nn.Module):
         )
         self.modulation = None
         if conditioning:
-            self.sizes = [self.layout.gains * m, self.layout.gains * m, m] * 2
-            self.modulation = nn.Linear(conditioning, sum(self.sizes))
-            # Zero gates make every block the identity at first.
-            nn.init.zeros_(self.modulation.weight)
-            nn.init.zeros_(self.modulation.bias)
+            self.sizes = modulation_sizes(group, m)
+            self.modulation = Offset(sum(self.sizes))
+            if not shared:
+                self.modulation = zero_linear(conditioning, sum(self.sizes))
 
     def forward(
         self,
@@ -270,6 +292,20 @@ class Block(nn.Module):
         attended = self.attention(torch.addcmul(shift1, normalize(x), 1 + scale1))
         x = torch.addcmul(x, gate1, attended)
         return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, normalize(x), 1 + scale2)))
+
+
+def modulation_sizes(group: Group, m: int) -> list[int]:
+    """Return the sizes of scale, gate and shift of attention, then of the MLP, in a modulation."""
+    gains = layout_of(group).gains
+    return [gains * m, gains * m, m] * 2
+
+
+def zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    """Return a linear map that is zero at first: zero gates make every block the identity."""
+    linear = nn.Linear(inputs, outputs)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 def patch_action(

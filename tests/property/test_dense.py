@@ -96,6 +96,11 @@ def test_the_export_computes_the_same(group, grid):
     assert_same_function(build(group, grid).double(), 1e-10)
 
 
+@every_group
+def test_the_export_computes_the_same_with_a_shared_modulation(group):
+    assert_same_function(build(group, **{"model.modulation": "shared"}).double(), 1e-10)
+
+
 @pytest.mark.parametrize("group", ["flips", "mirror", "trivial"])
 def test_the_export_computes_the_same_on_oblong_images(group):
     assert_same_function(build(group, ((16, 32), 4, 8)).double(), 1e-10)

@@ -50,6 +50,7 @@ def loss_of(model, image=IMAGE, seed=0, perceptual=None):
         {"model.level": "regularized"},
         {"model.level": "regularized", "representation.learned_basis": True},
         {"model.bottleneck": "kl"},
+        {"model.modulation": "shared"},
         {"flow.condition_drop": 0.3, "flow.prediction": "velocity"},
         {"loss.rotation_probability": 0.5},
         {"loss.scaling_probability": 0.5, "loss.rotation_probability": 0.5},
