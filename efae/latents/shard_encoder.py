@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from webdataset.writer import TarWriter
 
@@ -28,6 +29,7 @@ from efae.evaluation.measures import to_float
 from efae.latents.certificate import certify
 from efae.model.autoencoder import Autoencoder
 from efae.model.precision import Precision, float32_arithmetic
+from efae.training.compilation import compile_blocks
 
 _TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 2e-1}
 """Tolerance for numbers of unit scale, beside rounding: batch size changes the order of sums."""
@@ -69,6 +71,9 @@ class ShardEncoder:
         self.model.load_state_dict(dict(source.weights), strict=True)
         self.model.to(source.device).eval().requires_grad_(False)
         self.model.precision = source.precision
+        self.compiled = source.device == "cuda"
+        if self.compiled:
+            compile_blocks(self.model)
 
     def write_shard(self, number: int, output: Location, form: LatentFormat) -> ShardIndex:
         """Encode and upload shard `number`, then write its record.
@@ -169,8 +174,12 @@ class ShardEncoder:
 
     @torch.no_grad()
     def _encode(self, image: Tensor) -> Tensor:
+        count, missing = len(image), self.source.batch_size - len(image)
+        image = image.to(self.source.device, non_blocking=True)
+        if self.compiled and missing > 0:  # another size would be compiled anew
+            image = F.pad(image, (0, 0, 0, 0, 0, 0, 0, missing))
         with float32_arithmetic("fp32"):
-            return self.model.encode(to_float(image.to(self.source.device, non_blocking=True)))
+            return self.model.encode(to_float(image))[:count]
 
     def _read(self, number: int, most: int | None = None) -> Iterator[Batch]:
         """Yield the images of one shard in order, in batches of at most `most`."""

@@ -4,11 +4,19 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from torch._functorch import config as functorch
 
 from efae.config import Config
 from efae.model.objective import Objective
 from efae.model.octic import Block
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile every transformer block in place, for the first shapes of each kind that it sees."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(fullgraph=True, dynamic=False)
 
 
 def prepare(objective: Objective, config: Config, device: torch.device, world_size: int) -> None:
@@ -28,8 +36,7 @@ def prepare(objective: Objective, config: Config, device: torch.device, world_si
         for block in blocks[: round((1 - config.training.activation_memory) * len(blocks))]:
             block.recomputes = True
     elif chosen == "blocks":
-        for block in blocks:
-            block.compile(fullgraph=True, dynamic=False)
+        compile_blocks(objective)
     else:
         # CUDA graphs replay the kernels of a small model without waiting for the host. Several
         # processes go without: DDP's reduction starts between the kernels.

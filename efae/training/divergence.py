@@ -97,7 +97,11 @@ class DivergenceGuard:
         Raises:
             TrainingDiverged: Loss or gradient of one of them is not finite.
         """
-        first_bad = next((entry for entry in self._recent if entry[3]), None)
+        first_bad = None
+        if self._recent and bool(
+            (flags := torch.stack([entry[3] for entry in self._recent])).any()
+        ):
+            first_bad = self._recent[int(flags.int().argmax())]
         scale_is_gone = self._scaler.is_enabled() and self._scaler.get_scale() < 1
         if first_bad is None and math.isfinite(mean_loss) and not scale_is_gone:
             self._recent.clear()

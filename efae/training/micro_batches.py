@@ -37,12 +37,12 @@ class OutOfMemory(RuntimeError):
         return self.micro_batch_size == 1
 
     def __str__(self) -> str:
-        what = f"{self.micro_batch_size} images per forward pass do not fit into memory"
         if self.is_final:
             return (
-                f"{what} ({self.cause}): lower training.activation_memory or the sizes of the"
+                f"a forward pass of one image does not fit into memory ({self.cause}): lower training.activation_memory or the sizes of the"
                 " model, or take machines with more memory"
             )
+        what = f"{self.micro_batch_size} images per forward pass do not fit into memory"
         return f"{what}: restarting with {self.micro_batch_size // 2} ({self.cause})"
 
 

@@ -73,9 +73,11 @@ class TrainState:
             "optimizer": optimizer,
         }
         host = {
-            kind: {name: tensor.to("cpu", copy=True) for name, tensor in part.items()}
+            kind: {name: _copy_to_host(tensor) for name, tensor in part.items()}
             for kind, part in tensors.items()
         }
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # once, for all copies
         return host, {"step": self.step, "scaler": self.scaler.state_dict()}
 
     @torch.no_grad()
@@ -103,3 +105,11 @@ def _strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         for name, tensor in tensors.items()
         if name.startswith(prefix) and "." not in name.removeprefix(prefix)
     }
+
+
+def _copy_to_host(tensor: Tensor) -> Tensor:
+    """Copy to the host; from a GPU to pinned memory, which PyTorch keeps for the next snapshot."""
+    if not tensor.is_cuda:
+        return tensor.to("cpu", copy=True)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
