@@ -39,8 +39,9 @@ class OutOfMemory(RuntimeError):
     def __str__(self) -> str:
         if self.is_final:
             return (
-                f"a forward pass of one image does not fit into memory ({self.cause}): lower training.activation_memory or the sizes of the"
-                " model, or take machines with more memory"
+                f"a forward pass of one image does not fit into memory ({self.cause}): lower"
+                " training.activation_memory or the sizes of the model, or take machines with more"
+                " memory"
             )
         what = f"{self.micro_batch_size} images per forward pass do not fit into memory"
         return f"{what}: restarting with {self.micro_batch_size // 2} ({self.cause})"
