@@ -33,6 +33,9 @@ bench: up ## compare level exact with dense twins at one budget (ARGS="--cpu-sec
 	@source "$(LOCAL)/env" && $(OPENMOJI) && $(BIN)/python -m benchmarks.ablate --preset quickstart \
 	    --seeds 1 --variants exact none "exact, narrow" "none, narrow" $(ARGS)
 
+bench-check: $(STAMP) ## measure the GPU and compare with benchmarks/results (ARGS="--only steps")
+	@$(BIN)/python -m benchmarks.gpu --check --output "$(LOCAL)/gpu.json" $(ARGS)
+
 # Two lanes at once: tests on Ray, which mostly wait for its processes, and all others. Those without
 # servers have a process of their own: the stack's variables would send their work to its Ray.
 QUICK := not gpu and not slow
@@ -83,4 +86,4 @@ $(STAMP):
 	@rm -f .venv/installed-*
 	@touch $@
 
-.PHONY: help train tune bench test test-all lint format up down ui clean
+.PHONY: help train tune bench bench-check test test-all lint format up down ui clean

@@ -7,6 +7,7 @@ decoder are built that way. Source: Octic Vision Transformers (Nordström, Edste
 """
 
 import math
+from importlib.util import find_spec
 from typing import cast
 
 import torch
@@ -27,6 +28,10 @@ from efae.model.octic_layout import (
 from efae.model.precision import no_autocast
 from efae.symmetry.group import Group, grid_sources
 from efae.symmetry.representation import Representation
+
+activate = None
+if torch.backends.cuda.is_built() and find_spec("triton"):
+    from efae.model.fused_activation import activate
 
 
 def _expand(
@@ -168,7 +173,8 @@ class Nonlinearity(nn.Module):
 
     def __init__(self, group: Group):
         super().__init__()
-        self.register_buffer("fourier", layout_of(group).fourier, persistent=False)
+        self.layout = layout_of(group)
+        self.register_buffer("fourier", self.layout.fourier, persistent=False)
 
     def forward(
         self, x: Float[Tensor, "slot *axes features"]
@@ -176,6 +182,8 @@ class Nonlinearity(nn.Module):
         """Apply the nonlinearity to every token."""
         if len(self.fourier) == 1:
             return F.relu(x)
+        if activate is not None and x.is_cuda and x.dtype != torch.float64:
+            return activate(x, self.layout.cosets, self.layout.split)
         if octic_cpu.applies_to(x):
             fourier = convert_fourier(self.fourier, x.dtype)
             return octic_cpu.relu_in_regular(x.flatten(1, -2), fourier).view(x.shape)

@@ -19,7 +19,7 @@ def compile_blocks(model: nn.Module) -> None:
             module.compile(fullgraph=True, dynamic=False)
 
 
-def prepare(objective: Objective, config: Config, device: torch.device, world_size: int) -> None:
+def prepare(objective: Objective, config: Config, device: torch.device, one_pass: bool) -> None:
     """Compile the objective in place, at its first call, or have its blocks recompute activations.
 
     Names of weights, and copies of the model, stay as they are.
@@ -28,7 +28,7 @@ def prepare(objective: Objective, config: Config, device: torch.device, world_si
         objective: Objective, not yet wrapped for data parallelism.
         config: Configuration of the experiment.
         device: Device of training.
-        world_size: Number of training processes.
+        one_pass: Whether a step is one forward and backward pass of one process.
     """
     chosen = config.choose_compilation(device.type)
     blocks = [module for module in objective.modules() if isinstance(module, Block)]
@@ -39,9 +39,9 @@ def prepare(objective: Objective, config: Config, device: torch.device, world_si
         compile_blocks(objective)
     else:
         # CUDA graphs replay the kernels of a small model without waiting for the host. Several
-        # processes go without: DDP's reduction starts between the kernels.
-        graphs = device.type == "cuda" and world_size == 1
-        mode = "reduce-overhead" if graphs else None
+        # processes go without: DDP's reduction starts between the kernels. So do several passes: a
+        # replay overwrites the gradients that it returned before (pytorch/pytorch#169545).
+        mode = "reduce-overhead" if device.type == "cuda" and one_pass else None
         objective.compile(fullgraph=True, dynamic=False, mode=mode)
 
 

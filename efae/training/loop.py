@@ -93,8 +93,8 @@ def train(
         validations = list(checkpoint.metadata.get("validations", []))
         observer.resume(checkpoint.metadata)
     objective = Objective(state.model, choose_perceptual(config, device))
-    prepare(objective, config, device, world_size)
     size = start.micro_batch_size or training.micro_batch_size
+    prepare(objective, config, device, one_pass=world_size == 1 and size == 0)
     accumulate = Accumulation(process.wrap(objective), state, config, size)
     generator = torch.Generator(device)
     meter = Meter(device)

@@ -49,7 +49,7 @@ def take_steps(overrides, micro_batch_size=0, steps=1, update=False, perceptual=
         if not parameter.any() and name != "bottleneck.power":
             nn.init.normal_(parameter, std=0.1, generator=generator)
     objective = Objective(state.model, perceptual)
-    prepare(objective, config, CPU, world_size=1)
+    prepare(objective, config, CPU, one_pass=micro_batch_size == 0)
     accumulate = Accumulation(objective, state, config, micro_batch_size)
     for step in range(steps):
         state.optimizer.zero_grad(set_to_none=True)
@@ -89,7 +89,7 @@ def test_the_share_of_activations_decides_how_many_blocks_recompute():
     for share in (0.0, 0.5, 1.0):
         config = with_overrides(Config(), SIZES | {"training.activation_memory": share})
         objective = Objective(TrainState.create(config, CPU).model)
-        prepare(objective, config, CPU, world_size=1)
+        prepare(objective, config, CPU, one_pass=True)
         blocks = [module for module in objective.modules() if isinstance(module, Block)]
         counts[share] = sum(block.recomputes for block in blocks), len(blocks)
     assert counts == {0.0: (3, 3), 0.5: (2, 3), 1.0: (0, 3)}
@@ -105,6 +105,18 @@ def test_compilation_is_chosen_by_device():
     assert chosen("cpu", **{"training.compile": "step"}) == "step"
     with pytest.raises(ValueError, match=r"training\.compile=blocks: every size"):
         chosen("cuda", **{"loss.scaling_probability": 0.5, "training.compile": "blocks"})
+
+
+def test_only_steps_of_one_pass_replay_cuda_graphs(monkeypatch):
+    """A replay overwrites the gradients of the pass before."""
+    modes = []
+    monkeypatch.setattr(Objective, "compile", lambda _, **options: modes.append(options["mode"]))
+    config = with_overrides(Config(), SIZES | {"training.compile": "step"})
+    objective = Objective(TrainState.create(config, CPU).model)
+    for device in ("cuda", "cpu"):
+        for one_pass in (True, False):
+            prepare(objective, config, torch.device(device), one_pass)
+    assert modes == ["reduce-overhead", None, None, None]
 
 
 def test_a_pass_that_does_not_fit_into_memory_says_how_many_images_were_too_many():

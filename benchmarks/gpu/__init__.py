@@ -1,0 +1,1 @@
+"""Laws, speed and memory on one GPU; `python -m benchmarks.gpu --help`."""
