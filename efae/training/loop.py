@@ -1,10 +1,9 @@
 """The training loop: read this file first.
 
 A batch goes to the device; t, noise and group element are drawn per example; the objective returns
-the flow loss; the optimizer steps, then the moving average of the weights. At
-intervals the loop logs metrics, validates on held-out images and writes a checkpoint. Everything
-random is a function of (seed, step, rank), so that a resumed run equals an uninterrupted one, bit
-for bit.
+the flow loss; the optimizer steps, then the moving average of the weights. At intervals the loop
+logs metrics, validates on held-out images and writes a checkpoint. Everything random is a function
+of (seed, step, rank), so that a resumed run equals an uninterrupted one, bit for bit.
 """
 
 import time

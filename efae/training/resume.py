@@ -1,7 +1,7 @@
 """One process of a run, from the newest checkpoint to the last step, with or without Ray."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -59,16 +59,17 @@ def continue_run(
         torch.set_num_threads(config.ray.cpus_per_worker)
     folder = locate_run(config)
     newest, tracker, rollbacks, size = None, None, 0, 0
-    images = read_held_out(config.data, config.training.validation_images)
-    validation = partial(
-        Validation,
-        images,
-        process.device,
-        process.rank,
-        process.world_size,
-        config.training.evaluation_precision,
-    )
-    observer = Observer(validation())
+
+    def make_validation(show: Callable[[Path, str], None] | None = None) -> Validation:
+        return Validation(
+            read_held_out(config.data, config.training.validation_images),
+            process.device,
+            process.rank,
+            process.world_size,
+            config.training.evaluation_precision,
+            show,
+        )
+
     if process.rank == 0:
         newest = _find_start(config)
         events = read_events(folder)
@@ -81,9 +82,11 @@ def continue_run(
             process,
             CheckpointWriter(folder, config),
             tracker,
-            validation(show=tracker.log_figure),
+            make_validation(tracker.log_figure),
             say,
         )
+    else:
+        observer = Observer(make_validation())
     found, rollbacks, size = process.agree((newest[0] if newest else None, rollbacks, size))
     checkpoint = newest[1] if newest else (read_checkpoint(found) if found else None)
     try:

@@ -1,18 +1,25 @@
 """Gradient accumulation, recomputation and compilation: the same step in other ways."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo as dynamo
+import torch.distributed as dist
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
 
+from cluster.ports import pick_free
 from efae.config import Config
 from efae.config_forms import with_overrides
+from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective, draw
 from efae.model.octic import Block
-from efae.training.compilation import prepare
+from efae.training.compilation import compile_blocks, prepare
 from efae.training.micro_batches import Accumulation, OutOfMemory
 from efae.training.state import TrainState
 
@@ -50,12 +57,19 @@ def take_steps(overrides, micro_batch_size=0, steps=1, update=False, perceptual=
             nn.init.normal_(parameter, std=0.1, generator=generator)
     objective = Objective(state.model, perceptual)
     prepare(objective, config, CPU, one_pass=micro_batch_size == 0)
-    accumulate = Accumulation(objective, state, config, micro_batch_size)
+    rank, world_size = 0, 1
+    wrapped: nn.Module = objective
+    if dist.is_initialized():
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        wrapped = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+    accumulate = Accumulation(wrapped, state, config, micro_batch_size)
     for step in range(steps):
         state.optimizer.zero_grad(set_to_none=True)
         generator.manual_seed(step)
         image = torch.randint(0, 256, (COUNT, 3, 16, 16), dtype=torch.uint8, generator=generator)
-        loss, _ = accumulate(image, draw(config, tuple(image.shape), generator))
+        draws = draw(config, tuple(image.shape), generator)
+        size = COUNT // world_size
+        loss, _ = accumulate(image.split(size)[rank], draws.split(size)[rank])
         if update:
             state.optimizer.step()
     with torch.no_grad():  # a validation: a copy in eval mode
@@ -74,6 +88,44 @@ def assert_same(result, expected, tolerance=1e-6):
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 9])
 def test_the_size_of_the_parts_changes_rounding_only(overrides, size):
     assert_same(take_steps(overrides, size), take_steps(overrides))
+
+
+RANK = """
+import sys
+import torch, torch.distributed as dist
+from tests.unit.training.test_micro_batches import MODES, OPTIONS, take_steps
+torch.set_num_threads(1)
+rank, port, compiled, output = int(sys.argv[1]), *sys.argv[2:]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+found = []
+for overrides in OPTIONS:
+    for mode, size in MODES[compiled]:
+        found.append(take_steps(overrides | {"training.compile": mode}, size, steps=2))
+torch.save(found, f"{output}/{rank}.pt")
+dist.destroy_process_group()
+"""
+MODES = {"eager": [("none", 0), ("none", 3)], "compiled": [("blocks", 3), ("step", 0)]}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("compiled", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_two_ranks_take_the_step_of_one(compiled, tmp_path):
+    """Loss, gradients and running power, with and without parts, of which a rank has two."""
+    (port,) = pick_free(1)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(port), compiled, str(tmp_path)],
+            cwd=Path(__file__).parents[3],
+        )
+        for rank in range(2)
+    ]
+    assert [rank.wait(590) for rank in ranks] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    expected = [take_steps(o, steps=2) for o in OPTIONS for _ in MODES[compiled]]
+    for one, other, (loss, gradients, power) in zip(first, second, expected, strict=True):
+        assert_same([torch.cat([one[0], other[0]])], [loss], 2e-6)
+        for rank in (one, other):
+            assert_same(rank[1:], [gradients, power], 2e-6)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
@@ -131,6 +183,22 @@ def test_a_pass_that_does_not_fit_into_memory_says_how_many_images_were_too_many
         take_steps({}, perceptual=hungry)
     assert caught.value.micro_batch_size == COUNT
     take_steps({}, micro_batch_size=4, perceptual=hungry)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_a_compiled_model_commutes_with_the_group():
+    model = Autoencoder(with_overrides(Config(), SIZES)).eval().requires_grad_(False)
+    for weight in model.parameters():
+        weight += 0.05 * torch.randn_like(weight)
+    compile_blocks(model)
+    image, noise = torch.rand(2, 2, 3, 16, 16) * 2 - 1
+    latent = model.encode(image)
+    decoded = model.decode(latent, noise=noise)
+    for g in model.group:
+        assert_same([model.encode(g.act_on_image(image))], [model.act(g, latent)], 2e-6)
+        acted = model.decode(model.act(g, latent), noise=g.act_on_image(noise))
+        assert_same([acted], [g.act_on_image(decoded)], 4e-6)
 
 
 @pytest.mark.slow
