@@ -17,6 +17,7 @@ from efae.model import flow, pretrained
 from efae.model.bottleneck import Bottleneck
 from efae.model.decoder import Decoder
 from efae.model.encoder import Encoder
+from efae.model.octic import expanded_once
 from efae.model.precision import Precision, at_precision
 from efae.model.sampler import Field, Method, guide, integrate, time_grid
 from efae.symmetry import GROUPS, TRIVIAL, Element, Representation
@@ -266,7 +267,8 @@ class Autoencoder(nn.Module):
 
         scale = knobs.guidance_scale if guidance_scale is None else guidance_scale
         field = guide(given(latent), given(None), scale, knobs.guidance_interval)
-        return integrate(field, noise, times, sampler or knobs.sampler, visit)
+        with expanded_once(self.decoder):
+            return integrate(field, noise, times, sampler or knobs.sampler, visit)
 
     def bounded(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
         """Encode an image at the network's own scale, in the basis of the irreps."""

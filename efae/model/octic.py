@@ -7,8 +7,10 @@ decoder are built that way. Source: Octic Vision Transformers (Nordström, Edste
 """
 
 import math
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,8 @@ activate = None
 if torch.backends.cuda.is_built() and find_spec("triton"):
     from efae.model.fused_activation import activate
 
+_T = TypeVar("_T")
+
 
 def _expand(
     ties: Float[Tensor, "coefficient *entries"],
@@ -50,7 +54,41 @@ def _join(
     return entries.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
-class Linear(nn.Module):
+class Expanding(nn.Module):
+    """A layer whose weights are expanded from fewer coefficients.
+
+    Attributes:
+        kept: Expanded weights by name, inside `expanded_once`; else None.
+    """
+
+    kept: dict[str, Any] | None = None
+
+    def _keep(self, name: str, expand: Callable[[], _T]) -> _T:
+        if self.kept is None:
+            return expand()
+        if name not in self.kept:
+            self.kept[name] = expand()
+        return self.kept[name]
+
+
+@contextmanager
+def expanded_once(model: nn.Module) -> Generator[None]:
+    """Expand the weights of all octic layers once, while no coefficient changes.
+
+    For inference in several passes, as a sampler makes them: expanding takes a fixed time, which
+    small batches feel.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Expanding)]
+    for layer in layers:
+        layer.kept = {}
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.kept = None
+
+
+class Linear(Expanding):
     """An equivariant linear map between tokens: W with rho_out(g) W = W rho_in(g) for every g.
 
     For D4 every such W has 8 coefficients per channel pair.
@@ -79,7 +117,7 @@ class Linear(nn.Module):
 
     def weight(self) -> Float[Tensor, "slot coset*m_in coset*m_out"]:
         """Expand the coefficients to blocks, one per slot."""
-        return _join(_expand(self.ties, self.coefficient))
+        return self._keep("weight", lambda: _join(_expand(self.ties, self.coefficient)))
 
     def forward(
         self, x: Float[Tensor, "slot *axes coset*m_in"]
@@ -97,14 +135,18 @@ class Linear(nn.Module):
     def _multiply_by_irrep(self, x: Tensor) -> Tensor:
         """Do without the zeros of the first slots' blocks."""
         split, cosets = self.layout.split, self.layout.cosets
-        signs = self.ties[:, :split].diagonal(dim1=2, dim2=3)
-        irreps = _expand(signs, self.coefficient).to(x.dtype)
-        others = _join(_expand(self.ties[:, split:], self.coefficient)).to(x.dtype)
+
+        def expand() -> tuple[Tensor, Tensor]:
+            signs = self.ties[:, :split].diagonal(dim1=2, dim2=3)
+            others = _join(_expand(self.ties[:, split:], self.coefficient))
+            return _expand(signs, self.coefficient), others
+
+        irreps, others = self._keep("irreps", expand)
         bias = None if self.bias is None else self.bias.to(x.dtype) * math.sqrt(cosets)
-        return octic_cpu.multiply(x, irreps, others, bias)
+        return octic_cpu.multiply(x, irreps.to(x.dtype), others.to(x.dtype), bias)
 
 
-class Lift(nn.Module):
+class Lift(Expanding):
     """An equivariant linear map from a signed permutation representation R to tokens.
 
     The weight w has one row per channel. Component g of the regular feature is w R(g)^-1 x, so that
@@ -134,6 +176,9 @@ class Lift(nn.Module):
 
     def weight(self) -> Float[Tensor, "slot n coset*m"]:
         """Return the map as one matrix per slot."""
+        return self._keep("weight", self._expand)
+
+    def _expand(self) -> Tensor:
         m, n = self.coefficient.shape
         regular = self.coefficient[:, self.source] * self.sign  # w R(g)^-1: (m, element, n)
         fourier = convert_fourier(self.fourier, regular.dtype)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from efae.config import Config
 from efae.model import octic, octic_cpu
+from efae.model.autoencoder import Autoencoder
 from efae.model.octic_layout import layout_of
 from efae.symmetry import D4, GROUPS
 
@@ -83,3 +85,25 @@ def test_a_compiler_takes_the_plain_path():
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     for a, b in zip(run(compiled, x, condition), run(block, x, condition), strict=True):
         assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+def test_sampling_expands_each_weight_once_and_hears_of_new_weights(monkeypatch):
+    model = Autoencoder(Config()).requires_grad_(False)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    latent, noise = torch.randn(2, 32, 4, 4), torch.randn(2, 3, 32, 32)
+    expand, counts = octic._expand, []
+    monkeypatch.setattr(octic, "_expand", lambda *given: counts.append(1) or expand(*given))
+    decoded, calls = [], []
+    for steps in (1, 4, 4):
+        counts.clear()
+        decoded.append(model.decode(latent, steps=steps, noise=noise))
+        calls.append(len(counts))
+    assert calls[0] == calls[1] == calls[2] > 0
+    assert torch.equal(decoded[1], decoded[2])
+    monkeypatch.setattr(octic.Expanding, "_keep", lambda self, name, expand: expand())
+    assert torch.equal(model.decode(latent, steps=4, noise=noise), decoded[1])
+    monkeypatch.undo()
+    for parameter in model.decoder.parameters():
+        parameter *= 1.1
+    assert not torch.equal(model.decode(latent, steps=4, noise=noise), decoded[1])
