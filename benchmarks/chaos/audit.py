@@ -1,7 +1,7 @@
 """Sample logs of a run: the samples of every step, and the cost of every kill.
 
-A log is a file of one training process; see `efae.training.sample_log`. Processes that started
-together form an attempt.
+A log is a file of one training process; see `efae.training.monitoring.sample_log`. Processes that
+started together form an attempt.
 """
 
 import json

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from benchmarks.gpu.rows import Rows
 from benchmarks.gpu.timing import median_ms
-from efae.model.octic import Nonlinearity
-from efae.model.octic_layout import from_regular, to_regular
+from efae.model.octic.layers import Nonlinearity
+from efae.model.octic.layout import from_regular, to_regular
 from efae.symmetry import D4
 
 WIDTH, TOKENS, BATCH = 1024, 1024, 64  # of imagenet_256

@@ -14,8 +14,8 @@ from efae.presets import PRESETS
 from efae.training.compilation import activation_budget, prepare
 from efae.training.divergence import DivergenceGuard
 from efae.training.loop import seed_of
-from efae.training.meter import Meter
 from efae.training.micro_batches import Accumulation
+from efae.training.monitoring.meter import Meter
 from efae.training.optimizer import learning_rate_at, set_learning_rate
 from efae.training.state import TrainState
 

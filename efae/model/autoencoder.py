@@ -17,7 +17,7 @@ from efae.model import flow, pretrained
 from efae.model.bottleneck import Bottleneck
 from efae.model.decoder import Decoder
 from efae.model.encoder import Encoder
-from efae.model.octic import expanded_once
+from efae.model.octic.layers import expanded_once
 from efae.model.precision import Precision, at_precision
 from efae.model.sampler import Field, Method, guide, integrate, time_grid
 from efae.symmetry import GROUPS, TRIVIAL, Element, Representation

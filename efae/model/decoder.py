@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from efae.config import DataConfig, ModelConfig
 from efae.model.encoder import Positions, patchify, unpatchify
-from efae.model.octic import (
+from efae.model.octic.layers import (
     Block,
     Lift,
     latent_action,
@@ -23,8 +23,8 @@ from efae.model.octic import (
     patch_action,
     zero_linear,
 )
-from efae.model.octic_layout import embed_invariant, layout_of, spread_gains, take_invariant
-from efae.model.token_grid import Resample
+from efae.model.octic.layout import embed_invariant, layout_of, spread_gains, take_invariant
+from efae.model.octic.token_grid import Resample
 from efae.symmetry.group import Group
 from efae.symmetry.representation import Representation
 

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from efae.config import DataConfig, ModelConfig
-from efae.model.octic import Block, Lift, Linear, latent_action, normalize, patch_action
-from efae.model.token_grid import Resample
+from efae.model.octic.layers import Block, Lift, Linear, latent_action, normalize, patch_action
+from efae.model.octic.token_grid import Resample
 from efae.symmetry.group import Group, grid_sources
 from efae.symmetry.representation import Representation
 

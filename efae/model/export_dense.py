@@ -20,8 +20,8 @@ from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.model.decoder import Decoder
 from efae.model.encoder import Encoder, LinearPath
-from efae.model.octic import Block, Lift, Linear, Offset, modulation_sizes
-from efae.model.octic_layout import (
+from efae.model.octic.layers import Block, Lift, Linear, Offset, modulation_sizes
+from efae.model.octic.layout import (
     Layout,
     embed_invariant,
     from_regular,

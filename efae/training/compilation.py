@@ -9,7 +9,7 @@ from torch._functorch import config as functorch
 
 from efae.config import Config
 from efae.model.objective import Objective
-from efae.model.octic import Block
+from efae.model.octic.layers import Block
 
 
 def compile_blocks(model: nn.Module) -> None:

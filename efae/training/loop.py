@@ -23,12 +23,12 @@ from efae.model.objective import Objective, Perceptual, draw, load_perceptual
 from efae.model.precision import float32_arithmetic
 from efae.training.compilation import activation_budget, prepare
 from efae.training.divergence import DivergenceGuard
-from efae.training.meter import Meter
 from efae.training.micro_batches import Accumulation
+from efae.training.monitoring.meter import Meter
+from efae.training.monitoring.sample_log import SampleLog
 from efae.training.observer import Observer
 from efae.training.optimizer import learning_rate_at, set_learning_rate
 from efae.training.process import Process
-from efae.training.sample_log import SampleLog
 from efae.training.state import TrainState
 
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from efae.config import Config
 from efae.training.checkpoint_writer import CheckpointWriter
-from efae.training.flops import Utilization
+from efae.training.monitoring.flops import Utilization
+from efae.training.monitoring.profiling import StepProfiler
 from efae.training.process import Process
-from efae.training.profiling import StepProfiler
 from efae.training.state import TrainState
 from efae.training.validation import Validation
 

@@ -13,7 +13,7 @@ from efae.checkpoints.checkpoint import Checkpoint
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
-from efae.model.octic import Block
+from efae.model.octic.layers import Block
 from efae.symmetry import D4
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic

@@ -6,10 +6,10 @@ from torch import nn
 
 from efae.config import Config
 from efae.config_forms import with_overrides
-from efae.model import octic
 from efae.model.autoencoder import Autoencoder
 from efae.model.export_dense import to_dense
 from efae.model.objective import Objective
+from efae.model.octic import layers as octic
 from efae.symmetry import GROUPS
 
 SIZES = {

@@ -9,11 +9,11 @@ from torch import nn
 
 from efae.config import Config
 from efae.config_forms import with_overrides
-from efae.model import octic
 from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective
-from efae.model.octic_layout import embed_invariant, layout_of, take_invariant
-from efae.model.token_grid import Resample
+from efae.model.octic import layers as octic
+from efae.model.octic.layout import embed_invariant, layout_of, take_invariant
+from efae.model.octic.token_grid import Resample
 from efae.symmetry import D4, GROUPS, Representation
 
 M = 6

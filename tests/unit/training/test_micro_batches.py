@@ -18,7 +18,7 @@ from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective, draw
-from efae.model.octic import Block
+from efae.model.octic.layers import Block
 from efae.training.compilation import compile_blocks, prepare
 from efae.training.micro_batches import Accumulation, OutOfMemory
 from efae.training.state import TrainState

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from efae.model.octic_layout import from_regular, layout_of, to_regular
+from efae.model.octic.layout import from_regular, layout_of, to_regular
 from efae.symmetry.group import Group, grid_sources
 
 

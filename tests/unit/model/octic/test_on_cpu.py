@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from efae.config import Config
-from efae.model import octic, octic_cpu
 from efae.model.autoencoder import Autoencoder
-from efae.model.octic_layout import layout_of
+from efae.model.octic import layers as octic
+from efae.model.octic import on_cpu
+from efae.model.octic.layout import layout_of
 from efae.symmetry import D4, GROUPS
 
 
@@ -33,13 +34,13 @@ def run(block, x, condition):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("m", "num_heads"), [(6, 2), (8, 2), (4, 2), (4, 4)])
 def test_equal_to_the_plain_path(group, dtype, m, num_heads, monkeypatch):
-    monkeypatch.setattr(octic_cpu, "_PART", 800)  # several parts, the last one smaller
+    monkeypatch.setattr(on_cpu, "_PART", 800)  # several parts, the last one smaller
     block, x, condition = build_block(group, m, num_heads)
     block, condition = block.to(dtype), condition.to(dtype)
     x = x.detach().to(dtype).requires_grad_()
-    assert octic_cpu.applies_to(x)
+    assert on_cpu.applies_to(x)
     found = run(block, x, condition)
-    monkeypatch.setattr(octic_cpu, "applies_to", lambda x: False)
+    monkeypatch.setattr(on_cpu, "applies_to", lambda x: False)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-12
     for a, b in zip(found, run(block, x, condition), strict=True):
         assert (a - b).norm() <= tolerance * b.norm()
@@ -65,15 +66,15 @@ def test_a_normalized_token_of_16_bits_is_computed_in_float32():
     x = torch.full((4, 1, 1, 64), 3e-3, dtype=torch.bfloat16)
     expected = octic.normalize(x.float())
     assert (octic.normalize(x).float() - expected).abs().max() <= 0.005 * expected.abs().max()
-    assert octic_cpu.applies_to(x.float())
-    assert not octic_cpu.applies_to(x)
+    assert on_cpu.applies_to(x.float())
+    assert not on_cpu.applies_to(x)
 
 
 def test_autocast_takes_the_plain_path():
     block, x, condition = build_block(D4, 4, 2)
     expected = block(x, condition)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not octic_cpu.applies_to(x)
+        assert not on_cpu.applies_to(x)
         y = block(x, condition)
     assert (y - expected).norm() <= 0.03 * expected.norm()
     y.sum().backward()

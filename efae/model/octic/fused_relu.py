@@ -1,6 +1,6 @@
 """The octic nonlinearity as one Triton kernel per pass: to the regular basis, ReLU, and back.
 
-As matrix products of few rows, the changes of basis of `octic.Nonlinearity` read and write every
+As matrix products of few rows, the changes of basis of `layers.Nonlinearity` read and write every
 feature three times, and nothing fuses with them. Here a program loads all slots of a tile of
 features once and keeps them in registers; sums are in float32, and grouped so that the result
 commutes with the group bit for bit (where irreps are split, unless the compiler fuses products).

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from efae.model.octic import Nonlinearity
-from efae.model.octic_layout import layout_of
+from efae.model.octic.layers import Nonlinearity
+from efae.model.octic.layout import layout_of
 from efae.symmetry import GROUPS
 
 pytest.importorskip("triton", reason="needs Triton, which has wheels for Linux only")
@@ -17,7 +17,7 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined
-from efae.model.fused_activation import activate  # noqa: E402
+from efae.model.octic.fused_relu import activate  # noqa: E402
 
 os.environ.pop("TRITON_INTERPRET", None)
 pytestmark = [pytest.mark.gpu] if GPU else []
@@ -94,7 +94,7 @@ class OnGpu(torch.Tensor):
 @pytest.fixture
 def layer(group, monkeypatch):
     """The layer of a group as it is on a GPU."""
-    monkeypatch.setattr("efae.model.octic.activate", activate)
+    monkeypatch.setattr("efae.model.octic.layers.activate", activate)
     plain = Nonlinearity(group).to(DEVICE)
     return lambda x: plain(x.as_subclass(OnGpu)).as_subclass(torch.Tensor)
 
@@ -145,7 +145,7 @@ def test_tokens_need_not_be_contiguous():
 
 
 def test_nothing_but_a_gpu_dispatches_to_the_kernels(monkeypatch):
-    monkeypatch.setattr("efae.model.octic.activate", lambda *_, **__: pytest.fail("called"))
+    monkeypatch.setattr("efae.model.octic.layers.activate", lambda *_, **__: pytest.fail("called"))
     x = draw(4, 3, 40).detach()
     Nonlinearity(GROUPS["D4"])(x.cpu())
     Nonlinearity(GROUPS["D4"]).to(DEVICE).double()(x.double())
@@ -157,7 +157,7 @@ from torch._dynamo.backends.common import aot_autograd
 from functorch.compile import make_boxed_func
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from efae.model import fused_activation
+from efae.model.octic import fused_relu
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
@@ -180,14 +180,14 @@ def read_graph(module, _):
 triton.runtime.driver.set_active(Driver())
 backend = aot_autograd(fw_compiler=read_graph, bw_compiler=read_graph)
 function = torch.compile(
-    lambda x: (fused_activation.activate(x * 2, 2, 2) + 1).relu(), fullgraph=True, backend=backend
+    lambda x: (fused_relu.activate(x * 2, 2, 2) + 1).relu(), fullgraph=True, backend=backend
 )
 function(torch.randn(4, 3, 96, requires_grad=True)).sum().backward()
 
 wide = {}
 constants = {"TOKENS": 2, "CHANNELS": 512}
 for slots, cosets, split in ((4, 1, 0), (4, 2, 2), (2, 2, 1)):
-    for kernel in (fused_activation._run_forward, fused_activation._run_backward):
+    for kernel in (fused_relu._run_forward, fused_relu._run_backward):
         fixed = constants | {"SLOTS": slots, "COSETS": cosets, "SPLIT": split}
         integers = ("size", "tokens", "m")
         pointers = [name for name in kernel.arg_names if name not in (*integers, *fixed)]

@@ -1,6 +1,6 @@
 """Octic layers: layers that commute with a group of flips and quarter turns.
 
-Their tokens are one tensor (slot, batch, token, coset * m), laid out as `octic_layout` describes.
+Their tokens are one tensor (slot, batch, token, coset * m), laid out as `layout` describes.
 With the trivial group the same classes are ordinary dense layers: the dense twins of encoder and
 decoder are built that way. Source: Octic Vision Transformers (Nordström, Edstedt, Kahl, Bökman
 2025, arXiv:2505.15441).
@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
-from efae.model import octic_cpu
-from efae.model.octic_layout import (
+from efae.model.octic import on_cpu
+from efae.model.octic.layout import (
     convert_fourier,
     embed_invariant,
     from_regular,
@@ -33,7 +33,7 @@ from efae.symmetry.representation import Representation
 
 activate = None
 if torch.backends.cuda.is_built() and find_spec("triton"):
-    from efae.model.fused_activation import activate
+    from efae.model.octic.fused_relu import activate
 
 _T = TypeVar("_T")
 
@@ -124,7 +124,7 @@ class Linear(Expanding):
     ) -> Float[Tensor, "slot *axes coset*m_out"]:
         """Map every token, in the dtype of `x`."""
         flat = x.flatten(1, -2)
-        if self.layout.split and octic_cpu.applies_to(x):
+        if self.layout.split and on_cpu.applies_to(x):
             return self._multiply_by_irrep(flat).view(*x.shape[:-1], -1)
         y = torch.bmm(flat, self.weight().to(flat.dtype))
         if self.bias is not None:
@@ -143,7 +143,7 @@ class Linear(Expanding):
 
         irreps, others = self._keep("irreps", expand)
         bias = None if self.bias is None else self.bias.to(x.dtype) * math.sqrt(cosets)
-        return octic_cpu.multiply(x, irreps.to(x.dtype), others.to(x.dtype), bias)
+        return on_cpu.multiply(x, irreps.to(x.dtype), others.to(x.dtype), bias)
 
 
 class Lift(Expanding):
@@ -229,9 +229,9 @@ class Nonlinearity(nn.Module):
             return F.relu(x)
         if activate is not None and x.is_cuda and x.dtype != torch.float64:
             return activate(x, self.layout.cosets, self.layout.split)
-        if octic_cpu.applies_to(x):
+        if on_cpu.applies_to(x):
             fourier = convert_fourier(self.fourier, x.dtype)
-            return octic_cpu.relu_in_regular(x.flatten(1, -2), fourier).view(x.shape)
+            return on_cpu.relu_in_regular(x.flatten(1, -2), fourier).view(x.shape)
         return from_regular(self.fourier, F.relu(to_regular(self.fourier, x)), len(x))
 
 
@@ -257,10 +257,10 @@ class Attention(nn.Module):
         slots, batch, tokens, width = x.shape
         inward, cosets = self.inward(x), self.inward.layout.cosets
         shape = (slots, batch, tokens, cosets, 3, self.num_heads, -1)
-        if slots > 1 and octic_cpu.applies_to(x):
-            query, key, value = octic_cpu.split_heads(inward.view(shape))
+        if slots > 1 and on_cpu.applies_to(x):
+            query, key, value = on_cpu.split_heads(inward.view(shape))
             mixed = F.scaled_dot_product_attention(query, key, value)
-            mixed = octic_cpu.merge_heads(mixed, slots, cosets)
+            mixed = on_cpu.merge_heads(mixed, slots, cosets)
             return self.outward(mixed)
         split = inward.view(shape).permute(4, 1, 5, 2, 0, 3, 6)
         query, key, value = split.flatten(-3)  # (batch, head, token, slot * coset * channel)

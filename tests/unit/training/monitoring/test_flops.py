@@ -10,8 +10,8 @@ import torch
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.presets import PRESETS
-from efae.training.flops import Utilization, count_flops
-from efae.training.profiling import StepProfiler
+from efae.training.monitoring.flops import Utilization, count_flops
+from efae.training.monitoring.profiling import StepProfiler
 
 TINY = {
     "data.resolution": 16,
