@@ -186,7 +186,7 @@ class LossConfig:
     """Terms of the loss beside the flow's velocity error."""
 
     pair_weight: float = 0.1
-    """Weight of |E(gx) - rho(g) E(x)|^2 / Var E(x) at level regularized."""
+    """Weight of |E(gx) - rho(g) E(x)|^2 over the latent's mean power, at level regularized."""
     kl_weight: float = 1e-4
     """Weight of the posterior's KL divergence from N(0, 1) per pixel value (bottleneck kl)."""
     scaling_probability: float = 0.0

@@ -4,7 +4,7 @@ The dense twins are the same classes over the trivial group. Their weights are r
 the identity matrix through the octic layers, with a token flattened into one vector: by channel,
 then slot, then coset. In this order heads are contiguous, norms are unchanged and adaLN gains stay
 diagonal. Between the two Linears of an MLP the features are in the regular basis, where the
-nonlinearity is pointwise: its Hadamard matrices are folded into the Linears. The permutations of
+nonlinearity is pointwise: its changes of basis are folded into the Linears. The permutations of
 `Resample` are folded into the adjacent layers likewise.
 """
 
