@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from efae import D4
-from efae.model.encoder import Positions, patchify, unpatchify
+from efae.model.networks.linear_path import patchify, unpatchify
+from efae.model.networks.transformer import Positions
 from efae.model.octic import Block, Lift, normalize, patch_action
 
 

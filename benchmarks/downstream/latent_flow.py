@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from benchmarks.downstream.settings import ELEMENTS, Settings
 from efae.config import FlowConfig, ModelConfig, OptimizerConfig
-from efae.model.decoder import Decoder
 from efae.model.flow import draw_time, flow_loss, interpolate, quantile_of_time
+from efae.model.networks.transformer import Decoder
 from efae.model.sampler import integrate, time_grid
 from efae.symmetry import TRIVIAL, Representation
 from efae.training.ema import MovingAverage

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from efae.config import Config
 from efae.model import flow, pretrained
 from efae.model.bottleneck import Bottleneck
-from efae.model.decoder import Decoder
-from efae.model.encoder import Encoder
+from efae.model.networks.transformer import Decoder, Encoder
 from efae.model.octic.layers import expanded_once
 from efae.model.precision import Precision, at_precision
 from efae.model.sampler import Field, Method, guide, integrate, time_grid

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
-from efae.model.decoder import Decoder
-from efae.model.encoder import Encoder, LinearPath
+from efae.model.networks.linear_path import LinearPath
+from efae.model.networks.transformer import Decoder, Encoder
 from efae.model.octic.layers import Block, Lift, Linear, Offset, modulation_sizes
 from efae.model.octic.layout import (
     Layout,
