@@ -77,12 +77,27 @@ class ModelConfig:
     level: Literal["none", "objective", "regularized", "exact"] = "exact"
     """Equivariance: exact = by construction; objective = dense layers, trained on (gx | gz) pairs;
     regularized = objective plus a pair term on the encoder; none = dense layers, no group."""
+    kind: Literal["transformer", "unet"] = "transformer"
+    """Networks: transformer = attention between all tokens, with learned positions; unet =
+    convolutions at every grid from the patches' to the latent's, for images of any size."""
+    start: Literal["random", "closed_form"] = "random"
+    """Weights before training: closed_form = linear paths from pixels to latent and back are set to
+    the best equivariant linear map of the training images, which the networks then correct."""
     hidden_size: int = 128
-    """Width of the decoder's tokens; a multiple of 8 * num_heads."""
+    """Width of the decoder's tokens, of a unet's at the latent's grid; a multiple of
+    8 * num_heads."""
     depth: int = 4
-    """Transformer blocks of the decoder."""
+    """Blocks of the decoder, of a unet's at the latent's grid."""
+    fine_hidden_size: int = 64
+    """Width of a unet's tokens at the patches' grid, of encoder and decoder; grids in between are
+    as wide as a geometric sequence asks."""
+    fine_depth: int = 1
+    """Blocks of a unet's encoder, and of its decoder on the way down, at each grid finer than the
+    latent's; on the way up there are twice as many."""
+    attention_depth: int = 0
+    """Transformer blocks among the depth blocks at the latent's grid of a unet's decoder."""
     num_heads: int = 4
-    """Attention heads of encoder and decoder."""
+    """Attention heads."""
     patch_size: int = 4
     """Side of a decoder token, in pixels; divides downsampling."""
     mlp_ratio: int = 3
@@ -93,14 +108,17 @@ class ModelConfig:
     encoder_hidden_size: int = 128
     """Width of the encoder's tokens; a multiple of 8 * num_heads."""
     encoder_depth: int = 1
-    """Encoder blocks at each grid size, from the patch grid down to the latent grid."""
+    """Encoder blocks at each grid, from the patches' to the latent's; of a unet's encoder, at the
+    latent's grid."""
     downsampling: int = 8
     """Side of a latent cell, in pixels; equal to the resolution for a 1x1 (vector) latent."""
-    bottleneck: Literal["rms", "kl"] = "rms"
-    """Bound on the latent: rms = a fixed root mean square per example; kl = a Gaussian posterior
-    with a learned standard deviation per irrep copy, weighted by loss.kl_weight."""
+    bottleneck: Literal["rms", "running", "kl"] = "rms"
+    """Bound on the latent: rms = a fixed root mean square per example; running = division by one
+    running root mean square of all examples; kl = a Gaussian posterior with a learned standard
+    deviation per irrep copy, weighted by loss.kl_weight."""
     latent_noise: float = 0.05
-    """Standard deviation of the Gaussian noise added to the latent in training (bottleneck rms)."""
+    """Standard deviation of the Gaussian noise added to the latent in training (bottleneck rms and
+    running)."""
 
     def __post_init__(self):
         require_positive(
@@ -108,6 +126,21 @@ class ModelConfig:
             self,
             *("hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio"),
             *("encoder_hidden_size", "encoder_depth", "downsampling"),
+            *("fine_hidden_size", "fine_depth"),
+        )
+        require(
+            0 <= self.attention_depth <= self.depth,
+            f"model.attention_depth={self.attention_depth}: must be between 0 and"
+            f" model.depth={self.depth}",
+        )
+        require(
+            self.fine_hidden_size % 8 == 0,
+            f"model.fine_hidden_size={self.fine_hidden_size}: must be a multiple of 8",
+        )
+        require(
+            not (self.has_linear_start and self.bottleneck == "rms"),
+            "model.start=closed_form with model.bottleneck=rms: no linear decoder undoes a scale of"
+            " each example's own; set model.bottleneck=running",
         )
         for name in ("hidden_size", "encoder_hidden_size"):
             require(
@@ -122,6 +155,11 @@ class ModelConfig:
             f" ({self.patch_size}) times a power of two",
         )
         require(self.latent_noise >= 0, f"model.latent_noise={self.latent_noise}: must be >= 0")
+
+    @property
+    def has_linear_start(self) -> bool:
+        """Whether the networks correct linear paths that are set before training."""
+        return self.start == "closed_form"
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -436,6 +474,11 @@ class Config:
             " can be learned only where the decoder is trained on act(g, latent), and level exact"
             " absorbs any basis into its first and last maps; use level objective or regularized,"
             " or leave it off",
+        )
+        require(
+            not (self.model.has_linear_start and self.flow.prediction == "velocity"),
+            "model.start=closed_form with flow.prediction=velocity: a linear map of the latent"
+            " predicts the image; set flow.prediction=image",
         )
         require(
             self.loss.scaling_probability == 0

@@ -112,7 +112,7 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         spread = self.autoencoder.spread().to(mean).expand_as(mean)
         posterior = DiagonalGaussianDistribution(
             torch.cat([mean, 2 * spread.log()], 1),
-            deterministic=self.autoencoder.config.model.bottleneck == "rms",
+            deterministic=self.autoencoder.config.model.bottleneck != "kl",
         )
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from efae.config import Config
 from efae.model import flow, pretrained
 from efae.model.bottleneck import Bottleneck
-from efae.model.networks.transformer import Decoder, Encoder
+from efae.model.networks import transformer, unet
 from efae.model.octic.layers import expanded_once
 from efae.model.precision import Precision, at_precision
 from efae.model.sampler import Field, Method, guide, integrate, time_grid
@@ -102,8 +102,9 @@ class Autoencoder(nn.Module):
         self.representation = check_model(config)
         self.group = self.representation.group
         layers = self.group if config.model.level == "exact" else TRIVIAL
-        self.encoder = Encoder(layers, self.representation, config.data, config.model)
-        self.decoder = Decoder(
+        networks = {"transformer": transformer, "unet": unet}[config.model.kind]
+        self.encoder = networks.Encoder(layers, self.representation, config.data, config.model)
+        self.decoder = networks.Decoder(
             layers,
             self.representation,
             config.data,
@@ -181,9 +182,9 @@ class Autoencoder(nn.Module):
         return self.representation.act(element, latent)
 
     def spread(self) -> Float[Tensor, "dim 1 1"]:
-        """Return the posterior's standard deviation around `encode`; 0 for bottleneck "rms"."""
+        """Return the posterior's standard deviation around `encode`; 0 but for bottleneck "kl"."""
         bottleneck = self.bottleneck
-        if bottleneck.kind == "rms":
+        if bottleneck.kind != "kl":
             return bottleneck.power.new_zeros(self.representation.dim, 1, 1)
         spread = (bottleneck.log_variance / 2).exp()[bottleneck.copy_of_channel, None, None]
         return bottleneck.normalize(spread)

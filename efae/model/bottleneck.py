@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from efae.symmetry.representation import Representation
 
 _MOMENTUM = 0.02  # the running power averages about fifty steps
+_SCALE_WEIGHT = 0.1
 
 
 class Bottleneck(nn.Module):
@@ -25,14 +26,22 @@ class Bottleneck(nn.Module):
     Args:
         representation: Representation of the group on the channels.
         kind: "rms" divides every example by its root mean square over channels and cells;
+            "running" divides all examples by the root of one running mean power, so that bounding
+            is linear;
             "kl" leaves the latent free and learns one Gaussian spread per irrep copy
             (Kingma & Welling 2014, arXiv:1312.6114, appendix B).
-        noise: Standard deviation of the noise of "rms", relative to the latent's.
+        noise: Standard deviation of the noise of "rms" and "running", relative to the latent's.
+
+    Attributes:
+        power: Running mean power per irrep; of latents before they are bounded if the kind is
+            "running", else of bounded ones.
     """
 
     copy_of_channel: Tensor
 
-    def __init__(self, representation: Representation, kind: Literal["rms", "kl"], noise: float):
+    def __init__(
+        self, representation: Representation, kind: Literal["rms", "running", "kl"], noise: float
+    ):
         super().__init__()
         self.kind, self.noise = kind, noise
         self.blocks = _blocks_of_one_scale(representation)
@@ -51,6 +60,8 @@ class Bottleneck(nn.Module):
         wide = latent.to(torch.promote_types(latent.dtype, torch.float32))
         if self.kind == "kl":
             return wide
+        if self.kind == "running":
+            return wide * torch.rsqrt(self._by_channel(self.power).mean().clamp(min=1e-6))
         return wide * torch.rsqrt(wide.square().mean((1, 2, 3), keepdim=True) + 1e-6)
 
     def add_noise(
@@ -58,6 +69,20 @@ class Bottleneck(nn.Module):
     ) -> Float[Tensor, "b dim h w"]:
         """Add standard normal noise, at the scale of training, to a bounded latent."""
         return latent + self._spread() * noise
+
+    def scale_penalty(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b"]:
+        """Return a term per example that holds the power of latents at 1; only for "running".
+
+        Its gradient is that of half the squared logarithm of the mean power, with the running mean
+        for one factor, so that the term of an example does not depend on its batch; its mean is
+        0. Without it, latents would grow to drown the noise, since dividing by a running mean is
+        no obstacle to them.
+
+        Args:
+            latent: Bounded latents.
+        """
+        power = self._by_channel(self.power).mean().clamp(min=1e-6)
+        return _SCALE_WEIGHT * power.log() * (latent.square().mean((1, 2, 3)) - 1)
 
     def divergence(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b"]:
         """Return KL(posterior || N(0, 1)), nats per example; only for "kl"."""
@@ -70,11 +95,13 @@ class Bottleneck(nn.Module):
         """Update the running mean power per irrep with a bounded training batch."""
         channels = latent.detach().float().square().mean((0, 2, 3))
         power = torch.stack([channels[block].mean() for block in self.blocks])
+        if self.kind == "running":
+            power = power * self._by_channel(self.power).mean().clamp(min=1e-6)
         self.power.lerp_(power, _MOMENTUM)
 
     def mean_power(self) -> Float[Tensor, ""]:
-        """Return the running mean power over all channels."""
-        return self._by_channel(self.power).mean()
+        """Return the running mean power of bounded latents over all channels."""
+        return self._bounded_power().mean()
 
     def normalize(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b dim h w"]:
         """Scale a bounded latent to unit root mean square per irrep."""
@@ -85,14 +112,19 @@ class Bottleneck(nn.Module):
         return latent * self._scale(latent.dtype)
 
     def _spread(self) -> Tensor | float:
-        if self.kind == "rms":
+        if self.kind != "kl":
             return self.noise
         return (self.log_variance / 2).exp()[self.copy_of_channel, None, None]
 
     def _scale(self, dtype: torch.dtype) -> Tensor:
         # The clamp keeps the scale of an irrep that no image excites above zero.
-        scale = self.power.clamp(min=1e-6).sqrt()
-        return self._by_channel(scale).to(dtype)[:, None, None]
+        scale = self._bounded_power().clamp(min=1e-6).sqrt()
+        return scale.to(dtype)[:, None, None]
+
+    def _bounded_power(self) -> Tensor:
+        """Return the running power of bounded latents by channel."""
+        power = self._by_channel(self.power)
+        return power / power.mean().clamp(min=1e-6) if self.kind == "running" else power
 
     def _by_channel(self, values: Tensor) -> Tensor:
         """Repeat one value per block for each of its channels."""

@@ -11,6 +11,7 @@ nonlinearity is pointwise: its changes of basis are folded into the Linears. The
 import copy
 import math
 from collections.abc import Callable, Collection
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 
 from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
+from efae.model.networks import transformer, unet
+from efae.model.networks.conditioning import ConditionedDecoder
 from efae.model.networks.linear_path import LinearPath
-from efae.model.networks.transformer import Decoder, Encoder
+from efae.model.octic.convolution import ConvolutionBlock
 from efae.model.octic.layers import Block, Lift, Linear, Offset, modulation_sizes
 from efae.model.octic.layout import (
     Layout,
@@ -29,6 +32,7 @@ from efae.model.octic.layout import (
     take_invariant,
     to_regular,
 )
+from efae.model.octic.token_grid import Resample
 
 _SHIFTS = (2, 5)
 """Positions of the shifts in `modulation_sizes`."""
@@ -77,10 +81,14 @@ def _dense_weights(module: nn.Module) -> dict[str, Tensor]:
             return weights | _of_linear_path(module)
         case Block():
             return weights | _of_block(module)
-        case Encoder():
-            return weights | _of_encoder(module)
-        case Decoder():
-            return weights | _of_decoder(module)
+        case ConvolutionBlock():
+            return weights | _of_convolution_block(module)
+        case transformer.Encoder() | unet.Encoder():
+            return weights | _of_merges(module.patches.layout, module.resample, module.merges)
+        case transformer.Decoder():
+            return weights | _of_condition(module) | _of_transformer(module)
+        case unet.Decoder():
+            return weights | _of_condition(module) | _of_unet(module)
         case _:
             return weights
 
@@ -127,27 +135,37 @@ def _of_linear_path(path: LinearPath) -> dict[str, Tensor]:
 def _of_block(block: Block) -> dict[str, Tensor]:
     layout = block.layout
     inward, _, outward = block.mlp
-    assert isinstance(inward, Linear)
-
-    def into_regular(x: Tensor) -> Tensor:
-        hidden = to_regular(layout.fourier, inward(_unflatten(layout, x)))
-        return hidden.movedim(0, -1).flatten(-2)
-
-    def out_of_regular(x: Tensor) -> Tensor:
-        hidden = torch.unflatten(x, -1, (-1, len(layout.group))).movedim(-1, 0)
-        return _flatten(layout, outward(from_regular(layout.fourier, hidden, layout.slots)))
-
-    weights: dict[str, Tensor] = {}
-    for name, layer, m in (
-        ("mlp.0", into_regular, inward.m_in),
-        ("mlp.2", out_of_regular, inward.m_out),
-    ):
-        matrix, bias = _probe(layer, m * len(layout.group))
-        weights |= {f"{name}.coefficient": matrix[None], f"{name}.bias": bias}
+    weights = _of_regular_layers(layout, {"mlp.0": inward}, {"mlp.2": outward})
     if block.modulation is None:
         return weights
     modulation = _of_modulation(layout, block.modulation, block.sizes, _SHIFTS)
     return weights | {f"modulation.{name}": value for name, value in modulation.items()}
+
+
+def _of_regular_layers(
+    layout: Layout, inward: dict[str, nn.Module], outward: dict[str, nn.Module]
+) -> dict[str, Tensor]:
+    """Fold the changes of basis around a pointwise nonlinearity into the Linears before and after.
+
+    Args:
+        layout: Layout of the tokens.
+        inward: Linear that leads into the regular basis, by name.
+        outward: Linear that leads out of it, by name.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, linear in (inward | outward).items():
+        assert isinstance(linear, Linear)
+
+        def apply(x: Tensor, linear: Linear = linear, into: bool = name in inward) -> Tensor:
+            if into:
+                hidden = to_regular(layout.fourier, linear(_unflatten(layout, x)))
+                return hidden.movedim(0, -1).flatten(-2)
+            hidden = torch.unflatten(x, -1, (-1, len(layout.group))).movedim(-1, 0)
+            return _flatten(layout, linear(from_regular(layout.fourier, hidden, layout.slots)))
+
+        matrix, bias = _probe(apply, linear.m_in * len(layout.group))
+        weights |= {f"{name}.coefficient": matrix[None], f"{name}.bias": bias}
+    return weights
 
 
 def _of_modulation(
@@ -169,23 +187,52 @@ def _of_modulation(
     return {"bias": spread(modulation.bias[None])[0]}
 
 
-def _of_encoder(encoder: Encoder) -> dict[str, Tensor]:
-    layout, m = encoder.patches.layout, len(encoder.patches.coefficient)
+def _of_convolution_block(block: ConvolutionBlock) -> dict[str, Tensor]:
+    layout = block.layout
+    weights = _of_regular_layers(layout, {"inward": block.inward}, {"outward": block.outward})
+    filters = block.depthwise.filter[:, block.depthwise.source]  # (m, element, k * k)
+    weights["depthwise.filter"] = filters.flatten(0, 1)
+    if block.modulation is None:
+        return weights
+    modulation = _of_modulation(layout, block.modulation, block.sizes, shifts=(2,))
+    return weights | {f"modulation.{name}": value for name, value in modulation.items()}
 
-    def matrix(linear: nn.Module) -> Tensor:
+
+def _of_merges(layout: Layout, resample: Resample, merges: nn.ModuleList) -> dict[str, Tensor]:
+    def matrix(linear: Linear) -> Tensor:
         def merge(x: Tensor) -> Tensor:
             """Merge four tokens (batch, 4 * features), by row and column, into one."""
             tokens = _unflatten(layout, torch.unflatten(x, -1, (4, -1)))
-            return _flatten(layout, linear(encoder.resample.merge(tokens, 2, 2)))[:, 0]
+            return _flatten(layout, linear(resample.merge(tokens, 2, 2)))[:, 0]
 
-        return _probe(merge, 4 * m * len(layout.group))[0]
+        return _probe(merge, linear.m_in * len(layout.group))[0]
 
     return {
-        f"merges.{i}.coefficient": matrix(linear)[None] for i, linear in enumerate(encoder.merges)
+        f"merges.{i}.coefficient": matrix(cast(Linear, linear))[None]
+        for i, linear in enumerate(merges)
     }
 
 
-def _of_decoder(decoder: Decoder) -> dict[str, Tensor]:
+def _of_condition(decoder: ConditionedDecoder) -> dict[str, Tensor]:
+    layout = decoder.layout
+
+    def condition(x: Tensor) -> Tensor:
+        return decoder.pooled_condition(take_invariant(layout, _unflatten(layout, x)))
+
+    pooled, bias = _probe(condition, len(decoder.pooled.coefficient) * len(layout.group))
+    weights = {"pooled_condition.weight": pooled.T, "pooled_condition.bias": bias}
+    if decoder.null_tokens is not None and decoder.null_pooled is not None:
+        null_tokens = embed_invariant(layout, decoder.null_tokens)
+        # take_invariant scales an embedded invariant by sqrt(cosets); the division cancels it.
+        null_pooled = embed_invariant(layout, decoder.null_pooled) / math.sqrt(layout.cosets)
+        weights["null_tokens"] = _flatten(layout, null_tokens)
+        weights["null_pooled"] = _flatten(layout, null_pooled)
+    assert isinstance(decoder, transformer.Decoder | unet.Decoder)
+    last = _of_modulation(layout, decoder.modulation, decoder.sizes, shifts=(1,))
+    return weights | {f"modulation.{name}": value for name, value in last.items()}
+
+
+def _of_transformer(decoder: transformer.Decoder) -> dict[str, Tensor]:
     layout, ratio = decoder.layout, decoder.resample.ratio
 
     def split(latent: Tensor) -> Tensor:
@@ -193,26 +240,32 @@ def _of_decoder(decoder: Decoder) -> dict[str, Tensor]:
         tokens = decoder.resample.split(decoder.latent(latent[:, None]), ratio, ratio)
         return _flatten(layout, tokens).flatten(1)
 
-    def condition(x: Tensor) -> Tensor:
-        return decoder.pooled_condition(take_invariant(layout, _unflatten(layout, x)))
-
     latent, _ = _probe(split, decoder.latent.coefficient.shape[1])
-    pooled, bias = _probe(condition, len(decoder.pooled.coefficient) * len(layout.group))
-    weights = {
-        "latent.coefficient": latent.T,
-        "pooled_condition.weight": pooled.T,
-        "pooled_condition.bias": bias,
-    }
-    if decoder.null_tokens is not None and decoder.null_pooled is not None:
-        null_tokens = embed_invariant(layout, decoder.null_tokens)
-        # take_invariant scales an embedded invariant by sqrt(cosets); the division cancels it.
-        null_pooled = embed_invariant(layout, decoder.null_pooled) / math.sqrt(layout.cosets)
-        weights["null_tokens"] = _flatten(layout, null_tokens)
-        weights["null_pooled"] = _flatten(layout, null_pooled)
-    last = _of_modulation(layout, decoder.modulation, decoder.sizes, shifts=(1,))
-    weights |= {f"modulation.{name}": value for name, value in last.items()}
+    weights = {"latent.coefficient": latent.T}
     if decoder.shared_modulation is not None:
         sizes = modulation_sizes(layout.group, len(decoder.patches.coefficient))
         shared = _of_modulation(layout, decoder.shared_modulation, sizes, _SHIFTS)
         weights |= {f"shared_modulation.{name}": value for name, value in shared.items()}
+    return weights
+
+
+def _of_unet(decoder: unet.Decoder) -> dict[str, Tensor]:
+    layout = decoder.layout
+    weights = _of_merges(layout, decoder.resample, decoder.merges)
+    for i, (linear, skip) in enumerate(zip(decoder.splits, decoder.skips, strict=True)):
+        assert isinstance(linear, Linear)
+
+        def split(x: Tensor, linear: Linear = linear) -> Tensor:
+            """Split a token (batch, features) into four (batch, 4 * features)."""
+            tokens = decoder.resample.split(linear(_unflatten(layout, x[:, None])), 2, 2)
+            return _flatten(layout, tokens).flatten(1)
+
+        matrix, bias = _probe(split, linear.m_in * len(layout.group))
+        weights |= {f"splits.{i}.coefficient": matrix[None], f"splits.{i}.bias": bias}
+        gain = _of_modulation(layout, skip, [skip.out_features], ())
+        weights |= {f"skips.{i}.{name}": value for name, value in gain.items()}
+    for i, shared in enumerate(decoder.shared_modulations):
+        sizes = decoder.shared_sizes[i]
+        spread = _of_modulation(layout, shared, sizes, shifts=(2,))
+        weights |= {f"shared_modulations.{i}.{name}": value for name, value in spread.items()}
     return weights

@@ -147,6 +147,8 @@ class Objective(nn.Module):
         if config.model.bottleneck == "kl":
             nats_per_value = model.bottleneck.divergence(latent) / image[0].numel()
             extra = extra + config.loss.kl_weight * nats_per_value
+        if config.model.bottleneck == "running":
+            extra = extra + model.bottleneck.scale_penalty(latent)
         encoded = latent
         if draws.element is not None:
             latent = model.act(draws.element, latent)

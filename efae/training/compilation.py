@@ -9,13 +9,13 @@ from torch._functorch import config as functorch
 
 from efae.config import Config
 from efae.model.objective import Objective
-from efae.model.octic.layers import Block
+from efae.model.octic.layers import Recomputing
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile every transformer block in place, for the first shapes of each kind that it sees."""
+    """Compile every block in place, for the first shapes of each kind that it sees."""
     for module in model.modules():
-        if isinstance(module, Block):
+        if isinstance(module, Recomputing):
             module.compile(fullgraph=True, dynamic=False)
 
 
@@ -31,7 +31,7 @@ def prepare(objective: Objective, config: Config, device: torch.device, one_pass
         one_pass: Whether a step is one forward and backward pass of one process.
     """
     chosen = config.choose_compilation(device.type)
-    blocks = [module for module in objective.modules() if isinstance(module, Block)]
+    blocks = [module for module in objective.modules() if isinstance(module, Recomputing)]
     if chosen == "none":
         for block in blocks[: round((1 - config.training.activation_memory) * len(blocks))]:
             block.recomputes = True

@@ -23,6 +23,7 @@ from efae.model.objective import Objective, Perceptual, draw, load_perceptual
 from efae.model.precision import float32_arithmetic
 from efae.training.compilation import activation_budget, prepare
 from efae.training.divergence import DivergenceGuard
+from efae.training.linear_start import start_linear
 from efae.training.micro_batches import Accumulation
 from efae.training.monitoring.meter import Meter
 from efae.training.monitoring.sample_log import SampleLog
@@ -91,6 +92,8 @@ def train(
         scores = dict(checkpoint.metadata["scores"])
         validations = list(checkpoint.metadata.get("validations", []))
         observer.resume(checkpoint.metadata)
+    elif config.model.has_linear_start:
+        start_linear(state, config, dataset, process)
     objective = Objective(state.model, choose_perceptual(config, device))
     size = start.micro_batch_size or training.micro_batch_size
     prepare(objective, config, device, one_pass=world_size == 1 and size == 0)

@@ -1,23 +1,37 @@
 """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with linear warm-up and cosine decay."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from efae.config import OptimizerConfig
+from efae.model.networks.linear_path import LinearPath
+
+_LINEAR_RATE = 0.1
+"""Learning rate of linear paths that start in closed form, as a share of the others'."""
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Build AdamW over the parameters of `model`, in two groups: matrices, then vectors.
+    """Build AdamW over the parameters of `model`, in groups: matrices, vectors, linear starts.
 
-    Weight decay applies to matrices only: biases and gains set scales, not directions.
+    Weight decay applies to matrices only: biases and gains set scales, not directions. Linear paths
+    that start in closed form learn slowly and do not decay.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+    started = {
+        id(module.free)
+        for module in model.modules()
+        if isinstance(module, LinearPath) and module.starts_in_closed_form
+    }
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in started]
+    slow = [p for p in model.parameters() if id(p) in started]
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    if slow:
+        groups.append({"params": slow, "weight_decay": 0.0, "rate_factor": _LINEAR_RATE})
     return torch.optim.AdamW(
         groups,
         lr=config.learning_rate,
@@ -48,4 +62,4 @@ def learning_rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Set the learning rate of every parameter group, from the next step on."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group.get("rate_factor", 1.0)

@@ -37,6 +37,13 @@ GRIDS = {
     "1x1, ratio 1": (8, 8, 8),
     "4x4, ratio 2": (16, 2, 4),
 }
+UNET = {
+    "model.kind": "unet",
+    "model.start": "closed_form",
+    "model.bottleneck": "running",
+    "model.fine_hidden_size": 16,
+    "model.attention_depth": 1,
+}
 every_group = pytest.mark.parametrize("group", GROUPS)
 
 
@@ -97,8 +104,20 @@ def test_the_export_computes_the_same(group, grid):
 
 
 @every_group
-def test_the_export_computes_the_same_with_a_shared_modulation(group):
-    assert_same_function(build(group, **{"model.modulation": "shared"}).double(), 1e-10)
+@pytest.mark.parametrize("kind", [{}, UNET], ids=["transformer", "unet"])
+def test_the_export_computes_the_same_with_a_shared_modulation(group, kind):
+    assert_same_function(build(group, **kind, **{"model.modulation": "shared"}).double(), 1e-10)
+
+
+@every_group
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_the_export_of_a_unet_computes_the_same(group, grid):
+    model = build(group, grid, **UNET, **{"flow.condition_drop": 0.1}).double()
+    assert_same_function(model, 1e-10)
+    _, x_t, t = draw_inputs(model)
+    with torch.no_grad():
+        exact, dense = (m.velocity(x_t, t, None) for m in (model, to_dense(model)))
+    assert error(dense, exact) <= 1e-10
 
 
 @pytest.mark.parametrize("group", ["flips", "mirror", "trivial"])

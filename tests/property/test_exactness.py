@@ -44,7 +44,16 @@ MULTIPLICITIES = {
     "trivial": (12, 0, 0, 0, 0),
 }
 DOWNSAMPLING = {"1x1": 32, "4x4": 8, "8x8": 4}
+UNET = {
+    "model.kind": "unet",
+    "model.start": "closed_form",
+    "model.bottleneck": "running",
+    "model.fine_hidden_size": 16,
+    "model.attention_depth": 1,
+}
+KINDS = {"transformer": (), "unet": tuple(UNET.items())}
 every_group = pytest.mark.parametrize("group", GROUPS)
+every_kind = pytest.mark.parametrize("kind", KINDS)
 every_grid = pytest.mark.parametrize("grid", DOWNSAMPLING)
 random_and_trained = pytest.mark.parametrize("weights", ["random", "trained"])
 
@@ -171,8 +180,9 @@ def exceeded(worst):
 @every_group
 @every_grid
 @random_and_trained
-def test_exact_to_rounding_on_every_kind_of_image(group, grid, weights):
-    worst = measure(build(group, grid, weights))
+@every_kind
+def test_exact_to_rounding_on_every_kind_of_image(group, grid, weights, kind):
+    worst = measure(build(group, grid, weights, KINDS[kind]))
     assert len(worst) == 18
     assert not exceeded(worst)
 
@@ -193,6 +203,8 @@ def test_an_action_left_out_would_be_seen(grid, weights):
 
 OPTIONS = {
     "kl": {"model.bottleneck": "kl"},
+    "closed form": {"model.start": "closed_form", "model.bottleneck": "running"},
+    "unet from a random start": {"model.kind": "unet"},
     "velocity": {"flow.prediction": "velocity"},
     "guidance": {"flow.condition_drop": 0.1, "flow.guidance_scale": 2.0},
     "midpoint": {"flow.sampler": "midpoint"},
@@ -259,6 +271,16 @@ def test_one_sign_that_is_slightly_wrong_is_seen(part, measured):
     assert {kind for name, kind in found if name == measured} == set(images_by_symmetry())
 
 
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_one_filter_that_is_turned_the_wrong_way_is_seen(part):
+    model = copy.deepcopy(build(knobs=KINDS["unet"]))
+    network = getattr(model, part)
+    stage = network.stages[-1] if part == "encoder" else network.middle
+    source = stage[0].depthwise.source
+    source[[0, 1]] = source[[1, 0]].clone()
+    assert {name for name, kind in exceeded(measure(model))} >= {part}
+
+
 def measure_bf16(model):
     """By network, (worst element's equivariance error, error against fp32) under autocast."""
     image = torch.cat(list(images_by_symmetry().values()))
@@ -289,8 +311,10 @@ def measure_bf16(model):
 
 @every_group
 @every_grid
-def test_bf16_breaks_the_symmetry_by_less_than_it_rounds(group, grid):
-    for name, (broken, rounded) in measure_bf16(build(group, grid, "trained")).items():
+@every_kind
+def test_bf16_breaks_the_symmetry_by_less_than_it_rounds(group, grid, kind):
+    model = build(group, grid, "trained", KINDS[kind])
+    for name, (broken, rounded) in measure_bf16(model).items():
         assert rounded > 1e-4, name  # autocast is on
         assert broken < rounded, name
 

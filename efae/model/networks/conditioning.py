@@ -1,4 +1,6 @@
-"""What both decoders share: the condition of adaLN, made of t and of the latent's invariants.
+"""What both decoders share: the condition of adaLN, and a linear path from latent to pixels.
+
+The condition is made of t and of the latent's invariants.
 
 The null condition (Ho & Salimans 2022, arXiv:2207.12598) is learned, since a latent of zeros is the
 code of a symmetric image. It is invariant, so that dropping the latent keeps the symmetry.
@@ -10,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from efae.config import DataConfig, ModelConfig
+from efae.model.networks.linear_path import DECODER_DAMPING, LinearPath
 from efae.model.octic.layers import Lift, latent_action
 from efae.model.octic.layout import embed_invariant, layout_of, take_invariant
 from efae.symmetry.group import Group
@@ -46,6 +50,17 @@ class ConditionedDecoder(nn.Module):
             nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
+    def add_linear_path(
+        self, representation: Representation, data: DataConfig, model: ModelConfig
+    ) -> None:
+        """Add a linear path, which the network only corrects, if the model starts with one."""
+        self.linear_path = None
+        if model.has_linear_start:
+            self.linear_path = LinearPath(
+                self.layout.group, representation, model.downsampling, data.channels
+            )
+            self.linear_path.starts_in_closed_form = True
+
     def condition(
         self,
         t: Float[Tensor, "b"],
@@ -71,3 +86,16 @@ class ConditionedDecoder(nn.Module):
         assert self.null_tokens is not None
         null = embed_invariant(self.layout, self.null_tokens)[:, None, None]
         return torch.where(keep[:, None, None], tokens, null.to(tokens.dtype))
+
+    def correct(
+        self,
+        pixels: Float[Tensor, "b c h w"],
+        latent: Float[Tensor, "b dim latent_h latent_w"],
+        keep: Bool[Tensor, "b"] | None,
+    ) -> Float[Tensor, "b c h w"]:
+        """Return the network's output, as a correction of the linear path's if there is one."""
+        if self.linear_path is None:
+            return pixels
+        if keep is not None:
+            latent = latent * keep[:, None, None, None]
+        return DECODER_DAMPING * pixels + self.linear_path.back(latent)

@@ -3,11 +3,17 @@
 import math
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from efae.model.octic.layers import latent_action, patch_action
+from efae.model.octic.layers import Expanding, Lift, latent_action, patch_action
 from efae.symmetry.group import Group
 from efae.symmetry.representation import Representation
+
+ENCODER_DAMPING = 0.2
+DECODER_DAMPING = 0.1
+"""Factors on a network's output beside a linear path that starts in closed form. At rates at which
+networks learn well, they would otherwise throw that start away."""
 
 
 def patchify(image: Tensor, side: int) -> Tensor:
@@ -24,11 +30,16 @@ def unpatchify(patches: Tensor, side: int, height: int, width: int) -> Tensor:
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(b, -1, height, width)
 
 
-class LinearPath(nn.Module):
+class LinearPath(Expanding):
     """An equivariant linear map from the pixels of a cell to the latent.
 
     The group average of rho(g) W P(g)^-1 over all g, with W free, reaches every such map.
+
+    Attributes:
+        starts_in_closed_form: Whether the map is set from the training images before training.
     """
+
+    starts_in_closed_form = False
 
     rows: Tensor
     columns: Tensor
@@ -48,9 +59,15 @@ class LinearPath(nn.Module):
         bound = math.sqrt(3 * len(group) / fan_in)
         self.free = nn.Parameter(torch.empty(representation.dim, fan_in).uniform_(-bound, bound))
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Map an image (b, c, h, w) to latent cells (b, cell, dim)."""
-        weight = (self.free[self.rows, self.columns] * self.signs).sum(0)
+    def weight(self) -> Float[Tensor, "dim c*side**2"]:
+        """Return the map."""
+        return self._keep(
+            "weight", lambda: (self.free[self.rows, self.columns] * self.signs).sum(0)
+        )
+
+    def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b cell dim"]:
+        """Map an image to latent cells."""
+        weight = self.weight()
         patches = patchify(image, self.side)
         # The mean of each colour is mapped separately. A constant image must give exactly zero
         # outside A1, where the terms of its mean cancel; in fp32 they would leave rounding errors.
@@ -60,3 +77,15 @@ class LinearPath(nn.Module):
         centred = (colours - means).flatten(-2)
         dtype = patches.dtype
         return centred @ weight.t().to(dtype) + means[..., 0] @ totals.t().to(dtype)
+
+    def back(self, latent: Float[Tensor, "b dim lh lw"]) -> Float[Tensor, "b c h w"]:
+        """Apply the transposed map, from a latent to an image."""
+        cells = latent.flatten(2).mT @ self.weight().to(latent.dtype)
+        height, width = (side * self.side for side in latent.shape[-2:])
+        return unpatchify(cells, self.side, height, width)
+
+
+def damp(output: Lift, damping: float) -> float:
+    """Set the output layer of a network beside a linear path to zero, and return the damping."""
+    nn.init.zeros_(output.coefficient)
+    return damping

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from efae.config import DataConfig, ModelConfig
 from efae.model.networks.conditioning import ConditionedDecoder
-from efae.model.networks.linear_path import LinearPath, patchify, unpatchify
+from efae.model.networks.linear_path import (
+    ENCODER_DAMPING,
+    LinearPath,
+    damp,
+    patchify,
+    unpatchify,
+)
 from efae.model.octic.layers import (
     Block,
     Lift,
@@ -86,6 +92,10 @@ class Encoder(nn.Module):
         self.merges = nn.ModuleList(Linear(group, 4 * m, m) for _ in range(stages - 1))
         self.latent = Lift(group, *latent_action(group, representation), m, fan_in=len(group) * m)
         self.linear_path = LinearPath(group, representation, model.downsampling, data.channels)
+        self.damping = 1.0
+        if model.has_linear_start:
+            self.linear_path.starts_in_closed_form = True
+            self.damping = damp(self.latent, ENCODER_DAMPING)
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim latent_h latent_w"]:
         """Return the latent: the transformer's output plus the linear path's."""
@@ -98,8 +108,8 @@ class Encoder(nn.Module):
                 x = self.merges[i - 1](self.resample.merge(x, height, width))
                 height, width = height // 2, width // 2
             x = stage(x)
-        latent = self.latent.back(normalize(x)) + self.linear_path(image)  # (b, cell, dim)
-        return latent.mT.unflatten(-1, (height, width))
+        cells = self.damping * self.latent.back(normalize(x)) + self.linear_path(image)
+        return cells.mT.unflatten(-1, (height, width))
 
 
 class Decoder(ConditionedDecoder):
@@ -140,8 +150,9 @@ class Decoder(ConditionedDecoder):
         self.sizes = [self.layout.gains * m, m]
         self.modulation = zero_linear(hidden_size, sum(self.sizes))
         self.output = Lift(group, *patch, m, fan_in=len(group) * m)
-        # The first prediction is zero, the mean of images in [-1, 1].
+        # The first prediction is zero, the mean of images in [-1, 1], or the linear path's.
         nn.init.zeros_(self.output.coefficient)
+        self.add_linear_path(representation, data, model)
 
     def forward(
         self,
@@ -170,4 +181,5 @@ class Decoder(ConditionedDecoder):
         scale, shift = self.modulation(condition).split(self.sizes, -1)
         x = normalize(x) * (1 + spread_gains(self.layout, scale))
         x = x + embed_invariant(self.layout, shift)[:, :, None]
-        return unpatchify(self.output.back(x), self.patch_size, height, width)
+        pixels = unpatchify(self.output.back(x), self.patch_size, height, width)
+        return self.correct(pixels, latent, keep)

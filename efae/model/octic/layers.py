@@ -281,7 +281,35 @@ class Offset(nn.Module):
         return x + self.bias
 
 
-class Block(nn.Module):
+class Recomputing(nn.Module):
+    """A block of a network: its residual stream in, and out again.
+
+    Attributes:
+        recomputes: Whether backward computes the block's activations again, to save memory.
+    """
+
+    recomputes = False
+
+    def forward(self, x: Tensor, condition: Tensor | None = None, *sizes: int) -> Tensor:
+        """Apply the block to tokens; `condition` is ignored by a block that is not modulated.
+
+        Args:
+            x: Tokens (slot, batch, token, coset * m).
+            condition: Condition (batch, conditioning), if the block is modulated.
+            sizes: Height and width of the grid of tokens, if the block needs them.
+        """
+        if self.recomputes and torch.is_grad_enabled():
+            return cast(
+                Tensor, checkpoint(self.apply_block, x, condition, *sizes, use_reentrant=False)
+            )
+        return self.apply_block(x, condition, *sizes)
+
+    def apply_block(self, x: Tensor, condition: Tensor | None, *sizes: int) -> Tensor:
+        """Apply the block, keeping all activations."""
+        raise NotImplementedError
+
+
+class Block(Recomputing):
     """A transformer block; with `conditioning`, scaled, shifted and gated by invariants.
 
     Source: adaLN-Zero (Peebles & Xie 2023, arXiv:2212.09748); shared by all blocks up to an offset
@@ -295,12 +323,7 @@ class Block(nn.Module):
         conditioning: Width of the condition; 0 for none.
         shared: Whether the condition is already the modulation, made once for all blocks, of
             `modulation_sizes` in total.
-
-    Attributes:
-        recomputes: Whether backward computes the block's activations again, to save memory.
     """
-
-    recomputes = False
 
     def __init__(
         self,
@@ -325,17 +348,13 @@ class Block(nn.Module):
             if not shared:
                 self.modulation = zero_linear(conditioning, sum(self.sizes))
 
-    def forward(
+    def apply_block(
         self,
         x: Float[Tensor, "slot batch token coset*m"],
-        condition: Float[Tensor, "batch conditioning"] | None = None,
+        condition: Float[Tensor, "batch conditioning"] | None,
+        *sizes: int,
     ) -> Float[Tensor, "slot batch token coset*m"]:
-        """Apply the block; `condition` is required if `conditioning` is not 0, else ignored."""
-        if self.recomputes and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(self._apply_block, x, condition, use_reentrant=False))
-        return self._apply_block(x, condition)
-
-    def _apply_block(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        """Apply the block; attention needs no sizes of a grid."""
         if self.modulation is None:
             x = x + self.attention(normalize(x))
             return x + self.mlp(normalize(x))

@@ -19,7 +19,22 @@ def test_rms_bounds_every_example():
     assert bounded.square().mean((1, 2, 3)).tolist() == pytest.approx([1.0] * 4, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["rms", "kl"])
+def test_one_scale_of_all_examples_keeps_their_ratios_and_reaches_unit_power():
+    bottleneck, latent = Bottleneck(RHO, "running", 0.1), 50 * draw(64, RHO.dim, 2, 2)
+    latent[:32] *= 3
+    for _ in range(600):
+        bottleneck.update_power(bottleneck.bound(latent))
+    bounded = bottleneck.bound(latent)
+    assert float(bounded.square().mean()) == pytest.approx(1, rel=1e-3)
+    assert torch.allclose(bounded * latent[0, 0, 0, 0], latent * bounded[0, 0, 0, 0], rtol=1e-4)
+    for block in bottleneck.blocks:
+        power = bottleneck.normalize(bounded)[:, block].square().mean()
+        assert float(power) == pytest.approx(1, rel=1e-3)
+    assert torch.allclose(bottleneck.denormalize(bottleneck.normalize(bounded)), bounded)
+    assert float(bottleneck.mean_power()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", ["rms", "running", "kl"])
 @pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
 def test_every_map_commutes_with_the_group(kind, group):
     rho = Representation(group, a1=3, a2=1, b1=1, b2=1, e=2)

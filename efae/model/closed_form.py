@@ -1,0 +1,256 @@
+"""The best equivariant linear map from patches to a latent and back, in closed form.
+
+A linear map commutes with the group if each copy of an irrep in the latent reads a copy of the same
+irrep in the pixels (Schur). So the principal components (Pearson 1901) of the patches, taken irrep
+by irrep, are the equivariant map of least squared error; their variances say which irreps carry the
+images, and so which multiplicities suit them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from efae.model.autoencoder import Autoencoder
+from efae.model.networks.linear_path import patchify, unpatchify
+from efae.model.octic.layers import patch_action
+from efae.symmetry.group import Group
+from efae.symmetry.representation import IRREPS, Representation, irrep_matrix
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over patches of pixel values from 0 to 255: integers in float64, so exact in any order.
+
+    Attributes:
+        count: Number of patches; exact up to 10^11.
+        first: Sum of each value.
+        second: Sum of each product of two values.
+    """
+
+    count: Float[Tensor, ""]
+    first: Float[Tensor, "n"]
+    second: Float[Tensor, "n n"]
+
+    @classmethod
+    def of(cls, image: UInt8[Tensor, "b c h w"], side: int) -> "Moments":
+        """Sum over all side x side patches, whose values are ordered (channel, row, column)."""
+        patches = patchify(image, side).flatten(0, 1).double()
+        count = torch.tensor(len(patches), dtype=torch.float64, device=image.device)
+        return cls(count, patches.sum(0), patches.mT @ patches)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(
+            self.count + other.count, self.first + other.first, self.second + other.second
+        )
+
+    def mean_product(self) -> Float[Tensor, "n n"]:
+        """Return the mean products of values scaled to [-1, 1], on the CPU."""
+        count, first, second = (part.cpu() for part in (self.count, self.first, self.second))
+        shift = first / count / 127.5
+        return second / count / 127.5**2 - shift[:, None] - shift[None] + 1
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """An equivariant linear map from patches to latent cells; its transpose is its best inverse.
+
+    Attributes:
+        rows: Map; rows are orthonormal, or zero where the pixels have no more copies of an irrep.
+        variance: Mean square of each latent channel.
+        total: Mean square of a patch, over all its values together.
+    """
+
+    rows: Float[Tensor, "dim n"]
+    variance: Float[Tensor, "dim"]
+    total: float
+
+    @property
+    def error(self) -> float:
+        """Mean squared error of a value in [-1, 1] after the map and its transpose."""
+        return max(0.0, self.total - float(self.variance.sum())) / self.rows.shape[1]
+
+    def reconstruct(self, image: Float[Tensor, "b c h w"], side: int) -> Float[Tensor, "b c h w"]:
+        """Map the side x side patches of an image in [-1, 1] to a latent and back."""
+        rows = self.rows.to(image)
+        height, width = image.shape[-2:]
+        return unpatchify(patchify(image, side) @ rows.mT @ rows, side, height, width)
+
+
+def fit_linear_map(moments: Moments, representation: Representation, side: int) -> LinearMap:
+    """Return the equivariant linear map of least squared error to a latent of `representation`.
+
+    Args:
+        moments: Moments of the side x side patches of the images.
+        representation: Representation of the latent.
+        side: Side of a latent cell, in pixels.
+    """
+    components = _Components(representation.group, moments.mean_product(), side)
+    rows = torch.zeros(representation.dim, len(components.product), dtype=torch.float64)
+    variance = torch.zeros(representation.dim, dtype=torch.float64)
+    taken: dict[tuple[int, ...], int] = {}
+    for irrep, block in representation.blocks.items():
+        step = 2 if irrep == "e" else 1
+        for channel in range(block.start, block.stop, step):
+            for place, signs in enumerate(components.pieces(irrep)):
+                found = components.find(signs)
+                number = taken.get(signs, 0)  # irreps that the group does not tell apart share
+                taken[signs] = number + 1
+                if number < len(found.variance):
+                    copy = found.rows[number]
+                    rows[channel + place : channel + place + len(copy)] = copy
+                    variance[channel + place : channel + place + len(copy)] = found.variance[number]
+    return LinearMap(rows, variance, float(components.product.trace()))
+
+
+def choose_multiplicities(
+    moments: Moments, group: Group, dim: int, side: int, invariant: int
+) -> dict[str, int]:
+    """Return the multiplicities with which the linear map of `fit_linear_map` has the least error.
+
+    Copies are taken in the order of their mean squares. Where the group does not tell two irreps
+    apart, the first of `IRREPS` stands for both.
+
+    Args:
+        moments: Moments of the side x side patches of the images.
+        group: Group that acts.
+        dim: Number of channels.
+        side: Side of a latent cell, in pixels.
+        invariant: Least number of A1 channels, that of colours.
+    """
+    components = _Components(group, moments.mean_product(), side)
+    seen: set[tuple[int, ...]] = set()
+    copies: list[tuple[float, str, int]] = []
+    for irrep in IRREPS:
+        pieces = components.pieces(irrep)
+        if seen & set(pieces):
+            continue
+        seen |= set(pieces)
+        spectra = [components.find(signs) for signs in pieces]
+        size = 2 if irrep == "e" else 1
+        for number in range(min(len(found.variance) for found in spectra)):
+            mean = sum(float(found.variance[number]) for found in spectra) / len(spectra)
+            copies.append((mean, irrep, size))
+    chosen = dict.fromkeys(IRREPS, 0) | {"a1": invariant}
+    left, passed = dim - invariant, 0
+    for _, irrep, size in sorted(copies, reverse=True):
+        if irrep == "a1" and passed < invariant:
+            passed += 1
+        elif size <= left:
+            chosen[irrep] += 1
+            left -= size
+    chosen["a1"] += left  # more channels than the pixels have copies
+    return chosen
+
+
+@torch.no_grad()
+def set_linear_paths(model: Autoencoder, fitted: LinearMap) -> None:
+    """Set the linear paths of a model whose networks correct them, and its latent statistics.
+
+    A latent channel of standard deviation s is divided by sqrt(s) and multiplied by it on the way
+    back: of all scales, equal noise on every channel then costs least in the pixels. The mean
+    square over all channels is 1.
+    """
+    root = fitted.variance.clamp(min=1e-8).sqrt()
+    power = torch.where(fitted.variance > 0, root, 0)
+    scale = (root * power.mean()).sqrt()[:, None]
+    power /= power.mean()
+    encoder, decoder = model.encoder.linear_path, model.decoder.linear_path
+    assert decoder is not None
+    for path, rows in ((encoder, fitted.rows / scale), (decoder, fitted.rows * scale)):
+        path.free.copy_(model.from_irreps(rows[None, :, :, None])[0, :, :, 0])
+    statistics = model.bottleneck.power
+    means = [power[block].mean() for block in model.bottleneck.blocks]
+    statistics.copy_(torch.stack(means))
+
+
+@dataclass(frozen=True)
+class _Spectrum:
+    """Copies of an irrep in the pixels, by falling mean square.
+
+    Attributes:
+        variance: Mean square of each channel of a copy.
+        rows: Orthonormal rows of each copy, one per channel.
+    """
+
+    variance: Float[Tensor, "copy"]
+    rows: Float[Tensor, "copy d n"]
+
+
+class _Components:
+    """The principal components of patches, irrep by irrep."""
+
+    def __init__(self, group: Group, product: Tensor, side: int):
+        self.group, self.product = group, product
+        self.source, _ = patch_action(group, side, len(product) // side**2)
+        # Elements under which a copy of any irrep changes signs only.
+        self.diagonal = [i for i, g in enumerate(group) if not g.swaps_sides]
+        self._found: dict[tuple[int, ...], _Spectrum] = {}
+
+    def pieces(self, irrep: str) -> list[tuple[int, ...]]:
+        """Return the signs of what an irrep splits into, one value per element.
+
+        A plane that quarter turns keep whole has the signs of its first channel.
+        """
+        elements = list(self.group)
+        if irrep == "e" and self.group.swaps_sides:
+            elements = [self.group[i] for i in self.diagonal]
+            places = [0]
+        else:
+            places = range(2 if irrep == "e" else 1)
+        matrices = [irrep_matrix(irrep, g) for g in elements]
+        return [tuple(int(matrix[i, i]) for matrix in matrices) for i in places]
+
+    def find(self, signs: tuple[int, ...]) -> _Spectrum:
+        """Return the components that change by these signs; pairs if they are of a plane."""
+        if signs not in self._found:
+            plane = len(signs) < len(self.group)
+            basis = self._find_basis(signs)
+            self._found[signs] = self._find_planes(basis) if plane else self._find_lines(basis)
+        return self._found[signs]
+
+    def _find_basis(self, signs: tuple[int, ...]) -> Float[Tensor, "n k"]:
+        """Return an orthonormal basis of the patches that elements change by these signs."""
+        elements = range(len(self.group)) if len(signs) == len(self.group) else self.diagonal
+        source, n = self.source[list(elements)], self.source.shape[1]
+        projection = torch.zeros(n, n, dtype=torch.float64)  # mean of sign(g) R(g)
+        for row, sign in zip(source, signs, strict=True):
+            projection[torch.arange(n), row] += sign / len(signs)
+        # Orbits of pixels are disjoint, so that one column of each is orthogonal to the others.
+        columns = projection[:, source.min(0).values == torch.arange(n)]
+        norm = columns.norm(dim=0)
+        return columns[:, norm > 1e-6] / norm[norm > 1e-6]
+
+    def _find_lines(self, basis: Tensor) -> _Spectrum:
+        variance, vectors = _diagonalize(basis.mT @ self.product @ basis)
+        return _Spectrum(variance, _fix_signs((basis @ vectors).mT)[:, None])
+
+    def _find_planes(self, basis: Tensor) -> _Spectrum:
+        turn = next(i for i, g in enumerate(self.group) if g.name == "rot90")
+        turned = basis[self.source[turn]]  # E takes its first channel to the second
+        product = basis.mT @ self.product @ basis + turned.mT @ self.product @ turned
+        _, vectors = _diagonalize(product / 2)
+        planes = list[Tensor]()
+        for row in _fix_signs((basis @ vectors).mT):
+            # Without mirrors a plane may be turned within itself, and each is found twice.
+            for plane in planes:
+                row = row - plane.mT @ (plane @ row)
+            if (norm := row.norm()) > 1e-6:
+                row = row / norm
+                planes.append(torch.stack([row, row[self.source[turn]]]))
+        rows = torch.stack(planes) if planes else basis.new_zeros(0, 2, len(basis))
+        variance = torch.einsum("kdn,nm,kdm->k", rows, self.product, rows) / 2
+        return _Spectrum(variance, rows)
+
+
+def _diagonalize(product: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, falling and not below 0, and eigenvectors, by column."""
+    values, vectors = torch.linalg.eigh(product)
+    return values.flip(0).clamp(min=0), vectors.flip(1)
+
+
+def _fix_signs(rows: Tensor) -> Tensor:
+    """Choose, of each row and its negative, the one whose largest entry is positive."""
+    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
+    return rows * torch.where(largest < 0, -1.0, 1.0)

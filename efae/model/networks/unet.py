@@ -1,0 +1,198 @@
+"""The octic U-ViT: an encoder and a decoder of convolutions, for images of any size.
+
+Blocks are depthwise convolutions between octic linear maps; attention is only at the latent's grid,
+the coarsest. The decoder is a U-Net around that grid (Hoogeboom et al. 2023, arXiv:2301.11093):
+the latent joins the tokens there, and invariants of t and of the mean latent modulate every block.
+Nothing knows the size of the grid, so a model runs on every height and width that the
+downsampling divides.
+"""
+
+import itertools
+import math
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from efae.config import DataConfig, ModelConfig
+from efae.model.networks.conditioning import ConditionedDecoder
+from efae.model.networks.linear_path import (
+    ENCODER_DAMPING,
+    LinearPath,
+    damp,
+    patchify,
+    unpatchify,
+)
+from efae.model.octic.convolution import ConvolutionBlock, modulation_sizes
+from efae.model.octic.layers import (
+    Block,
+    Lift,
+    Linear,
+    latent_action,
+    normalize,
+    patch_action,
+    zero_linear,
+)
+from efae.model.octic.layout import embed_invariant, spread_gains
+from efae.model.octic.token_grid import Resample
+from efae.symmetry.group import Group
+from efae.symmetry.representation import Representation
+
+
+def list_widths(model: ModelConfig, coarsest: int) -> list[int]:
+    """Return the width of the tokens of each grid, from the finest to the latent's.
+
+    A geometric sequence from model.fine_hidden_size to `coarsest`, in multiples of 8.
+    """
+    grids = int(math.log2(model.downsampling // model.patch_size)) + 1
+    ratio = coarsest / model.fine_hidden_size
+    return [
+        coarsest
+        if i == grids - 1
+        else 8 * round(model.fine_hidden_size * ratio ** (i / (grids - 1)) / 8)
+        for i in range(grids)
+    ]
+
+
+class Encoder(nn.Module):
+    """Maps images (b, c, h, w) in [-1, 1] to latents (b, dim, h / f, w / f), not yet bounded."""
+
+    def __init__(
+        self, group: Group, representation: Representation, data: DataConfig, model: ModelConfig
+    ):
+        super().__init__()
+        self.patch_size = model.patch_size
+        channels = [width // len(group) for width in list_widths(model, model.encoder_hidden_size)]
+        patch = patch_action(group, model.patch_size, data.channels)
+        self.patches = Lift(group, *patch, channels[0], fan_in=patch[0].shape[1])
+        depths = [model.fine_depth] * (len(channels) - 1) + [model.encoder_depth]
+        self.stages = nn.ModuleList(
+            nn.ModuleList(ConvolutionBlock(group, m, 2) for _ in range(depth))
+            for m, depth in zip(channels, depths, strict=True)
+        )
+        self.resample = Resample(group, 2)
+        self.merges = nn.ModuleList(
+            Linear(group, 4 * fine, coarse) for fine, coarse in itertools.pairwise(channels)
+        )
+        self.latent = Lift(
+            group,
+            *latent_action(group, representation),
+            channels[-1],
+            fan_in=len(group) * channels[-1],
+        )
+        self.linear_path = LinearPath(group, representation, model.downsampling, data.channels)
+        self.damping = 1.0
+        if model.has_linear_start:
+            self.linear_path.starts_in_closed_form = True
+            self.damping = damp(self.latent, ENCODER_DAMPING)
+
+    def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim latent_h latent_w"]:
+        """Return the latent: the network's output plus the linear path's."""
+        height, width = (size // self.patch_size for size in image.shape[-2:])
+        x = self.patches(patchify(image, self.patch_size))
+        for i, stage in enumerate(self.stages):
+            if i:
+                x = self.merges[i - 1](self.resample.merge(x, height, width))
+                height, width = height // 2, width // 2
+            for block in stage:  # pyright: ignore[reportGeneralTypeIssues, reportUnknownVariableType]
+                x = block(x, None, height, width)
+        cells = self.damping * self.latent.back(normalize(x)) + self.linear_path(image)
+        return cells.mT.unflatten(-1, (height, width))
+
+
+class Decoder(ConditionedDecoder):
+    """Predicts image or velocity from x_t, t and latent, as flow.prediction says."""
+
+    def __init__(
+        self,
+        group: Group,
+        representation: Representation,
+        data: DataConfig,
+        model: ModelConfig,
+        *,
+        null_condition: bool,
+    ):
+        super().__init__(group)
+        self.patch_size, size = model.patch_size, model.hidden_size
+        channels = [width // len(group) for width in list_widths(model, size)]
+        *fine, m = channels
+        patch = patch_action(group, model.patch_size, data.channels)
+        self.patches = Lift(group, *patch, channels[0], fan_in=patch[0].shape[1])
+        rho = latent_action(group, representation)
+        self.latent = Lift(group, *rho, m, fan_in=representation.dim)
+        self.add_conditioning(representation, m, size, null_condition)
+        shared = model.modulation == "shared"
+        self.shared_sizes = [modulation_sizes(group, m) for m in channels] if shared else []
+        self.shared_modulations = nn.ModuleList(
+            zero_linear(size, sum(sizes)) for sizes in self.shared_sizes
+        )
+
+        def build_stage(m: int, depth: int) -> nn.ModuleList:
+            return nn.ModuleList(ConvolutionBlock(group, m, 2, size, shared) for _ in range(depth))
+
+        self.down = nn.ModuleList(build_stage(m, model.fine_depth) for m in fine)
+        self.middle = build_stage(m, model.depth)
+        self.attention = nn.ModuleList(
+            Block(group, m, model.num_heads, model.mlp_ratio, size)
+            for _ in range(model.attention_depth)
+        )
+        self.up = nn.ModuleList(build_stage(m, 2 * model.fine_depth) for m in fine)
+        self.resample = Resample(group, 2)
+        pairs = list(itertools.pairwise(channels))
+        self.merges = nn.ModuleList(Linear(group, 4 * a, b) for a, b in pairs)
+        self.splits = nn.ModuleList(Linear(group, b, 4 * a) for a, b in pairs)
+        # At t = 1 what a skip carries is noise: its gain must be able to close.
+        self.skips = nn.ModuleList(zero_linear(size, self.layout.gains * a) for a in fine)
+        self.sizes = [self.layout.gains * channels[0], channels[0]]
+        self.modulation = zero_linear(size, sum(self.sizes))
+        self.output = Lift(group, *patch, channels[0], fan_in=len(group) * channels[0])
+        # The first prediction is zero, the mean of images in [-1, 1], or the linear path's.
+        nn.init.zeros_(self.output.coefficient)
+        self.add_linear_path(representation, data, model)
+
+    def forward(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        t: Float[Tensor, "b"],
+        latent: Float[Tensor, "b dim latent_h latent_w"],
+        keep: Bool[Tensor, "b"] | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """Return the prediction; where `keep` is false, the null condition replaces the latent.
+
+        t lies in [0, 1]; the latent grid is h / f x w / f cells for images of h x w pixels.
+        """
+        height, width = (side // self.patch_size for side in x_t.shape[-2:])
+        condition = self.condition(t, latent, keep)
+        x, skips = self.patches(patchify(x_t, self.patch_size)), list[Tensor]()
+        for i, blocks in enumerate(self.down):
+            x = self._apply_stage(blocks, i, x, condition, (height, width))
+            gain = spread_gains(self.layout, self.skips[i](condition))
+            skips.append(x * (1 + gain))
+            x = self.merges[i](self.resample.merge(x, height, width))
+            height, width = height // 2, width // 2
+        x = x + self.drop(self.latent(latent.flatten(2).mT), keep)
+        x = self._apply_stage(self.middle, len(self.down), x, condition, (height, width))
+        for i in reversed(range(len(self.up))):
+            height, width = 2 * height, 2 * width
+            x = self.resample.split(self.splits[i](x), height, width) + skips.pop()
+            x = self._apply_stage(self.up[i], i, x, condition, (height, width))
+        scale, shift = self.modulation(condition).split(self.sizes, -1)
+        x = normalize(x) * (1 + spread_gains(self.layout, scale))
+        x = x + embed_invariant(self.layout, shift)[:, :, None]
+        pixels = unpatchify(self.output.back(x), self.patch_size, *x_t.shape[-2:])
+        return self.correct(pixels, latent, keep)
+
+    def _apply_stage(
+        self, blocks: nn.Module, grid: int, x: Tensor, condition: Tensor, sizes: tuple[int, int]
+    ) -> Tensor:
+        """Apply the blocks of one grid; attention is spread among those of the middle."""
+        modulation = condition
+        if self.shared_modulations:
+            modulation = self.shared_modulations[grid](condition)
+        assert isinstance(blocks, nn.ModuleList)
+        for i, block in enumerate(blocks):
+            x = block(x, modulation, *sizes)
+            if blocks is self.middle:
+                count, depth = len(self.attention), len(blocks)
+                for j in range(i * count // depth, (i + 1) * count // depth):
+                    x = self.attention[j](x, condition)
+        return x

@@ -1,0 +1,61 @@
+"""The start in closed form: linear paths set from a sample of the training images."""
+
+import math
+from contextlib import closing
+
+import torch
+import torch.distributed as dist
+
+from data_pipelines import ShardDataset
+from efae.config import Config
+from efae.model.closed_form import Moments, fit_linear_map, set_linear_paths
+from efae.training.process import Process
+from efae.training.state import TrainState
+
+SAMPLE_PATCHES = 2**18
+"""Least number of patches of the sample, if an epoch has as many."""
+
+
+def start_linear(
+    state: TrainState, config: Config, dataset: ShardDataset, process: Process
+) -> None:
+    """Set the linear paths of a state before its first step, alike on every rank.
+
+    Raises:
+        ShardError: A shard or an image in it cannot be read.
+        StorageError: The storage refuses or does not answer.
+    """
+    moments = measure_moments(config, dataset, process)
+    side, representation = config.model.downsampling, state.model.representation
+    # Computed once: other machines' linear algebra may round otherwise.
+    fitted = fit_linear_map(moments, representation, side) if process.rank == 0 else None
+    set_linear_paths(state.model, process.agree(fitted))
+    state.average.load({name: p.detach() for name, p in state.model.named_parameters()})
+
+
+def measure_moments(config: Config, dataset: ShardDataset, process: Process) -> Moments:
+    """Return the moments of the patches of the first batches, over all ranks.
+
+    Sums are exact, so they are the same at every world size.
+    """
+    batch_size, side = config.training.global_batch_size, config.model.downsampling
+    loader = dataset.loader(
+        global_batch_size=batch_size,
+        rank=process.rank,
+        world_size=process.world_size,
+        seed=config.training.seed,
+        options=config.data,
+        tail="carry",
+    )
+    cells = math.prod(config.data.image_size) // side**2
+    count = min(math.ceil(SAMPLE_PATCHES / cells), len(dataset))
+    n = config.data.channels * side**2
+    zeros = torch.zeros(n * (n + 1) + 1, dtype=torch.float64, device=process.device)
+    moments = Moments(zeros[0], zeros[1 : n + 1], zeros[n + 1 :].view(n, n))
+    with closing(iter(loader)) as batches:
+        for _ in range(math.ceil(count / batch_size)):
+            moments += Moments.of(next(batches).image.to(process.device), side)
+    if dist.is_initialized():
+        for part in (moments.count, moments.first, moments.second):
+            dist.all_reduce(part)
+    return moments
