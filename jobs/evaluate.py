@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from efae.config import Config
     from efae.evaluation.protocol import Tokenizer
-    from efae.preflight.driver_checks import SetFacts
 
 
 @dataclass
@@ -106,7 +105,7 @@ def _run(chosen: Arguments) -> Path:
     shape, credits = found.shape, [found.credit] if found.credit else []
     if lpips is not None:
         lpips.check_size(*shape[1:])
-    loaded = {uri: _load(uri, found, shape, chosen) for uri in chosen.model}
+    loaded = {uri: _load(uri, shape, chosen) for uri in chosen.model}
     for uri, (model, _, _) in loaded.items():
         try:
             choose_angles(model, chosen.angles or None, *shape[1:])
@@ -149,7 +148,7 @@ def _run(chosen: Arguments) -> Path:
 
 
 def _load(
-    uri: str, images: "SetFacts", shape: tuple[int, int, int], chosen: Arguments
+    uri: str, shape: tuple[int, int, int], chosen: Arguments
 ) -> "tuple[Tokenizer, Config | None, Literal[1, 3]]":
     """Return the model, its configuration (None if foreign) and its number of colour channels.
 
@@ -158,13 +157,10 @@ def _load(
     """
     import efae
     from efae.exchange.diffusers_tokenizer import load_diffusers
-    from efae.preflight.driver_checks import check_images
-    from efae.symmetry import D4, FLIPS
 
     channels, height, width = shape
     if uri.startswith("diffusers:"):
-        group = D4 if height == width else FLIPS
-        foreign = load_diffusers(uri.removeprefix("diffusers:"), group, chosen.device)
+        foreign = load_diffusers(uri.removeprefix("diffusers:"), device=chosen.device)
         takes = foreign.channels
         try:
             foreign.check_images(takes, height, width)
@@ -174,7 +170,13 @@ def _load(
     else:
         model = efae.load(uri, device=chosen.device, precision=chosen.precision)
         config = model.config
-        check_images(config, images, cut=False)
+        f = config.model.downsampling
+        if height % f or width % f:
+            raise ValueError(
+                f"{uri}: {chosen.data} holds images of {height} x {width} pixels: they are measured"
+                f" without padding, in multiples of model.downsampling={f}; build the shards with"
+                " such a --resolution"
+            )
         takes = config.data.channels
     if takes not in (channels, 3) or takes not in (1, 3):
         raise ValueError(

@@ -101,10 +101,11 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Encode images in [-1, 1] to the distribution of their latents.
 
-        With bottleneck "rms" it is a point: `sample` returns the mode.
+        With bottleneck "rms" it is a point: `sample` returns the mode. Images of any size are
+        taken and padded as in `Autoencoder.encode`.
 
         Raises:
-            ValueError: The images have another shape than the model was built for.
+            ValueError: The images have another number of channels than the model.
         """
         with self._precision():
             parts = [self.autoencoder.encode(part.to(self.dtype)) for part in self._slices(x)]
@@ -122,6 +123,7 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         z: Float[Tensor, "b dim lh lw"],
         return_dict: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        size: tuple[int, int] | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
         """Decode latents to images near [-1, 1], without gradients.
 
@@ -129,6 +131,10 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             z: Latents from `encode` or a diffusion model, acted on or not.
             return_dict: Whether to return a DecoderOutput instead of a tuple.
             generator: Generator of the noise, or one per example; None: `decoding_seed`.
+            size: Size to crop to, as in `Autoencoder.decode`.
+
+        Raises:
+            ValueError: The size does not belong to the latents.
         """
         wide = torch.promote_types(self.dtype, torch.float32)
         f, colours = self.autoencoder.config.model.downsampling, self.config["in_channels"]
@@ -140,7 +146,9 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             noise = torch_utils.randn_tensor(shape, generator=generator, device=z.device)
         with self._precision():
             parts = [
-                self.autoencoder.decode(latent.to(wide), self.decoding_steps, start.to(wide))
+                self.autoencoder.decode(
+                    latent.to(wide), self.decoding_steps, start.to(wide), size=size
+                )
                 for latent, start in zip(self._slices(z), self._slices(noise), strict=True)
             ]
         sample = torch.cat(parts).to(self.dtype)
@@ -153,10 +161,11 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Encode and decode, from the mode or a sample of the posterior."""
+        """Encode and decode at the images' size, from the mode or a sample of the posterior."""
         posterior: DiagonalGaussianDistribution = self.encode(sample, return_dict=False)[0]
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
-        return self.decode(z, return_dict, generator)
+        height, width = sample.shape[-2:]
+        return self.decode(z, return_dict, generator, (height, width))
 
     def save_pretrained(
         self,

@@ -63,11 +63,6 @@ class DiffusersTokenizer(nn.Module):
                 f"images of {height} x {width} pixels: this AutoencoderKL needs multiples of"
                 f" {self.downsampling}; build the shards with such a --resolution"
             )
-        if height != width and self.group.swaps_sides:
-            raise ValueError(
-                f"images of {height} x {width} pixels: not square, but group {self.group} holds"
-                " quarter turns; use group flips or mirror"
-            )
 
     def encode(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
         """Encode images in [-1, 1] to latents.

@@ -4,6 +4,7 @@ z = E(x); the decoder's flow models p(x | z); a group element acts on both. `enc
 in the basis of the irreps and at unit scale per irrep, whatever basis and scale the network uses.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ from efae.model import flow, pretrained
 from efae.model.bottleneck import Bottleneck
 from efae.model.networks import transformer, unet
 from efae.model.octic.layers import expanded_once
+from efae.model.padding import crop, pad_to_cells
 from efae.model.precision import Precision, at_precision
 from efae.model.sampler import Field, Method, guide, integrate, time_grid
 from efae.symmetry import GROUPS, TRIVIAL, Element, Representation
@@ -95,6 +97,7 @@ class Autoencoder(nn.Module):
     """
 
     precision: Precision | None = None
+    _warned_of_padding = False
 
     def __init__(self, config: Config):
         super().__init__()
@@ -160,20 +163,37 @@ class Autoencoder(nn.Module):
         return model.to(device).eval().requires_grad_(False)
 
     def encode(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
-        """Encode an image in [-1, 1].
+        """Encode an image in [-1, 1] of any height and width.
 
         Over the training images, each irrep of the latent has unit root mean square.
 
+        Where f = `config.model.downsampling` does not divide a side, the pixels at its edges are
+        repeated up to the next multiple, half of the missing ones on each side, and the first time
+        a warning names the sizes. An odd pixel goes to the bottom or right, so flips and turns of
+        such an image commute with `encode` only up to a shift by this pixel.
+        ``decode(..., size=(h, w))`` crops the padding off.
+
         Raises:
-            ValueError: The image does not have the shape that the model was built for.
+            ValueError: The image is no batch of one pixel or more, or has another number of
+                channels than the model.
         """
-        expected = (self.config.data.channels, *self.config.data.image_size)
-        if image.ndim != 4 or tuple(image.shape[1:]) != expected:
+        channels, f = self.config.data.channels, self.config.model.downsampling
+        if image.ndim != 4 or image.shape[1] != channels or 0 in image.shape[2:]:
             raise ValueError(
-                f"image of shape {tuple(image.shape)}: this model takes (batch, {expected[0]},"
-                f" {expected[1]}, {expected[2]}) in [-1, 1]; resize it"
+                f"image of shape {tuple(image.shape)}: this model takes (batch, {channels}, height,"
+                " width) in [-1, 1], of any height and width"
             )
-        return self.bottleneck.normalize(self.bounded(image))
+        padded = pad_to_cells(image, f)
+        if padded is not image and not self._warned_of_padding:
+            self._warned_of_padding = True
+            (h, w), (height, width) = image.shape[2:], padded.shape[2:]
+            warnings.warn(
+                f"images of {h} x {w} pixels are padded to {height} x {width}: model.downsampling="
+                f"{f} does not divide them; decode(..., size=({h}, {w})) crops the padding off"
+                " (this warning is shown once per model)",
+                stacklevel=2,
+            )
+        return self.bottleneck.normalize(self.bounded(padded))
 
     def act(
         self, element: Element | Sequence[Element] | Tensor, latent: Float[Tensor, "b dim lh lw"]
@@ -228,31 +248,45 @@ class Autoencoder(nn.Module):
         times: Float[Tensor, "points"] | Sequence[float] | None = None,
         guidance_scale: float | None = None,
         visit: Callable[[float, Tensor], None] | None = None,
+        size: tuple[int, int] | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Draw a sample of p(image | latent); None takes a value from the configuration's flow.
 
         Args:
             latent: Latent from `encode`, acted on or not, or any grid (b, dim, h / f, w / f).
             steps: Number of sampler steps.
-            noise: Standard normal noise that the flow starts from.
+            noise: Standard normal noise that the flow starts from, f pixels per cell and side.
             seed: Seed of the noise, instead of `noise`.
             sampler: Solver, "euler", "midpoint" or "heun".
             times: Times of the sampler, falling from 1 to 0, instead of `steps`.
             guidance_scale: Scale of classifier-free guidance; 1 is none.
             visit: Function that receives (t, x_t) at every time of the sampler.
+            size: Height and width of the image that was encoded (exchanged if an element that
+                exchanges them acted on the latent), to crop off the padding of `encode`.
 
         Raises:
-            ValueError: Neither or both of noise and seed are given, or a value is out of range.
+            ValueError: Neither or both of noise and seed are given, a value is out of range, or
+                noise or size do not belong to a latent of this shape.
         """
         if (noise is None) == (seed is None):
             raise ValueError("decode needs either noise or seed, so that it can be repeated")
+        f, (rows, columns) = self.config.model.downsampling, latent.shape[-2:]
+        shape = (latent.shape[0], self.config.data.channels, rows * f, columns * f)
+        if size is not None and (-(-size[0] // f), -(-size[1] // f)) != (rows, columns):
+            raise ValueError(
+                f"size={tuple(size)}: a latent of {rows} x {columns} cells of {f} pixels decodes to"
+                f" {shape[2]} x {shape[3]} pixels, less at most {f - 1} of padding per side; give"
+                " the size of the image that was encoded, with height and width exchanged if a"
+                " quarter turn acted on its latent"
+            )
         if noise is None:
-            f = self.config.model.downsampling
-            sides = (latent.shape[-2] * f, latent.shape[-1] * f)
             generator = torch.Generator().manual_seed(seed)  # type: ignore[arg-type]
-            noise = torch.randn(
-                (len(latent), self.config.data.channels, *sides), generator=generator
-            ).to(latent.device)
+            noise = torch.randn(shape, generator=generator).to(latent.device)
+        elif noise.shape != shape:
+            raise ValueError(
+                f"noise of shape {tuple(noise.shape)}: a latent of shape {tuple(latent.shape)}"
+                f" starts from noise of {shape}"
+            )
         knobs = self.config.flow
         if times is None:
             times = time_grid(
@@ -268,7 +302,8 @@ class Autoencoder(nn.Module):
         scale = knobs.guidance_scale if guidance_scale is None else guidance_scale
         field = guide(given(latent), given(None), scale, knobs.guidance_interval)
         with expanded_once(self.decoder):
-            return integrate(field, noise, times, sampler or knobs.sampler, visit)
+            sample = integrate(field, noise, times, sampler or knobs.sampler, visit)
+        return sample if size is None else crop(sample, size)
 
     def bounded(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
         """Encode an image at the network's own scale, in the basis of the irreps."""

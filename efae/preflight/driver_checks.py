@@ -144,30 +144,25 @@ def check_configuration(config: Config) -> None:
         load_perceptual(config.loss.perceptual, torch.device("cpu"))
 
 
-def check_images(config: Config, facts: SetFacts, cut: bool = True) -> str:
-    """Check that the model accepts the images of a shard set.
+def check_images(config: Config, facts: SetFacts) -> str:
+    """Check that the images of a shard set can be cut to the model's size.
 
     Args:
         config: Configuration with the size of the images and the group.
         facts: Facts of the shard set.
-        cut: Whether larger images, or images of several sizes, are cut to the model's size.
 
     Returns:
         Number of images and their location.
 
     Raises:
-        ValueError: The images are too small; without `cut`, of another size or of several sizes.
+        ValueError: The images are too small.
     """
     uri, shape, wanted = facts.uri, facts.shape, config.data.image_size
     found = f"{facts.images} at {Location.parse(uri).display}"
-    if shape is None and cut:
-        return found
     if shape is None:
-        raise ValueError(
-            f"{uri}: its images differ in size; build the shards with --resolution {wanted[0]}"
-        )
+        return found
     height, width = shape[1:]
-    if (height, width) == wanted or (cut and height >= wanted[0] and width >= wanted[1]):
+    if height >= wanted[0] and width >= wanted[1]:
         return found
     if height != width and GROUPS[config.representation.group].swaps_sides:
         raise ValueError(

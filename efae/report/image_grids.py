@@ -81,10 +81,11 @@ def draw_orbit(
     the identity, and the gap of the element, if given.
     """
     elements = [element for element in D4 if element.name in acted]
+    square = original.shape[-2] == original.shape[-1]
     changes = [
         (element.act_on_image(original) - original).square().mean((1, 2, 3))
         for element in elements
-        if element != D4.identity
+        if element != D4.identity and (square or not element.swaps_sides)
     ]
     smallest = torch.stack(changes).amin(0) if changes else original.new_zeros(len(original))
     change = smallest / (original.flatten(1).var(1) + 1e-3)

@@ -133,11 +133,13 @@ class Group:
         Raises:
             ValueError: The element is not in the group.
         """
+        if element not in self.elements:
+            raise ValueError(f"{element} is not in {self}, which has {', '.join(map(repr, self))}")
         return self.elements.index(element)
 
     @property
     def swaps_sides(self) -> bool:
-        """Whether some element exchanges height and width, so that images must be square."""
+        """Whether some element exchanges height and width."""
         return any(element.swaps_sides for element in self.elements)
 
     @property
@@ -146,13 +148,13 @@ class Group:
         return any(element.quarter_turns and not element.mirrored for element in self)
 
     def indices(
-        self, elements: Element | Sequence[Element] | Int[Tensor, "count"], count: int
+        self, elements: Sequence[Element] | Int[Tensor, "count"], count: int
     ) -> Int[Tensor, "count"]:
         """Return the position in this group of each example's element.
 
         Args:
-            elements: One element for all examples; or one per example, as elements or as positions
-                in [0, len(group)), which are not checked, since that would wait for the device.
+            elements: One element per example, as elements or as positions in [0, len(group)), which
+                are not checked, since that would wait for the device.
             count: Number of examples.
 
         Raises:
@@ -160,13 +162,44 @@ class Group:
         """
         if isinstance(elements, Tensor):
             chosen = elements.long()
-        elif isinstance(elements, Element):
-            chosen = torch.tensor([self.index(elements)]).expand(count)
         else:
-            chosen = torch.tensor([self.index(element) for element in elements])
+            chosen = torch.tensor([self.index(element) for element in elements], dtype=torch.long)
         if chosen.shape != (count,):
             raise ValueError(f"{tuple(chosen.shape)} group elements for {count} examples")
         return chosen
+
+    def sides_after(
+        self, elements: Sequence[Element] | Int[Tensor, "count"], height: int, width: int
+    ) -> tuple[int, int]:
+        """Return height and width of a batch of grids after each example's element acted on it.
+
+        Args:
+            elements: One element per example, as for `indices`.
+            height: Height of every grid.
+            width: Width of every grid.
+
+        Raises:
+            ValueError: The grids are not square, and some elements exchange the sides while others
+                keep them, or the elements are positions, which are not read.
+        """
+        if height == width or not self.swaps_sides:
+            return height, width
+        positions = isinstance(elements, Tensor)
+        if positions:
+            raise ValueError(
+                f"positions in {self}, as a tensor, cannot act on grids of {height} x {width}:"
+                " reading which of them exchange the sides would wait for the device; pass one"
+                f" element, or a list of elements such as {self}[1] that all exchange the sides or"
+                " all keep them"
+            )
+        by_swapping = {element.swaps_sides: element for element in elements}
+        if len(by_swapping) == 2:
+            raise ValueError(
+                f"{by_swapping[False]} and {by_swapping[True]} cannot act in one batch of grids of"
+                f" {height} x {width}: the second makes them {width} x {height}; act on two"
+                " batches"
+            )
+        return (width, height) if True in by_swapping else (height, width)
 
 
 D4 = Group("D4", [Element(k, j) for j in (0, 1) for k in range(4)])
@@ -180,7 +213,7 @@ GROUPS: dict[str, Group] = {group.name: group for group in (D4, C4, FLIPS, MIRRO
 def grid_sources(
     group: Group, height: int, width: int, device: torch.device | str = "cpu"
 ) -> Int[Tensor, "element cell"]:
-    """Return the flat index of the cell that each element moves to each cell; do not modify.
+    """Return how the group permutes the cells of one grid; do not modify.
 
     ``g.act_on_image(x).flatten(-2) == x.flatten(-2)[..., sources[i]]`` for g = group[i]. Cached.
 
@@ -192,6 +225,11 @@ def grid_sources(
             f"a grid of {height} x {width} is not square, but {group.name} has quarter turns:"
             " use square images"
         )
+    return _sources(group, height, width, device)
+
+
+def _sources(group: Group, height: int, width: int, device: torch.device | str) -> Tensor:
+    """Return the flat index, on a height x width grid, of the cell that moves to each cell."""
     # A compiler traces what is cached, and warns of the cache.
     find = _find_sources if torch.compiler.is_compiling() else _find_sources_once
     return find(group, height, width, device)
@@ -206,21 +244,30 @@ _find_sources_once = functools.cache(_find_sources)
 
 
 def act_on_grid(
-    group: Group, chosen: Int[Tensor, "batch"], grid: Shaped[Tensor, "batch channel height width"]
-) -> Shaped[Tensor, "batch channel height width"]:
-    """Move the cells of example i by the group's element at position chosen[i], without host sync.
+    group: Group,
+    elements: Element | Sequence[Element] | Int[Tensor, "batch"],
+    grid: Shaped[Tensor, "batch channel height width"],
+) -> Shaped[Tensor, "batch channel rows columns"]:
+    """Move the cells of every example by its element, without host sync.
 
     Channels keep their values; `Representation.act` also acts on them.
 
     Args:
         group: Group of the elements.
-        chosen: Positions in the group, in [0, len(group)).
+        elements: One element for all examples; or one per example, as elements or as positions in
+            the group. On grids that are not square, all exchange the sides or all keep them.
         grid: Images or feature maps, of any dtype and range.
 
     Raises:
-        ValueError: The group has quarter turns and the grid is not square.
+        ValueError: An element is not in the group; there is not one per example; or the grid is
+            not square, the group has quarter turns, and the elements are positions or would give
+            grids of two shapes.
     """
+    if isinstance(elements, Element):
+        return group[group.index(elements)].act_on_image(grid)
     height, width = grid.shape[-2:]
-    sources = grid_sources(group, height, width, grid.device)[chosen.to(grid.device)]
+    sides = group.sides_after(elements, height, width)
+    chosen = group.indices(elements, len(grid)).to(grid.device)
+    sources = _sources(group, height, width, grid.device)[chosen]
     flat = grid.flatten(2)  # (batch, channel, height * width)
-    return flat.gather(2, sources[:, None].expand(flat.shape)).view(grid.shape)
+    return flat.gather(2, sources[:, None].expand(flat.shape)).view(*grid.shape[:2], *sides)

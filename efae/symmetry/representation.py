@@ -183,28 +183,33 @@ class Representation:
         self,
         element: Element | Sequence[Element] | Int[Tensor, "batch"],
         latent: Float[Tensor, "batch dim height width"],
-    ) -> Float[Tensor, "batch dim height width"]:
+    ) -> Float[Tensor, "batch dim rows columns"]:
         """Act on a latent, out of place: (g z)(p) = rho(g) z(g^-1 p).
+
+        An element that `swaps_sides` turns a grid of h x w cells into one of w x h.
 
         Args:
             element: One element for all examples, or one per example (as elements, or as positions
-                in the group).
+                in the group). On grids that are not square, all exchange the sides or all keep
+                them, and a group with quarter turns takes no positions.
             latent: Grid of channel vectors, of any range.
 
         Raises:
             ValueError: The latent does not have `dim` channels; an element is not in the group;
-                there is not one per example; or the group has quarter turns and the grid is not
-                square.
+                there is not one per example; or not all of them can act on grids of this shape.
         """
         if latent.ndim != 4 or latent.shape[1] != self.dim:
             raise ValueError(
                 f"latent of shape {tuple(latent.shape)}: expected (batch, {self.dim}, h, w)"
             )
-        chosen = self.group.indices(element, len(latent)).to(latent.device)
-        moved = act_on_grid(self.group, chosen, latent)
-        source, sign = (table[chosen] for table in self.tables(latent.device))  # (batch, dim)
-        gathered = moved.gather(1, source[..., None, None].expand_as(moved))
-        return sign.to(latent.dtype)[..., None, None] * gathered
+        moved = act_on_grid(self.group, element, latent)
+        if isinstance(element, Element):
+            chosen = self.group.index(element)
+        else:
+            chosen = self.group.indices(element, len(latent)).to(latent.device)
+        # (dim, 1, 1), or (batch, dim, 1, 1)
+        source, sign = (table[chosen][..., None, None] for table in self.tables(latent.device))
+        return sign.to(latent.dtype) * moved.gather(1, source.expand_as(moved))
 
     def __repr__(self) -> str:
         parts = "+".join(f"{n}{irrep.upper()}" for irrep, n in self.multiplicities.items() if n)

@@ -129,11 +129,22 @@ def test_ours_beside_a_foreign_one(paths, tmp_path, capsys, data, options, angle
     assert ("Rotations by any angle" in html) == bool(angles)
 
 
+def test_quarter_turns_of_images_that_are_not_square_or_of_the_trained_size(paths, tmp_path):
+    models = [paths["ours"], paths["foreign"]]
+    arguments = ["--model", *models, "--data", paths["wide"], "--output", str(tmp_path)]
+    assert main([*arguments, "--images=2"]) == 0
+    found = json.loads((tmp_path / "summary.json").read_text())["models"]
+    for model in models:
+        assert "rot90" in found[model]["gap_db"]
+    assert found[models[0]]["worst_gap_db"] < 1e-3 < found[models[1]]["worst_gap_db"]
+    assert len(list(tmp_path.glob("*/orbit.png"))) == 2
+
+
 @pytest.mark.parametrize(
     ("model", "data", "options", "parts"),
     [
         ("foreign", "odd", [], ["foreign: images of 15 x 15 pixels", "multiples of 2"]),
-        ("ours", "odd", [], ["15 x 15", "data.resolution=16"]),
+        ("ours", "odd", [], ["ours: ", "images of 15 x 15", "model.downsampling=8"]),
         ("ours grey", "colour", [], ["takes images of 1 colours", "have 3"]),
         ("foreign grey", "colour", [], ["takes images of 1 colours", "have 3"]),
         ("ours", "colour", ["--lpips-weights=missing.pth"], ["alexnet-owt-7be5be79.pth"]),

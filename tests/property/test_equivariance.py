@@ -211,7 +211,14 @@ def test_exact_level_is_exact_on_images_that_are_not_square(group):
     assert assert_exact(model, draw(2, 3, 16, 48)).shape == (2, 12, 2, 6)
 
 
-def test_quarter_turns_need_square_images():
+@pytest.mark.parametrize("group", ["D4", "C4"])
+def test_quarter_turns_are_exact_on_images_that_are_not_square(group):
+    """All weights in float64: resampled positions commute with the turns exactly, not nearly."""
+    model = build(**{"representation.group": group})
+    assert assert_exact(model, draw(2, 3, 16, 40)).shape == (2, 12, 2, 5)
+
+
+def test_quarter_turns_need_square_images_to_train_on():
     with pytest.raises(ValueError, match=r"resolution=\(16, 48\): not square.*D4.*flips"):
         build(**{"data.resolution": (16, 48)})
 
@@ -252,7 +259,8 @@ def test_the_network_sees_latents_of_unit_scale():
 
 def test_wrong_shapes_are_refused():
     model = build()
-    with pytest.raises(ValueError, match=r"takes \(batch, 3, 32, 32\)"):
-        model.encode(draw(1, 3, 32, 48))
+    for shape in ((1, 1, 32, 32), (3, 32, 32), (1, 3, 0, 32)):
+        with pytest.raises(ValueError, match=r"takes \(batch, 3, height, width\)"):
+            model.encode(draw(*shape))
     with pytest.raises(ValueError, match="either noise or seed"):
         model.decode(draw(1, 12, 4, 4))

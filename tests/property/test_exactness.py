@@ -11,6 +11,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from data_pipelines.building.sources import open_source
@@ -69,14 +70,16 @@ def drawings():
 HELD_OUT = 2
 
 
-def images_by_symmetry():
+def images_by_symmetry(size=(32, 32)):
     """Two held-out drawings, and what they become when they are made symmetric in every way."""
     held_out = drawings()[:HELD_OUT]
+    if size != (32, 32):
+        held_out = F.interpolate(held_out, size, mode="bilinear", antialias=True)
     return {"generic": held_out} | symmetric_images(held_out)
 
 
-def draw_noise(count, seed=0):
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+def draw_noise(count, size=(32, 32)):
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
 @functools.cache
@@ -140,14 +143,14 @@ def relative_errors(found, expected, parts=1):
     return difference / size
 
 
-def measure(model):
+def measure(model, size=(32, 32)):
     """By measure and symmetry of the image, the error of the worst element.
 
     The gap is that of g^-1 D(rho(g) E(x); g noise), and of g^-1 D(E(g x); g noise), in PSNR.
     """
-    kinds = images_by_symmetry()
+    kinds = images_by_symmetry(size)
     image = torch.cat(list(kinds.values()))
-    noise = draw_noise(len(image))
+    noise = draw_noise(len(image), size)
     latent = model.encode(image)
     sample = model.decode(latent, noise=noise)
     quality = psnr(sample.clamp(-1, 1), image)
@@ -184,6 +187,31 @@ def exceeded(worst):
 def test_exact_to_rounding_on_every_kind_of_image(group, grid, weights, kind):
     worst = measure(build(group, grid, weights, KINDS[kind]))
     assert len(worst) == 18
+    assert not exceeded(worst)
+
+
+# By the grid of the trained size, other grids: odd, smaller, larger, and not square.
+OTHER_CELLS = [
+    ("4x4", (2, 3)),
+    ("4x4", (5, 3)),
+    ("4x4", (1, 6)),
+    ("4x4", (3, 3)),
+    ("4x4", (7, 7)),
+    ("8x8", (3, 5)),
+    ("1x1", (2, 1)),
+]
+
+
+def size_of(grid, cells):
+    return cells[0] * DOWNSAMPLING[grid], cells[1] * DOWNSAMPLING[grid]
+
+
+@every_group
+@pytest.mark.parametrize(("grid", "cells"), OTHER_CELLS)
+def test_exact_at_sizes_other_than_the_trained_one(group, grid, cells):
+    worst = measure(build(group, grid), size_of(grid, cells))
+    # A rectangle has no symmetric diagonal.
+    assert len(worst) == (18 if cells[0] == cells[1] else 15)
     assert not exceeded(worst)
 
 
@@ -263,12 +291,17 @@ def test_a_dense_model_is_not_exact(weights):
     assert len(exceeded(measure(build_dense(weights=weights)))) == 18
 
 
+def test_a_dense_model_is_not_exact_on_rectangles():
+    assert len(exceeded(measure(build_dense(), (16, 24)))) == 15
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 24)])
 @pytest.mark.parametrize(("part", "measured"), [("encoder", "encoder"), ("decoder", "decoder")])
-def test_one_sign_that_is_slightly_wrong_is_seen(part, measured):
+def test_one_sign_that_is_slightly_wrong_is_seen(part, measured, size):
     model = copy.deepcopy(build())
     getattr(model, part).positions.lift.sign[1, 0] += 1e-3
-    found = exceeded(measure(model))
-    assert {kind for name, kind in found if name == measured} == set(images_by_symmetry())
+    found = exceeded(measure(model, size))
+    assert {kind for name, kind in found if name == measured} == set(images_by_symmetry(size))
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])

@@ -107,26 +107,36 @@ def act_by_matrix(group, g, z):
 
 
 def act_on_cells(group, g, x):
-    return act_on_grid(group, torch.tensor([group.index(g)]), x)
+    return act_on_grid(group, torch.full((len(x),), group.index(g)), x)
 
 
 def all_irreps(group):
     return Representation(group, a1=1, a2=1, b1=1, b2=1, e=1)
 
 
-# By name: the action, and the sides of the grid that it acts on.
+# By name: the action, and the grid that it acts on.
 ACTIONS = {
-    "images": (lambda group, g, x: g.act_on_image(x), 5),
-    "images, one element per example": (act_on_cells, 4),
-    "channels, by matrix": (act_by_matrix, 1),
-    "channels": (lambda group, g, z: all_irreps(group).act(g, z), 1),
-    "latent grid": (lambda group, g, z: all_irreps(group).act(g, z), 3),
+    "images": (lambda group, g, x: g.act_on_image(x), (5, 5)),
+    "images, one element per example": (act_on_cells, (4, 4)),
+    "rectangles, one element per example": (
+        lambda group, g, x: act_on_grid(group, [g] * len(x), x),
+        (2, 3),
+    ),
+    "channels, by matrix": (act_by_matrix, (1, 1)),
+    "channels": (lambda group, g, z: all_irreps(group).act(g, z), (1, 1)),
+    "latent grid": (lambda group, g, z: all_irreps(group).act(g, z), (3, 3)),
+    "rectangular latent grid": (lambda group, g, z: all_irreps(group).act(g, z), (2, 3)),
+    "rectangular latent grid, one element per example": (
+        lambda group, g, z: all_irreps(group).act([g] * len(z), z),
+        (3, 2),
+    ),
 }
 
 
-def broken_products(group, act, side):
+def broken_products(group, act, sides):
     """The products, of two and of three elements and of none, that an action gets wrong."""
-    x = 1.0 + torch.arange(6 * side * side).view(1, 6, side, side)  # no symmetry, exact sums
+    height, width = sides
+    x = 1.0 + torch.arange(6 * height * width).view(1, 6, height, width)  # no symmetry, exact sums
     once = {g: act(group, g, x) for g in group}
     twice = {(a, b): act(group, a, once[b]) for a, b in itertools.product(group, repeat=2)}
     broken = [
@@ -144,8 +154,8 @@ every_group = pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
 @every_group
 @pytest.mark.parametrize("name", ACTIONS)
 def test_products_of_two_and_three_elements_act_as_they_multiply(group, name):
-    act, side = ACTIONS[name]
-    assert broken_products(group, act, side) == []
+    act, sides = ACTIONS[name]
+    assert broken_products(group, act, sides) == []
 
 
 def mirror_last(group, g, x):
@@ -180,7 +190,7 @@ NOT_ACTIONS = {
 
 @pytest.mark.parametrize("name", NOT_ACTIONS)
 def test_the_check_of_products_refuses_what_is_no_action(name):
-    broken = broken_products(D4, NOT_ACTIONS[name], 4)
+    broken = broken_products(D4, NOT_ACTIONS[name], (4, 4))
     if name == "nothing kept":
         assert broken == [()]  # every product holds, but the identity does not
     else:
@@ -231,7 +241,7 @@ ELSEWHERE = {
 
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_the_check_of_latents_refuses_actions_that_are_not_theirs(name):
-    assert broken_products(D4, ELSEWHERE[name], 4) == []
+    assert broken_products(D4, ELSEWHERE[name], (4, 4)) == []
     assert wrong_elements(D4, ELSEWHERE[name])
 
 
@@ -349,7 +359,7 @@ def test_the_sketch_is_refused_with_the_reason():
         check_representation(D4, matrices)
 
 
-def test_non_square_grids_need_a_group_without_quarter_turns():
+def test_quarter_turns_do_not_permute_the_cells_of_a_rectangle():
     with pytest.raises(ValueError, match="4 x 6 is not square"):
         grid_sources(D4, 4, 6)
     x = torch.randn(1, 2, 4, 6)
@@ -357,9 +367,30 @@ def test_non_square_grids_need_a_group_without_quarter_turns():
         assert torch.equal(act_on_grid(FLIPS, torch.tensor([i]), x), g.act_on_image(x))
 
 
+@pytest.mark.parametrize("swapping", [False, True])
+def test_one_element_per_example_of_a_rectangle(swapping):
+    chosen = [g for g in D4 if g.swaps_sides == swapping]
+    z, x = torch.randn(4, REGULAR.dim, 2, 5), torch.randn(4, 3, 4, 6)
+    acted, moved = REGULAR.act(chosen, z), act_on_grid(D4, chosen, x)
+    assert acted.shape[2:] == ((5, 2) if swapping else (2, 5))
+    for i, g in enumerate(chosen):
+        assert torch.equal(acted[i : i + 1], REGULAR.act(g, z[i : i + 1]))
+        assert torch.equal(moved[i], g.act_on_image(x[i]))
+
+
+def test_elements_that_cannot_act_on_a_rectangle_together():
+    z = torch.randn(2, REGULAR.dim, 2, 3)
+    with pytest.raises(ValueError, match=r"identity and rot90 .* 2 x 3: .* 3 x 2; act on two"):
+        REGULAR.act([D4["identity"], D4["rot90"]], z)
+    with pytest.raises(ValueError, match=r"positions in D4.* 2 x 3: .*one element, or a list"):
+        REGULAR.act(torch.tensor([0, 2]), z)
+
+
 def test_bad_requests_name_the_value():
     with pytest.raises(KeyError, match="rot45"):
         D4["rot45"]
+    with pytest.raises(ValueError, match="rot90 is not in flips, which has identity, rot180"):
+        Representation(FLIPS, a1=1).act(D4["rot90"], torch.zeros(1, 1, 2, 3))
     with pytest.raises(ValueError, match="expected \\(batch, 8"):
         REGULAR.act(D4.identity, torch.zeros(2, 7, 4, 4))
     with pytest.raises(ValueError, match=r"\(2,\) group elements for 3 examples"):

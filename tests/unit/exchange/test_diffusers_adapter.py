@@ -197,6 +197,20 @@ def test_forward_encodes_and_decodes(vae, image):
     assert torch.equal(vae(image, sample_posterior=True, return_dict=False)[0], expected)
 
 
+def test_images_of_any_size(vae):
+    """A rectangle turns; what a latent cell does not divide comes back at its own size."""
+    wide = torch.rand(1, 3, 8, 24, generator=seeded()) * 2 - 1
+    z = vae.encode(wide).latent_dist.mode()
+    assert z.shape == (1, 16, 1, 3)
+    turned = vae.encode(D4["rot90"].act_on_image(wide)).latent_dist.mode()
+    torch.testing.assert_close(vae.act(D4["rot90"], z), turned, atol=1e-5, rtol=1e-5)
+    cut = build()
+    with pytest.warns(UserWarning, match=r"10 x 16 pixels are padded to 16 x 16"):
+        assert cut(wide[:, :, :, :16].repeat(1, 1, 2, 1)[:, :, :10]).sample.shape == (1, 3, 10, 16)
+    with pytest.raises(ValueError, match=r"size=\(8, 16\): a latent of 1 x 3 cells"):
+        vae.decode(z, size=(8, 16))
+
+
 def test_slices_change_nothing_but_memory(vae, image):
     z, whole = vae.encode(image).latent_dist.mode(), vae(image, generator=seeded()).sample
     vae.enable_slicing()
