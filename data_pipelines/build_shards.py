@@ -102,6 +102,35 @@ def build_shards(
         raise
 
 
+def build_set(
+    origin: SampleSource, name: str, output: LocationLike, samples_per_shard: int = 1000
+) -> str:
+    """Write one shard set of a source that `SOURCES` does not name, on this machine.
+
+    Args:
+        origin: Source of images that have their final size.
+        name: Name of the source, for the index and the contact sheet.
+        output: Folder of the set.
+        samples_per_shard: Largest number of images in a shard.
+
+    Returns:
+        A summary of the output, and of what was left out.
+
+    Raises:
+        ValueError: The output was built from something else.
+        SourceFaults: There are bad images; lists all of them.
+        StorageError: The output cannot be written.
+    """
+    fingerprint = {
+        "source": name,
+        "resolution": None,
+        "samples_per_shard": samples_per_shard,
+        "held_out": 0,
+        **origin.describe(),
+    }
+    return _build(origin, make_absolute(output), fingerprint, 0, "here")
+
+
 def _build(
     origin: SampleSource,
     output: Location,
