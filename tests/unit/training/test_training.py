@@ -110,8 +110,14 @@ def test_resumed_equals_uninterrupted_bit_for_bit(shards, tmp_path, precision, l
         {},
         {"model.level": "objective", "representation.group": "flips"},
         {"loss.scaling_probability": 0.5, "training.micro_batch_size": 3},
+        {
+            "model.kind": "unet",
+            "model.start": "closed_form",
+            "model.bottleneck": "running",
+            "model.fine_hidden_size": 8,
+        },
     ],
-    ids=["exact", "objective", "parts of scaled batches"],
+    ids=["exact", "objective", "parts of scaled batches", "unet"],
 )
 def test_batches_of_several_shapes_train_and_resume_bit_for_bit(tmp_path, overrides):
     (tmp_path / "images").mkdir()
