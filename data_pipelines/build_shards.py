@@ -23,7 +23,7 @@ from data_pipelines.contact_sheet import describe_set
 from data_pipelines.shards.index import (
     INDEX_NAME,
     ShardIndex,
-    common_shape,
+    join_indexes,
     load_index,
     write_index,
 )
@@ -276,19 +276,13 @@ def _finish_set(
     """
     if storage.exists(folder / INDEX_NAME):
         return load_index(folder)
-    shards = tuple(shard for record in records for shard in record.shards)
-    if not any(shard.keys for shard in shards):
+    if not any(shard.keys for record in records for shard in record.shards):
         raise ValueError(f"{folder}: none of the images can be used")
     left_out = LeftOut(dict(left_out.counts), dict(left_out.examples))
     for record in records:
         left_out.merge(LeftOut.from_json(record.provenance[LEFT_OUT]))
-    shapes = {record.image_shape for record in records if record.shards[0].keys}
-    known = {shape for shape in shapes if shape is not None}
-    index = ShardIndex(
-        shards,
-        common_shape(known) if known == shapes else None,
-        {**provenance, **({LEFT_OUT: left_out.to_json()} if left_out.counts else {})},
-    )
+    counts = {LEFT_OUT: left_out.to_json()} if left_out.counts else {}
+    index = join_indexes(records, {**provenance, **counts})
     describe_set(folder, index)
     write_index(folder, index)
     return index

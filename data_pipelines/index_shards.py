@@ -1,25 +1,32 @@
 """Index existing WebDataset tars in place, which makes them a shard set.
 
 Each tar is read once. Its record is kept until the index is written, so that an interrupted run
-resumes. The index is written only if there is no fault beyond the tolerated ones.
+resumes. The index is written only if there is no fault beyond the tolerated ones. An index that an
+earlier release wrote, here or in `build_shards`, gets the images' sizes that it lacks.
 """
 
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
+
+import numpy as np
 
 from data_pipelines import storage
 from data_pipelines.building import ray_tasks, unfinished
 from data_pipelines.building.checks import TarChecks, check_tar, find_repeated_keys, select_tars
 from data_pipelines.building.fingerprint import digest, make_absolute
+from data_pipelines.building.statistics import map_images
 from data_pipelines.commands import run_command
 from data_pipelines.contact_sheet import describe_set
+from data_pipelines.images.codec import read_shape
 from data_pipelines.shards.index import (
     INDEX_NAME,
+    Shard,
     ShardIndex,
-    common_shape,
+    join_indexes,
     load_index,
     write_index,
 )
@@ -36,6 +43,7 @@ from data_pipelines.shards.intake import (
     shorten,
     write_faults,
 )
+from data_pipelines.shards.latent_format import FORMAT
 from data_pipelines.storage import Location, LocationLike
 
 _THREADS = 4
@@ -71,6 +79,10 @@ def index_shards(
     base = _find_base(uri)
     folder = base if output is None else make_absolute(output)
     try:
+        if output is None and (index := _find_without_sizes(folder)) is not None:
+            storage.check_writable(folder)
+            write_index(folder, _add_sizes(folder, index))
+            return f"{_summarize(index, folder)}: added the images' sizes{_tell_left_out(index)}"
         _, sizes, left_out = list_tars(uri)
         _check_places(base, folder)
         storage.check_writable(folder)
@@ -202,6 +214,29 @@ def _read_tars(
     return [records[name] for name in sizes]
 
 
+def _find_without_sizes(folder: Location) -> ShardIndex | None:
+    """Return the index of images in `folder` if it lacks their sizes, as release 0.1 wrote it."""
+    if folder.is_http or not storage.exists(folder / INDEX_NAME):
+        return None
+    index = load_index(folder)
+    return None if index.has_sizes or FORMAT in index.provenance else index
+
+
+def _add_sizes(folder: Location, index: ShardIndex) -> ShardIndex:
+    """Return the index with the size of every image, which is read from its header.
+
+    Raises:
+        SourceFaults: Images of a shard are damaged; lists all of them.
+    """
+    shards: list[Shard] = []
+    for shard in index.shards:
+        places = [(0, row) for row in range(len(shard.keys))]
+        shapes = map_images(read_shape, folder, replace(index, shards=(shard,)), places)
+        sizes = np.array([shape[1:] for shape in shapes], np.int64).reshape(-1, 2)
+        shards.append(replace(shard, sizes=sizes))
+    return replace(index, shards=tuple(shards))
+
+
 def _join(
     checks: TarChecks,
     records: Sequence[ShardIndex],
@@ -221,16 +256,9 @@ def _join(
         raise SourceFaults(str(checks.base), skipped)
     if not any(record.shards[0].keys for record in records):
         raise SourceFaults(str(checks.base), [*skipped, f"{checks.base}: the tars hold no sample"])
-    shapes = {record.image_shape for record in records if record.shards[0].keys}
-    known = {shape for shape in shapes if shape is not None}
     counts = {LEFT_OUT: left_out.to_json()} if left_out.counts else {}
-    index = ShardIndex(
-        tuple(record.shards[0] for record in records),
-        common_shape(known) if known == shapes else None,
-        {**provenance, **counts},
-        str(checks.base) if checks.output not in (None, checks.base) else None,
-    )
-    return index, skipped
+    base = str(checks.base) if checks.output not in (None, checks.base) else None
+    return join_indexes(records, {**provenance, **counts}, base), skipped
 
 
 def _summarize(index: ShardIndex, output: Location) -> str:
@@ -252,7 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Index existing WebDataset tars for training without rewriting them, and write"
         " statistics and a contact sheet. Every tar is read once and checked; every fault is listed"
         f" in {FAULTS_NAME} beside the index, and no index is written if there is any that is not"
-        " skipped. An interrupted run resumes.",
+        " skipped. An interrupted run resumes. An index of release 0.1 that is already there gets"
+        " the sizes of its images, which data.buckets needs.",
     )
     parser.add_argument(
         "uri",

@@ -6,6 +6,7 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,8 @@ def _compare(
     if bad:
         return
     if latents is None:
-        yield from _find_bad_images(path, uri, found, shape)
+        sizes = shard.sizes if found.keys == shard.keys else None
+        yield from _find_bad_images(path, uri, replace(found, sizes=sizes), shape)
     else:
         yield from _find_bad_latents(path, uri, found, latents)
 
@@ -163,7 +165,9 @@ def _find_other_places(uri: str, found: Shard, shard: Shard) -> Iterator[str]:
 def _find_bad_images(path: Path, uri: str, found: Shard, shape: Shape | None) -> Iterator[str]:
     channels = shape[0] if shape else 3
     with map_file(path) as content:
-        for key, offset, size in zip(found.keys, *found.image_place(), strict=True):
+        for row, (key, offset, size) in enumerate(
+            zip(found.keys, *found.image_place(), strict=True)
+        ):
             try:
                 decoded = decode_image(content[offset : offset + size], channels).shape
             except ValueError as error:
@@ -171,6 +175,9 @@ def _find_bad_images(path: Path, uri: str, found: Shard, shape: Shape | None) ->
                 continue
             if shape and decoded != shape:
                 yield f"{uri}, sample {key!r}: shape {decoded}, the index says {shape}"
+            expected = None if found.sizes is None else tuple(found.sizes[row].tolist())
+            if expected not in (None, decoded[1:]):
+                yield f"{uri}, sample {key!r}: size {decoded[1:]}, the index says {expected}"
 
 
 def _find_bad_latents(path: Path, uri: str, found: Shard, latents: LatentFormat) -> Iterator[str]:

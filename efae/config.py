@@ -6,6 +6,7 @@ Units are in the names (``_seconds``, ``_bytes``); sizes are in pixels unless st
 """
 
 from dataclasses import field
+from math import gcd
 from typing import Any, Literal
 
 from pydantic import ConfigDict
@@ -28,7 +29,7 @@ class DataConfig(ReadOptions):
     """Shard set for validation and evaluation; never trained on."""
     resolution: int | tuple[int, int] = 32
     """Side of square images, or height and width, in pixels. Larger images are scaled until their
-    shorter side fits, then cropped."""
+    shorter side fits, then cropped. With buckets, that of validation and evaluation."""
     channels: Literal[1, 3] = 3
     """Colour channels: 1 (grey) or 3 (RGB)."""
     cache_dir: str | None = None
@@ -307,7 +308,7 @@ class TrainingConfig:
     compile: Literal["auto", "none", "blocks", "step"] = "auto"
     """Compile each transformer block, or the forward and backward pass of the whole step (for
     small models: with CUDA graphs if there is one worker and micro_batch_size is 0); auto = blocks
-    on GPUs, none on CPUs."""
+    on GPUs, none on CPUs or where shapes vary."""
     seed: int = 0
     """Seed of all random draws, each a function of (seed, step, rank)."""
     log_interval: int = 25
@@ -462,6 +463,7 @@ class Config:
             f"data.resolution={self.data.resolution}: not divisible into latent cells; use a"
             f" multiple of model.downsampling={self.model.downsampling}",
         )
+        self._check_buckets()
         require(
             self.training.global_batch_size >= self.ray.most_workers,
             f"training.global_batch_size={self.training.global_batch_size}: fewer than the"
@@ -493,11 +495,40 @@ class Config:
             " anew; use none",
         )
 
+    def _check_buckets(self) -> None:
+        f, group = self.model.downsampling, self.representation.group
+        for height, width in self.data.buckets:
+            where = f"data.buckets={self.data.buckets}: {height} x {width}"
+            require(
+                height % f == 0 and width % f == 0,
+                f"{where} is not divisible into latent cells; use multiples of"
+                f" model.downsampling={f}",
+            )
+            require(
+                height == width
+                or group not in ("D4", "C4")
+                or self.model.level not in ("objective", "regularized"),
+                f"{where} is not square, but a batch at model.level={self.model.level} mixes"
+                f" quarter turns of representation.group={group} with other elements; use level"
+                " exact, square buckets, or group flips or mirror",
+            )
+            require(
+                self.loss.scaling_probability == 0 or gcd(height // f, width // f) > 1,
+                f"{where} is a latent of {height // f} x {width // f} cells, which cannot be scaled"
+                f" (loss.scaling_probability={self.loss.scaling_probability}): choose sides in"
+                " cells with a common factor, or set 0",
+            )
+        require(
+            len(self.data.buckets) < 2 or self.training.compile in ("auto", "none"),
+            f"training.compile={self.training.compile}: every shape of data.buckets would be"
+            " compiled anew, and the compiler gives up after a few; use none",
+        )
+
     def choose_compilation(self, device_type: str) -> Literal["none", "blocks", "step"]:
         """Return training.compile with "auto" resolved: blocks on "cuda" where shapes are fixed."""
         chosen = self.training.compile
         if chosen == "auto":
-            fixed_shapes = self.loss.scaling_probability == 0
+            fixed_shapes = self.loss.scaling_probability == 0 and len(self.data.buckets) < 2
             return "blocks" if device_type == "cuda" and fixed_shapes else "none"
         return chosen
 

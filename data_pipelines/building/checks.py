@@ -27,7 +27,7 @@ from data_pipelines.shards.index import (
     Shape,
     Shard,
     ShardIndex,
-    common_shape,
+    index_images,
     make_shard,
 )
 from data_pipelines.shards.intake import (
@@ -78,6 +78,7 @@ class TarChecks:
             (made["verify"] or not self.verify)
             and (self.dotted_keys or not made["dotted_keys"])
             and (self.skips_bad_images or not record.shards[0].left_out)
+            and record.has_sizes
         )
 
 
@@ -169,7 +170,7 @@ def _read_tar(
         provenance[FAULTS] = texts
     if content.left_out.counts:
         provenance[LEFT_OUT] = content.left_out.to_json()
-    return ShardIndex((shard,), common_shape(shapes), provenance), []
+    return index_images(shard, [shapes[key] for key in shard.keys], provenance), []
 
 
 def read_samples(path: Path, name: str, where: str, dotted_keys: bool) -> TarContent:
@@ -256,9 +257,9 @@ def find_repeated_keys(shards: Iterable[Shard]) -> Iterator[str]:
 
 def _check_images(
     path: Path, uri: str, shard: Shard, content: TarContent, verify: bool
-) -> set[Shape]:
-    """Return the images' shapes; add damaged images and further frames to `content`."""
-    shapes: set[Shape] = set()
+) -> dict[str, Shape]:
+    """Return the images' shapes by key; add damaged images and further frames to `content`."""
+    shapes: dict[str, Shape] = {}
     if not shard.keys:
         return shapes
     with map_file(path) as tar:
@@ -272,7 +273,7 @@ def _check_images(
                 fault = Fault("damaged image", key, f"{uri}: sample {key!r}: {error}")
                 content.faults.append(fault)
                 continue
-            shapes.add(shape)
+            shapes[key] = shape
             if (frames := count_frames(data)) > 1:
                 example = f"{shard.name}: {key}"
                 content.left_out.add("further frame or page of a file", example, frames - 1)

@@ -18,7 +18,7 @@ from data_pipelines.building import unfinished
 from data_pipelines.building.sample_encoding import EncodedImage, Entry
 from data_pipelines.building.sources import SampleSource
 from data_pipelines.images.codec import image_extensions
-from data_pipelines.shards.index import Shape, Shard, ShardIndex, common_shape, index_tar
+from data_pipelines.shards.index import Shape, Shard, ShardIndex, index_images, index_tar
 from data_pipelines.shards.intake import FAULTS, LEFT_OUT, LeftOut
 from data_pipelines.storage import Location
 from data_pipelines.storage.files import FULL_DISK
@@ -42,7 +42,7 @@ class ShardJob:
 
     def is_done(self, record: ShardIndex) -> bool:
         """Return whether `record` is of these entries, from files of equal names and sizes."""
-        return record.provenance.get(_JOB) == self.digest()
+        return record.has_sizes and record.provenance.get(_JOB) == self.digest()
 
     def digest(self) -> str:
         """Hash the fingerprint and, as files of equal size may differ, each key and place."""
@@ -102,7 +102,7 @@ def write_shard(source: SampleSource, job: ShardJob) -> ShardIndex:
         if faults and not job.skips_bad_images:
             return ShardIndex((), None, provenance)
         storage.upload(path, job.folder / job.name)
-    record = ShardIndex((shard,), common_shape(shapes), provenance)
+    record = index_images(shard, shapes, provenance)
     unfinished.keep_record(job.folder, job.name, record)
     return record
 
@@ -122,16 +122,16 @@ def _find_clash(entry: Entry, image: EncodedImage) -> str | None:
 
 def _write_tar(
     path: Path, samples: Iterable[tuple[Entry, EncodedImage]]
-) -> tuple[Shard, set[Shape]]:
+) -> tuple[Shard, list[Shape]]:
     from webdataset.writer import TarWriter
 
-    shapes: set[Shape] = set()
+    shapes: list[Shape] = []
     crc32: list[int] = []
     with path.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
         for entry, image in samples:
             members = {**image.others, image.extension: image.data}
             writer.write({"__key__": entry.key, **members})
-            shapes.add(image.shape)
+            shapes.append(image.shape)
             crc32.append(zlib.crc32(image.data))
     shard = index_tar(path, path.name)
     assert np.array_equal(shard.images().crc32, np.array(crc32, np.int64))

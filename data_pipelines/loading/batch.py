@@ -85,8 +85,8 @@ class SampleForm(Protocol):
     """How samples of one kind are decoded; thread-safe."""
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Shape of a row of `dtype`."""
+    def shapes(self) -> Sequence[tuple[int, int, int]]:
+        """Shape of a row of `dtype`, in each bucket."""
         ...
 
     @property
@@ -113,9 +113,9 @@ class SampleForm(Protocol):
 
 @dataclass(frozen=True)
 class ImageForm:
-    """Images, uint8 (H, W, C), cropped to one size."""
+    """Images, uint8 (H, W, C), cropped to the size of their bucket."""
 
-    shape: tuple[int, int, int]
+    shapes: Sequence[tuple[int, int, int]]
     crop: Crop
     seed: int
     dtype = np.dtype(np.uint8)
@@ -149,7 +149,7 @@ class LatentForm:
 
     def __init__(self, form: LatentFormat, augment: bool, seed: int):
         dim, height, width = form.shape
-        self.shape, self.dtype = (dim, height, width), form.bits
+        self.shapes, self.dtype = [(dim, height, width)], form.bits
         self._form, self._act, self._augment, self._seed = form, BitAction(form), augment, seed
 
     def draw(self, epoch: int, sample: int) -> Element:

@@ -2,6 +2,7 @@
 
 import operator
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -12,6 +13,12 @@ from PIL import Image
 from data_pipelines.images.codec import decode_image
 from data_pipelines.images.tiles import draw_rows, draw_tile
 from data_pipelines.loading.batch import ImageForm, LatentForm, Sample, SampleForm
+from data_pipelines.loading.buckets import (
+    Buckets,
+    Size,
+    explain_missing_sizes,
+    sort_into_buckets,
+)
 from data_pipelines.loading.cache_folder import choose_cache_dir
 from data_pipelines.loading.loader import ShardLoader
 from data_pipelines.loading.options import LoaderOptions, ReadOptions, choose_options
@@ -137,8 +144,8 @@ class ShardDataset(ABC):
 
         Raises:
             ValueError: Sizes do not fit together, images differ in size, the set is empty, an
-                option belongs to the other kind of set, or `augment` is given and the encoder
-                does not commute with the group.
+                option belongs to the other kind of set, `augment` is given and the encoder does
+                not commute with the group, or `buckets` and the index has no sizes of images.
             TypeError: There is no option of this name.
         """
         chosen = choose_options(options or LoaderOptions(), **changes)
@@ -149,7 +156,7 @@ class ShardDataset(ABC):
         pixels = None
         if room := chosen.pixel_cache_bytes:
             folder = choose_cache_dir(chosen.cache_dir)
-            pixels = PixelCache(folder, self.id, len(self), form.shape, room)
+            pixels = PixelCache(folder, self.id, len(self), form.shapes[0], room)
         reader = SampleReader(
             self.index,
             self._open_cache(chosen),
@@ -157,8 +164,14 @@ class ShardDataset(ABC):
             form,
             chosen,
             pixels,
+            self._sort_into(chosen.buckets) if chosen.buckets else None,
         )
         return ShardLoader(reader, chosen, global_batch_size, rank, world_size, seed)
+
+    def _sort_into(self, buckets: Sequence[Size]) -> Buckets:
+        if not self.index.has_sizes:
+            raise ValueError(explain_missing_sizes(self.uri, buckets))
+        return sort_into_buckets(self.index.image_sizes(), self.chunks.count, buckets)
 
     def _open_cache(self, options: ReadOptions) -> ShardCache:
         cache = ShardCache(
@@ -224,12 +237,14 @@ class ImageSet(ShardDataset):
                 " used (Element.act_on_image), or encode the set with jobs/encode.py"
             )
         size = options.image_size or (self.image_shape and self.image_shape[1:])
-        if size is None:
+        sizes = options.buckets or (size and (size,))
+        if sizes is None:
             raise ValueError(
-                f"the images of {self.uri} differ in size and make no batch: pass resolution=N, or"
-                " build the shards with --resolution N"
+                f"the images of {self.uri} differ in size and make no batch: pass resolution=N or"
+                " buckets, or build the shards with --resolution N"
             )
-        return ImageForm((*size, options.channels or self._channels), options.crop, seed)
+        channels = options.channels or self._channels
+        return ImageForm([(*sides, channels) for sides in sizes], options.crop, seed)
 
     @property
     def _channels(self) -> int:
@@ -275,7 +290,7 @@ class LatentSet(ShardDataset):
         return Sample(key, torch.from_numpy(bits).view(torch_dtype(self.format)), True)
 
     def _choose_form(self, options: LoaderOptions, seed: int) -> LatentForm:
-        for name in ("resolution", "crop", "channels", "pixel_cache_bytes"):
+        for name in ("resolution", "buckets", "crop", "channels", "pixel_cache_bytes"):
             value = getattr(options, name)
             if value != getattr(LoaderOptions, name):
                 raise ValueError(

@@ -51,6 +51,8 @@ class PlannedBatch:
     """Epoch of each sample, int64 (b,): a batch at a border holds samples of two."""
     position: Position
     """Position after this batch."""
+    bucket: int = 0
+    """Bucket of all samples of the global batch."""
 
 
 def count_lanes(global_batch_size: int) -> int:

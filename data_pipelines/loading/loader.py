@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ class ShardLoader:
         """Total time that the consumer has waited for batches."""
         self._reader, self._options, self._seed = reader, options, seed
         self._dataset_id = reader.index.id
-        self._decode_threads = options.decode_threads or _choose_threads(reader.form.shape)
+        self._decode_threads = options.decode_threads or _choose_threads(reader.form.shapes)
         size = sum(shard.bytes for shard in reader.index.shards)
         self._prefetch_bytes = (
             0 if reader.cache.local else min(_PREFETCH_BYTES, options.cache_bytes // 4, size)
@@ -76,8 +77,9 @@ class ShardLoader:
         return self._iterate(self._iteration)
 
     def _iterate(self, iteration: int) -> Iterator[Batch]:
-        planned = plan_batches(
-            self._reader.chunks.count,
+        buckets = self._reader.buckets
+        plan = buckets.plan if buckets else partial(plan_batches, self._reader.chunks.count)
+        planned = plan(
             self._seed,
             self._position,
             self.global_batch_size,
@@ -125,15 +127,24 @@ class ShardLoader:
             if state.get(name) != mine:
                 raise ValueError(
                     f"the saved position has {name}={state.get(name)!r}, this loader {mine!r}:"
-                    " resume with the same data, seed, batch size and version of this package, or"
-                    " start a new run"
+                    " resume with the same data, seed, batch size, buckets and version of this"
+                    " package, or start a new run"
                 )
         position = Position(int(state["epoch"]), int(state["consumed"]))
-        samples = int(self._reader.chunks.count.sum())
-        if position.epoch < 0 or not 0 <= position.consumed < samples:
+        if not self._is_in_order(position):
             raise ValueError(f"the saved position {position} is outside the data: it is damaged")
         self._iteration += 1
         self._position = position
+
+    def _is_in_order(self, position: Position) -> bool:
+        epoch, consumed = position.epoch, position.consumed
+        buckets, options = self._reader.buckets, self._options
+        if epoch < 0 or consumed < 0 or buckets is None:
+            samples = int(self._reader.chunks.count.sum())
+            return epoch >= 0 and 0 <= consumed < samples
+        size = self.global_batch_size
+        _, ends = buckets.list_batches(self._seed, epoch, size, options.shuffle, options.tail)
+        return consumed == 0 or consumed in ends[:-1]
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -142,6 +153,7 @@ class ShardLoader:
             "global_batch_size": self.global_batch_size,
             "shuffle": self._options.shuffle,
             "tail": self._options.tail,
+            "buckets": [list(sides) for sides in self._options.buckets] or None,
             "order_version": VERSION,
         }
 
@@ -218,6 +230,6 @@ class _FetchedAhead:
         return np.unique(self._reader.chunks.of(batch.sample)).tolist()
 
 
-def _choose_threads(shape: tuple[int, ...]) -> int:
+def _choose_threads(shapes: Iterable[tuple[int, ...]]) -> int:
     alone = len(os.sched_getaffinity(0)) == 1
-    return 1 if alone or math.prod(shape) <= _SMALL_SAMPLE else 2
+    return 1 if alone or max(map(math.prod, shapes)) <= _SMALL_SAMPLE else 2

@@ -19,6 +19,9 @@ class ReadOptions:
     resolution: int | tuple[int, int] | None = None
     """Side of square images, or their height and width; pixels. Larger ones are scaled until their
     shorter side fits, and cropped. None: the set's own size, which must be the same for all."""
+    buckets: tuple[tuple[int, int], ...] = ()
+    """Heights and widths that training images are sorted into, by their ratio of height to width,
+    instead of resolution; pixels. Every batch has one of these shapes."""
     crop: Crop = "center"
     """Part of a larger training image: its centre, or a random one, drawn anew in every epoch."""
     channels: Literal[1, 3] | None = None
@@ -41,6 +44,10 @@ class ReadOptions:
     def __post_init__(self):
         size = self.image_size
         _require(size is None or min(size) > 0, f"resolution={self.resolution}: must be positive")
+        for number, sides in enumerate(self.buckets):
+            where = f"buckets={self.buckets}: {sides[0]} x {sides[1]}"
+            _require(min(sides) > 0, f"{where}: must be positive")
+            _require(sides not in self.buckets[:number], f"{where} is there twice")
         _require(self.crop in ("center", "random"), f"crop={self.crop!r}: use center or random")
         _require(
             self.channels in (None, 1, 3),
@@ -55,6 +62,11 @@ class ReadOptions:
             self.crop == "center" or not self.pixel_cache_bytes,
             f"pixel_cache_bytes={self.pixel_cache_bytes}: random crops differ in every epoch; set"
             " it to 0, or crop to center",
+        )
+        _require(
+            not self.buckets or not self.pixel_cache_bytes,
+            f"pixel_cache_bytes={self.pixel_cache_bytes}: it holds images of one shape; set it to"
+            " 0, or use no buckets",
         )
         _require(
             self.bad_samples in ("fail", "replace"),

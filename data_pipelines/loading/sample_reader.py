@@ -7,6 +7,7 @@ good one of its chunk.
 """
 
 import logging
+import math
 import sys
 import threading
 from collections import deque
@@ -18,6 +19,7 @@ import torch
 from imagecodecs import deflate_crc32 as compute_crc32  # zlib's value in half its time or less
 
 from data_pipelines.loading.batch import Batch, Sample, SampleForm
+from data_pipelines.loading.buckets import Buckets
 from data_pipelines.loading.epoch_plan import PlannedBatch
 from data_pipelines.loading.options import LoaderOptions
 from data_pipelines.loading.pixel_cache import PixelCache
@@ -121,6 +123,7 @@ class SampleReader(MemberReader):
         form: What an image or a latent is decoded to.
         options: What to do with bad samples, and in which memory batches lie.
         pixels: Cache of decoded images.
+        buckets: Buckets of the samples; None if all have one shape.
     """
 
     def __init__(
@@ -131,9 +134,10 @@ class SampleReader(MemberReader):
         form: SampleForm,
         options: LoaderOptions,
         pixels: PixelCache | None,
+        buckets: Buckets | None = None,
     ):
         super().__init__(index, cache, columns)
-        self.form = form
+        self.form, self.buckets = form, buckets
         self.bad_samples: dict[str, str] = {}
         """Key and fault of every bad sample that was replaced."""
         self._options, self._pixels = options, pixels
@@ -161,7 +165,7 @@ class SampleReader(MemberReader):
         Raises:
             ShardError: A shard cannot be read, or there is a bad sample or too many of them.
         """
-        rows = self._allocate(len(planned.sample))
+        rows = self._allocate((len(planned.sample), *self.form.shapes[planned.bucket]))
         wanted = planned.sample.tolist()
         epochs = planned.epoch.tolist()
         drawn = [self.form.draw(*at) for at in zip(epochs, wanted, strict=True)]
@@ -193,23 +197,23 @@ class SampleReader(MemberReader):
         }
         return self.form.make_batch(rows, keys, members, drawn)
 
-    def _allocate(self, size: int) -> torch.Tensor:
+    def _allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return memory for a batch: that of an earlier batch no longer referenced, or new.
 
         The kernel clears new memory page by page, which takes a tenth of the decoding time.
         """
-        shape = (size, *self.form.shape)
         if self._options.pin_memory:  # torch keeps page-locked memory for reuse itself
             dtype = torch.from_numpy(np.empty(0, self.form.dtype)).dtype
             return torch.empty(shape, dtype=dtype, pin_memory=True)
+        values = math.prod(shape)
         with self._lock:
             for array in self._arrays:
                 # A tensor and all its views hold a reference to their array.
-                if sys.getrefcount(array) == _UNUSED and len(array) == size:
-                    return torch.from_numpy(array)
-            array = np.empty(shape, self.form.dtype)
+                if sys.getrefcount(array) == _UNUSED and len(array) >= values:
+                    return torch.from_numpy(array[:values].reshape(shape))
+            array = np.empty(values, self.form.dtype)
             self._arrays.append(array)
-            return torch.from_numpy(array)
+            return torch.from_numpy(array.reshape(shape))
 
     def _load(self, row: np.ndarray, sample: int, places: Sequence[_Place]) -> _Content:
         """Read the sample's members; if its pixels are cached, fill `row` instead of its first.
@@ -228,11 +232,17 @@ class SampleReader(MemberReader):
     def _replace_bad(
         self, row: np.ndarray, sample: int, draw: Any, fault: ValueError
     ) -> tuple[str, _Content]:
-        """Decode the chunk's next good sample into `row`; return its key and members."""
+        """Decode the chunk's next good sample into `row`; return its key and members.
+
+        It is of the same bucket, if the chunk has such a sample.
+        """
         self._note_bad(sample, fault)
         chunk = int(self.chunks.of(np.array([sample]))[0])
         first, count = int(self.chunks.first[chunk]), int(self.chunks.count[chunk])
         others = (np.arange(1, count) + (sample - first)) % count + first
+        if self.buckets is not None:
+            bucket = self.buckets.of
+            others = others[np.argsort(bucket[others] != bucket[sample], kind="stable")]
         for other, places in zip(others.tolist(), self._find_members(others), strict=True):
             try:
                 data, *more = self._load(row, other, places)

@@ -2,12 +2,13 @@
 
 The shards are plain WebDataset tars that any reader can read. The index adds sizes, checksums and
 the offset of every member, so that a sample is sliced from its shard without parsing the tar. It
-stores columns instead of one object per sample, which takes about 50 bytes per sample.
+stores columns instead of one object per sample, which takes about 50 bytes per sample, and the size
+of every image if they differ.
 """
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -49,6 +50,8 @@ class Shard:
     members: dict[str, Members]
     left_out: list[str] = field(default_factory=list[str])
     """Keys of samples in the tar that are not part of the set, such as damaged images."""
+    sizes: np.ndarray | None = None
+    """Height and width of each image, int64 (n, 2); None if they are not recorded."""
 
     def leave_out(self, keys: Collection[str]) -> "Shard":
         """Return the same tar without the samples of these keys."""
@@ -59,7 +62,8 @@ class Shard:
             if (columns.offset[kept] >= 0).any()
         }
         remaining = [key for key in self.keys if key not in keys]
-        return replace(self, keys=remaining, members=members, left_out=list(keys))
+        sizes = None if self.sizes is None else self.sizes[kept]
+        return replace(self, keys=remaining, members=members, left_out=list(keys), sizes=sizes)
 
     def images(self) -> Members:
         """Return each sample's image: the member that `image_extensions` prefers.
@@ -119,6 +123,22 @@ class ShardIndex:
         ]
         return hashlib.sha256(json.dumps([VERSION, content]).encode()).hexdigest()[:16]
 
+    @property
+    def has_sizes(self) -> bool:
+        """Whether it has every image's size; indexes of release 0.1 lack those that differ."""
+        return self.image_shape is not None or all(
+            shard.sizes is not None or not shard.keys for shard in self.shards
+        )
+
+    def image_sizes(self) -> np.ndarray:
+        """Return height and width of every image, int64 (n, 2); only if it `has_sizes`."""
+        assert self.has_sizes
+        if self.image_shape is not None:
+            count = sum(len(shard.keys) for shard in self.shards)
+            return np.tile(np.array(self.image_shape[1:], np.int64), (count, 1))
+        sizes = [shard.sizes for shard in self.shards if shard.sizes is not None]
+        return np.concatenate([np.zeros((0, 2), np.int64), *sizes])
+
 
 class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -130,6 +150,11 @@ class _MembersFile(_StrictModel):
     crc32: list[int]
 
 
+class _SizesFile(_StrictModel):
+    height: list[int]
+    width: list[int]
+
+
 class _ShardFile(_StrictModel):
     name: str
     bytes: Annotated[int, Field(ge=0, lt=2**63)]
@@ -137,6 +162,7 @@ class _ShardFile(_StrictModel):
     keys: list[str]
     members: dict[str, _MembersFile]
     left_out: list[str] = Field(default_factory=list[str])
+    image_sizes: _SizesFile | None = None
 
 
 class _IndexFile(_StrictModel):
@@ -213,6 +239,7 @@ def dump_index(index: ShardIndex) -> bytes:
                 for extension, members in sorted(shard.members.items())
             },
             **({"left_out": shard.left_out} if shard.left_out else {}),
+            **({} if index.image_shape else _dump_sizes(shard)),
         }
         for shard in index.shards
     ]
@@ -255,11 +282,52 @@ def write_index(uri: LocationLike, index: ShardIndex) -> None:
     storage.write_bytes(Location.parse(uri) / INDEX_NAME, dump_index(index))
 
 
-def common_shape(shapes: set[Shape]) -> Shape | None:
+def index_images(shard: Shard, shapes: Sequence[Shape], provenance: dict[str, Any]) -> ShardIndex:
+    """Return the index of one shard whose images have these shapes (C, H, W), in its order."""
+    sizes = np.array([shape[1:] for shape in shapes], np.int64).reshape(-1, 2)
+    return ShardIndex((replace(shard, sizes=sizes),), _common_shape(set(shapes)), provenance)
+
+
+def join_indexes(
+    indexes: Sequence[ShardIndex], provenance: dict[str, Any], base: str | None = None
+) -> ShardIndex:
+    """Join indexes of one shard each."""
+    shapes = {index.image_shape for index in indexes if index.shards[0].keys}
+    known = {shape for shape in shapes if shape is not None}
+    return ShardIndex(
+        tuple(replace(index.shards[0], sizes=index.image_sizes()) for index in indexes),
+        _common_shape(known) if known == shapes else None,
+        provenance,
+        base,
+    )
+
+
+def _common_shape(shapes: set[Shape]) -> Shape | None:
     """Return (C, H, W) of images of these shapes, C the largest of any; None if H or W differ."""
     if len({shape[1:] for shape in shapes}) != 1:
         return None
     return max(shapes)
+
+
+def _dump_sizes(shard: Shard) -> dict[str, Any]:
+    if shard.sizes is None:
+        return {}
+    height, width = shard.sizes.T.tolist()
+    return {"image_sizes": {"height": height, "width": width}}
+
+
+def _read_sizes(file: _ShardFile, where: LocationLike) -> np.ndarray | None:
+    if file.image_sizes is None:
+        return None
+    height, width = file.image_sizes.height, file.image_sizes.width
+    if not len(height) == len(width) == len(file.keys):
+        raise ValueError(f"{where}: {file.name}, image_sizes: columns of unequal length")
+    if min([1, *height, *width]) < 1 or max([1, *height, *width]) > MAX_PIXELS:
+        raise ValueError(f"{where}: {file.name}, image_sizes: not from 1 to {MAX_PIXELS}")
+    sizes = np.array([height, width], np.int64).T
+    if (sizes.prod(axis=1) > MAX_PIXELS).any():
+        raise ValueError(f"{where}: {file.name}, image_sizes: more than {MAX_PIXELS} pixels")
+    return sizes
 
 
 def _read_shard(file: _ShardFile, where: LocationLike) -> Shard:
@@ -279,7 +347,8 @@ def _read_shard(file: _ShardFile, where: LocationLike) -> Shard:
         members[extension] = Members(*arrays)
     if file.name.startswith("/") or ".." in file.name.split("/"):
         raise ValueError(f"{where}: shard name {file.name!r} leaves the folder")
-    return Shard(file.name, file.bytes, file.sha256, file.keys, members, file.left_out)
+    sizes = _read_sizes(file, where)
+    return Shard(file.name, file.bytes, file.sha256, file.keys, members, file.left_out, sizes)
 
 
 def _check_base(base: str, where: LocationLike) -> None:

@@ -11,6 +11,8 @@ from efae.config import DataConfig
 def read_held_out(data: DataConfig, count: int) -> UInt8[Tensor, "n c h w"]:
     """Read the first `count` held-out images in shard order, or all if there are fewer.
 
+    All have the size `data.resolution`, whatever the buckets of training.
+
     Returns:
         Images, uint8 in [0, 255].
 
@@ -24,6 +26,7 @@ def read_held_out(data: DataConfig, count: int) -> UInt8[Tensor, "n c h w"]:
         global_batch_size=min(count, 256, len(dataset)),
         options=data,
         shuffle=False,
+        buckets=(),
         crop="center",
         pixel_cache_bytes=0,
         bad_samples="fail",

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 
 from data_pipelines import ShardDataset, storage
+from data_pipelines.loading.buckets import explain_missing_sizes
 from data_pipelines.storage import Location, LocationLike
 from efae.checkpoints.checkpoint import checkpoint_name
 from efae.checkpoints.run_folder import locate_run
@@ -28,6 +29,7 @@ class SetFacts:
         id: Hash of its content.
         images: Number of images.
         shape: Shape (C, H, W) of every image; None if heights or widths differ.
+        sized: Whether the index has the size of every image.
         bytes: Size of all shards, in bytes.
         credit: Credit that its licence requires; "" if none.
     """
@@ -36,6 +38,7 @@ class SetFacts:
     id: str
     images: int
     shape: tuple[int, int, int] | None
+    sized: bool
     bytes: int
     credit: str
 
@@ -77,6 +80,7 @@ def list_facts(dataset: ShardDataset) -> SetFacts:
         id=dataset.id,
         images=len(dataset),
         shape=dataset.image_shape,
+        sized=index.has_sizes,
         bytes=sum(shard.bytes for shard in index.shards),
         credit=f"{credit} ({licence or 'licence unknown'})" if credit else "",
     )
@@ -95,7 +99,7 @@ def list_checks(config: Config, data: RunData, server: Server) -> Iterator[tuple
     """
     yield "configuration", lambda: check_configuration(config)
     yield "MLflow", lambda: check_mlflow(server)
-    yield "images", lambda: check_images(config, data.train)
+    yield "images", lambda: check_training_images(config, data.train)
     yield "held-out images", lambda: check_images(config, data.held_out)
     yield "storage", lambda: check_storage(config.ray.storage_uri)
 
@@ -142,6 +146,15 @@ def check_configuration(config: Config) -> None:
     Autoencoder(config)  # raises if the sizes do not fit together
     if config.loss.perceptual:
         load_perceptual(config.loss.perceptual, torch.device("cpu"))
+
+
+def check_training_images(config: Config, facts: SetFacts) -> str:
+    """Check that the images can be sorted into buckets, or else as in `check_images`."""
+    if not config.data.buckets:
+        return check_images(config, facts)
+    if not facts.sized:
+        raise ValueError(f"data.{explain_missing_sizes(facts.uri, config.data.buckets)}")
+    return f"{facts.images} at {Location.parse(facts.uri).display}"
 
 
 def check_images(config: Config, facts: SetFacts) -> str:

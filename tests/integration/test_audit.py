@@ -3,7 +3,8 @@
 Each rank is a process that reads from S3 through the node's shared cache, writes down the keys of
 every batch, and waits for the others, as a training step does; rank 0 saves the position now and
 then. One rank is killed at a random moment, the rest end with it, and a group of another size goes
-on from the last saved position.
+on from the last saved position. The images differ in shape: they are cut to one, or sorted into
+buckets.
 """
 
 import json
@@ -26,14 +27,27 @@ URI = "s3://efae-data/audit"
 SAMPLES, GLOBAL_BATCH, SAVE_EVERY = 310, 24, 4
 STEPS = 3 * SAMPLES // GLOBAL_BATCH + 1  # three epochs and a little
 WORLDS = (1, 3, 2, 4)
+SHAPES = ((8, 8), (8, 16), (16, 8))
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["data_pipelines.loading.dataset", "s3fs"])
 
 
-def consume(rank, world, folder, attempt, barrier):
+def choose_shape(number):
+    """The shape of an image: over half are square, a seventh is upright."""
+    return SHAPES[(0, 0, 0, 0, 1, 1, 2)[number % 7]]
+
+
+def consume(rank, world, folder, attempt, barrier, buckets):
     """One rank: read, write down, wait for the others, save."""
     loader = ShardDataset.open(URI).loader(
-        GLOBAL_BATCH, rank, world, seed=3, tail="carry", cache_dir=folder / "cache"
+        GLOBAL_BATCH,
+        rank,
+        world,
+        seed=3,
+        tail="carry",
+        cache_dir=folder / "cache",
+        resolution=8,
+        buckets=buckets,
     )
     saved = folder / "position.json"
     step = 0
@@ -43,6 +57,8 @@ def consume(rank, world, folder, attempt, barrier):
         loader.load_state_dict(state["position"])
     with (folder / f"{attempt}-{rank}.jsonl").open("w", buffering=1) as log:
         for batch in loader:
+            shape = batch.image.shape[2:]
+            assert {shape} == {choose_shape(int(key)) if buckets else (8, 8) for key in batch.key}
             log.write(json.dumps([step, batch.key]) + "\n")
             barrier.wait()
             time.sleep(0.02)  # the step itself: a kill lands in it, or while chunks are fetched
@@ -61,18 +77,19 @@ def audited_set(local_stack, tmp_path):
     """310 images in 23 shards on S3, the last one smaller."""
     (tmp_path / "images").mkdir()
     for number in range(SAMPLES):
-        pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)
+        shape = (*choose_shape(number), 3)
+        pixels = np.random.default_rng(number).integers(0, 256, shape, np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"images/{number:03d}.png")
     build_shards(f"folder:{tmp_path}/images", URI, samples_per_shard=14, on="here")
     yield
     storage.delete(URI)
 
 
-def run_group(world, folder, attempt, kill_after_steps, random_number):
+def run_group(world, folder, attempt, kill_after_steps, random_number, buckets):
     """Start `world` ranks; kill one of them once that many steps are written, or let them end."""
     barrier = PROCESSES.Barrier(world)
     ranks = [
-        PROCESSES.Process(target=consume, args=(rank, world, folder, attempt, barrier))
+        PROCESSES.Process(target=consume, args=(rank, world, folder, attempt, barrier, buckets))
         for rank in range(world)
     ]
     for rank in ranks:
@@ -94,12 +111,16 @@ def run_group(world, folder, attempt, kill_after_steps, random_number):
         rank.join()
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_every_sample_is_consumed_once_in_every_epoch(audited_set, tmp_path, seed):
+@pytest.mark.parametrize(
+    ("seed", "buckets"),
+    [(0, ()), (1, ()), (2, SHAPES)],
+    ids=["one shape", "one shape, other kills", "buckets"],
+)
+def test_every_sample_is_consumed_once_in_every_epoch(audited_set, tmp_path, seed, buckets):
     random_number = random.Random(seed)
     attempts = [(world, random_number.randint(3, 8)) for world in WORLDS] + [(2, None)]
     for attempt, (world, kill_after_steps) in enumerate(attempts):
-        run_group(world, tmp_path, attempt, kill_after_steps, random_number)
+        run_group(world, tmp_path, attempt, kill_after_steps, random_number, buckets)
     assert json.loads((tmp_path / "position.json").read_text())["step"] == STEPS
 
     # Of each step, what every attempt at it consumed, over all ranks in their order.
@@ -110,7 +131,9 @@ def test_every_sample_is_consumed_once_in_every_epoch(audited_set, tmp_path, see
             for step, keys in map(json.loads, filter(None, lines[:-1])):
                 consumed[step].setdefault(attempt, {})[rank] = keys
     repeated = 0
-    counts = Counter({f"{number:03d}": 0 for number in range(SAMPLES)})
+    counts = {shape: Counter() for shape in buckets or ["one"]}
+    for number in range(SAMPLES):
+        counts[choose_shape(number) if buckets else "one"][f"{number:03d}"] = 0
     for step in range(STEPS):
         whole = [
             [key for rank in sorted(ranks) for key in ranks[rank]]
@@ -120,12 +143,15 @@ def test_every_sample_is_consumed_once_in_every_epoch(audited_set, tmp_path, see
         assert all(keys == whole[0] for keys in whole)  # a step done again takes the same samples
         assert len(whole[0]) == GLOBAL_BATCH
         repeated += len(whole) - 1
-        counts.update(whole[0])
+        (mine,) = [count for count in counts.values() if whole[0][0] in count]  # one bucket's
+        assert mine.keys() >= set(whole[0])
+        mine.update(whole[0])
         # Nothing is seen again before all has been seen, in this epoch as in those before.
-        epochs, rest = divmod(counts.total(), SAMPLES)
-        assert set(counts.values()) == ({epochs, epochs + 1} if rest else {epochs})
-        assert sum(count == epochs + 1 for count in counts.values()) == rest
-    assert len(counts) == SAMPLES
+        epochs, rest = divmod(mine.total(), len(mine))
+        assert set(mine.values()) == ({epochs, epochs + 1} if rest else {epochs})
+        assert sum(count == epochs + 1 for count in mine.values()) == rest
+    assert sum(count.total() for count in counts.values()) == STEPS * GLOBAL_BATCH
+    assert min(min(count.values()) for count in counts.values()) >= 2  # in three epochs
     assert repeated > 0  # the kills did cost steps that were done again
     # A kill in the middle of a download leaves nothing that is taken for a chunk.
     sizes = {path.stat().st_size for path in (tmp_path / "cache").rglob("*.chunk")}

@@ -1,6 +1,7 @@
 """The configuration tree: round trip, overrides, refusals."""
 
 import pytest
+import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,11 +53,64 @@ def test_overrides_are_found_again(rate, steps, split, counts):
         ("model.level", "exakt", "model.level"),
         ("data.channels", 4, "data.channels"),
         ("data.pixel_cache_bytes", -1, "data.pixel_cache_bytes=-1: must be >= 0"),
+        ("data.buckets", [(32, 32), (32, 30)], "data.buckets=.*32 x 30 .*model.downsampling=8"),
+        ("data.buckets", [(32, 32, 32)], "data.buckets"),
     ],
 )
 def test_bad_values_name_key_value_and_remedy(key, value, message):
     with pytest.raises(ValueError, match=message):
         with_overrides(Config(), {key: value})
+
+
+BUCKETS = {"data.buckets": [(32, 32), (24, 40), (40, 24)]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model.level": "objective"}, "24 x 40 is not square, .*group flips or mirror"),
+        (
+            {"model.level": "regularized", "representation.group": "C4"},
+            "model.level=regularized mixes quarter turns of representation.group=C4",
+        ),
+        ({"loss.scaling_probability": 0.5}, "24 x 40 is a latent of 3 x 5 cells"),
+        ({"training.compile": "blocks"}, "training.compile=blocks: every shape of data.buckets"),
+        ({"training.compile": "step"}, "training.compile=step: every shape of data.buckets"),
+    ],
+)
+def test_what_buckets_exclude(settings, message):
+    with pytest.raises(ValueError, match=message):
+        with_overrides(Config(), BUCKETS | settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"model.level": "none"},
+        {"model.level": "objective", "representation.group": "flips"},
+        {"model.level": "objective", "data.buckets": [(32, 32), (64, 64)]},
+        {"loss.scaling_probability": 0.5, "data.buckets": [(32, 32), (32, 48)]},
+        {"training.compile": "blocks", "data.buckets": [(64, 64)]},
+    ],
+)
+def test_what_buckets_allow(settings):
+    config = with_overrides(Config(), BUCKETS | settings)
+    assert from_json(to_json(config)) == config
+    assert config.data.buckets[0] in ((32, 32), (64, 64))
+
+
+def test_shapes_that_vary_are_not_compiled():
+    for number, expected in ((0, "blocks"), (1, "blocks"), (2, "none")):
+        buckets = BUCKETS["data.buckets"][:number]
+        config = with_overrides(Config(), {"data.buckets": buckets})
+        assert config.choose_compilation("cuda") == expected
+        assert config.choose_compilation("cpu") == "none"
+
+
+def test_buckets_are_typed_as_pairs():
+    arguments = ["--data.buckets", "32", "32", "24", "40"]
+    assert tyro.cli(Config, args=arguments).data.buckets == ((32, 32), (24, 40))
 
 
 def test_digest_follows_what_decides_the_weights():

@@ -85,15 +85,18 @@ class Utilization:
     """
 
     def __init__(self, config: Config, device: torch.device, world_size: int):
-        self._flops, self._world_size = count_flops(config), world_size
+        self._flops = None if config.data.buckets else count_flops(config)
+        self._world_size = world_size
         self._peak = find_peak(device, config.training.precision)
 
     def measure(self, images_per_second: float) -> dict[str, float]:
         """Return "tflops_per_second" of each process and, on a known GPU, "flop_utilization".
 
         "flop_utilization_as_dense" counts an exactly equivariant network as the dense one of its
-        sizes.
+        sizes. With buckets, whose images take unequal FLOPs, it returns nothing.
         """
+        if self._flops is None:
+            return {}
         own, as_dense = (
             flops * images_per_second / self._world_size
             for flops in (self._flops.own, self._flops.as_dense)

@@ -23,6 +23,7 @@ def test_a_configuration_reads_as_its_options_say(shards):
     """Every option counts: none is lost between a configuration and a loader."""
     values = {
         "resolution": (4, 6),
+        "buckets": (),
         "crop": "random",
         "channels": 1,
         "cache_bytes": 2**30,
@@ -52,6 +53,9 @@ def test_a_configuration_reads_as_its_options_say(shards):
         ({"decode_threads": 0}, "decode_threads=0: must be positive"),
         ({"pixel_cache_bytes": -1}, "pixel_cache_bytes=-1: must be >= 0"),
         ({"pixel_cache_bytes": 1, "crop": "random"}, "pixel_cache_bytes=1: random crops differ"),
+        ({"pixel_cache_bytes": 1, "buckets": ((8, 8),)}, "pixel_cache_bytes=1: it holds images"),
+        ({"buckets": ((8, 8), (8, 0))}, "buckets=.*: 8 x 0: must be positive"),
+        ({"buckets": ((8, 8), (8, 16), (8, 8))}, "buckets=.*: 8 x 8 is there twice"),
     ],
 )
 def test_a_loader_and_a_configuration_refuse_the_same(options, message):

@@ -9,12 +9,15 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from PIL import Image
 
 from cluster.ports import pick_free
+from data_pipelines.build_shards import build_shards
 from data_pipelines.storage import Location
 from data_pipelines.storage.retries import StorageError
 from efae.config import Config
@@ -23,7 +26,13 @@ from efae.experiment import describe_data
 from efae.preflight import node_checks
 from efae.preflight.checks import Note, Outcome, merge_outcomes, run_check, run_checks
 from efae.preflight.cluster_checks import join_cluster, run_preflight
-from efae.preflight.driver_checks import RunData, list_checks, measure_data
+from efae.preflight.driver_checks import (
+    RunData,
+    check_training_images,
+    list_checks,
+    measure_data,
+    read_facts,
+)
 from efae.tracking.server import Server
 from tests.opened_files import watch_opens
 
@@ -295,6 +304,20 @@ def test_pixels_that_are_to_be_kept_need_room(shards, bound, expected):
         },
     )
     assert measure_data(config, RunData(config.data)) == expected
+
+
+def test_buckets_need_the_sizes_of_the_images(tmp_path):
+    (tmp_path / "images").mkdir()
+    for side in (8, 16):
+        Image.new("RGB", (8, side)).save(tmp_path / f"images/{side}.png")
+    build_shards(f"folder:{tmp_path}/images", f"{tmp_path}/set")
+    found = read_facts(f"{tmp_path}/set")
+    config = with_overrides(Config(), {"data.buckets": [(8, 8), (16, 8)]})
+    assert check_training_images(config, found).startswith("2 at ")
+    unsized = replace(found, sized=False)
+    assert check_training_images(Config(), unsized).startswith("2 at ")
+    with pytest.raises(ValueError, match=rf"^data\.buckets=.*index_shards {found.uri}`$"):
+        check_training_images(config, unsized)
 
 
 def test_a_run_reads_the_index_of_each_of_its_sets_once(shards, tmp_path):

@@ -104,6 +104,39 @@ def test_resumed_equals_uninterrupted_bit_for_bit(shards, tmp_path, precision, l
     assert not torch.equal(next(other.model.parameters()), next(whole.model.parameters()))
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"model.level": "objective", "representation.group": "flips"},
+        {"loss.scaling_probability": 0.5, "training.micro_batch_size": 3},
+        {
+            "model.kind": "unet",
+            "model.start": "closed_form",
+            "model.bottleneck": "running",
+            "model.fine_hidden_size": 8,
+        },
+    ],
+    ids=["exact", "objective", "parts of scaled batches", "unet"],
+)
+def test_batches_of_several_shapes_train_and_resume_bit_for_bit(tmp_path, overrides):
+    (tmp_path / "images").mkdir()
+    for number in range(40):
+        shape = ((16, 16), (16, 32), (40, 20))[number % 3]
+        pixels = np.random.default_rng(number).integers(0, 256, (*shape, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"images/{number:02d}.png")
+    uri, folder = f"{tmp_path}/set", tmp_path / "run"
+    build_shards(f"folder:{tmp_path}/images", uri, samples_per_shard=6)
+    overrides |= {"data.buckets": ((16, 16), (16, 32), (32, 16))}
+    whole = run(uri, folder, **overrides)
+    halfway = read_checkpoint(folder / "step-00000004")
+    position = halfway.metadata["position"]
+    assert (position["epoch"], position["consumed"]) == (1, 8)  # an epoch has three full batches
+    assert_same_state(run(uri, checkpoint=halfway, **overrides), whole)
+    with pytest.raises(ValueError, match="the saved position has buckets="):
+        run(uri, checkpoint=halfway, **overrides | {"data.buckets": ()})
+
+
 def test_a_run_that_was_trained_to_the_end_trains_no_more(shards, tmp_path):
     state = run(shards, tmp_path)
     again = run(shards, tmp_path, checkpoint=read_checkpoint(tmp_path / "step-00000008"))
