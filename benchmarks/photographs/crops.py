@@ -26,9 +26,9 @@ class Crops:
     """Crops of photographs, equally many of each, with scales that are uniform in the logarithm.
 
     Implements `data_pipelines.building.sources.SampleSource`. A crop's key is its photograph and
-    its number. Crops without detail are dropped and replaced, up to eight draws per crop, so a photograph that
-    is mostly sky may give fewer. Crops of a set are held in memory, encoded: 370 MB for 4,200 of
-    256 px.
+    its number. Crops without detail are dropped and replaced, up to eight draws per crop, so a
+    photograph that is mostly sky may give fewer. Crops of a set are held in memory, encoded: 370 MB
+    for 4,200 of 256 px.
     """
 
     def __init__(

@@ -7,8 +7,10 @@ images, and so which multiplicities suit them.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -219,7 +221,7 @@ class _Components:
             projection[torch.arange(n), row] += sign / len(signs)
         # Orbits of pixels are disjoint, so that one column of each is orthogonal to the others.
         columns = projection[:, source.min(0).values == torch.arange(n)]
-        norm = columns.norm(dim=0)
+        norm = columns.square().sum(0).sqrt()
         return columns[:, norm > 1e-6] / norm[norm > 1e-6]
 
     def _find_lines(self, basis: Tensor) -> _Spectrum:
@@ -236,8 +238,8 @@ class _Components:
             # Without mirrors a plane may be turned within itself, and each is found twice.
             for plane in planes:
                 row = row - plane.mT @ (plane @ row)
-            if (norm := row.norm()) > 1e-6:
-                row = row / norm
+            if row.square().sum() > 1e-12:
+                row = F.normalize(row, dim=0)
                 planes.append(torch.stack([row, row[self.source[turn]]]))
         rows = torch.stack(planes) if planes else basis.new_zeros(0, 2, len(basis))
         variance = torch.einsum("kdn,nm,kdm->k", rows, self.product, rows) / 2
@@ -246,7 +248,7 @@ class _Components:
 
 def _diagonalize(product: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues, falling and not below 0, and eigenvectors, by column."""
-    values, vectors = torch.linalg.eigh(product)
+    values, vectors = cast(tuple[Tensor, Tensor], torch.linalg.eigh(product))
     return values.flip(0).clamp(min=0), vectors.flip(1)
 
 

@@ -262,10 +262,11 @@ def _of_unet(decoder: unet.Decoder) -> dict[str, Tensor]:
 
         matrix, bias = _probe(split, linear.m_in * len(layout.group))
         weights |= {f"splits.{i}.coefficient": matrix[None], f"splits.{i}.bias": bias}
+        assert isinstance(skip, nn.Linear)
         gain = _of_modulation(layout, skip, [skip.out_features], ())
         weights |= {f"skips.{i}.{name}": value for name, value in gain.items()}
-    for i, shared in enumerate(decoder.shared_modulations):
-        sizes = decoder.shared_sizes[i]
+    pairs = zip(decoder.shared_modulations, decoder.shared_sizes, strict=True)
+    for i, (shared, sizes) in enumerate(pairs):
         spread = _of_modulation(layout, shared, sizes, shifts=(2,))
         weights |= {f"shared_modulations.{i}.{name}": value for name, value in spread.items()}
     return weights

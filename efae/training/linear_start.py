@@ -1,7 +1,7 @@
 """The start in closed form: linear paths set from a sample of the training images."""
 
+import itertools
 import math
-from contextlib import closing
 
 import torch
 import torch.distributed as dist
@@ -52,9 +52,9 @@ def measure_moments(config: Config, dataset: ShardDataset, process: Process) -> 
     n = config.data.channels * side**2
     zeros = torch.zeros(n * (n + 1) + 1, dtype=torch.float64, device=process.device)
     moments = Moments(zeros[0], zeros[1 : n + 1], zeros[n + 1 :].view(n, n))
-    with closing(iter(loader)) as batches:
-        for _ in range(math.ceil(count / batch_size)):
-            moments += Moments.of(next(batches).image.to(process.device), side)
+    batches = itertools.islice(loader, math.ceil(count / batch_size))
+    for batch in batches:
+        moments += Moments.of(batch.image.to(process.device), side)
     if dist.is_initialized():
         for part in (moments.count, moments.first, moments.second):
             dist.all_reduce(part)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from efae.config import DataConfig, ModelConfig
-from efae.model.networks.linear_path import DECODER_DAMPING, LinearPath
+from efae.model.networks.linear_path import DECODER_DAMPING, build_linear_path
 from efae.model.octic.layers import Lift, latent_action
 from efae.model.octic.layout import embed_invariant, layout_of, take_invariant
 from efae.symmetry.group import Group
@@ -56,10 +56,8 @@ class ConditionedDecoder(nn.Module):
         """Add a linear path, which the network only corrects, if the model starts with one."""
         self.linear_path = None
         if model.has_linear_start:
-            self.linear_path = LinearPath(
-                self.layout.group, representation, model.downsampling, data.channels
-            )
-            self.linear_path.starts_in_closed_form = True
+            group = self.layout.group
+            self.linear_path = build_linear_path(group, representation, data, model)
 
     def condition(
         self,

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from efae.config import DataConfig, ModelConfig
 from efae.model.octic.layers import Expanding, Lift, latent_action, patch_action
 from efae.symmetry.group import Group
 from efae.symmetry.representation import Representation
@@ -39,15 +40,20 @@ class LinearPath(Expanding):
         starts_in_closed_form: Whether the map is set from the training images before training.
     """
 
-    starts_in_closed_form = False
-
     rows: Tensor
     columns: Tensor
     signs: Tensor
 
-    def __init__(self, group: Group, representation: Representation, side: int, channels: int):
+    def __init__(
+        self,
+        group: Group,
+        representation: Representation,
+        side: int,
+        channels: int,
+        starts_in_closed_form: bool = False,
+    ):
         super().__init__()
-        self.side = side
+        self.side, self.starts_in_closed_form = side, starts_in_closed_form
         latent_source, latent_sign = latent_action(group, representation)
         pixel_source, pixel_sign = patch_action(group, side, channels)
         self.register_buffer("rows", latent_source[:, :, None], persistent=False)
@@ -83,6 +89,15 @@ class LinearPath(Expanding):
         cells = latent.flatten(2).mT @ self.weight().to(latent.dtype)
         height, width = (side * self.side for side in latent.shape[-2:])
         return unpatchify(cells, self.side, height, width)
+
+
+def build_linear_path(
+    group: Group, representation: Representation, data: DataConfig, model: ModelConfig
+) -> LinearPath:
+    """Build the linear path of an encoder, or of a decoder, for a configuration."""
+    return LinearPath(
+        group, representation, model.downsampling, data.channels, model.has_linear_start
+    )
 
 
 def damp(output: Lift, damping: float) -> float:

@@ -21,7 +21,7 @@ from efae.config import DataConfig, ModelConfig
 from efae.model.networks.conditioning import ConditionedDecoder
 from efae.model.networks.linear_path import (
     ENCODER_DAMPING,
-    LinearPath,
+    build_linear_path,
     damp,
     patchify,
     unpatchify,
@@ -91,11 +91,8 @@ class Encoder(nn.Module):
         self.resample = Resample(group, 2)
         self.merges = nn.ModuleList(Linear(group, 4 * m, m) for _ in range(stages - 1))
         self.latent = Lift(group, *latent_action(group, representation), m, fan_in=len(group) * m)
-        self.linear_path = LinearPath(group, representation, model.downsampling, data.channels)
-        self.damping = 1.0
-        if model.has_linear_start:
-            self.linear_path.starts_in_closed_form = True
-            self.damping = damp(self.latent, ENCODER_DAMPING)
+        self.linear_path = build_linear_path(group, representation, data, model)
+        self.damping = damp(self.latent, ENCODER_DAMPING) if model.has_linear_start else 1.0
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim latent_h latent_w"]:
         """Return the latent: the transformer's output plus the linear path's."""

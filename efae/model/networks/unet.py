@@ -9,6 +9,8 @@ downsampling divides.
 
 import itertools
 import math
+from collections.abc import Iterable
+from typing import cast
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from efae.config import DataConfig, ModelConfig
 from efae.model.networks.conditioning import ConditionedDecoder
 from efae.model.networks.linear_path import (
     ENCODER_DAMPING,
-    LinearPath,
+    build_linear_path,
     damp,
     patchify,
     unpatchify,
@@ -79,11 +81,8 @@ class Encoder(nn.Module):
             channels[-1],
             fan_in=len(group) * channels[-1],
         )
-        self.linear_path = LinearPath(group, representation, model.downsampling, data.channels)
-        self.damping = 1.0
-        if model.has_linear_start:
-            self.linear_path.starts_in_closed_form = True
-            self.damping = damp(self.latent, ENCODER_DAMPING)
+        self.linear_path = build_linear_path(group, representation, data, model)
+        self.damping = damp(self.latent, ENCODER_DAMPING) if model.has_linear_start else 1.0
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim latent_h latent_w"]:
         """Return the latent: the network's output plus the linear path's."""
@@ -93,7 +92,7 @@ class Encoder(nn.Module):
             if i:
                 x = self.merges[i - 1](self.resample.merge(x, height, width))
                 height, width = height // 2, width // 2
-            for block in stage:  # pyright: ignore[reportGeneralTypeIssues, reportUnknownVariableType]
+            for block in cast(Iterable[nn.Module], stage):
                 x = block(x, None, height, width)
         cells = self.damping * self.latent.back(normalize(x)) + self.linear_path(image)
         return cells.mT.unflatten(-1, (height, width))
@@ -121,7 +120,9 @@ class Decoder(ConditionedDecoder):
         self.latent = Lift(group, *rho, m, fan_in=representation.dim)
         self.add_conditioning(representation, m, size, null_condition)
         shared = model.modulation == "shared"
-        self.shared_sizes = [modulation_sizes(group, m) for m in channels] if shared else []
+        self.shared_sizes: list[list[int]] = []
+        if shared:
+            self.shared_sizes = [modulation_sizes(group, m) for m in channels]
         self.shared_modulations = nn.ModuleList(
             zero_linear(size, sum(sizes)) for sizes in self.shared_sizes
         )
@@ -182,17 +183,16 @@ class Decoder(ConditionedDecoder):
         return self.correct(pixels, latent, keep)
 
     def _apply_stage(
-        self, blocks: nn.Module, grid: int, x: Tensor, condition: Tensor, sizes: tuple[int, int]
+        self, stage: nn.Module, grid: int, x: Tensor, condition: Tensor, sizes: tuple[int, int]
     ) -> Tensor:
         """Apply the blocks of one grid; attention is spread among those of the middle."""
         modulation = condition
         if self.shared_modulations:
             modulation = self.shared_modulations[grid](condition)
-        assert isinstance(blocks, nn.ModuleList)
-        for i, block in enumerate(blocks):
+        for i, block in enumerate(cast(Iterable[nn.Module], stage)):
             x = block(x, modulation, *sizes)
-            if blocks is self.middle:
-                count, depth = len(self.attention), len(blocks)
+            if stage is self.middle:
+                count, depth = len(self.attention), len(self.middle)
                 for j in range(i * count // depth, (i + 1) * count // depth):
                     x = self.attention[j](x, condition)
         return x
