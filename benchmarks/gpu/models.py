@@ -11,7 +11,7 @@ from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective, draw
 from efae.model.precision import float32_arithmetic
 from efae.presets import PRESETS
-from efae.training.compilation import activation_budget, prepare
+from efae.training.compilation import compiler_options, prepare
 from efae.training.divergence import DivergenceGuard
 from efae.training.loop import seed_of
 from efae.training.micro_batches import Accumulation
@@ -86,7 +86,7 @@ class TrainingStep:
         image = self._pixels.to(self.device, non_blocking=True)
         self._generator.manual_seed(seed_of(config.training.seed, state.step, 0))
         draws = draw(config, tuple(image.shape), self._generator)
-        with float32_arithmetic(config.training.precision), activation_budget(config):
+        with float32_arithmetic(config.training.precision), compiler_options(config):
             loss, t = self._accumulate(image, draws)
         state.scaler.unscale_(state.optimizer)
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.optimizer.max_grad_norm)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch._dynamo import config as dynamo
 from torch._functorch import config as functorch
 
 from efae.config import Config
@@ -46,7 +47,12 @@ def prepare(objective: Objective, config: Config, device: torch.device, one_pass
 
 
 @contextmanager
-def activation_budget(config: Config) -> Generator[None]:
-    """Tell the compiler which share of the activations to keep; without effect on eager steps."""
-    with functorch.patch(activation_memory_budget=config.training.activation_memory):
+def compiler_options(config: Config) -> Generator[None]:
+    """Tell the compiler which share of the activations to keep; without effect on eager steps.
+
+    Blocks share their code and differ by network and grid: a unet has more than the eight kinds
+    that the compiler takes by default.
+    """
+    share = config.training.activation_memory
+    with functorch.patch(activation_memory_budget=share), dynamo.patch(recompile_limit=64):
         yield

@@ -21,7 +21,7 @@ from efae.checkpoints.checkpoint import Checkpoint
 from efae.config import Config
 from efae.model.objective import Objective, Perceptual, draw, load_perceptual
 from efae.model.precision import float32_arithmetic
-from efae.training.compilation import activation_budget, prepare
+from efae.training.compilation import compiler_options, prepare
 from efae.training.divergence import DivergenceGuard
 from efae.training.linear_start import start_linear
 from efae.training.micro_batches import Accumulation
@@ -120,7 +120,7 @@ def train(
         draws = draw(config, tuple(image.shape), generator)
 
         # Forward and backward, in parts if the batch does not fit into memory.
-        with float32_arithmetic(training.precision), activation_budget(config):
+        with float32_arithmetic(training.precision), compiler_options(config):
             loss, t = accumulate(image, draws)
 
         # Update; on a gradient that is not finite the guard freezes the weights on the device.

@@ -163,7 +163,8 @@ class Decoder(ConditionedDecoder):
         """
         height, width = (side // self.patch_size for side in x_t.shape[-2:])
         condition = self.condition(t, latent, keep)
-        x, skips = self.patches(patchify(x_t, self.patch_size)), list[Tensor]()
+        x = self.patches(patchify(x_t, self.patch_size))
+        skips: list[Tensor] = []
         for i, blocks in enumerate(self.down):
             x = self._apply_stage(blocks, i, x, condition, (height, width))
             gain = spread_gains(self.layout, self.skips[i](condition))
