@@ -2,6 +2,8 @@
 
     python -m benchmarks.ablate --preset fashion_mnist --cpu-seconds 100
     python -m benchmarks.ablate --preset quickstart --variants exact none --learning-rates 0.003
+    python -m benchmarks.ablate --preset photographs_64 --train FOLDER/64/train \
+        --held-out FOLDER/64/held_out
 
 Every variant trains on one thread. Its cost per step, measured first, sets its number of steps, so
 that compute is equal and every seed takes the same steps. Each variant runs at every learning rate
@@ -17,7 +19,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.evaluation.held_out import read_held_out
 from efae.evaluation.measures import gradient_energy, psnr, ssim, to_float
+from efae.model.autoencoder import build_representation
+from efae.model.closed_form import Moments, fit_linear_map, set_linear_paths
 from efae.model.objective import Objective
 from efae.presets import PRESETS
 from efae.symmetry import Element, Representation
@@ -43,6 +47,12 @@ from efae.training.state import TrainState
 RESULTS = Path(__file__).parent / "results"
 IMAGES = 256
 NARROW = {"model.hidden_size": 96, "model.encoder_hidden_size": 64}
+NARROW_UNET = {
+    "model.hidden_size": 96,
+    "model.encoder_hidden_size": 96,
+    "model.fine_hidden_size": 32,
+}
+RANDOM_START = {"model.start": "random", "model.bottleneck": "rms"}
 SKETCH_RATES = (1e-3, 2e-3, 4e-3)
 SKETCH_STEPS = 50
 
@@ -61,6 +71,8 @@ class NonRepresentation(Representation):
 
 def list_variants(base: Config) -> dict[str, dict[str, Any]]:
     """Return the overrides by name; narrow is half as wide, and the sketch has its own sizes."""
+    if base.model.kind == "unet":
+        return _list_unet_variants()
     dim, colours = base.representation.dim, base.data.channels
     cells = (base.data.image_size[0] // base.model.downsampling) ** 2
     eighth = dim // 8
@@ -87,6 +99,19 @@ def list_variants(base: Config) -> dict[str, dict[str, Any]]:
     if eighth < colours:
         del variants["exact, narrow, regular split"]
     return variants
+
+
+def _list_unet_variants() -> dict[str, dict[str, Any]]:
+    sizes = asdict(PRESETS["quickstart"][1].model)
+    names = ("kind", "patch_size", "hidden_size", "depth", "encoder_hidden_size", "encoder_depth")
+    transformer = {f"model.{name}": sizes[name] for name in names}
+    return {
+        "exact": {},
+        "none, narrow": {"model.level": "none"} | NARROW_UNET,
+        "exact, random start": RANDOM_START,
+        "exact, transformer": transformer,
+        "exact, transformer, random start": transformer | RANDOM_START,
+    }
 
 
 @dataclass
@@ -170,6 +195,11 @@ def train(name: str, config: Config, images: Tensor, steps: int) -> tuple[Traine
     """Train a variant; return it with the CPU seconds spent."""
     trained = Trained(name, with_overrides(config, {"training.steps": steps}))
     trained.model.train()
+    if config.model.has_linear_start:
+        moments = Moments.of(images, config.model.downsampling)
+        rho = trained.model.representation
+        set_linear_paths(trained.model, fit_linear_map(moments, rho, config.model.downsampling))
+        trained.average.load(dict(trained.model.named_parameters()))
     batch = config.training.global_batch_size
     generator, shuffle = torch.Generator(), torch.Generator().manual_seed(config.training.seed)
     started, order = time.process_time(), torch.empty(0, dtype=torch.long)
@@ -238,6 +268,10 @@ def compare(arguments: Arguments, say: Callable[[str], None]) -> dict[str, Any]:
         ).stdout.strip(),
     }
     images, held_out = read_all(base), read_held_out(base.data, IMAGES)
+    side, rho = base.model.downsampling, build_representation(base)
+    fitted = fit_linear_map(Moments.of(images, side), rho, side)
+    linear = fitted.reconstruct(to_float(held_out), side).clamp(-1, 1)
+    results["linear_map_psnr"] = float(psnr(linear, to_float(held_out)).mean())
 
     def run(name: str, rate: float, seed: int) -> None:
         entry = results["variants"].setdefault(name, {"overrides": variants[name], "runs": []})
@@ -296,6 +330,7 @@ def best_rate(results: dict[str, Any], name: str) -> float:
 
 def print_table(results: dict[str, Any]) -> None:
     """Print, in Markdown, mean and deviation over seeds at each variant's best learning rate."""
+    print(f"Best equivariant linear map, without training: {results['linear_map_psnr']:.2f} dB")
     print("| variant | lr | parameters | images | PSNR dB | least / most symmetric half | gap dB |")
     print("|---|---|---|---|---|---|---|")
     for name, entry in results["variants"].items():

@@ -59,6 +59,32 @@ FASHION_MNIST = Config(
     training=TrainingConfig(steps=3000, global_batch_size=64, precision="fp32"),
 )
 
+# A convolutional network from the closed-form start, where the quick start's transformer needs
+# twice the time to reach the linear map.
+PHOTOGRAPHS_64 = Config(
+    data=DataConfig(
+        uri="s3://efae-data/photographs/64/train",
+        held_out_uri="s3://efae-data/photographs/64/held_out",
+        resolution=64,
+    ),
+    model=ModelConfig(
+        kind="unet",
+        start="closed_form",
+        bottleneck="running",
+        hidden_size=192,
+        depth=3,
+        fine_hidden_size=64,
+        patch_size=4,
+        encoder_hidden_size=192,
+        encoder_depth=2,
+    ),
+    flow=FlowConfig(time_mean=1.0, sampler_steps=1),
+    optimizer=OptimizerConfig(learning_rate=4e-3, ema_decay=0.99),
+    training=TrainingConfig(
+        steps=3000, global_batch_size=16, precision="fp32", evaluation_interval=500
+    ),
+)
+
 IMAGENET_256 = Config(
     data=DataConfig(
         uri="s3://efae-data/imagenet-256/train",
@@ -98,7 +124,8 @@ def _photographs(
     return replace(
         IMAGENET_256,
         representation=RepresentationConfig(dim=dim),
-        model=replace(model, downsampling=downsampling, patch_size=8),
+        model=replace(model, downsampling=downsampling),
+        flow=replace(IMAGENET_256.flow, sampler_steps=1),
         training=replace(
             IMAGENET_256.training, global_batch_size=batch, micro_batch_size=micro_batch
         ),
@@ -106,22 +133,28 @@ def _photographs(
     )
 
 
-def _wide(width: int, depth: int, encoder_depth: int, num_heads: int) -> ModelConfig:
+def _convolutional(width: int, depth: int, attention_depth: int, num_heads: int) -> ModelConfig:
     return ModelConfig(
+        kind="unet",
+        start="closed_form",
+        bottleneck="running",
         hidden_size=width,
-        encoder_hidden_size=width,
         depth=depth,
-        encoder_depth=encoder_depth,
+        fine_hidden_size=width // 4,
+        attention_depth=attention_depth,
         num_heads=num_heads,
+        patch_size=4,
+        encoder_hidden_size=width,
+        encoder_depth=4,
     )
 
 
-# Heads of 64, then of 128 features, on which attention is faster. L has the products of
-# imagenet_256, and is wider and shallower: on GPUs, wide octic layers gain more over dense ones.
+# Convolutions at 64 px won over the transformer at equal compute (benchmarks/README.md, ablate);
+# attention, worth nothing on 8 x 8 cells, should pay on these larger grids.
 _SIZES = {
-    "s": (_wide(512, 8, 2, 8), "one GPU of 24 GB", 1, 128, 64),
-    "b": (_wide(1024, 8, 2, 8), "one H100", 1, 256, 128),
-    "l": (_wide(2048, 4, 2, 16), "eight H100", 8, 512, 0),
+    "s": (_convolutional(768, 8, 2, 12), "one GPU of 24 GB", 1, 128, 64),
+    "b": (_convolutional(1280, 12, 4, 20), "one H100", 1, 256, 128),
+    "l": (_convolutional(2048, 16, 4, 16), "eight H100", 8, 512, 0),
 }
 _LATENTS = {"f16": (16, 32), "f8": (8, 16)}
 _PHOTOGRAPHS = {
@@ -151,6 +184,11 @@ PRESETS: dict[str, tuple[str, Config]] = {
         "Fashion-MNIST padded to 32 px, two CPU workers, about five minutes. Shards:"
         " build_shards --source idx:PATH --resolution 32 --held-out 512.",
         FASHION_MNIST,
+    ),
+    "photographs_64": (
+        "Crops of photographs at 64 px, two CPU workers, about five minutes; a network for images of"
+        " any size. Shards: python -m benchmarks.photographs --output s3://efae-data/photographs.",
+        PHOTOGRAPHS_64,
     ),
     "imagenet_256": (
         "Photographs at 256 px on eight GPUs. Sizes follow DiT-L (Peebles & Xie 2023); not run by"
