@@ -186,8 +186,8 @@ PRESETS: dict[str, tuple[str, Config]] = {
         FASHION_MNIST,
     ),
     "photographs_64": (
-        "Crops of photographs at 64 px, two CPU workers, about five minutes; a network for images of"
-        " any size. Shards: python -m benchmarks.photographs --output s3://efae-data/photographs.",
+        "Crops of photographs at 64 px, two CPU workers, about five minutes; a network for images"
+        " of any size. Shards: python -m benchmarks.photographs --output s3://efae-data/photographs.",
         PHOTOGRAPHS_64,
     ),
     "imagenet_256": (

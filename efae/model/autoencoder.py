@@ -71,11 +71,12 @@ def check_model(config: Config) -> Representation:
     """
     representation = build_representation(config)
     height, width = config.data.image_size
-    if height != width and representation.group.swaps_sides:
+    free = config.model.kind == "unet" and config.model.level == "exact"
+    if height != width and representation.group.swaps_sides and not free:
         raise ValueError(
             f"data.resolution={height, width}: not square, but representation.group="
-            f"{representation.group} has quarter turns; use square images, or group flips or"
-            " mirror"
+            f"{representation.group} has quarter turns; use square images, model.kind=unet at"
+            " model.level=exact, or group flips or mirror"
         )
     if config.loss.rotation_probability:
         check_turns_by_any_angle(representation)

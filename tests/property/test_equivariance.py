@@ -218,7 +218,12 @@ def test_quarter_turns_are_exact_on_images_that_are_not_square(group):
     assert assert_exact(model, draw(2, 3, 16, 40)).shape == (2, 12, 2, 5)
 
 
-def test_quarter_turns_need_square_images_to_train_on():
+def test_a_unet_trains_on_images_that_are_not_square_under_quarter_turns_too():
+    model = build(**{"model.kind": "unet", "data.resolution": (16, 48)})
+    assert assert_exact(model, draw(2, 3, 16, 48)).shape == (2, 12, 2, 6)
+
+
+def test_learned_positions_need_square_images_to_train_on_under_quarter_turns():
     with pytest.raises(ValueError, match=r"resolution=\(16, 48\): not square.*D4.*flips"):
         build(**{"data.resolution": (16, 48)})
 

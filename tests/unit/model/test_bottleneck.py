@@ -34,6 +34,23 @@ def test_one_scale_of_all_examples_keeps_their_ratios_and_reaches_unit_power():
     assert float(bottleneck.mean_power()) == pytest.approx(1)
 
 
+def test_the_penalty_pulls_the_power_of_all_examples_to_one_and_depends_on_no_batch():
+    bottleneck, latent = Bottleneck(RHO, "running", 0.1), draw(64, RHO.dim, 2, 2)
+    scale = torch.tensor(3.0, requires_grad=True)
+    optimizer = torch.optim.SGD([scale], 0.3)
+    for _ in range(400):
+        bounded = bottleneck.bound(scale * latent)
+        penalty = bottleneck.scale_penalty(bounded)
+        parts = [bottleneck.scale_penalty(part) for part in bounded.split(7)]
+        assert torch.allclose(penalty, torch.cat(parts), atol=1e-7)
+        optimizer.zero_grad()
+        penalty.mean().backward()
+        optimizer.step()
+        bottleneck.update_power(bounded)
+    power = (scale.detach() * latent).square().mean()
+    assert float(power) == pytest.approx(1, abs=0.02)
+
+
 @pytest.mark.parametrize("kind", ["rms", "running", "kl"])
 @pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
 def test_every_map_commutes_with_the_group(kind, group):

@@ -14,13 +14,17 @@ from data_pipelines.build_shards import build_shards
 from efae.checkpoints.checkpoint import read_checkpoint
 from efae.config import Config, OptimizerConfig
 from efae.config_forms import with_overrides
+from efae.evaluation.measures import psnr, to_float
+from efae.model.closed_form import Moments, fit_linear_map
 from efae.training.checkpoint_writer import CheckpointWriter
 from efae.training.divergence import DivergenceGuard, TrainingDiverged
 from efae.training.ema import MovingAverage
+from efae.training.linear_start import measure_moments, start_linear
 from efae.training.loop import Start, seed_of, train
 from efae.training.observer import Observer, Progress
-from efae.training.optimizer import build_optimizer, learning_rate_at
+from efae.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from efae.training.process import Process
+from efae.training.state import TrainState
 
 TINY = {
     "data.resolution": 16,
@@ -135,6 +139,41 @@ def test_batches_of_several_shapes_train_and_resume_bit_for_bit(tmp_path, overri
     assert_same_state(run(uri, checkpoint=halfway, **overrides), whole)
     with pytest.raises(ValueError, match="the saved position has buckets="):
         run(uri, checkpoint=halfway, **overrides | {"data.buckets": ()})
+
+
+def test_the_linear_start_is_the_same_bits_at_every_world_size(shards):
+    """Each rank sums the moments of its part; their sum is that of one rank, in any order."""
+    config, dataset = with_overrides(Config(), TINY), ShardDataset.open(shards)
+    alone = measure_moments(config, dataset, ALONE)
+    assert alone.count == 24 * 4  # three batches, of four cells each: an epoch of 20 images
+    for world_size in (2, 3):
+        hosts = ("localhost",) * world_size
+        ranks = [
+            measure_moments(config, dataset, Process(CPU, rank, hosts))
+            for rank in range(world_size)
+        ]
+        total = sum(ranks[1:], start=ranks[0])
+        for name in ("count", "first", "second"):
+            assert torch.equal(getattr(total, name), getattr(alone, name))
+
+
+def test_training_starts_at_the_linear_map(shards):
+    overrides = {"model.start": "closed_form", "model.bottleneck": "running"}
+    config, dataset = with_overrides(Config(), TINY | overrides), ShardDataset.open(shards)
+    state = TrainState.create(config, CPU)
+    start_linear(state, config, dataset, ALONE)
+    images = torch.stack([dataset[i].image for i in range(len(dataset))])
+    side, image = config.model.downsampling, to_float(images)
+    fitted = fit_linear_map(Moments.of(images, side), state.model.representation, side)
+    best = psnr(fitted.reconstruct(image, side), image).mean()
+    decoded = state.model.decode(state.model.encode(image), steps=1, seed=0)
+    assert psnr(decoded, image).mean() > best - 0.1  # a part of the images is counted twice
+    for name, parameter in state.model.named_parameters():
+        assert torch.equal(state.average.weights[name], parameter), name
+    slow = state.optimizer.param_groups[2]
+    assert [p.shape for p in slow["params"]] == [(12, 192), (12, 192)]
+    set_learning_rate(state.optimizer, 0.5)
+    assert [group["lr"] for group in state.optimizer.param_groups] == [0.5, 0.5, 0.05]
 
 
 def test_a_run_that_was_trained_to_the_end_trains_no_more(shards, tmp_path):
