@@ -246,7 +246,7 @@ def advise_on_linear_map(numbers: Mapping[str, Any], config: Config | None) -> s
         return ""
     meaning = (
         f"the model, {psnr:.2f} dB, does not beat the best linear map to a latent of equal size,"
-        f" {linear:.2f} dB: one matrix per patch would do as well"
+        f" {linear:.2f} dB: one matrix per patch would do at least as well"
     )
     if config is None:
         return meaning
