@@ -174,11 +174,12 @@ def summarize(
         ssim=mean("ssim identity"),
         linear_psnr=mean("linear psnr") if whole.closed_form_split else None,
         linear_ssim=mean("linear ssim") if whole.closed_form_split else None,
-        closed_form_split=whole.closed_form_split
-        and {
+        closed_form_split={
             "multiplicities": dict(whole.closed_form_split),
             "linear_psnr": mean("linear psnr of the best split"),
-        },
+        }
+        if whole.closed_form_split
+        else None,
         psnr_by_element=psnr_by_element,
         ssim_by_element={g: mean(f"ssim {g}") for g in names},
         gap_db=gaps,
