@@ -15,9 +15,10 @@ from efae import config_forms as configuration
 from efae.checkpoints.checkpoint import read_model
 from efae.config import Config
 from efae.evaluation.any_angle import choose_angles
-from efae.evaluation.evaluate import Measurement, Part
+from efae.evaluation.evaluate import Measurement
 from efae.evaluation.held_out import read_held_out
-from efae.evaluation.results import Evaluation
+from efae.evaluation.linear_reference import fit_linear_reference
+from efae.evaluation.results import Evaluation, Part
 from efae.model.autoencoder import Autoencoder
 
 _BATCH_SIZE = 64
@@ -69,8 +70,12 @@ def _measure(model_uri: str, text: str, share: tuple[int, int]) -> Part:
     images = read_held_out(config.data, config.training.held_out_images)
     total = len(images)
     first, end = (total * number // share[1] for number in (share[0], share[0] + 1))
+    measurement = _prepare(model, config)
+    # Fitted to all images, so that all tasks measure the same map.
+    linear = fit_linear_reference(model, images, measurement.device)
+    measurement = replace(measurement, linear=linear)
     options = {"progress": _say_progress} if share[0] == 0 else {}
-    return _prepare(model, config).measure(images[first:end], first, total, **options)
+    return measurement.measure(images[first:end], first, total, **options)
 
 
 def _say_progress(items: Iterable[Any], what: str) -> Iterator[Any]:

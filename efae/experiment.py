@@ -309,6 +309,7 @@ def publish(
     facts = facts | {"mlflow_run_id": run.id}
     measured = {
         "psnr": evaluation.psnr,
+        "linear_psnr": evaluation.linear_psnr,
         "ssim": evaluation.ssim,
         "worst_gap_db": evaluation.worst_gap_db,
         "group_law_error": evaluation.group_law_error,

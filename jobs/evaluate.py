@@ -88,7 +88,7 @@ def _run(chosen: Arguments) -> Path:
     from efae.evaluation.evaluate import evaluate
     from efae.evaluation.lpips_fid import Lpips, load_fid
     from efae.preflight.driver_checks import read_facts
-    from efae.report.card import Card, write_comparison, write_report
+    from efae.report.card import Card, advise_on_linear_map, write_comparison, write_report
 
     if not chosen.model or len(set(chosen.model)) < len(chosen.model):
         raise ValueError(f"--model {' '.join(chosen.model)}: name one or more, each once")
@@ -135,6 +135,8 @@ def _run(chosen: Arguments) -> Path:
             "credits": credits,
         }
         cards[uri] = Card(evaluation.numbers(), evaluation.pictures, config, facts)
+        if advice := advise_on_linear_map(cards[uri].numbers, config):
+            print(f"warning: {uri}: {advice}", file=sys.stderr)
     if len(cards) > 1:
         return write_comparison(chosen.output, cards, {"data": chosen.data, "credits": credits})
     (card,) = cards.values()
@@ -198,10 +200,14 @@ def _read(chosen: Arguments, channels: Literal[1, 3], shape: tuple[int, int, int
 def _print_table(summary: dict[str, Any]) -> None:
     models = summary.get("models") or {summary["model_uri"]: summary}
     width = max(map(len, models))
-    print(f"{'model':{width}}  {'PSNR':>8}  {'worst gap':>10}  {'group law':>9}")
+    print(
+        f"{'model':{width}}  {'PSNR':>8}  {'best linear':>11}  {'worst gap':>10}  {'group law':>9}"
+    )
     for name, row in models.items():
+        linear = row["linear_psnr"]
         print(
-            f"{name:{width}}  {row['psnr']:5.2f} dB  {row['worst_gap_db']:7.1e} dB"
+            f"{name:{width}}  {row['psnr']:5.2f} dB"
+            f"  {'-' if linear is None else f'{linear:.2f} dB':>11}  {row['worst_gap_db']:7.1e} dB"
             f"  {row['group_law_error']:9.1e}"
         )
 

@@ -59,12 +59,15 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError, CheckpointError, TrainingFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print_summary(summary, config.tracking.report_folder)
+    print_summary(summary, config)
     return 0
 
 
-def print_summary(summary: Mapping[str, Any], report_folder: str) -> None:
+def print_summary(summary: Mapping[str, Any], config: Config) -> None:
     """Print what happened, and what to do next."""
+    from efae.report.card import advise_on_linear_map
+
+    report_folder = config.tracking.report_folder
     report = "report/report.html among the run's artifacts in MLflow"
     if report_folder:
         report = f"{report_folder}/{summary['run_name']}/report.html"
@@ -77,6 +80,12 @@ def print_summary(summary: Mapping[str, Any], report_folder: str) -> None:
             f", MFU {summary['flop_utilization']:.0%}"
             f" ({summary['flop_utilization_as_dense']:.0%} counted as dense)"
         )
+    linear = ""
+    if summary["linear_psnr"] is not None:
+        linear = (
+            f"\n  best linear map    {summary['linear_psnr']:.2f} dB, to a latent of equal size"
+        )
+    warning = f"\nwarning: {advice}\n" if (advice := advise_on_linear_map(summary, config)) else ""
     bad_samples = f", bad images replaced: {bad}" if (bad := summary["bad_samples"]) else ""
     print(
         f"""
@@ -84,11 +93,11 @@ def print_summary(summary: Mapping[str, Any], report_folder: str) -> None:
  {summary["wall_seconds"] / 60:.1f} minutes, {summary["images_per_second"]:.0f} images/s{busy}\
  (data wait {summary["data_wait_fraction"]:.1%}), recoveries: {summary["recoveries"]}\
 {bad_samples}{events}
-  held-out PSNR      {summary["psnr"]:.2f} dB
+  held-out PSNR      {summary["psnr"]:.2f} dB{linear}
   worst gap          {summary["worst_gap_db"]:.1e} dB over the eight flips and quarter turns
   group-law error    {summary["group_law_error"]:.1e}
   registered         {summary["model_uri"]}
-
+{warning}
 next:
   report     {report}
   use        efae.load("{summary["model_uri"]}")

@@ -99,7 +99,9 @@ def main(arguments: list[str]) -> int:
 
 def print_summary(found: Mapping[str, Any], preset: str, report_folder: str) -> None:
     """Print what was found, and what to do next."""
-    best, cost = found["best"], found["cost"]
+    from efae.report.html import write_split
+
+    best, cost, linear = found["best"], found["cost"], found["closed_form_split"]
     states = [trial["state"] for trial in found["trials"]]
     counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
     report = "report/report.html among the artifacts of the sweep's run in MLflow"
@@ -114,6 +116,8 @@ def print_summary(found: Mapping[str, Any], preset: str, report_folder: str) -> 
  {cost["steps"] / cost["full_steps"]:.0%} of the steps of all trials in full
   best (trial {best["key"]}){combination}
   {best["metric"]:<18} {best["value"]:.4g} over seeds {best["seeds"]} ({values})
+  best linear split  {write_split(linear["multiplicities"])} (A1+A2+B1+B2+E),\
+ {linear["linear_psnr"]:.2f} dB
   registered         {best["model_uri"]}, alias candidate
 
 next:

@@ -8,7 +8,7 @@ records how every number was measured.
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from efae.evaluation.any_angle import choose_angles, measure_rotations
 from efae.evaluation.flow_measures import measure_loss, measure_steps, measure_velocity
+from efae.evaluation.linear_reference import LinearReference, fit_linear_reference
 from efae.evaluation.measures import (
     Totals,
     draw_noise,
@@ -27,7 +28,14 @@ from efae.evaluation.measures import (
     to_float,
 )
 from efae.evaluation.protocol import FlowTokenizer, Tokenizer
-from efae.evaluation.results import CHOSEN, Evaluation, Pictures, describe_protocol, summarize
+from efae.evaluation.results import (
+    CHOSEN,
+    Evaluation,
+    Part,
+    Pictures,
+    describe_protocol,
+    summarize,
+)
 from efae.model.autoencoder import Autoencoder
 from efae.model.precision import float32_arithmetic
 
@@ -35,17 +43,6 @@ if TYPE_CHECKING:
     from efae.evaluation.lpips_fid import Fid, Lpips
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
-
-
-@dataclass(frozen=True)
-class Part:
-    """What was measured on a part of the images."""
-
-    totals: Totals
-    image_shape: tuple[int, ...]
-    pictures: Pictures
-    """Pictures of the first images of the part."""
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -59,6 +56,7 @@ class Measurement:
         angles: Angles of rotations to measure, in degrees.
         lpips: Network to measure LPIPS with; None skips it.
         fid: Network to measure FID with; None skips it.
+        linear: Linear maps to measure beside the model; None skips them.
     """
 
     model: Tokenizer
@@ -67,6 +65,7 @@ class Measurement:
     angles: Sequence[float] = ()
     lpips: "Lpips | None" = None
     fid: "Fid | None" = None
+    linear: LinearReference | None = None
 
     @float32_arithmetic("fp32")
     @torch.no_grad()
@@ -100,6 +99,8 @@ class Measurement:
                 measure_loss(model, image, noise, latent, totals)
             if self.fid is not None:
                 self.fid.add(image, acted["identity"])
+            if self.linear is not None:
+                self.linear.measure(image, totals)
             if pictures is None:
                 shown = {name: sample.clamp(-1, 1).cpu() for name, sample in acted.items()}
                 states = _record_states(model, latent[:8], noise[:8])
@@ -123,7 +124,13 @@ class Measurement:
                 measure_velocity(model, image, noise, latent, totals)
         if pictures is None:
             pictures = Pictures(to_float(images), to_float(images), {}, [])
-        return Part(totals.to_host(), tuple(images.shape[1:]), pictures, time.monotonic() - started)
+        return Part(
+            totals.to_host(),
+            tuple(images.shape[1:]),
+            pictures,
+            self.linear and self.linear.multiplicities,
+            time.monotonic() - started,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -136,15 +143,12 @@ class Measurement:
         """Turn the totals of all images into the numbers."""
         return summarize(
             self.model,
-            part.totals,
+            part,
             self.angles,
-            image_shape=part.image_shape,
-            pictures=part.pictures,
             protocol=describe_protocol(
                 self.model, part.totals, self.angles, self.seed, self.lpips, self.fid
             ),
             fid=None if self.fid is None else self.fid.compute(),
-            seconds=part.seconds,
         )
 
 
@@ -187,6 +191,8 @@ def evaluate(
     counts: list[int] = gather_json(len(images), measurement.device)
     if sum(counts) == 0:
         raise ValueError("no images to measure on")
+    linear = fit_linear_reference(model, images, measurement.device, batch_size)
+    measurement = replace(measurement, linear=linear)
     rank = torch.distributed.get_rank() if len(counts) > 1 else 0
     part = measurement.measure(images, sum(counts[:rank]), sum(counts), progress)
     part.totals.gather(measurement.device)

@@ -1,6 +1,6 @@
 """The result of an evaluation: its numbers, their protocol, and a few pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,19 @@ class Pictures:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What was measured on a part of the images."""
+
+    totals: Totals
+    image_shape: tuple[int, ...]
+    pictures: Pictures
+    """Pictures of the first images of the part."""
+    closed_form_split: Mapping[str, int] | None
+    """Multiplicities of the best linear map, see `LinearReference`; None if not measured."""
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The numbers of one model on one held-out set; PSNR and gaps in dB."""
 
@@ -46,6 +59,13 @@ class Evaluation:
     """Multiplicity of each irrep."""
     psnr: float
     ssim: float
+    linear_psnr: float | None
+    """PSNR of the best equivariant linear map to the same representation, or to the best split for
+    a foreign model; this and the two below are None if the images are too few to fit it."""
+    linear_ssim: float | None
+    closed_form_split: dict[str, Any] | None
+    """Split of as many channels whose linear map has the least squared error: its "multiplicities"
+    and its "linear_psnr"."""
     psnr_by_element: dict[str, float]
     ssim_by_element: dict[str, float]
     gap_db: dict[str, float]
@@ -96,27 +116,22 @@ class Evaluation:
 
 def summarize(
     model: Tokenizer,
-    totals: Totals,
+    whole: Part,
     angles: Sequence[float],
     *,
-    image_shape: tuple[int, ...],
-    pictures: Pictures,
     protocol: dict[str, Any],
     fid: float | None,
-    seconds: float,
 ) -> Evaluation:
     """Turn the totals of all images into the numbers.
 
     Args:
         model: Tokenizer that was measured.
-        totals: Totals over all images.
+        whole: Totals over all images, and pictures of the first.
         angles: Angles that were measured, in degrees.
-        image_shape: Shape (c, h, w) of an image.
-        pictures: Pictures of the first images.
         protocol: How the numbers were measured, from `describe_protocol`.
         fid: FID, if it was measured.
-        seconds: Time that the measurement took.
     """
+    totals, image_shape = whole.totals, whole.image_shape
     names = [g.name for g in model.group]
     blocks = model.representation.blocks
 
@@ -157,6 +172,14 @@ def summarize(
         multiplicities=dict(model.representation.multiplicities),
         psnr=psnr_by_element["identity"],
         ssim=mean("ssim identity"),
+        linear_psnr=mean("linear psnr") if whole.closed_form_split else None,
+        linear_ssim=mean("linear ssim") if whole.closed_form_split else None,
+        closed_form_split={
+            "multiplicities": dict(whole.closed_form_split),
+            "linear_psnr": mean("linear psnr of the best split"),
+        }
+        if whole.closed_form_split
+        else None,
         psnr_by_element=psnr_by_element,
         ssim_by_element={g: mean(f"ssim {g}") for g in names},
         gap_db=gaps,
@@ -189,8 +212,8 @@ def summarize(
         lpips_by_element=lpips or None,
         fid=fid,
         protocol=protocol,
-        seconds=seconds,
-        pictures=pictures,
+        seconds=whole.seconds,
+        pictures=whole.pictures,
     )
 
 
@@ -222,6 +245,10 @@ def describe_protocol(
         "psnr": "torchmetrics peak_signal_noise_ratio over channels, height and width",
         "ssim": "torchmetrics structural_similarity_index_measure, Gaussian window 11, sigma 1.5,"
         " k1 0.01, k2 0.03, reflected borders",
+        "linear_psnr": "equivariant linear map of least squared error from patches to a latent of"
+        " equal size, fitted to these very images: an upper bound for linear maps"
+        if totals.count("linear psnr")
+        else "not measured: the images have too few patches to fit a linear map",
         "elements": "g^-1 decode(act(g, encode(x)), g noise) against x",
         "rotations": None
         if not angles

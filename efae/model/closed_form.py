@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -36,6 +37,17 @@ class Moments:
     second: Float[Tensor, "n n"]
 
     @classmethod
+    def none(cls, values: int, device: torch.device) -> "Moments":
+        """Return the sums over no patches.
+
+        Args:
+            values: Number of values of a patch.
+            device: Device of the sums.
+        """
+        zeros = torch.zeros(values * (values + 1) + 1, dtype=torch.float64, device=device)
+        return cls(zeros[0], zeros[1 : values + 1], zeros[values + 1 :].view(values, values))
+
+    @classmethod
     def of(cls, image: UInt8[Tensor, "b c h w"], side: int) -> "Moments":
         """Sum over all side x side patches, whose values are ordered (channel, row, column)."""
         patches = patchify(image, side).flatten(0, 1).double()
@@ -46,6 +58,13 @@ class Moments:
         return Moments(
             self.count + other.count, self.first + other.first, self.second + other.second
         )
+
+    def over_processes(self) -> "Moments":
+        """Add those of the other processes, in place, if torch.distributed is initialised."""
+        if dist.is_available() and dist.is_initialized():
+            for part in (self.count, self.first, self.second):
+                dist.all_reduce(part)
+        return self
 
     def mean_product(self) -> Float[Tensor, "n n"]:
         """Return the mean products of values scaled to [-1, 1], on the CPU."""

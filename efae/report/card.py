@@ -28,14 +28,21 @@ from efae.report.charts import (
     draw_rotations,
     draw_steps,
 )
-from efae.report.html import finite, render_page, write_json
+from efae.report.html import finite, render_page, write_json, write_split
 from efae.report.image_grids import ELEMENT_WORDS, ERROR_LEVELS, draw_orbit, draw_reconstructions
 from efae.report.model_card import render_model_card
 from efae.report.trajectory import draw_filmstrip, draw_trajectory
 
-__all__ = ["Card", "draw_reconstructions", "summarize", "write_comparison", "write_report"]
+__all__ = [
+    "Card",
+    "advise_on_linear_map",
+    "draw_reconstructions",
+    "summarize",
+    "write_comparison",
+    "write_report",
+]
 
-_MEASURED = ("psnr", "gap_db", "worst_gap_db", "group_law_error")
+_MEASURED = ("psnr", "linear_psnr", "gap_db", "worst_gap_db", "group_law_error")
 _SUMMARY = (
     *("run_name", "mlflow_run_id", "model_uri", "steps", "images_seen", "images_per_second"),
     *("data_wait_fraction", "bad_samples", *_MEASURED, "checkpoints", "checkpoint_stall_seconds"),
@@ -126,12 +133,14 @@ def write_report(
         numbers=numbers,
         config=config,
         image_size=(height, width),
+        cell=height // numbers["latent_shape"][1],
         compression=channels * height * width / math.prod(numbers["latent_shape"]),
         facts={name: facts[name] for name in facts if name not in ("credits", "events")},
         credits=_listed(facts.get("credits")),
         events=_listed(facts.get("events")),
         model_uri=json.dumps(facts.get("model_uri") or "models:/efae@champion"),
         settings=configuration.flatten(config) if config else {},
+        advice=advise_on_linear_map(numbers, config),
         exact=_is_exact(numbers),
         example="rot90" if "rot90" in numbers["gap_db"] else list(numbers["gap_db"])[-1],
         examples=len(pictures.original),
@@ -203,6 +212,7 @@ def _render(directory: Path, template: str, **context: Any) -> Path:
         directory,
         Path(__file__).with_name("templates") / template,
         exact_db=_EXACT_DB,
+        split=write_split,
         words=ELEMENT_WORDS,
         error_levels=ERROR_LEVELS,
         same_db=SAME_DB,
@@ -219,6 +229,33 @@ def summarize(numbers: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str,
     return {
         name: finite(numbers[name] if name in _MEASURED else facts.get(name)) for name in _SUMMARY
     }
+
+
+def advise_on_linear_map(numbers: Mapping[str, Any], config: Config | None) -> str:
+    """Return what it means that a model does not beat the best linear map, and what to try.
+
+    Args:
+        numbers: Numbers of an evaluation, or its summary.
+        config: Configuration of an EFAE model; None for another tokenizer.
+
+    Returns:
+        One sentence or two; "" if the model beats the map, or either was not measured.
+    """
+    psnr, linear = numbers["psnr"], numbers["linear_psnr"]
+    if psnr is None or linear is None or psnr > linear:
+        return ""
+    meaning = (
+        f"the model, {psnr:.2f} dB, does not beat the best linear map to a latent of equal size,"
+        f" {linear:.2f} dB: one matrix per patch would do at least as well"
+    )
+    if config is None:
+        return meaning
+    needed = ["--model.start closed_form"] * (config.model.start != "closed_form")
+    needed += ["--model.bottleneck running"] * (config.model.bottleneck == "rms")
+    needed += ["--flow.prediction image"] * (config.flow.prediction == "velocity")
+    start = f"start from that map ({' '.join(needed)}), " if needed else ""
+    advice = f"{start}train for more steps, or try other values of --optimizer.learning-rate"
+    return f"{meaning}. {advice[0].upper()}{advice[1:]}"
 
 
 def _is_exact(numbers: Mapping[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from efae.symmetry.representation import IRREPS
 from efae.tracking.redaction import redact
 
 
@@ -71,3 +72,8 @@ def plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(plain(entry) for entry in cast(Sequence[Any], value))
     return str(value)
+
+
+def write_split(multiplicities: Mapping[str, int]) -> str:
+    """Format the multiplicities of A1, A2, B1, B2 and E, such as 8+1+4+3+8."""
+    return "+".join(str(multiplicities.get(irrep, 0)) for irrep in IRREPS)

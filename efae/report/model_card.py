@@ -95,6 +95,11 @@ def _tabulate(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     rows = [
         ("PSNR", f"{numbers['psnr']:.2f} dB", protocol["psnr"]),
         ("SSIM", f"{numbers['ssim']:.4f}", protocol["ssim"]),
+        *(
+            [("PSNR of the best linear map", f"{linear:.2f} dB", protocol["linear_psnr"])]
+            if (linear := numbers["linear_psnr"]) is not None
+            else []
+        ),
         (
             "worst gap",
             f"{plain(abs(numbers['worst_gap_db']))} dB",

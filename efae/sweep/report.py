@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from efae.report.html import finite, plain, render_page, write_json
+from efae.report.html import finite, plain, render_page, write_json, write_split
 from efae.sweep.report_charts import draw_curves, draw_importance, draw_pareto, draw_surface
 from efae.sweep.reported_trials import (
     MULTIPLICITIES,
@@ -46,7 +46,8 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
         folder: Folder, created if missing; figures of an earlier report in it are replaced.
         sweep: Facts of the sweep from `jobs/tune.py`, JSON values only: names, data, objectives
             (metric and mode), space, search, trials with their validations, best, pareto, theory,
-            cost. A number that is not finite counts as unknown.
+            closed_form_split (not in those of release 0.1), cost. A number that is not finite
+            counts as unknown.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in FIGURES:
@@ -58,8 +59,9 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
     metric, mode = objective["metric"], objective["mode"]
     best = sweep["best"]
     chosen = _best_trials(trials, best, sweep["space"])
-    theory = sweep["theory"]
+    theory, closed_form = sweep["theory"], sweep.get("closed_form_split")
     prediction = (theory["rotation_dims"], theory["chirality_split"]) if theory else None
+    linear = _place(closed_form["multiplicities"]) if closed_form else None
 
     ends = find_ends(trials, metric)
     surface = fit_surface(ends, sweep["dim"])
@@ -72,7 +74,11 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
             folder / "surface.png",
             colours=sweep["colours"],
             best=chosen[0].position if chosen else None,
-            theory=prediction,
+            predicted={
+                name: place
+                for name, place in (("theory", prediction), ("best linear map", linear))
+                if place
+            },
         )
     optimum = find_optimum(surface, ends, mode, sweep["colours"]) if surface else None
     pairs = choose_pairs(trials, sweep["objectives"])
@@ -104,7 +110,10 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
         best_trial=chosen[0] if chosen else None,
         best_numbers={trial.number for trial in chosen},
         about_channels=any(name in sweep["space"] for name in (ROTATION, SPLIT, MULTIPLICITIES)),
-        theory=_compare(trials, surface, sweep) if best and prediction else None,
+        theory=_compare(trials, surface, sweep, prediction) if best and prediction else None,
+        closed_form=closed_form,
+        linear=_compare(trials, surface, sweep, linear) if best and linear else None,
+        split=write_split,
         command=_command(sweep) if best else "",
         surface=surface,
         optimum=optimum,
@@ -129,8 +138,8 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Theory:
-    """Comparison of the theory's representation with the best."""
+class Comparison:
+    """Comparison of a predicted representation with the best."""
 
     invariant: int
     chiral: int
@@ -144,10 +153,25 @@ class Theory:
     """Standard error of `behind`, from seeds and surface; None if unknown."""
 
 
-def _compare(trials: Sequence[Trial], surface: Surface | None, sweep: Any) -> Theory | None:
-    """Compare the theory's representation with the best; None if nothing is known about it."""
+def _place(multiplicities: Mapping[str, int]) -> tuple[int, float]:
+    """Return (rotation_dims, chirality_split) of a split."""
+    chiral = sum(multiplicities[irrep] for irrep in ("a2", "b1", "b2"))
+    return 2 * multiplicities["e"], chiral / max(1, multiplicities["a1"] + chiral)
+
+
+def _compare(
+    trials: Sequence[Trial], surface: Surface | None, sweep: Any, place: tuple[float, float]
+) -> Comparison | None:
+    """Compare a representation with the best; None if nothing is known about it.
+
+    Args:
+        trials: Trials of the sweep.
+        surface: Surface through their ends in the first objective.
+        sweep: Facts of the sweep.
+        place: Its (rotation_dims, chirality_split).
+    """
     best, dim = sweep["best"], sweep["dim"]
-    turning, split = sweep["theory"]["rotation_dims"], sweep["theory"]["chirality_split"]
+    turning, split = place
     chiral = round(split * (dim - turning))
     near = [
         (trial, value)
@@ -172,10 +196,10 @@ def _compare(trials: Sequence[Trial], surface: Surface | None, sweep: Any) -> Th
         value, error = float(mean), math.hypot(best_error, float(std))
     else:
         return None
-    return Theory(
-        invariant=dim - turning - chiral,
+    return Comparison(
+        invariant=dim - round(turning) - chiral,
         chiral=chiral,
-        turning=turning,
+        turning=round(turning),
         measured=[trial.number for trial, _ in near],
         value=value,
         behind=(best["value"] - value) * (1 if mode == "max" else -1),

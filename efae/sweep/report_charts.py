@@ -1,6 +1,6 @@
 """Charts of the sweep report, each a function from trials to a PNG file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def draw_surface(
     *,
     colours: int,
     best: tuple[float, float] | None,
-    theory: tuple[float, float] | None,
+    predicted: Mapping[str, tuple[float, float]],
 ) -> None:
     """Draw the fitted metric over the two knobs, and beside it the fit's standard deviation.
 
@@ -45,10 +45,11 @@ def draw_surface(
         path: Path of the PNG file.
         colours: Channels of an image; fewer invariant channels are infeasible.
         best: Position (rotation_dims, chirality_split) to star.
-        theory: Position of the theory's prediction.
+        predicted: Positions of predictions, by their names in `_PREDICTIONS`.
     """
     placed = [(trial, trial.position) for trial in trials if trial.position]
-    marks = [position for _, position in placed] + [p for p in (best, theory) if p]
+    marks = [*(position for _, position in placed), *predicted.values()]
+    marks += [best] if best else []
     x, y = _range([p[0] for p in marks], surface.dim), _range([p[1] for p in marks], 1)
     grid_x, grid_y = np.meshgrid(np.linspace(*x, 81), np.linspace(*y, 81))
     mean, std = surface.predict(grid_x, grid_y)
@@ -71,8 +72,8 @@ def draw_surface(
     for axes in (left, right):
         _hatch_infeasible(axes, x, colours, surface.dim)
         _place_trials(axes, placed, metric, norm, palette if axes is left else None)
-        if theory:
-            axes.plot(*theory, "D", ms=13, mfc="none", mec="black", mew=1.6, zorder=5)
+        for name, place in predicted.items():
+            axes.plot(*place, _PREDICTIONS[name], ms=13, mfc="none", mec="black", mew=1.6, zorder=5)
         if best:
             axes.plot(*best, "*", ms=17, mfc=ORANGE, mec="white", mew=1, zorder=6)
         axes.set(xlim=x, ylim=y)
@@ -80,7 +81,7 @@ def draw_surface(
     left.set_ylabel("chirality_split: share of the others\nthat change sign")
     name_chart(left, f"{describe(metric).label}, fitted")
     name_chart(right, "standard deviation of the fit")
-    _add_legend(figure, placed, best, theory)
+    _add_legend(figure, placed, best, predicted)
     save(figure, path)
 
 
@@ -192,6 +193,8 @@ def draw_curves(
     save(figure, path)
 
 
+_PREDICTIONS = {"theory": "D", "best linear map": "s"}
+"""Markers of predicted representations."""
 _BETTER = {"max": "↑", "min": "↓"}
 _STATES = {
     "finished": "finished",
@@ -254,15 +257,16 @@ def _add_legend(
     figure: Any,
     placed: Sequence[tuple[Trial, tuple[float, float]]],
     best: tuple[float, float] | None,
-    theory: tuple[float, float] | None,
+    predicted: Iterable[str],
 ) -> None:
     states = {trial.state for trial, _ in placed}
     dot = {"marker": "o", "ms": 7, "mfc": "#7cc0c0", "mec": "black"}
     entries: list[Any] = []
     if best:
         entries.append(_entry("best", linestyle="", marker="*", ms=13, mfc=ORANGE, mec="white"))
-    if theory:
-        entries.append(_entry("theory", linestyle="", marker="D", ms=8, mfc="none", mec="black"))
+    for name in predicted:
+        marker = _PREDICTIONS[name]
+        entries.append(_entry(name, linestyle="", marker=marker, ms=8, mfc="none", mec="black"))
     for state, word in _STATES.items():
         if state in states:
             entries.append(_entry(word, linestyle="", **_ENDS.get(state, dot)))

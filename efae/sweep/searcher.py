@@ -30,16 +30,24 @@ class Proposals(Searcher):
         chooser: Filter of feasible and new combinations; it has seen those of the records.
         records: Records of the sweep; a proposal is written there before it becomes a trial.
         sweep: Settings of the search.
+        first: Combination that Optuna tries first, if it is new; None for no such one.
 
     Raises:
         ValueError: No combination of the space is feasible.
     """
 
-    def __init__(self, chooser: Chooser, records: Records, sweep: SweepConfig):
+    def __init__(
+        self,
+        chooser: Chooser,
+        records: Records,
+        sweep: SweepConfig,
+        first: dict[str, Any] | None = None,
+    ):
         super().__init__()
         self._chooser, self._records = chooser, records
         self._steps = chooser.config.training.steps
         self._objectives, self._how = sweep.objectives, sweep.search
+        self._first = first if sweep.search == "optuna" else None
         self._distributions = dict(chooser.space.distributions)
         self._possible = chooser.list_possible()
         found = records.in_phase("search")
@@ -99,6 +107,9 @@ class Proposals(Searcher):
 
     def _choose(self) -> optuna.Trial | None:
         """Choose a feasible, new combination, by Optuna or, if it repeats itself, at random."""
+        first, self._first = self._first, None
+        if first is not None and self._chooser.accept(first):
+            return self._ask_for(first)
         if self._how == "optuna" or self._possible is None:
             for _ in range(_MOST_ASKS):
                 trial = self._study.ask(self._distributions)

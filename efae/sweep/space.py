@@ -82,6 +82,14 @@ def _list_values(distribution: BaseDistribution) -> list[Any] | None:
     return [range_.low + i * range_.step for i in range(count)]
 
 
+def _contains(distribution: BaseDistribution, value: Any) -> bool:
+    values = _list_values(distribution)
+    if values is not None:
+        return value in values
+    range_ = cast(Any, distribution)
+    return isinstance(value, int | float) and range_.low <= value <= range_.high
+
+
 @dataclass
 class Chooser:
     """Accepts combinations that are feasible and new.
@@ -120,6 +128,36 @@ class Chooser:
             "representation.chirality_split": None,
         }
         return configuration.digest(with_overrides(config, same))
+
+    def place(self, multiplicities: Mapping[str, int]) -> dict[str, Any] | None:
+        """Return the combination of a split and the configuration's own other settings.
+
+        Of a space of `rotation_dims` and `chirality_split`, it is the one with as many channels
+        that rotate and that change sign.
+
+        Returns:
+            Combination; None if the space searches no splits or does not contain this one, or if
+            it is infeasible.
+        """
+        representation = self.config.representation
+        others = representation.dim - 2 * multiplicities["e"]
+        split = {f"{_MULTIPLICITIES}.{irrep}": n for irrep, n in multiplicities.items()} | {
+            "representation.rotation_dims": 2 * multiplicities["e"],
+            "representation.chirality_split": 1 - multiplicities["a1"] / max(1, others),
+        }
+        if not set(split) & set(self.space.distributions):
+            return None
+        wanted = configuration.flatten(self.config) | split
+        combination = {key: wanted[key] for key in self.space.distributions}
+        for key, distribution in self.space.distributions.items():
+            if not _contains(distribution, combination[key]):
+                return None
+        try:
+            found = check_model(apply_combination(self.config, combination)).multiplicities
+        except ValueError:
+            return None
+        same = all(found[irrep] == multiplicities[irrep] for irrep in ("a1", "e"))
+        return combination if same else None
 
     def list_possible(self) -> list[dict[str, Any]] | None:
         """Return one combination for each different model; None for an infinite space.

@@ -28,6 +28,8 @@ from efae.experiment import (
 from efae.preflight.cluster_checks import run_preflight
 from efae.preflight.driver_checks import RunData
 from efae.registry import versions
+from efae.report.html import write_split
+from efae.sweep.closed_form import find_closed_form_split
 from efae.sweep.config import SweepConfig
 from efae.sweep.phase import Interrupted, Phases
 from efae.sweep.ranking import (
@@ -83,6 +85,11 @@ def run_sweep(
     chooser.list_possible()
     data = RunData(config.data)
     run_preflight(config, data, server, say)
+    closed_form = find_closed_form_split(config)
+    say(
+        f"    best linear split: {write_split(closed_form['multiplicities'])} (A1+A2+B1+B2+E),"
+        f" {closed_form['linear_psnr']:.2f} dB on held-out images"
+    )
     records = Records(run_folder.locate_run(config))
     parent = _begin(config, settings, chooser, records, server)
     say(f"ok   sweep {settings.name}: {parent.find_url()}")
@@ -94,7 +101,8 @@ def run_sweep(
     progress = _Progress(config, settings, sweep, records, say)
     phases = Phases(sweep, config, settings, records, progress.report)
     try:
-        phases.search(Proposals(chooser, records, settings))
+        first = chooser.place(closed_form["multiplicities"])
+        phases.search(Proposals(chooser, records, settings, first))
         phases.repeat(choose_finalists(records, settings, config.training.seed))
         best = find_best(records, settings)
         wait_for_mlflow(server, settings.name, say)
@@ -105,6 +113,7 @@ def run_sweep(
             "mlflow_parent_run_id": parent.id,
             "mlflow_url": parent.find_url(),
             **describe_sweep(config, settings, chooser, records, data),
+            "closed_form_split": closed_form,
             "best": best,
             "cost": describe_cost(config, records) | {"wall_seconds": time.monotonic() - started},
         }

@@ -3,9 +3,6 @@
 import itertools
 import math
 
-import torch
-import torch.distributed as dist
-
 from data_pipelines import ShardDataset
 from efae.config import Config
 from efae.model.closed_form import Moments, fit_linear_map, set_linear_paths
@@ -33,10 +30,18 @@ def start_linear(
     state.average.load({name: p.detach() for name, p in state.model.named_parameters()})
 
 
-def measure_moments(config: Config, dataset: ShardDataset, process: Process) -> Moments:
+def measure_moments(
+    config: Config, dataset: ShardDataset, process: Process, patches: int = SAMPLE_PATCHES
+) -> Moments:
     """Return the moments of the patches of the first batches, over all ranks.
 
     Sums are exact, so they are the same at every world size.
+
+    Args:
+        config: Configuration of the experiment.
+        dataset: Training images.
+        process: This process of the run.
+        patches: Least number of patches, if an epoch has as many.
     """
     batch_size, side = config.training.global_batch_size, config.model.downsampling
     loader = dataset.loader(
@@ -48,14 +53,9 @@ def measure_moments(config: Config, dataset: ShardDataset, process: Process) -> 
         tail="carry",
     )
     cells = math.prod(config.data.image_size) // side**2
-    count = min(math.ceil(SAMPLE_PATCHES / cells), len(dataset))
-    n = config.data.channels * side**2
-    zeros = torch.zeros(n * (n + 1) + 1, dtype=torch.float64, device=process.device)
-    moments = Moments(zeros[0], zeros[1 : n + 1], zeros[n + 1 :].view(n, n))
+    count = min(math.ceil(patches / cells), len(dataset))
+    moments = Moments.none(config.data.channels * side**2, process.device)
     batches = itertools.islice(loader, math.ceil(count / batch_size))
     for batch in batches:
         moments += Moments.of(batch.image.to(process.device), side)
-    if dist.is_initialized():
-        for part in (moments.count, moments.first, moments.second):
-            dist.all_reduce(part)
-    return moments
+    return moments.over_processes()

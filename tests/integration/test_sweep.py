@@ -247,6 +247,9 @@ def test_a_sweep_reports_each_trial_and_registers_the_best(small_sweep, local_st
     states = {t["config"]["model.hidden_size"]: t["state"] for t in found["trials"]}
     assert states == {64: "finished", NO_MEMORY: "failed"}
     assert found["best"]["config"] == {"model.hidden_size": 64}
+    split, dim = found["closed_form_split"], found["dim"]
+    assert sum(split["multiplicities"].values()) + split["multiplicities"]["e"] == dim
+    assert split["linear_psnr"] > 10
     assert (small_sweep / "report.html").exists()
     children, parent = find_children("small")
     assert parent == "FINISHED"

@@ -50,6 +50,8 @@ def test_summary_says_what_the_contract_lists(whole_run):
     assert summary["precision"] == "fp32"
     assert summary["model_uri"].startswith("models:/efae/")
     assert 0 <= summary["worst_gap_db"] < 1e-3
+    assert 10 < summary["linear_psnr"] < 60
+    assert whole_run.data.metrics["summary/linear_psnr"] == summary["linear_psnr"]
     assert summary["group_law_error"] <= 1e-6
     assert 0 <= summary["data_wait_fraction"] < 1
 

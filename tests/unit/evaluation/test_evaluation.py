@@ -13,6 +13,7 @@ from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.evaluation.evaluate import Measurement, evaluate
 from efae.evaluation.flow_measures import STEP_COUNTS, TIME_BINS
+from efae.evaluation.linear_reference import fit_linear_reference
 from efae.evaluation.measures import (
     LARGEST_PSNR,
     draw_noise,
@@ -24,7 +25,8 @@ from efae.evaluation.measures import (
 from efae.evaluation.protocol import FlowTokenizer
 from efae.evaluation.results import CHOSEN
 from efae.model.autoencoder import Autoencoder
-from efae.symmetry import D4, FLIPS
+from efae.model.closed_form import Moments, fit_linear_map, set_linear_paths
+from efae.symmetry import D4, FLIPS, Representation
 
 SIZES = {
     "data.resolution": 16,
@@ -35,6 +37,7 @@ SIZES = {
     "model.num_heads": 2,
     "model.depth": 1,
     "model.patch_size": 4,
+    "model.downsampling": 4,
     "flow.sampler_steps": 2,
 }
 FIXED_BY = {
@@ -172,10 +175,45 @@ def test_numbers_are_complete_and_consistent(measured):
             assert tuple(numbers[name]) == STEP_COUNTS
         assert (numbers["lpips"], numbers["fid"], numbers["deterministic"]) == (None, None, False)
         assert list(numbers["rotations"]) == [0.0, 30.0]
-        assert numbers["latent_shape"] == (12, 2, 2)
+        assert numbers["latent_shape"] == (12, 4, 4)
         assert set(result.pictures.acted) == {g.name for g in D4}
         times = [t for t, _ in result.pictures.states]
         assert (times[0], times[-1], len(times)) == (1, 0, 17)
+
+
+def test_the_linear_map_is_measured_like_the_model(models, measured):
+    """Also where the model is this very map: then nothing is left to learn."""
+    images = draw_images(12)
+    result = measured["exact"]
+    fitted = fit_linear_map(Moments.of(images, 4), models["exact"].representation, 4)
+    decoded = fitted.reconstruct(to_float(images), 4).clamp(-1, 1)
+    assert result.linear_psnr == pytest.approx(float(psnr(decoded, to_float(images)).mean()))
+    assert result.linear_ssim == pytest.approx(float(ssim(decoded, to_float(images)).mean()))
+    start = {"model.start": "closed_form", "model.bottleneck": "running"}
+    torch.manual_seed(0)
+    model = Autoencoder(with_overrides(Config(), SIZES | start)).eval()
+    set_linear_paths(model, fitted)
+    found = evaluate(model, images)
+    assert found.linear_psnr == result.linear_psnr
+    assert found.psnr == pytest.approx(found.linear_psnr, abs=1e-3)
+    assert found.ssim == pytest.approx(found.linear_ssim, abs=1e-4)
+
+
+def test_the_split_of_the_best_linear_map_beats_the_others(measured):
+    for result in measured.values():
+        split = result.closed_form_split
+        rho = Representation(D4, **split["multiplicities"])
+        assert rho.dim == 12
+        assert rho.multiplicities["a1"] >= 3
+        assert rho.multiplicities != result.multiplicities
+        assert split["linear_psnr"] > result.linear_psnr
+
+
+def test_too_few_images_have_no_linear_map(models):
+    """A map fitted to fewer would be far ahead of one fitted to other images."""
+    result = evaluate(models["exact"], draw_images(11))
+    assert (result.linear_psnr, result.linear_ssim, result.closed_form_split) == (None,) * 3
+    assert "too few patches" in result.protocol["linear_psnr"]
 
 
 def test_the_protocol_says_how(measured):
@@ -211,8 +249,9 @@ def test_evaluation_repeats_whatever_the_batch_size(models, measured):
 
 @pytest.mark.parametrize("shares", [(12,), (5, 7), (1, 0, 11), (4, 4, 4)])
 def test_parts_add_up_to_the_whole(models, measured, shares):
-    measurement = Measurement(models["objective"], batch_size=4, angles=(0.0, 30.0))
-    images, parts = draw_images(12), []
+    model, images, parts = models["objective"], draw_images(12), []
+    linear = fit_linear_reference(model, images, torch.device("cpu"), batch_size=7)
+    measurement = Measurement(model, batch_size=4, angles=(0.0, 30.0), linear=linear)
     for number, share in enumerate(shares):
         first = sum(shares[:number])
         parts.append(measurement.measure(images[first : first + share], first, 12))

@@ -106,6 +106,15 @@ def test_numbers_stand_beside_their_protocol(card, evaluation):
     assert "2 steps of the sampler euler" in text
 
 
+def test_the_best_linear_map_stands_beside_the_model(card, config, evaluation):
+    assert evaluation.linear_psnr is None  # four images are too few
+    assert "linear map" not in card
+    protocol = evaluation.protocol | {"linear_psnr": "equivariant, fitted to these very images"}
+    numbers = evaluation.numbers() | {"linear_psnr": 31.449, "protocol": protocol}
+    text = section(render_model_card(numbers, config, FACTS), "Numbers")
+    assert "| PSNR of the best linear map | 31.45 dB | equivariant, fitted to these" in text
+
+
 def test_every_irrep_is_told_by_what_it_does(card, config):
     text = section(card, "The latent")
     representation = Autoencoder(config).representation

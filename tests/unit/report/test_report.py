@@ -16,7 +16,14 @@ from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.evaluation.evaluate import evaluate
 from efae.model.autoencoder import Autoencoder
-from efae.report.card import Card, draw_reconstructions, summarize, write_comparison, write_report
+from efae.report.card import (
+    Card,
+    advise_on_linear_map,
+    draw_reconstructions,
+    summarize,
+    write_comparison,
+    write_report,
+)
 from efae.report.charts import draw_rotations
 from efae.report.image_grids import draw_orbit
 from efae.report.model_card import render_model_card
@@ -25,8 +32,8 @@ from efae.symmetry import D4
 # Written here once more on purpose: outside scripts rely on exactly these.
 SUMMARY = (
     *("run_name", "mlflow_run_id", "model_uri", "steps", "images_seen", "images_per_second"),
-    *("data_wait_fraction", "bad_samples", "psnr", "gap_db", "worst_gap_db", "group_law_error"),
-    *("checkpoints", "checkpoint_stall_seconds", "recoveries"),
+    *("data_wait_fraction", "bad_samples", "psnr", "linear_psnr", "gap_db", "worst_gap_db"),
+    *("group_law_error", "checkpoints", "checkpoint_stall_seconds", "recoveries"),
     *("world_size", "precision", "device", "wall_seconds", "events"),
     *("tflops_per_second", "flop_utilization", "flop_utilization_as_dense"),
 )
@@ -73,6 +80,7 @@ class Page(HTMLParser):
 def config() -> Config:
     sizes = {"data.resolution": 16, "model.hidden_size": 16, "model.num_heads": 2}
     sizes |= {"model.depth": 1, "model.encoder_hidden_size": 16, "flow.sampler_steps": 2}
+    sizes |= {"model.downsampling": 4, "representation.dim": 12}
     return with_overrides(Config(), sizes)
 
 
@@ -175,6 +183,8 @@ def test_a_small_gap_alone_is_not_called_exact_and_facts_may_be_missing(
     numbers["gap_db"] = dict.fromkeys(numbers["gap_db"], 0.0)
     numbers["worst_gap_db"] = 0.0
     numbers["psnr_by_steps"] = {str(k): v for k, v in numbers["psnr_by_steps"].items()}  # JSON's
+    numbers["linear_psnr"] = evaluation.psnr - 1
+    numbers["closed_form_split"] = {"multiplicities": numbers["multiplicities"], "linear_psnr": 3.0}
     pictures = SimpleNamespace(**vars(evaluation.pictures))  # taken by shape, not by class
     page = write_report(tmp_path, numbers=numbers, pictures=pictures, config=config, facts={})
     text = Page(page.read_text(encoding="utf-8")).text
@@ -182,6 +192,37 @@ def test_a_small_gap_alone_is_not_called_exact_and_facts_may_be_missing(
     assert not (tmp_path / "curves.png").exists()
     assert "Data credits" not in text
     assert "EFAE report card: one model" in text
+    flowing = " ".join(text.split())
+    assert "1.00 dB more" in flowing
+    assert "3.00 dB, that of this model" in flowing
+    assert "does not beat the best linear map" not in flowing
+
+
+def test_the_page_compares_the_model_with_the_best_linear_map(folder, evaluation):
+    text = " ".join(Page((folder / "report.html").read_text(encoding="utf-8")).text.split())
+    assert evaluation.psnr < evaluation.linear_psnr  # it is not trained
+    assert f"best linear map: {evaluation.linear_psnr:.2f}" in text
+    assert f"The model, {evaluation.psnr:.2f} dB, does not beat the best linear map" in text
+    split = evaluation.closed_form_split
+    best, own = (
+        "+".join(str(n[irrep]) for irrep in ("a1", "a2", "b1", "b2", "e"))
+        for n in (split["multiplicities"], evaluation.multiplicities)
+    )
+    assert f"split is {best}, {split['linear_psnr']:.2f} dB; this model's is {own}," in text
+
+
+def test_advice_names_the_settings_that_are_not_set_yet(config):
+    numbers = {"psnr": 29.0, "linear_psnr": 31.45}
+    advice = advise_on_linear_map(numbers, config)
+    assert "29.00 dB, does not beat" in advice
+    assert "(--model.start closed_form --model.bottleneck running)" in advice
+    start = {"model.start": "closed_form", "model.bottleneck": "running"}
+    assert "closed_form" not in advise_on_linear_map(numbers, with_overrides(config, start))
+    velocity = with_overrides(config, {"flow.prediction": "velocity"})
+    assert "--flow.prediction image" in advise_on_linear_map(numbers, velocity)
+    assert "--" not in advise_on_linear_map(numbers, None)
+    for fine in ({"psnr": 32.0}, {"psnr": None}, {"linear_psnr": None}):
+        assert advise_on_linear_map(numbers | fine, config) == ""
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +240,7 @@ def deterministic(evaluation):
         **{"psnr_by_steps": {}, "ssim_by_steps": {}, "sharpness_by_steps": {}},
         **{"loss_by_time": None, "velocity_error_by_time": None, "rotations": {}},
         **{"energy_by_irrep": {"a1": 1.0}, "worst_gap_db": 7.25},
+        **{"linear_psnr": None, "linear_ssim": None, "closed_form_split": None},
     }
     pictures = SimpleNamespace(**vars(evaluation.pictures) | {"states": []})
     return numbers, pictures
@@ -213,7 +255,15 @@ def test_a_deterministic_tokenizer_has_no_empty_boxes(tmp_path, deterministic):
     assert drawn == {"orbit", "gap", "reconstructions"}
     assert not (tmp_path / "model_card.md").exists()  # that of others is theirs to write
     assert len([tag for tag, _ in read.tags if tag == "img"]) == 3
-    absents = ("None", "unknown", "sampler steps", "Loss by time", "Noise floor", "any angle")
+    absents = (
+        "None",
+        "unknown",
+        "best linear map",
+        "sampler steps",
+        "Loss by time",
+        "Noise floor",
+        "any angle",
+    )
     for absent in absents:
         assert absent not in read.text
     assert "Configuration" not in read.text
@@ -234,7 +284,8 @@ def test_several_models_stand_side_by_side(tmp_path, evaluation, deterministic, 
     assert "7.25" in read.text
     assert "deterministic" in read.text
     assert f"{min(found['psnr'] for found in first.numbers['rotations'].values()):.2f}" in read.text
-    assert read.text.count("not measured") == 2  # the other one's angles
+    assert read.text.count("not measured") == 3  # the other one's angles and linear map
+    assert f"{evaluation.linear_psnr:.2f}" in read.text
     assert FACTS["credits"][0] in read.text
     sources = [attributes["src"] for tag, attributes in read.tags if tag == "img"]
     shown = [base64.b64decode(source.partition(";base64,")[2]) for source in sources]
@@ -274,7 +325,7 @@ def test_rotations_are_drawn_of_any_angles_and_models(tmp_path, angles):
 def test_summary_has_the_agreed_keys_and_values(folder, evaluation):
     summary = json.loads((folder / "summary.json").read_text())
     assert tuple(summary) == SUMMARY
-    for name in ("psnr", "gap_db", "worst_gap_db", "group_law_error"):
+    for name in ("psnr", "linear_psnr", "gap_db", "worst_gap_db", "group_law_error"):
         assert summary[name] == getattr(evaluation, name)
     assert set(summary["gap_db"]) == {element.name for element in D4}
     for name in set(SUMMARY) & set(FACTS):

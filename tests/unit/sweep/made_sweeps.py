@@ -89,6 +89,10 @@ def make_sweep(trials: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         "best": None,
         "pareto": [],
         "theory": {"rotation_dims": 16, "chirality_split": 0.69},
+        "closed_form_split": {
+            "multiplicities": {"a1": 5, "a2": 1, "b1": 6, "b2": 4, "e": 8},
+            "linear_psnr": 22.41,
+        },
         "cost": {
             "trial_seconds": sum(trial["seconds"] for trial in trials),
             "wall_seconds": 0.6 * sum(trial["seconds"] for trial in trials),

@@ -89,6 +89,26 @@ def test_the_answer_comes_first(page, sweep):
     assert 'efae.load("models:/efae/3")' in page.text
 
 
+def test_the_closed_form_stands_beside_the_sweep(tmp_path, page, sweep):
+    answer = words(page).partition("Next steps")[0]
+    assert "splits them 5+1+6+4+8 (A1+A2+B1+B2+E)" in answer
+    assert "reconstructs the held-out images at 22.41 dB" in answer
+    assert "A model of that split (5 invariant, 11 changing sign, 16 turning), measured" in answer
+    best = {"multiplicities": {"a1": 8, "a2": 1, "b1": 4, "b2": 3, "e": 8}, "linear_psnr": 22.4}
+    trials = [trial | {"validations": []} for trial in sweep["trials"]]
+    text = words(
+        write(tmp_path, sweep | {"trials": trials, "space": {}, "closed_form_split": best})
+    )
+    assert "The best trial's representation is that one." in text
+
+
+def test_a_sweep_of_release_0_1_has_no_closed_form(tmp_path, sweep):
+    old = {name: value for name, value in sweep.items() if name != "closed_form_split"}
+    trials = [trial | {"validations": []} for trial in sweep["trials"][:3]]
+    text = words(write(tmp_path, old | {"trials": trials, "space": {}, "best": None}))
+    assert "linear map" not in text
+
+
 def test_the_command_is_one_that_train_takes(page):
     command = page.text[page.text.index("python jobs/train.py") :].partition("The second")[0]
     _, script, preset, *flags = shlex.split(command.replace("\\\n", ""))

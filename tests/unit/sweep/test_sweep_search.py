@@ -30,13 +30,13 @@ def validate(combination, step=STEPS):
     return {"step": step, "psnr": value, "held_out_loss": 1 / value, "worst_gap_db": 0.0}
 
 
-def begin(folder, settings):
+def begin(folder, settings, first=None):
     """A driver that finds what is in storage."""
     records = Records(str(folder))
     chooser = Chooser(CONFIG, read_space(settings.space, CONFIG))
     for record in records.trials.values():
         chooser.accept(record.combination)
-    return records, Proposals(chooser, records, settings)
+    return records, Proposals(chooser, records, settings, first)
 
 
 def run(records, proposals, count, first_id=0):
@@ -68,6 +68,18 @@ def test_no_combination_comes_twice_and_all_come_once(tmp_path, search):
     assert None not in signed
     if search == "grid":
         assert found == possible
+
+
+@pytest.mark.parametrize("search", ["optuna", "random", "grid"])
+def test_optuna_starts_with_the_given_combination_once(tmp_path, search):
+    settings = SweepConfig(name="s", search=search, trials=12)
+    first = {ROTATION: 16, CHIRALITY: 0.5}
+    records, proposals = begin(tmp_path, settings, first)
+    found = run(records, proposals, 3)
+    assert (found[0] == first) == (search == "optuna")
+    again, resumed = begin(tmp_path, settings, first)
+    found += run(again, resumed, 3, first_id=3)
+    assert len({tuple(c.values()) for c in found}) == 6
 
 
 def test_optuna_finds_the_best_sooner_than_chance(tmp_path):

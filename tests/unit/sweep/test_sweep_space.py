@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import pytest
 
@@ -12,9 +13,12 @@ from efae.presets import PRESETS
 from efae.sweep.config import SweepConfig
 from efae.sweep.space import NAMED_SPACES, Chooser, apply_combination, count_latent, read_space
 from efae.sweep.sweep import check_settings
+from efae.symmetry.representation import IRREPS
 
 QUICKSTART = PRESETS["quickstart"][1]
 ROTATION, CHIRALITY = "representation.rotation_dims", "representation.chirality_split"
+RATE = "optimizer.learning_rate"
+COPIES = [f"representation.multiplicities.{irrep}" for irrep in IRREPS[1:]]
 
 
 @pytest.mark.parametrize("name", ["split", "multiplicities"])
@@ -41,6 +45,34 @@ def test_what_cannot_work_or_was_there_is_refused():
         (True, False),
         (False, True),
     ]
+
+
+@pytest.mark.parametrize(
+    ("space", "split", "combination"),
+    [
+        ("split", (8, 1, 4, 3, 8), {ROTATION: 16, CHIRALITY: 0.5}),  # trained as 8+2+3+3+8
+        ("split", (6, 1, 1, 0, 12), {ROTATION: 24, CHIRALITY: 0.25}),
+        ("split", (7, 2, 4, 3, 8), None),
+        ("split", (2, 2, 2, 2, 12), None),  # two invariant, three colours
+        ("split", (4, 0, 0, 0, 14), {ROTATION: 28, CHIRALITY: 0.0}),
+        ("split_and_rate", (8, 1, 4, 3, 8), {ROTATION: 16, CHIRALITY: 0.5, RATE: 1.0}),
+        ("multiplicities", (8, 2, 4, 2, 8), dict(zip(COPIES, (2, 4, 2, 8), strict=True))),
+        ("multiplicities", (8, 1, 4, 3, 8), None),  # in steps of 2
+        ("sizes", (8, 1, 4, 3, 8), None),
+    ],
+)
+def test_a_split_has_a_place_where_the_space_contains_it(tmp_path, space, split, combination):
+    config = with_overrides(QUICKSTART, {"representation.dim": 32})
+    if space == "sizes":
+        space = str(tmp_path / "space.toml")
+        Path(space).write_text('"model.hidden_size" = {choices = [96, 192]}')
+    chooser = Chooser(config, read_space(space, config))
+    found = chooser.place(dict(zip(IRREPS, split, strict=True)))
+    if combination and RATE in combination:
+        combination |= {RATE: config.optimizer.learning_rate}
+    assert found == combination
+    assert not chooser.seen
+    assert found is None or chooser.accept(found)
 
 
 def test_sizes_are_checked_before_a_trial(tmp_path):
