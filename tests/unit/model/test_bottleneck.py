@@ -38,7 +38,7 @@ def test_the_penalty_pulls_the_power_of_all_examples_to_one_and_depends_on_no_ba
     bottleneck, latent = Bottleneck(RHO, "running", 0.1), draw(64, RHO.dim, 2, 2)
     scale = torch.tensor(3.0, requires_grad=True)
     optimizer = torch.optim.SGD([scale], 0.3)
-    for _ in range(400):
+    for _ in range(800):
         bounded = bottleneck.bound(scale * latent)
         penalty = bottleneck.scale_penalty(bounded)
         parts = [bottleneck.scale_penalty(part) for part in bounded.split(7)]
