@@ -109,8 +109,11 @@ def test_the_export_computes_the_same_with_a_shared_modulation(group, kind):
     assert_same_function(build(group, **kind, **{"model.modulation": "shared"}).double(), 1e-10)
 
 
-@every_group
-@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize(
+    ("group", "grid"),
+    [*(("D4", grid) for grid in GRIDS.values()), *((group, (16, 4, 8)) for group in GROUPS)],
+    ids=str,
+)
 def test_the_export_of_a_unet_computes_the_same(group, grid):
     model = build(group, grid, **UNET, **{"flow.condition_drop": 0.1}).double()
     assert_same_function(model, 1e-10)
