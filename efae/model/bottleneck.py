@@ -61,7 +61,7 @@ class Bottleneck(nn.Module):
         if self.kind == "kl":
             return wide
         if self.kind == "running":
-            return wide * torch.rsqrt(self._by_channel(self.power).mean().clamp(min=1e-6))
+            return wide * torch.rsqrt(self._power_by_channel().mean())
         return wide * torch.rsqrt(wide.square().mean((1, 2, 3), keepdim=True) + 1e-6)
 
     def add_noise(
@@ -81,7 +81,7 @@ class Bottleneck(nn.Module):
         Args:
             latent: Bounded latents.
         """
-        power = self._by_channel(self.power).mean().clamp(min=1e-6)
+        power = self._power_by_channel().mean()
         return _SCALE_WEIGHT * power.log() * (latent.square().mean((1, 2, 3)) - 1)
 
     def divergence(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b"]:
@@ -96,7 +96,7 @@ class Bottleneck(nn.Module):
         channels = latent.detach().float().square().mean((0, 2, 3))
         power = torch.stack([channels[block].mean() for block in self.blocks])
         if self.kind == "running":
-            power = power * self._by_channel(self.power).mean().clamp(min=1e-6)
+            power = power * self._power_by_channel().mean()
         self.power.lerp_(power, _MOMENTUM)
 
     def mean_power(self) -> Float[Tensor, ""]:
@@ -117,20 +117,21 @@ class Bottleneck(nn.Module):
         return (self.log_variance / 2).exp()[self.copy_of_channel, None, None]
 
     def _scale(self, dtype: torch.dtype) -> Tensor:
-        # The clamp keeps the scale of an irrep that no image excites above zero.
-        scale = self._bounded_power().clamp(min=1e-6).sqrt()
-        return scale.to(dtype)[:, None, None]
+        return self._bounded_power().sqrt().to(dtype)[:, None, None]
 
     def _bounded_power(self) -> Tensor:
         """Return the running power of bounded latents by channel."""
-        power = self._by_channel(self.power)
-        return power / power.mean().clamp(min=1e-6) if self.kind == "running" else power
+        power = self._power_by_channel()
+        return power / power.mean() if self.kind == "running" else power
 
-    def _by_channel(self, values: Tensor) -> Tensor:
-        """Repeat one value per block for each of its channels."""
+    def _power_by_channel(self) -> Tensor:
+        """Repeat the running power of each block for its channels.
+
+        The clamp keeps the scale of an irrep that no image excites above zero.
+        """
         sizes = [block.stop - block.start for block in self.blocks]
-        parts = [value.expand(size) for value, size in zip(values, sizes, strict=True)]
-        return torch.cat(parts)
+        powers = self.power.clamp(min=1e-6)
+        return torch.cat([p.expand(size) for p, size in zip(powers, sizes, strict=True)])
 
 
 def _blocks_of_one_scale(representation: Representation) -> list[slice]:
