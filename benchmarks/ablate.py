@@ -225,7 +225,7 @@ def measure_cost(name: str, config: Config, images: Tensor) -> float:
 def measure(trained: Trained, images: Tensor) -> dict[str, Any]:
     """Measure the averaged weights on held-out images and on their two halves by symmetry."""
     image = to_float(images)
-    usual = SKETCH_STEPS if trained.name == "sketch" else trained.config.flow.sampler_steps
+    usual = SKETCH_STEPS if trained.name == "sketch" else trained.config.flow.default_steps
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(1))
     asymmetry = (image - image.flip(-1)).square().mean((1, 2, 3)) / image.var((1, 2, 3))
     symmetric = asymmetry <= asymmetry.median()

@@ -185,8 +185,8 @@ class FlowConfig:
     needs it."""
     sampler: Literal["euler", "midpoint", "heun"] = "euler"
     """Default solver of the decoding ODE."""
-    sampler_steps: int = 4
-    """Default number of solver steps."""
+    sampler_steps: int | None = None
+    """Default number of solver steps. None: 4, or 1 for a distilled model."""
     sampler_power: float = 1.0
     """Spacing of the steps: above 1, more of them near the image; below 1, near the noise."""
     sampler_shift: float = 1.0
@@ -196,10 +196,19 @@ class FlowConfig:
     """Scale of classifier-free guidance; 1 is no guidance, others need condition_drop > 0."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Range of t in which guidance is applied."""
+    distill_from: str = ""
+    """URI of a trained model, as `efae.load` takes it, to distil into a decoder of one step, with
+    the same encoder; empty trains from images alone."""
+    distill_steps: int = 4
+    """Sampler steps of that teacher."""
 
     def __post_init__(self):
         require_positive(
-            "flow", self, "sampler_steps", "sampler_power", "sampler_shift", "time_std"
+            "flow", self, "distill_steps", "sampler_power", "sampler_shift", "time_std"
+        )
+        require(
+            self.sampler_steps is None or self.sampler_steps > 0,
+            f"flow.sampler_steps={self.sampler_steps}: must be positive",
         )
         require(
             0 < self.time_uniform < 1, f"flow.time_uniform={self.time_uniform}: must be in (0, 1)"
@@ -207,6 +216,11 @@ class FlowConfig:
         require(
             0 <= self.condition_drop < 1,
             f"flow.condition_drop={self.condition_drop}: must be in [0, 1)",
+        )
+        require(
+            not (self.distill_from and self.condition_drop),
+            f"flow.condition_drop={self.condition_drop} with flow.distill_from: the teacher's"
+            " samples are guided, if at all, and its student cannot be; set flow.condition_drop=0",
         )
         require(
             self.guidance_scale == 1 or self.condition_drop > 0,
@@ -218,6 +232,13 @@ class FlowConfig:
             0 <= low < high <= 1,
             f"flow.guidance_interval={self.guidance_interval}: must be 0 <= low < high <= 1",
         )
+
+    @property
+    def default_steps(self) -> int:
+        """Number of solver steps that `decode` takes unless it is given one."""
+        if self.sampler_steps is not None:
+            return self.sampler_steps
+        return 1 if self.distill_from else 4
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -487,6 +508,11 @@ class Config:
             or max(self.data.image_size) > self.model.downsampling,
             f"loss.scaling_probability={self.loss.scaling_probability}: a 1 x 1 latent cannot be"
             " scaled; lower model.downsampling, or set 0",
+        )
+        require(
+            not (self.flow.distill_from and self.training.compile == "step"),
+            "training.compile=step with flow.distill_from: the teacher's sampler cannot be compiled"
+            " as part of the step; use blocks",
         )
         require(
             self.loss.scaling_probability == 0 or self.training.compile in ("auto", "none"),

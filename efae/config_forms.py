@@ -19,7 +19,7 @@ _MACHINE_KEYS = (
     *("data.cache_bytes", "data.cache_dir", "data.pixel_cache_bytes", "data.decode_threads"),
     # They change rounding, or measurements, alone.
     *("training.micro_batch_size", "training.activation_memory", "training.compile"),
-    *("training.evaluation_precision", "training.profile_steps"),
+    *("training.evaluation_precision", "training.profile_steps", "flow.sampler_steps"),
 )
 
 

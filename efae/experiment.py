@@ -156,6 +156,7 @@ def find_start(config: Config) -> int:
     metadata, found = checkpoint.read_origin(config.resume)
     fixed = ("model.", "representation.", "data.uri", "data.resolution", "data.channels")
     fixed += ("training.seed", "training.global_batch_size", "flow.prediction", "data.buckets")
+    fixed += ("flow.distill_from",)
     if changed := [line for key, line in _changes(found, config) if key.startswith(fixed)]:
         raise ValueError(
             f"resume={config.resume!r}: that checkpoint was trained with other settings"

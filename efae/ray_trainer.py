@@ -44,6 +44,7 @@ from efae.names import make_ascii
 from efae.tracking.redaction import first_cause
 from efae.tracking.runs import Run
 from efae.tracking.timeouts import notice_outages_soon
+from efae.training.distillation import copy_teacher
 from efae.training.divergence import TrainingDiverged
 from efae.training.micro_batches import OutOfMemory
 from efae.training.process import Process
@@ -134,8 +135,11 @@ def run_training(config: Config, run: Run, on_validation: UserCallback | None = 
         TrainingFailed: The workers, or Ray's controller, were lost more often than
             ray.max_failures, found no free resources that often in a row, or failed in a way that
             a restart would repeat.
+        ValueError, CheckpointError, ConnectionError, StorageError: The teacher of a distilled model
+            cannot be read.
     """
     _set_environment()
+    copy_teacher(config, run.server)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.ray.placement_timeout_seconds)
     for losses in itertools.count():
         try:

@@ -255,7 +255,7 @@ def describe_protocol(
         else "decode(act(R, encode(x)), noise) against R x inside the"
         " inscribed disk, from the same noise at all angles; resampling: band-limited, bicubic",
         "sampler": None if knobs is None else knobs.sampler,
-        "sampler_steps": None if knobs is None else knobs.sampler_steps,
+        "sampler_steps": None if knobs is None else knobs.default_steps,
         "sampler_power": None if knobs is None else knobs.sampler_power,
         "sampler_shift": None if knobs is None else knobs.sampler_shift,
         "guidance_scale": None if knobs is None else knobs.guidance_scale,

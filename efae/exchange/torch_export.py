@@ -81,7 +81,7 @@ def export_portable(stored: StoredModel, destination: Path) -> None:
         "image_shape": list(image.shape[1:]),
         "latent_shape": list(latent.shape[1:]),
         "sampler": config.flow.sampler,
-        "sampler_steps": config.flow.sampler_steps,
+        "sampler_steps": config.flow.default_steps,
         "sha256": {
             name: hashlib.sha256((destination / name).read_bytes()).hexdigest()
             for name in (ENCODE, DECODE)
@@ -171,7 +171,7 @@ class _Decode(nn.Module):
     def __init__(self, model: Autoencoder, flow: FlowConfig):
         super().__init__()
         self.model = model
-        grid = time_grid(flow.sampler_steps, power=flow.sampler_power, shift=flow.sampler_shift)
+        grid = time_grid(flow.default_steps, power=flow.sampler_power, shift=flow.sampler_shift)
         evaluations = list_evaluations([float(t) for t in grid], flow.sampler)
         low, high = flow.guidance_interval
         scale = [flow.guidance_scale if low < e.t <= high else 1.0 for e in evaluations]

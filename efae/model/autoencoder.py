@@ -291,7 +291,7 @@ class Autoencoder(nn.Module):
         knobs = self.config.flow
         if times is None:
             times = time_grid(
-                knobs.sampler_steps if steps is None else steps,
+                knobs.default_steps if steps is None else steps,
                 power=knobs.sampler_power,
                 shift=knobs.sampler_shift,
             )

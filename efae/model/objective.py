@@ -28,6 +28,8 @@ from efae.symmetry.group import act_on_grid
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 """Function of (predicted image, image), each (b, c, h, w) in [-1, 1], to a loss (b,)."""
+Teacher = Callable[[Tensor, Tensor], Tensor]
+"""Function of (latent from `encode`, noise) to the image that a teacher samples."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +123,19 @@ class Objective(nn.Module):
     Args:
         model: Model to train; in training mode, every batch updates its latent statistics.
         perceptual: Perceptual loss of the one-step prediction; None for none.
+        teacher: Teacher to distil into one step; None learns the flow from the images.
     """
 
-    def __init__(self, model: Autoencoder, perceptual: Perceptual | None = None):
+    def __init__(
+        self,
+        model: Autoencoder,
+        perceptual: Perceptual | None = None,
+        teacher: Teacher | None = None,
+    ):
         super().__init__()
         self.model = model
         self.perceptual = perceptual
+        self.teacher = teacher
 
     def forward(
         self, image: Float[Tensor, "b c h w"], draws: Draws | torch.Generator
@@ -139,26 +148,18 @@ class Objective(nn.Module):
         """
         model = self.model
         config = model.config
-        level, prediction = config.model.level, config.flow.prediction
+        prediction = config.flow.prediction
         if isinstance(draws, torch.Generator):
             draws = draw(config, tuple(image.shape), draws)
-        latent = model.bounded(image)
-        extra = torch.zeros(len(image), device=image.device)
-        if config.model.bottleneck == "kl":
-            nats_per_value = model.bottleneck.divergence(latent) / image[0].numel()
-            extra = extra + config.loss.kl_weight * nats_per_value
-        if config.model.bottleneck == "running":
-            extra = extra + model.bottleneck.scale_penalty(latent)
-        encoded = latent
+        latent = encoded = model.bounded(image)
         if draws.element is not None:
             latent = model.act(draws.element, latent)
             image = act_on_grid(model.group, draws.element, image)
-        if level == "regularized":
-            power = model.bottleneck.mean_power()
-            pair = pair_error(model.bounded(image), latent, power)
-            extra = extra + config.loss.pair_weight * pair
-        if model.training:
-            model.bottleneck.update_power(encoded)
+        extra = torch.zeros(len(image), device=image.device)
+        if self.teacher is None:
+            extra = self._regularize(encoded, latent, image)
+            if model.training:
+                model.bottleneck.update_power(encoded)
         mask = None
         if draws.angle is not None and draws.rotated is not None:
             image, latent, mask = rotate_some(model, image, latent, draws.angle, draws.rotated)
@@ -166,13 +167,32 @@ class Objective(nn.Module):
             image, latent = scale(image, latent, draws.cells)
             mask = None if mask is None else F.interpolate(mask, image.shape[-2:], mode="area")
         latent = model.bottleneck.add_noise(latent, draws.latent_noise)
-        x_t = flow.interpolate(image, draws.noise, draws.t)
-        output = model.decoder(x_t, draws.t, model.from_irreps(latent), draws.keep)
+        t = draws.t
+        if self.teacher is not None:
+            image = self.teacher(model.bottleneck.normalize(latent), draws.noise)
+            t = torch.ones_like(t)
+        x_t = flow.interpolate(image, draws.noise, t)
+        output = model.decoder(x_t, t, model.from_irreps(latent), draws.keep)
         if self.perceptual is not None:
-            predicted = flow.image_from(output.float(), x_t, draws.t, prediction)
+            predicted = flow.image_from(output.float(), x_t, t, prediction)
             extra = extra + config.loss.perceptual_weight * self.perceptual(predicted, image)
-        loss = flow.flow_loss(output, image, draws.noise, draws.t, prediction, mask)
-        return loss + extra, draws.t
+        loss = flow.flow_loss(output, image, draws.noise, t, prediction, mask)
+        return loss + extra, t
+
+    def _regularize(self, encoded: Tensor, latent: Tensor, image: Tensor) -> Tensor:
+        """Return the terms (b,) of the latent: of `encoded`, and of `latent` to fit `image`."""
+        model = self.model
+        config, bottleneck = model.config, model.bottleneck
+        terms = torch.zeros(len(image), device=image.device)
+        if bottleneck.kind == "kl":
+            nats_per_value = bottleneck.divergence(encoded) / image[0].numel()
+            terms = terms + config.loss.kl_weight * nats_per_value
+        if bottleneck.kind == "running":
+            terms = terms + bottleneck.scale_penalty(encoded)
+        if config.model.level == "regularized":
+            pair = pair_error(model.bounded(image), latent, bottleneck.mean_power())
+            terms = terms + config.loss.pair_weight * pair
+        return terms
 
 
 def pair_error(

@@ -53,7 +53,7 @@ def pull(uri: str, destination: Path | None = None) -> Path:
     return destination
 
 
-def read(uri: str) -> StoredModel:
+def read(uri: str, server: Server | None = None) -> StoredModel:
     """Read and verify the model at `uri`.
 
     With EFAE_OFFLINE=1 in the environment neither MLflow nor storage is contacted: the model is the
@@ -66,6 +66,7 @@ def read(uri: str) -> StoredModel:
             "runs:/RUN_ID/PATH", "builtin:NAME", or the path or address of a checkpoint or model
             folder. The registry is the one that MLFLOW_TRACKING_URI names. HEX is the version's
             tag "digest", the sha256 of its weights, or its first 12 digits or more.
+        server: MLflow server to ask instead.
 
     Raises:
         ValueError: There is no such model, and the message lists what exists; or MLflow does not
@@ -75,7 +76,7 @@ def read(uri: str) -> StoredModel:
         ConnectionError: MLflow fails.
         StorageError: The storage refuses or does not answer.
     """
-    return _find(uri)[1]
+    return _find(uri, server)[1]
 
 
 def load(uri: str, device: str = "cpu") -> "Autoencoder":
@@ -120,10 +121,11 @@ def verify(version: RegisteredVersion, server: Server) -> None:
             raise CheckpointError(version.uri, f"{name} is not the one that was registered")
 
 
-def _find(uri: str) -> tuple[Path, StoredModel]:
+def _find(uri: str, server: Server | None = None) -> tuple[Path, StoredModel]:
     """Return the local folder of the model and its content, read and verified once."""
     if uri.startswith(_OF_MLFLOW):
-        return _find_of_mlflow(model_uris.normalize(uri), Server(mlflow.get_tracking_uri()))
+        server = server or Server(mlflow.get_tracking_uri())
+        return _find_of_mlflow(model_uris.normalize(uri), server)
     folder = pretrained.find_folder(uri) or Location.parse(uri).path
     if folder is None:
         return _find_remote(Location.parse(uri.rstrip("/")))

@@ -23,6 +23,7 @@ from efae.sweep.space import apply_combination
 from efae.tracking import runs
 from efae.tracking.redaction import first_cause
 from efae.tracking.runs import Run
+from efae.training.distillation import copy_teacher
 from efae.training.divergence import TrainingDiverged
 from efae.training.process import Process
 from efae.training.resume import continue_run
@@ -118,6 +119,7 @@ def _begin_run(sweep: Sweep, record: TrialRecord, config: Config) -> Run:
 
 def _train_here(config: Config, run: Run) -> None:
     set_up_worker()
+    copy_teacher(config, run.server)
     process = Process(
         device=torch.device("cuda" if config.ray.use_gpu else "cpu"),
         report=cast(Callable[[dict[str, float]], None], tune.report),

@@ -19,9 +19,11 @@ from torch import nn
 from data_pipelines import ShardDataset
 from efae.checkpoints.checkpoint import Checkpoint
 from efae.config import Config
+from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective, Perceptual, draw, load_perceptual
 from efae.model.precision import float32_arithmetic
 from efae.training.compilation import compiler_options, prepare
+from efae.training.distillation import make_sampler, start_student
 from efae.training.divergence import DivergenceGuard
 from efae.training.linear_start import start_linear
 from efae.training.micro_batches import Accumulation
@@ -42,11 +44,13 @@ class Start:
         rate_factor: Factor on every learning rate; below 1 after training has diverged.
         micro_batch_size: Maximum number of images per forward pass; 0 leaves it to the
             configuration.
+        teacher: Model that flow.distill_from names, frozen, on the device; None if it names none.
     """
 
     checkpoint: Checkpoint | None = None
     rate_factor: float = 1.0
     micro_batch_size: int = 0
+    teacher: Autoencoder | None = None
 
 
 def train(
@@ -66,6 +70,7 @@ def train(
         observer: Receiver of curves, validation and checkpoints; None on ranks above 0.
 
     Raises:
+        ValueError: flow.distill_from names a teacher, but `start` has none.
         TrainingDiverged: Loss or gradient is not finite; the weights are those before the step.
         OutOfMemory: A forward or backward pass does not fit into memory.
         StorageError: Shards cannot be read, or checkpoints written, within the deadline.
@@ -73,6 +78,11 @@ def train(
     training, optimization = config.training, config.optimizer
     start, observer = start or Start(), observer or Observer()
     device, world_size = process.device, process.world_size
+    if config.flow.distill_from and start.teacher is None:
+        raise ValueError(
+            f"flow.distill_from={config.flow.distill_from!r}: load that model, and train with"
+            " Start(teacher=model)"
+        )
     state = TrainState.create(config, device)
     state.model.train()
     loader = dataset.loader(
@@ -92,9 +102,12 @@ def train(
         scores = dict(checkpoint.metadata["scores"])
         validations = list(checkpoint.metadata.get("validations", []))
         observer.resume(checkpoint.metadata)
+    elif start.teacher is not None:
+        start_student(state, start.teacher)
     elif config.model.has_linear_start:
         start_linear(state, config, dataset, process)
-    objective = Objective(state.model, choose_perceptual(config, device))
+    teacher = make_sampler(start.teacher, config, process) if start.teacher else None
+    objective = Objective(state.model, choose_perceptual(config, device), teacher)
     size = start.micro_batch_size or training.micro_batch_size
     prepare(objective, config, device, one_pass=world_size == 1 and size == 0)
     accumulate = Accumulation(process.wrap(objective), state, config, size)

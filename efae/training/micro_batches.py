@@ -69,6 +69,7 @@ class Accumulation:
     ):
         self._objective, self._state, self._training = objective, state, config.training
         self._size = micro_batch_size
+        self._latent_is_frozen = bool(config.flow.distill_from)
 
     def __call__(
         self, image: UInt8[Tensor, "b c h w"], draws: Draws
@@ -98,19 +99,21 @@ class Accumulation:
         # Every part updates the running power from the same start; their mean is the update by the
         # whole batch, and the mean over ranks that by the global batch.
         start, mean = power.detach().clone(), torch.zeros_like(power)
-        losses: list[Tensor] = []
+        losses, times = list[Tensor](), list[Tensor]()
         for i, (pixels, drawn) in enumerate(zip(images, parts, strict=True)):
             power.data.copy_(start)
             with self._sync(last=i == len(images) - 1):
                 with autocast(self._training.precision, image.device):
-                    loss, _ = self._objective(to_float(pixels), drawn)
+                    loss, t = self._objective(to_float(pixels), drawn)
                 self._state.scaler.scale(self._mean(loss)).backward()
             mean += power.detach() * (len(pixels) / whole)
             losses.append(loss.detach())
-        if dist.is_initialized():
-            dist.all_reduce(mean)
-        power.data.copy_(mean)
-        return torch.cat(losses), draws.t
+            times.append(t)
+        if not self._latent_is_frozen:  # else a mean of equal parts may differ by rounding
+            if dist.is_initialized():
+                dist.all_reduce(mean)
+            power.data.copy_(mean)
+        return torch.cat(losses), torch.cat(times)
 
     def _mean(self, loss: Tensor) -> Tensor:
         # DDP averages gradients over ranks with equal weight, but one rank may have one image more

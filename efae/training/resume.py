@@ -20,6 +20,7 @@ from efae.evaluation.held_out import read_held_out
 from efae.tracking.runs import Run
 from efae.tracking.sender import Tracker, default_spill_folder
 from efae.training.checkpoint_writer import CheckpointWriter
+from efae.training.distillation import load_teacher
 from efae.training.divergence import TrainingDiverged
 from efae.training.loop import Start, train
 from efae.training.micro_batches import OutOfMemory
@@ -89,12 +90,13 @@ def continue_run(
         observer = Observer(make_validation())
     found, rollbacks, size = process.agree((newest[0] if newest else None, rollbacks, size))
     checkpoint = newest[1] if newest else (read_checkpoint(found) if found else None)
+    teacher = load_teacher(config, process) if config.flow.distill_from else None
     try:
         train(
             config,
             ShardDataset.open(config.data.uri),
             process,
-            Start(checkpoint, rate_factor=0.5**rollbacks, micro_batch_size=size),
+            Start(checkpoint, 0.5**rollbacks, size, teacher),
             observer,
         )
     except OutOfMemory as error:

@@ -44,6 +44,9 @@ class TrainState:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.training.seed)
             model = Autoencoder(config)
+        if config.flow.distill_from:  # the latent stays the teacher's
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name.startswith("decoder."))
         model.to(device)
         return cls(
             model=model,

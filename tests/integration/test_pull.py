@@ -42,7 +42,7 @@ def flip_last_bit(data: bytes) -> bytes:
 def change_sampler(data: bytes) -> bytes:
     """Another configuration, as valid, of as many bytes, for the same weights."""
     settings = json.loads(data)
-    settings["efae"]["flow"]["sampler_steps"] += 1
+    settings["efae"]["flow"]["distill_steps"] += 1
     return (json.dumps(settings, indent=2) + "\n").encode()
 
 

@@ -4,8 +4,12 @@ import json
 import os
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
+import efae
+from efae.evaluation.held_out import read_held_out
+from efae.evaluation.measures import to_float
 from tests.integration.train_jobs import (
     LOG_INTERVAL,
     OPTIONS,
@@ -91,3 +95,30 @@ def test_a_driver_lost_after_training_goes_on_where_it_was(whole_run):
     assert find_run("whole").info.status == "FINISHED"
     assert {v.version for v in client.search_model_versions("name = 'efae'")} == before
     assert read_summary(whole_run)["images_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_a_registered_model_is_distilled_into_one_step(whole_run, tmp_path, monkeypatch):
+    """The workers read the copy in the run's folder; the student has the teacher's latents."""
+    monkeypatch.setenv("EFAE_CACHE_DIR", str(tmp_path / "cache"))
+    teacher_uri = read_summary(whole_run)["model_uri"]
+    result = run_job(
+        "train",
+        *OPTIONS,
+        f"--flow.distill-from={teacher_uri}",
+        "--training.steps=40",
+        "--tracking.run-name=distilled",
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "ok  teacher" in result.stdout
+    student = efae.load(read_summary(find_run("distilled"))["model_uri"])
+    teacher = efae.load(teacher_uri)
+    assert (student.config.flow.default_steps, teacher.config.flow.default_steps) == (1, 4)
+    image = to_float(read_held_out(student.config.data, 16))
+    latent, noise = teacher.encode(image), torch.randn(image.shape)
+    assert torch.equal(student.encode(image), latent)
+    goal = teacher.decode(latent, noise=noise)
+    errors = [
+        (model.decode(latent, 1, noise) - goal).square().mean() for model in (student, teacher)
+    ]
+    assert errors[0] < 0.7 * errors[1]

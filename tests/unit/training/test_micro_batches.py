@@ -20,7 +20,9 @@ from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective, draw
 from efae.model.octic.layers import Block
 from efae.training.compilation import compile_blocks, prepare
+from efae.training.distillation import make_sampler
 from efae.training.micro_batches import Accumulation, OutOfMemory
+from efae.training.process import Process
 from efae.training.state import TrainState
 
 CPU = torch.device("cpu")
@@ -53,6 +55,7 @@ OPTIONS = [
         "flow.condition_drop": 0.3,
     },
 ]
+DISTILLED = {"flow.distill_from": "a teacher", "flow.distill_steps": 2}
 
 
 def take_steps(overrides, micro_batch_size=0, steps=1, update=False, perceptual=None):
@@ -64,7 +67,12 @@ def take_steps(overrides, micro_batch_size=0, steps=1, update=False, perceptual=
     for name, parameter in state.model.named_parameters():
         if not parameter.any() and name != "bottleneck.power":
             nn.init.normal_(parameter, std=0.1, generator=generator)
-    objective = Objective(state.model, perceptual)
+    teacher = None
+    if config.flow.distill_from:
+        source = Autoencoder(config).eval().requires_grad_(False)
+        source.load_state_dict(state.model.state_dict())
+        teacher = make_sampler(source, config, Process(CPU))
+    objective = Objective(state.model, perceptual, teacher)
     prepare(objective, config, CPU, one_pass=micro_batch_size == 0)
     rank, world_size = 0, 1
     wrapped: nn.Module = objective
@@ -93,7 +101,7 @@ def assert_same(result, expected, tolerance=1e-6):
         assert (got - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
-@pytest.mark.parametrize("overrides", OPTIONS, ids=str)
+@pytest.mark.parametrize("overrides", [*OPTIONS, DISTILLED], ids=str)
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 9])
 def test_the_size_of_the_parts_changes_rounding_only(overrides, size):
     assert_same(take_steps(overrides, size), take_steps(overrides))
@@ -102,18 +110,21 @@ def test_the_size_of_the_parts_changes_rounding_only(overrides, size):
 RANK = """
 import sys
 import torch, torch.distributed as dist
-from tests.unit.training.test_micro_batches import MODES, OPTIONS, take_steps
+from tests.unit.training.test_micro_batches import CASES, take_steps
 torch.set_num_threads(1)
 rank, port, compiled, output = int(sys.argv[1]), *sys.argv[2:]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 found = []
-for overrides in OPTIONS:
-    for mode, size in MODES[compiled]:
-        found.append(take_steps(overrides | {"training.compile": mode}, size, steps=2))
+for overrides, mode, size in CASES[compiled]:
+    found.append(take_steps(overrides | {"training.compile": mode}, size, steps=2))
 torch.save(found, f"{output}/{rank}.pt")
 dist.destroy_process_group()
 """
-MODES = {"eager": [("none", 0), ("none", 3)], "compiled": [("blocks", 3), ("step", 0)]}
+CASES = {
+    "eager": [(o, "none", size) for o in (*OPTIONS, DISTILLED) for size in (0, 3)],
+    "compiled": [(o, *mode) for o in OPTIONS for mode in (("blocks", 3), ("step", 0))]
+    + [(DISTILLED, "blocks", 3)],
+}
 
 
 @pytest.mark.timeout(600)
@@ -130,7 +141,7 @@ def test_two_ranks_take_the_step_of_one(compiled, tmp_path):
     ]
     assert [rank.wait(590) for rank in ranks] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    expected = [take_steps(o, steps=2) for o in OPTIONS for _ in MODES[compiled]]
+    expected = [take_steps(overrides, steps=2) for overrides, *_ in CASES[compiled]]
     for one, other, (loss, gradients, power) in zip(first, second, expected, strict=True):
         assert_same([torch.cat([one[0], other[0]])], [loss], 2e-6)
         for rank in (one, other):

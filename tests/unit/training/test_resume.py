@@ -33,7 +33,7 @@ def test_the_same_name_goes_on_unless_told_never(tmp_path, config):
     assert find_start(config) == 80
     other_cluster = {"ray.num_workers": (1, 8), "ray.max_failures": 9, "tracking.commit": "abc"}
     other_cluster |= {"data.cache_dir": "/other", "data.cache_bytes": 1, "data.decode_threads": 7}
-    other_cluster |= {"data.pixel_cache_bytes": 1}
+    other_cluster |= {"data.pixel_cache_bytes": 1, "flow.sampler_steps": 2}
     assert find_start(with_overrides(config, other_cluster)) == 80
     with pytest.raises(ValueError, match=rf"'mine' exists, at step 80 \({uri}\).*--resume auto"):
         find_start(with_overrides(config, {"resume": "never"}))
@@ -72,6 +72,7 @@ def test_a_uri_begins_a_new_run_from_another(tmp_path, config):
         ({"model.depth": 5}, "model.depth: 4 -> 5.*would be meaningless"),
         ({"data.uri": "s3://else/where"}, "data.uri: .*would be meaningless"),
         ({"training.global_batch_size": 64}, "global_batch_size: 128 -> 64"),
+        ({"flow.distill_from": "a/model"}, "flow.distill_from: '' -> 'a/model'"),
     ],
 )
 def test_a_uri_that_does_not_fit_is_refused(tmp_path, config, changes, message):

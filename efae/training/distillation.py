@@ -1,0 +1,140 @@
+"""Distillation of a flow into one step (SSDD, Vallaeys et al. 2025, arXiv:2510.04961).
+
+From latent z and noise e, a trained teacher samples the image T(z, e) in several steps; its student
+learns to predict that image from the same noise in one, D(e, t = 1, z). The student has the
+teacher's encoder and bottleneck, bit for bit, so that latents, their scale and the certificates of
+latent sets hold for both.
+
+At level `exact` the student is equivariant by construction: its layers commute with the group. So
+does what it learns. The teacher's velocity obeys v(gx, t, rho(g) z) = g v(x, t, z), and its sampler
+adds such velocities to the noise, so that T(rho(g) z, ge) = g T(z, e). Since g only moves pixels,
+|D(ge, 1, rho(g) z) - T(rho(g) z, ge)|^2 = |D(e, 1, z) - T(z, e)|^2: all views of an image have one
+loss, and none has to be drawn. At the other levels views are drawn, as without a teacher.
+"""
+
+from torch import Tensor
+
+from data_pipelines import storage
+from data_pipelines.storage import Location
+from efae import config_forms as configuration
+from efae.checkpoints.checkpoint import read_model
+from efae.checkpoints.run_folder import find_newest_checkpoint, locate_run
+from efae.config import Config
+from efae.model.autoencoder import Autoencoder
+from efae.model.objective import Teacher
+from efae.model.pretrained import StoredModel
+from efae.tracking.server import Server
+from efae.training.compilation import compile_blocks
+from efae.training.process import Process
+from efae.training.state import TrainState
+
+_SHARED = ("representation.", "model.", "data.resolution", "data.channels", "flow.prediction")
+_OF_DECODER = ("model.hidden_size", "model.depth", "model.attention_depth", "model.modulation")
+_FREE = (*_OF_DECODER, "model.latent_noise")
+
+
+def check_student(config: Config, teacher: Config) -> None:
+    """Check that the teacher's encoder is the student's.
+
+    Args:
+        config: Configuration of the student.
+        teacher: Configuration of the teacher.
+
+    Raises:
+        ValueError: It is not; the message lists all settings that differ.
+    """
+    old, new = configuration.flatten(teacher), configuration.flatten(config)
+    different = [
+        f"{key}: {old[key]!r} -> {new[key]!r}"
+        for key in new
+        if key.startswith(_SHARED) and key not in _FREE and old[key] != new[key]
+    ]
+    if different:
+        raise ValueError(
+            f"flow.distill_from={config.flow.distill_from!r}: that model has another encoder,"
+            f" latent or prediction than the student would ({'; '.join(different)}); use its"
+            f" settings, except {', '.join(_FREE)}, which are the student's own"
+        )
+
+
+def read_teacher(config: Config, server: Server) -> StoredModel:
+    """Read the teacher of a run: its copy, or before the first checkpoint what will be copied.
+
+    Args:
+        config: Configuration of the student.
+        server: MLflow server, for a teacher in its registry.
+
+    Raises:
+        ValueError: There is no such model, or its encoder is not the student's.
+        CheckpointError: The model is damaged.
+        ConnectionError: MLflow fails.
+        StorageError: The storage refuses or does not answer.
+    """
+    run = locate_run(config)
+    if find_newest_checkpoint(run):
+        stored = read_model(_locate_copy(config).uri)
+    else:
+        from efae.registry import pull  # MLflow takes two seconds
+
+        stored = pull.read(config.flow.distill_from, server)
+    check_student(config, stored.config)
+    return stored
+
+
+def copy_teacher(config: Config, server: Server) -> None:
+    """Copy the teacher of a distilled model into its run's folder, before the first checkpoint.
+
+    Workers read it there: it is within their reach, and the URI may name another model later.
+
+    Args:
+        config: Configuration of the student.
+        server: MLflow server, for a teacher in its registry.
+
+    Raises:
+        ValueError, CheckpointError, ConnectionError, StorageError: As in `read_teacher`.
+    """
+    if not config.flow.distill_from or find_newest_checkpoint(locate_run(config)):
+        return
+    stored, folder = read_teacher(config, server), _locate_copy(config)
+    for name, data in stored.files.items():  # the manifest is last
+        storage.write_bytes(folder / name, data)
+
+
+def load_teacher(config: Config, process: Process) -> Autoencoder:
+    """Load the teacher from the run's folder.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+        StorageError: The storage refuses or does not answer.
+    """
+    stored = read_model(_locate_copy(config).uri)
+    return Autoencoder.restore(stored, str(process.device)).float()
+
+
+def start_student(state: TrainState, teacher: Autoencoder) -> None:
+    """Set the weights of a state before its first step to the teacher's.
+
+    A decoder of other sizes begins with random weights, beside the teacher's linear path, if any.
+    """
+    found, model = teacher.state_dict(), state.model
+    weights = model.state_dict()
+    same = all(name in found and found[name].shape == w.shape for name, w in weights.items())
+    kept = ("encoder.", "bottleneck.", "basis.", "decoder." if same else "decoder.linear_path.")
+    weights |= {name: w for name, w in found.items() if name in weights and name.startswith(kept)}
+    model.load_state_dict(weights)
+    state.average.load({name: p.detach() for name, p in model.named_parameters()})
+
+
+def make_sampler(teacher: Autoencoder, config: Config, process: Process) -> Teacher:
+    """Return the function that samples images from a teacher, compiled as its student is."""
+    if config.choose_compilation(process.device.type) == "blocks":
+        compile_blocks(teacher)
+
+    def sample(latent: Tensor, noise: Tensor) -> Tensor:
+        return teacher.decode(latent, config.flow.distill_steps, noise)
+
+    return sample
+
+
+def _locate_copy(config: Config) -> Location:
+    return locate_run(config) / "teacher"
