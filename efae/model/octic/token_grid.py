@@ -40,9 +40,8 @@ class Resample(nn.Module):
             -1, batch, height // r, r, width // r, r, x.shape[-1] // self.layout.cosets
         )
         offsets = grid.permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5)  # (g, b, h, w, r * r, m)
-        filed = torch.stack(
-            [part[..., i, :] for part, i in zip(offsets, self.goes_to, strict=True)]
-        )
+        # By position: an exported loop takes the items of an iterated buffer for aliases.
+        filed = torch.stack([part[..., self.goes_to[i], :] for i, part in enumerate(offsets)])
         return from_regular(self.fourier, filed.flatten(-2).flatten(2, 3), len(x))
 
     def split(

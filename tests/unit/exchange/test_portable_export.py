@@ -31,13 +31,17 @@ TINY = configuration.with_overrides(
         "representation.dim": 12,
     },
 )
-# Between them: exact and dense, a subgroup and none, a learned basis, oblong images and a vector
+# Between them: unet and transformer, exact and dense, a subgroup and none, a learned basis, oblong images and a vector
 # latent, both predictions, every sampler's kind of step, with and without guidance.
 CASES = {
     "oblong": {
         "data.resolution": (16, 32),
         "data.channels": 1,
         "representation.group": "flips",
+        "model.kind": "unet",
+        "model.fine_hidden_size": 8,
+        "model.start": "closed_form",
+        "model.bottleneck": "running",
         "flow.sampler": "heun",
         "flow.sampler_steps": 3,
         "flow.condition_drop": 0.1,
