@@ -31,8 +31,9 @@ TINY = configuration.with_overrides(
         "representation.dim": 12,
     },
 )
-# Between them: unet and transformer, exact and dense, a subgroup and none, a learned basis, oblong images and a vector
-# latent, both predictions, every sampler's kind of step, with and without guidance.
+# Between them: unet and transformer, exact and dense, a subgroup and none, a learned basis, oblong
+# images and a vector latent, both predictions, every sampler's kind of step, with and without
+# guidance.
 CASES = {
     "oblong": {
         "data.resolution": (16, 32),
