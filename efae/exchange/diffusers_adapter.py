@@ -54,6 +54,8 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         autoencoder: Model.
         decoding_steps: Steps of the sampler; None: the configuration's. Not saved.
         decoding_seed: Seed of the noise if `decode` receives no generator. Not saved.
+        tile_sample_min_size: Side of a tile, in pixels, after `enable_tiling`; see
+            `Autoencoder.encode`. Not saved.
 
     Raises:
         ValueError: The configuration cannot be built, or its pixels per latent cell are no power
@@ -78,6 +80,8 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.decoding_steps: int | None = None
         self.decoding_seed = 0
         self.use_slicing: bool = False
+        self.use_tiling: bool = False
+        self.tile_sample_min_size = max(512, efae.config.model.downsampling)
 
     @property
     def group(self) -> Group:
@@ -108,7 +112,10 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             ValueError: The images have another number of channels than the model.
         """
         with self._precision():
-            parts = [self.autoencoder.encode(part.to(self.dtype)) for part in self._slices(x)]
+            parts = [
+                self.autoencoder.encode(part.to(self.dtype), tile=self._tile)
+                for part in self._slices(x)
+            ]
         mean = torch.cat(parts).to(self.dtype)
         spread = self.autoencoder.spread().to(mean).expand_as(mean)
         posterior = DiagonalGaussianDistribution(
@@ -147,7 +154,7 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         with self._precision():
             parts = [
                 self.autoencoder.decode(
-                    latent.to(wide), self.decoding_steps, start.to(wide), size=size
+                    latent.to(wide), self.decoding_steps, start.to(wide), size=size, tile=self._tile
                 )
                 for latent, start in zip(self._slices(z), self._slices(noise), strict=True)
             ]
@@ -229,6 +236,10 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         device = str(devices.get("") if hasattr(devices, "get") else devices or "cpu")
         loaded = Autoencoder.from_pretrained(folder, device)
         return cls(loaded.to(dtype=dtypes[1] or dtypes[0])).eval()
+
+    @property
+    def _tile(self) -> int | None:
+        return self.tile_sample_min_size if self.use_tiling else None
 
     def _precision(self) -> AbstractContextManager[Any]:
         # The bottleneck and the sampler compute in fp32, whatever the dtype of the weights.

@@ -21,6 +21,7 @@ from efae.model.octic.layers import expanded_once
 from efae.model.padding import crop, pad_to_cells
 from efae.model.precision import Precision, at_precision
 from efae.model.sampler import Field, Method, guide, integrate, time_grid
+from efae.model.tiling import decode_in_tiles, encode_in_tiles
 from efae.symmetry import GROUPS, TRIVIAL, Element, Representation
 from efae.symmetry.any_angle import check_turns_by_any_angle
 from efae.symmetry.learned_basis import Basis
@@ -163,7 +164,9 @@ class Autoencoder(nn.Module):
         model.load_state_dict(stored.weights, assign=True)  # keeps half precision as it was saved
         return model.to(device).eval().requires_grad_(False)
 
-    def encode(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
+    def encode(
+        self, image: Float[Tensor, "b c h w"], *, tile: int | None = None
+    ) -> Float[Tensor, "b dim lh lw"]:
         """Encode an image in [-1, 1] of any height and width.
 
         Over the training images, each irrep of the latent has unit root mean square.
@@ -174,9 +177,17 @@ class Autoencoder(nn.Module):
         such an image commute with `encode` only up to a shift by this pixel.
         ``decode(..., size=(h, w))`` crops the padding off.
 
+        Args:
+            image: Images.
+            tile: Side, in pixels, of the overlapping squares of the image that the encoder sees one
+                at a time, to bound memory; a multiple of f. None: the whole image at once. The
+                result is the same to rounding if `config.model.kind` is "unet", and an
+                approximation without visible seams if it is "transformer", see
+                `efae.model.tiling`.
+
         Raises:
             ValueError: The image is no batch of one pixel or more, or has another number of
-                channels than the model.
+                channels than the model; or the tile is no multiple of f, or too small.
         """
         channels, f = self.config.data.channels, self.config.model.downsampling
         if image.ndim != 4 or image.shape[1] != channels or 0 in image.shape[2:]:
@@ -194,7 +205,7 @@ class Autoencoder(nn.Module):
                 " (this warning is shown once per model)",
                 stacklevel=2,
             )
-        return self.bottleneck.normalize(self.bounded(padded))
+        return self.bottleneck.normalize(self.bounded(padded, tile))
 
     def act(
         self, element: Element | Sequence[Element] | Tensor, latent: Float[Tensor, "b dim lh lw"]
@@ -215,11 +226,13 @@ class Autoencoder(nn.Module):
         x_t: Float[Tensor, "b c h w"],
         t: Float[Tensor, "b"],
         latent: Float[Tensor, "b dim lh lw"] | None,
+        tile: int | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Return dx_t / dt at (x_t, t in (0, 1]) given the latent; None is the null condition.
 
         Raises:
-            ValueError: The latent is None, but no null condition was trained.
+            ValueError: The latent is None, but no null condition was trained; or the tile, as
+                `decode` takes it, is no multiple of f, or too small.
         """
         keep = None
         if latent is None:
@@ -234,7 +247,10 @@ class Autoencoder(nn.Module):
             keep = torch.zeros(b, dtype=torch.bool, device=x_t.device)
         bounded = self.from_irreps(self.bottleneck.denormalize(latent))
         with self._at_precision(x_t.device):
-            output = self.decoder(x_t, t, bounded, keep)
+            if tile is None:
+                output = self.decoder(x_t, t, bounded, keep)
+            else:
+                output = decode_in_tiles(self.decoder, x_t, t, bounded, keep, tile)
         return flow.velocity_from(output, x_t, t, self.config.flow.prediction)
 
     @torch.no_grad()
@@ -250,6 +266,7 @@ class Autoencoder(nn.Module):
         guidance_scale: float | None = None,
         visit: Callable[[float, Tensor], None] | None = None,
         size: tuple[int, int] | None = None,
+        tile: int | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Draw a sample of p(image | latent); None takes a value from the configuration's flow.
 
@@ -264,10 +281,13 @@ class Autoencoder(nn.Module):
             visit: Function that receives (t, x_t) at every time of the sampler.
             size: Height and width of the image that was encoded (exchanged if an element that
                 exchanges them acted on the latent), to crop off the padding of `encode`.
+            tile: Side, in pixels, of the overlapping squares that the decoder computes one at a
+                time, as in `encode`. Here attention in the middle of a "unet" is approximated, too.
 
         Raises:
             ValueError: Neither or both of noise and seed are given, a value is out of range, or
-                noise or size do not belong to a latent of this shape.
+                noise or size do not belong to a latent of this shape, or the tile does not to the
+                model.
         """
         if (noise is None) == (seed is None):
             raise ValueError("decode needs either noise or seed, so that it can be repeated")
@@ -298,7 +318,7 @@ class Autoencoder(nn.Module):
 
         def given(latent: Tensor | None) -> Field:
             # x.shape[0], unlike len(x), does not fix the batch size when torch.export traces this.
-            return lambda x, t: self.velocity(x, x.new_full(x.shape[:1], t), latent)
+            return lambda x, t: self.velocity(x, x.new_full(x.shape[:1], t), latent, tile)
 
         scale = knobs.guidance_scale if guidance_scale is None else guidance_scale
         field = guide(given(latent), given(None), scale, knobs.guidance_interval)
@@ -306,10 +326,16 @@ class Autoencoder(nn.Module):
             sample = integrate(field, noise, times, sampler or knobs.sampler, visit)
         return sample if size is None else crop(sample, size)
 
-    def bounded(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
+    def bounded(
+        self, image: Float[Tensor, "b c h w"], tile: int | None = None
+    ) -> Float[Tensor, "b dim lh lw"]:
         """Encode an image at the network's own scale, in the basis of the irreps."""
         with self._at_precision(image.device):
-            encoded = self.encoder(image)
+            if tile is None:
+                encoded = self.encoder(image)
+            else:
+                f = self.config.model.downsampling
+                encoded = encode_in_tiles(self.encoder, image, tile, f)
         return self.bottleneck.bound(self.to_irreps(encoded))
 
     def _at_precision(self, device: torch.device) -> AbstractContextManager[None]:

@@ -64,9 +64,18 @@ class ConditionedDecoder(nn.Module):
         t: Float[Tensor, "b"],
         latent: Float[Tensor, "b dim latent_h latent_w"],
         keep: Bool[Tensor, "b"] | None,
+        mean: Float[Tensor, "b dim"] | None = None,
     ) -> Float[Tensor, "b hidden_size"]:
-        """Return the condition; where `keep` is false, that of no latent."""
-        invariants = take_invariant(self.layout, self.pooled(latent.mean((2, 3))))
+        """Return the condition; where `keep` is false, that of no latent.
+
+        Args:
+            t: Times.
+            latent: Latents.
+            keep: Whether to use the latent, per example; None: in all.
+            mean: Mean of the whole latent where `latent` is a part of it.
+        """
+        mean = latent.mean((2, 3)) if mean is None else mean
+        invariants = take_invariant(self.layout, self.pooled(mean))
         if keep is not None:
             assert self.null_pooled is not None
             null = self.null_pooled.to(invariants.dtype)

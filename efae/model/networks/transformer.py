@@ -94,6 +94,9 @@ class Encoder(nn.Module):
         self.linear_path = build_linear_path(group, representation, data, model)
         self.damping = damp(self.latent, ENCODER_DAMPING) if model.has_linear_start else 1.0
 
+    def receptive_radius(self) -> None:
+        """Return None: attention makes every cell depend on all."""
+
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim latent_h latent_w"]:
         """Return the latent: the transformer's output plus the linear path's."""
         height, width = (size // self.patch_size for size in image.shape[-2:])
@@ -151,16 +154,21 @@ class Decoder(ConditionedDecoder):
         nn.init.zeros_(self.output.coefficient)
         self.add_linear_path(representation, data, model)
 
+    def receptive_radius(self) -> None:
+        """Return None: attention makes every cell depend on all."""
+
     def forward(
         self,
         x_t: Float[Tensor, "b c h w"],
         t: Float[Tensor, "b"],
         latent: Float[Tensor, "b dim latent_h latent_w"],
         keep: Bool[Tensor, "b"] | None = None,
+        mean: Float[Tensor, "b dim"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Return the prediction; where `keep` is false, the null condition replaces the latent.
 
-        t lies in [0, 1]; the latent grid is h / f x w / f cells for images of h x w pixels.
+        t lies in [0, 1]; the latent grid is h / f x w / f cells for images of h x w pixels. If
+        these are a part of an image, `mean` is the mean of the whole latent.
         """
         height, width = x_t.shape[-2:]
         grid = (height // self.patch_size, width // self.patch_size)
@@ -169,7 +177,7 @@ class Decoder(ConditionedDecoder):
         tokens = self.drop(tokens, keep)
         x = self.patches(patchify(x_t, self.patch_size)) + tokens
         x = x + self.positions(*grid).to(x.dtype)
-        condition = self.condition(t, latent, keep)
+        condition = self.condition(t, latent, keep, mean)
         modulation = condition
         if self.shared_modulation is not None:
             modulation = self.shared_modulation(condition)

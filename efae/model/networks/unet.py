@@ -24,7 +24,12 @@ from efae.model.networks.linear_path import (
     patchify,
     unpatchify,
 )
-from efae.model.octic.convolution import ConvolutionBlock, modulation_sizes
+from efae.model.octic.convolution import (
+    KERNEL_SIZE,
+    ConvolutionBlock,
+    DepthwiseRelu,
+    modulation_sizes,
+)
 from efae.model.octic.layers import (
     Block,
     Lift,
@@ -83,6 +88,13 @@ class Encoder(nn.Module):
         )
         self.linear_path = build_linear_path(group, representation, data, model)
         self.damping = damp(self.latent, ENCODER_DAMPING) if model.has_linear_start else 1.0
+
+    def receptive_radius(self) -> int:
+        """Return on how many cells of the image beyond its own, to each side, a cell depends."""
+        tokens = 0
+        for stage in reversed(self.stages):
+            tokens = 2 * tokens + _radius(stage)
+        return math.ceil(tokens / 2 ** len(self.merges))
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim latent_h latent_w"]:
         """Return the latent: the network's output plus the linear path's."""
@@ -150,19 +162,36 @@ class Decoder(ConditionedDecoder):
         nn.init.zeros_(self.output.coefficient)
         self.add_linear_path(representation, data, model)
 
+    def receptive_radius(self) -> int | None:
+        """Return on how many cells beyond its own, to each side, the pixels of a cell depend.
+
+        None if attention makes them depend on all.
+        """
+        if self.attention:
+            return None
+        tokens = 0
+        for stage in self.up:
+            tokens = math.ceil((tokens + _radius(stage)) / 2)
+        tokens += _radius(self.middle)
+        for stage in reversed(self.down):
+            tokens = 2 * tokens + _radius(stage)
+        return math.ceil(tokens / 2 ** len(self.down))
+
     def forward(
         self,
         x_t: Float[Tensor, "b c h w"],
         t: Float[Tensor, "b"],
         latent: Float[Tensor, "b dim latent_h latent_w"],
         keep: Bool[Tensor, "b"] | None = None,
+        mean: Float[Tensor, "b dim"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Return the prediction; where `keep` is false, the null condition replaces the latent.
 
-        t lies in [0, 1]; the latent grid is h / f x w / f cells for images of h x w pixels.
+        t lies in [0, 1]; the latent grid is h / f x w / f cells for images of h x w pixels. If
+        these are a part of an image, `mean` is the mean of the whole latent.
         """
         height, width = (side // self.patch_size for side in x_t.shape[-2:])
-        condition = self.condition(t, latent, keep)
+        condition = self.condition(t, latent, keep, mean)
         x = self.patches(patchify(x_t, self.patch_size))
         skips: list[Tensor] = []
         for i, blocks in enumerate(self.down):
@@ -197,3 +226,8 @@ class Decoder(ConditionedDecoder):
                 for j in range(i * count // depth, (i + 1) * count // depth):
                     x = self.attention[j](x, condition)
         return x
+
+
+def _radius(stage: nn.Module) -> int:
+    """Return on how many tokens beyond its own, to each side, a token depends after a stage."""
+    return sum(KERNEL_SIZE // 2 for layer in stage.modules() if isinstance(layer, DepthwiseRelu))

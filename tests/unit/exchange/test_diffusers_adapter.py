@@ -217,8 +217,23 @@ def test_slices_change_nothing_but_memory(vae, image):
     torch.testing.assert_close(vae.encode(image).latent_dist.mode(), z)
     torch.testing.assert_close(vae(image, generator=seeded()).sample, whole)
     vae.disable_slicing()
-    with pytest.raises(NotImplementedError, match=CLASS_NAME):
-        vae.enable_tiling()
+
+
+def test_tiles_of_a_convolutional_model_change_nothing_but_memory():
+    vae, image, sizes = build(**{"model.kind": "unet"}), torch.randn(1, 3, 96, 64), list[int]()
+    z, whole = vae.encode(image).latent_dist.mode(), vae(image, generator=seeded()).sample
+    for network in (vae.autoencoder.encoder, vae.autoencoder.decoder):
+        network.register_forward_pre_hook(lambda _, inputs: sizes.extend(inputs[0].shape[-2:]))
+    vae.enable_tiling()
+    assert vae(image, generator=seeded()).sample.equal(whole)  # within one tile of 512 pixels
+    vae.tile_sample_min_size = 56
+    sizes.clear()
+    torch.testing.assert_close(vae.encode(image).latent_dist.mode(), z)
+    sample = vae(image, generator=seeded()).sample
+    torch.testing.assert_close(sample, whole, atol=1e-4, rtol=1e-4)
+    assert max(sizes) <= 56
+    vae.disable_tiling()
+    assert vae(image, generator=seeded()).sample.equal(whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
