@@ -44,11 +44,11 @@ from efae.names import make_ascii
 from efae.tracking.redaction import first_cause
 from efae.tracking.runs import Run
 from efae.tracking.timeouts import notice_outages_soon
-from efae.training.distillation import copy_teacher
 from efae.training.divergence import TrainingDiverged
 from efae.training.micro_batches import OutOfMemory
 from efae.training.process import Process
 from efae.training.resume import continue_run
+from efae.training.starts.distillation import copy_teacher
 from efae.worker_groups import GroupStarts, TrainingFailed
 
 _RAY_ENVIRONMENT = {

@@ -18,7 +18,7 @@ from efae.model.objective import load_perceptual
 from efae.preflight.checks import Check
 from efae.symmetry import GROUPS
 from efae.tracking.server import Server
-from efae.training.distillation import read_teacher
+from efae.training.starts.distillation import read_teacher
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from efae.evaluation.measures import psnr, to_float
 from efae.model.autoencoder import build_representation
 from efae.model.closed_form import choose_multiplicities, fit_linear_map
 from efae.symmetry import Representation
-from efae.training.linear_start import measure_moments
 from efae.training.process import Process
+from efae.training.starts.linear import measure_moments
 
 SAMPLE_PATCHES = 2**16
 """Least number of patches of the sample, if the set has as many: seconds on one CPU."""

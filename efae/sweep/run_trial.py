@@ -23,10 +23,10 @@ from efae.sweep.space import apply_combination
 from efae.tracking import runs
 from efae.tracking.redaction import first_cause
 from efae.tracking.runs import Run
-from efae.training.distillation import copy_teacher
 from efae.training.divergence import TrainingDiverged
 from efae.training.process import Process
 from efae.training.resume import continue_run
+from efae.training.starts.distillation import copy_teacher
 
 DRIVER_BYTES = 64 * 2**20
 """Memory that Tune reserves for a trial whose workers reserve the rest: Tune refuses a trial

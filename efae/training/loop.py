@@ -23,15 +23,15 @@ from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective, Perceptual, draw, load_perceptual
 from efae.model.precision import float32_arithmetic
 from efae.training.compilation import compiler_options, prepare
-from efae.training.distillation import make_sampler, start_student
 from efae.training.divergence import DivergenceGuard
-from efae.training.linear_start import start_linear
 from efae.training.micro_batches import Accumulation
 from efae.training.monitoring.meter import Meter
 from efae.training.monitoring.sample_log import SampleLog
 from efae.training.observer import Observer
 from efae.training.optimizer import learning_rate_at, set_learning_rate
 from efae.training.process import Process
+from efae.training.starts.distillation import make_sampler, start_student
+from efae.training.starts.linear import start_linear
 from efae.training.state import TrainState
 
 

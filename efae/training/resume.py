@@ -20,12 +20,12 @@ from efae.evaluation.held_out import read_held_out
 from efae.tracking.runs import Run
 from efae.tracking.sender import Tracker, default_spill_folder
 from efae.training.checkpoint_writer import CheckpointWriter
-from efae.training.distillation import load_teacher
 from efae.training.divergence import TrainingDiverged
 from efae.training.loop import Start, train
 from efae.training.micro_batches import OutOfMemory
 from efae.training.observer import Observer, RunObserver
 from efae.training.process import Process
+from efae.training.starts.distillation import load_teacher
 from efae.training.validation import Validation
 
 

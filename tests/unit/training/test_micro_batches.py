@@ -20,9 +20,9 @@ from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective, draw
 from efae.model.octic.layers import Block
 from efae.training.compilation import compile_blocks, prepare
-from efae.training.distillation import make_sampler
 from efae.training.micro_batches import Accumulation, OutOfMemory
 from efae.training.process import Process
+from efae.training.starts.distillation import make_sampler
 from efae.training.state import TrainState
 
 CPU = torch.device("cpu")

@@ -19,11 +19,11 @@ from efae.model.closed_form import Moments, fit_linear_map
 from efae.training.checkpoint_writer import CheckpointWriter
 from efae.training.divergence import DivergenceGuard, TrainingDiverged
 from efae.training.ema import MovingAverage
-from efae.training.linear_start import measure_moments, start_linear
 from efae.training.loop import Start, seed_of, train
 from efae.training.observer import Observer, Progress
 from efae.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from efae.training.process import Process
+from efae.training.starts.linear import measure_moments, start_linear
 from efae.training.state import TrainState
 
 TINY = {

@@ -18,9 +18,14 @@ from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective, draw
 from efae.preflight.driver_checks import RunData, check_teacher, list_checks
 from efae.tracking.server import Server
-from efae.training.distillation import copy_teacher, load_teacher, make_sampler, start_student
 from efae.training.loop import Start, train
 from efae.training.process import Process
+from efae.training.starts.distillation import (
+    copy_teacher,
+    load_teacher,
+    make_sampler,
+    start_student,
+)
 from efae.training.state import TrainState
 from tests.unit.training.test_training import TINY, Keeper, assert_same_state
 
