@@ -35,6 +35,7 @@ SECTIONS: dict[str, Callable[[Rows, int], None]] = {
     "ceilings": lambda rows, _: ceilings.measure(rows),
     "exactness": lambda rows, _: exactness.measure(rows),
     "steps": steps.measure,
+    "unet": steps.measure_unet,
     "quickstart": lambda rows, _: steps.measure_quickstart(rows),
     "sampler": sampler.measure,
     "training": training.measure,
@@ -100,7 +101,9 @@ def print_table(results: dict[str, Any]) -> None:
     )
     print("|---|---|---|---|---|---|---|---|")
     for row in [
-        row for name in ("steps", "more_steps", "quickstart") for row in results.get(name, [])
+        row
+        for name in ("steps", "more_steps", "unet", "quickstart")
+        for row in results.get(name, [])
     ]:
         failed = row.get("error") or row.get("out_of_memory")
         shown = [row.get(key, "") for key in ("images_per_s", "ms")]

@@ -6,7 +6,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.models import imagenet, quickstart, wake
+from benchmarks.gpu.models import imagenet, photographs, quickstart, wake
 from benchmarks.gpu.rows import Rows
 from efae.config import Config
 from efae.config_forms import with_overrides
@@ -20,7 +20,11 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 def measure(rows: Rows) -> None:
     """Add a row per model and precision; all are relative errors but the group law's."""
-    models = (("quickstart", quickstart(rows.smoke), 4), ("imagenet_256", imagenet(rows.smoke), 1))
+    models = (
+        ("quickstart", quickstart(rows.smoke), 4),
+        ("imagenet_256", imagenet(rows.smoke), 1),
+        ("photos_f8_b", photographs(rows.smoke), 1),
+    )
     for name, config, count in models:
         check = Check(config, count, rows.device)
         for precision in PRECISIONS:

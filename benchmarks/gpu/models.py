@@ -41,6 +41,12 @@ def imagenet(tiny: bool) -> Config:
     return with_overrides(config, _TINY) if tiny else config
 
 
+def photographs(tiny: bool) -> Config:
+    """Return the convolutional preset for 256 px, or something of its form to try the code."""
+    config, small = PRESETS["photos_f8_b"][1], {"model.fine_hidden_size": 16}
+    return with_overrides(config, _TINY | small | {"model.attention_depth": 1}) if tiny else config
+
+
 def wake(model: Autoencoder) -> Autoencoder:
     """Replace zero weights, which would hide half of the network; the same on every device."""
     generator = torch.Generator().manual_seed(0)

@@ -6,6 +6,8 @@ LARGEST_FALL = 0.1
 _SPEED = "images_per_s"
 # Ratio: (section, row above, row below) of images per second.
 _PAIRS = {
+    "unet, octic over dense": ("unet", "octic, blocks compiled", "dense, blocks compiled"),
+    "unet, compiled over eager": ("unet", "octic, blocks compiled", "octic, eager"),
     "octic over dense, blocks compiled": ("steps", "octic, blocks compiled", "dense, {}"),
     "octic over dense, eager": ("steps", "octic, eager", "dense, {}"),
     "octic over dense, half the heads": (
@@ -37,7 +39,15 @@ def compute(results: dict[str, Any]) -> dict[str, float]:
     """Return the ratios whose rows a run has; rows of another batch size do not compare."""
     rows = {
         (section.removeprefix("more_"), row["name"]): row
-        for section in ("steps", "more_steps", "quickstart", "ceilings", "sampler", "training")
+        for section in (
+            "steps",
+            "more_steps",
+            "unet",
+            "quickstart",
+            "ceilings",
+            "sampler",
+            "training",
+        )
         for row in results.get(section, [])
     }
     found: dict[str, float] = {}

@@ -11,6 +11,7 @@ from benchmarks.gpu.models import (
     SketchStep,
     TrainingStep,
     imagenet,
+    photographs,
     quickstart,
 )
 from benchmarks.gpu.rows import Rows
@@ -68,12 +69,25 @@ def measure_more(rows: Rows, batch: int) -> None:
         _add(rows, "more_steps", name, batch, changes)
 
 
+def measure_unet(rows: Rows, batch: int) -> None:
+    """Add steps of the convolutional preset: octic and dense, eager and compiled."""
+    eager, compiled = {"training.compile": "none"}, {"training.compile": "blocks"}
+    for name, changes in (
+        ("octic, blocks compiled", compiled),
+        ("dense, blocks compiled", _DENSE | compiled),
+        ("octic, eager", eager),
+    ):
+        whole = {"training.micro_batch_size": 0}
+        _add(rows, "unet", name, batch, whole | changes, kernels=True)
+
+
 def _add(
     rows: Rows, section: str, name: str, batch: int, changes: dict[str, Any], kernels: bool = False
 ) -> None:
     if rows.smoke:  # a compiler takes a minute
         changes = changes | {"training.compile": "none"}
-    config = with_overrides(imagenet(rows.smoke), changes)
+    base = photographs(rows.smoke) if section == "unet" else imagenet(rows.smoke)
+    config = with_overrides(base, changes)
 
     def run(batch: int) -> dict[str, Any]:
         row = _measure(rows, TrainingStep(_of_batch(config, batch), rows.device), batch, kernels)
