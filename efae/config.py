@@ -472,7 +472,8 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     resume: str = "auto"
     """auto resumes the run of this name if it exists; never refuses if it exists; the URI of a
-    checkpoint starts a new run from its weights, optimizer state, step and position in the data."""
+    checkpoint starts a new run from its weights, optimizer state, step and position in the data; a
+    unet's may have another data.resolution, for instance 128 px first and then 256."""
 
     def __post_init__(self):
         require(

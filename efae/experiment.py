@@ -154,9 +154,11 @@ def find_start(config: Config) -> int:
     if config.resume in ("auto", "never"):
         return 0
     metadata, found = checkpoint.read_origin(config.resume)
-    fixed = ("model.", "representation.", "data.uri", "data.resolution", "data.channels")
-    fixed += ("training.seed", "training.global_batch_size", "flow.prediction", "data.buckets")
+    fixed = ("model.", "representation.", "data.uri", "data.channels", "data.buckets")
+    fixed += ("training.seed", "training.global_batch_size", "flow.prediction")
     fixed += ("flow.distill_from",)
+    if config.model.kind == "transformer":  # its positions are those of one size
+        fixed += ("data.resolution",)
     if changed := [line for key, line in _changes(found, config) if key.startswith(fixed)]:
         raise ValueError(
             f"resume={config.resume!r}: that checkpoint was trained with other settings"

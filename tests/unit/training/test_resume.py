@@ -71,6 +71,7 @@ def test_a_uri_begins_a_new_run_from_another(tmp_path, config):
         ({"training.steps": 40}, "training.steps=40: the checkpoint .* is already at step 40"),
         ({"model.depth": 5}, "model.depth: 4 -> 5.*would be meaningless"),
         ({"data.uri": "s3://else/where"}, "data.uri: .*would be meaningless"),
+        ({"data.resolution": 64}, "data.resolution: 32 -> 64.*would be meaningless"),
         ({"training.global_batch_size": 64}, "global_batch_size: 128 -> 64"),
         ({"flow.distill_from": "a/model"}, "flow.distill_from: '' -> 'a/model'"),
     ],
@@ -79,6 +80,12 @@ def test_a_uri_that_does_not_fit_is_refused(tmp_path, config, changes, message):
     uri = write(tmp_path, config, 40, run="theirs")
     with pytest.raises(ValueError, match=message):
         find_start(with_overrides(config, {"resume": uri, **changes}))
+
+
+def test_a_unet_trains_on_at_another_size(tmp_path, config):
+    config = with_overrides(config, {"model.kind": "unet"})
+    uri = write(tmp_path, config, 40, run="theirs")
+    assert find_start(with_overrides(config, {"resume": uri, "data.resolution": 64})) == 40
 
 
 def test_a_uri_without_a_checkpoint_is_refused(tmp_path, config):

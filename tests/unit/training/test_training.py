@@ -176,6 +176,15 @@ def test_training_starts_at_the_linear_map(shards):
     assert [group["lr"] for group in state.optimizer.param_groups] == [0.5, 0.5, 0.05]
 
 
+def test_a_unet_trains_on_at_another_size(shards, tmp_path):
+    """First at 8 px, then at 16, from the same weights and the same position in the data."""
+    unet = {"model.kind": "unet", "model.downsampling": 4, "model.fine_hidden_size": 16}
+    small = run(shards, tmp_path, **unet, **{"data.resolution": 8, "training.steps": 4})
+    checkpoint = read_checkpoint(str(next(iter(sorted(tmp_path.iterdir())))))
+    large = run(shards, checkpoint=checkpoint, **unet)
+    assert (small.step, large.step) == (4, 8)
+
+
 def test_a_run_that_was_trained_to_the_end_trains_no_more(shards, tmp_path):
     state = run(shards, tmp_path)
     again = run(shards, tmp_path, checkpoint=read_checkpoint(tmp_path / "step-00000008"))
