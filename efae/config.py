@@ -504,12 +504,7 @@ class Config:
             "model.start=closed_form with flow.prediction=velocity: a linear map of the latent"
             " predicts the image; set flow.prediction=image",
         )
-        require(
-            self.loss.scaling_probability == 0
-            or max(self.data.image_size) > self.model.downsampling,
-            f"loss.scaling_probability={self.loss.scaling_probability}: a 1 x 1 latent cannot be"
-            " scaled; lower model.downsampling, or set 0",
-        )
+        self._check_scaling_and_turns()
         require(
             not (self.flow.distill_from and self.training.compile == "step"),
             "training.compile=step with flow.distill_from: the teacher's sampler cannot be compiled"
@@ -539,17 +534,38 @@ class Config:
                 f" quarter turns of representation.group={group} with other elements; use level"
                 " exact, square buckets, or group flips or mirror",
             )
-            require(
-                self.loss.scaling_probability == 0 or gcd(height // f, width // f) > 1,
-                f"{where} is a latent of {height // f} x {width // f} cells, which cannot be scaled"
-                f" (loss.scaling_probability={self.loss.scaling_probability}): choose sides in"
-                " cells with a common factor, or set 0",
-            )
         require(
             len(self.data.buckets) < 2 or self.training.compile in ("auto", "none"),
             f"training.compile={self.training.compile}: every shape of data.buckets would be"
             " compiled anew, and the compiler gives up after a few; use none",
         )
+
+    def _check_scaling_and_turns(self) -> None:
+        f, loss = self.model.downsampling, self.loss
+        size = self.data.image_size
+        require(
+            loss.scaling_probability == 0 or max(size) > f,
+            f"loss.scaling_probability={loss.scaling_probability}: a 1 x 1 latent cannot be"
+            " scaled; lower model.downsampling, or set 0",
+        )
+        shapes = [
+            (f"data.buckets={self.data.buckets}: {h} x {w}", h, w) for h, w in self.data.buckets
+        ]
+        resolution = (f"data.resolution={self.data.resolution}", *size)
+        for where, height, width in shapes or [resolution]:
+            require(
+                loss.scaling_probability == 0 or gcd(height // f, width // f) > 1,
+                f"{where} is a latent of {height // f} x {width // f} cells, which cannot be scaled"
+                f" (loss.scaling_probability={loss.scaling_probability}): choose sides in"
+                " cells with a common factor, or set 0",
+            )
+        for where, height, width in [resolution, *shapes]:
+            require(
+                loss.rotation_probability == 0 or height == width,
+                f"{where} is not square, and only squares turn by any angle"
+                f" (loss.rotation_probability={loss.rotation_probability}): use square images, or"
+                " set 0",
+            )
 
     def choose_compilation(self, device_type: str) -> Literal["none", "blocks", "step"]:
         """Return training.compile with "auto" resolved: blocks on "cuda" where shapes are fixed."""

@@ -74,6 +74,7 @@ BUCKETS = {"data.buckets": [(32, 32), (24, 40), (40, 24)]}
             "model.level=regularized mixes quarter turns of representation.group=C4",
         ),
         ({"loss.scaling_probability": 0.5}, "24 x 40 is a latent of 3 x 5 cells"),
+        ({"loss.rotation_probability": 0.5}, "24 x 40 is not square, .*rotation_probability=0.5"),
         ({"training.compile": "blocks"}, "training.compile=blocks: every shape of data.buckets"),
         ({"training.compile": "step"}, "training.compile=step: every shape of data.buckets"),
     ],
@@ -98,6 +99,13 @@ def test_what_buckets_allow(settings):
     config = with_overrides(Config(), BUCKETS | settings)
     assert from_json(to_json(config)) == config
     assert config.data.buckets[0] in ((32, 32), (64, 64))
+
+
+@pytest.mark.parametrize("key", ["loss.scaling_probability", "loss.rotation_probability"])
+def test_a_rectangle_is_refused_where_the_loss_cannot_scale_or_turn_it(key):
+    settings = {"data.resolution": (16, 24), key: 0.5}
+    with pytest.raises(ValueError, match=rf"data.resolution=\(16, 24\) .*{key}=0.5"):
+        with_overrides(Config(), settings)
 
 
 def test_shapes_that_vary_are_not_compiled():
