@@ -11,7 +11,7 @@ nonlinearity is pointwise: its changes of basis are folded into the Linears. The
 import copy
 import math
 from collections.abc import Callable, Collection
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -43,7 +43,9 @@ def to_dense(model: Autoencoder) -> Autoencoder:
 
     It has the configuration of `model` at level `objective`, and the device, dtype and mode of
     `model`. It is computed in float64 and shares no memory with `model`. Each of its weights is
-    free, so further training at level `objective` may break the symmetry.
+    free, so further training at level `objective` may break the symmetry. That training takes no
+    rectangles under quarter turns: there, `data.resolution` becomes a square of the longer side,
+    and `data.buckets` are dropped.
 
     Raises:
         ValueError: The model is not of level `exact`.
@@ -58,10 +60,20 @@ def to_dense(model: Autoencoder) -> Autoencoder:
     with torch.no_grad():
         # Parameters that no rule below replaces are not octic and stay as they are.
         state = exact.state_dict() | _dense_weights(exact)
-    dense = Autoencoder(with_overrides(model.config, {"model.level": "objective"}))
+    dense = Autoencoder(with_overrides(model.config, _choose_settings(model)))
     dense = dense.to(next(model.parameters())).train(model.training)
     dense.load_state_dict(state)  # strict: every weight is set, each of the right shape
     return dense
+
+
+def _choose_settings(model: Autoencoder) -> dict[str, Any]:
+    """Return the settings in which the dense twin differs."""
+    settings: dict[str, Any] = {"model.level": "objective"}
+    data = model.config.data
+    if model.group.swaps_sides and any(h != w for h, w in (data.image_size, *data.buckets)):
+        # No weight depends on these sizes: only a unet's resolution may be a rectangle here.
+        settings |= {"data.resolution": max(data.image_size), "data.buckets": ()}
+    return settings
 
 
 def _dense_weights(module: nn.Module) -> dict[str, Tensor]:

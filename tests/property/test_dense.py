@@ -128,6 +128,18 @@ def test_the_export_computes_the_same_on_oblong_images(group):
     assert_same_function(build(group, ((16, 32), 4, 8)).double(), 1e-10)
 
 
+BUCKETS = {"data.buckets": ((16, 32), (32, 16))}
+
+
+@pytest.mark.parametrize(
+    ("resolution", "settings"),
+    [(16, BUCKETS), (16, UNET | BUCKETS), ((16, 32), UNET)],
+    ids=["transformer, buckets", "unet, buckets", "unet"],
+)
+def test_models_of_rectangles_under_quarter_turns_are_exported(resolution, settings):
+    assert_same_function(build("D4", (resolution, 4, 8), **settings).double(), 1e-10)
+
+
 @every_group
 def test_the_export_computes_the_same_in_single_precision(group):
     assert_same_function(build(group), 1e-5)
