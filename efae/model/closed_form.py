@@ -130,8 +130,7 @@ def choose_multiplicities(
 ) -> dict[str, int]:
     """Return the multiplicities with which the linear map of `fit_linear_map` has the least error.
 
-    Copies are taken in the order of their mean squares. Where the group does not tell two irreps
-    apart, the first of `IRREPS` stands for both.
+    Where the group does not tell two irreps apart, the first of `IRREPS` stands for both.
 
     Args:
         moments: Moments of the side x side patches of the images.
@@ -142,26 +141,33 @@ def choose_multiplicities(
     """
     components = _Components(group, moments.mean_product(), side)
     seen: set[tuple[int, ...]] = set()
-    copies: list[tuple[float, str, int]] = []
+    planes: list[float] = []
+    lines: list[tuple[float, str]] = []
     for irrep in IRREPS:
         pieces = components.pieces(irrep)
         if seen & set(pieces):
             continue
         seen |= set(pieces)
-        spectra = [components.find(signs) for signs in pieces]
-        size = 2 if irrep == "e" else 1
-        for number in range(min(len(found.variance) for found in spectra)):
-            mean = sum(float(found.variance[number]) for found in spectra) / len(spectra)
-            copies.append((mean, irrep, size))
-    chosen = dict.fromkeys(IRREPS, 0) | {"a1": invariant}
-    left, passed = dim - invariant, 0
-    for _, irrep, size in sorted(copies, reverse=True):
-        if irrep == "a1" and passed < invariant:
-            passed += 1
-        elif size <= left:
-            chosen[irrep] += 1
-            left -= size
-    chosen["a1"] += left  # more channels than the pixels have copies
+        spectra = [cast(list[float], components.find(s).variance.tolist()) for s in pieces]
+        if irrep == "e":
+            planes = [sum(pair) * 2 / len(pair) for pair in zip(*spectra, strict=False)]
+        else:
+            first = invariant if irrep == "a1" else 0
+            lines += [(variance, irrep) for variance in spectra[0][first:]]
+    lines.sort(reverse=True)
+    left = dim - invariant
+
+    # A plane takes two channels: the best number of planes is sought among all.
+    carried = [
+        sum(planes[:count]) + sum(variance for variance, _ in lines[: left - 2 * count])
+        for count in range(min(len(planes), left // 2) + 1)
+    ]
+    count = carried.index(max(carried))
+    chosen = dict.fromkeys(IRREPS, 0) | {"a1": invariant, "e": count}
+    left -= 2 * count
+    for _, irrep in lines[:left]:
+        chosen[irrep] += 1
+    chosen["a1"] += max(0, left - len(lines))  # more channels than the pixels have copies
     return chosen
 
 
