@@ -68,6 +68,13 @@ class LatentFormat(BaseModel):
                 f"augment='group': the model of {where} has the trivial group, so nothing acts on"
                 " its latents: encode with a model of --representation.group D4"
             )
+        _, height, width = self.shape
+        if height != width and self.representation.group.swaps_sides:
+            raise ValueError(
+                f"augment='group': quarter turns of group {self.group} would make the {height} x"
+                f" {width} latents of {where} {width} x {height}, and a batch has one shape: leave"
+                " it off and act on whole batches (efae.Representation.act)"
+            )
         found = float(self.certificate["max_abs_difference"])
         if not found <= _LARGEST_DIFFERENCE:
             raise ValueError(

@@ -47,9 +47,11 @@ def make_model(**changes) -> Autoencoder:
     return model
 
 
-def make_form(model: Autoencoder, dtype: str, difference: float = 0.0) -> LatentFormat:
+def make_form(
+    model: Autoencoder, dtype: str, difference: float = 0.0, cells: tuple[int, int] = (2, 2)
+) -> LatentFormat:
     return LatentFormat(
-        shape=[12, 2, 2],
+        shape=[12, *cells],
         dtype=dtype,
         group=model.group.name,
         multiplicities=model.representation.multiplicities,
@@ -298,6 +300,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"differ by up to 0\.3 .* --model\.level exact"):
             dataset.loader(4, augment="group")
         assert len(list(dataset.loader(20))) == 1
+
+    def test_rectangles_are_not_turned_within_a_batch(self, model):
+        form = make_form(model, "float16", cells=(2, 4))
+        with pytest.raises(ValueError, match="group D4 would make the 2 x 4 latents of here 4 x 2"):
+            form.require_action("here")
 
     def test_a_certificate_that_is_no_number_does_not_pass(self, latents, images, tmp_path, model):
         form = make_form(model, "float16", difference=float("nan"))
