@@ -55,7 +55,10 @@ def count_flops(config: Config) -> Flops:
 
 
 def _count(config: Config) -> float:
-    quiet = {"loss.scaling_probability": 0.0, "loss.rotation_probability": 0.0}
+    quiet = {
+        **{"loss.scaling_probability": 0.0, "loss.rotation_probability": 0.0},
+        "representation.learned_basis": False,  # autocast, which it turns off, knows no meta device
+    }
     objective = Objective(Autoencoder(with_overrides(config, quiet))).to("meta").train()
     height, width = config.data.image_size
     f, count = config.model.downsampling, 2

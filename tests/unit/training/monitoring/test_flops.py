@@ -46,8 +46,17 @@ def test_an_exact_network_is_counted_as_its_dense_twin_too():
     assert 2 < exact.as_dense / exact.own < 8
 
 
-def test_options_of_the_loss_do_not_stop_the_count():
-    count(**{"loss.scaling_probability": 1.0, "loss.rotation_probability": 1.0})
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss.scaling_probability": 1.0, "loss.rotation_probability": 1.0},
+        {"model.level": "regularized", "representation.learned_basis": True},
+        {"model.kind": "unet", "data.resolution": (16, 32)},
+    ],
+    ids=["loss", "learned basis", "rectangles under quarter turns"],
+)
+def test_no_setting_stops_the_count(settings):
+    assert count(**settings).own > 0
     count(**{"model.bottleneck": "kl", "flow.condition_drop": 0.5, "training.precision": "bf16"})
 
 
