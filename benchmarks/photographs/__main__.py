@@ -18,11 +18,13 @@ from benchmarks.photographs.packages import (
     unpack,
 )
 from benchmarks.photographs.pictures import find_photographs, split
+from data_pipelines import storage
 from data_pipelines.build_shards import HELD_OUT, TRAIN, build_set
 from data_pipelines.building.sample_encoding import ENCODINGS, Encoding
 from data_pipelines.commands import run_command
 from data_pipelines.shards.index import load_index
 from data_pipelines.shards.intake import LEFT_OUT, LeftOut
+from data_pipelines.storage import Location
 
 NAME = "Debian's wallpapers"
 
@@ -77,10 +79,11 @@ def make_sets(packages: Sequence[Unpacked], options: argparse.Namespace) -> dict
                 "left_out": index.provenance.get(LEFT_OUT, {}),
             }
     path = options.output / "photographs.json"
-    path.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+    storage.write_bytes(path, text.encode())
     print(
         f"{len(photographs)} photographs, {len(parts[HELD_OUT])} of them held out, from"
-        f" {len(packages)} packages: {path}\n{LeftOut.from_json(summary['dropped'])}"
+        f" {len(packages)} packages: {path.display}\n{LeftOut.from_json(summary['dropped'])}"
     )
     return summary
 
@@ -91,7 +94,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=package.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder for the sets")
+    parser.add_argument(
+        "--output", type=Location.parse, required=True, help="folder for the sets, or s3:// URI"
+    )
     parser.add_argument(
         "--side",
         type=_positive,
