@@ -59,8 +59,7 @@ FASHION_MNIST = Config(
     training=TrainingConfig(steps=3000, global_batch_size=64, precision="fp32"),
 )
 
-# A convolutional network from the closed-form start, where the quick start's transformer needs
-# twice the time to reach the linear map.
+# After 300 CPU-seconds 1.6 dB ahead of the quick start's model (benchmarks/README.md, ablate).
 PHOTOGRAPHS_64 = Config(
     data=DataConfig(
         uri="s3://efae-data/photographs/64/train",
@@ -149,8 +148,8 @@ def _convolutional(width: int, depth: int, attention_depth: int, num_heads: int)
     )
 
 
-# Convolutions at 64 px won over the transformer at equal compute (benchmarks/README.md, ablate);
-# attention, worth nothing on 8 x 8 cells, should pay on these larger grids.
+# At 64 px, convolutions won over the transformer at equal compute (benchmarks/README.md, ablate).
+# That attention pays on these larger grids is an assumption.
 _SIZES = {
     "s": (_convolutional(768, 8, 2, 12), "one GPU of 24 GB", 1, 128, 64),
     "b": (_convolutional(1280, 12, 4, 20), "one H100", 1, 256, 128),

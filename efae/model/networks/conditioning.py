@@ -13,9 +13,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from efae.config import DataConfig, ModelConfig
-from efae.model.networks.linear_path import DECODER_DAMPING, build_linear_path
-from efae.model.octic.layers import Lift, latent_action
-from efae.model.octic.layout import embed_invariant, layout_of, take_invariant
+from efae.model.networks.linear_path import DECODER_DAMPING, build_linear_path, unpatchify
+from efae.model.octic.layers import (
+    Lift,
+    latent_action,
+    normalize,
+    patch_action,
+    zero_linear,
+)
+from efae.model.octic.layout import embed_invariant, layout_of, spread_gains, take_invariant
 from efae.symmetry.group import Group
 from efae.symmetry.representation import Representation
 
@@ -50,13 +56,20 @@ class ConditionedDecoder(nn.Module):
             nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
-    def add_linear_path(
-        self, representation: Representation, data: DataConfig, model: ModelConfig
+    def add_output(
+        self, representation: Representation, m: int, data: DataConfig, model: ModelConfig
     ) -> None:
-        """Add a linear path, which the network only corrects, if the model starts with one."""
+        """Add the layers from tokens of `m` channels to pixels, and a linear path beside them."""
+        group = self.layout.group
+        self.patch_size = model.patch_size
+        self.sizes = [self.layout.gains * m, m]
+        self.modulation = zero_linear(model.hidden_size, sum(self.sizes))
+        patch = patch_action(group, model.patch_size, data.channels)
+        self.output = Lift(group, *patch, m, fan_in=len(group) * m)
+        # The first prediction is zero, the mean of images in [-1, 1], or the linear path's.
+        nn.init.zeros_(self.output.coefficient)
         self.linear_path = None
         if model.has_linear_start:
-            group = self.layout.group
             self.linear_path = build_linear_path(group, representation, data, model)
 
     def condition(
@@ -94,13 +107,27 @@ class ConditionedDecoder(nn.Module):
         null = embed_invariant(self.layout, self.null_tokens)[:, None, None]
         return torch.where(keep[:, None, None], tokens, null.to(tokens.dtype))
 
-    def correct(
+    def predict(
         self,
-        pixels: Float[Tensor, "b c h w"],
+        x: Float[Tensor, "slot b token coset*m"],
+        condition: Float[Tensor, "b hidden_size"],
         latent: Float[Tensor, "b dim latent_h latent_w"],
         keep: Bool[Tensor, "b"] | None,
+        size: tuple[int, int],
     ) -> Float[Tensor, "b c h w"]:
-        """Return the network's output, as a correction of the linear path's if there is one."""
+        """Map the last tokens to pixels, as a correction of the linear path's if there is one.
+
+        Args:
+            x: Tokens.
+            condition: Condition that modulates them.
+            latent: Latents.
+            keep: Whether to use the latent, per example; None: in all.
+            size: Height and width in pixels.
+        """
+        scale, shift = self.modulation(condition).split(self.sizes, -1)
+        x = normalize(x) * (1 + spread_gains(self.layout, scale))
+        x = x + embed_invariant(self.layout, shift)[:, :, None]
+        pixels = unpatchify(self.output.back(x), self.patch_size, *size)
         if self.linear_path is None:
             return pixels
         if keep is not None:

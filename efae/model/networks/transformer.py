@@ -24,7 +24,6 @@ from efae.model.networks.linear_path import (
     build_linear_path,
     damp,
     patchify,
-    unpatchify,
 )
 from efae.model.octic.layers import (
     Block,
@@ -36,7 +35,6 @@ from efae.model.octic.layers import (
     patch_action,
     zero_linear,
 )
-from efae.model.octic.layout import embed_invariant, spread_gains
 from efae.model.octic.token_grid import Resample
 from efae.symmetry.group import Group, grid_sources
 from efae.symmetry.representation import Representation
@@ -147,12 +145,7 @@ class Decoder(ConditionedDecoder):
             Block(group, m, model.num_heads, model.mlp_ratio, hidden_size, shared)
             for _ in range(model.depth)
         )
-        self.sizes = [self.layout.gains * m, m]
-        self.modulation = zero_linear(hidden_size, sum(self.sizes))
-        self.output = Lift(group, *patch, m, fan_in=len(group) * m)
-        # The first prediction is zero, the mean of images in [-1, 1], or the linear path's.
-        nn.init.zeros_(self.output.coefficient)
-        self.add_linear_path(representation, data, model)
+        self.add_output(representation, m, data, model)
 
     def receptive_radius(self) -> None:
         """Return None: attention makes every cell depend on all."""
@@ -183,8 +176,4 @@ class Decoder(ConditionedDecoder):
             modulation = self.shared_modulation(condition)
         for block in self.blocks:
             x = block(x, modulation)
-        scale, shift = self.modulation(condition).split(self.sizes, -1)
-        x = normalize(x) * (1 + spread_gains(self.layout, scale))
-        x = x + embed_invariant(self.layout, shift)[:, :, None]
-        pixels = unpatchify(self.output.back(x), self.patch_size, height, width)
-        return self.correct(pixels, latent, keep)
+        return self.predict(x, condition, latent, keep, (height, width))

@@ -22,7 +22,6 @@ from efae.model.networks.linear_path import (
     build_linear_path,
     damp,
     patchify,
-    unpatchify,
 )
 from efae.model.octic.convolution import (
     KERNEL_SIZE,
@@ -39,7 +38,7 @@ from efae.model.octic.layers import (
     patch_action,
     zero_linear,
 )
-from efae.model.octic.layout import embed_invariant, spread_gains
+from efae.model.octic.layout import spread_gains
 from efae.model.octic.token_grid import Resample
 from efae.symmetry.group import Group
 from efae.symmetry.representation import Representation
@@ -155,12 +154,7 @@ class Decoder(ConditionedDecoder):
         self.splits = nn.ModuleList(Linear(group, b, 4 * a) for a, b in pairs)
         # At t = 1 what a skip carries is noise: its gain must be able to close.
         self.skips = nn.ModuleList(zero_linear(size, self.layout.gains * a) for a in fine)
-        self.sizes = [self.layout.gains * channels[0], channels[0]]
-        self.modulation = zero_linear(size, sum(self.sizes))
-        self.output = Lift(group, *patch, channels[0], fan_in=len(group) * channels[0])
-        # The first prediction is zero, the mean of images in [-1, 1], or the linear path's.
-        nn.init.zeros_(self.output.coefficient)
-        self.add_linear_path(representation, data, model)
+        self.add_output(representation, channels[0], data, model)
 
     def receptive_radius(self) -> int | None:
         """Return on how many cells beyond its own, to each side, the pixels of a cell depend.
@@ -206,11 +200,7 @@ class Decoder(ConditionedDecoder):
             height, width = 2 * height, 2 * width
             x = self.resample.split(self.splits[i](x), height, width) + skips.pop()
             x = self._apply_stage(self.up[i], i, x, condition, (height, width))
-        scale, shift = self.modulation(condition).split(self.sizes, -1)
-        x = normalize(x) * (1 + spread_gains(self.layout, scale))
-        x = x + embed_invariant(self.layout, shift)[:, :, None]
-        pixels = unpatchify(self.output.back(x), self.patch_size, *x_t.shape[-2:])
-        return self.correct(pixels, latent, keep)
+        return self.predict(x, condition, latent, keep, (x_t.shape[-2], x_t.shape[-1]))
 
     def _apply_stage(
         self, stage: nn.Module, grid: int, x: Tensor, condition: Tensor, sizes: tuple[int, int]
