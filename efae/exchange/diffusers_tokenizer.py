@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +12,29 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from data_pipelines import storage
+from data_pipelines.storage import Location
 from efae.symmetry import D4, Element, Group, Representation
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+_LATENT_OF: dict[str, Callable[[Any], Tensor]] = {
+    "AutoencoderKL": lambda encoded: encoded.latent_dist.mode(),
+    "AutoencoderTiny": lambda encoded: encoded.latents,
+    "AutoencoderDC": lambda encoded: encoded.latent,
+}
+"""Classes that can be loaded, and the latent in what their `encode` returns."""
 
 
 class DiffusersTokenizer(nn.Module):
-    """An AutoencoderKL of diffusers; deterministic both ways.
+    """An AutoencoderKL, AutoencoderTiny or AutoencoderDC of diffusers; deterministic both ways.
 
-    Its latent is the posterior's mode, shifted and scaled as its configuration prescribes for
-    diffusion models. The group acts as on an image, by moving the cells of the grid: the only
-    action that such a latent has by construction.
+    Its latent is the one that diffusion models are trained on: what the encoder returns (the mode
+    of a posterior), shifted and scaled by the configuration's `shift_factor` and `scaling_factor`.
+    The group acts as on an image, by moving the cells of the grid: the only action that such a
+    latent has by construction.
 
     Args:
-        network: AutoencoderKL, in evaluation mode.
+        network: Network, in evaluation mode.
         group: Group that acts on images and latents.
 
     Attributes:
@@ -37,6 +48,7 @@ class DiffusersTokenizer(nn.Module):
         self.group = group
         settings = network.config
         self.representation = Representation(group, a1=settings.latent_channels)
+        self._class = type(network).__name__
         self._scale = float(settings.get("scaling_factor") or 1.0)
         self._shift = float(settings.get("shift_factor") or 0.0)
 
@@ -48,19 +60,20 @@ class DiffusersTokenizer(nn.Module):
 
     @property
     def downsampling(self) -> int:
-        """Pixels per latent cell."""
+        """Pixels per latent cell; each stage of the encoder after the first halves the image."""
         settings = self.network.config
-        return 2 ** (len(settings.block_out_channels) - 1)
+        stages = settings.get("encoder_block_out_channels") or settings.block_out_channels
+        return 2 ** (len(stages) - 1)
 
     def check_images(self, channels: int, height: int, width: int) -> None:
         """Raise ValueError for images that this network does not accept."""
         if channels != self.channels:
             raise ValueError(
-                f"images of {channels} colours: this AutoencoderKL takes {self.channels}"
+                f"images of {channels} colours: this {self._class} takes {self.channels}"
             )
         if height % self.downsampling or width % self.downsampling:
             raise ValueError(
-                f"images of {height} x {width} pixels: this AutoencoderKL needs multiples of"
+                f"images of {height} x {width} pixels: this {self._class} needs multiples of"
                 f" {self.downsampling}; build the shards with such a --resolution"
             )
 
@@ -71,9 +84,8 @@ class DiffusersTokenizer(nn.Module):
             ValueError: The network does not accept the shape.
         """
         self.check_images(*image.shape[1:])
-        encoded = self.network.encode(image)
-        mode: Tensor = encoded.latent_dist.mode()
-        return (mode - self._shift) * self._scale
+        latent = _LATENT_OF[self._class](self.network.encode(image))
+        return (latent - self._shift) * self._scale
 
     def act(
         self, element: Element, latent: Float[Tensor, "b dim lh lw"]
@@ -95,23 +107,64 @@ class DiffusersTokenizer(nn.Module):
 
 
 def load_diffusers(path: str, group: Group = D4, device: str = "cpu") -> DiffusersTokenizer:
-    """Load the AutoencoderKL in a local folder, in evaluation mode and fp32, without downloads.
+    """Load the autoencoder in a folder, in evaluation mode and fp32, without a model hub.
 
     Args:
-        path: Folder with config.json and diffusion_pytorch_model.safetensors.
+        path: Folder, local or on object storage, with config.json and
+            diffusion_pytorch_model.safetensors.
         group: Group that acts on images and latents.
         device: Device, as torch names it.
 
     Raises:
         ValueError: The package diffusers is missing, or the folder does not hold such a model.
+        StorageError: The object storage refuses or does not answer.
     """
-    folder = Path(path)
-    if not folder.is_dir():
+    location = Location.parse(path)
+    if location.path is not None:
+        folder = location.path
+        if not folder.is_dir():
+            raise ValueError(
+                f"diffusers:{path}: no such folder; models are not downloaded from hubs: fetch it"
+                f" where you trust it ({CONFIG} and {WEIGHTS}), then give the folder's path"
+            )
+        names = {p.relative_to(folder).as_posix() for p in folder.glob(f"vae/{CONFIG}")}
+        name = _check_folder(path, folder, names | {p.name for p in folder.iterdir()})
+        return _load(path, folder, name, group).to(device)
+    with tempfile.TemporaryDirectory() as copy:
+        folder, sizes = Path(copy), storage.list_files(location)
+        if CONFIG in sizes:
+            storage.download(location / CONFIG, folder / CONFIG, sizes[CONFIG])
+        name = _check_folder(path, folder, set(sizes))
+        storage.download(location / WEIGHTS, folder / WEIGHTS, sizes[WEIGHTS])
+        return _load(path, folder, name, group).to(device)
+
+
+def _check_folder(path: str, folder: Path, names: set[str]) -> str:
+    """Return the class of the model; ValueError if its folder, with these files, is refused."""
+    if CONFIG not in names:
+        hint = f"; did you mean diffusers:{path}/vae?" if f"vae/{CONFIG}" in names else ""
+        raise ValueError(f"diffusers:{path}: no {CONFIG} in it{hint}")
+    try:
+        name = str(json.loads((folder / CONFIG).read_text()).get("_class_name"))
+    except (ValueError, AttributeError) as error:
         raise ValueError(
-            f"diffusers:{path}: no such folder; models are not downloaded here: fetch it where you"
-            " trust it (config.json and the .safetensors file), then give the folder's path"
+            f"diffusers:{path}: {CONFIG} is not a configuration of diffusers"
+        ) from error
+    if name not in _LATENT_OF:
+        raise ValueError(
+            f"diffusers:{path}: {CONFIG} describes the class {name}; use one of"
+            f" {', '.join(_LATENT_OF)}"
         )
-    _check_folder(folder)
+    if WEIGHTS not in names:
+        others = ", ".join(sorted(names - {CONFIG})) or "nothing"
+        raise ValueError(
+            f"diffusers:{path}: no {WEIGHTS} in it (found: {others}); other formats are pickles"
+            " that can run code, so convert them where you trust them"
+        )
+    return name
+
+
+def _load(path: str, folder: Path, name: str, group: Group) -> DiffusersTokenizer:
     try:
         diffusers = importlib.import_module("diffusers")
     except ImportError as error:
@@ -119,33 +172,30 @@ def load_diffusers(path: str, group: Group = D4, device: str = "cpu") -> Diffuse
             f"diffusers:{path}: the package diffusers is missing; pip install diffusers"
         ) from error
     try:
-        loaded = diffusers.AutoencoderKL.from_pretrained(
+        loaded, report = getattr(diffusers, name).from_pretrained(
             folder,
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
             torch_dtype=torch.float32,
+            output_loading_info=True,
         )
-    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        AssertionError,
+    ) as error:
         raise ValueError(f"diffusers:{path}: cannot be loaded: {error}") from error
-    return DiffusersTokenizer(loaded, group).to(device).eval().requires_grad_(False)
-
-
-def _check_folder(folder: Path) -> None:
-    config = folder / "config.json"
-    if not config.is_file():
-        inside = folder / "vae" / "config.json"
-        hint = f"; did you mean diffusers:{inside.parent}?" if inside.is_file() else ""
-        raise ValueError(f"diffusers:{folder}: no config.json in it{hint}")
-    try:
-        name = json.loads(config.read_text()).get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{config}: not a configuration of diffusers") from error
-    if name != "AutoencoderKL":
-        raise ValueError(f"{config}: describes {name}, but only AutoencoderKL can be measured")
-    if not (folder / WEIGHTS).is_file():
-        others = sorted(p.name for p in folder.iterdir() if p.name != config.name)
-        raise ValueError(
-            f"diffusers:{folder}: no {WEIGHTS} in it (found: {', '.join(others) or 'nothing'});"
-            " other formats are pickles that can run code, so convert them where you trust them"
-        )
+    if report["missing_keys"]:  # diffusers draws them at random, and warns
+        raise ValueError(f"diffusers:{path}: {WEIGHTS} lacks {', '.join(report['missing_keys'])}")
+    for tensor, values in loaded.state_dict().items():
+        if not values.isfinite().all():
+            raise ValueError(
+                f"diffusers:{path}: {WEIGHTS} has NaN or infinity in {tensor}: use another copy"
+            )
+    return DiffusersTokenizer(loaded, group).eval().requires_grad_(False)

