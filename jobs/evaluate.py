@@ -3,6 +3,7 @@
     python jobs/evaluate.py --model models:/efae@champion --data s3://efae-data/openmoji-32/held_out
     python jobs/evaluate.py --model models:/efae@champion diffusers:/models/sd-vae --data ...
     python jobs/evaluate.py --model models:/efae@champion --data ... --angles 15 30 45
+    python jobs/evaluate.py --model diffusers:/models/sd-vae --data ... --fit-action
 
 Several models are measured on the same images and shown side by side; each gets its own card in a
 folder below. Addresses come from the environment (`source .local/env` for the local stack).
@@ -33,8 +34,9 @@ class Arguments:
 
     model: tuple[str, ...]
     """One or more models: models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint or a model folder,
-    local or remote; or diffusers:PATH, a local folder with an AutoencoderKL of diffusers
-    (config.json and diffusion_pytorch_model.safetensors; needs the package diffusers)."""
+    local or remote; or diffusers:PATH, a folder, local or remote, with an AutoencoderKL,
+    AutoencoderTiny or AutoencoderDC of diffusers (config.json and
+    diffusion_pytorch_model.safetensors; needs the package diffusers)."""
     data: str
     """URI of a shard set that no model was trained on."""
     output: Path = Path("report")
@@ -53,6 +55,8 @@ class Arguments:
     angles: tuple[float, ...] = ()
     """Additional rotations to measure, in degrees counter-clockwise; by default none, or a fixed
     list if the model was trained on rotations by any angle (loss.rotation_probability)."""
+    fit_action: bool = False
+    """Also find the representation that the channels of each latent already carry."""
     lpips_weights: Path | None = None
     """AlexNet weights of torchvision, alexnet-owt-7be5be79.pth, to measure LPIPS too."""
     fid_weights: Path | None = None
@@ -86,6 +90,7 @@ def _run(chosen: Arguments) -> Path:
 
     from efae.evaluation.any_angle import choose_angles
     from efae.evaluation.evaluate import evaluate
+    from efae.evaluation.fitted_action import fit_action
     from efae.evaluation.lpips_fid import Lpips, load_fid
     from efae.preflight.driver_checks import read_facts
     from efae.report.card import Card, advise_on_linear_map, write_comparison, write_report
@@ -112,6 +117,10 @@ def _run(chosen: Arguments) -> Path:
         except ValueError as error:
             raise ValueError(f"--angles: {uri}: {error}") from error
     images = {channels: _read(chosen, channels, shape) for _, _, channels in loaded.values()}
+    if chosen.fit_action and min(map(len, images.values())) < 2:
+        raise ValueError(
+            "--fit-action takes two images or more: it compares latents with their mean"
+        )
 
     cards: dict[str, Card] = {}
     for uri, (model, config, channels) in loaded.items():
@@ -126,6 +135,10 @@ def _run(chosen: Arguments) -> Path:
             fid=load_fid(chosen.fid_weights, chosen.device) if chosen.fid_weights else None,
             progress=lambda items, what: tqdm(items, what, disable=not sys.stderr.isatty()),
         )
+        numbers = evaluation.numbers()
+        if chosen.fit_action:
+            fitted = fit_action(model, images[channels], chosen.batch_size, chosen.device)
+            numbers["fitted_action"] = fitted.numbers()
         facts = {
             "model_uri": uri.removeprefix("diffusers:"),
             "data": chosen.data,
@@ -134,7 +147,7 @@ def _run(chosen: Arguments) -> Path:
             "wall_seconds": time.monotonic() - started,
             "credits": credits,
         }
-        cards[uri] = Card(evaluation.numbers(), evaluation.pictures, config, facts)
+        cards[uri] = Card(numbers, evaluation.pictures, config, facts)
         if advice := advise_on_linear_map(cards[uri].numbers, config):
             print(f"warning: {uri}: {advice}", file=sys.stderr)
     if len(cards) > 1:
@@ -198,6 +211,8 @@ def _read(chosen: Arguments, channels: Literal[1, 3], shape: tuple[int, int, int
 
 
 def _print_table(summary: dict[str, Any]) -> None:
+    from efae.report.card import explain_fitted_action
+
     models = summary.get("models") or {summary["model_uri"]: summary}
     width = max(map(len, models))
     print(
@@ -210,6 +225,9 @@ def _print_table(summary: dict[str, Any]) -> None:
             f"  {'-' if linear is None else f'{linear:.2f} dB':>11}  {row['worst_gap_db']:7.1e} dB"
             f"  {row['group_law_error']:9.1e}"
         )
+    for name, row in models.items():
+        if fitted := row.get("fitted_action"):
+            print(f"{name}: {explain_fitted_action(fitted)}")
 
 
 if __name__ == "__main__":

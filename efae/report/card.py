@@ -142,6 +142,8 @@ def write_report(
         settings=configuration.flatten(config) if config else {},
         advice=advise_on_linear_map(numbers, config),
         exact=_is_exact(numbers),
+        fitted=numbers.get("fitted_action"),
+        explain=explain_fitted_action,
         example="rot90" if "rot90" in numbers["gap_db"] else list(numbers["gap_db"])[-1],
         examples=len(pictures.original),
         has_curves=bool(curves),
@@ -225,10 +227,44 @@ def _slug(name: str) -> str:
 
 
 def summarize(numbers: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the machine-readable summary of a run; unknown and non-finite values are None."""
-    return {
+    """Return the machine-readable summary of a run; unknown and non-finite values are None.
+
+    It has a fitted action, without its basis, only if that was asked for.
+    """
+    summary = {
         name: finite(numbers[name] if name in _MEASURED else facts.get(name)) for name in _SUMMARY
     }
+    if fitted := numbers.get("fitted_action"):
+        summary["fitted_action"] = {
+            name: finite(value) for name, value in fitted.items() if name != "basis"
+        }
+    return summary
+
+
+def explain_fitted_action(fitted: Mapping[str, Any]) -> str:
+    """Return what a fitted action means for a model, in one sentence.
+
+    Args:
+        fitted: Numbers of the action, from `FittedAction.numbers`.
+    """
+    found, spatial = (
+        max(fitted[f"{kind}_error"].values()) for kind in ("representation", "spatial")
+    )
+    split = f"{write_split(fitted['multiplicities'])} (A1+A2+B1+B2+E)"
+    if found <= _EXACT_ENCODER_ERROR:
+        return (
+            f"the channels carry the representation {split}: with it, the latent of an image gives"
+            " that of every flipped or turned image, up to rounding"
+        )
+    errors = f"{found:.2g} for the worst element, {spatial:.2g} if only the cells move"
+    if found <= spatial / 2:
+        return (
+            f"the channels carry the representation {split} in part: with it, the error is {errors}"
+        )
+    return (
+        "no representation of the channels explains this encoder: with the best one,"
+        f" {split}, the error is {errors}, so that equivariance has to be trained"
+    )
 
 
 def advise_on_linear_map(numbers: Mapping[str, Any], config: Config | None) -> str:

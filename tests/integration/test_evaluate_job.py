@@ -8,10 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipelines import storage
 from data_pipelines.build_shards import build_shards
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.evaluation.any_angle import ANGLES
+from efae.exchange.diffusers_tokenizer import WEIGHTS, load_diffusers
 from efae.model.autoencoder import Autoencoder
 from jobs.evaluate import main
 
@@ -107,7 +109,7 @@ def test_one_model_that_was_trained_on_angles(paths, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("data", "options", "angles"),
-    [("colour", ["--angles", "15", "-30"], [0.0, 15.0, -30.0]), ("grey", [], [])],
+    [("colour", ["--angles", "15", "-30"], [0.0, 15.0, -30.0]), ("grey", ["--fit-action"], [])],
 )
 def test_ours_beside_a_foreign_one(paths, tmp_path, capsys, data, options, angles):
     models = [paths["ours"], paths["foreign"]]
@@ -127,6 +129,18 @@ def test_ours_beside_a_foreign_one(paths, tmp_path, capsys, data, options, angle
         assert (folder / "rotations.png").exists() == bool(angles)
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert ("Rotations by any angle" in html) == bool(angles)
+    for model, folder in zip(models, sorted(folders), strict=True):
+        card = (folder / "report.html").read_text(encoding="utf-8")
+        fitted = json.loads((folder / "evaluation.json").read_text()).get("fitted_action")
+        assert bool(fitted) == ("The action that the channels carry" in card) == (not angles)
+        summarized = found[model].get("fitted_action")
+        assert summarized == (fitted and {k: v for k, v in fitted.items() if k != "basis"})
+        if model == models[0] and fitted:
+            assert tuple(fitted["multiplicities"].values()) == OURS["representation.multiplicities"]
+            assert f"{model}: the channels carry the representation 4+0+2+2+2" in printed
+            assert "The channels carry the representation 4+0+2+2+2" in card
+        elif fitted:
+            assert f"{model}: no representation of the channels explains this encoder" in printed
 
 
 def test_quarter_turns_of_images_that_are_not_square_or_of_the_trained_size(paths, tmp_path):
@@ -150,6 +164,7 @@ def test_quarter_turns_of_images_that_are_not_square_or_of_the_trained_size(path
         ("ours", "colour", ["--lpips-weights=missing.pth"], ["alexnet-owt-7be5be79.pth"]),
         ("ours", "colour", ["--fid-weights=missing.pth"], ["FID needs"]),
         ("ours", "colour", ["--images=0"], ["--images", "positive"]),
+        ("ours", "colour", ["--images=1", "--fit-action"], ["--fit-action", "two images"]),
         ("ours", "colour", ["--angles", "nan"], ["--angles", "numbers of degrees"]),
         ("unpaired", "colour", ["--angles", "15"], ["unpaired: ", "b1=2 and b2=1", "as many B1"]),
         ("ours wide", "wide", ["--angles", "15"], ["ours-wide: images of 16 x 24", "only square"]),
@@ -173,3 +188,21 @@ def test_a_hub_name_and_a_model_named_twice_are_refused(paths, tmp_path, capsys)
     assert main(["--model", paths["ours"], paths["ours"], *rest]) == 1
     assert "each once" in capsys.readouterr().err
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.s3
+def test_a_foreign_model_on_object_storage_is_the_one_that_was_uploaded(paths, local_stack):
+    """Only its two files are fetched; what is no model is refused before weights are."""
+    uri = "s3://efae-data/foreign/vae"
+    local = paths["foreign"].removeprefix("diffusers:")
+    storage.upload_folder(local, uri)
+    storage.write_bytes(f"{uri}/diffusion_pytorch_model.bin", b"a pickle")
+    image = torch.rand(2, 3, 16, 16)
+    assert torch.equal(load_diffusers(uri).encode(image), load_diffusers(local).encode(image))
+    with pytest.raises(ValueError, match=f"did you mean diffusers:{uri}"):
+        load_diffusers("s3://efae-data/foreign")
+    storage.write_bytes(f"{uri}/config.json", b'{"_class_name": "VQModel"}')
+    storage.write_bytes(f"{uri}/{WEIGHTS}", b"")
+    with pytest.raises(ValueError, match="describes the class VQModel"):
+        load_diffusers(uri)
+    storage.delete("s3://efae-data/foreign")

@@ -20,6 +20,7 @@ from efae.report.card import (
     Card,
     advise_on_linear_map,
     draw_reconstructions,
+    explain_fitted_action,
     summarize,
     write_comparison,
     write_report,
@@ -310,6 +311,23 @@ def test_the_card_shows_the_worst_angle(folder, evaluation):
     text = Page((folder / "report.html").read_text(encoding="utf-8")).text
     worst = min(found["psnr"] for found in evaluation.rotations.values())
     assert f"At the worst angle\n{worst:.2f} dB" in text
+
+
+@pytest.mark.parametrize(
+    ("found", "spatial", "said"),
+    [
+        (1e-12, 1.5, "the channels carry the representation 2+1+0+0+3 (A1+A2+B1+B2+E): with it"),
+        (0.4, 1.5, "in part: with it, the error is 0.4 for the worst element, 1.5 if only the"),
+        (1.4, 1.5, "no representation of the channels explains this encoder: with the best one"),
+    ],
+)
+def test_a_fitted_action_is_explained(found, spatial, said):
+    fitted = {
+        "multiplicities": {"a1": 2, "a2": 1, "b1": 0, "b2": 0, "e": 3},
+        "representation_error": {"identity": 0.0, "flip_h": found},
+        "spatial_error": {"identity": 0.0, "flip_h": spatial},
+    }
+    assert said in explain_fitted_action(fitted)
 
 
 @pytest.mark.parametrize("angles", [(15.0, 90.0), ("0.0", "90.0")])
