@@ -52,6 +52,9 @@ class Arguments:
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Precision that our models run in; measures are always taken in fp32, and so are models of
     diffusers."""
+    tile: int | None = None
+    """Side, in pixels, of the overlapping squares of an image in which our models compute, to bound
+    their memory; with attention the result is an approximation."""
     angles: tuple[float, ...] = ()
     """Additional rotations to measure, in degrees counter-clockwise; by default none, or a fixed
     list if the model was trained on rotations by any angle (loss.rotation_probability)."""
@@ -172,6 +175,7 @@ def _load(
     """
     import efae
     from efae.exchange.diffusers_tokenizer import load_diffusers
+    from efae.model.tiling import plan_windows
 
     channels, height, width = shape
     if uri.startswith("diffusers:"):
@@ -193,6 +197,13 @@ def _load(
                 " such a --resolution"
             )
         takes = config.data.channels
+        if chosen.tile is not None:
+            model.tile = chosen.tile
+            try:
+                for network in (model.encoder, model.decoder):
+                    plan_windows(chosen.tile, f, network.receptive_radius())
+            except ValueError as error:
+                raise ValueError(f"--tile: {uri}: {error}") from error
     if takes not in (channels, 3) or takes not in (1, 3):
         raise ValueError(
             f"{uri} takes images of {takes} colours, but those of {chosen.data} have {channels}:"

@@ -55,13 +55,13 @@ class PortableModel(PythonModel):
         given |= params or {}
         task = given["task"]
         if task == "encode":
-            images = self._check(model_input, "image_shape", task)
+            images = self._check(model_input, "image", task)
             with torch.no_grad():
                 return self.encoder(torch.from_numpy(images)).numpy()
         if task == "act":
-            return self._act(given["element"], self._check(model_input, "latent_shape", task))
+            return self._act(given["element"], self._check(model_input, "latent", task))
         if task == "decode":
-            return self._decode(self._check(model_input, "latent_shape", task), given["seed"])
+            return self._decode(self._check(model_input, "latent", task), given["seed"])
         raise ValueError(f"task={task!r}: use one of {', '.join(TASKS)}")
 
     def _act(self, name: str, latents: np.ndarray) -> np.ndarray:
@@ -77,8 +77,9 @@ class PortableModel(PythonModel):
 
     def _decode(self, latents: np.ndarray, seed: int) -> np.ndarray:
         """Decode latents to images, from the noise of the seed."""
+        height, width = (side * self._count_pixels() for side in latents.shape[2:])
         noise = torch.randn(
-            (len(latents), *self.facts["image_shape"]),
+            (len(latents), self.facts["image_shape"][0], height, width),
             generator=torch.Generator().manual_seed(int(seed)),
         )
         with torch.no_grad():
@@ -94,19 +95,31 @@ class PortableModel(PythonModel):
             )
         return torch.export.load(path).module()
 
-    def _check(self, array: Any, shape_name: str, task: str) -> np.ndarray:
-        """Check dtype and shape; return the array in a layout that torch accepts."""
-        expected = ", ".join(map(str, self.facts[shape_name]))
-        kind = getattr(array, "dtype", type(array).__name__)
-        if kind != np.float32:
+    def _count_pixels(self) -> int:
+        """Return the pixels of a latent cell, per side."""
+        return self.facts["image_shape"][1] // self.facts["latent_shape"][1]
+
+    def _check(self, array: Any, kind: str, task: str) -> np.ndarray:
+        """Check dtype and shape of images or latents; return the array in a layout for torch."""
+        channels, *sides = self.facts[f"{kind}_shape"]
+        least, unit = self.facts["least_cells"], self._count_pixels() if kind == "image" else 1
+        expected = f"(batch, {channels}, {', '.join(map(str, sides))})"
+        if least is not None:
+            expected = f"(batch, {channels}, height, width)"
+        found = getattr(array, "dtype", type(array).__name__)
+        if found != np.float32:
             raise ValueError(
-                f"{task} takes a float32 array (batch, {expected}), not {kind}: use"
+                f"{task} takes a float32 array {expected}, not {found}: use"
                 " np.asarray(x, np.float32)"
             )
-        if array.ndim != 4 or list(array.shape[1:]) != self.facts[shape_name] or not len(array):
+        given = list(array.shape[2:])
+        fits = given == sides
+        if least is not None:
+            expected += f" with sides in multiples of {unit}, at least {least * unit}"
+            fits = all(side >= least * unit and side % unit == 0 for side in given)
+        if array.ndim != 4 or array.shape[1] != channels or not fits or not len(array):
             raise ValueError(
-                f"array of shape {array.shape}: {task} takes (batch, {expected}), one example or"
-                " more"
+                f"array of shape {array.shape}: {task} takes {expected}, one example or more"
             )
         return np.array(array, order="C")
 

@@ -4,12 +4,14 @@
 
     encode.pt2          image -> latent           torch.export.load(path).module()(image)
     decode.pt2          (latent, noise) -> image  the configuration's sampler, steps and guidance
-    programs.json       sha256 of both, shapes, and how each group element acts on a latent
+    programs.json       sha256 of both, shapes, the least height and width in cells where programs
+                        accept any (else null), and how each group element acts on a latent
     portable_model.py   lets MLflow encode, act and decode with them
     requirements.txt, python_env.yaml
 
-The programs compute in float32 on the CPU, for any batch and the configuration's image size.
-`efae.load` reads none of these files.
+The programs compute in float32 on the CPU, for any batch. Those of a unet accept every height and
+width in multiples of its cells, from LEAST_CELLS on; those of a transformer only the
+configuration's. `efae.load` reads none of these files.
 
 Security of torch.export.load (torch 2.13): weights and constants are raw bytes, but an archive can
 have them, and the example inputs, unpickled, and sympy evaluates the sizes in the graph. Trust a
@@ -32,6 +34,7 @@ import mlflow.pyfunc
 import numpy as np
 import torch
 import torch._higher_order_ops as torch_control
+import torch.nn.functional as F
 from mlflow.models import Model, ModelSignature
 from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 from torch import Tensor, nn
@@ -45,6 +48,8 @@ from efae.model.sampler import Method, time_grid
 ENCODE, DECODE, PROGRAMS = "encode.pt2", "decode.pt2", "programs.json"
 SCRIPT, REQUIREMENTS, ENVIRONMENT = "portable_model.py", "requirements.txt", "python_env.yaml"
 PORTABLE_FILES = (ENCODE, DECODE, PROGRAMS, SCRIPT, REQUIREMENTS, ENVIRONMENT)
+LEAST_CELLS = 2
+"""Least height and width of latents where programs accept any: torch.export fixes sides of 1."""
 _FOR_PEOPLE = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 """Metadata on each operation's origin: most of a program's size, and paths of this host."""
 
@@ -66,20 +71,25 @@ def export_portable(stored: StoredModel, destination: Path) -> None:
             setattr(module, name, buffer.clone(memory_format=torch.contiguous_format))
     channels, (height, width) = config.data.channels, config.data.image_size
     f = config.model.downsampling
-    # A batch of two, since torch.export would specialise a batch of one to a constant.
-    image = torch.zeros(2, channels, height, width)
-    latent = torch.zeros(2, model.representation.dim, height // f, width // f)
+    any_size = config.model.kind == "unet" and min(height, width) >= LEAST_CELLS * f
+    # A batch of two, since torch.export would specialise a batch of one to a constant; and unequal
+    # sides, since it would take equal ones for a condition.
+    cells = (3, 5) if any_size else (height // f, width // f)
+    image = torch.zeros(2, channels, *(side * f for side in cells))
+    latent = torch.zeros(2, model.representation.dim, *cells)
     encoder, decoder = model.encoder, model.decoder
     del model.decoder  # so that the encoder's program does not hold its weights
-    _write_program(_Encode(model), (image,), destination / ENCODE)
+    _write_program(_Encode(model), (image,), [f] * any_size, destination / ENCODE)
     model.decoder = decoder
     del model.encoder
-    _write_program(_Decode(model, config.flow), (latent, image), destination / DECODE)
+    decode = _Decode(model, config.flow)
+    _write_program(decode, (latent, image), [1, f] * any_size, destination / DECODE)
     model.encoder = encoder
     facts = {
         "model_digest": stored.digest,
-        "image_shape": list(image.shape[1:]),
-        "latent_shape": list(latent.shape[1:]),
+        "image_shape": [channels, height, width],
+        "latent_shape": [model.representation.dim, height // f, width // f],
+        "least_cells": LEAST_CELLS if any_size else None,
         "sampler": config.flow.sampler,
         "sampler_steps": config.flow.default_steps,
         "sha256": {
@@ -155,7 +165,9 @@ class _Encode(nn.Module):
         self.model = model
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.model.encode(image)
+        f = self.model.config.model.downsampling
+        # The same image, with sides that the export knows to be multiples of f.
+        return self.model.encode(F.pixel_shuffle(F.pixel_unshuffle(image, f), f))
 
 
 class _Decode(nn.Module):
@@ -180,6 +192,11 @@ class _Decode(nn.Module):
         self.register_buffer("scale", torch.tensor(scale))
 
     def forward(self, latent: Tensor, noise: Tensor) -> Tensor:
+        f = self.model.config.model.downsampling
+        # So that the export knows one variable per axis, not two.
+        for axis, pixels in ((0, 1), (2, f), (3, f)):
+            cast(Any, torch)._check(noise.shape[axis] == pixels * latent.shape[axis])
+
         def has_next(i: Tensor, *_: Tensor) -> Tensor:
             return (i < self.count).view(())
 
@@ -198,10 +215,24 @@ class _Decode(nn.Module):
         return cast(Any, torch_control).while_loop(has_next, evaluate, state)[1]
 
 
-def _write_program(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
+def _write_program(
+    module: nn.Module, inputs: tuple[Tensor, ...], pixels: Sequence[int], path: Path
+) -> None:
+    """Write the program of a module for any batch.
+
+    Args:
+        module: Module to export.
+        inputs: Example of its inputs.
+        pixels: Pixels per latent cell and side of each input; empty: heights and widths are fixed.
+        path: File of the program.
+    """
     batch = Dim("batch", min=1)
+    rows, columns = (Dim(name, min=LEAST_CELLS) for name in ("rows", "columns"))
+    shapes: list[dict[int, Any]] = [{0: batch} for _ in inputs]
+    for shape, side in zip(shapes, pixels, strict=False):
+        shape |= {2: side * rows, 3: side * columns}
     with torch.no_grad():  # else each operation gets a subgraph of its own to switch gradients off
-        program = torch.export.export(module, inputs, dynamic_shapes=({0: batch},) * len(inputs))
+        program = torch.export.export(module, inputs, dynamic_shapes=tuple(shapes))
     graphs = (part.graph for part in program.graph_module.modules() if hasattr(part, "graph"))
     for node in itertools.chain.from_iterable(cast(Any, graph).nodes for graph in graphs):
         for key in _FOR_PEOPLE:

@@ -22,7 +22,7 @@ def certify(model: Autoencoder, batches: Iterable[UInt8[Tensor, "b c h w"]]) -> 
 
     Returns:
         {"max_abs_difference": float, "by_element": {name: float}, "images": int,
-        "precision": str}.
+        "precision": str}; and "tile": int, if the model has one.
 
     Raises:
         ValueError: A latent is not finite.
@@ -47,4 +47,5 @@ def certify(model: Autoencoder, batches: Iterable[UInt8[Tensor, "b c h w"]]) -> 
         "by_element": by_element,
         "images": count,
         "precision": model.precision or "fp32",
+        **({} if model.tile is None else {"tile": model.tile}),
     }

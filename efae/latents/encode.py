@@ -29,10 +29,11 @@ from data_pipelines.shards.latent_format import FORMAT, LatentFormat
 from data_pipelines.storage import Location
 from efae.latents.request import Request
 from efae.latents.shard_encoder import ShardEncoder, Source
-from efae.model.autoencoder import check_model
+from efae.model.autoencoder import Autoencoder, check_model
 from efae.model.stored_files import CONFIG, sha256
+from efae.model.tiling import plan_windows
 from efae.preflight.cluster_checks import reach_cluster
-from efae.preflight.driver_checks import check_images, list_facts, read_facts
+from efae.preflight.driver_checks import SetFacts, list_facts, read_facts
 from efae.registry import pull
 from efae.tracking.redaction import first_cause, redact
 
@@ -84,8 +85,9 @@ def encode_set(request: Request, say: Callable[[str], None]) -> Encoded:
         "certificate_images": request.certificate_images,
         "members": list(source.members),
         **{name: facts[name] for name in ("model_digest", "config_digest", "shape", "dtype")},
-        # Absent from sets of earlier releases, which are all fp32.
+        # Absent from sets of earlier releases, which are all fp32 and of whole images.
         **({} if request.precision == "fp32" else {"precision": request.precision}),
+        **({} if request.tile is None else {"tile": request.tile}),
     }
     there = storage.list_files(output)
     if INDEX_NAME in there:
@@ -128,10 +130,21 @@ def _describe(
     storage.check_readable(data)
     dataset = ShardDataset.open(data)
     index, certified = dataset.index, read_facts(certificate_data)
+    height, width = size = request.image_size or config.data.image_size
     for images in (list_facts(dataset), certified):
-        check_images(config, images)
+        _check_size(size, images)
     representation = check_model(config)
-    f, (height, width) = config.model.downsampling, config.data.image_size
+    f = config.model.downsampling
+    if height % f or width % f:
+        raise ValueError(
+            f"--resolution {height} {width}: not divisible into latent cells; use multiples of"
+            f" model.downsampling={f}"
+        )
+    if request.tile is not None:
+        try:
+            plan_windows(request.tile, f, Autoencoder(config).encoder.receptive_radius())
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
     source = Source(
         str(data),
         index,
@@ -142,6 +155,8 @@ def _describe(
         "cuda" if request.use_gpu else "cpu",
         request.precision,
         request.cache_dir,
+        size,
+        request.tile,
     )
     return source, {
         "shape": [representation.dim, height // f, width // f],
@@ -153,6 +168,17 @@ def _describe(
         "config_digest": sha256(stored.files[CONFIG]),
         "model_uri": redact(request.model),
     }
+
+
+def _check_size(size: tuple[int, int], images: SetFacts) -> None:
+    """Raise a ValueError if images would have to be enlarged to `size`, height and width."""
+    found = images.shape and images.shape[1:]
+    if found and (found[0] < size[0] or found[1] < size[1]):
+        raise ValueError(
+            f"{images.uri}: its images are {found[0]} x {found[1]}, less than the {size[0]} x"
+            f" {size[1]} to encode at (by default the model's data.resolution): set --resolution to"
+            " theirs"
+        )
 
 
 def _find_held_out(data: Location) -> Location:

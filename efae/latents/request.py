@@ -15,6 +15,14 @@ class Request:
     """URI of the shard set of images."""
     output: str
     """Folder for the shards of latents: a path, s3://bucket/folder or gs://..."""
+    resolution: int | tuple[int, int] | None = None
+    """Side of square images, or height and width, in pixels: a multiple of the side of the model's
+    cells. Larger images are scaled until their shorter side fits, and cropped. By default the
+    model's data.resolution, at which it was trained."""
+    tile: int | None = None
+    """Side, in pixels, of the overlapping squares of an image that are encoded one at a time, to
+    bound memory. Latents are the same to rounding with model.kind unet, and an approximation with
+    transformer."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Data type of the stored numbers, which have unit scale."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
@@ -39,6 +47,9 @@ class Request:
     """Folder for the shard cache of each node; by default in the temporary folder."""
 
     def __post_init__(self):
+        for side in self.image_size or ():
+            if side < 1:
+                raise ValueError(f"--resolution {side}: must be positive")
         for name, least in (
             ("certificate_images", 1),
             ("batch_size", 1),
@@ -49,3 +60,10 @@ class Request:
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width that images are encoded at; None: those of the model's training."""
+        if isinstance(self.resolution, int):
+            return self.resolution, self.resolution
+        return self.resolution

@@ -49,6 +49,8 @@ class Source:
         device: Torch device.
         precision: Precision of the encoder's arithmetic.
         cache_dir: Folder of the node's shard cache; None as in `ShardDataset.loader`.
+        image_size: Height and width of the images; None: those of the configuration.
+        tile: Side of the tiles that are encoded one at a time; None: whole images.
     """
 
     uri: str
@@ -60,6 +62,8 @@ class Source:
     device: str
     precision: Precision = "fp32"
     cache_dir: str | None = None
+    image_size: tuple[int, int] | None = None
+    tile: int | None = None
 
 
 class ShardEncoder:
@@ -67,10 +71,11 @@ class ShardEncoder:
 
     def __init__(self, source: Source):
         self.source = source
+        self.image_size = source.image_size or source.config.data.image_size
         self.model = Autoencoder(source.config)
         self.model.load_state_dict(dict(source.weights), strict=True)
         self.model.to(source.device).eval().requires_grad_(False)
-        self.model.precision = source.precision
+        self.model.precision, self.model.tile = source.precision, source.tile
         self.compiled = source.device == "cuda"
         if self.compiled:
             compile_blocks(self.model)
@@ -113,7 +118,10 @@ class ShardEncoder:
             ShardError: The set cannot be read.
         """
         config = replace(
-            self.source.config.data, held_out_uri=str(data), cache_dir=self.source.cache_dir
+            self.source.config.data,
+            held_out_uri=str(data),
+            resolution=self.image_size,
+            cache_dir=self.source.cache_dir,
         )
         images = read_held_out(config, count)
         size = self.source.batch_size
@@ -183,15 +191,14 @@ class ShardEncoder:
 
     def _read(self, number: int, most: int | None = None) -> Iterator[Batch]:
         """Yield the images of one shard in order, in batches of at most `most`."""
-        data = self.source.config.data
         size = min(self.source.batch_size, most or self.source.batch_size)
         return _read_shard(
             ImageSet(self.source.uri, self.source.index),
             number,
             size,
             self.source.cache_dir,
-            channels=data.channels,
-            resolution=data.image_size,
+            channels=self.source.config.data.channels,
+            resolution=self.image_size,
             members=self.source.members,
             pin_memory=self.source.device == "cuda",
         )

@@ -4,10 +4,12 @@ z = E(x); the decoder's flow models p(x | z); a group element acts on both. `enc
 in the basis of the irreps and at unit scale per irrep, whatever basis and scale the network uses.
 """
 
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -94,12 +96,14 @@ class Autoencoder(nn.Module):
         representation: Representation of the group on the channels of a latent.
         precision: Precision in which `encode`, `decode` and `velocity` run the networks; None
             leaves it to the caller (`torch.autocast`). Latents and images are float32 throughout.
+        tile: Value of `tile` for `encode`, `decode` and `velocity` where they are given None.
 
     Raises:
         ValueError: The configuration cannot be built.
     """
 
     precision: Precision | None = None
+    tile: int | None = None
     _warned_of_padding = False
 
     def __init__(self, config: Config):
@@ -181,15 +185,21 @@ class Autoencoder(nn.Module):
         Args:
             image: Images.
             tile: Side, in pixels, of the overlapping squares of the image that the encoder sees one
-                at a time, to bound memory; a multiple of f. None: the whole image at once. The
-                result is the same to rounding if `config.model.kind` is "unet", and an
-                approximation without visible seams if it is "transformer", see
-                `efae.model.tiling`.
+                at a time, to bound memory; a multiple of f. None: `self.tile`, or, if that is
+                None too, the whole image at once. The result is the same to rounding if
+                `config.model.kind` is "unet", and an approximation without visible seams if it is
+                "transformer", see `efae.model.tiling`.
 
         Raises:
-            ValueError: The image is no batch of one pixel or more, or has another number of
-                channels than the model; or the tile is no multiple of f, or too small.
+            ValueError: The image is no batch of one pixel or more, has no floating-point dtype, or
+                another number of channels than the model; or the tile is no multiple of f, or too
+                small.
         """
+        _require_floats(
+            "image",
+            image,
+            "encode takes a tensor of floats in [-1, 1]; for bytes, image / 127.5 - 1",
+        )
         channels, f = self.config.data.channels, self.config.model.downsampling
         if image.ndim != 4 or image.shape[1] != channels or 0 in image.shape[2:]:
             raise ValueError(
@@ -247,6 +257,7 @@ class Autoencoder(nn.Module):
             latent = x_t.new_zeros(b, dim, height // f, width // f)
             keep = torch.zeros(b, dtype=torch.bool, device=x_t.device)
         bounded = self.from_irreps(self.bottleneck.denormalize(latent))
+        tile = self.tile if tile is None else tile
         with self._at_precision(x_t.device):
             if tile is None:
                 output = self.decoder(x_t, t, bounded, keep)
@@ -272,7 +283,8 @@ class Autoencoder(nn.Module):
         """Draw a sample of p(image | latent); None takes a value from the configuration's flow.
 
         Args:
-            latent: Latent from `encode`, acted on or not, or any grid (b, dim, h / f, w / f).
+            latent: Latent from `encode`, acted on or not, or any grid (b, dim, h / f, w / f); half
+                precision is widened to that of the weights.
             steps: Number of sampler steps.
             noise: Standard normal noise that the flow starts from, f pixels per cell and side.
             seed: Seed of the noise, instead of `noise`.
@@ -286,15 +298,17 @@ class Autoencoder(nn.Module):
                 time, as in `encode`. Here attention in the middle of a "unet" is approximated, too.
 
         Raises:
-            ValueError: Neither or both of noise and seed are given, a value is out of range, or
-                noise or size do not belong to a latent of this shape, or the tile does not to the
-                model.
+            ValueError: Neither or both of noise and seed are given, a value is out of range, the
+                latent has no floating-point dtype, noise or size do not belong to a latent of this
+                shape, or the tile does not to the model.
         """
         if (noise is None) == (seed is None):
             raise ValueError("decode needs either noise or seed, so that it can be repeated")
+        _require_floats("latent", latent, "decode takes the tensor of floats that encode returns")
+        latent = latent.to(torch.promote_types(latent.dtype, next(self.parameters()).dtype))
         f, (rows, columns) = self.config.model.downsampling, latent.shape[-2:]
         shape = (latent.shape[0], self.config.data.channels, rows * f, columns * f)
-        if size is not None and (-(-size[0] // f), -(-size[1] // f)) != (rows, columns):
+        if size is not None and [-(-side // f) for side in _read_size(size)] != [rows, columns]:
             raise ValueError(
                 f"size={tuple(size)}: a latent of {rows} x {columns} cells of {f} pixels decodes to"
                 f" {shape[2]} x {shape[3]} pixels, less at most {f - 1} of padding per side; give"
@@ -331,6 +345,7 @@ class Autoencoder(nn.Module):
         self, image: Float[Tensor, "b c h w"], tile: int | None = None
     ) -> Float[Tensor, "b dim lh lw"]:
         """Encode an image at the network's own scale, in the basis of the irreps."""
+        tile = self.tile if tile is None else tile
         with self._at_precision(image.device):
             if tile is None:
                 encoded = self.encoder(image)
@@ -349,3 +364,18 @@ class Autoencoder(nn.Module):
     def from_irreps(self, latent: Tensor) -> Tensor:
         """Invert `to_irreps`."""
         return latent if self.basis is None else self.basis.from_irreps(latent)
+
+
+def _require_floats(name: str, value: Any, expected: str) -> None:
+    """Raise a ValueError, which says what is expected, unless the value is a tensor of floats."""
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} of {found}: {expected}")
+
+
+def _read_size(size: Any) -> tuple[int, int]:
+    try:
+        height, width = map(operator.index, size)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"size={size!r}: give height and width, two whole numbers") from error
+    return height, width

@@ -56,7 +56,7 @@ def encode_in_tiles(
         return encoder(_cut(image, rows, columns, downsampling))
 
     cells = image.shape[-2] // downsampling, image.shape[-1] // downsampling
-    plan = _plan(tile, downsampling, encoder.receptive_radius())
+    plan = plan_windows(tile, downsampling, encoder.receptive_radius())
     return _blend(compute, cells, 1, plan)
 
 
@@ -83,7 +83,7 @@ def decode_in_tiles(
     """
     height, width = latent.shape[-2:]
     side, mean = x_t.shape[-2] // height, latent.mean((2, 3))
-    plan = _plan(tile, side, decoder.receptive_radius())
+    plan = plan_windows(tile, side, decoder.receptive_radius())
 
     def compute(rows: slice, columns: slice) -> Tensor:
         return decoder(_cut(x_t, rows, columns, side), t, latent[..., rows, columns], keep, mean)
@@ -150,8 +150,17 @@ def weigh_windows(
     )
 
 
-def _plan(tile: int, side: int, radius: int | None) -> tuple[int, int, int]:
-    """Return, in cells: greatest length of a window, least overlap, margin of weight zero."""
+def plan_windows(tile: int, side: int, radius: int | None) -> tuple[int, int, int]:
+    """Return, in cells: greatest length of a window, least overlap, margin of weight zero.
+
+    Args:
+        tile: Side of a window, in pixels.
+        side: Side of a latent cell, in pixels.
+        radius: Receptive radius of the network; None: attention spans the window.
+
+    Raises:
+        ValueError: No window of this size is possible.
+    """
     margin = radius or 0
     overlap = BLENDED_CELLS if radius is None else 2 * margin
     if tile % side or tile // side <= overlap:

@@ -127,11 +127,13 @@ def refuse(capsys, arguments) -> str:
 def test_a_second_run_finds_it_whole_and_other_settings_are_refused(whole, folder, capsys):
     uri, _ = whole
     before = read_set(uri)
-    assert main(options(folder, uri)) == 0
+    assert main(options(folder, uri, resolution=32)) == 0  # as by default
     assert "0 of them encoded now" in capsys.readouterr().out
     write_model(folder / "other", **{"model.latent_noise": 0.1})
     for changes, message in (
         ({"dtype": "float32"}, "dtype 'float16' instead of 'float32'"),
+        ({"resolution": 16}, r"shape \[12, 4, 4\] instead of \[12, 2, 2\]"),
+        ({"tile": 64}, "tile None instead of 64"),
         ({"model": folder / "other"}, "config_digest"),
         ({"data": f"{SHARDS}/held_out"}, "data"),
     ):
@@ -199,9 +201,11 @@ def test_an_image_that_cannot_be_read_is_named_and_the_rest_goes_on_later(folder
     whole, at = path.read_bytes(), int(members.offset[0]) + int(members.size[0]) // 2
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
     output = f"{BUCKET}/damaged"
-    failed = run_job(
-        "encode", *options(folder, output, data=data, **{"certificate-data": f"{SHARDS}/held_out"})
-    )
+    arguments = [
+        *options(folder, output, data=data, **{"certificate-data": f"{SHARDS}/held_out"}),
+        *("--resolution", "16", "24", "--tile", "64"),
+    ]
+    failed = run_job("encode", *arguments)
     assert failed.returncode == 1
     last = failed.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
@@ -209,11 +213,11 @@ def test_an_image_that_cannot_be_read_is_named_and_the_rest_goes_on_later(folder
     assert index.shards[1].name in last
     assert "Traceback" not in failed.stderr
     path.write_bytes(whole)
-    again = run_job(
-        "encode", *options(folder, output, data=data, **{"certificate-data": f"{SHARDS}/held_out"})
-    )
+    again = run_job("encode", *arguments)
     assert again.returncode == 0, again.stderr
-    assert len(ShardDataset.open(output)) == 6
+    latents = ShardDataset.open(output)
+    assert (len(latents), latents.format.shape) == (6, [12, 2, 3])
+    assert latents.certificate["tile"] == 64
 
 
 def test_what_cannot_work_is_refused_before_anything_is_written(folder, model, capsys):
@@ -227,13 +231,17 @@ def test_what_cannot_work_is_refused_before_anything_is_written(folder, model, c
     )
     output = f"{BUCKET}/refused"
     for changes, message in (
-        ({"model": folder / "wide"}, "32 x 32"),
+        ({"model": folder / "wide"}, "32 x 32, less than the 16 x 64 to encode at"),
+        ({"resolution": 40}, "32 x 32, less than the 40 x 40 to encode at"),
+        ({"resolution": 20}, "--resolution 20 20: not divisible into latent cells"),
+        ({"tile": 12}, "--tile=12: must be a multiple of model.downsampling=8"),
         ({"model": folder / "nowhere"}, "no model or checkpoint"),
         ({"data": SHARDS}, "holds two shard sets"),
         ({"data": "pipe:cat /etc/passwd"}, "pipe"),
     ):
         assert message in refuse(capsys, options(folder, output, **changes))
-    with pytest.raises(SystemExit):
-        main(options(folder, output, **{"batch-size": 0}))
-    assert "must be at least 1" in capsys.readouterr().err
+    for name, message in (("batch-size", "must be at least 1"), ("resolution", "must be positive")):
+        with pytest.raises(SystemExit):
+            main(options(folder, output, **{name: 0}))
+        assert message in capsys.readouterr().err
     assert storage.list_files(output) == {}

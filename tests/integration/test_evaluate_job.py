@@ -68,6 +68,9 @@ def paths(tmp_path_factory) -> dict[str, str]:
         "grey": write_shards(folder / "grey", (16, 16), "L"),
         "odd": write_shards(folder / "odd", (15, 15), "RGB"),
         "ours": write_ours(folder / "ours", 3),
+        "ours unet": write_ours(
+            folder / "ours-unet", 3, **{"model.kind": "unet", "model.fine_hidden_size": 8}
+        ),
         "ours grey": write_ours(folder / "ours-grey", 1),
         "unpaired": write_ours(
             folder / "unpaired", 3, **{"representation.multiplicities": (4, 1, 2, 1, 2)}
@@ -144,14 +147,17 @@ def test_ours_beside_a_foreign_one(paths, tmp_path, capsys, data, options, angle
 
 
 def test_quarter_turns_of_images_that_are_not_square_or_of_the_trained_size(paths, tmp_path):
-    models = [paths["ours"], paths["foreign"]]
+    models = [paths["ours"], paths["ours unet"], paths["foreign"]]
     arguments = ["--model", *models, "--data", paths["wide"], "--output", str(tmp_path)]
-    assert main([*arguments, "--images=2"]) == 0
+    assert main([*arguments, "--images=2", "--tile=96"]) == 0
     found = json.loads((tmp_path / "summary.json").read_text())["models"]
     for model in models:
         assert "rot90" in found[model]["gap_db"]
-    assert found[models[0]]["worst_gap_db"] < 1e-3 < found[models[1]]["worst_gap_db"]
-    assert len(list(tmp_path.glob("*/orbit.png"))) == 2
+    gaps = [found[model]["worst_gap_db"] for model in models]
+    assert max(gaps[:2]) < 1e-3 < gaps[2]
+    assert len(list(tmp_path.glob("*/orbit.png"))) == 3
+    numbers = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/evaluation.json"))]
+    assert [each["protocol"]["tile"] for each in numbers] == [96, 96, None]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +171,7 @@ def test_quarter_turns_of_images_that_are_not_square_or_of_the_trained_size(path
         ("ours", "colour", ["--fid-weights=missing.pth"], ["FID needs"]),
         ("ours", "colour", ["--images=0"], ["--images", "positive"]),
         ("ours", "colour", ["--images=1", "--fit-action"], ["--fit-action", "two images"]),
+        ("ours unet", "colour", ["--tile=8"], ["--tile: ", "ours-unet: tile=8: ", "at least"]),
         ("ours", "colour", ["--angles", "nan"], ["--angles", "numbers of degrees"]),
         ("unpaired", "colour", ["--angles", "15"], ["unpaired: ", "b1=2 and b2=1", "as many B1"]),
         ("ours wide", "wide", ["--angles", "15"], ["ours-wide: images of 16 x 24", "only square"]),

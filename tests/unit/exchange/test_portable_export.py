@@ -1,5 +1,6 @@
 """Exported programs, and the script that travels with them; the other process is in integration."""
 
+import itertools
 import json
 import re
 import shutil
@@ -31,23 +32,19 @@ TINY = configuration.with_overrides(
         "representation.dim": 12,
     },
 )
-# Between them: unet and transformer, exact and dense, a subgroup and none, a learned basis, oblong
-# images and a vector latent, both predictions, every sampler's kind of step, with and without
-# guidance.
+# Between them: unet and transformer, exact and dense, a subgroup, a learned basis, oblong images,
+# a vector latent, both predictions, every sampler's kind of step, with and without guidance.
 CASES = {
     "oblong": {
         "data.resolution": (16, 32),
         "data.channels": 1,
-        "representation.group": "flips",
         "model.kind": "unet",
+        "model.patch_size": 8,
         "model.fine_hidden_size": 8,
         "model.start": "closed_form",
         "model.bottleneck": "running",
         "flow.sampler": "heun",
         "flow.sampler_steps": 3,
-        "flow.condition_drop": 0.1,
-        "flow.guidance_scale": 2.0,
-        "flow.guidance_interval": (0.5, 0.9),
     },
     "vector": {
         "data.resolution": 8,
@@ -57,12 +54,20 @@ CASES = {
         "flow.prediction": "velocity",
         "flow.sampler": "midpoint",
         "flow.sampler_steps": 2,
+        "flow.condition_drop": 0.1,
+        "flow.guidance_scale": 2.0,
+        "flow.guidance_interval": (0.5, 0.9),
         "model.bottleneck": "kl",
     },
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+CASES["grids"] = CASES["oblong"] | {"model.patch_size": 4}  # half a minute
+
+
+@pytest.fixture(
+    scope="module", params=["oblong", "vector", pytest.param("grids", marks=pytest.mark.slow)]
+)
 def exported(request, tmp_path_factory) -> tuple[Autoencoder, Path]:
     """A model with weights everywhere, and the folder that holds it and its portable files."""
     config = configuration.with_overrides(TINY, CASES[request.param])
@@ -87,17 +92,23 @@ def loaded(exported) -> PyFuncModel:
         return mlflow.pyfunc.load_model(str(exported[1]))
 
 
-def draw(model: Autoencoder, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (batch, model.config.data.channels, *model.config.data.image_size)
+def draw(model: Autoencoder, batch: int, size=None) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (batch, model.config.data.channels, *(size or model.config.data.image_size))
     return torch.rand(shape) * 2 - 1, torch.randn(shape)
 
 
-def test_programs_do_what_the_model_does_at_any_batch(exported):
+def list_sizes(model: Autoencoder) -> list[tuple[int, int]]:
+    """Sizes that the programs take: the trained one, and others if the model is a unet."""
+    others = [(16, 16), (24, 40), (40, 24), (64, 16)] if model.config.model.kind == "unet" else []
+    return [model.config.data.image_size, *others]
+
+
+def test_programs_do_what_the_model_does_at_any_batch_and_size(exported):
     model, folder = exported
     encode = torch.export.load(folder / "encode.pt2").module()
     decode = torch.export.load(folder / "decode.pt2").module()
-    for batch in (1, 2, 5):
-        image, noise = draw(model, batch)
+    for batch, size in itertools.product((1, 2, 5), list_sizes(model)):
+        image, noise = draw(model, batch, size)
         latent = model.encode(image)
         torch.testing.assert_close(encode(image), latent, atol=1e-5, rtol=0)
         decoded = model.decode(latent, noise=noise)
@@ -108,7 +119,7 @@ def test_programs_do_what_the_model_does_at_any_batch(exported):
 
 def test_pyfunc_encodes_acts_and_decodes_as_the_model_does(exported, loaded):
     model, _ = exported
-    image, _ = draw(model, 2)
+    image, _ = draw(model, 2, list_sizes(model)[-1])
     latent = model.encode(image)
     np.testing.assert_allclose(loaded.predict(image.numpy()), latent, atol=1e-5)
     for element in model.group:
@@ -133,6 +144,13 @@ def test_wrong_params_and_arrays_are_refused_with_what_is_right(exported, loaded
         loaded.predict(latent)
     with pytest.raises(ValueError, match=r"shape \(0, .*one example or more"):
         loaded.predict(image[:0])
+    kind = model.config.model.kind
+    expected = "in multiples of 8, at least 16" if kind == "unet" else ", 8, 8), one example"
+    for size in ((8, 16), (16, 20)):
+        with pytest.raises(ValueError, match=f"encode takes .*{re.escape(expected)}"):
+            loaded.predict(draw(model, 1, size)[0].numpy())
+    with pytest.raises(ValueError, match="decode takes "):
+        loaded.predict(latent[..., :1].repeat(3, -2), params={"task": "decode"})
     script = loaded.unwrap_python_model()  # past MLflow's own check of the signature
     with pytest.raises(ValueError, match=r"float32 array \(batch, .*not float64: use np.asarray"):
         script.predict(None, image.astype(np.float64))

@@ -83,6 +83,35 @@ def test_cropped_decodes_turn_with_their_latents():
         torch.testing.assert_close(turned, g.act_on_image(sample), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("size", [8, "8", (8.0, 8.0), (8, 8, 8)])
+def test_a_size_is_two_whole_numbers(size):
+    with pytest.raises(ValueError, match=r"size=.*: give height and width, two whole numbers"):
+        build().decode(draw(1, 16, 1, 1), seed=0, size=size)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "torch.uint8"),
+        (torch.zeros(1, 3, 8, 8).numpy(), "ndarray"),
+        ([0.0], "list"),
+    ],
+)
+def test_what_is_no_tensor_of_floats_is_refused(given, found):
+    model = build()
+    with pytest.raises(ValueError, match=f"image of {found}: encode takes a tensor of floats in"):
+        model.encode(given)
+    with pytest.raises(ValueError, match=f"latent of {found}: decode takes the tensor of floats"):
+        model.decode(given, seed=0)
+
+
+def test_latents_in_half_precision_are_decoded_as_they_are_stored():
+    model, latent = build(), draw(1, 16, 2, 2)
+    for dtype in (torch.float16, torch.bfloat16):
+        stored = latent.to(dtype)
+        assert torch.equal(model.decode(stored, seed=0), model.decode(stored.float(), seed=0))
+
+
 @pytest.mark.parametrize("size", [(16, 12), (25, 16), (20, 17), (12, 20), (0, 0)])
 def test_sizes_of_other_latents_are_refused(size):
     with pytest.raises(ValueError, match=rf"size=\({size[0]}, {size[1]}\): .*3 x 2 cells of 8"):

@@ -246,6 +246,16 @@ def test_tiles_with_attention_are_blended(name, monkeypatch):
         assert measure_seam(model.decode(latent, 1, noise, tile=48) - whole) > 3
 
 
+def test_a_model_can_be_given_a_tile_once(monkeypatch):
+    model, image = build(ATTENTION["transformer"]), draw(1, 3, 76, 52)
+    latent, encoded = model.encode(image), model.encode(image, tile=40)
+    sample = model.decode(latent, noise=image, tile=48)
+    monkeypatch.setattr(model, "tile", 40)
+    assert torch.equal(model.encode(image), encoded)
+    assert torch.equal(model.decode(latent, noise=image, tile=48), sample)
+    assert not torch.equal(model.decode(latent, noise=image), sample)
+
+
 def test_gradients_flow_through_tiles():
     model = exact()
     image = draw(1, 3, 60, 44).requires_grad_()

@@ -61,10 +61,12 @@ def make_form(
     )
 
 
-def encode_shards(data: str, output: str, model: Autoencoder, form: LatentFormat) -> LatentSet:
+def encode_shards(
+    data: str, output: str, model: Autoencoder, form: LatentFormat, **options
+) -> LatentSet:
     """What a job does, in this process."""
     index = load_index(data)
-    source = Source(data, index, model.state_dict(), model.config, ("cls",), 5, "cpu")
+    source = Source(data, index, model.state_dict(), model.config, ("cls",), 5, "cpu", **options)
     encoder = ShardEncoder(source)
     shards = [
         encoder.write_shard(n, Location.parse(output), form).shards[0]
@@ -370,6 +372,27 @@ class TestEncoder:
         assert found["images"] == 12
         assert set(found["by_element"]) == {element.name for element in D4}
         assert 0 < found["max_abs_difference"] <= 1e-5
+        assert "tile" not in found
         dense = make_model(**{"model.level": "objective"})
         source = replace(source, weights=dense.state_dict(), config=dense.config)
         assert ShardEncoder(source).measure(images, 12)["max_abs_difference"] > 0.05
+
+    @pytest.mark.parametrize("kind", ["unet", "transformer"])
+    def test_images_of_another_size_than_the_trained_one_in_tiles(self, tmp_path, kind):
+        pixels = np.random.default_rng(0).integers(0, 256, (3, 72, 100, 3), dtype=np.uint8)
+        data = write_images(tmp_path / "images", pixels, NAMES[:3])
+        model = make_model(**{"model.kind": kind, "model.fine_hidden_size": 8})
+        options = {"image_size": (72, 96), "tile": 48}
+        source = Source(
+            data, load_index(data), model.state_dict(), model.config, (), 5, "cpu", **options
+        )
+        certificate = ShardEncoder(source).measure(data, 2)
+        assert certificate["tile"] == 48
+        assert certificate["max_abs_difference"] <= 1e-5
+        form = make_form(model, "float32", cells=(9, 12))
+        dataset = encode_shards(data, str(tmp_path / "latents"), model, form, **options)
+        latent = next(iter(dataset.loader(3, shuffle=False))).latent
+        image = torch.from_numpy(pixels[:, :, 2:98]).permute(0, 3, 1, 2) / 127.5 - 1
+        torch.testing.assert_close(latent, model.encode(image, tile=48), atol=1e-4, rtol=0)
+        difference = (latent - model.encode(image)).abs().max()
+        assert (difference < 1e-4) == (kind == "unet")
