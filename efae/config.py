@@ -78,9 +78,10 @@ class ModelConfig:
     level: Literal["none", "objective", "regularized", "exact"] = "exact"
     """Equivariance: exact = by construction; objective = dense layers, trained on (gx | gz) pairs;
     regularized = objective plus a pair term on the encoder; none = dense layers, no group."""
-    kind: Literal["transformer", "unet"] = "transformer"
+    kind: Literal["transformer", "unet", "diffusers"] = "transformer"
     """Networks: transformer = attention between all tokens, with learned positions; unet =
-    convolutions at every grid from the patches' to the latent's, for images of any size."""
+    convolutions at every grid from the patches' to the latent's, for images of any size; diffusers
+    = those of pretrained.uri, whose decoder needs no noise."""
     start: Literal["random", "closed_form"] = "random"
     """Weights before training: closed_form = linear paths from pixels to latent and back are set to
     the best equivariant linear map of the training images, which the networks then correct."""
@@ -113,10 +114,11 @@ class ModelConfig:
     latent's grid."""
     downsampling: int = 8
     """Side of a latent cell, in pixels; equal to the resolution for a 1x1 (vector) latent."""
-    bottleneck: Literal["rms", "running", "kl"] = "rms"
+    bottleneck: Literal["rms", "running", "kl", "posterior"] = "rms"
     """Bound on the latent: rms = a fixed root mean square per example; running = division by one
     running root mean square of all examples; kl = a Gaussian posterior with a learned standard
-    deviation per irrep copy, weighted by loss.kl_weight."""
+    deviation per irrep copy, weighted by loss.kl_weight; posterior = the posterior of the encoder
+    of pretrained.uri, with the same weight."""
     latent_noise: float = 0.05
     """Standard deviation of the Gaussian noise added to the latent in training (bottleneck rms and
     running)."""
@@ -161,6 +163,39 @@ class ModelConfig:
     def has_linear_start(self) -> bool:
         """Whether the networks correct linear paths that are set before training."""
         return self.start == "closed_form"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class PretrainedConfig:
+    """Autoencoder of diffusers to fine-tune, or whose encoder gets a flow decoder."""
+
+    uri: str = ""
+    """"diffusers:PATH", a folder with an AutoencoderKL, AutoencoderTiny or AutoencoderDC, local or
+    remote. With model.kind=diffusers its decoder is fine-tuned, too; with another kind, a flow
+    decoder learns p(image | latent) for its encoder. Empty trains from scratch."""
+    action: Literal["default", "spatial", "fitted"] = "default"
+    """Action on its channels, unless representation.multiplicities names one: default = the
+    default split; spatial = none, g moves cells only (EQ-VAE); fitted = the one that its latents
+    are nearest to, in a basis found on training images."""
+    train: Literal["both", "encoder", "decoder"] = "both"
+    """Networks to train; the other is frozen."""
+    symmetrize: bool = False
+    """Average the pretrained networks over the group, E(x) = mean of rho(g)^-1 E(gx), which makes
+    them exactly equivariant and as many times slower as the group has elements."""
+    anchor_weight: float = 0.0
+    """Weight of |E(x) - E0(x)|^2 over the power of E0, the encoder before fine-tuning: keeps
+    latents usable for diffusion models that were trained on it."""
+    architecture: str = ""
+    """Configuration of its networks, as JSON; read from the folder when a run starts."""
+
+    def __post_init__(self):
+        require(
+            not self.uri or self.uri.startswith("diffusers:"),
+            f"pretrained.uri={self.uri!r}: must read diffusers:PATH",
+        )
+        require(
+            self.anchor_weight >= 0, f"pretrained.anchor_weight={self.anchor_weight}: must be >= 0"
+        )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -245,10 +280,13 @@ class FlowConfig:
 class LossConfig:
     """Terms of the loss beside the flow's velocity error."""
 
+    reconstruction: Literal["l2", "l1"] = "l2"
+    """Error of a decoder without flow (model.kind=diffusers): squared or absolute."""
     pair_weight: float = 0.1
     """Weight of |E(gx) - rho(g) E(x)|^2 over the latent's mean power, at level regularized."""
     kl_weight: float = 1e-4
-    """Weight of the posterior's KL divergence from N(0, 1) per pixel value (bottleneck kl)."""
+    """Weight of the posterior's KL divergence from N(0, 1) per pixel value (bottlenecks kl and
+    posterior)."""
     scaling_probability: float = 0.0
     """Share of steps that shrink images and latent grids together (EQ-VAE)."""
     rotation_probability: float = 0.0
@@ -440,7 +478,7 @@ class TrackingConfig:
     portable: bool = True
     """Export the registered model also for use without this package, as an MLflow pyfunc flavour
     and as torch.export programs. Takes 15 seconds for the quick start's model, 40 for a unet, while
-    the model is evaluated."""
+    the model is evaluated. No effect with model.kind=diffusers, whose folder needs no export."""
     report_folder: str = ""
     """Folder or URI for a copy of the report, in a subfolder named after the run; MLflow always
     stores one."""
@@ -465,6 +503,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     representation: RepresentationConfig = field(default_factory=RepresentationConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    pretrained: PretrainedConfig = field(default_factory=PretrainedConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -506,6 +545,7 @@ class Config:
             " predicts the image; set flow.prediction=image",
         )
         self._check_scaling_and_turns()
+        self._check_pretrained()
         require(
             not (self.flow.distill_from and self.training.compile == "step"),
             "training.compile=step with flow.distill_from: the teacher's sampler cannot be compiled"
@@ -516,6 +556,35 @@ class Config:
             f"training.compile={self.training.compile}: every size that"
             f" loss.scaling_probability={self.loss.scaling_probability} draws would be compiled"
             " anew; use none",
+        )
+
+    def _check_pretrained(self) -> None:
+        model, pretrained = self.model, self.pretrained
+        # Presets leave the URI open; `adopt_pretrained` refuses to start without it.
+        given = bool(pretrained.uri) or model.kind == "diffusers"
+        require(
+            given == (model.bottleneck == "posterior"),
+            f"model.bottleneck={model.bottleneck} with pretrained.uri={pretrained.uri!r}: a"
+            " pretrained encoder needs bottleneck posterior, and no other encoder has a posterior",
+        )
+        require(
+            not (model.kind == "diffusers" and model.level == "exact") or pretrained.symmetrize,
+            "model.level=exact with model.kind=diffusers: a pretrained network is exactly"
+            " equivariant only as an average over the group; set pretrained.symmetrize=True, or"
+            " model.level=regularized",
+        )
+        require(
+            given or not pretrained.symmetrize,
+            "pretrained.symmetrize=True without pretrained.uri: use model.level=exact",
+        )
+        require(
+            not (given and model.has_linear_start),
+            "model.start=closed_form with pretrained.uri: the weights are given; set random",
+        )
+        require(
+            not (given and self.loss.rotation_probability),
+            f"loss.rotation_probability={self.loss.rotation_probability} with pretrained.uri:"
+            " set 0; a pretrained encoder is fine-tuned on flips and quarter turns alone",
         )
 
     def _check_buckets(self) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation of a checkpoint in Ray tasks, beside other work of the driver.
+"""Evaluation of models in Ray tasks, beside other work of the driver.
 
 The process of a task imports this module, and therefore neither Ray Train nor MLflow.
 """
@@ -16,12 +16,16 @@ from efae.checkpoints.checkpoint import read_model
 from efae.config import Config
 from efae.evaluation.any_angle import choose_angles
 from efae.evaluation.evaluate import Measurement
-from efae.evaluation.held_out import read_held_out
+from efae.evaluation.fitted_action import FittedAction, fit_action
+from efae.evaluation.held_out import read_held_out, read_images
 from efae.evaluation.linear_reference import fit_linear_reference
 from efae.evaluation.results import Evaluation, Part
+from efae.exchange.diffusers_tokenizer import load_diffusers
 from efae.model.autoencoder import Autoencoder
+from efae.symmetry import GROUPS
 
 _BATCH_SIZE = 64
+_FITTED_IMAGES = 256
 
 
 def start_evaluation(model_uri: str, config: Config) -> Callable[[], Evaluation]:
@@ -54,6 +58,32 @@ def start_evaluation(model_uri: str, config: Config) -> Callable[[], Evaluation]
         return _prepare(Autoencoder(config), config).summarize(replace(first, seconds=seconds))
 
     return wait
+
+
+def fit_on_cluster(config: Config) -> FittedAction:
+    """Fit the action of a pretrained autoencoder's latents to training images, in a Ray task.
+
+    Args:
+        config: Configuration that names the autoencoder, the images and the group.
+
+    Raises:
+        ray.exceptions.RayTaskError: The fit failed; also an instance of its cause's class.
+    """
+    fit = ray.remote(_fit).options(
+        num_cpus=config.ray.cpus_per_worker, num_gpus=1 if config.ray.use_gpu else 0
+    )
+    return ray.get(fit.remote(configuration.to_json(config)))
+
+
+def _fit(text: str) -> FittedAction:
+    ignore_metadata()
+    config = configuration.from_json(text)
+    torch.set_num_threads(config.ray.cpus_per_worker)
+    device = "cuda" if config.ray.use_gpu else "cpu"
+    group = GROUPS[config.representation.group]
+    model = load_diffusers(config.pretrained.uri.removeprefix("diffusers:"), group, device)
+    images = read_images(config.data, config.data.uri, _FITTED_IMAGES)
+    return fit_action(model, images, batch_size=16, device=device)
 
 
 def _prepare(model: Autoencoder, config: Config) -> Measurement:

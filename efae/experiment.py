@@ -21,7 +21,7 @@ from efae.checkpoints import checkpoint, run_folder
 from efae.checkpoints.events import read_events
 from efae.config import Config
 from efae.evaluation.results import Evaluation
-from efae.evaluation_task import start_evaluation
+from efae.evaluation_task import fit_on_cluster, start_evaluation
 from efae.model.autoencoder import build_representation
 from efae.model.pretrained import StoredModel, pack_model
 from efae.preflight.cluster_checks import run_preflight
@@ -33,8 +33,10 @@ from efae.tracking.redaction import redact
 from efae.tracking.runs import Run
 from efae.tracking.sender import deliver_points
 from efae.tracking.server import Server
+from efae.training.starts.source import adopt_action, adopt_pretrained, needs_fit
 
 MLFLOW_PATIENCE_SECONDS = 60
+_NOT_NAMED = ("data.uri", "data.held_out_uri", "pretrained.architecture")
 
 
 def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -> dict[str, Any]:
@@ -59,8 +61,13 @@ def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -
         ConnectionError: MLflow is unreachable when the model is registered.
     """
     started = time.monotonic()
+    config = adopt_pretrained(config)
     data = RunData(config.data)
     run_preflight(config, data, server, say, meanwhile=import_publishing)
+    if needs_fit(config):
+        say("fitting the action on the channels of the pretrained latents ...")
+        config = adopt_action(config, fit_on_cluster(config))
+        say(f"    {build_representation(config)}")
     step = find_start(config)
     experiment, run_name = config.tracking.experiment, config.tracking.run_name
     if step == config.training.steps and not runs.find_unfinished_run(server, experiment, run_name):
@@ -156,7 +163,7 @@ def find_start(config: Config) -> int:
     metadata, found = checkpoint.read_origin(config.resume)
     fixed = ("model.", "representation.", "data.uri", "data.channels", "data.buckets")
     fixed += ("training.seed", "training.global_batch_size", "flow.prediction")
-    fixed += ("flow.distill_from",)
+    fixed += ("flow.distill_from", "pretrained.")
     if config.model.kind == "transformer":  # its positions are those of one size
         fixed += ("data.resolution",)
     if changed := [line for key, line in _changes(found, config) if key.startswith(fixed)]:
@@ -219,7 +226,7 @@ def describe_preset(config: Config) -> str:
         name: [
             line
             for key, line in _changes(preset, config)
-            if configuration.decides_weights(key) and key not in ("data.uri", "data.held_out_uri")
+            if configuration.decides_weights(key) and key not in _NOT_NAMED
         ]
         for name, (_, preset) in PRESETS.items()
     }
@@ -275,7 +282,8 @@ def evaluate_and_export(final: str, config: Config) -> Generator[Product]:
     model = pack_model(weights, config, build_representation(config))
     with tempfile.TemporaryDirectory() as folder:
         programs: Sequence[Path] = ()
-        if config.tracking.portable:
+        # A folder of diffusers is used without this package as it is.
+        if config.tracking.portable and config.model.kind != "diffusers":
             programs = export_programs(model, Path(folder))
         yield Product(model, programs, wait_for_evaluation())
 

@@ -6,6 +6,7 @@ from efae.config import (
     Config,
     DataConfig,
     FlowConfig,
+    LossConfig,
     ModelConfig,
     OptimizerConfig,
     RayConfig,
@@ -82,6 +83,30 @@ PHOTOGRAPHS_64 = Config(
     training=TrainingConfig(
         steps=3000, global_batch_size=16, precision="fp32", evaluation_interval=500
     ),
+)
+
+# An autoencoder of diffusers that people already have: short, and at a small learning rate.
+FINE_TUNE = Config(
+    data=DataConfig(
+        uri="s3://efae-data/imagenet-256/train",
+        held_out_uri="s3://efae-data/imagenet-256/held_out",
+        resolution=256,
+        cache_bytes=200 * 2**30,
+        decode_threads=8,
+    ),
+    model=ModelConfig(kind="diffusers", level="regularized", bottleneck="posterior"),
+    loss=LossConfig(reconstruction="l1", kl_weight=1e-6),
+    optimizer=OptimizerConfig(learning_rate=1e-4, ema_decay=0.999),
+    training=TrainingConfig(
+        steps=10_000,
+        global_batch_size=16,
+        precision="bf16",
+        activation_memory=0.0,
+        evaluation_interval=1000,
+        validation_images=128,
+        held_out_images=512,
+    ),
+    ray=RayConfig(num_workers=1, use_gpu=True, cpus_per_worker=8, max_failures=20),
 )
 
 IMAGENET_256 = Config(
@@ -196,4 +221,10 @@ PRESETS: dict[str, tuple[str, Config]] = {
         IMAGENET_256,
     ),
     **_PHOTOGRAPHS,
+    "fine_tune": (
+        "Makes an autoencoder of diffusers equivariant, on photographs at 256 px and one GPU; needs"
+        " --pretrained.uri diffusers:PATH. Not run at this size by us yet. Shards as for"
+        " imagenet_256.",
+        FINE_TUNE,
+    ),
 }

@@ -48,7 +48,7 @@ from efae.training.divergence import TrainingDiverged
 from efae.training.micro_batches import OutOfMemory
 from efae.training.process import Process
 from efae.training.resume import continue_run
-from efae.training.starts.distillation import copy_teacher
+from efae.training.starts.source import copy_source
 from efae.worker_groups import GroupStarts, TrainingFailed
 
 _RAY_ENVIRONMENT = {
@@ -135,11 +135,11 @@ def run_training(config: Config, run: Run, on_validation: UserCallback | None = 
         TrainingFailed: The workers, or Ray's controller, were lost more often than
             ray.max_failures, found no free resources that often in a row, or failed in a way that
             a restart would repeat.
-        ValueError, CheckpointError, ConnectionError, StorageError: The teacher of a distilled model
-            cannot be read.
+        ValueError, CheckpointError, ConnectionError, StorageError: The model that the run starts
+            from cannot be read.
     """
     _set_environment()
-    copy_teacher(config, run.server)
+    copy_source(config, run.server)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.ray.placement_timeout_seconds)
     for losses in itertools.count():
         try:

@@ -47,6 +47,8 @@ def main(arguments: list[str]) -> int:
 
 def print_summary(encoded: "Encoded") -> None:
     """Print the facts of the latent set, and how to use it."""
+    from data_pipelines.shards.latent_format import LARGEST_DIFFERENCE
+
     latents = encoded.latents
     form, certificate = latents.format, latents.certificate
     size, before = (
@@ -54,6 +56,13 @@ def print_summary(encoded: "Encoded") -> None:
     )
     views = len(certificate["by_element"])
     counts = ", ".join(f"{n} {irrep.upper()}" for irrep, n in form.multiplicities.items() if n)
+    serves = (
+        f"one copy serves    {views} views; storing them would take {views * size / 1e6:.1f} MB"
+    )
+    options = ', augment="group"'
+    if not certificate["max_abs_difference"] <= LARGEST_DIFFERENCE:
+        serves = "one copy serves    one view: for all of them, encode again with --symmetrize"
+        options = ""
     compared = ""
     if encoded.largest_difference is not None:
         compared = (
@@ -67,10 +76,10 @@ def print_summary(encoded: "Encoded") -> None:
   certificate        act(g, encode(x)) and encode(g x) differ by\
  {certificate["max_abs_difference"]:.1e} at most, over {views} elements and\
  {certificate["images"]} images of {certificate["data"]}{compared}
-  one copy serves    {views} views; storing them would take {views * size / 1e6:.1f} MB
+  {serves}
 
 next:
-  ShardDataset.open("{latents.uri}").loader(global_batch_size=256, augment="group")
+  ShardDataset.open("{latents.uri}").loader(global_batch_size=256{options})
 """,
         flush=True,
     )

@@ -52,6 +52,9 @@ class Arguments:
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Precision that our models run in; measures are always taken in fp32, and so are models of
     diffusers."""
+    symmetrize: bool = False
+    """Average our models over the group (E(x) = mean of rho(g)^-1 E(gx), likewise the decoder),
+    which makes any of them exactly equivariant, and as many times slower as it has elements."""
     tile: int | None = None
     """Side, in pixels, of the overlapping squares of an image in which our models compute, to bound
     their memory; with attention the result is an approximation."""
@@ -188,6 +191,7 @@ def _load(
         model, config = foreign, None
     else:
         model = efae.load(uri, device=chosen.device, precision=chosen.precision)
+        model.symmetrize = model.symmetrize or chosen.symmetrize
         config = model.config
         f = config.model.downsampling
         if height % f or width % f:

@@ -36,10 +36,11 @@ def main(arguments: list[str]) -> int:
     # Importing the platform takes seconds; a mistyped option should not.
     from efae.preflight.cluster_checks import run_preflight
     from efae.preflight.driver_checks import RunData
+    from efae.training.starts.source import adopt_pretrained
 
     try:
         outcomes = run_preflight(
-            config,
+            adopt_pretrained(config),
             RunData(config.data),
             Server.from_environment(),
             say=lambda line: print(line, flush=True),

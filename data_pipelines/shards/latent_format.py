@@ -22,7 +22,7 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 _STORED = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
 _BITS = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32}
 Buffer = bytes | memoryview
-_LARGEST_DIFFERENCE = 0.01
+LARGEST_DIFFERENCE = 0.01
 """Between act(g, encode(x)) and encode(g x), for latents of unit scale: what bfloat16 loses."""
 
 
@@ -76,11 +76,12 @@ class LatentFormat(BaseModel):
                 " it off and act on whole batches (efae.Representation.act)"
             )
         found = float(self.certificate["max_abs_difference"])
-        if not found <= _LARGEST_DIFFERENCE:
+        if not found <= LARGEST_DIFFERENCE:
             raise ValueError(
                 f"augment='group': act(g, encode(x)) and encode(g x) differ by up to {found:.2g} in"
-                f" {where}, more than {_LARGEST_DIFFERENCE:g}: these latents would not be those of"
-                " flipped and turned images; encode with a model of --model.level exact"
+                f" {where}, more than {LARGEST_DIFFERENCE:g}: these latents would not be those of"
+                " flipped and turned images; encode with --symmetrize, or with a model of"
+                " --model.level exact"
             )
 
     @property

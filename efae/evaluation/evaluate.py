@@ -27,7 +27,7 @@ from efae.evaluation.measures import (
     symmetric_images,
     to_float,
 )
-from efae.evaluation.protocol import FlowTokenizer, Tokenizer
+from efae.evaluation.protocol import Tokenizer, has_flow
 from efae.evaluation.results import (
     CHOSEN,
     Evaluation,
@@ -95,7 +95,7 @@ class Measurement:
             positions = range(first + start, first + start + len(image))
             noise = draw_noise(positions, tuple(image.shape[1:]), seed).to(device)
             latent, acted = _measure_elements(model, image, noise, totals, self.lpips)
-            if isinstance(model, FlowTokenizer):
+            if has_flow(model):
                 measure_loss(model, image, noise, latent, totals)
             if self.fid is not None:
                 self.fid.add(image, acted["identity"])
@@ -119,7 +119,7 @@ class Measurement:
             _measure_floor(model, latent, noise, other, totals)
             _measure_symmetric(model, image, noise, totals)
             measure_rotations(model, image, noise, latent, self.angles, totals)
-            if isinstance(model, FlowTokenizer):
+            if has_flow(model):
                 measure_steps(model, image, noise, latent, totals)
                 measure_velocity(model, image, noise, latent, totals)
         if pictures is None:
@@ -255,7 +255,7 @@ def _measure_symmetric(model: Tokenizer, image: Tensor, noise: Tensor, totals: T
 def _record_states(model: Tokenizer, latent: Tensor, noise: Tensor) -> list[tuple[float, Tensor]]:
     """Return the sampler's states (t, x_t), from noise to image."""
     states: list[tuple[float, Tensor]] = []
-    if isinstance(model, Autoencoder):
+    if isinstance(model, Autoencoder) and model.has_flow:
         model.decode(
             latent, steps=16, noise=noise, visit=lambda t, x: states.append((t, x.clone().cpu()))
         )

@@ -1,4 +1,4 @@
-"""Held-out images as one tensor, for validation and evaluation."""
+"""Images as one tensor, for validation, evaluation and fits."""
 
 import torch
 from jaxtyping import UInt8
@@ -9,7 +9,12 @@ from efae.config import DataConfig
 
 
 def read_held_out(data: DataConfig, count: int) -> UInt8[Tensor, "n c h w"]:
-    """Read the first `count` held-out images in shard order, or all if there are fewer.
+    """Read the first `count` held-out images in shard order; see `read_images`."""
+    return read_images(data, data.held_out_uri, count)
+
+
+def read_images(data: DataConfig, uri: str, count: int) -> UInt8[Tensor, "n c h w"]:
+    """Read the first `count` images of a set in shard order, or all if there are fewer.
 
     All have the size `data.resolution`, whatever the buckets of training.
 
@@ -21,7 +26,7 @@ def read_held_out(data: DataConfig, count: int) -> UInt8[Tensor, "n c h w"]:
         ShardError: A shard or an image in it cannot be read.
         StorageError: The storage refuses or does not answer.
     """
-    dataset = ShardDataset.open(data.held_out_uri)
+    dataset = ShardDataset.open(uri)
     loader = dataset.loader(
         global_batch_size=min(count, 256, len(dataset)),
         options=data,

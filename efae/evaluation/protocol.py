@@ -1,6 +1,6 @@
 """The interface that a tokenizer needs to be evaluated; nothing has to inherit from it."""
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -54,3 +54,8 @@ class FlowTokenizer(Tokenizer, Protocol):
     ) -> Float[Tensor, "b c h w"]:
         """Return dx_t / dt, in the convention of efae/model/flow.py."""
         ...
+
+
+def has_flow(model: Tokenizer) -> TypeGuard[FlowTokenizer]:
+    """Return whether a tokenizer's decoder follows a velocity field."""
+    return isinstance(model, FlowTokenizer) and getattr(model, "has_flow", True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from efae.evaluation.any_angle import summarize_rotations
 from efae.evaluation.flow_measures import STEP_COUNTS, TIME_BINS
 from efae.evaluation.measures import LARGEST_PSNR, Totals, symmetric_images
-from efae.evaluation.protocol import FlowTokenizer, Tokenizer
+from efae.evaluation.protocol import Tokenizer, has_flow
 from efae.model.autoencoder import Autoencoder
 from efae.symmetry.representation import group_law_error
 
@@ -156,11 +156,11 @@ def summarize(
         for kind in symmetric_images(torch.zeros(1, *image_shape))
     }
     deterministic = mean("floor difference") == 0
-    has_flow = isinstance(model, FlowTokenizer)
-    steps = STEP_COUNTS if has_flow else ()
+    flows = has_flow(model)
+    steps = STEP_COUNTS if flows else ()
     velocity_error = [
         max(mean(f"velocity {i} {g}") for g in names) / max(mean(f"velocity {i}"), 1e-12)
-        for i in range(TIME_BINS if has_flow else 0)
+        for i in range(TIME_BINS if flows else 0)
     ]
     lpips = {g: mean(f"lpips {g}") for g in names if totals.count(f"lpips {g}")}
     matrices = {g.name: model.representation.matrix(g) for g in model.group}
@@ -205,7 +205,7 @@ def summarize(
         sharpness_by_steps={
             n: mean(f"steps gradient {n}") / max(mean("gradient"), 1e-12) for n in steps
         },
-        loss_by_time=[mean(f"loss {i}") for i in range(TIME_BINS)] if has_flow else None,
+        loss_by_time=[mean(f"loss {i}") for i in range(TIME_BINS)] if flows else None,
         velocity_error_by_time=velocity_error or None,
         rotations=summarize_rotations(totals, angles, variance),
         lpips=lpips.get("identity"),
@@ -230,7 +230,7 @@ def describe_protocol(
     lpips: "Lpips | None",
     fid: "Fid | None",
 ) -> dict[str, Any]:
-    knobs = model.config.flow if isinstance(model, Autoencoder) else None
+    knobs = model.config.flow if isinstance(model, Autoencoder) and model.has_flow else None
     chosen = (
         "group_law_error, noise_floor_db, symmetric_gap_db, rotations, *_by_steps,"
         " velocity_error_by_time"

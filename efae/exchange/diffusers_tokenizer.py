@@ -3,7 +3,8 @@
 import importlib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,27 @@ def load_diffusers(path: str, group: Group = D4, device: str = "cpu") -> Diffuse
         ValueError: The package diffusers is missing, or the folder does not hold such a model.
         StorageError: The object storage refuses or does not answer.
     """
+    with _fetched(path, WEIGHTS) as (folder, name):
+        return _load(path, folder, name, group).to(device)
+
+
+def read_architecture(path: str) -> dict[str, Any]:
+    """Read the configuration of the autoencoder in a folder, without its weights.
+
+    Args:
+        path: Folder, as `load_diffusers` takes it.
+
+    Raises:
+        ValueError: The folder does not hold such a model.
+        StorageError: The object storage refuses or does not answer.
+    """
+    with _fetched(path) as (folder, _):
+        return json.loads((folder / CONFIG).read_text())
+
+
+@contextmanager
+def _fetched(path: str, *files: str) -> Generator[tuple[Path, str]]:
+    """Check a folder, and lend a local one with its configuration and `files`; and its class."""
     location = Location.parse(path)
     if location.path is not None:
         folder = location.path
@@ -128,15 +150,16 @@ def load_diffusers(path: str, group: Group = D4, device: str = "cpu") -> Diffuse
                 f" where you trust it ({CONFIG} and {WEIGHTS}), then give the folder's path"
             )
         names = {p.relative_to(folder).as_posix() for p in folder.glob(f"vae/{CONFIG}")}
-        name = _check_folder(path, folder, names | {p.name for p in folder.iterdir()})
-        return _load(path, folder, name, group).to(device)
+        yield folder, _check_folder(path, folder, names | {p.name for p in folder.iterdir()})
+        return
     with tempfile.TemporaryDirectory() as copy:
         folder, sizes = Path(copy), storage.list_files(location)
         if CONFIG in sizes:
             storage.download(location / CONFIG, folder / CONFIG, sizes[CONFIG])
         name = _check_folder(path, folder, set(sizes))
-        storage.download(location / WEIGHTS, folder / WEIGHTS, sizes[WEIGHTS])
-        return _load(path, folder, name, group).to(device)
+        for file in files:
+            storage.download(location / file, folder / file, sizes[file])
+        yield folder, name
 
 
 def _check_folder(path: str, folder: Path, names: set[str]) -> str:

@@ -22,7 +22,8 @@ def certify(model: Autoencoder, batches: Iterable[UInt8[Tensor, "b c h w"]]) -> 
 
     Returns:
         {"max_abs_difference": float, "by_element": {name: float}, "images": int,
-        "precision": str}; and "tile": int, if the model has one.
+        "precision": str}; and "tile": int, if the model has one;
+        "symmetrized": True, if its encoder is averaged over the group.
 
     Raises:
         ValueError: A latent is not finite.
@@ -48,4 +49,5 @@ def certify(model: Autoencoder, batches: Iterable[UInt8[Tensor, "b c h w"]]) -> 
         "images": count,
         "precision": model.precision or "fp32",
         **({} if model.tile is None else {"tile": model.tile}),
+        **({"symmetrized": True} if model.symmetrize else {}),
     }

@@ -30,7 +30,7 @@ from data_pipelines.storage import Location
 from efae.latents.request import Request
 from efae.latents.shard_encoder import ShardEncoder, Source
 from efae.model.autoencoder import Autoencoder, check_model
-from efae.model.stored_files import CONFIG, sha256
+from efae.model.stored_files import CONFIG, OWN_CONFIG, sha256
 from efae.model.tiling import plan_windows
 from efae.preflight.cluster_checks import reach_cluster
 from efae.preflight.driver_checks import SetFacts, list_facts, read_facts
@@ -88,6 +88,7 @@ def encode_set(request: Request, say: Callable[[str], None]) -> Encoded:
         # Absent from sets of earlier releases, which are all fp32 and of whole images.
         **({} if request.precision == "fp32" else {"precision": request.precision}),
         **({} if request.tile is None else {"tile": request.tile}),
+        **({"symmetrize": True} if request.symmetrize else {}),
     }
     there = storage.list_files(output)
     if INDEX_NAME in there:
@@ -157,6 +158,7 @@ def _describe(
         request.cache_dir,
         size,
         request.tile,
+        request.symmetrize,
     )
     return source, {
         "shape": [representation.dim, height // f, width // f],
@@ -165,7 +167,7 @@ def _describe(
         "multiplicities": representation.multiplicities,
         "certificate_data": certified.id,
         "model_digest": stored.digest,
-        "config_digest": sha256(stored.files[CONFIG]),
+        "config_digest": sha256(stored.files.get(OWN_CONFIG, stored.files[CONFIG])),
         "model_uri": redact(request.model),
     }
 

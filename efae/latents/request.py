@@ -23,6 +23,10 @@ class Request:
     """Side, in pixels, of the overlapping squares of an image that are encoded one at a time, to
     bound memory. Latents are the same to rounding with model.kind unet, and an approximation with
     transformer."""
+    symmetrize: bool = False
+    """Average the encoder over its group, E(x) = mean of rho(g)^-1 E(gx), so that one copy serves
+    all views of a model that is not exactly equivariant; as many times slower as the group has
+    elements."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Data type of the stored numbers, which have unit scale."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"

@@ -51,6 +51,7 @@ class Source:
         cache_dir: Folder of the node's shard cache; None as in `ShardDataset.loader`.
         image_size: Height and width of the images; None: those of the configuration.
         tile: Side of the tiles that are encoded one at a time; None: whole images.
+        symmetrize: Whether to average the encoder over the group.
     """
 
     uri: str
@@ -64,6 +65,7 @@ class Source:
     cache_dir: str | None = None
     image_size: tuple[int, int] | None = None
     tile: int | None = None
+    symmetrize: bool = False
 
 
 class ShardEncoder:
@@ -76,6 +78,7 @@ class ShardEncoder:
         self.model.load_state_dict(dict(source.weights), strict=True)
         self.model.to(source.device).eval().requires_grad_(False)
         self.model.precision, self.model.tile = source.precision, source.tile
+        self.model.symmetrize = self.model.symmetrize or source.symmetrize
         self.compiled = source.device == "cuda"
         if self.compiled:
             compile_blocks(self.model)

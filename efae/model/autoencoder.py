@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from efae.config import Config
 from efae.model import flow, pretrained
 from efae.model.bottleneck import Bottleneck
-from efae.model.networks import transformer, unet
+from efae.model.networks import diffusers_vae, transformer, unet
 from efae.model.octic.layers import expanded_once
 from efae.model.padding import crop, pad_to_cells
 from efae.model.precision import Precision, at_precision
@@ -96,6 +96,10 @@ class Autoencoder(nn.Module):
         representation: Representation of the group on the channels of a latent.
         precision: Precision in which `encode`, `decode` and `velocity` run the networks; None
             leaves it to the caller (`torch.autocast`). Latents and images are float32 throughout.
+        symmetrize: Whether both networks are averaged over the group, which makes any model exactly
+            equivariant and as many times slower as the group has elements.
+        has_flow: Whether the decoder follows a velocity field from noise; else it ignores noise,
+            seed and everything about the sampler.
         tile: Value of `tile` for `encode`, `decode` and `velocity` where they are given None.
 
     Raises:
@@ -112,15 +116,22 @@ class Autoencoder(nn.Module):
         self.representation = check_model(config)
         self.group = self.representation.group
         layers = self.group if config.model.level == "exact" else TRIVIAL
-        networks = {"transformer": transformer, "unet": unet}[config.model.kind]
-        self.encoder = networks.Encoder(layers, self.representation, config.data, config.model)
-        self.decoder = networks.Decoder(
-            layers,
-            self.representation,
-            config.data,
-            config.model,
-            null_condition=config.flow.condition_drop > 0,
-        )
+        self.symmetrize = config.pretrained.symmetrize
+        self.has_flow = config.model.kind != "diffusers"
+        architecture = config.pretrained.architecture
+        recomputes = config.training.activation_memory < 1
+        if config.model.kind == "diffusers":
+            self.encoder = diffusers_vae.Encoder(architecture, recomputes)
+            self.decoder = diffusers_vae.Decoder(architecture, recomputes)
+        else:
+            networks = {"transformer": transformer, "unet": unet}[config.model.kind]
+            sizes = (layers, self.representation, config.data, config.model)
+            if config.pretrained.uri:
+                self.encoder = diffusers_vae.Encoder(architecture, recomputes)
+            else:
+                self.encoder = networks.Encoder(*sizes)
+            dropped = config.flow.condition_drop > 0
+            self.decoder = networks.Decoder(*sizes, null_condition=dropped)
         self.bottleneck = Bottleneck(
             self.representation, config.model.bottleneck, config.model.latent_noise
         )
@@ -256,14 +267,42 @@ class Autoencoder(nn.Module):
             b, _, height, width = x_t.shape
             latent = x_t.new_zeros(b, dim, height // f, width // f)
             keep = torch.zeros(b, dtype=torch.bool, device=x_t.device)
-        bounded = self.from_irreps(self.bottleneck.denormalize(latent))
-        tile = self.tile if tile is None else tile
         with self._at_precision(x_t.device):
-            if tile is None:
-                output = self.decoder(x_t, t, bounded, keep)
-            else:
-                output = decode_in_tiles(self.decoder, x_t, t, bounded, keep, tile)
+            output = self.predict(x_t, t, self.bottleneck.denormalize(latent), keep, tile)
         return flow.velocity_from(output, x_t, t, self.config.flow.prediction)
+
+    def predict(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        t: Float[Tensor, "b"],
+        latent: Float[Tensor, "b dim lh lw"],
+        keep: Bool[Tensor, "b"] | None = None,
+        tile: int | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """Return what the decoder predicts, at the scale of `bounded` latents.
+
+        Args:
+            x_t: Noisy images.
+            t: Times in (0, 1].
+            latent: Bounded latents, in the basis of the irreps.
+            keep: Whether the decoder sees the latent, not the null condition; None: always.
+            tile: Side of a tile in pixels, as `decode` takes it.
+        """
+        tile = self.tile if tile is None else tile
+
+        def once(x_t: Tensor, latent: Tensor) -> Tensor:
+            latent = self.from_irreps(latent)
+            if tile is None:
+                return self.decoder(x_t, t, latent, keep)
+            return decode_in_tiles(self.decoder, x_t, t, latent, keep, tile)
+
+        if not self.symmetrize:
+            return once(x_t, latent)
+        views = [
+            g.inverse.act_on_image(once(g.act_on_image(x_t), self.act(g, latent)))
+            for g in self.group
+        ]
+        return torch.stack(views).mean(0)
 
     @torch.no_grad()
     def decode(
@@ -302,7 +341,7 @@ class Autoencoder(nn.Module):
                 latent has no floating-point dtype, noise or size do not belong to a latent of this
                 shape, or the tile does not to the model.
         """
-        if (noise is None) == (seed is None):
+        if self.has_flow and (noise is None) == (seed is None):
             raise ValueError("decode needs either noise or seed, so that it can be repeated")
         _require_floats("latent", latent, "decode takes the tensor of floats that encode returns")
         latent = latent.to(torch.promote_types(latent.dtype, next(self.parameters()).dtype))
@@ -315,6 +354,9 @@ class Autoencoder(nn.Module):
                 " the size of the image that was encoded, with height and width exchanged if a"
                 " quarter turn acted on its latent"
             )
+        if not self.has_flow:
+            sample = self._decode_at_once(latent, shape, tile)
+            return sample if size is None else crop(sample, size)
         if noise is None:
             generator = torch.Generator().manual_seed(seed)  # type: ignore[arg-type]
             noise = torch.randn(shape, generator=generator).to(latent.device)
@@ -341,18 +383,48 @@ class Autoencoder(nn.Module):
             sample = integrate(field, noise, times, sampler or knobs.sampler, visit)
         return sample if size is None else crop(sample, size)
 
+    def _decode_at_once(self, latent: Tensor, shape: tuple[int, ...], tile: int | None) -> Tensor:
+        bounded = self.bottleneck.denormalize(latent)
+        ignored = latent.new_zeros(shape[0], *shape[1:])
+        with self._at_precision(latent.device):
+            return self.predict(ignored, ignored[:, 0, 0, 0], bounded, tile=tile)
+
     def bounded(
         self, image: Float[Tensor, "b c h w"], tile: int | None = None
     ) -> Float[Tensor, "b dim lh lw"]:
         """Encode an image at the network's own scale, in the basis of the irreps."""
         tile = self.tile if tile is None else tile
-        with self._at_precision(image.device):
+        f = self.config.model.downsampling
+
+        def once(image: Tensor) -> Tensor:
             if tile is None:
-                encoded = self.encoder(image)
-            else:
-                f = self.config.model.downsampling
-                encoded = encode_in_tiles(self.encoder, image, tile, f)
-        return self.bottleneck.bound(self.to_irreps(encoded))
+                return self.to_irreps(self.encoder(image))
+            return self.to_irreps(encode_in_tiles(self.encoder, image, tile, f))
+
+        with self._at_precision(image.device):
+            encoded = self._average(image, once) if self.symmetrize else once(image)
+        return self.bottleneck.bound(encoded)
+
+    def posterior(self, image: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor | None]:
+        """Return the bounded latents of a pretrained encoder, and its posteriors' deviations.
+
+        Args:
+            image: Images in [-1, 1].
+
+        Returns:
+            Means in the basis of the irreps and, in the encoder's own basis, standard deviations,
+            of the images as they are; None for an encoder without posterior.
+        """
+        mean, log_variance = self.encoder.posterior(image)
+        spread = None if log_variance is None else (log_variance.float() / 2).exp()
+        if self.symmetrize:
+            return self.bounded(image), spread
+        return self.bottleneck.bound(self.to_irreps(mean)), spread
+
+    def _average(self, image: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the mean of rho(g)^-1 E(gx) over the group."""
+        views = [self.act(g.inverse, encode(g.act_on_image(image))) for g in self.group]
+        return torch.stack(views).mean(0)
 
     def _at_precision(self, device: torch.device) -> AbstractContextManager[None]:
         return at_precision(self.precision, device) if self.precision else nullcontext()

@@ -29,7 +29,9 @@ class Bottleneck(nn.Module):
             "running" divides all examples by the root of one running mean power, so that bounding
             is linear;
             "kl" leaves the latent free and learns one Gaussian spread per irrep copy
-            (Kingma & Welling 2014, arXiv:1312.6114, appendix B).
+            (Kingma & Welling 2014, arXiv:1312.6114, appendix B); "posterior" leaves it free, and
+            noise to the encoder's own posterior. All its irreps share one scale, the
+            `scaling_factor` of a pretrained autoencoder.
         noise: Standard deviation of the noise of "rms" and "running", relative to the latent's.
 
     Attributes:
@@ -40,11 +42,16 @@ class Bottleneck(nn.Module):
     copy_of_channel: Tensor
 
     def __init__(
-        self, representation: Representation, kind: Literal["rms", "running", "kl"], noise: float
+        self,
+        representation: Representation,
+        kind: Literal["rms", "running", "kl", "posterior"],
+        noise: float,
     ):
         super().__init__()
         self.kind, self.noise = kind, noise
         self.blocks = _blocks_of_one_scale(representation)
+        if kind == "posterior":
+            self.blocks = [slice(0, representation.dim)]
         planes = representation.blocks.get("e", slice(representation.dim, representation.dim))
         channels = torch.arange(representation.dim)
         in_plane = planes.start + (channels - planes.start) // 2
@@ -58,7 +65,7 @@ class Bottleneck(nn.Module):
     def bound(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b dim h w"]:
         """Bound the encoder's output, in float32 or wider."""
         wide = latent.to(torch.promote_types(latent.dtype, torch.float32))
-        if self.kind == "kl":
+        if self.kind in ("kl", "posterior"):
             return wide
         if self.kind == "running":
             return wide * torch.rsqrt(self._power_by_channel().mean())
@@ -112,8 +119,10 @@ class Bottleneck(nn.Module):
         return latent * self._scale(latent.dtype)
 
     def _spread(self) -> Tensor | float:
-        if self.kind != "kl":
+        if self.kind in ("rms", "running"):
             return self.noise
+        if self.kind == "posterior":
+            return 0.0
         return (self.log_variance / 2).exp()[self.copy_of_channel, None, None]
 
     def _scale(self, dtype: torch.dtype) -> Tensor:

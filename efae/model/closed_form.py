@@ -16,6 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from efae.model.autoencoder import Autoencoder
+from efae.model.networks import diffusers_vae
 from efae.model.networks.linear_path import patchify, unpatchify
 from efae.model.octic.layers import patch_action
 from efae.symmetry.group import Group
@@ -183,6 +184,8 @@ def set_linear_paths(model: Autoencoder, fitted: LinearMap) -> None:
     power = torch.where(fitted.variance > 0, root, 0)
     scale = (root * power.mean()).sqrt()[:, None]
     power /= power.mean()
+    assert not isinstance(model.encoder, diffusers_vae.Encoder)
+    assert not isinstance(model.decoder, diffusers_vae.Decoder)
     encoder, decoder = model.encoder.linear_path, model.decoder.linear_path
     assert decoder is not None
     for path, rows in ((encoder, fitted.rows / scale), (decoder, fitted.rows * scale)):

@@ -88,12 +88,14 @@ def draw(config: Config, shape: tuple[int, ...], generator: torch.Generator) -> 
         rotated = rotated < config.loss.rotation_probability
     f = config.model.downsampling
     height, width = shape[-2] // f, shape[-1] // f
-    cells = None
+    cells, dim = None, config.representation.dim
+    grid = height, width
     if config.loss.scaling_probability:
         cells = draw_cells(config, (height, width), generator)
         height, width = cells or (height, width)
-    dim = config.representation.dim
-    latent_noise = torch.randn(count, dim, height, width, generator=generator, device=device)
+    if config.model.bottleneck != "posterior":  # whose noise comes before the scaling
+        grid = height, width
+    latent_noise = torch.randn(count, dim, *grid, generator=generator, device=device)
     if config.flow.condition_drop:
         keep = torch.rand(count, generator=generator, device=device) >= config.flow.condition_drop
     noise = torch.randn(count, channels, height * f, width * f, generator=generator, device=device)
@@ -172,7 +174,7 @@ class Objective(nn.Module):
             image = self.teacher(model.bottleneck.normalize(latent), draws.noise)
             t = torch.ones_like(t)
         x_t = flow.interpolate(image, draws.noise, t)
-        output = model.decoder(x_t, t, model.from_irreps(latent), draws.keep)
+        output = model.predict(x_t, t, latent, draws.keep)
         if self.perceptual is not None:
             predicted = flow.image_from(output.float(), x_t, t, prediction)
             extra = extra + config.loss.perceptual_weight * self.perceptual(predicted, image)

@@ -21,11 +21,14 @@ from torch import Tensor
 from efae import __version__
 from efae import config_forms as configuration
 from efae.config import Config
+from efae.model.networks.diffusers_vae import name_in_diffusers, name_in_efae
 from efae.model.stored_files import (
     CONFIG,
     EMA,
     MANIFEST,
     MODEL,
+    OWN_CONFIG,
+    OWN_WEIGHTS,
     WEIGHTS,
     CheckpointError,
     dump_manifest,
@@ -100,6 +103,8 @@ def pack_model(
         config: Configuration that the model is built from.
         representation: Representation of its latents.
     """
+    if config.model.kind == "diffusers":
+        return _pack_diffusers(weights, config)
     settings = {
         "_class_name": CLASS_NAME,
         "_efae_version": __version__,
@@ -126,6 +131,8 @@ def parse_model(uri: str, manifest: bytes, read: Callable[[str], bytes]) -> Stor
         CheckpointError: The folder is incomplete, damaged, or of another format.
     """
     parsed = parse_manifest(uri, manifest)
+    if OWN_CONFIG in parsed["files"]:
+        return _parse_diffusers(uri, manifest, parsed, read)
     weights = next(name for name in (WEIGHTS, EMA, MODEL) if name in parsed["files"])
     files = read_verified(uri, (CONFIG, weights), parsed, read)
     return StoredModel(
@@ -135,6 +142,43 @@ def parse_model(uri: str, manifest: bytes, read: Callable[[str], bytes]) -> Stor
         unpack_tensors(uri, weights, files[weights]),
         parse_config(uri, files[CONFIG]),
     )
+
+
+def _pack_diffusers(weights: Mapping[str, Tensor], config: Config) -> StoredModel:
+    """Make the files of an autoencoder of diffusers, whose scale is that of our latents."""
+    architecture = json.loads(config.pretrained.architecture)
+    power = weights["bottleneck.power"].double().clamp(min=1e-6)
+    settings = architecture | {"scaling_factor": float(power.mean().rsqrt())}
+    if architecture.get("shift_factor") is not None:
+        settings["shift_factor"] = 0.0  # a shift would not commute with a change of sign
+    theirs: dict[str, Tensor] = {}
+    ours: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        plain = name_in_diffusers(name)
+        if plain is None:
+            ours[name] = tensor
+        else:
+            theirs[plain] = tensor
+    files = {
+        CONFIG: (json.dumps(settings, indent=2) + "\n").encode(),
+        OWN_CONFIG: (json.dumps(asdict(config), indent=2) + "\n").encode(),
+        WEIGHTS: pack_tensors(theirs, {"format": "pt"}),
+        OWN_WEIGHTS: pack_tensors(ours, {"format": "pt"}),
+    }
+    files[MANIFEST] = dump_manifest(files, {})
+    return StoredModel("a new model", files, WEIGHTS, weights, config)
+
+
+def _parse_diffusers(
+    uri: str, manifest: bytes, parsed: Mapping[str, Any], read: Callable[[str], bytes]
+) -> StoredModel:
+    """Invert `_pack_diffusers`."""
+    files = read_verified(uri, (CONFIG, OWN_CONFIG, WEIGHTS, OWN_WEIGHTS), parsed, read)
+    theirs = unpack_tensors(uri, WEIGHTS, files[WEIGHTS])
+    weights = {name_in_efae(name): tensor for name, tensor in theirs.items()}
+    weights |= unpack_tensors(uri, OWN_WEIGHTS, files[OWN_WEIGHTS])
+    config = parse_config(uri, files[OWN_CONFIG])
+    return StoredModel(uri, files | {MANIFEST: manifest}, WEIGHTS, weights, config)
 
 
 def read_folder(folder: str | Path) -> StoredModel:

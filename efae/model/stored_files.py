@@ -17,6 +17,8 @@ from torch import Tensor
 
 MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+OWN_CONFIG, OWN_WEIGHTS = "efae.json", "efae.safetensors"
+"""Our part of a model folder that is also a folder of one of diffusers' own classes."""
 STATE, CONFIG, MANIFEST = "state.json", "config.json", "manifest.json"
 CHECKPOINT_FILES = (MODEL, EMA, OPTIMIZER, STATE, CONFIG)
 MODEL_FILES = (WEIGHTS, CONFIG)
@@ -24,6 +26,7 @@ _VERSIONS = {
     frozenset(CHECKPOINT_FILES): 2,
     frozenset({MODEL, CONFIG}): 2,  # a model registered before version 3
     frozenset(MODEL_FILES): 3,
+    frozenset({*MODEL_FILES, OWN_CONFIG, OWN_WEIGHTS}): 4,
 }
 
 
@@ -86,7 +89,7 @@ def parse_manifest(uri: str, data: bytes) -> dict[str, Any]:
         raise CheckpointError(uri, f"{MANIFEST} is not a manifest") from error
     if version not in _VERSIONS.values():
         raise CheckpointError(
-            uri, f"format version {version!r}; this efae reads 2 and 3: use another efae"
+            uri, f"format version {version!r}; this efae reads 2 to 4: use another efae"
         )
     if _VERSIONS.get(names) != version or not sizes_and_hashes:
         raise CheckpointError(uri, f"{MANIFEST} lists {sorted(names)}")

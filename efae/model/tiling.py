@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from efae.model.networks import transformer, unet
+from efae.model.networks import diffusers_vae, transformer, unet
 
 BLENDED_CELLS = 4
 """Least overlap of the windows of a network with attention, in latent cells.
@@ -35,7 +35,7 @@ Compute = Callable[[slice, slice], Tensor]
 
 
 def encode_in_tiles(
-    encoder: transformer.Encoder | unet.Encoder,
+    encoder: transformer.Encoder | unet.Encoder | diffusers_vae.Encoder,
     image: Float[Tensor, "b c h w"],
     tile: int,
     downsampling: int,
@@ -61,7 +61,7 @@ def encode_in_tiles(
 
 
 def decode_in_tiles(
-    decoder: transformer.Decoder | unet.Decoder,
+    decoder: transformer.Decoder | unet.Decoder | diffusers_vae.Decoder,
     x_t: Float[Tensor, "b c h w"],
     t: Float[Tensor, "b"],
     latent: Float[Tensor, "b dim lh lw"],

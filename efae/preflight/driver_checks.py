@@ -18,7 +18,7 @@ from efae.model.objective import load_perceptual
 from efae.preflight.checks import Check
 from efae.symmetry import GROUPS
 from efae.tracking.server import Server
-from efae.training.starts.distillation import read_teacher
+from efae.training.starts.source import has_source, read_source
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def list_checks(config: Config, data: RunData, server: Server) -> Iterator[tuple
     yield "images", lambda: check_training_images(config, data.train)
     yield "held-out images", lambda: check_images(config, data.held_out)
     yield "storage", lambda: check_storage(config.ray.storage_uri)
-    if config.flow.distill_from:
-        yield "teacher", lambda: check_teacher(config, server)
+    if has_source(config):
+        yield "starting model", lambda: check_source(config, server)
 
 
 def measure_data(config: Config, data: RunData) -> int:
@@ -128,9 +128,9 @@ def check_mlflow(server: Server) -> str:
     return str(server)
 
 
-def check_teacher(config: Config, server: Server) -> str:
-    """Check that the run's teacher has the student's encoder; see `read_teacher`."""
-    return read_teacher(config, server).uri
+def check_source(config: Config, server: Server) -> str:
+    """Check that the model that the run starts from is intact and fits it; see `read_source`."""
+    return read_source(config, server).uri
 
 
 def check_storage(uri: str) -> str:

@@ -286,6 +286,8 @@ def advise_on_linear_map(numbers: Mapping[str, Any], config: Config | None) -> s
     )
     if config is None:
         return meaning
+    if config.pretrained.uri:
+        return meaning
     needed = ["--model.start closed_form"] * (config.model.start != "closed_form")
     needed += ["--model.bottleneck running"] * (config.model.bottleneck == "rms")
     needed += ["--flow.prediction image"] * (config.flow.prediction == "velocity")

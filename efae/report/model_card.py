@@ -50,6 +50,7 @@ def render_model_card(numbers: Mapping[str, Any], config: Config, facts: Mapping
         title=str(facts.get("run_name") or config.tracking.registered_model),
         numbers=numbers,
         level=config.model.level,
+        foreign=_name_class(config),
         group=group.name,
         image_shape=image_shape,
         latent_shape=latent_shape,
@@ -72,6 +73,13 @@ def render_model_card(numbers: Mapping[str, Any], config: Config, facts: Mapping
         },
     )
     return redact(card)
+
+
+def _name_class(config: Config) -> str:
+    """Return the class of a fine-tuned autoencoder of diffusers; "" of a flow autoencoder."""
+    if config.model.kind != "diffusers":
+        return ""
+    return str(json.loads(config.pretrained.architecture)["_class_name"])
 
 
 def _summarize(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -7,6 +7,8 @@ parameters. A moving average of the matrices Q would not be orthogonal.
 """
 
 import math
+from importlib import import_module
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -38,6 +40,32 @@ class Basis(nn.Module):
         lower = self.angles.new_zeros((self.dim, self.dim), dtype=torch.float64)
         lower = lower.index_put((rows, columns), self.angles.double())
         return torch.matrix_exp(lower - lower.T)
+
+    @torch.no_grad()
+    def set_matrix(self, matrix: Float[Tensor, "dim dim"]) -> None:
+        """Set the angles so that Q is this orthogonal matrix, whose determinant must be 1.
+
+        A is the logarithm of the matrix, from its real Schur form: planes that turn by an angle,
+        and axes that stay or, two by two, turn by pi.
+        """
+        schur: Any = import_module("scipy.linalg").schur  # takes a second; has no types
+        form, vectors = schur(matrix.double().cpu().numpy(), output="real")
+        logarithm, reversed_axes = torch.zeros(self.dim, self.dim, dtype=torch.float64), list[int]()
+        i = 0
+        while i < self.dim:
+            if i + 1 < self.dim and abs(form[i + 1, i]) > 1e-8:
+                angle = math.atan2(form[i + 1, i] - form[i, i + 1], form[i, i] + form[i + 1, i + 1])
+                logarithm[i + 1, i], logarithm[i, i + 1] = angle, -angle
+                i += 2
+                continue
+            if form[i, i] < 0:
+                reversed_axes.append(i)
+            i += 1
+        for i, j in zip(reversed_axes[::2], reversed_axes[1::2], strict=True):
+            logarithm[j, i], logarithm[i, j] = math.pi, -math.pi
+        vectors = torch.from_numpy(vectors)
+        rows, columns = torch.tril_indices(self.dim, self.dim, -1)
+        self.angles.copy_((vectors @ logarithm @ vectors.T)[rows, columns])
 
     def to_irreps(
         self,

@@ -9,7 +9,6 @@ from torch._dynamo import config as dynamo
 from torch._functorch import config as functorch
 
 from efae.config import Config
-from efae.model.objective import Objective
 from efae.model.octic.layers import Recomputing
 
 
@@ -20,7 +19,7 @@ def compile_blocks(model: nn.Module) -> None:
             module.compile(fullgraph=True, dynamic=False)
 
 
-def prepare(objective: Objective, config: Config, device: torch.device, one_pass: bool) -> None:
+def prepare(objective: nn.Module, config: Config, device: torch.device, one_pass: bool) -> None:
     """Compile the objective in place, at its first call, or have its blocks recompute activations.
 
     Names of weights, and copies of the model, stay as they are.

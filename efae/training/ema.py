@@ -21,7 +21,11 @@ class MovingAverage:
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
-        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.weights = {
+            # Frozen networks are their own average, and take no memory for another.
+            name: p.detach() if _is_frozen(name, p) else p.detach().clone()
+            for name, p in model.named_parameters()
+        }
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
@@ -49,3 +53,8 @@ class MovingAverage:
         """
         for name, parameter in model.named_parameters():
             parameter.copy_(self.weights[name])
+
+
+def _is_frozen(name: str, parameter: nn.Parameter) -> bool:
+    # Statistics, which training updates, need no gradient either.
+    return not parameter.requires_grad and name.startswith(("encoder.", "decoder."))

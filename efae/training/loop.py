@@ -20,6 +20,7 @@ from data_pipelines import ShardDataset
 from efae.checkpoints.checkpoint import Checkpoint
 from efae.config import Config
 from efae.model.autoencoder import Autoencoder
+from efae.model.fine_tuning import FineTuning
 from efae.model.objective import Objective, Perceptual, draw, load_perceptual
 from efae.model.precision import float32_arithmetic
 from efae.training.compilation import compiler_options, prepare
@@ -30,8 +31,9 @@ from efae.training.monitoring.sample_log import SampleLog
 from efae.training.observer import Observer
 from efae.training.optimizer import learning_rate_at, set_learning_rate
 from efae.training.process import Process
-from efae.training.starts.distillation import make_sampler, start_student
+from efae.training.starts.distillation import make_sampler
 from efae.training.starts.linear import start_linear
+from efae.training.starts.source import has_source, needs_source, start_from
 from efae.training.state import TrainState
 
 
@@ -44,13 +46,14 @@ class Start:
         rate_factor: Factor on every learning rate; below 1 after training has diverged.
         micro_batch_size: Maximum number of images per forward pass; 0 leaves it to the
             configuration.
-        teacher: Model that flow.distill_from names, frozen, on the device; None if it names none.
+        source: Model that flow.distill_from or pretrained.uri names, frozen, on the device; None if
+            they name none, or if the run resumes and no step needs it.
     """
 
     checkpoint: Checkpoint | None = None
     rate_factor: float = 1.0
     micro_batch_size: int = 0
-    teacher: Autoencoder | None = None
+    source: Autoencoder | None = None
 
 
 def train(
@@ -70,7 +73,7 @@ def train(
         observer: Receiver of curves, validation and checkpoints; None on ranks above 0.
 
     Raises:
-        ValueError: flow.distill_from names a teacher, but `start` has none.
+        ValueError: The configuration names a model to start from, but `start` has none.
         TrainingDiverged: Loss or gradient is not finite; the weights are those before the step.
         OutOfMemory: A forward or backward pass does not fit into memory.
         StorageError: Shards cannot be read, or checkpoints written, within the deadline.
@@ -78,11 +81,10 @@ def train(
     training, optimization = config.training, config.optimizer
     start, observer = start or Start(), observer or Observer()
     device, world_size = process.device, process.world_size
-    if config.flow.distill_from and start.teacher is None:
-        raise ValueError(
-            f"flow.distill_from={config.flow.distill_from!r}: load that model, and train with"
-            " Start(teacher=model)"
-        )
+    begins = start.checkpoint is None
+    if start.source is None and (needs_source(config) or (begins and has_source(config))):
+        uri = config.flow.distill_from or config.pretrained.uri
+        raise ValueError(f"{uri}: load the model, and train with Start(source=model)")
     state = TrainState.create(config, device)
     state.model.train()
     loader = dataset.loader(
@@ -102,12 +104,11 @@ def train(
         scores = dict(checkpoint.metadata["scores"])
         validations = list(checkpoint.metadata.get("validations", []))
         observer.resume(checkpoint.metadata)
-    elif start.teacher is not None:
-        start_student(state, start.teacher)
+    elif start.source is not None:
+        start_from(state, start.source)
     elif config.model.has_linear_start:
         start_linear(state, config, dataset, process)
-    teacher = make_sampler(start.teacher, config, process) if start.teacher else None
-    objective = Objective(state.model, choose_perceptual(config, device), teacher)
+    objective = build_objective(state.model, config, process, start.source)
     size = start.micro_batch_size or training.micro_batch_size
     prepare(objective, config, device, one_pass=world_size == 1 and size == 0)
     accumulate = Accumulation(process.wrap(objective), state, config, size)
@@ -192,6 +193,29 @@ def train(
             process.report(validations[-1])
     observer.wait()
     return state
+
+
+def build_objective(
+    model: Autoencoder, config: Config, process: Process, source: Autoencoder | None
+) -> Objective | FineTuning:
+    """Return the loss of a run around its model.
+
+    Args:
+        model: Model to train, on the device.
+        config: Configuration of the experiment.
+        process: This process.
+        source: Model that the run started from, if a step needs it.
+
+    Raises:
+        ValueError: There is no such perceptual loss.
+    """
+    perceptual = choose_perceptual(config, process.device)
+    if not model.has_flow:
+        anchored = config.pretrained.anchor_weight > 0
+        return FineTuning(model, perceptual, source if anchored else None)
+    if source is None or not config.flow.distill_from:
+        return Objective(model, perceptual)
+    return Objective(model, perceptual, make_sampler(source, config, process))
 
 
 def choose_perceptual(config: Config, device: torch.device) -> Perceptual | None:

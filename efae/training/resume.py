@@ -25,7 +25,7 @@ from efae.training.loop import Start, train
 from efae.training.micro_batches import OutOfMemory
 from efae.training.observer import Observer, RunObserver
 from efae.training.process import Process
-from efae.training.starts.distillation import load_teacher
+from efae.training.starts.source import has_source, load_source, needs_source
 from efae.training.validation import Validation
 
 
@@ -90,13 +90,14 @@ def continue_run(
         observer = Observer(make_validation())
     found, rollbacks, size = process.agree((newest[0] if newest else None, rollbacks, size))
     checkpoint = newest[1] if newest else (read_checkpoint(found) if found else None)
-    teacher = load_teacher(config, process) if config.flow.distill_from else None
+    starts = has_source(config) and checkpoint is None
+    source = load_source(config, process) if starts or needs_source(config) else None
     try:
         train(
             config,
             ShardDataset.open(config.data.uri),
             process,
-            Start(checkpoint, 0.5**rollbacks, size, teacher),
+            Start(checkpoint, 0.5**rollbacks, size, source),
             observer,
         )
     except OutOfMemory as error:

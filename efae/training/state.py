@@ -44,9 +44,12 @@ class TrainState:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.training.seed)
             model = Autoencoder(config)
+        trained = config.pretrained.train
         if config.flow.distill_from:  # the latent stays the teacher's
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(name.startswith("decoder."))
+            trained = "decoder"
+        for name, parameter in model.named_parameters():
+            if trained != "both" and not name.startswith(f"{trained}."):
+                parameter.requires_grad_(False)
         model.to(device)
         return cls(
             model=model,

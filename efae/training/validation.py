@@ -57,9 +57,9 @@ class Validation:
         All ranks call it together, since it sums over them.
 
         Returns:
-            "psnr" of reconstructions in dB; "held_out_loss", the flow loss averaged over t; and
-            "worst_gap_db", the largest |difference| to the identity's PSNR over the group, on
-            evenly spaced images.
+            "psnr" of reconstructions in dB; "held_out_loss", the flow loss averaged over t, or the
+            squared error of a decoder without flow; and "worst_gap_db", the largest |difference|
+            to the identity's PSNR over the group, on evenly spaced images.
         """
         model = copy.deepcopy(state.model).eval()
         model.precision = self._precision
@@ -72,7 +72,10 @@ class Validation:
             latent = model.encode(image)
             sample = model.decode(latent, noise=noise).clamp(-1, 1)
             totals.add("psnr", psnr(sample, image))
-            measure_loss(model, image, noise, latent, totals)
+            if model.has_flow:
+                measure_loss(model, image, noise, latent, totals)
+            else:
+                totals.add("squared error", (sample - image).square().mean((1, 2, 3)))
             if start == 0 and self._show:
                 self._draw(self._show, state.step, image, sample)
             few = [i for i, position in enumerate(positions) if position % self._stride == 0]
@@ -82,10 +85,10 @@ class Validation:
                 totals.add(f"turned {g}", psnr(undone, image[few]))
         totals.gather(self._device)
         by_element = {g.name: float(totals.mean(f"turned {g}")) for g in model.group}
+        errors = [f"loss {i}" for i in range(TIME_BINS)] if model.has_flow else ["squared error"]
         return {
             "psnr": float(totals.mean("psnr")),
-            "held_out_loss": sum(float(totals.mean(f"loss {i}")) for i in range(TIME_BINS))
-            / TIME_BINS,
+            "held_out_loss": sum(float(totals.mean(error)) for error in errors) / len(errors),
             "worst_gap_db": max(abs(by_element["identity"] - p) for p in by_element.values()),
         }
 

@@ -159,3 +159,19 @@ def test_state_is_one_plain_tensor():
 def test_one_channel_is_refused():
     with pytest.raises(ValueError, match="1 channels has nothing to learn"):
         Basis(1)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 4, 7, 16])
+def test_the_angles_of_any_rotation_are_found(dim):
+    generator = torch.Generator().manual_seed(dim)
+    eye = torch.eye(dim, dtype=torch.float64)
+    half_turn = torch.diag(torch.tensor([-1.0, -1.0] + [1.0] * (dim - 2))).double()
+    random = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))[0]
+    signs = torch.randint(2, (dim,), generator=generator).double() * 2 - 1
+    permutation = eye[torch.randperm(dim, generator=generator)] * signs
+    basis = Basis(dim)
+    for matrix in (eye, half_turn, random, random @ half_turn @ random.T, permutation):
+        if torch.linalg.det(matrix) < 0:
+            matrix = matrix * torch.tensor([-1.0] + [1.0] * (dim - 1)).double()
+        basis.set_matrix(matrix)
+        torch.testing.assert_close(basis.matrix(), matrix, atol=1e-6, rtol=0)

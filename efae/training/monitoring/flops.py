@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
+from efae.model.fine_tuning import FineTuning
 from efae.model.objective import Draws, Objective
 
 _TERA = 1e12
@@ -49,7 +50,7 @@ class Flops:
 def count_flops(config: Config) -> Flops:
     """Count the FLOPs of a training step, per image, on tensors without data; takes a second."""
     own = _count(config)
-    if config.model.level != "exact":
+    if config.model.level != "exact" or config.pretrained.uri:
         return Flops(own, own)
     return Flops(own, _count(with_overrides(config, {"model.level": "none"})))
 
@@ -59,7 +60,8 @@ def _count(config: Config) -> float:
         **{"loss.scaling_probability": 0.0, "loss.rotation_probability": 0.0},
         "representation.learned_basis": False,  # autocast, which it turns off, knows no meta device
     }
-    objective = Objective(Autoencoder(with_overrides(config, quiet))).to("meta").train()
+    model = Autoencoder(with_overrides(config, quiet))
+    objective = (Objective(model) if model.has_flow else FineTuning(model)).to("meta").train()
     height, width = config.data.image_size
     f, count = config.model.downsampling, 2
     image = torch.zeros(count, config.data.channels, height, width, device="meta")

@@ -14,11 +14,7 @@ loss, and none has to be drawn. At the other levels views are drawn, as without 
 
 from torch import Tensor
 
-from data_pipelines import storage
-from data_pipelines.storage import Location
 from efae import config_forms as configuration
-from efae.checkpoints.checkpoint import read_model
-from efae.checkpoints.run_folder import find_newest_checkpoint, locate_run
 from efae.config import Config
 from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Teacher
@@ -26,9 +22,11 @@ from efae.model.pretrained import StoredModel
 from efae.tracking.server import Server
 from efae.training.compilation import compile_blocks
 from efae.training.process import Process
-from efae.training.state import TrainState
 
-_SHARED = ("representation.", "model.", "data.resolution", "data.channels", "flow.prediction")
+_SHARED = (
+    *("representation.", "model.", "pretrained.", "data.resolution", "data.channels"),
+    "flow.prediction",
+)
 _OF_DECODER = ("model.hidden_size", "model.depth", "model.attention_depth", "model.modulation")
 _FREE = (*_OF_DECODER, "model.latent_noise")
 
@@ -58,7 +56,7 @@ def check_student(config: Config, teacher: Config) -> None:
 
 
 def read_teacher(config: Config, server: Server) -> StoredModel:
-    """Read the teacher of a run: its copy, or before the first checkpoint what will be copied.
+    """Read the model that flow.distill_from names.
 
     Args:
         config: Configuration of the student.
@@ -70,59 +68,11 @@ def read_teacher(config: Config, server: Server) -> StoredModel:
         ConnectionError: MLflow fails.
         StorageError: The storage refuses or does not answer.
     """
-    run = locate_run(config)
-    if find_newest_checkpoint(run):
-        stored = read_model(_locate_copy(config).uri)
-    else:
-        from efae.registry import pull  # MLflow takes two seconds
+    from efae.registry import pull  # MLflow takes two seconds
 
-        stored = pull.read(config.flow.distill_from, server)
+    stored = pull.read(config.flow.distill_from, server)
     check_student(config, stored.config)
     return stored
-
-
-def copy_teacher(config: Config, server: Server) -> None:
-    """Copy the teacher of a distilled model into its run's folder, before the first checkpoint.
-
-    Workers read it there: it is within their reach, and the URI may name another model later.
-
-    Args:
-        config: Configuration of the student.
-        server: MLflow server, for a teacher in its registry.
-
-    Raises:
-        ValueError, CheckpointError, ConnectionError, StorageError: As in `read_teacher`.
-    """
-    if not config.flow.distill_from or find_newest_checkpoint(locate_run(config)):
-        return
-    stored, folder = read_teacher(config, server), _locate_copy(config)
-    for name, data in stored.files.items():  # the manifest is last
-        storage.write_bytes(folder / name, data)
-
-
-def load_teacher(config: Config, process: Process) -> Autoencoder:
-    """Load the teacher from the run's folder.
-
-    Raises:
-        CheckpointError: It is missing or damaged.
-        StorageError: The storage refuses or does not answer.
-    """
-    stored = read_model(_locate_copy(config).uri)
-    return Autoencoder.restore(stored, str(process.device)).float()
-
-
-def start_student(state: TrainState, teacher: Autoencoder) -> None:
-    """Set the weights of a state before its first step to the teacher's.
-
-    A decoder of other sizes begins with random weights, beside the teacher's linear path, if any.
-    """
-    found, model = teacher.state_dict(), state.model
-    weights = model.state_dict()
-    same = all(name in found and found[name].shape == w.shape for name, w in weights.items())
-    kept = ("encoder.", "bottleneck.", "basis.", "decoder." if same else "decoder.linear_path.")
-    weights |= {name: w for name, w in found.items() if name in weights and name.startswith(kept)}
-    model.load_state_dict(weights)
-    state.average.load({name: p.detach() for name, p in model.named_parameters()})
 
 
 def make_sampler(teacher: Autoencoder, config: Config, process: Process) -> Teacher:
@@ -134,7 +84,3 @@ def make_sampler(teacher: Autoencoder, config: Config, process: Process) -> Teac
         return teacher.decode(latent, config.flow.distill_steps, noise)
 
     return sample
-
-
-def _locate_copy(config: Config) -> Location:
-    return locate_run(config) / "teacher"

@@ -16,16 +16,12 @@ from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective, draw
-from efae.preflight.driver_checks import RunData, check_teacher, list_checks
+from efae.preflight.driver_checks import RunData, check_source, list_checks
 from efae.tracking.server import Server
 from efae.training.loop import Start, train
 from efae.training.process import Process
-from efae.training.starts.distillation import (
-    copy_teacher,
-    load_teacher,
-    make_sampler,
-    start_student,
-)
+from efae.training.starts.distillation import make_sampler
+from efae.training.starts.source import copy_source, load_source, start_from
 from efae.training.state import TrainState
 from tests.unit.training.test_training import TINY, Keeper, assert_same_state
 
@@ -58,7 +54,7 @@ def make_teacher(**overrides):
 def make_objective(teacher, **overrides):
     config = configure(**overrides)
     state = TrainState.create(config, CPU)
-    start_student(state, teacher)
+    start_from(state, teacher)
     return Objective(state.model.train(), None, make_sampler(teacher, config, ALONE))
 
 
@@ -131,7 +127,7 @@ def test_the_latent_stays_the_teachers_and_a_resumed_run_is_the_uninterrupted_on
     options |= {"training.global_batch_size": 7, "training.micro_batch_size": 3}
     config = configure(**overrides, **options)
     dataset = ShardDataset.open(shards)
-    whole = train(config, dataset, ALONE, Start(teacher=teacher), Keeper(config, tmp_path))
+    whole = train(config, dataset, ALONE, Start(source=teacher), Keeper(config, tmp_path))
     for name, parameter in whole.model.named_parameters():
         learned = name.startswith("decoder.")
         assert torch.equal(before[name], teacher.state_dict()[name]), name
@@ -139,8 +135,8 @@ def test_the_latent_stays_the_teachers_and_a_resumed_run_is_the_uninterrupted_on
         assert torch.equal(before[name], whole.average.weights[name]) != learned, name
     halfway = read_checkpoint(tmp_path / "step-00000002")
     assert halfway.model.keys() == dict(whole.model.named_parameters()).keys()
-    assert_same_state(train(config, dataset, ALONE, Start(halfway, teacher=teacher)), whole)
-    with pytest.raises(ValueError, match=r"distill_from='a teacher': load that model"):
+    assert_same_state(train(config, dataset, ALONE, Start(halfway, source=teacher)), whole)
+    with pytest.raises(ValueError, match=r"a teacher: load the model"):
         train(config, dataset, ALONE)
 
 
@@ -148,7 +144,7 @@ def test_a_decoder_of_another_size_begins_with_the_linear_path_alone():
     teacher = make_teacher(**UNET)
     state = TrainState.create(configure(**UNET, **{"model.hidden_size": 64}), CPU)
     fresh = state.model.decoder.output.coefficient.clone()
-    start_student(state, teacher)
+    start_from(state, teacher)
     assert torch.equal(state.model.encode(IMAGE), teacher.encode(IMAGE))
     for name in ("linear_path.free", "output.coefficient"):
         same = torch.equal(
@@ -168,8 +164,8 @@ def test_a_run_keeps_the_teacher_that_it_began_with(tmp_path):
     config = configure(**names, **{"flow.distill_from": str(source)})
 
     def is_used(teacher):
-        copy_teacher(config, NOWHERE)
-        used = load_teacher(config, ALONE)
+        copy_source(config, NOWHERE)
+        used = load_source(config, ALONE)
         assert not used.training
         assert not any(p.requires_grad for p in used.parameters())
         return torch.equal(used.decoder.output.coefficient, teacher.decoder.output.coefficient)
@@ -183,22 +179,22 @@ def test_a_run_keeps_the_teacher_that_it_began_with(tmp_path):
     keeper.wait()
     first.save_pretrained(source)
     assert is_used(second)
-    assert check_teacher(config, NOWHERE) == f"{tmp_path}/runs/mine/teacher"
-    (tmp_path / "runs/mine/teacher/config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"mine/teacher: config\.json is missing"):
-        check_teacher(config, NOWHERE)
+    assert check_source(config, NOWHERE) == f"{tmp_path}/runs/mine/source"
+    (tmp_path / "runs/mine/source/config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"mine/source: config\.json is missing"):
+        check_source(config, NOWHERE)
 
 
 def test_a_teacher_that_does_not_fit_is_refused_before_the_run(tmp_path):
     where = {"ray.storage_uri": f"{tmp_path}/runs", "flow.distill_from": f"{tmp_path}/teacher"}
     with pytest.raises(ValueError, match="no model or checkpoint at"):
-        dict(list_checks(configure(**where), RunData(Config().data), NOWHERE))["teacher"]()
+        dict(list_checks(configure(**where), RunData(Config().data), NOWHERE))["starting model"]()
     make_teacher().save_pretrained(tmp_path / "teacher")
     own = {"model.hidden_size": 64, "model.depth": 3, "model.latent_noise": 0.1}
-    assert check_teacher(configure(**where, **own), NOWHERE) == f"{tmp_path}/teacher"
+    assert check_source(configure(**where, **own), NOWHERE) == f"{tmp_path}/teacher"
     other = {"model.encoder_depth": 2, "representation.group": "C4", "data.resolution": 32}
     with pytest.raises(ValueError, match=r"has another encoder") as refusal:
-        check_teacher(configure(**where, **own, **other), NOWHERE)
+        check_source(configure(**where, **own, **other), NOWHERE)
     for difference in (
         "data.resolution: 16 -> 32",
         "representation.group: 'D4' -> 'C4'",

@@ -1,0 +1,151 @@
+"""Networks of an autoencoder of diffusers: its encoder with its posterior, and its decoder.
+
+Both keep the names of diffusers for their parts, so that weights move to and from a folder of
+diffusers by a prefix alone.
+"""
+
+import importlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
+"""Classes of diffusers that can be fine-tuned."""
+
+
+class Encoder(nn.Module):
+    """Maps images (b, c, h, w) in [-1, 1] to the means (b, dim, h / f, w / f) of their posteriors.
+
+    Args:
+        architecture: Configuration of the autoencoder, as JSON.
+        recomputes: Whether to compute activations again in the backward pass.
+    """
+
+    def __init__(self, architecture: str, recomputes: bool = False):
+        super().__init__()
+        self.has_posterior = json.loads(architecture)["_class_name"] == "AutoencoderKL"
+        network = build(architecture, recomputes)
+        self.encoder: nn.Module = network.encoder
+        self.quant_conv: nn.Module | None = getattr(network, "quant_conv", None)
+
+    def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
+        """Return the means."""
+        return self.posterior(image)[0]
+
+    def posterior(self, image: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor | None]:
+        """Return means and logarithms of variances (b, dim, lh, lw); None for a point."""
+        encoded: Tensor = self.encoder(image)
+        if not self.has_posterior:
+            return encoded, None
+        if self.quant_conv is not None:
+            encoded = self.quant_conv(encoded)
+        mean, log_variance = encoded.chunk(2, 1)
+        return mean, log_variance.clamp(-30, 20)  # the bounds of diffusers
+
+    def receptive_radius(self) -> int:
+        """Raise ValueError: tiles are not known to be seamless here."""
+        raise ValueError(_NO_TILES)
+
+
+class Decoder(nn.Module):
+    """Maps latents to images; takes what a flow decoder takes, and ignores all but the latent."""
+
+    def __init__(self, architecture: str, recomputes: bool = False):
+        super().__init__()
+        network = build(architecture, recomputes)
+        self.decoder: nn.Module = network.decoder
+        self.post_quant_conv: nn.Module | None = getattr(network, "post_quant_conv", None)
+
+    def forward(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        t: Float[Tensor, "b"],
+        latent: Float[Tensor, "b dim lh lw"],
+        keep: Bool[Tensor, "b"] | None = None,
+        mean: Float[Tensor, "b dim"] | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """Return the images."""
+        del x_t, t, keep, mean
+        if self.post_quant_conv is not None:
+            latent = self.post_quant_conv(latent)
+        image: Tensor = self.decoder(latent)
+        return image
+
+    def receptive_radius(self) -> int:
+        """Raise ValueError: tiles are not known to be seamless here."""
+        raise ValueError(_NO_TILES)
+
+
+_NO_TILES = (
+    "tile: the networks of diffusers have attention and normalisation over the whole image; load"
+    " the folder in diffusers and call enable_tiling()"
+)
+
+
+def describe(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return colours, latent channels and pixels per cell of an autoencoder.
+
+    Raises:
+        ValueError: It is of another class, or describes no such autoencoder.
+    """
+    name = architecture.get("_class_name")
+    if name not in CLASSES:
+        raise ValueError(f"describes {name}, and only {', '.join(CLASSES)} can be used")
+    try:
+        blocks = (
+            architecture["block_out_channels"]
+            if name == "AutoencoderKL"
+            else architecture["encoder_block_out_channels"]
+        )
+        colours, channels = int(architecture["in_channels"]), int(architecture["latent_channels"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"describes no {name}: {error!r}") from error
+    return colours, channels, 2 ** (len(blocks) - 1)
+
+
+def build(architecture: str, recomputes: bool = False) -> Any:
+    """Build an autoencoder with random weights.
+
+    Args:
+        architecture: Its configuration, as JSON.
+        recomputes: Whether to compute activations again in the backward pass.
+
+    Raises:
+        ValueError: diffusers is missing, or refuses the configuration.
+    """
+    settings = json.loads(architecture)
+    describe(settings)
+    try:
+        diffusers = importlib.import_module("diffusers")
+    except ImportError as error:
+        raise ValueError(
+            "pretrained.uri: the package diffusers is missing; pip install diffusers"
+        ) from error
+    try:
+        network = getattr(diffusers, settings["_class_name"]).from_config(settings)
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"pretrained.architecture: refused by diffusers: {error}") from error
+    if recomputes:
+        # In diffusers 0.42, an AutoencoderTiny that does encodes another range of pixels.
+        if settings["_class_name"] != "AutoencoderKL":
+            raise ValueError(
+                f"training.activation_memory: an {settings['_class_name']} cannot compute its"
+                " activations again; set 1"
+            )
+        network.enable_gradient_checkpointing()
+    return network
+
+
+def name_in_diffusers(name: str) -> str | None:
+    """Return the name that diffusers has for a weight of an `Autoencoder`; None if it has none."""
+    network, _, rest = name.partition(".")
+    return rest if network in ("encoder", "decoder") else None
+
+
+def name_in_efae(name: str) -> str:
+    """Invert `name_in_diffusers`."""
+    network = "encoder" if name.partition(".")[0] in ("encoder", "quant_conv") else "decoder"
+    return f"{network}.{name}"

@@ -1,0 +1,231 @@
+"""The model that a run starts from: the teacher of a distillation, or a pretrained autoencoder.
+
+The driver copies it into the run's folder before the first checkpoint. Workers read it there: it is
+within their reach, and what its URI names may change later.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipelines import storage
+from data_pipelines.storage import Location
+from efae.checkpoints.checkpoint import read_model
+from efae.checkpoints.run_folder import find_newest_checkpoint, locate_run
+from efae.config import Config
+from efae.config_forms import with_overrides
+from efae.evaluation.fitted_action import FittedAction
+from efae.exchange.diffusers_tokenizer import load_diffusers, read_architecture
+from efae.model.autoencoder import Autoencoder
+from efae.model.networks import diffusers_vae
+from efae.model.pretrained import StoredModel, check_weights, pack_model, parse_config
+from efae.model.stored_files import OWN_CONFIG
+from efae.tracking.server import Server
+from efae.training.process import Process
+from efae.training.starts.distillation import read_teacher
+from efae.training.state import TrainState
+
+_PREFIX = "diffusers:"
+
+
+def has_source(config: Config) -> bool:
+    """Return whether a run starts from another model."""
+    return bool(config.flow.distill_from or config.pretrained.uri)
+
+
+def needs_source(config: Config) -> bool:
+    """Return whether every step needs the model that the run started from."""
+    return bool(config.flow.distill_from or config.pretrained.anchor_weight)
+
+
+def needs_fit(config: Config) -> bool:
+    """Return whether the action on the channels of a pretrained latent is still to be fitted."""
+    fitted = bool(config.pretrained.uri) and config.pretrained.action == "fitted"
+    return fitted and config.representation.multiplicities is None
+
+
+def adopt_pretrained(config: Config) -> Config:
+    """Return the configuration with what follows from the autoencoder that pretrained.uri names.
+
+    These are its architecture, the latent's channels, the pixels per cell and the action on the
+    channels. A run that has begun has them in its copy.
+
+    Raises:
+        ValueError: There is no such autoencoder, or the configuration does not fit it; the message
+            names all settings that differ.
+        StorageError: The storage refuses or does not answer.
+    """
+    uri = config.pretrained.uri
+    if not uri:
+        if config.model.kind == "diffusers":
+            raise ValueError(
+                "pretrained.uri='': name an autoencoder: --pretrained.uri diffusers:PATH"
+            )
+        return config
+    begun = _read_copied_config(config)
+    counts, basis = config.representation.multiplicities, config.representation.learned_basis
+    if begun is not None and counts is None:
+        counts = begun.representation.multiplicities
+        basis = begun.representation.learned_basis
+    architecture = (
+        json.loads(begun.pretrained.architecture)
+        if begun
+        else read_architecture(uri.removeprefix(_PREFIX))
+    )
+    colours, channels, f = diffusers_vae.describe(architecture)
+    if counts is None and config.pretrained.action == "spatial":
+        counts = (channels, 0, 0, 0, 0)
+    faults: list[str] = []
+    if colours != config.data.channels:
+        faults.append(f"data.channels={config.data.channels}: its images have {colours} colours")
+    if counts is not None and sum(counts) + counts[-1] != channels:
+        faults.append(f"representation.multiplicities={counts}: its latents have {channels}")
+    if any(side % f for side in config.data.image_size):
+        faults.append(f"data.resolution={config.data.resolution}: must be a multiple of {f}")
+    if faults:
+        raise ValueError(f"pretrained.uri={uri} does not fit: {'; '.join(faults)}")
+    settings: dict[str, Any] = {
+        "pretrained.architecture": json.dumps(architecture, sort_keys=True),
+        "representation.dim": channels,
+        "representation.multiplicities": counts,
+        "representation.learned_basis": basis,
+        "model.downsampling": f,
+        "model.patch_size": min(config.model.patch_size, f),
+    }
+    if config.model.kind == "diffusers":
+        settings["flow.sampler_steps"] = 1
+    return with_overrides(config, settings)
+
+
+def read_source(config: Config, server: Server) -> StoredModel:
+    """Read the model that a run started from, or before the first checkpoint what will be copied.
+
+    Args:
+        config: Configuration of the run, as `adopt_pretrained` returns it.
+        server: MLflow server, for a teacher in its registry.
+
+    Raises:
+        ValueError: There is no such model, or it does not fit the configuration.
+        CheckpointError: The model is damaged.
+        ConnectionError: MLflow fails.
+        StorageError: The storage refuses or does not answer.
+    """
+    if find_newest_checkpoint(locate_run(config)):
+        return read_model(_locate_copy(config).uri)
+    return read_teacher(config, server) if config.flow.distill_from else read_pretrained(config)
+
+
+def read_pretrained(config: Config) -> StoredModel:
+    """Read the autoencoder that pretrained.uri names, as a model of kind "diffusers".
+
+    Raises:
+        ValueError: There is no such autoencoder, or a number in it is not finite.
+        CheckpointError: Its weights are not its configuration's.
+        StorageError: The storage refuses or does not answer.
+    """
+    # As it is, without an average over the group; a basis is refused at level none.
+    level = "objective" if config.representation.learned_basis else "none"
+    kept = dataclasses.replace(config.model, kind="diffusers", level=level)
+    settings = dataclasses.replace(config.pretrained, symmetrize=False)
+    config = dataclasses.replace(config, model=kept, pretrained=settings)
+    network = load_diffusers(config.pretrained.uri.removeprefix(_PREFIX)).network
+    weights: dict[str, Tensor] = {
+        diffusers_vae.name_in_efae(name): weight for name, weight in network.state_dict().items()
+    }
+    model = Autoencoder(config)
+    scale = json.loads(config.pretrained.architecture).get("scaling_factor") or 1.0
+    model.bottleneck.power.fill_(scale**-2)
+    expected = model.state_dict()
+    weights |= {n: w for n, w in expected.items() if diffusers_vae.name_in_diffusers(n) is None}
+    stored = pack_model(weights, config, model.representation)
+    stored = dataclasses.replace(stored, uri=config.pretrained.uri)
+    check_weights(stored, expected)
+    return stored
+
+
+def adopt_action(config: Config, action: FittedAction) -> Config:
+    """Return the configuration of a run with a fitted action; its copy of the model has the basis.
+
+    Args:
+        config: Configuration of the run, as `adopt_pretrained` returns it.
+        action: Action on the latents of the pretrained autoencoder.
+
+    Raises:
+        ValueError: The action has fewer invariant channels than the image has colours.
+        CheckpointError, StorageError: As in `read_source`.
+    """
+    fitted = action.representation
+    counts = tuple(fitted.multiplicities.values())
+    config = with_overrides(
+        config,
+        {"representation.multiplicities": counts, "representation.learned_basis": True},
+    )
+    stored = read_pretrained(config)
+    model = Autoencoder.restore(stored)
+    assert model.basis is not None
+    matrix = action.basis.clone()
+    if torch.linalg.det(matrix) < 0:  # the sign of an invariant channel is free
+        matrix[:, fitted.blocks["a1"].start] *= -1
+    model.basis.set_matrix(matrix)
+    _write_copy(config, pack_model(model.state_dict(), model.config, model.representation))
+    return config
+
+
+def copy_source(config: Config, server: Server) -> None:
+    """Copy the model that a run starts from into its folder, before the first checkpoint.
+
+    Raises:
+        ValueError, CheckpointError, ConnectionError, StorageError: As in `read_source`.
+    """
+    if not has_source(config) or find_newest_checkpoint(locate_run(config)):
+        return
+    if config.representation.learned_basis and _read_copied_config(config) is not None:
+        return  # with the basis of a fitted action
+    _write_copy(config, read_source(config, server))
+
+
+def _write_copy(config: Config, stored: StoredModel) -> None:
+    folder = _locate_copy(config)
+    for name, data in stored.files.items():  # the manifest is last
+        storage.write_bytes(folder / name, data)
+
+
+def load_source(config: Config, process: Process) -> Autoencoder:
+    """Load the model that a run started from, out of the run's folder.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+        StorageError: The storage refuses or does not answer.
+    """
+    stored = read_model(_locate_copy(config).uri)
+    return Autoencoder.restore(stored, str(process.device)).float()
+
+
+def start_from(state: TrainState, source: Autoencoder) -> None:
+    """Set the weights of a state before its first step to those of another model.
+
+    A decoder of other sizes begins with random weights, beside the other's linear path, if any.
+    """
+    found, model = source.state_dict(), state.model
+    weights = model.state_dict()
+    same = all(name in found and found[name].shape == w.shape for name, w in weights.items())
+    kept = ("encoder.", "bottleneck.", "basis.", "decoder." if same else "decoder.linear_path.")
+    weights |= {name: w for name, w in found.items() if name in weights and name.startswith(kept)}
+    model.load_state_dict(weights)
+    state.average.load({name: p.detach() for name, p in model.named_parameters()})
+
+
+def _read_copied_config(config: Config) -> Config | None:
+    """Return the configuration of the pretrained model that a run has copied; None if none."""
+    file = _locate_copy(config) / OWN_CONFIG
+    if not storage.exists(file):
+        return None
+    found = parse_config(file.uri, storage.read_bytes(file))
+    return found if found.pretrained.uri == config.pretrained.uri else None
+
+
+def _locate_copy(config: Config) -> Location:
+    return locate_run(config) / "source"

@@ -1,0 +1,330 @@
+"""Fine-tuning of autoencoders of diffusers: the start, the loss, the result, and bad input."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import efae
+from data_pipelines import ShardDataset
+from efae.checkpoints.checkpoint import read_checkpoint
+from efae.config import Config
+from efae.config_forms import with_overrides
+from efae.evaluation.fitted_action import FittedAction
+from efae.model.autoencoder import Autoencoder
+from efae.model.fine_tuning import FineTuning
+from efae.model.networks.diffusers_vae import CLASSES
+from efae.model.objective import draw
+from efae.symmetry import D4, GROUPS, Representation
+from efae.tracking.server import Server
+from efae.training.loop import Start, train
+from efae.training.process import Process
+from efae.training.starts.source import (
+    adopt_action,
+    adopt_pretrained,
+    copy_source,
+    load_source,
+    needs_fit,
+    read_pretrained,
+)
+from tests.unit.training.test_training import Keeper, assert_same_state, shards
+
+__all__ = ["shards"]
+ALONE = Process(torch.device("cpu"))
+NOWHERE = Server("http://localhost:1")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+TINY = {
+    "data.resolution": 16,
+    "data.decode_threads": 1,
+    "model.kind": "diffusers",
+    "model.bottleneck": "posterior",
+    "model.level": "regularized",
+    "training.steps": 6,
+    "training.global_batch_size": 8,
+    "training.precision": "fp32",
+    "training.log_interval": 2,
+    "training.checkpoint_interval": 3,
+    "optimizer.learning_rate": 1e-3,
+}
+IMAGE = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def build(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if name == "AutoencoderKL":
+        return diffusers.AutoencoderKL(
+            block_out_channels=(8, 8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            norm_num_groups=4,
+            scaling_factor=0.5,
+        )
+    if name == "AutoencoderTiny":
+        return diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8),
+            num_encoder_blocks=(1, 1, 1),
+            num_decoder_blocks=(1, 1, 1),
+        )
+    return diffusers.AutoencoderDC(
+        latent_channels=8,
+        encoder_block_out_channels=(8, 8, 16),
+        decoder_block_out_channels=(8, 8, 16),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained")
+    for name in CLASSES:
+        build(name).save_pretrained(folder / name)
+    return folder
+
+
+def configure(folder: Path, **overrides) -> Config:
+    settings = TINY | {"pretrained.uri": f"diffusers:{folder}"} | overrides
+    settings = {"ray.storage_uri": f"{folder.parent}/runs"} | settings
+    settings |= {"tracking.run_name": "mine", "ray.num_workers": 1}
+    return adopt_pretrained(with_overrides(Config(), settings))
+
+
+def restore(config: Config) -> Autoencoder:
+    return Autoencoder.restore(read_pretrained(config))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_start_is_the_pretrained_autoencoder(folders, name, tmp_path):
+    network = getattr(diffusers, name).from_pretrained(folders / name, low_cpu_mem_usage=False)
+    model = restore(configure(folders / name))
+    with torch.no_grad():
+        encoded = network.encode(IMAGE)
+        latent = encoded.latent_dist.mode() if name == "AutoencoderKL" else encoded[0]
+        scaled = latent * network.config.scaling_factor
+        torch.testing.assert_close(model.encode(IMAGE), scaled)
+        torch.testing.assert_close(model.decode(scaled), network.decode(latent).sample)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_saved_model_is_a_plain_folder_of_its_class_with_a_new_scale(folders, name, tmp_path):
+    config = configure(folders / name)
+    model = restore(config)
+    model.bottleneck.power.fill_(4.0)
+    with torch.no_grad():
+        next(model.decoder.parameters()).add_(1)
+    model.save_pretrained(tmp_path)
+    network = getattr(diffusers, name).from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    assert network.config.scaling_factor == 0.5
+    ours = efae.load(tmp_path)
+    with torch.no_grad():
+        latent = ours.encode(IMAGE)
+        torch.testing.assert_close(ours.decode(latent), network.decode(latent / 0.5).sample)
+        torch.testing.assert_close(ours.encode(IMAGE), model.encode(IMAGE), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("group", ["D4", "C4", "flips", "mirror"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_an_average_over_the_group_is_exactly_equivariant(folders, name, group):
+    overrides = {"representation.group": group, "pretrained.symmetrize": True}
+    config = configure(folders / name, **overrides)
+    model = Autoencoder(config)
+    model.load_state_dict(restore(config).state_dict())
+    with torch.no_grad():
+        image = IMAGE[..., :8] if group in ("flips", "mirror") else IMAGE
+        latent = model.encode(image)
+        sample = model.decode(latent)
+        for g in GROUPS[group]:
+            torch.testing.assert_close(
+                model.encode(g.act_on_image(image)), model.act(g, latent), atol=2e-6, rtol=0
+            )
+            turned = model.decode(model.act(g, latent))
+            torch.testing.assert_close(turned, g.act_on_image(sample), atol=2e-6, rtol=0)
+
+
+def measure(config: Config, original: Autoencoder | None = None, **changes) -> torch.Tensor:
+    model = Autoencoder(config)
+    model.load_state_dict(restore(config).state_dict())
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            parameter.add_(0.01)
+    draws = draw(config, tuple(IMAGE.shape), torch.Generator().manual_seed(0))
+    return FineTuning(model.train(), original=original)(IMAGE, draws)[0]
+
+
+def test_the_loss_is_that_of_its_terms(folders):
+    off = {"loss.kl_weight": 0.0, "loss.pair_weight": 0.0}
+    config = configure(folders / "AutoencoderKL", **off)
+    plain = measure(config)
+
+    def extra(**settings):
+        return measure(configure(folders / "AutoencoderKL", **off | settings)) - plain
+
+    network = diffusers.AutoencoderKL.from_pretrained(
+        folders / "AutoencoderKL", low_cpu_mem_usage=False
+    )
+    with torch.no_grad():
+        nats = network.encode(IMAGE).latent_dist.kl()
+    expected = 0.1 * nats / IMAGE[0].numel()
+    torch.testing.assert_close(extra(**{"loss.kl_weight": 0.1}), expected, atol=1e-5, rtol=1e-3)
+
+    model = restore(config)
+    draws = draw(config, tuple(IMAGE.shape), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        elements = [list(model.group)[i] for i in draws.element.tolist()]
+        turned = torch.stack([g.act_on_image(x) for g, x in zip(elements, IMAGE, strict=True)])
+        difference = model.encode(turned) - model.act(elements, model.encode(IMAGE))
+    pair = difference.square().mean((1, 2, 3))
+    torch.testing.assert_close(extra(**{"loss.pair_weight": 1.0}), pair, atol=1e-5, rtol=1e-3)
+    assert (extra(**{"loss.reconstruction": "l1"}).abs() > 1e-3).all()
+
+    moved = restore(config)
+    with torch.no_grad():
+        moved.encoder.quant_conv.bias[:4] += 1.0
+    anchored = configure(folders / "AutoencoderKL", **off | {"pretrained.anchor_weight": 2.0})
+    drift = measure(anchored, moved) - plain  # 1 over the power 1 / 0.5^2
+    torch.testing.assert_close(drift, torch.full((3,), 2.0 * 0.25), atol=1e-5, rtol=0)
+    torch.testing.assert_close(measure(anchored, restore(config)), plain)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"pretrained.anchor_weight": 0.1, "loss.scaling_probability": 0.5},
+        {"pretrained.train": "decoder", "model.level": "objective"},
+        {"pretrained.symmetrize": True, "model.level": "exact", "representation.group": "mirror"},
+        {
+            "model.kind": "unet",
+            "model.level": "exact",
+            "model.hidden_size": 32,
+            "model.fine_hidden_size": 8,
+            "model.encoder_hidden_size": 32,
+            "pretrained.train": "decoder",
+            "flow.sampler_steps": 1,
+        },
+    ],
+    ids=["anchored", "decoder alone", "symmetrized", "flow decoder"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(folders, shards, tmp_path, overrides):
+    where = {"ray.storage_uri": str(tmp_path / "runs")}
+    config = configure(folders / "AutoencoderKL", **where, **overrides)
+    dataset = ShardDataset.open(shards)
+    copy_source(config, NOWHERE)
+    source = load_source(config, ALONE)
+    keeper = Keeper(config, tmp_path / "whole")
+    whole = train(config, dataset, ALONE, Start(source=source), keeper)
+    assert whole.step == 6
+    halfway = read_checkpoint(tmp_path / "whole" / "step-00000003")
+    anchored = config.pretrained.anchor_weight > 0
+    again = train(config, dataset, ALONE, Start(halfway, source=source if anchored else None))
+    assert_same_state(again, whole)
+    frozen = config.pretrained.train == "decoder"
+    for name, weight in source.encoder.state_dict().items():
+        assert torch.equal(whole.model.encoder.state_dict()[name], weight) == frozen
+        break
+    if config.model.kind == "unet":  # whatever the encoder is, the decoder is equivariant
+        latent = torch.randn(2, 4, 4, 4)
+        noise = torch.randn(2, 3, 16, 16)
+        model = whole.model.eval()
+        for g in model.group:
+            turned = model.decode(model.act(g, latent), noise=g.act_on_image(noise))
+            expected = g.act_on_image(model.decode(latent, noise=noise))
+            torch.testing.assert_close(turned, expected, atol=1e-5, rtol=0)
+
+
+def test_a_run_that_began_needs_its_copy_alone(folders, tmp_path):
+    moved = tmp_path / "vae"
+    build("AutoencoderKL").save_pretrained(moved)
+    where = {"ray.storage_uri": str(tmp_path / "runs"), "pretrained.action": "spatial"}
+    config = configure(moved, **where)
+    assert config.representation.multiplicities == (4, 0, 0, 0, 0)
+    copy_source(config, NOWHERE)
+    moved.rename(tmp_path / "elsewhere")
+    assert configure(moved, **where) == config
+
+
+def test_a_run_starts_in_the_basis_of_its_fitted_action(folders, tmp_path):
+    where = {"ray.storage_uri": str(tmp_path / "runs"), "pretrained.action": "fitted"}
+    config = configure(folders / "AutoencoderKL", **where)
+    assert needs_fit(config)
+    matrix = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
+    nothing = {key: {} for key in ("spatial_error", "own_error", "fitted_error")}
+    action = FittedAction(
+        images=0,
+        representation=Representation(D4, a1=3, b1=1),
+        basis=matrix,
+        matrices=torch.zeros(8, 4, 4),
+        representation_error={},
+        variance_by_irrep={},
+        **nothing,
+    )
+    config = adopt_action(config, action)
+    assert config.representation.multiplicities == (3, 0, 1, 0, 0)
+    copy_source(config, NOWHERE)  # keeps the basis
+    model = load_source(config, ALONE)
+    plain = restore(configure(folders / "AutoencoderKL"))
+    with torch.no_grad():
+        latent, before = model.encode(IMAGE), plain.encode(IMAGE)
+        turned = torch.einsum("ij,bihw->bjhw", matrix.float(), before)
+        turned[:, 0] *= torch.sign(torch.linalg.det(matrix)).float()
+        torch.testing.assert_close(latent, turned, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.decode(latent), plain.decode(before), atol=1e-5, rtol=0)
+    again = configure(folders / "AutoencoderKL", **where)
+    assert again == config  # a resubmitted run fits nothing anew
+    assert not needs_fit(again)
+
+
+def test_bad_folders_are_refused_with_the_reason(folders, tmp_path):
+    def refuse(match: str, change, **overrides):
+        folder = tmp_path / match.replace("/", "-")[:20]
+        build("AutoencoderKL").save_pretrained(folder)
+        change(folder)
+        with pytest.raises(ValueError, match=match):
+            read_pretrained(configure(folder, **overrides))
+
+    def describe(**changes):
+        def change(folder):
+            settings = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(settings | changes))
+
+        return change
+
+    def spoil(folder):
+        weights = load_file(folder / WEIGHTS)
+        weights["encoder.conv_in.bias"][0] = float("nan")
+        save_file(weights, folder / WEIGHTS)
+
+    def pickle(folder):
+        (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
+
+    def nothing(folder):
+        return None
+
+    refuse("describes the class UNet2DModel", describe(_class_name="UNet2DModel"))
+    refuse(
+        "is not a configuration of diffusers",
+        lambda folder: (folder / "config.json").write_text("{"),
+    )
+    refuse("found: diffusion_pytorch_model.bin", pickle)
+    refuse("NaN or infinity in encoder.conv_in.bias", spoil)
+    refuse("cannot be loaded", describe(latent_channels=8))
+    refuse(
+        "must be a multiple of 4",
+        nothing,
+        **{"data.resolution": 18, "model.downsampling": 2, "model.patch_size": 2},
+    )
+    refuse("its latents have 4", nothing, **{"representation.multiplicities": (3, 0, 0, 0, 1)})
+    refuse("its images have 3 colours", nothing, **{"data.channels": 1})
+    with pytest.raises(ValueError, match="no such folder; models are not downloaded"):
+        configure(Path("stabilityai/sdxl-vae"))
+    (tmp_path / "pipeline").mkdir()
+    build("AutoencoderKL").save_pretrained(tmp_path / "pipeline" / "vae")
+    with pytest.raises(ValueError, match=r"did you mean diffusers:.*/pipeline/vae"):
+        configure(tmp_path / "pipeline")
+    with pytest.raises(ValueError, match="name an autoencoder"):
+        adopt_pretrained(with_overrides(Config(), TINY))
