@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
@@ -118,6 +119,7 @@ class Measurement:
             _measure_law(model, latent, totals)
             _measure_floor(model, latent, noise, other, totals)
             _measure_symmetric(model, image, noise, totals)
+            _measure_half_scale(model, image, latent, positions, seed, totals)
             measure_rotations(model, image, noise, latent, self.angles, totals)
             if has_flow(model):
                 measure_steps(model, image, noise, latent, totals)
@@ -250,6 +252,21 @@ def _measure_symmetric(model: Tokenizer, image: Tensor, noise: Tensor, totals: T
             sample = model.decode(model.act(g, latent), noise=g.act_on_image(noise))
             undone = g.inverse.act_on_image(sample).clamp(-1, 1)
             totals.add(f"symmetric {kind} {g}", psnr(undone, symmetric))
+
+
+def _measure_half_scale(
+    model: Tokenizer, image: Tensor, latent: Tensor, positions: Sequence[int], seed: int, t: Totals
+) -> None:
+    """Measure PSNR of the decoded half-size latent against the half-size image, if cells allow."""
+    height, width = latent.shape[-2:]
+    if height % 2 or width % 2:
+        return
+    small, half = (
+        F.interpolate(part, scale_factor=0.5, mode="bilinear", antialias=True)
+        for part in (image, latent)
+    )
+    noise = draw_noise(positions, tuple(small.shape[1:]), seed).to(small.device)
+    t.add("half scale psnr", psnr(model.decode(half, noise=noise).clamp(-1, 1), small))
 
 
 def _record_states(model: Tokenizer, latent: Tensor, noise: Tensor) -> list[tuple[float, Tensor]]:

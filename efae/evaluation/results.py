@@ -74,6 +74,9 @@ class Evaluation:
     symmetric_gap_db: dict[str, float]
     """Worst gap on images made exactly symmetric, by the kind of symmetry."""
     symmetric_worst_gap_db: float
+    half_scale_psnr: float | None
+    """PSNR of the decoded latent at half its size against the image at half its size; None if a
+    side of the latent is odd."""
     deterministic: bool
     """Whether decodes ignore the noise."""
     noise_floor_db: float | None
@@ -186,6 +189,7 @@ def summarize(
         worst_gap_db=max(map(abs, gaps.values())),
         symmetric_gap_db=symmetric,
         symmetric_worst_gap_db=max(symmetric.values()),
+        half_scale_psnr=mean("half scale psnr") if totals.count("half scale psnr") else None,
         deterministic=deterministic,
         noise_floor_db=None if deterministic else mean("floor"),
         encoder_error={g: encoder_error(g, slice(None)) for g in names},
@@ -232,7 +236,7 @@ def describe_protocol(
 ) -> dict[str, Any]:
     knobs = model.config.flow if isinstance(model, Autoencoder) and model.has_flow else None
     chosen = (
-        "group_law_error, noise_floor_db, symmetric_gap_db, rotations, *_by_steps,"
+        "group_law_error, noise_floor_db, symmetric_gap_db, half_scale_psnr, rotations, *_by_steps,"
         " velocity_error_by_time"
     )
     return {
