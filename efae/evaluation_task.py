@@ -20,9 +20,7 @@ from efae.evaluation.fitted_action import FittedAction, fit_action
 from efae.evaluation.held_out import read_held_out, read_images
 from efae.evaluation.linear_reference import fit_linear_reference
 from efae.evaluation.results import Evaluation, Part
-from efae.exchange.diffusers_tokenizer import load_diffusers
 from efae.model.autoencoder import Autoencoder
-from efae.symmetry import GROUPS
 
 _BATCH_SIZE = 64
 _FITTED_IMAGES = 256
@@ -64,7 +62,7 @@ def fit_on_cluster(config: Config) -> FittedAction:
     """Fit the action of a pretrained autoencoder's latents to training images, in a Ray task.
 
     Args:
-        config: Configuration that names the autoencoder, the images and the group.
+        config: Configuration of a run whose folder has its copy of the autoencoder.
 
     Raises:
         ray.exceptions.RayTaskError: The fit failed; also an instance of its cause's class.
@@ -77,11 +75,12 @@ def fit_on_cluster(config: Config) -> FittedAction:
 
 def _fit(text: str) -> FittedAction:
     ignore_metadata()
+    from efae.training.starts.source import locate_copy  # seconds, of this task alone
+
     config = configuration.from_json(text)
     torch.set_num_threads(config.ray.cpus_per_worker)
     device = "cuda" if config.ray.use_gpu else "cpu"
-    group = GROUPS[config.representation.group]
-    model = load_diffusers(config.pretrained.uri.removeprefix("diffusers:"), group, device)
+    model = Autoencoder.restore(read_model(locate_copy(config).uri), device)
     images = read_images(config.data, config.data.uri, _FITTED_IMAGES)
     return fit_action(model, images, batch_size=16, device=device)
 

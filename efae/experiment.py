@@ -33,7 +33,7 @@ from efae.tracking.redaction import redact
 from efae.tracking.runs import Run
 from efae.tracking.sender import deliver_points
 from efae.tracking.server import Server
-from efae.training.starts.source import adopt_action, adopt_pretrained, needs_fit
+from efae.training.starts.source import adopt_action, adopt_pretrained, copy_source, needs_fit
 
 MLFLOW_PATIENCE_SECONDS = 60
 _NOT_NAMED = ("data.uri", "data.held_out_uri", "pretrained.architecture")
@@ -66,6 +66,7 @@ def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -
     run_preflight(config, data, server, say, meanwhile=import_publishing)
     if needs_fit(config):
         say("fitting the action on the channels of the pretrained latents ...")
+        copy_source(config, server)
         config = adopt_action(config, fit_on_cluster(config))
         say(f"    {build_representation(config)}")
     step = find_start(config)

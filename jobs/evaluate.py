@@ -95,7 +95,7 @@ def _run(chosen: Arguments) -> Path:
     from tqdm import tqdm
 
     from efae.evaluation.any_angle import choose_angles
-    from efae.evaluation.evaluate import evaluate
+    from efae.evaluation.evaluate import evaluate, measure_drift
     from efae.evaluation.fitted_action import fit_action
     from efae.evaluation.lpips_fid import Lpips, load_fid
     from efae.preflight.driver_checks import read_facts
@@ -128,6 +128,7 @@ def _run(chosen: Arguments) -> Path:
             "--fit-action takes two images or more: it compares latents with their mean"
         )
 
+    first, _, first_channels = loaded[chosen.model[0]]
     cards: dict[str, Card] = {}
     for uri, (model, config, channels) in loaded.items():
         started = time.monotonic()
@@ -145,6 +146,8 @@ def _run(chosen: Arguments) -> Path:
         if chosen.fit_action:
             fitted = fit_action(model, images[channels], chosen.batch_size, chosen.device)
             numbers["fitted_action"] = fitted.numbers()
+        if uri != chosen.model[0] and channels == first_channels:
+            numbers["drift"] = measure_drift(model, first, images[channels], chosen.batch_size)
         facts = {
             "model_uri": uri.removeprefix("diffusers:"),
             "data": chosen.data,

@@ -201,6 +201,42 @@ def evaluate(
     return measurement.summarize(part)
 
 
+@float32_arithmetic("fp32")
+@torch.no_grad()
+def measure_drift(
+    model: Tokenizer, before: Tokenizer, images: UInt8[Tensor, "n c h w"], batch_size: int = 64
+) -> float | None:
+    """Return E |E(x) - E0(x)|^2 / Var E0(x), how far the latents are from those of another model.
+
+    Args:
+        model: Tokenizer in eval mode.
+        before: Tokenizer in eval mode with the encoder E0.
+        images: Images in [0, 255].
+        batch_size: Number of images per batch; affects rounding only.
+
+    Returns:
+        The distance between unit-scale latents in their encoders' own bases; None if their shapes
+        differ.
+    """
+    totals = Totals()
+    for start in range(0, len(images), batch_size):
+        image = to_float(images[start : start + batch_size])
+        now, then = (_encode_in_own_basis(tokenizer, image) for tokenizer in (model, before))
+        if now.shape != then.shape:
+            return None
+        totals.add("drift", (now - then).square().mean((1, 2, 3)))
+        totals.add("latent", then)
+        totals.add("latent squared", then.square())
+    variance = totals.mean("latent squared") - totals.mean("latent").square()
+    return float(totals.mean("drift")) / max(float(variance.mean()), 1e-12)
+
+
+def _encode_in_own_basis(model: Tokenizer, image: Tensor) -> Tensor:
+    parameter = next(model.parameters()) if isinstance(model, nn.Module) else image
+    latent = model.encode(image.to(parameter.device))
+    return (model.from_irreps(latent) if isinstance(model, Autoencoder) else latent).cpu().double()
+
+
 def _measure_elements(
     model: Tokenizer, image: Tensor, noise: Tensor, totals: Totals, lpips: "Lpips | None"
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -201,6 +201,11 @@ def write_comparison(directory: Path, cards: Mapping[str, Card], facts: Mapping[
         cards=cards,
         folders=folders,
         rotations=rotations,
+        drifts={
+            name: drift
+            for name, card in cards.items()
+            if (drift := card.numbers.get("drift")) is not None
+        },
         exact={name: _is_exact(card.numbers) for name, card in cards.items()},
         facts={name: value for name, value in facts.items() if name != "credits"},
         credits=_listed(facts.get("credits")),

@@ -15,6 +15,7 @@ from efae.config_forms import with_overrides
 from efae.evaluation.any_angle import ANGLES
 from efae.exchange.diffusers_tokenizer import WEIGHTS, load_diffusers
 from efae.model.autoencoder import Autoencoder
+from efae.training.starts.source import adopt_pretrained, read_pretrained
 from jobs.evaluate import main
 
 OURS = {
@@ -144,6 +145,35 @@ def test_ours_beside_a_foreign_one(paths, tmp_path, capsys, data, options, angle
             assert "The channels carry the representation 4+0+2+2+2" in card
         elif fitted:
             assert f"{model}: no representation of the channels explains this encoder" in printed
+
+
+def test_a_foreign_model_before_and_after_stands_on_one_page(paths, tmp_path):
+    """After: the same weights, saved by us and averaged over the group."""
+    settings = {
+        "data.resolution": 16,
+        "model.kind": "diffusers",
+        "model.level": "none",
+        "model.bottleneck": "posterior",
+        "pretrained.uri": paths["foreign"],
+        "ray.storage_uri": str(tmp_path / "runs"),
+        "tracking.run_name": "after",
+    }
+    config = adopt_pretrained(with_overrides(Config(), settings))
+    Autoencoder.restore(read_pretrained(config)).save_pretrained(tmp_path / "after")
+    models = [paths["foreign"], str(tmp_path / "after")]
+    report = tmp_path / "report"
+    rest = ["--data", paths["colour"], "--output", str(report), "--images=4", "--symmetrize"]
+    assert main(["--model", *models, *rest]) == 0
+    before, after = (
+        json.loads((folder / "evaluation.json").read_text())
+        for folder in sorted(path for path in report.iterdir() if path.is_dir())
+    )
+    assert max(before["encoder_error"].values()) > 0.1 > 1e-6 > max(after["encoder_error"].values())
+    assert abs(after["worst_gap_db"]) < 1e-3 < abs(before["worst_gap_db"])
+    assert "drift" not in before
+    assert after["drift"] > 0.01
+    assert after["half_scale_psnr"] > 0
+    assert "drift of the latents" in (report / "report.html").read_text(encoding="utf-8")
 
 
 def test_quarter_turns_of_images_that_are_not_square_or_of_the_trained_size(paths, tmp_path):

@@ -114,7 +114,7 @@ def read_source(config: Config, server: Server) -> StoredModel:
         StorageError: The storage refuses or does not answer.
     """
     if find_newest_checkpoint(locate_run(config)):
-        return read_model(_locate_copy(config).uri)
+        return read_model(locate_copy(config).uri)
     return read_teacher(config, server) if config.flow.distill_from else read_pretrained(config)
 
 
@@ -188,7 +188,7 @@ def copy_source(config: Config, server: Server) -> None:
 
 
 def _write_copy(config: Config, stored: StoredModel) -> None:
-    folder = _locate_copy(config)
+    folder = locate_copy(config)
     for name, data in stored.files.items():  # the manifest is last
         storage.write_bytes(folder / name, data)
 
@@ -200,7 +200,7 @@ def load_source(config: Config, process: Process) -> Autoencoder:
         CheckpointError: It is missing or damaged.
         StorageError: The storage refuses or does not answer.
     """
-    stored = read_model(_locate_copy(config).uri)
+    stored = read_model(locate_copy(config).uri)
     return Autoencoder.restore(stored, str(process.device)).float()
 
 
@@ -220,12 +220,13 @@ def start_from(state: TrainState, source: Autoencoder) -> None:
 
 def _read_copied_config(config: Config) -> Config | None:
     """Return the configuration of the pretrained model that a run has copied; None if none."""
-    file = _locate_copy(config) / OWN_CONFIG
+    file = locate_copy(config) / OWN_CONFIG
     if not storage.exists(file):
         return None
     found = parse_config(file.uri, storage.read_bytes(file))
     return found if found.pretrained.uri == config.pretrained.uri else None
 
 
-def _locate_copy(config: Config) -> Location:
+def locate_copy(config: Config) -> Location:
+    """Return the folder of a run's copy of the model that it started from."""
     return locate_run(config) / "source"
