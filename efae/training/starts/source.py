@@ -22,7 +22,7 @@ from efae.exchange.diffusers_tokenizer import load_diffusers, read_architecture
 from efae.model.autoencoder import Autoencoder
 from efae.model.networks import diffusers_vae
 from efae.model.pretrained import StoredModel, check_weights, pack_model, parse_config
-from efae.model.stored_files import OWN_CONFIG
+from efae.model.stored_files import MANIFEST, OWN_CONFIG
 from efae.tracking.server import Server
 from efae.training.process import Process
 from efae.training.starts.distillation import read_teacher
@@ -67,7 +67,8 @@ def adopt_pretrained(config: Config) -> Config:
         return config
     begun = _read_copied_config(config)
     counts, basis = config.representation.multiplicities, config.representation.learned_basis
-    if begun is not None and counts is None:
+    same = begun is not None and begun.pretrained.action == config.pretrained.action
+    if begun is not None and same and counts is None:
         counts = begun.representation.multiplicities
         basis = begun.representation.learned_basis
     architecture = (
@@ -135,7 +136,9 @@ def read_pretrained(config: Config) -> StoredModel:
     weights: dict[str, Tensor] = {
         diffusers_vae.name_in_efae(name): weight for name, weight in network.state_dict().items()
     }
-    model = Autoencoder(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)  # of a learned basis
+        model = Autoencoder(config)
     scale = json.loads(config.pretrained.architecture).get("scaling_factor") or 1.0
     model.bottleneck.power.fill_(scale**-2)
     expected = model.state_dict()
@@ -189,6 +192,7 @@ def copy_source(config: Config, server: Server) -> None:
 
 def _write_copy(config: Config, stored: StoredModel) -> None:
     folder = locate_copy(config)
+    storage.delete(folder / MANIFEST)  # the copy stays incomplete while we write
     for name, data in stored.files.items():  # the manifest is last
         storage.write_bytes(folder / name, data)
 
@@ -221,7 +225,7 @@ def start_from(state: TrainState, source: Autoencoder) -> None:
 def _read_copied_config(config: Config) -> Config | None:
     """Return the configuration of the pretrained model that a run has copied; None if none."""
     file = locate_copy(config) / OWN_CONFIG
-    if not storage.exists(file):
+    if not (storage.exists(locate_copy(config) / MANIFEST) and storage.exists(file)):
         return None
     found = parse_config(file.uri, storage.read_bytes(file))
     return found if found.pretrained.uri == config.pretrained.uri else None
