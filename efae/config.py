@@ -81,7 +81,7 @@ class ModelConfig:
     kind: Literal["transformer", "unet", "diffusers"] = "transformer"
     """Networks: transformer = attention between all tokens, with learned positions; unet =
     convolutions at every grid from the patches' to the latent's, for images of any size; diffusers
-    = those of pretrained.uri, whose decoder needs no noise."""
+    = those of start.model, whose decoder needs no noise."""
     start: Literal["random", "closed_form"] = "random"
     """Weights before training: closed_form = linear paths from pixels to latent and back are set to
     the best equivariant linear map of the training images, which the networks then correct."""
@@ -118,7 +118,7 @@ class ModelConfig:
     """Bound on the latent: rms = a fixed root mean square per example; running = division by one
     running root mean square of all examples; kl = a Gaussian posterior with a learned standard
     deviation per irrep copy, weighted by loss.kl_weight; posterior = the posterior of the encoder
-    of pretrained.uri, with the same weight."""
+    of start.model, with the same weight."""
     latent_noise: float = 0.05
     """Standard deviation of the Gaussian noise added to the latent in training (bottleneck rms and
     running)."""
@@ -166,10 +166,10 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class PretrainedConfig:
+class StartConfig:
     """Autoencoder of diffusers to fine-tune, or whose encoder gets a flow decoder."""
 
-    uri: str = ""
+    model: str = ""
     """"diffusers:PATH", a folder with an AutoencoderKL, AutoencoderTiny or AutoencoderDC, local or
     remote. With model.kind=diffusers its decoder is fine-tuned, too; with another kind, a flow
     decoder learns p(image | latent) for its encoder. Empty trains from scratch."""
@@ -183,19 +183,17 @@ class PretrainedConfig:
     """Average the pretrained networks over the group, E(x) = mean of rho(g)^-1 E(gx), which makes
     them exactly equivariant and as many times slower as the group has elements."""
     anchor_weight: float = 0.0
-    """Weight of |E(x) - E0(x)|^2 over the power of E0, the encoder before fine-tuning: keeps
-    latents usable for diffusion models that were trained on it."""
+    """Weight of |E(x) - E0(x)|^2 over the latent's power, E0 being the encoder before fine-tuning:
+    keeps latents usable for diffusion models that were trained on it."""
     architecture: str = ""
     """Configuration of its networks, as JSON; read from the folder when a run starts."""
 
     def __post_init__(self):
         require(
-            not self.uri or self.uri.startswith("diffusers:"),
-            f"pretrained.uri={self.uri!r}: must read diffusers:PATH",
+            not self.model or (self.model.startswith("diffusers:") and self.model != "diffusers:"),
+            f"start.model={self.model!r}: must read diffusers:PATH",
         )
-        require(
-            self.anchor_weight >= 0, f"pretrained.anchor_weight={self.anchor_weight}: must be >= 0"
-        )
+        require(self.anchor_weight >= 0, f"start.anchor_weight={self.anchor_weight}: must be >= 0")
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -503,7 +501,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     representation: RepresentationConfig = field(default_factory=RepresentationConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    pretrained: PretrainedConfig = field(default_factory=PretrainedConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -514,14 +512,17 @@ class Config:
     """auto resumes the run of this name if it exists; never refuses if it exists; the URI of a
     checkpoint starts a new run from its weights, optimizer state, step and position in the data; a
     unet's may have another data.resolution, for instance 128 px first and then 256."""
+    output: str = ""
+    """Folder or URI for a copy of the registered model; the registry always stores it."""
 
     def __post_init__(self):
         require(
             self.resume in ("auto", "never") or "/" in self.resume,
             f"resume={self.resume!r}: use auto, never or the URI of a checkpoint",
         )
+        f = 1 if self._follows_start else self.model.downsampling
         require(
-            all(side % self.model.downsampling == 0 for side in self.data.image_size),
+            all(side % f == 0 for side in self.data.image_size),
             f"data.resolution={self.data.resolution}: not divisible into latent cells; use a"
             f" multiple of model.downsampling={self.model.downsampling}",
         )
@@ -558,37 +559,60 @@ class Config:
             " anew; use none",
         )
 
+    @property
+    def _follows_start(self) -> bool:
+        """Whether sizes of the model are still to be read from the one that it starts from."""
+        return bool(self.start.model) and not self.start.architecture
+
     def _check_pretrained(self) -> None:
-        model, pretrained = self.model, self.pretrained
+        model, start = self.model, self.start
         # Presets leave the URI open; `adopt_pretrained` refuses to start without it.
-        given = bool(pretrained.uri) or model.kind == "diffusers"
+        given = bool(start.model) or model.kind == "diffusers"
         require(
             given == (model.bottleneck == "posterior"),
-            f"model.bottleneck={model.bottleneck} with pretrained.uri={pretrained.uri!r}: a"
+            f"model.bottleneck={model.bottleneck} with start.model={start.model!r}: a"
             " pretrained encoder needs bottleneck posterior, and no other encoder has a posterior",
         )
         require(
-            not (model.kind == "diffusers" and model.level == "exact") or pretrained.symmetrize,
+            not (model.kind == "diffusers" and model.level == "exact") or start.symmetrize,
             "model.level=exact with model.kind=diffusers: a pretrained network is exactly"
-            " equivariant only as an average over the group; set pretrained.symmetrize=True, or"
+            " equivariant only as an average over the group; set start.symmetrize=True, or"
             " model.level=regularized",
         )
         require(
-            given or not pretrained.symmetrize,
-            "pretrained.symmetrize=True without pretrained.uri: use model.level=exact",
+            given or not start.symmetrize,
+            "start.symmetrize=True without start.model: use model.level=exact",
+        )
+        require(
+            start.action != "fitted"
+            or model.level in ("objective", "regularized")
+            or self.representation.multiplicities is not None,
+            f"start.action=fitted at model.level={model.level}: its basis needs a decoder that is"
+            " trained on act(g, latent); use level regularized or objective, or another action",
+        )
+        require(
+            model.kind == "diffusers" or not start.anchor_weight,
+            f"start.anchor_weight={start.anchor_weight} with model.kind={model.kind}: only"
+            " fine-tuning (model.kind=diffusers) has an anchor; to keep the latents as they are,"
+            " set start.train=decoder",
+        )
+        require(
+            not (model.kind == "diffusers" and self.flow.distill_from),
+            "flow.distill_from with model.kind=diffusers: its decoder has one step already",
         )
         require(
             not (given and model.has_linear_start),
-            "model.start=closed_form with pretrained.uri: the weights are given; set random",
+            "model.start=closed_form with start.model: the weights are given; set random",
         )
         require(
             not (given and self.loss.rotation_probability),
-            f"loss.rotation_probability={self.loss.rotation_probability} with pretrained.uri:"
+            f"loss.rotation_probability={self.loss.rotation_probability} with start.model:"
             " set 0; a pretrained encoder is fine-tuned on flips and quarter turns alone",
         )
 
     def _check_buckets(self) -> None:
-        f, group = self.model.downsampling, self.representation.group
+        f = 1 if self._follows_start else self.model.downsampling
+        group = self.representation.group
         for height, width in self.data.buckets:
             where = f"data.buckets={self.data.buckets}: {height} x {width}"
             require(
@@ -636,6 +660,12 @@ class Config:
                 f" (loss.rotation_probability={loss.rotation_probability}): use square images, or"
                 " set 0",
             )
+
+    @property
+    def freezes_latent(self) -> bool:
+        """Whether the encoder, and the scale of its latents, stay those of another model."""
+        frozen = bool(self.start.model) and self.start.train == "decoder"
+        return frozen or bool(self.flow.distill_from)
 
     def choose_compilation(self, device_type: str) -> Literal["none", "blocks", "step"]:
         """Return training.compile with "auto" resolved: blocks on "cuda" where shapes are fixed."""

@@ -14,7 +14,7 @@ from efae.config import Config
 
 _RENAMED = {"training.look_images": "training.validation_images"}
 """Keys of release 0.1 that the next release still accepts, and their new names."""
-_RUN_KEYS = ("tracking.", "ray.", "resume")
+_RUN_KEYS = ("tracking.", "ray.", "resume", "output")
 _MACHINE_KEYS = (
     *("data.cache_bytes", "data.cache_dir", "data.pixel_cache_bytes", "data.decode_threads"),
     # They change rounding, or measurements, alone.

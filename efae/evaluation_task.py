@@ -82,7 +82,8 @@ def _fit(text: str) -> FittedAction:
     device = "cuda" if config.ray.use_gpu else "cpu"
     model = Autoencoder.restore(read_model(locate_copy(config).uri), device)
     images = read_images(config.data, config.data.uri, _FITTED_IMAGES)
-    return fit_action(model, images, batch_size=16, device=device)
+    # Fewer than the image has colours are refused: only they carry the colour of a flat patch.
+    return fit_action(model, images, 16, device, invariant=config.data.channels)
 
 
 def _prepare(model: Autoencoder, config: Config) -> Measurement:

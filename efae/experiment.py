@@ -36,7 +36,7 @@ from efae.tracking.server import Server
 from efae.training.starts.source import adopt_action, adopt_pretrained, copy_source, needs_fit
 
 MLFLOW_PATIENCE_SECONDS = 60
-_NOT_NAMED = ("data.uri", "data.held_out_uri", "pretrained.architecture")
+_NOT_NAMED = ("data.uri", "data.held_out_uri", "start.architecture")
 
 
 def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def find_start(config: Config) -> int:
     metadata, found = checkpoint.read_origin(config.resume)
     fixed = ("model.", "representation.", "data.uri", "data.channels", "data.buckets")
     fixed += ("training.seed", "training.global_batch_size", "flow.prediction")
-    fixed += ("flow.distill_from", "pretrained.")
+    fixed += ("flow.distill_from", "start.")
     if config.model.kind == "transformer":  # its positions are those of one size
         fixed += ("data.resolution",)
     if changed := [line for key, line in _changes(found, config) if key.startswith(fixed)]:
@@ -353,6 +353,10 @@ def publish(
         card=card,
         programs=product.programs,
     )
+    if config.output:
+        with tempfile.TemporaryDirectory() as folder:
+            model.write(Path(folder), card)
+            storage.upload_folder(Path(folder), Location.parse(config.output))
     with tempfile.TemporaryDirectory() as folder:
         report_folder = Path(folder)
         write_report(

@@ -223,7 +223,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
     **_PHOTOGRAPHS,
     "fine_tune": (
         "Makes an autoencoder of diffusers equivariant, on photographs at 256 px and one GPU; needs"
-        " --pretrained.uri diffusers:PATH. Not run at this size by us yet. Shards as for"
+        " --start.model diffusers:PATH. Not run at this size by us yet. Shards as for"
         " imagenet_256.",
         FINE_TUNE,
     ),

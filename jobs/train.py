@@ -28,21 +28,38 @@ from efae.tracking.server import Server
 EVENTS_SHOWN = 12
 
 
-def parse_arguments(arguments: list[str]) -> Config:
+def parse_arguments(
+    arguments: list[str],
+    presets: Mapping[str, tuple[str, Config]] = PRESETS,
+    description: str | None = __doc__,
+    program: str = "jobs/train.py",
+) -> Config:
     """Return the preset with the command line's overrides; exit with status 2 if invalid."""
     config = tyro.extras.overridable_config_cli(
-        PRESETS, description=__doc__, args=rename_options(arguments), prog="jobs/train.py"
+        dict(presets), description=description, args=rename_options(arguments), prog=program
     )
     if config.tracking.run_name:
         return config
-    preset = next((a for a in arguments if a in PRESETS), "run")
+    preset = next((a for a in arguments if a in presets), "run")
     name = f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     return dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, run_name=name))
 
 
-def main(arguments: list[str]) -> int:
-    """Run the job; return 0 only if a model was trained and registered."""
-    config = parse_arguments(arguments)
+def main(
+    arguments: list[str],
+    presets: Mapping[str, tuple[str, Config]] = PRESETS,
+    description: str | None = __doc__,
+    program: str = "jobs/train.py",
+) -> int:
+    """Run the job; return 0 only if a model was trained and registered.
+
+    Args:
+        arguments: Arguments of the command line.
+        presets: Presets to choose from, with their descriptions.
+        description: Text of --help.
+        program: Name of the command.
+    """
+    config = parse_arguments(arguments, presets, description, program)
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Importing the platform takes seconds; a mistyped option should not.
@@ -80,6 +97,7 @@ def print_summary(summary: Mapping[str, Any], config: Config) -> None:
             f", MFU {summary['flop_utilization']:.0%}"
             f" ({summary['flop_utilization_as_dense']:.0%} counted as dense)"
         )
+    copy = f"\n  copy               {config.output}" if config.output else ""
     linear = ""
     if summary["linear_psnr"] is not None:
         linear = (
@@ -96,7 +114,7 @@ def print_summary(summary: Mapping[str, Any], config: Config) -> None:
   held-out PSNR      {summary["psnr"]:.2f} dB{linear}
   worst gap          {summary["worst_gap_db"]:.1e} dB over the eight flips and quarter turns
   group-law error    {summary["group_law_error"]:.1e}
-  registered         {summary["model_uri"]}
+  registered         {summary["model_uri"]}{copy}
 {warning}
 next:
   report     {report}

@@ -82,6 +82,7 @@ def fit_action(
     images: UInt8[Tensor, "n c h w"],
     batch_size: int = 64,
     device: str | torch.device = "cpu",
+    invariant: int = 0,
 ) -> FittedAction:
     """Fit the action of the model's group on the channels of its latent.
 
@@ -90,6 +91,7 @@ def fit_action(
         images: Images in [0, 255], two or more.
         batch_size: Number of images per batch; affects rounding only.
         device: Device of the model.
+        invariant: Least number of invariant channels of the representation.
 
     Raises:
         ValueError: There are fewer than two images, or a latent is not finite.
@@ -117,7 +119,7 @@ def fit_action(
     identity = torch.eye(dim, dtype=torch.float64).expand_as(products)
     regular = products + _INVARIANT / dim * products[0].trace() * identity
     matrices = find_nearest_orthogonal(regular)
-    representation, basis = find_nearest_representation(model.group, regular)
+    representation, basis = find_nearest_representation(model.group, regular, invariant)
     represented = torch.stack([basis @ representation.matrix(g) @ basis.T for g in model.group])
     variances = (basis.T @ covariance @ basis).diagonal() / spread
     return FittedAction(

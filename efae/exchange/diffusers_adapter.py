@@ -1,7 +1,7 @@
 """Our autoencoder as a diffusers model, with the calling convention of AutoencoderKL.
 
 Code for latent diffusion trains and samples on it unchanged, and pipelines save and load it.
-Latents have unit scale: scaling_factor is 1, shift_factor 0. Needs diffusers, the extra "audit".
+Latents have unit scale: scaling_factor is 1, shift_factor 0.
 A saved pipeline names this module, and diffusers loads it only where the caller has imported it.
 
 The decoder is a flow, so an image also depends on noise. `decode` draws it from the generator that

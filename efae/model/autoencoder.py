@@ -116,9 +116,9 @@ class Autoencoder(nn.Module):
         self.representation = check_model(config)
         self.group = self.representation.group
         layers = self.group if config.model.level == "exact" else TRIVIAL
-        self.symmetrize = config.pretrained.symmetrize
+        self.symmetrize = config.start.symmetrize
         self.has_flow = config.model.kind != "diffusers"
-        architecture = config.pretrained.architecture
+        architecture = config.start.architecture
         recomputes = config.training.activation_memory < 1
         if config.model.kind == "diffusers":
             self.encoder = diffusers_vae.Encoder(architecture, recomputes)
@@ -126,7 +126,7 @@ class Autoencoder(nn.Module):
         else:
             networks = {"transformer": transformer, "unet": unet}[config.model.kind]
             sizes = (layers, self.representation, config.data, config.model)
-            if config.pretrained.uri:
+            if config.start.model:
                 self.encoder = diffusers_vae.Encoder(architecture, recomputes)
             else:
                 self.encoder = networks.Encoder(*sizes)

@@ -74,7 +74,12 @@ class Bottleneck(nn.Module):
     def add_noise(
         self, latent: Float[Tensor, "b dim h w"], noise: Float[Tensor, "b dim h w"]
     ) -> Float[Tensor, "b dim h w"]:
-        """Add standard normal noise, at the scale of training, to a bounded latent."""
+        """Add standard normal noise, at the scale of training, to a bounded latent.
+
+        With "posterior" it adds none: the encoder's own noise is drawn before the group acts.
+        """
+        if self.kind == "posterior":
+            return latent
         return latent + self._spread() * noise
 
     def scale_penalty(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b"]:
@@ -119,10 +124,8 @@ class Bottleneck(nn.Module):
         return latent * self._scale(latent.dtype)
 
     def _spread(self) -> Tensor | float:
-        if self.kind in ("rms", "running"):
+        if self.kind != "kl":
             return self.noise
-        if self.kind == "posterior":
-            return 0.0
         return (self.log_variance / 2).exp()[self.copy_of_channel, None, None]
 
     def _scale(self, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from efae.model.autoencoder import Autoencoder
-from efae.model.objective import Draws, Perceptual, draw, pair_error, scale
+from efae.model.objective import Draws, Perceptual, draw, pair_error, sample_posterior, scale
 from efae.symmetry.group import act_on_grid
 
 
@@ -50,22 +50,17 @@ class FineTuning(nn.Module):
         weights, bottleneck = model.config.loss, model.bottleneck
         if isinstance(draws, torch.Generator):
             draws = draw(model.config, tuple(image.shape), draws)
-        mean, spread = model.posterior(image)
-        latent, acted = mean, mean
-        terms = torch.zeros(len(image), device=image.device)
-        if spread is not None:
-            latent = mean + model.to_irreps(spread * draws.latent_noise)
-            nats = mean.square() + spread.square() - 1 - 2 * spread.log()
-            terms = terms + weights.kl_weight * nats.sum((1, 2, 3)) / (2 * image[0].numel())
+        mean, latent, nats = sample_posterior(model, image, draws.latent_noise)
+        acted, terms = mean, weights.kl_weight * nats
         if self._original:
-            terms = terms + model.config.pretrained.anchor_weight * self._drift(image, mean)
+            terms = terms + model.config.start.anchor_weight * self._drift(image, mean)
         if draws.element is not None:
             latent, acted = model.act(draws.element, latent), model.act(draws.element, mean)
             image = act_on_grid(model.group, draws.element, image)
         if model.config.model.level == "regularized":
             pair = pair_error(model.bounded(image), acted, bottleneck.mean_power())
             terms = terms + weights.pair_weight * pair
-        if model.training:
+        if model.training and not model.config.freezes_latent:
             bottleneck.update_power(mean)
         if draws.cells is not None:
             image, latent = scale(image, latent, draws.cells)
@@ -77,9 +72,10 @@ class FineTuning(nn.Module):
         return error.mean((1, 2, 3)) + terms, t
 
     def _drift(self, image: Tensor, mean: Tensor) -> Tensor:
-        """Return |E(x) - E0(x)|^2 over the power of E0, by example."""
+        """Return |E(x) - E0(x)|^2 over the latent's power, by example."""
         (original,) = self._original
         with torch.no_grad():
             before = self.model.to_irreps(original.encoder(image)).float()
-            power = original.bottleneck.mean_power().clamp(min=1e-6)
+            # Not the original's: its scaling factor may never have been measured.
+            power = self.model.bottleneck.mean_power().clamp(min=1e-6)
         return (mean - before).square().mean((1, 2, 3)) / power

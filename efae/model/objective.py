@@ -153,14 +153,19 @@ class Objective(nn.Module):
         prediction = config.flow.prediction
         if isinstance(draws, torch.Generator):
             draws = draw(config, tuple(image.shape), draws)
-        latent = encoded = model.bounded(image)
-        if draws.element is not None:
-            latent = model.act(draws.element, latent)
-            image = act_on_grid(model.group, draws.element, image)
         extra = torch.zeros(len(image), device=image.device)
+        if model.bottleneck.kind == "posterior":
+            encoded, latent, nats = sample_posterior(model, image, draws.latent_noise)
+            extra = extra + config.loss.kl_weight * nats
+        else:
+            latent = encoded = model.bounded(image)
+        acted = encoded
+        if draws.element is not None:
+            latent, acted = model.act(draws.element, latent), model.act(draws.element, encoded)
+            image = act_on_grid(model.group, draws.element, image)
         if self.teacher is None:
-            extra = self._regularize(encoded, latent, image)
-            if model.training:
+            extra = extra + self._regularize(encoded, acted, image)
+            if model.training and not config.freezes_latent:
                 model.bottleneck.update_power(encoded)
         mask = None
         if draws.angle is not None and draws.rotated is not None:
@@ -181,8 +186,8 @@ class Objective(nn.Module):
         loss = flow.flow_loss(output, image, draws.noise, t, prediction, mask)
         return loss + extra, t
 
-    def _regularize(self, encoded: Tensor, latent: Tensor, image: Tensor) -> Tensor:
-        """Return the terms (b,) of the latent: of `encoded`, and of `latent` to fit `image`."""
+    def _regularize(self, encoded: Tensor, acted: Tensor, image: Tensor) -> Tensor:
+        """Return the terms (b,) of the latent: of `encoded`, and of `acted` to fit `image`."""
         model = self.model
         config, bottleneck = model.config, model.bottleneck
         terms = torch.zeros(len(image), device=image.device)
@@ -192,9 +197,31 @@ class Objective(nn.Module):
         if bottleneck.kind == "running":
             terms = terms + bottleneck.scale_penalty(encoded)
         if config.model.level == "regularized":
-            pair = pair_error(model.bounded(image), latent, bottleneck.mean_power())
+            pair = pair_error(model.bounded(image), acted, bottleneck.mean_power())
             terms = terms + config.loss.pair_weight * pair
         return terms
+
+
+def sample_posterior(
+    model: Autoencoder, image: Float[Tensor, "b c h w"], noise: Float[Tensor, "b dim h w"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Encode with a pretrained encoder, and draw from its posterior N(mean, spread^2).
+
+    Args:
+        model: Model whose bottleneck has the kind "posterior".
+        image: Images in [-1, 1].
+        noise: Standard normal noise.
+
+    Returns:
+        Bounded means and samples (b, dim, h, w), in the basis of the irreps; and
+        KL(posterior || N(0, 1)) in nats per pixel value (b,), 0 for an encoder without posterior.
+    """
+    mean, spread = model.posterior(image)
+    if spread is None:
+        return mean, mean, torch.zeros(len(image), device=image.device)
+    nats = mean.square() + spread.square() - 1 - 2 * spread.log()
+    sample = mean + model.to_irreps(spread * noise)
+    return mean, sample, nats.sum((1, 2, 3)) / (2 * image[0].numel())
 
 
 def pair_error(

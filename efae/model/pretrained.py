@@ -146,11 +146,14 @@ def parse_model(uri: str, manifest: bytes, read: Callable[[str], bytes]) -> Stor
 
 def _pack_diffusers(weights: Mapping[str, Tensor], config: Config) -> StoredModel:
     """Make the files of an autoencoder of diffusers, whose scale is that of our latents."""
-    architecture = json.loads(config.pretrained.architecture)
-    power = weights["bottleneck.power"].double().clamp(min=1e-6)
-    settings = architecture | {"scaling_factor": float(power.mean().rsqrt())}
-    if architecture.get("shift_factor") is not None:
-        settings["shift_factor"] = 0.0  # a shift would not commute with a change of sign
+    architecture = json.loads(config.start.architecture)
+    settings = dict(architecture)
+    if not (config.freezes_latent or config.start.anchor_weight):
+        # Else the latents are those that diffusion models were trained on, with these factors.
+        power = weights["bottleneck.power"].double().clamp(min=1e-6)
+        settings["scaling_factor"] = float(power.mean().rsqrt())
+        if architecture.get("shift_factor") is not None:
+            settings["shift_factor"] = 0.0  # a shift would not commute with a change of sign
     theirs: dict[str, Tensor] = {}
     ours: dict[str, Tensor] = {}
     for name, tensor in weights.items():

@@ -103,6 +103,8 @@ def list_checks(config: Config, data: RunData, server: Server) -> Iterator[tuple
     yield "images", lambda: check_training_images(config, data.train)
     yield "held-out images", lambda: check_images(config, data.held_out)
     yield "storage", lambda: check_storage(config.ray.storage_uri)
+    if config.output:
+        yield "output", lambda: check_storage(config.output)
     if has_source(config):
         yield "starting model", lambda: check_source(config, server)
 

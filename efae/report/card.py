@@ -291,7 +291,7 @@ def advise_on_linear_map(numbers: Mapping[str, Any], config: Config | None) -> s
     )
     if config is None:
         return meaning
-    if config.pretrained.uri:
+    if config.start.model:
         return meaning
     needed = ["--model.start closed_form"] * (config.model.start != "closed_form")
     needed += ["--model.bottleneck running"] * (config.model.bottleneck == "rms")

@@ -51,6 +51,7 @@ def render_model_card(numbers: Mapping[str, Any], config: Config, facts: Mapping
         numbers=numbers,
         level=config.model.level,
         foreign=_name_class(config),
+        exact=_is_exact(config),
         group=group.name,
         image_shape=image_shape,
         latent_shape=latent_shape,
@@ -75,11 +76,17 @@ def render_model_card(numbers: Mapping[str, Any], config: Config, facts: Mapping
     return redact(card)
 
 
+def _is_exact(config: Config) -> bool:
+    """Return whether encoder and decoder are equivariant by construction."""
+    free_encoder = bool(config.start.model) and not config.start.symmetrize
+    return config.model.level == "exact" and not free_encoder
+
+
 def _name_class(config: Config) -> str:
     """Return the class of a fine-tuned autoencoder of diffusers; "" of a flow autoencoder."""
     if config.model.kind != "diffusers":
         return ""
-    return str(json.loads(config.pretrained.architecture)["_class_name"])
+    return str(json.loads(config.start.architecture)["_class_name"])
 
 
 def _summarize(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:

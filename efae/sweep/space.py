@@ -30,7 +30,10 @@ from efae.symmetry.representation import IRREPS
 _MULTIPLICITIES = "representation.multiplicities"
 _MOST_COMBINATIONS = 10_000
 """Maximum number of combinations to enumerate."""
-_SAME = ("data.", "ray.", "tracking.", "resume", "training.steps", "training.seed")
+_SAME = (
+    *("data.", "ray.", "tracking.", "resume", "training.steps", "training.seed"),
+    *("start.model", "start.action", "start.architecture"),  # read once, before the trials
+)
 """Keys that trials must share to be comparable."""
 
 

@@ -84,7 +84,7 @@ def run_sweep(
     config = adopt_pretrained(config)
     if needs_fit(config):
         raise ValueError(
-            "pretrained.action=fitted: a sweep searches the action itself; use default, or name"
+            "start.action=fitted: a sweep searches the action itself; use default, or name"
             " representation.multiplicities"
         )
     check_settings(config, settings)

@@ -31,7 +31,7 @@ _MOST_CHANNELS = 32
 
 
 def find_nearest_representation(
-    group: Group, matrices: Float[Tensor, "element dim dim"]
+    group: Group, matrices: Float[Tensor, "element dim dim"], invariant: int = 0
 ) -> tuple[Representation, Float[Tensor, "dim dim"]]:
     """Return rho and an orthogonal Q with the largest sum of <Q rho(g) Q^T, matrices[g]> over g.
 
@@ -42,12 +42,13 @@ def find_nearest_representation(
     Args:
         group: Group that the representation represents.
         matrices: Matrix of each element, in the order of the group.
+        invariant: Least number of A1 channels.
     """
     matrices = matrices.double()
     inverses = [group.index(g.inverse) for g in group]
     # rho(g^-1) = rho(g)^T, so this changes no sum, and makes every form below symmetric.
     matrices = (matrices + matrices[inverses].mT) / 2
-    search = _Search(group, matrices)
+    search = _Search(group, matrices, invariant)
     columns, value = search.polish(search.start())
     improved = matrices.shape[-1] <= _MOST_CHANNELS
     while improved:
@@ -79,8 +80,8 @@ class _Search:
         bound: Upper bound of the sum, for any representation.
     """
 
-    def __init__(self, group: Group, matrices: Tensor):
-        self.group = group
+    def __init__(self, group: Group, matrices: Tensor, invariant: int):
+        self.group, self.invariant = group, invariant
         self.matrices = matrices
         self.irreps: dict[str, Tensor] = {}
         seen: set[tuple[float, ...]] = set()
@@ -99,6 +100,8 @@ class _Search:
     def start(self) -> _Columns:
         """Choose channels and planes one by one, always what adds most per channel."""
         columns: _Columns = {irrep: [] for irrep in self.irreps}
+        for _ in range(self.invariant):
+            columns["a1"].append(self._find_frame("a1", self._complement(columns))[1])
         while (left := self._complement(columns)).shape[1]:
             offers = [
                 (irrep, *self._find_frame(irrep, left))
@@ -145,6 +148,8 @@ class _Search:
         for removed, added in swaps:
             rest = {irrep: list(frames) for irrep, frames in weakest.items()}
             if any(len(rest[irrep]) < removed.count(irrep) for irrep in removed):
+                continue
+            if len(rest["a1"]) + added.count("a1") - removed.count("a1") < self.invariant:
                 continue
             for irrep in removed:
                 rest[irrep].pop(0)

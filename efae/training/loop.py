@@ -46,7 +46,7 @@ class Start:
         rate_factor: Factor on every learning rate; below 1 after training has diverged.
         micro_batch_size: Maximum number of images per forward pass; 0 leaves it to the
             configuration.
-        source: Model that flow.distill_from or pretrained.uri names, frozen, on the device; None if
+        source: Model that flow.distill_from or start.model names, frozen, on the device; None if
             they name none, or if the run resumes and no step needs it.
     """
 
@@ -83,7 +83,7 @@ def train(
     device, world_size = process.device, process.world_size
     begins = start.checkpoint is None
     if start.source is None and (needs_source(config) or (begins and has_source(config))):
-        uri = config.flow.distill_from or config.pretrained.uri
+        uri = config.flow.distill_from or config.start.model
         raise ValueError(f"{uri}: load the model, and train with Start(source=model)")
     state = TrainState.create(config, device)
     state.model.train()
@@ -211,7 +211,7 @@ def build_objective(
     """
     perceptual = choose_perceptual(config, process.device)
     if not model.has_flow:
-        anchored = config.pretrained.anchor_weight > 0
+        anchored = config.start.anchor_weight > 0
         return FineTuning(model, perceptual, source if anchored else None)
     if source is None or not config.flow.distill_from:
         return Objective(model, perceptual)

@@ -69,7 +69,7 @@ class Accumulation:
     ):
         self._objective, self._state, self._training = objective, state, config.training
         self._size = micro_batch_size
-        self._latent_is_frozen = bool(config.flow.distill_from)
+        self._latent_is_frozen = config.freezes_latent
 
     def __call__(
         self, image: UInt8[Tensor, "b c h w"], draws: Draws

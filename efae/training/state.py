@@ -44,9 +44,7 @@ class TrainState:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.training.seed)
             model = Autoencoder(config)
-        trained = config.pretrained.train
-        if config.flow.distill_from:  # the latent stays the teacher's
-            trained = "decoder"
+        trained = "decoder" if config.freezes_latent else config.start.train
         for name, parameter in model.named_parameters():
             if trained != "both" and not name.startswith(f"{trained}."):
                 parameter.requires_grad_(False)

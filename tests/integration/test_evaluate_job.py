@@ -154,7 +154,7 @@ def test_a_foreign_model_before_and_after_stands_on_one_page(paths, tmp_path):
         "model.kind": "diffusers",
         "model.level": "none",
         "model.bottleneck": "posterior",
-        "pretrained.uri": paths["foreign"],
+        "start.model": paths["foreign"],
         "ray.storage_uri": str(tmp_path / "runs"),
         "tracking.run_name": "after",
     }

@@ -122,12 +122,12 @@ def build(architecture: str, recomputes: bool = False) -> Any:
         diffusers = importlib.import_module("diffusers")
     except ImportError as error:
         raise ValueError(
-            "pretrained.uri: the package diffusers is missing; pip install diffusers"
+            "start.model: the package diffusers is missing; pip install diffusers"
         ) from error
     try:
         network = getattr(diffusers, settings["_class_name"]).from_config(settings)
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"pretrained.architecture: refused by diffusers: {error}") from error
+        raise ValueError(f"start.architecture: refused by diffusers: {error}") from error
     if recomputes:
         # In diffusers 0.42, an AutoencoderTiny that does encodes another range of pixels.
         if settings["_class_name"] != "AutoencoderKL":

@@ -50,7 +50,7 @@ class Flops:
 def count_flops(config: Config) -> Flops:
     """Count the FLOPs of a training step, per image, on tensors without data; takes a second."""
     own = _count(config)
-    if config.model.level != "exact" or config.pretrained.uri:
+    if config.model.level != "exact" or config.start.model:
         return Flops(own, own)
     return Flops(own, _count(with_overrides(config, {"model.level": "none"})))
 

@@ -24,7 +24,7 @@ from efae.training.compilation import compile_blocks
 from efae.training.process import Process
 
 _SHARED = (
-    *("representation.", "model.", "pretrained.", "data.resolution", "data.channels"),
+    *("representation.", "model.", "start.", "data.resolution", "data.channels"),
     "flow.prediction",
 )
 _OF_DECODER = ("model.hidden_size", "model.depth", "model.attention_depth", "model.modulation")

@@ -33,22 +33,22 @@ _PREFIX = "diffusers:"
 
 def has_source(config: Config) -> bool:
     """Return whether a run starts from another model."""
-    return bool(config.flow.distill_from or config.pretrained.uri)
+    return bool(config.flow.distill_from or config.start.model)
 
 
 def needs_source(config: Config) -> bool:
     """Return whether every step needs the model that the run started from."""
-    return bool(config.flow.distill_from or config.pretrained.anchor_weight)
+    return bool(config.flow.distill_from or config.start.anchor_weight)
 
 
 def needs_fit(config: Config) -> bool:
     """Return whether the action on the channels of a pretrained latent is still to be fitted."""
-    fitted = bool(config.pretrained.uri) and config.pretrained.action == "fitted"
+    fitted = bool(config.start.model) and config.start.action == "fitted"
     return fitted and config.representation.multiplicities is None
 
 
 def adopt_pretrained(config: Config) -> Config:
-    """Return the configuration with what follows from the autoencoder that pretrained.uri names.
+    """Return the configuration with what follows from the autoencoder that start.model names.
 
     These are its architecture, the latent's channels, the pixels per cell and the action on the
     channels. A run that has begun has them in its copy.
@@ -58,26 +58,24 @@ def adopt_pretrained(config: Config) -> Config:
             names all settings that differ.
         StorageError: The storage refuses or does not answer.
     """
-    uri = config.pretrained.uri
+    uri = config.start.model
     if not uri:
         if config.model.kind == "diffusers":
-            raise ValueError(
-                "pretrained.uri='': name an autoencoder: --pretrained.uri diffusers:PATH"
-            )
+            raise ValueError("start.model='': name an autoencoder: --start.model diffusers:PATH")
         return config
-    begun = _read_copied_config(config)
+    copied = _read_copied_config(config)
     counts, basis = config.representation.multiplicities, config.representation.learned_basis
-    same = begun is not None and begun.pretrained.action == config.pretrained.action
-    if begun is not None and same and counts is None:
-        counts = begun.representation.multiplicities
-        basis = begun.representation.learned_basis
-    architecture = (
-        json.loads(begun.pretrained.architecture)
-        if begun
-        else read_architecture(uri.removeprefix(_PREFIX))
-    )
-    colours, channels, f = diffusers_vae.describe(architecture)
-    if counts is None and config.pretrained.action == "spatial":
+    if copied and find_newest_checkpoint(locate_run(config)):
+        architecture = json.loads(copied.start.architecture)
+    else:
+        architecture = read_architecture(uri.removeprefix(_PREFIX))
+    if copied and needs_fit(config) and _has_same_fit(copied, config):
+        counts, basis = copied.representation.multiplicities, True
+    try:
+        colours, channels, f = diffusers_vae.describe(architecture)
+    except ValueError as error:
+        raise ValueError(f"start.model={uri} {error}") from error
+    if counts is None and config.start.action == "spatial":
         counts = (channels, 0, 0, 0, 0)
     faults: list[str] = []
     if colours != config.data.channels:
@@ -87,9 +85,9 @@ def adopt_pretrained(config: Config) -> Config:
     if any(side % f for side in config.data.image_size):
         faults.append(f"data.resolution={config.data.resolution}: must be a multiple of {f}")
     if faults:
-        raise ValueError(f"pretrained.uri={uri} does not fit: {'; '.join(faults)}")
+        raise ValueError(f"start.model={uri} does not fit: {'; '.join(faults)}")
     settings: dict[str, Any] = {
-        "pretrained.architecture": json.dumps(architecture, sort_keys=True),
+        "start.architecture": json.dumps(architecture, sort_keys=True),
         "representation.dim": channels,
         "representation.multiplicities": counts,
         "representation.learned_basis": basis,
@@ -99,6 +97,12 @@ def adopt_pretrained(config: Config) -> Config:
     if config.model.kind == "diffusers":
         settings["flow.sampler_steps"] = 1
     return with_overrides(config, settings)
+
+
+def _has_same_fit(copied: Config, config: Config) -> bool:
+    """Return whether a run's copy has the basis that would be fitted again."""
+    same = (copied.representation.group, copied.data) == (config.representation.group, config.data)
+    return same and copied.start.action == "fitted" and copied.representation.learned_basis
 
 
 def read_source(config: Config, server: Server) -> StoredModel:
@@ -120,7 +124,7 @@ def read_source(config: Config, server: Server) -> StoredModel:
 
 
 def read_pretrained(config: Config) -> StoredModel:
-    """Read the autoencoder that pretrained.uri names, as a model of kind "diffusers".
+    """Read the autoencoder that start.model names, as a model of kind "diffusers".
 
     Raises:
         ValueError: There is no such autoencoder, or a number in it is not finite.
@@ -130,21 +134,21 @@ def read_pretrained(config: Config) -> StoredModel:
     # As it is, without an average over the group; a basis is refused at level none.
     level = "objective" if config.representation.learned_basis else "none"
     kept = dataclasses.replace(config.model, kind="diffusers", level=level)
-    settings = dataclasses.replace(config.pretrained, symmetrize=False)
-    config = dataclasses.replace(config, model=kept, pretrained=settings)
-    network = load_diffusers(config.pretrained.uri.removeprefix(_PREFIX)).network
+    settings = dataclasses.replace(config.start, symmetrize=False)
+    config = dataclasses.replace(config, model=kept, start=settings)
+    network = load_diffusers(config.start.model.removeprefix(_PREFIX)).network
     weights: dict[str, Tensor] = {
         diffusers_vae.name_in_efae(name): weight for name, weight in network.state_dict().items()
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)  # of a learned basis
         model = Autoencoder(config)
-    scale = json.loads(config.pretrained.architecture).get("scaling_factor") or 1.0
+    scale = json.loads(config.start.architecture).get("scaling_factor") or 1.0
     model.bottleneck.power.fill_(scale**-2)
     expected = model.state_dict()
     weights |= {n: w for n, w in expected.items() if diffusers_vae.name_in_diffusers(n) is None}
     stored = pack_model(weights, config, model.representation)
-    stored = dataclasses.replace(stored, uri=config.pretrained.uri)
+    stored = dataclasses.replace(stored, uri=config.start.model)
     check_weights(stored, expected)
     return stored
 
@@ -228,7 +232,7 @@ def _read_copied_config(config: Config) -> Config | None:
     if not (storage.exists(locate_copy(config) / MANIFEST) and storage.exists(file)):
         return None
     found = parse_config(file.uri, storage.read_bytes(file))
-    return found if found.pretrained.uri == config.pretrained.uri else None
+    return found if found.start.model == config.start.model else None
 
 
 def locate_copy(config: Config) -> Location:

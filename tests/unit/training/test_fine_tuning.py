@@ -89,7 +89,7 @@ def folders(tmp_path_factory) -> Path:
 
 
 def configure(folder: Path, **overrides) -> Config:
-    settings = TINY | {"pretrained.uri": f"diffusers:{folder}"} | overrides
+    settings = TINY | {"start.model": f"diffusers:{folder}"} | overrides
     settings = {"ray.storage_uri": f"{folder.parent}/runs"} | settings
     settings |= {"tracking.run_name": "mine", "ray.num_workers": 1}
     return adopt_pretrained(with_overrides(Config(), settings))
@@ -131,7 +131,7 @@ def test_a_saved_model_is_a_plain_folder_of_its_class_with_a_new_scale(folders, 
 @pytest.mark.parametrize("group", ["D4", "C4", "flips", "mirror"])
 @pytest.mark.parametrize("name", CLASSES)
 def test_an_average_over_the_group_is_exactly_equivariant(folders, name, group):
-    overrides = {"representation.group": group, "pretrained.symmetrize": True}
+    overrides = {"representation.group": group, "start.symmetrize": True}
     config = configure(folders / name, **overrides)
     model = Autoencoder(config)
     model.load_state_dict(restore(config).state_dict())
@@ -186,7 +186,7 @@ def test_the_loss_is_that_of_its_terms(folders):
     moved = restore(config)
     with torch.no_grad():
         moved.encoder.quant_conv.bias[:4] += 1.0
-    anchored = configure(folders / "AutoencoderKL", **off | {"pretrained.anchor_weight": 2.0})
+    anchored = configure(folders / "AutoencoderKL", **off | {"start.anchor_weight": 2.0})
     drift = measure(anchored, moved) - plain  # 1 over the power 1 / 0.5^2
     torch.testing.assert_close(drift, torch.full((3,), 2.0 * 0.25), atol=1e-5, rtol=0)
     torch.testing.assert_close(measure(anchored, restore(config)), plain)
@@ -195,16 +195,16 @@ def test_the_loss_is_that_of_its_terms(folders):
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"pretrained.anchor_weight": 0.1, "loss.scaling_probability": 0.5},
-        {"pretrained.train": "decoder", "model.level": "objective"},
-        {"pretrained.symmetrize": True, "model.level": "exact", "representation.group": "mirror"},
+        {"start.anchor_weight": 0.1, "loss.scaling_probability": 0.5},
+        {"start.train": "decoder", "model.level": "objective"},
+        {"start.symmetrize": True, "model.level": "exact", "representation.group": "mirror"},
         {
             "model.kind": "unet",
             "model.level": "exact",
             "model.hidden_size": 32,
             "model.fine_hidden_size": 8,
             "model.encoder_hidden_size": 32,
-            "pretrained.train": "decoder",
+            "start.train": "decoder",
             "flow.sampler_steps": 1,
         },
     ],
@@ -220,10 +220,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(folders, shards, tmp_path, overr
     whole = train(config, dataset, ALONE, Start(source=source), keeper)
     assert whole.step == 6
     halfway = read_checkpoint(tmp_path / "whole" / "step-00000003")
-    anchored = config.pretrained.anchor_weight > 0
+    anchored = config.start.anchor_weight > 0
     again = train(config, dataset, ALONE, Start(halfway, source=source if anchored else None))
     assert_same_state(again, whole)
-    frozen = config.pretrained.train == "decoder"
+    frozen = config.start.train == "decoder"
     for name, weight in source.encoder.state_dict().items():
         assert torch.equal(whole.model.encoder.state_dict()[name], weight) == frozen
         break
@@ -237,19 +237,46 @@ def test_a_resumed_run_is_the_uninterrupted_one(folders, shards, tmp_path, overr
             torch.testing.assert_close(turned, expected, atol=1e-5, rtol=0)
 
 
-def test_a_run_that_began_needs_its_copy_alone(folders, tmp_path):
+def test_a_run_that_began_needs_its_copy_alone(folders, shards, tmp_path):
     moved = tmp_path / "vae"
     build("AutoencoderKL").save_pretrained(moved)
-    where = {"ray.storage_uri": str(tmp_path / "runs"), "pretrained.action": "spatial"}
+    where = {"ray.storage_uri": str(tmp_path / "runs"), "start.action": "spatial"}
     config = configure(moved, **where)
     assert config.representation.multiplicities == (4, 0, 0, 0, 0)
     copy_source(config, NOWHERE)
+    source = load_source(config, ALONE)
+    keeper = Keeper(config, tmp_path / "runs" / "mine")
+    train(config, ShardDataset.open(shards), ALONE, Start(source=source), keeper)
     moved.rename(tmp_path / "elsewhere")
     assert configure(moved, **where) == config
 
 
+def test_a_copy_that_was_half_written_is_written_again(folders, tmp_path):
+    config = configure(
+        folders / "AutoencoderKL",
+        **{"ray.storage_uri": str(tmp_path / "runs"), "representation.learned_basis": True},
+    )
+    copy_source(config, NOWHERE)
+    whole = load_source(config, ALONE).state_dict()
+    copy = tmp_path / "runs" / "mine" / "source"
+    (copy / "manifest.json").unlink()
+    (copy / "efae.safetensors").write_bytes(b"")
+    copy_source(config, NOWHERE)
+    again = load_source(config, ALONE).state_dict()
+    assert all(torch.equal(again[name], weight) for name, weight in whole.items())  # and its basis
+
+
+def test_latents_that_stay_keep_the_factors_of_diffusion_models(folders, tmp_path):
+    for kept in ({"start.train": "decoder"}, {"start.anchor_weight": 0.1}):
+        config = configure(folders / "AutoencoderKL", **kept)
+        model = Autoencoder(config)
+        model.bottleneck.power.fill_(9.0)
+        model.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["scaling_factor"] == 0.5
+
+
 def test_a_run_starts_in_the_basis_of_its_fitted_action(folders, tmp_path):
-    where = {"ray.storage_uri": str(tmp_path / "runs"), "pretrained.action": "fitted"}
+    where = {"ray.storage_uri": str(tmp_path / "runs"), "start.action": "fitted"}
     config = configure(folders / "AutoencoderKL", **where)
     assert needs_fit(config)
     matrix = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
