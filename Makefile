@@ -61,7 +61,14 @@ else
 endif
 
 test-all: $(STAMP) ## run every test that needs no GPU (ARGS="tests/integration/test_chaos.py")
+ifdef ARGS
 	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+else
+	@failed=0; \
+	$(BIN)/python -m pytest -m "not gpu and not s3 and not ray" || failed=$$?; \
+	$(BIN)/python -m pytest -m "not gpu and (s3 or ray)" || failed=$$?; \
+	exit $$failed
+endif
 
 lint: $(STAMP) ## check format, style, types and the direction of imports
 	@$(BIN)/ruff format --check --quiet .
