@@ -62,7 +62,7 @@ def test_nothing_is_lost_or_done_again(disturbed_run, long_run):
 
 def test_the_summary_says_what_happened(disturbed_run):
     events = read_summary(disturbed_run)["events"]
-    assert any("MLflow was away" in line for line in events), events
+    assert any("MLflow was unreachable" in line for line in events), events
 
 
 def test_curves_arrive_later_once_and_in_order(disturbed_run, long_run):
