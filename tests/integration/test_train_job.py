@@ -110,7 +110,7 @@ def test_a_registered_model_is_distilled_into_one_step(whole_run, tmp_path, monk
         "--tracking.run-name=distilled",
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "ok  teacher" in result.stdout
+    assert "ok  starting model" in result.stdout
     student = efae.load(read_summary(find_run("distilled"))["model_uri"])
     teacher = efae.load(teacher_uri)
     assert (student.config.flow.default_steps, teacher.config.flow.default_steps) == (1, 4)

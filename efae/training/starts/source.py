@@ -132,7 +132,8 @@ def read_pretrained(config: Config) -> StoredModel:
         StorageError: The storage refuses or does not answer.
     """
     # As it is, without an average over the group; a basis is refused at level none.
-    level = "objective" if config.representation.learned_basis else "none"
+    based = config.representation.learned_basis or config.start.action == "fitted"
+    level = "objective" if based else "none"
     kept = dataclasses.replace(config.model, kind="diffusers", level=level)
     settings = dataclasses.replace(config.start, symmetrize=False)
     config = dataclasses.replace(config, model=kept, start=settings)

@@ -1,0 +1,82 @@
+"""Fine-tuning on real servers: a lost worker, the folder it makes, and one copy of latents."""
+
+import json
+import signal
+
+import diffusers
+import pytest
+import torch
+
+import efae
+from data_pipelines import ShardDataset
+from tests.conftest import find_workers
+from tests.integration.train_jobs import SHARDS, find_run, find_version, run_job, submitted
+
+pytestmark = [pytest.mark.s3, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory, whole_run) -> list[str]:
+    """Of the job: a small AutoencoderKL with random weights, on the shards of `whole_run`."""
+    folder = tmp_path_factory.mktemp("pretrained") / "vae"
+    torch.manual_seed(0)
+    channels = whole_run.data.params["data.channels"]
+    diffusers.AutoencoderKL(
+        in_channels=int(channels),
+        out_channels=int(channels),
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+    ).save_pretrained(folder)
+    return [
+        "--model.kind=diffusers",
+        "--model.level=regularized",
+        "--model.bottleneck=posterior",
+        f"--start.model=diffusers:{folder}",
+        "--start.action=fitted",
+        "--representation.rotation-dims=2",
+        "--start.anchor-weight=0.1",
+        "--training.steps=120",
+    ]
+
+
+def test_a_lost_worker_changes_nothing_and_the_folder_is_of_its_class(
+    options, local_stack, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("EFAE_CACHE_DIR", str(tmp_path / "cache"))
+    with submitted("tuned", *options, f"--output={tmp_path / 'vae'}", inside=False) as job:
+        assert "fitting the action" in job.wait()
+    with submitted("tuned-killed", *options, inside=False) as job:
+        job.wait_for_checkpoint(40)
+        find_workers("RayTrainWorker", local_stack)[0].send_signal(signal.SIGKILL)
+        job.wait()
+    versions = [find_version(find_run(name)) for name in ("tuned", "tuned-killed")]
+    assert versions[0].tags["digest"] == versions[1].tags["digest"]
+
+    vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae", low_cpu_mem_usage=False)
+    model = efae.load(tmp_path / "vae")
+    config = model.config
+    image = torch.rand(2, config.data.channels, *config.data.image_size) * 2 - 1
+    with torch.no_grad():
+        latent = model.encode(image)
+        plain = vae.encode(image).latent_dist.mode()
+        ours = model.from_irreps(model.bottleneck.denormalize(latent))
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.decode(latent), vae.decode(plain).sample)
+
+    output = "s3://efae-data/tuned-latents"
+    result = run_job(
+        "encode",
+        f"--model={tmp_path / 'vae'}",
+        f"--data={SHARDS}/held_out",
+        f"--output={output}",
+        "--certificate-images=8",
+        "--symmetrize",
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    latents = ShardDataset.open(output)
+    assert latents.certificate["symmetrized"]
+    assert json.dumps(latents.certificate)
+    batch = next(iter(latents.loader(global_batch_size=8, augment="group")))
+    assert len(set(batch.element)) > 1
