@@ -12,6 +12,7 @@ prints both tables at the end.
 """
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -206,7 +207,7 @@ def compare(base: Config, arguments: Arguments, say: Callable[[str], None]) -> d
     own = base.data.image_size
     experiments = {
         size: choose_data(base, arguments.photographs, size)
-        for size in dict.fromkeys((own, *arguments.sizes))
+        for size in sorted({own, *arguments.sizes}, key=math.prod)
     }
     held_out = {
         size: read_held_out(config.data, arguments.images) for size, config in experiments.items()
@@ -278,17 +279,18 @@ def print_tables(results: dict[str, Any]) -> None:
     sizes = list(results["linear_map"])
     print("| network, trained at | " + " | ".join(sizes) + " |")
     print("|---|" + "---|" * len(sizes))
+    found = {name: row["psnr"] for name, row in results["sizes"].items()}
     rows = {"best linear map of these images": results["linear_map"]}
-    rows |= {name: row["psnr"] for name, row in results["sizes"].items()}
+    rows |= {name: scores for name, scores in found.items() if len(scores) == len(sizes)}
+    rows["unet, that size"] = {size: found[f"unet, {size}"][size] for size in sizes}
     for name, scores in rows.items():
-        cells = [f"{scores[size]:.2f}" if size in scores else "" for size in sizes]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        print(f"| {name} | " + " | ".join(f"{scores[size]:.2f}" for size in sizes) + " |")
     print("\n| decoder | steps | PSNR | SSIM | sharpness | images/s |\n|---|---|---|---|---|---|")
     for name, row in results["steps"].items():
-        for count, found in row["decodes"].items():
+        for count, decode in row["decodes"].items():
             print(
-                f"| {name} | {count} | {found['psnr']:.2f} | {found['ssim']:.3f} |"
-                f" {found['sharpness']:.3f} | {found['images_per_second']:.0f} |"
+                f"| {name} | {count} | {decode['psnr']:.2f} | {decode['ssim']:.3f} |"
+                f" {decode['sharpness']:.3f} | {decode['images_per_second']:.0f} |"
             )
 
 

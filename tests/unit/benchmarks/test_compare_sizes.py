@@ -89,8 +89,8 @@ def test_every_model_is_measured_where_the_table_needs_it(folder, tmp_path, monk
     stored = json.loads((tmp_path / "sizes-photographs_64-0.json").read_text())
     assert stored == json.loads(json.dumps(results))
     print_tables(stored)
-    assert f"| student of 2 steps | 1 | {_first(results):.2f} |" in capsys.readouterr().out
-
-
-def _first(results):
-    return results["steps"]["student of 2 steps"]["decodes"][1]["psnr"]
+    printed = capsys.readouterr().out
+    there = (one["psnr"]["16 x 16"], results["sizes"]["unet, 16 x 24"]["psnr"]["16 x 24"])
+    assert f"| unet, that size | {there[0]:.2f} | {there[1]:.2f} |" in printed
+    student = results["steps"]["student of 2 steps"]["decodes"][1]["psnr"]
+    assert f"| student of 2 steps | 1 | {student:.2f} |" in printed
