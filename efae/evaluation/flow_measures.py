@@ -1,5 +1,7 @@
 """Measures of a decoder that follows a velocity field: loss, symmetry, sampler steps."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -53,10 +55,11 @@ def measure_steps(
     noise: Float[Tensor, "b c h w"],
     latent: Float[Tensor, "b dim lh lw"],
     totals: Totals,
+    counts: Sequence[int] = STEP_COUNTS,
 ) -> None:
     """Measure PSNR, SSIM and gradient energy of decodes, by number of sampler steps."""
     totals.add("gradient", gradient_energy(image))
-    for count in STEP_COUNTS:
+    for count in counts:
         sample = model.decode(latent, steps=count, noise=noise).clamp(-1, 1)
         totals.add(f"steps psnr {count}", psnr(sample, image))
         totals.add(f"steps ssim {count}", ssim(sample, image))
