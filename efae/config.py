@@ -173,10 +173,10 @@ class StartConfig:
     """"diffusers:PATH", a folder with an AutoencoderKL, AutoencoderTiny or AutoencoderDC, local or
     remote. With model.kind=diffusers its decoder is fine-tuned, too; with another kind, a flow
     decoder learns p(image | latent) for its encoder. Empty trains from scratch."""
-    action: Literal["default", "spatial", "fitted"] = "default"
-    """Action on its channels, unless representation.multiplicities names one: default = the
-    default split; spatial = none, g moves cells only (EQ-VAE); fitted = the one that its latents
-    are nearest to, in a basis found on training images."""
+    action: Literal["spatial", "fitted", "split"] = "spatial"
+    """Action on its channels, unless representation.multiplicities names one: spatial = none, g
+    moves cells only (EQ-VAE); fitted = the one that its latents are nearest to, in a basis found on
+    training images; split = that of representation.rotation_dims and chirality_split."""
     train: Literal["both", "encoder", "decoder"] = "both"
     """Networks to train; the other is frozen."""
     symmetrize: bool = False

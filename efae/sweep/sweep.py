@@ -47,7 +47,7 @@ from efae.sweep.space import Chooser, read_space
 from efae.tracking import runs
 from efae.tracking.runs import Run
 from efae.tracking.server import Server
-from efae.training.starts.source import adopt_pretrained, needs_fit
+from efae.training.starts.source import adopt_pretrained
 
 CANDIDATE = "candidate"
 _STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "running": "KILLED"}
@@ -81,12 +81,11 @@ def run_sweep(
     """
     started = time.monotonic()
     config = with_overrides(config, {"tracking.run_name": settings.name, "resume": "auto"})
-    config = adopt_pretrained(config)
-    if needs_fit(config):
+    if config.start.model and config.start.action != "split":
         raise ValueError(
-            "start.action=fitted: a sweep searches the action itself; use default, or name"
-            " representation.multiplicities"
+            f"start.action={config.start.action}: a sweep searches the action itself; set split"
         )
+    config = adopt_pretrained(config)
     check_settings(config, settings)
     chooser = Chooser(config, read_space(settings.space, config))
     chooser.list_possible()

@@ -42,6 +42,7 @@ TINY = {
     "model.kind": "diffusers",
     "model.bottleneck": "posterior",
     "model.level": "regularized",
+    "start.action": "split",
     "training.steps": 6,
     "training.global_batch_size": 8,
     "training.precision": "fp32",
