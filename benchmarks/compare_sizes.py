@@ -103,7 +103,7 @@ def train_for(
     Returns:
         The model with its averaged weights, in eval mode; and what its training took.
     """
-    dataset, start = ShardDataset.open(config.data.uri), Start(teacher=teacher)
+    dataset, start = ShardDataset.open(config.data.uri), Start(source=teacher)
 
     def run(steps: int) -> tuple[Autoencoder, Stopwatch]:
         stopwatch = Stopwatch()

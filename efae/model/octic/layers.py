@@ -32,7 +32,7 @@ from efae.symmetry.group import Group, grid_sources
 from efae.symmetry.representation import Representation
 
 activate = None
-if torch.backends.cuda.is_built() and find_spec("triton"):
+if torch.cuda.is_available() and find_spec("triton"):
     from efae.model.octic.fused_relu import activate
 
 _T = TypeVar("_T")
