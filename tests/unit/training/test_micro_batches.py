@@ -19,7 +19,7 @@ from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective, draw
 from efae.model.octic.layers import Block
-from efae.training.compilation import compile_blocks, prepare
+from efae.training.compilation import compile_blocks, compiler_options, prepare
 from efae.training.micro_batches import Accumulation, OutOfMemory
 from efae.training.process import Process
 from efae.training.starts.distillation import make_sampler
@@ -86,7 +86,8 @@ def take_steps(overrides, micro_batch_size=0, steps=1, update=False, perceptual=
         image = torch.randint(0, 256, (COUNT, 3, 16, 16), dtype=torch.uint8, generator=generator)
         draws = draw(config, tuple(image.shape), generator)
         size = COUNT // world_size
-        loss, _ = accumulate(image.split(size)[rank], draws.split(size)[rank])
+        with compiler_options(config):
+            loss, _ = accumulate(image.split(size)[rank], draws.split(size)[rank])
         if update:
             state.optimizer.step()
     with torch.no_grad():  # a validation: a copy in eval mode
