@@ -566,7 +566,7 @@ class Config:
 
     def _check_pretrained(self) -> None:
         model, start = self.model, self.start
-        # Presets leave the URI open; `adopt_pretrained` refuses to start without it.
+        # Presets leave the model open; `adopt_pretrained` refuses to start without it.
         given = bool(start.model) or model.kind == "diffusers"
         require(
             given == (model.bottleneck == "posterior"),

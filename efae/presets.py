@@ -85,30 +85,6 @@ PHOTOGRAPHS_64 = Config(
     ),
 )
 
-# An autoencoder of diffusers that people already have: short, and at a small learning rate.
-FINE_TUNE = Config(
-    data=DataConfig(
-        uri="s3://efae-data/imagenet-256/train",
-        held_out_uri="s3://efae-data/imagenet-256/held_out",
-        resolution=256,
-        cache_bytes=200 * 2**30,
-        decode_threads=8,
-    ),
-    model=ModelConfig(kind="diffusers", level="regularized", bottleneck="posterior"),
-    loss=LossConfig(reconstruction="l1", kl_weight=1e-6),
-    optimizer=OptimizerConfig(learning_rate=1e-4, ema_decay=0.999),
-    training=TrainingConfig(
-        steps=10_000,
-        global_batch_size=16,
-        precision="bf16",
-        activation_memory=0.0,
-        evaluation_interval=1000,
-        validation_images=128,
-        held_out_images=512,
-    ),
-    ray=RayConfig(num_workers=1, use_gpu=True, cpus_per_worker=8, max_failures=20),
-)
-
 IMAGENET_256 = Config(
     data=DataConfig(
         uri="s3://efae-data/imagenet-256/train",
@@ -138,6 +114,24 @@ IMAGENET_256 = Config(
         held_out_images=2048,
     ),
     ray=RayConfig(num_workers=8, use_gpu=True, cpus_per_worker=10, max_failures=20),
+)
+
+# An autoencoder of diffusers that people already have: short, and at a small learning rate.
+FINE_TUNE = Config(
+    data=IMAGENET_256.data,
+    model=ModelConfig(kind="diffusers", level="regularized", bottleneck="posterior"),
+    loss=LossConfig(reconstruction="l1", kl_weight=1e-6),
+    optimizer=OptimizerConfig(learning_rate=1e-4, ema_decay=0.999),
+    training=TrainingConfig(
+        steps=10_000,
+        global_batch_size=16,
+        precision="bf16",
+        activation_memory=0.0,
+        evaluation_interval=1000,
+        validation_images=128,
+        held_out_images=512,
+    ),
+    ray=RayConfig(num_workers=1, use_gpu=True, cpus_per_worker=8, max_failures=20),
 )
 
 

@@ -21,7 +21,8 @@ FINE_TUNING = {name: p for name, p in PRESETS.items() if p[1].model.kind == "dif
 
 def main(arguments: list[str]) -> int:
     """Run the job; return 0 only if a model was fine-tuned and registered."""
-    return train.main(arguments, FINE_TUNING, __doc__, "jobs/finetune.py")
+    config = train.parse_arguments(arguments, FINE_TUNING, __doc__, "jobs/finetune.py")
+    return train.run(config)
 
 
 if __name__ == "__main__":

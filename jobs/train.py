@@ -45,21 +45,13 @@ def parse_arguments(
     return dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, run_name=name))
 
 
-def main(
-    arguments: list[str],
-    presets: Mapping[str, tuple[str, Config]] = PRESETS,
-    description: str | None = __doc__,
-    program: str = "jobs/train.py",
-) -> int:
-    """Run the job; return 0 only if a model was trained and registered.
+def main(arguments: list[str]) -> int:
+    """Run the job; return 0 only if a model was trained and registered."""
+    return run(parse_arguments(arguments))
 
-    Args:
-        arguments: Arguments of the command line.
-        presets: Presets to choose from, with their descriptions.
-        description: Text of --help.
-        program: Name of the command.
-    """
-    config = parse_arguments(arguments, presets, description, program)
+
+def run(config: Config) -> int:
+    """Run one experiment; return 0 only if a model was trained and registered."""
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Importing the platform takes seconds; a mistyped option should not.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from data_pipelines import storage
 from data_pipelines.storage import Location
+from efae.model.networks.diffusers_vae import describe
 from efae.symmetry import D4, Element, Group, Representation
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -62,9 +63,7 @@ class DiffusersTokenizer(nn.Module):
     @property
     def downsampling(self) -> int:
         """Pixels per latent cell; each stage of the encoder after the first halves the image."""
-        settings = self.network.config
-        stages = settings.get("encoder_block_out_channels") or settings.block_out_channels
-        return 2 ** (len(stages) - 1)
+        return describe({**self.network.config, "_class_name": self._class})[2]
 
     def check_images(self, channels: int, height: int, width: int) -> None:
         """Raise ValueError for images that this network does not accept."""

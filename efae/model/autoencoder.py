@@ -385,7 +385,7 @@ class Autoencoder(nn.Module):
 
     def _decode_at_once(self, latent: Tensor, shape: tuple[int, ...], tile: int | None) -> Tensor:
         bounded = self.bottleneck.denormalize(latent)
-        ignored = latent.new_zeros(shape[0], *shape[1:])
+        ignored = latent.new_zeros(shape)
         with self._at_precision(latent.device):
             return self.predict(ignored, ignored[:, 0, 0, 0], bounded, tile=tile)
 

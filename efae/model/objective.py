@@ -161,7 +161,8 @@ class Objective(nn.Module):
             latent = encoded = model.bounded(image)
         acted = encoded
         if draws.element is not None:
-            latent, acted = model.act(draws.element, latent), model.act(draws.element, encoded)
+            acted = model.act(draws.element, encoded)
+            latent = acted if latent is encoded else model.act(draws.element, latent)
             image = act_on_grid(model.group, draws.element, image)
         if self.teacher is None:
             extra = extra + self._regularize(encoded, acted, image)

@@ -1,6 +1,5 @@
 """Fine-tuning on real servers: a lost worker, the folder it makes, and one copy of latents."""
 
-import json
 import signal
 
 import diffusers
@@ -77,6 +76,5 @@ def test_a_lost_worker_changes_nothing_and_the_folder_is_of_its_class(
     assert result.returncode == 0, result.stdout + result.stderr
     latents = ShardDataset.open(output)
     assert latents.certificate["symmetrized"]
-    assert json.dumps(latents.certificate)
     batch = next(iter(latents.loader(global_batch_size=8, augment="group")))
     assert len(set(batch.element)) > 1
