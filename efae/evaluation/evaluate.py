@@ -17,6 +17,7 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from efae.evaluation.any_angle import choose_angles, measure_rotations
+from efae.evaluation.diffusability import measure_latents
 from efae.evaluation.flow_measures import measure_loss, measure_steps, measure_velocity
 from efae.evaluation.linear_reference import LinearReference, fit_linear_reference
 from efae.evaluation.measures import (
@@ -242,8 +243,7 @@ def _measure_elements(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Measure encoder, decoder and both together by element; returns latent and decodes."""
     latent = model.encode(image)
-    totals.add("latent", latent)
-    totals.add("latent squared", latent.double().square())
+    measure_latents(image, latent, model.representation.blocks, totals)
     acted: dict[str, Tensor] = {}
     for g in model.group:
         sample = model.decode(model.act(g, latent), noise=g.act_on_image(noise))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from efae.evaluation.any_angle import summarize_rotations
+from efae.evaluation.diffusability import Diffusability, summarize_diffusability
 from efae.evaluation.flow_measures import STEP_COUNTS, TIME_BINS
 from efae.evaluation.measures import LARGEST_PSNR, Totals, symmetric_images
 from efae.evaluation.protocol import Tokenizer, has_flow
@@ -90,6 +91,8 @@ class Evaluation:
     group_law_error: float
     energy_by_irrep: dict[str, float]
     """Share of each irrep in the latent's energy."""
+    diffusability: Diffusability
+    """How easily a diffusion model should learn the latents."""
     sampler_steps: int | None
     psnr_by_steps: dict[int, float]
     """PSNR by number of sampler steps; this and the two below are empty without a flow."""
@@ -203,6 +206,7 @@ def summarize(
             irrep: float(squared[channels].sum() / squared.sum())
             for irrep, channels in blocks.items()
         },
+        diffusability=summarize_diffusability(totals, blocks),
         sampler_steps=protocol["sampler_steps"],
         psnr_by_steps={n: mean(f"steps psnr {n}") for n in steps},
         ssim_by_steps={n: mean(f"steps ssim {n}") for n in steps},
@@ -254,6 +258,9 @@ def describe_protocol(
         if totals.count("linear psnr")
         else "not measured: the images have too few patches to fit a linear map",
         "elements": "g^-1 decode(act(g, encode(x)), g noise) against x",
+        "diffusability": "latents less the mean of each channel, over the standard deviation of the"
+        " rest; one class; Gaussian with a Kronecker covariance; high frequencies from 1/4 of the"
+        " largest u + v",
         "rotations": None
         if not angles
         else "decode(act(R, encode(x)), noise) against R x inside the"

@@ -1,4 +1,4 @@
-"""Validation on held-out images during training: three measures and a picture."""
+"""Validation on held-out images during training: a few measures and a picture."""
 
 import copy
 import tempfile
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from efae.evaluation.diffusability import measure_latents, summarize_diffusability
 from efae.evaluation.flow_measures import TIME_BINS, measure_loss
 from efae.evaluation.measures import Totals, draw_noise, psnr, to_float
 from efae.model.precision import Precision, float32_arithmetic
@@ -58,8 +59,9 @@ class Validation:
 
         Returns:
             "psnr" of reconstructions in dB; "held_out_loss", the flow loss averaged over t, or the
-            squared error of a decoder without flow; and "worst_gap_db", the largest |difference|
-            to the identity's PSNR over the group, on evenly spaced images.
+            squared error of a decoder without flow; "worst_gap_db", the largest |difference| to
+            the identity's PSNR over the group, on evenly spaced images; and those of
+            `Diffusability.scores`.
         """
         model = copy.deepcopy(state.model).eval()
         model.precision = self._precision
@@ -70,6 +72,7 @@ class Validation:
             positions = range(self._first + start, self._first + start + len(image))
             noise = draw_noise(positions, tuple(image.shape[1:]), 0).to(image.device)
             latent = model.encode(image)
+            measure_latents(image, latent, model.representation.blocks, totals)
             sample = model.decode(latent, noise=noise).clamp(-1, 1)
             totals.add("psnr", psnr(sample, image))
             if model.has_flow:
@@ -90,6 +93,7 @@ class Validation:
             "psnr": float(totals.mean("psnr")),
             "held_out_loss": sum(float(totals.mean(error)) for error in errors) / len(errors),
             "worst_gap_db": max(abs(by_element["identity"] - p) for p in by_element.values()),
+            **summarize_diffusability(totals, model.representation.blocks).scores(),
         }
 
     def _draw(

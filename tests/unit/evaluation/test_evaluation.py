@@ -169,6 +169,8 @@ def test_numbers_are_complete_and_consistent(measured):
         assert set(numbers["symmetric_gap_db"]) == set(FIXED_BY)
         assert sum(numbers["energy_by_irrep"].values()) == pytest.approx(1, abs=1e-5)
         assert set(numbers["encoder_error_by_irrep"]) == set(numbers["energy_by_irrep"])
+        spectra = numbers["diffusability"]["spectral_energy_concentration_by_irrep"]
+        assert set(spectra) == set(numbers["energy_by_irrep"])
         assert len(numbers["loss_by_time"]) == len(numbers["velocity_error_by_time"]) == TIME_BINS
         assert all(loss > 0 for loss in numbers["loss_by_time"])
         for name in ("psnr_by_steps", "ssim_by_steps", "sharpness_by_steps"):
