@@ -242,6 +242,9 @@ def deterministic(evaluation):
         **{"loss_by_time": None, "velocity_error_by_time": None, "rotations": {}},
         **{"energy_by_irrep": {"a1": 1.0}, "worst_gap_db": 7.25},
         **{"linear_psnr": None, "linear_ssim": None, "closed_form_split": None},
+        # A latent without a grid.
+        "diffusability": dict.fromkeys(numbers["diffusability"])
+        | {"velocity_irreducible_variance": 1.234},
     }
     pictures = SimpleNamespace(**vars(evaluation.pictures) | {"states": []})
     return numbers, pictures
@@ -264,12 +267,14 @@ def test_a_deterministic_tokenizer_has_no_empty_boxes(tmp_path, deterministic):
         "Loss by time",
         "Noise floor",
         "any angle",
+        "slope of the spectrum",
     )
     for absent in absents:
         assert absent not in read.text
     assert "Configuration" not in read.text
     assert "this decoder draws no noise" in read.text
     assert 'load_diffusers("/models/vae")' in read.text
+    assert "1.234" in read.text
 
 
 def test_several_models_stand_side_by_side(tmp_path, evaluation, deterministic, config):
@@ -285,7 +290,9 @@ def test_several_models_stand_side_by_side(tmp_path, evaluation, deterministic, 
     assert "7.25" in read.text
     assert "deterministic" in read.text
     assert f"{min(found['psnr'] for found in first.numbers['rotations'].values()):.2f}" in read.text
-    assert read.text.count("not measured") == 3  # the other one's angles and linear map
+    # The other one's angles, linear map, and three measures of a grid.
+    assert read.text.count("not measured") == 6
+    assert f"{evaluation.diffusability.local_distant_similarity:.3f}" in read.text
     assert f"{evaluation.linear_psnr:.2f}" in read.text
     assert FACTS["credits"][0] in read.text
     sources = [attributes["src"] for tag, attributes in read.tags if tag == "img"]
@@ -311,6 +318,16 @@ def test_the_card_shows_the_worst_angle(folder, evaluation):
     text = Page((folder / "report.html").read_text(encoding="utf-8")).text
     worst = min(found["psnr"] for found in evaluation.rotations.values())
     assert f"At the worst angle\n{worst:.2f} dB" in text
+
+
+def test_the_card_shows_diffusability(folder, evaluation):
+    text = Page((folder / "report.html").read_text(encoding="utf-8")).text
+    shown = evaluation.diffusability.scores() | {"slope": evaluation.diffusability.spectral_slope}
+    shown |= evaluation.diffusability.spectral_energy_concentration_by_irrep
+    for name in shown.keys() - {"spectral_slope_gap", "slope"}:
+        assert f"{shown[name]:.3f}" in text, name
+    assert f"{shown['slope']:.2f}" in text
+    assert "we have not measured" in text
 
 
 @pytest.mark.parametrize(
