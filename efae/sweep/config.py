@@ -1,6 +1,6 @@
 """All settings of a sweep: its space, method and length."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
@@ -8,9 +8,27 @@ from pydantic.dataclasses import dataclass
 from efae.config import require, require_name, require_positive
 from efae.names import LONGEST_BYTES
 
-OBJECTIVES = {"psnr": "max", "held_out_loss": "min", "worst_gap_db": "min", "latent_size": "min"}
+Objective = Literal[
+    "psnr",
+    "held_out_loss",
+    "worst_gap_db",
+    "latent_size",
+    "velocity_irreducible_variance",
+    "spectral_energy_concentration",
+    "local_distant_similarity",
+    "spectral_slope_gap",
+]
+OF_GRIDS = ("spectral_energy_concentration", "local_distant_similarity", "spectral_slope_gap")
+"""Objectives that need a grid of several latent cells."""
+OBJECTIVES: dict[Objective, Literal["max", "min"]] = {
+    name: "max" if name in ("psnr", "local_distant_similarity") else "min"
+    for name in get_args(Objective)
+}
 """Objectives and their direction: PSNR of held-out reconstructions in dB, flow loss on held-out
-images, largest gap over the group in dB, numbers in the latent of an image."""
+images, largest gap over the group in dB, numbers in the latent of an image, and the numbers of
+efae/evaluation/diffusability.py."""
+VALIDATED = tuple(name for name in OBJECTIVES if name != "latent_size")
+"""Objectives that validations measure."""
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", hide_input_in_errors=True))
@@ -26,9 +44,7 @@ class SweepConfig:
     lines such as "model.hidden_size" = {choices = [96, 192]}, see docs/sweeps.md."""
     search: Literal["optuna", "random", "grid"] = "optuna"
     """Choice of combinations: Optuna's TPE, at random, or all in order."""
-    objectives: tuple[Literal["psnr", "held_out_loss", "worst_gap_db", "latent_size"], ...] = (
-        "psnr",
-    )
+    objectives: tuple[Objective, ...] = ("psnr",)
     """Objectives of the search; the first decides, several give a Pareto front."""
     trials: int = 16
     """Maximum number of trials; a grid stops earlier once a finite space is exhausted."""
@@ -47,7 +63,7 @@ class SweepConfig:
     """Seed of the search; trials use training.seed."""
 
     @property
-    def stops_by(self) -> str:
+    def stops_by(self) -> Objective:
         """Metric that decides early stopping."""
         # Over 29 splits, PSNR after a quarter of the steps predicts the final order (rank
         # correlation 0.92), the flow loss does not (0.38). A small gap alone is worth nothing.

@@ -15,7 +15,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from efae.config import Config
 from efae.names import make_ascii
-from efae.sweep.config import OBJECTIVES, SweepConfig
+from efae.sweep.config import OBJECTIVES, VALIDATED, SweepConfig
 from efae.sweep.records import Records, TrialRecord
 from efae.sweep.run_trial import Sweep, list_resources, run_trial
 from efae.sweep.searcher import Proposals
@@ -166,8 +166,8 @@ class Bookkeeper(tune.Callback):
         number, record = self._find(trial)
         if result.get("cause") or result["step"] <= record.steps:
             return
-        names = ("step", "psnr", "held_out_loss", "worst_gap_db")
-        validations = [*record.validations, {name: result[name] for name in names}]
+        measured = {name: result[name] for name in ("step", *VALIDATED) if name in result}
+        validations = [*record.validations, measured]
         self._records.update(number, validations=validations, seconds=self._seconds(number, result))
 
     def on_trial_complete(

@@ -18,6 +18,7 @@ from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.model.autoencoder import build_representation
 from efae.ray_trainer import TrainingFailed, is_final, run_training, set_up_worker
+from efae.sweep.config import VALIDATED
 from efae.sweep.records import TrialRecord
 from efae.sweep.space import apply_combination
 from efae.tracking import runs
@@ -94,7 +95,7 @@ def run_trial(proposal: dict[str, Any], sweep: Sweep) -> None:
     except Exception as error:
         if not (isinstance(error, TrainingFailed) or is_final(error)):
             raise
-        nothing = dict.fromkeys(("psnr", "held_out_loss", "worst_gap_db"), math.nan)
+        nothing = dict.fromkeys(VALIDATED, math.nan)
         tune.report({"step": 0, **nothing, "cause": first_cause(error)})
 
 

@@ -17,6 +17,7 @@ from efae import config_forms as configuration
 from efae.checkpoints import run_folder
 from efae.config import Config
 from efae.config_forms import with_overrides
+from efae.evaluation.diffusability import FEWEST_CELLS
 from efae.experiment import (
     describe_data,
     describe_run,
@@ -30,7 +31,7 @@ from efae.preflight.driver_checks import RunData
 from efae.registry import versions
 from efae.report.html import write_split
 from efae.sweep.closed_form import find_closed_form_split
-from efae.sweep.config import SweepConfig
+from efae.sweep.config import OF_GRIDS, SweepConfig
 from efae.sweep.phase import Interrupted, Phases
 from efae.sweep.ranking import (
     choose_finalists,
@@ -43,7 +44,7 @@ from efae.sweep.records import Records, TrialRecord
 from efae.sweep.report import write_sweep_report
 from efae.sweep.run_trial import Sweep, configure_trial, name_run
 from efae.sweep.searcher import Proposals
-from efae.sweep.space import Chooser, read_space
+from efae.sweep.space import Chooser, Space, read_space
 from efae.tracking import runs
 from efae.tracking.runs import Run
 from efae.tracking.server import Server
@@ -86,8 +87,8 @@ def run_sweep(
             f"start.action={config.start.action}: a sweep searches the action itself; set split"
         )
     config = adopt_pretrained(config)
-    check_settings(config, settings)
     chooser = Chooser(config, read_space(settings.space, config))
+    check_settings(config, settings, chooser.space)
     chooser.list_possible()
     data = RunData(config.data)
     run_preflight(config, data, server, say)
@@ -136,8 +137,8 @@ def run_sweep(
     return facts
 
 
-def check_settings(config: Config, settings: SweepConfig) -> None:
-    """Check that the sweep's settings and the configuration fit together.
+def check_settings(config: Config, settings: SweepConfig, space: Space) -> None:
+    """Check that the sweep's settings, its space and the configuration fit together.
 
     Raises:
         ValueError: They do not.
@@ -150,6 +151,15 @@ def check_settings(config: Config, settings: SweepConfig) -> None:
             f" validations, the first at sweep.first_rung={settings.first_rung} of training.steps="
             f"{training.steps}; lower it to {max(1, int(first))}, or set --sweep.no-early-stopping"
         )
+    spatial = [name for name in settings.objectives if name in OF_GRIDS]
+    height, width = config.data.image_size
+    default = config.model.downsampling
+    for factor in {c.get("model.downsampling", default) for c in space.combinations}:
+        if spatial and (height // factor) * (width // factor) < FEWEST_CELLS:
+            raise ValueError(
+                f"sweep.objectives: {spatial[0]} needs latents of {FEWEST_CELLS} cells or more, but"
+                f" model.downsampling={factor} leaves {height // factor} x {width // factor}"
+            )
 
 
 def _begin(

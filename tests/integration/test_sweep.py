@@ -237,6 +237,7 @@ def small_sweep(train_shards, local_stack, tmp_path_factory):
     space.write_text(f"model.hidden_size = [64, {NO_MEMORY}]")
     options = [*TRIALS, f"--sweep.space={space}", "--sweep.search=grid"]
     options += ["--sweep.finalists=0", "--sweep.name=small", "--ray.num-workers=1"]
+    options += ["--sweep.objectives", "psnr", "velocity_irreducible_variance"]
     result = run_job("tune", *OPTIONS, *options, f"--tracking.report-folder={folder}")
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "small"
@@ -258,6 +259,9 @@ def test_a_sweep_reports_each_trial_and_registers_the_best(small_sweep, local_st
     version = client.get_model_version_by_alias("efae", "candidate")
     (best,) = [run for run in children if run.info.status == "FINISHED"]
     assert version.run_id == best.info.run_id
+    name = "velocity_irreducible_variance"
+    (finished,) = [trial for trial in found["trials"] if trial["state"] == "finished"]
+    assert finished["metrics"][name] == best.data.metrics[f"held_out/{name}"] > 0
     assert list_leftovers(local_stack) == []
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from efae.presets import PRESETS
-from efae.sweep.config import SweepConfig
+from efae.sweep.config import VALIDATED, SweepConfig
 from efae.sweep.phase import find_first_rung, make_scheduler, replay
 from efae.sweep.ranking import choose_finalists, describe_trials, find_best, predict, rank
 from efae.sweep.records import Records, TrialRecord
@@ -133,7 +133,7 @@ def test_a_trial_stopped_early_is_no_whole_one(tmp_path):
         state = "finished" if step == STEPS else "stopped"
         records.update(record.number, state=state, validations=[validation])
     proposals.suggest("failed")
-    nothing = dict.fromkeys(("psnr", "held_out_loss", "worst_gap_db"), math.nan)
+    nothing = dict.fromkeys(VALIDATED, math.nan)
     proposals.on_trial_result("failed", {"step": 0, **nothing, "cause": "no memory"})
     proposals.on_trial_complete("failed", {"step": 0, **nothing, "cause": "no memory"})
     records.update(3, state="failed", cause="no memory")
@@ -142,6 +142,27 @@ def test_a_trial_stopped_early_is_no_whole_one(tmp_path):
     assert [state for state in told if state != "FAIL"] == wanted[:2]
     _, taken_up = begin(tmp_path, settings)
     assert [trial.state.name for trial in taken_up._study.trials] == wanted
+
+
+@pytest.mark.parametrize(
+    ("objective", "best"),
+    [
+        ("velocity_irreducible_variance", 0.1),
+        ("spectral_energy_concentration", 0.1),
+        ("local_distant_similarity", 0.3),
+        ("spectral_slope_gap", 0.1),
+    ],
+)
+def test_the_numbers_of_diffusability_are_objectives(tmp_path, objective, best):
+    settings = SweepConfig(name="s", trials=3, objectives=(objective,))
+    records, proposals = begin(tmp_path, settings)
+    for i, value in enumerate((0.2, 0.1, 0.3)):
+        record = TrialRecord(**proposals.suggest(str(i))["record"])
+        validation = validate(record.combination) | {objective: value}
+        proposals.on_trial_result(str(i), validation)
+        proposals.on_trial_complete(str(i), validation)
+        records.update(record.number, state="finished", validations=[validation])
+    assert find_best(records, settings)["value"] == proposals._study.best_value == best
 
 
 def test_several_objectives_give_a_front(tmp_path):

@@ -10,7 +10,7 @@ from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.model.autoencoder import build_representation
 from efae.presets import PRESETS
-from efae.sweep.config import SweepConfig
+from efae.sweep.config import OF_GRIDS, SweepConfig
 from efae.sweep.space import NAMED_SPACES, Chooser, apply_combination, count_latent, read_space
 from efae.sweep.sweep import check_settings
 from efae.symmetry.representation import IRREPS
@@ -18,6 +18,7 @@ from efae.symmetry.representation import IRREPS
 QUICKSTART = PRESETS["quickstart"][1]
 ROTATION, CHIRALITY = "representation.rotation_dims", "representation.chirality_split"
 RATE = "optimizer.learning_rate"
+SPLITS = read_space("split", QUICKSTART)
 COPIES = [f"representation.multiplicities.{irrep}" for irrep in IRREPS[1:]]
 
 
@@ -179,5 +180,18 @@ def test_wrong_settings_are_refused_by_name(wrong):
 
 def test_a_validation_must_come_before_the_first_rung():
     with pytest.raises(ValueError, match=r"training.evaluation_interval=500.*lower it to 200"):
-        check_settings(with_overrides(QUICKSTART, {"training.steps": 800}), SweepConfig())
-    check_settings(PRESETS["quickstart_trial"][1], SweepConfig())
+        check_settings(with_overrides(QUICKSTART, {"training.steps": 800}), SweepConfig(), SPLITS)
+    check_settings(PRESETS["quickstart_trial"][1], SweepConfig(), SPLITS)
+
+
+@pytest.mark.parametrize("objective", OF_GRIDS)
+def test_spatial_objectives_need_a_grid(tmp_path, objective):
+    config = PRESETS["quickstart_trial"][1]
+    settings = SweepConfig(objectives=("psnr", objective))
+    check_settings(config, settings, SPLITS)
+    path = tmp_path / "space.toml"
+    path.write_text('"model.downsampling" = [8, 32]')
+    space = read_space(str(path), config)
+    with pytest.raises(ValueError, match=rf"{objective} needs .*downsampling=32 leaves 1 x 1"):
+        check_settings(config, settings, space)
+    check_settings(config, SweepConfig(objectives=("velocity_irreducible_variance",)), space)
