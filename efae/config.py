@@ -16,10 +16,10 @@ from pydantic_core import PydanticCustomError
 from data_pipelines.loading.options import ReadOptions
 from efae.names import LONGEST_BYTES, find_fault
 
-_STRICT = ConfigDict(extra="forbid", hide_input_in_errors=True)
+STRICT = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class DataConfig(ReadOptions):
     """Where the images are, and how they are read."""
 
@@ -48,7 +48,7 @@ class DataConfig(ReadOptions):
         return size
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class RepresentationConfig:
     """How a group element acts on the latent's channels."""
 
@@ -71,7 +71,7 @@ class RepresentationConfig:
     any Q."""
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ModelConfig:
     """Encoder and decoder."""
 
@@ -165,7 +165,7 @@ class ModelConfig:
         return self.start == "closed_form"
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class StartConfig:
     """Autoencoder of diffusers to fine-tune, or whose encoder gets a flow decoder."""
 
@@ -196,7 +196,7 @@ class StartConfig:
         require(self.anchor_weight >= 0, f"start.anchor_weight={self.anchor_weight}: must be >= 0")
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class FlowConfig:
     """Rectified flow: x_t = (1 - t) * image + t * noise; t = 1 is noise."""
 
@@ -214,8 +214,8 @@ class FlowConfig:
     stratified: bool = True
     """Draw one t from each of equally probable slices of its distribution in every batch."""
     condition_drop: float = 0.0
-    """Share of training examples whose latent is replaced by a learned null condition; guidance
-    needs it."""
+    """Share of training examples whose latent, or label if a generator is trained, is replaced by a
+    learned null condition; guidance needs it."""
     sampler: Literal["euler", "midpoint", "heun"] = "euler"
     """Default solver of the decoding ODE."""
     sampler_steps: int | None = None
@@ -274,7 +274,7 @@ class FlowConfig:
         return 1 if self.distill_from else 4
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class LossConfig:
     """Terms of the loss beside the flow's velocity error."""
 
@@ -316,7 +316,7 @@ class LossConfig:
         )
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay."""
 
@@ -344,7 +344,7 @@ class OptimizerConfig:
             require(0 <= value < 1, f"optimizer.{name}={value}: must be in [0, 1)")
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TrainingConfig:
     """Length, batch, precision and intervals of a run."""
 
@@ -401,7 +401,7 @@ class TrainingConfig:
         )
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class RayConfig:
     """Resources of the run on the Ray cluster, and its recovery from failures."""
 
@@ -462,7 +462,7 @@ class RayConfig:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TrackingConfig:
     """Names in MLflow; the server's address is MLFLOW_TRACKING_URI in the environment."""
 
@@ -494,7 +494,7 @@ class TrackingConfig:
         require_name("tracking.experiment", self.experiment)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Config:
     """Configuration of one experiment."""
 

@@ -6,11 +6,14 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter
 
 from efae.config import Config
+from efae.generator_config import AnyConfig, GeneratorConfig
+
+_Kind = TypeVar("_Kind", Config, GeneratorConfig)
 
 _RENAMED = {"training.look_images": "training.validation_images"}
 """Keys of release 0.1 that the next release still accepts, and their new names."""
@@ -23,7 +26,7 @@ _MACHINE_KEYS = (
 )
 
 
-def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
+def with_overrides(config: _Kind, overrides: Mapping[str, Any]) -> _Kind:
     """Return `config` with dotted keys replaced, e.g. ``{"optimizer.learning_rate": 3e-4}``.
 
     Raises:
@@ -43,7 +46,7 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
         for section in sections:
             branch = branch[section]
         branch[leaf] = value
-    return from_dict(tree)
+    return cast(_Kind, parse_run(tree))
 
 
 def rename_options(arguments: Sequence[str]) -> list[str]:
@@ -69,8 +72,8 @@ def _rename(key: str) -> str:
     return new
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """Return the tree as dotted keys, in the order of `efae.config`."""
+def flatten(config: AnyConfig) -> dict[str, Any]:
+    """Return the tree as dotted keys, in the order of its fields."""
     return dict(_flatten(config, ""))
 
 
@@ -96,13 +99,20 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
     return TypeAdapter(Config).validate_python(tree)
 
 
-def to_json(config: Config) -> str:
-    """Return the resolved configuration as indented JSON, in the order of `efae.config`."""
+def parse_run(tree: Mapping[str, Any]) -> AnyConfig:
+    """Return the configuration of a run of either kind, as `from_dict` does."""
+    if "generator" in tree:
+        return TypeAdapter(GeneratorConfig).validate_python(tree)
+    return from_dict(tree)
+
+
+def to_json(config: AnyConfig) -> str:
+    """Return the resolved configuration as indented JSON, in the order of its fields."""
     return json.dumps(asdict(config), indent=2)
 
 
 def from_json(text: str) -> Config:
-    """Return the configuration that `to_json` wrote."""
+    """Return the configuration of a tokenizer that `to_json` wrote."""
     return from_dict(json.loads(text))
 
 
@@ -111,7 +121,7 @@ def decides_weights(key: str) -> bool:
     return not key.startswith(_RUN_KEYS) and key not in _MACHINE_KEYS
 
 
-def digest(config: Config) -> str:
+def digest(config: AnyConfig) -> str:
     """Return a hash of all settings that influence the weights."""
     decisive = {key: value for key, value in flatten(config).items() if decides_weights(key)}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]

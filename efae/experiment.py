@@ -22,6 +22,7 @@ from efae.checkpoints.events import read_events
 from efae.config import Config
 from efae.evaluation.results import Evaluation
 from efae.evaluation_task import fit_on_cluster, start_evaluation
+from efae.generator_config import AnyConfig
 from efae.model.autoencoder import build_representation
 from efae.model.pretrained import StoredModel, pack_model
 from efae.preflight.cluster_checks import run_preflight
@@ -181,7 +182,7 @@ def find_start(config: Config) -> int:
     return metadata["step"]
 
 
-def _changes(before: Config, now: Config) -> list[tuple[str, str]]:
+def _changes(before: AnyConfig, now: AnyConfig) -> list[tuple[str, str]]:
     old, new = configuration.flatten(before), configuration.flatten(now)
     return [(key, f"{key}: {old[key]!r} -> {new[key]!r}") for key in new if old[key] != new[key]]
 

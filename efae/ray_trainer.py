@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import inspect
 import itertools
+import json
 import logging
 import os
 import tempfile
@@ -39,7 +40,8 @@ from efae import config_forms as configuration
 from efae.checkpoints.checkpoint import CheckpointError
 from efae.checkpoints.events import read_events, record_event
 from efae.checkpoints.run_folder import locate_run
-from efae.config import Config
+from efae.config_forms import parse_run
+from efae.generator_config import AnyConfig
 from efae.names import make_ascii
 from efae.tracking.redaction import first_cause
 from efae.tracking.runs import Run
@@ -48,7 +50,7 @@ from efae.training.divergence import TrainingDiverged
 from efae.training.micro_batches import OutOfMemory
 from efae.training.process import Process
 from efae.training.resume import continue_run
-from efae.training.starts.source import copy_source
+from efae.training.tasks import choose_task
 from efae.worker_groups import GroupStarts, TrainingFailed
 
 _RAY_ENVIRONMENT = {
@@ -66,7 +68,7 @@ _FINAL = (
 _NO_HOST_MEMORY = "can't allocate memory"  # torch has no exception class for it
 
 
-def connect(config: Config) -> None:
+def connect(config: AnyConfig) -> None:
     """Join the cluster that RAY_ADDRESS names (or start one here) and check that the run fits.
 
     Raises:
@@ -123,11 +125,11 @@ def _set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def run_training(config: Config, run: Run, on_validation: UserCallback | None = None) -> None:
+def run_training(config: AnyConfig, run: Run, on_validation: UserCallback | None = None) -> None:
     """Train on the connected cluster until the last checkpoint is in storage.
 
     Args:
-        config: Configuration of the experiment.
+        config: AnyConfiguration of the experiment.
         run: MLflow run that rank 0 logs to.
         on_validation: Callback in Ray's controller; `after_report` gets every validation.
 
@@ -139,7 +141,7 @@ def run_training(config: Config, run: Run, on_validation: UserCallback | None = 
             from cannot be read.
     """
     _set_environment()
-    copy_source(config, run.server)
+    choose_task(config).copy_source(run.server)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.ray.placement_timeout_seconds)
     for losses in itertools.count():
         try:
@@ -152,7 +154,7 @@ def run_training(config: Config, run: Run, on_validation: UserCallback | None = 
                 raise TrainingFailed(f"{what}; ray.max_failures={losses} times before") from error
 
 
-def _fit(config: Config, run: Run, on_validation: UserCallback | None) -> None:
+def _fit(config: AnyConfig, run: Run, on_validation: UserCallback | None) -> None:
     fewest, most = config.ray.fewest_workers, config.ray.most_workers
     settings = {
         "config": configuration.to_json(config),
@@ -271,7 +273,7 @@ def is_final(error: Exception) -> bool:
 
 def _train_on_worker(settings: dict[str, Any]) -> None:
     set_up_worker()
-    config, context = configuration.from_json(settings["config"]), ray.train.get_context()
+    config, context = parse_run(json.loads(settings["config"])), ray.train.get_context()
     rank = context.get_world_rank()
     hosts = [""] * context.get_world_size()
     dist.all_gather_object(hosts, cast(str, get_node_ip_address()))

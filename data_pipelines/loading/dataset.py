@@ -21,7 +21,7 @@ from data_pipelines.loading.buckets import (
 )
 from data_pipelines.loading.cache_folder import choose_cache_dir
 from data_pipelines.loading.loader import ShardLoader
-from data_pipelines.loading.options import LoaderOptions, ReadOptions, choose_options
+from data_pipelines.loading.options import CacheOptions, LoaderOptions, choose_options
 from data_pipelines.loading.pixel_cache import PixelCache
 from data_pipelines.loading.sample_reader import MemberReader, SampleReader
 from data_pipelines.loading.shard_cache import ShardCache
@@ -127,7 +127,7 @@ class ShardDataset(ABC):
         world_size: int = 1,
         seed: int = 0,
         *,
-        options: ReadOptions | None = None,
+        options: CacheOptions | None = None,
         **changes: Any,
     ) -> ShardLoader:
         """Return a loader of the batches of rank `rank` of `world_size`.
@@ -173,7 +173,7 @@ class ShardDataset(ABC):
             raise ValueError(explain_missing_sizes(self.uri, buckets))
         return sort_into_buckets(self.index.image_sizes(), self.chunks.count, buckets)
 
-    def _open_cache(self, options: ReadOptions) -> ShardCache:
+    def _open_cache(self, options: CacheOptions) -> ShardCache:
         cache = ShardCache(
             self._base,
             self.index,
@@ -192,7 +192,7 @@ class ShardDataset(ABC):
     @cached_property
     def _reader(self) -> MemberReader:
         """Reader of single samples."""
-        cache = self._open_cache(ReadOptions())
+        cache = self._open_cache(CacheOptions())
         return MemberReader(self.index, cache, {None: self.columns(self._member)})
 
     @abstractmethod

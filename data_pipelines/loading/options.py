@@ -13,8 +13,36 @@ Tail = Literal["ragged", "carry"]
 
 
 @dataclass(frozen=True)
-class ReadOptions:
-    """How samples are read; the same for every loader of a run."""
+class CacheOptions:
+    """How samples of any kind are read."""
+
+    cache_bytes: int = 20 * 2**30
+    """Upper bound of the node-local shard cache, bytes; shared by the ranks of a node."""
+    cache_dir: str | Path | None = None
+    """Folder of that cache, on a fast local disk; None: one in the temporary folder."""
+    bad_samples: Literal["fail", "replace"] = "fail"
+    """On a training sample that is damaged: stop, or replace it by its neighbour and count it."""
+    most_bad_samples: int = 100
+    """Stop anyway once a worker has met more than this many distinct bad samples."""
+    decode_threads: int | None = None
+    """Decoder threads per worker; None: one for images of at most 64 x 64 pixels and for latents,
+    which two decode more slowly, or where a worker may use one CPU only, else two."""
+
+    def __post_init__(self):
+        _require(self.cache_bytes > 0, f"cache_bytes={self.cache_bytes}: must be positive")
+        _require(
+            self.bad_samples in ("fail", "replace"),
+            f"bad_samples={self.bad_samples!r}: use fail or replace",
+        )
+        _require(
+            self.decode_threads is None or self.decode_threads > 0,
+            f"decode_threads={self.decode_threads}: must be positive",
+        )
+
+
+@dataclass(frozen=True)
+class ReadOptions(CacheOptions):
+    """How images are read; the same for every loader of a run."""
 
     resolution: int | tuple[int, int] | None = None
     """Side of square images, or their height and width; pixels. Larger ones are scaled until their
@@ -26,22 +54,12 @@ class ReadOptions:
     """Part of a larger training image: its centre, or a random one, drawn anew in every epoch."""
     channels: Literal[1, 3] | None = None
     """Colour channels: 1 (grey) or 3 (RGB); None: as many as the set has."""
-    cache_bytes: int = 20 * 2**30
-    """Upper bound of the node-local shard cache, bytes; shared by the ranks of a node."""
-    cache_dir: str | Path | None = None
-    """Folder of that cache, on a fast local disk; None: one in the temporary folder."""
     pixel_cache_bytes: int = 0
-    """Room for decoded training images beside it, bytes: what fits is decoded in the first epoch
-    only. For nodes whose CPUs, not disks, are short; 0 keeps none."""
-    bad_samples: Literal["fail", "replace"] = "fail"
-    """On a training image that is damaged: stop, or replace it by its neighbour and count it."""
-    most_bad_samples: int = 100
-    """Stop anyway once a worker has met more than this many distinct bad samples."""
-    decode_threads: int | None = None
-    """Decoder threads per worker; None: one for images of at most 64 x 64 pixels and for latents,
-    which two decode more slowly, or where a worker may use one CPU only, else two."""
+    """Room for decoded training images beside the shard cache, bytes: what fits is decoded in the
+    first epoch only. For nodes whose CPUs, not disks, are short; 0 keeps none."""
 
     def __post_init__(self):
+        super().__post_init__()
         size = self.image_size
         _require(size is None or min(size) > 0, f"resolution={self.resolution}: must be positive")
         for number, sides in enumerate(self.buckets):
@@ -53,7 +71,6 @@ class ReadOptions:
             self.channels in (None, 1, 3),
             f"channels={self.channels}: use 1 (grey), 3 (RGB) or None",
         )
-        _require(self.cache_bytes > 0, f"cache_bytes={self.cache_bytes}: must be positive")
         _require(
             self.pixel_cache_bytes >= 0,
             f"pixel_cache_bytes={self.pixel_cache_bytes}: must be >= 0",
@@ -67,14 +84,6 @@ class ReadOptions:
             not self.buckets or not self.pixel_cache_bytes,
             f"pixel_cache_bytes={self.pixel_cache_bytes}: it holds images of one shape; set it to"
             " 0, or use no buckets",
-        )
-        _require(
-            self.bad_samples in ("fail", "replace"),
-            f"bad_samples={self.bad_samples!r}: use fail or replace",
-        )
-        _require(
-            self.decode_threads is None or self.decode_threads > 0,
-            f"decode_threads={self.decode_threads}: must be positive",
         )
 
     @property
@@ -108,9 +117,11 @@ class LoaderOptions(ReadOptions):
         _require(self.augment in (None, "group"), f"augment={self.augment!r}: use group or None")
 
 
-def choose_options(options: ReadOptions, **changes: Any) -> LoaderOptions:
+def choose_options(options: CacheOptions, **changes: Any) -> LoaderOptions:
     """Return `options` as a loader's options, with `changes` applied by name."""
-    kind = LoaderOptions if isinstance(options, LoaderOptions) else ReadOptions
+    kind = CacheOptions
+    for larger in (ReadOptions, LoaderOptions):
+        kind = larger if isinstance(options, larger) else kind
     given = {field.name: getattr(options, field.name) for field in fields(kind)}
     return LoaderOptions(**given | changes)
 

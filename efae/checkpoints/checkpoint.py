@@ -15,8 +15,8 @@ from torch import Tensor
 from data_pipelines import storage
 from data_pipelines.storage import Location
 from efae import config_forms as configuration
-from efae.config import Config
-from efae.model.pretrained import StoredModel, parse_config, parse_model
+from efae.generator_config import AnyConfig
+from efae.model.pretrained import StoredModel, parse_model, parse_settings
 from efae.model.stored_files import (
     CHECKPOINT_FILES,
     CONFIG,
@@ -44,14 +44,14 @@ class Checkpoint:
         ema: Moving average of the weights, by the same names.
         optimizer: State of the optimizer by PARAMETER.KEY.
         metadata: JSON values; always with "step", the number of optimizer updates done.
-        config: Configuration of the run.
+        config: RunConfiguration of the run.
     """
 
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     metadata: dict[str, Any]
-    config: Config
+    config: AnyConfig
 
 
 def checkpoint_name(step: int) -> str:
@@ -66,7 +66,7 @@ def write_checkpoint(
     ema: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     metadata: Mapping[str, Any],
-    config: Config,
+    config: AnyConfig,
     scores: Mapping[str, float] | None = None,
 ) -> None:
     """Write a checkpoint to a folder or URI, straight from memory.
@@ -79,7 +79,7 @@ def write_checkpoint(
         ema: Averaged weights, by the same names.
         optimizer: State of the optimizer by PARAMETER.KEY.
         metadata: JSON values, "step" among them.
-        config: Configuration of the run.
+        config: RunConfiguration of the run.
         scores: Finite numbers by which a run's checkpoints are compared; kept in the manifest.
 
     Raises:
@@ -116,11 +116,11 @@ def read_checkpoint(uri: str | Path) -> Checkpoint:
         ema=unpack_tensors(uri, EMA, files[EMA]),
         optimizer=unpack_tensors(uri, OPTIMIZER, files[OPTIMIZER]),
         metadata=_parse_state(uri, files[STATE]),
-        config=parse_config(uri, files[CONFIG]),
+        config=parse_settings(uri, files[CONFIG]),
     )
 
 
-def read_origin(uri: str) -> tuple[dict[str, Any], Config]:
+def read_origin(uri: str) -> tuple[dict[str, Any], AnyConfig]:
     """Read metadata and configuration of a checkpoint, without its tensors.
 
     Raises:
@@ -129,7 +129,7 @@ def read_origin(uri: str) -> tuple[dict[str, Any], Config]:
     """
     manifest = read_manifest(uri)
     files = read_verified(uri, (STATE, CONFIG), manifest, _read_from(uri))
-    return _parse_state(uri, files[STATE]), parse_config(uri, files[CONFIG])
+    return _parse_state(uri, files[STATE]), parse_settings(uri, files[CONFIG])
 
 
 def read_model(uri: str) -> StoredModel:

@@ -21,7 +21,7 @@ from efae.checkpoints.checkpoint import (
     read_manifest,
     read_origin,
 )
-from efae.config import Config
+from efae.generator_config import AnyConfig
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 Content = TypeVar("Content")
 
 
-def locate_run(config: Config) -> Location:
+def locate_run(config: AnyConfig) -> Location:
     """Return the folder of the run's checkpoints and events: its name, below ray.storage_uri."""
     return Location.parse(config.ray.storage_uri) / config.tracking.run_name
 
@@ -63,7 +63,9 @@ def read_newest_checkpoint(
     return _read_newest(Location.parse(run_uri), read_checkpoint, tell)
 
 
-def read_newest_origin(run_uri: LocationLike) -> tuple[str, tuple[dict[str, Any], Config]] | None:
+def read_newest_origin(
+    run_uri: LocationLike,
+) -> tuple[str, tuple[dict[str, Any], AnyConfig]] | None:
     """Read metadata and configuration of the newest checkpoint in which both are undamaged.
 
     Raises:

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from math import gcd
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +33,31 @@ Teacher = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Draws:
-    """The random draws of a batch, in the order in which they are made; None is not drawn.
+class BatchDraws:
+    """The random draws of a batch of any kind: tensors with one row per example, or other values.
 
     Attributes:
         t: Flow times, in (0, 1).
+    """
+
+    t: Float[Tensor, "b"]
+
+    def split(self, size: int) -> "list[Self]":
+        """Return the draws of consecutive parts of `size` examples; the last may be smaller."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+
+        def cut(part: slice) -> dict[str, Any]:
+            return {k: v[part] if isinstance(v, Tensor) else v for k, v in values.items()}
+
+        starts = range(0, len(self.t), size)
+        return [type(self)(**cut(slice(start, start + size))) for start in starts]
+
+
+@dataclass(frozen=True)
+class Draws(BatchDraws):
+    """The random draws of a batch, in the order in which they are made; None is not drawn.
+
+    Attributes:
         element: Positions in the group of the elements that act.
         angle: Angles of rotation in radians, in float64, in which quarter turns are exact.
         rotated: Whether the example is rotated by its angle.
@@ -47,7 +67,6 @@ class Draws:
         cells: Height and width of the latents if the whole batch is downscaled.
     """
 
-    t: Float[Tensor, "b"]
     element: Int[Tensor, "b"] | None
     angle: Float[Tensor, "b"] | None
     rotated: Bool[Tensor, "b"] | None
@@ -55,16 +74,6 @@ class Draws:
     keep: Bool[Tensor, "b"] | None
     noise: Float[Tensor, "b c h w"]
     cells: tuple[int, int] | None
-
-    def split(self, size: int) -> "list[Draws]":
-        """Return the draws of consecutive parts of `size` examples; the last may be smaller."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-
-        def cut(part: slice) -> dict[str, Any]:
-            return {k: v[part] if isinstance(v, Tensor) else v for k, v in values.items()}
-
-        starts = range(0, len(self.t), size)
-        return [Draws(**cut(slice(start, start + size))) for start in starts]
 
 
 def draw(config: Config, shape: tuple[int, ...], generator: torch.Generator) -> Draws:

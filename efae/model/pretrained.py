@@ -21,6 +21,7 @@ from torch import Tensor
 from efae import __version__
 from efae import config_forms as configuration
 from efae.config import Config
+from efae.generator_config import AnyConfig, GeneratorConfig
 from efae.model.networks.diffusers_vae import name_in_diffusers, name_in_efae
 from efae.model.stored_files import (
     CONFIG,
@@ -44,6 +45,7 @@ from efae.symmetry import Representation
 
 CARD = "README.md"
 CLASS_NAME = "AutoencoderEFAE"
+_GENERATOR = "LatentGeneratorEFAE"
 BUILTIN = "builtin:"
 """Prefix of the names of models that ship in this package."""
 _BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin"
@@ -59,14 +61,29 @@ class StoredModel:
         files: Contents of weights, configuration and manifest, by file name.
         weights_file: Name of the weights among them.
         weights: Tensors by parameter name, on the CPU, in the precision they are stored in.
-        config: Configuration that the model is built from.
+        settings: Configuration that the model is built from, be it an autoencoder or a generator.
     """
 
     uri: str
     files: Mapping[str, bytes] = field(repr=False)
     weights_file: str
     weights: Mapping[str, Tensor] = field(repr=False)
-    config: Config = field(repr=False)
+    settings: AnyConfig = field(repr=False)
+
+    @property
+    def config(self) -> Config:
+        """Configuration of an autoencoder.
+
+        Raises:
+            CheckpointError: The model is a generator.
+        """
+        if not isinstance(self.settings, Config):
+            raise CheckpointError(
+                self.uri,
+                "holds a generator of latents, not an autoencoder: sample from it with"
+                " jobs/generate.py sample",
+            )
+        return self.settings
 
     @property
     def digest(self) -> str:
@@ -119,6 +136,22 @@ def pack_model(
     return StoredModel("a new model", files, WEIGHTS, weights, config)
 
 
+def pack_generator(weights: Mapping[str, Tensor], config: GeneratorConfig) -> StoredModel:
+    """Make the files of a generator's folder, in memory.
+
+    Args:
+        weights: Tensors by parameter name, on any device.
+        config: Configuration that the generator is built from.
+    """
+    settings = {"_class_name": _GENERATOR, "_efae_version": __version__, "efae": asdict(config)}
+    files = {
+        CONFIG: (json.dumps(settings, indent=2) + "\n").encode(),
+        WEIGHTS: pack_tensors(weights, {"format": "pt"}),
+    }
+    files[MANIFEST] = dump_manifest(files, {})
+    return StoredModel("a new generator", files, WEIGHTS, weights, config)
+
+
 def parse_model(uri: str, manifest: bytes, read: Callable[[str], bytes]) -> StoredModel:
     """Read, verify and unpack a model, or the EMA weights of a checkpoint; each file once.
 
@@ -140,7 +173,7 @@ def parse_model(uri: str, manifest: bytes, read: Callable[[str], bytes]) -> Stor
         files | {MANIFEST: manifest},
         weights,
         unpack_tensors(uri, weights, files[weights]),
-        parse_config(uri, files[CONFIG]),
+        parse_settings(uri, files[CONFIG]),
     )
 
 
@@ -229,6 +262,14 @@ def find_folder(uri: str) -> Path | None:
 
 
 def parse_config(uri: str, data: bytes) -> Config:
+    """Parse the configuration of an autoencoder in our config.json, as `parse_settings` does."""
+    settings = parse_settings(uri, data)
+    if not isinstance(settings, Config):
+        raise CheckpointError(uri, f"{CONFIG} describes a generator, not an autoencoder")
+    return settings
+
+
+def parse_settings(uri: str, data: bytes) -> AnyConfig:
     """Parse the configuration in our config.json.
 
     Raises:
@@ -239,11 +280,11 @@ def parse_config(uri: str, data: bytes) -> Config:
         name = settings.get("_class_name", CLASS_NAME)
     except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(uri, f"{CONFIG} is not the configuration of a model") from error
-    if name != CLASS_NAME:
+    if name not in (CLASS_NAME, _GENERATOR):
         raise CheckpointError(uri, f"{CONFIG} describes a model of class {name}, not {CLASS_NAME}")
     writer = f"written by efae {settings['_efae_version']}, " if "_efae_version" in settings else ""
     try:
-        return configuration.from_dict(settings["efae"] if "_class_name" in settings else settings)
+        return configuration.parse_run(settings["efae"] if "_class_name" in settings else settings)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             uri, f"{CONFIG} is {writer}not valid for this efae {__version__} ({error})"

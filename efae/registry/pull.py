@@ -8,6 +8,7 @@ without a server. The files of `torch_export` beside a version are for people wi
 no pull reads them. See `registration`, `versions` and `promotion` for the rest.
 """
 
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from data_pipelines import storage
+from data_pipelines.shards.latent_format import LatentFormat
 from data_pipelines.storage import Location
 from data_pipelines.storage.location import endpoint
 from data_pipelines.storage.retries import StorageError
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from efae.model.autoencoder import Autoencoder
 
 _OF_MLFLOW = ("models:", "runs:")
+_REGISTERED = re.compile(r"models:/+([^/@:]+)[/@]")
 
 
 def pull(uri: str, destination: Path | None = None) -> Path:
@@ -77,6 +80,30 @@ def read(uri: str, server: Server | None = None) -> StoredModel:
         StorageError: The storage refuses or does not answer.
     """
     return _find(uri, server)[1]
+
+
+def read_tokenizer(form: LatentFormat, server: Server | None = None, uri: str = "") -> StoredModel:
+    """Read the model that encoded a latent set, whatever an alias in its URI names by now.
+
+    Args:
+        form: Format of the set.
+        server: MLflow server to ask, if the model is in a registry; None as in `read`.
+        uri: URI of the model, if it has moved since.
+
+    Raises:
+        ValueError: There is another model, or none.
+        CheckpointError, ConnectionError, StorageError: As in `read`.
+    """
+    uri = uri or form.model_uri
+    found = _REGISTERED.match(uri)
+    pinned = f"models:/{found[1]}@sha256:{form.model_digest}" if found else uri
+    stored = read(pinned, server)
+    if stored.digest != form.model_digest:
+        raise ValueError(
+            f"{uri}: its digest is {stored.digest}, but the latents were made by a model of digest"
+            f" {form.model_digest}: name that one"
+        )
+    return stored
 
 
 def load(uri: str, device: str = "cpu") -> "Autoencoder":

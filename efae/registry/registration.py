@@ -52,7 +52,7 @@ def register_model(
     """
     facts = {f"metric.{key}": f"{value:.6g}" for key, value in metrics.items()} | dict(tags)
     facts["digest"] = stored.digest
-    facts["config_digest"] = configuration.digest(stored.config)
+    facts["config_digest"] = configuration.digest(stored.settings)
     facts["manifest_digest"] = stored.manifest_digest
     client = run.server.client()
     _create_registered_model(client, name)

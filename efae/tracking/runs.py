@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from efae import config_forms as configuration
-from efae.config import Config
+from efae.generator_config import AnyConfig
 from efae.names import is_named
 from efae.tracking.redaction import first_cause, redact
 from efae.tracking.server import Server
@@ -47,7 +47,7 @@ class Run:
         experiment_id = self.server.client().get_run(self.id).info.experiment_id
         return f"{str(self.server).rstrip('/')}/#/experiments/{experiment_id}/runs/{self.id}"
 
-    def log_config(self, config: Config) -> None:
+    def log_config(self, config: AnyConfig) -> None:
         """Log the configuration as dotted parameters and as config.json, without secrets.
 
         MLflow writes a parameter once: a resumed run keeps its first ones, and config.json holds

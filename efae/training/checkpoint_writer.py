@@ -9,7 +9,7 @@ from data_pipelines.storage import Location, LocationLike
 from efae.checkpoints.checkpoint import checkpoint_name, write_checkpoint
 from efae.checkpoints.events import record_event
 from efae.checkpoints.run_folder import prune_checkpoints
-from efae.config import Config
+from efae.generator_config import AnyConfig
 from efae.training.state import TrainState
 
 _SLOW_SECONDS = 30
@@ -20,7 +20,7 @@ class CheckpointWriter:
 
     Args:
         run: Folder of the run.
-        config: Configuration, which says how many checkpoints to keep.
+        config: RunConfiguration, which says how many checkpoints to keep.
 
     Attributes:
         saved: Number of checkpoints saved so far.
@@ -28,7 +28,7 @@ class CheckpointWriter:
             upload that was still running when the next was due.
     """
 
-    def __init__(self, run: LocationLike, config: Config):
+    def __init__(self, run: LocationLike, config: AnyConfig):
         self.saved = 0
         self.stall_seconds = 0.0
         self._run, self._config = Location.parse(run), config

@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo import config as dynamo
 from torch._functorch import config as functorch
 
-from efae.config import Config
+from efae.generator_config import AnyConfig
 from efae.model.octic.layers import Recomputing
 
 
@@ -19,14 +19,14 @@ def compile_blocks(model: nn.Module) -> None:
             module.compile(fullgraph=True, dynamic=False)
 
 
-def prepare(objective: nn.Module, config: Config, device: torch.device, one_pass: bool) -> None:
+def prepare(objective: nn.Module, config: AnyConfig, device: torch.device, one_pass: bool) -> None:
     """Compile the objective in place, at its first call, or have its blocks recompute activations.
 
     Names of weights, and copies of the model, stay as they are.
 
     Args:
         objective: Objective, not yet wrapped for data parallelism.
-        config: Configuration of the experiment.
+        config: RunConfiguration of the experiment.
         device: Device of training.
         one_pass: Whether a step is one forward and backward pass of one process.
     """
@@ -46,7 +46,7 @@ def prepare(objective: nn.Module, config: Config, device: torch.device, one_pass
 
 
 @contextmanager
-def compiler_options(config: Config) -> Generator[None]:
+def compiler_options(config: AnyConfig) -> Generator[None]:
     """Tell the compiler which share of the activations to keep; without effect on eager steps.
 
     Blocks share their code and differ by network and grid: a unet has more than the eight kinds

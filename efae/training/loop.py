@@ -9,7 +9,6 @@ of (seed, step, rank), so that a resumed run equals an uninterrupted one, bit fo
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,8 @@ from torch import nn
 
 from data_pipelines import ShardDataset
 from efae.checkpoints.checkpoint import Checkpoint
-from efae.config import Config
+from efae.generator_config import AnyConfig
 from efae.model.autoencoder import Autoencoder
-from efae.model.fine_tuning import FineTuning
-from efae.model.objective import Objective, Perceptual, draw, load_perceptual
 from efae.model.precision import float32_arithmetic
 from efae.training.compilation import compiler_options, prepare
 from efae.training.divergence import DivergenceGuard
@@ -31,10 +28,8 @@ from efae.training.monitoring.sample_log import SampleLog
 from efae.training.observer import Observer
 from efae.training.optimizer import learning_rate_at, set_learning_rate
 from efae.training.process import Process
-from efae.training.starts.distillation import make_sampler
-from efae.training.starts.linear import start_linear
-from efae.training.starts.source import has_source, needs_source, start_from
 from efae.training.state import TrainState
+from efae.training.tasks import choose_task
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class Start:
 
 
 def train(
-    config: Config,
+    config: AnyConfig,
     dataset: ShardDataset,
     process: Process,
     start: Start | None = None,
@@ -66,8 +61,8 @@ def train(
     """Train up to step `training.steps` and return the final state.
 
     Args:
-        config: Configuration of the experiment.
-        dataset: Images to train on; streamed endlessly, epoch after epoch.
+        config: Configuration of the run, which says what is trained.
+        dataset: Images to train on, or latents; streamed endlessly, epoch after epoch.
         process: This process; the global batch is split over all of them.
         start: Where to begin; None is step 0.
         observer: Receiver of curves, validation and checkpoints; None on ranks above 0.
@@ -79,23 +74,13 @@ def train(
         StorageError: Shards cannot be read, or checkpoints written, within the deadline.
     """
     training, optimization = config.training, config.optimizer
+    task = choose_task(config)
     start, observer = start or Start(), observer or Observer()
     device, world_size = process.device, process.world_size
-    begins = start.checkpoint is None
-    if start.source is None and (needs_source(config) or (begins and has_source(config))):
-        uri = config.flow.distill_from or config.start.model
-        raise ValueError(f"{uri}: load the model, and train with Start(source=model)")
+    task.check_source(start.source, begins=start.checkpoint is None)
     state = TrainState.create(config, device)
     state.model.train()
-    loader = dataset.loader(
-        global_batch_size=training.global_batch_size,
-        rank=process.rank,
-        world_size=world_size,
-        seed=training.seed,
-        options=config.data,
-        tail="carry",
-        pin_memory=device.type == "cuda",
-    )
+    loader = task.open_loader(dataset, process)
     scores: dict[str, float] = {}
     validations: list[dict[str, float]] = []
     if (checkpoint := start.checkpoint) is not None:
@@ -104,11 +89,9 @@ def train(
         scores = dict(checkpoint.metadata["scores"])
         validations = list(checkpoint.metadata.get("validations", []))
         observer.resume(checkpoint.metadata)
-    elif start.source is not None:
-        start_from(state, start.source)
-    elif config.model.has_linear_start:
-        start_linear(state, config, dataset, process)
-    objective = build_objective(state.model, config, process, start.source)
+    else:
+        task.begin(state, dataset, process, start.source)
+    objective = task.build_objective(state.model, process, start.source)
     size = start.micro_batch_size or training.micro_batch_size
     prepare(objective, config, device, one_pass=world_size == 1 and size == 0)
     accumulate = Accumulation(process.wrap(objective), state, config, size)
@@ -127,15 +110,14 @@ def train(
         batch = next(batches)
         meter.wait_seconds += loader.wait_seconds - waited
         sample_log.write(state.step, batch.key)
-        image = batch.image.to(device, non_blocking=True)
 
         # Draws: one seed per (seed, step, rank), so that no generator state needs saving.
         generator.manual_seed(seed_of(training.seed, state.step, process.rank))
-        draws = draw(config, tuple(image.shape), generator)
+        values, draws = task.draw(batch, generator)
 
         # Forward and backward, in parts if the batch does not fit into memory.
         with float32_arithmetic(training.precision), compiler_options(config):
-            loss, t = accumulate(image, draws)
+            loss, t = accumulate(values, draws)
 
         # Update; on a gradient that is not finite the guard freezes the weights on the device.
         state.scaler.unscale_(state.optimizer)
@@ -193,43 +175,6 @@ def train(
             process.report(validations[-1])
     observer.wait()
     return state
-
-
-def build_objective(
-    model: Autoencoder, config: Config, process: Process, source: Autoencoder | None
-) -> Objective | FineTuning:
-    """Return the loss of a run around its model.
-
-    Args:
-        model: Model to train, on the device.
-        config: Configuration of the experiment.
-        process: This process.
-        source: Model that the run started from, if a step needs it.
-
-    Raises:
-        ValueError: There is no such perceptual loss.
-    """
-    perceptual = choose_perceptual(config, process.device)
-    if not model.has_flow:
-        anchored = config.start.anchor_weight > 0
-        return FineTuning(model, perceptual, source if anchored else None)
-    if source is None or not config.flow.distill_from:
-        return Objective(model, perceptual)
-    return Objective(model, perceptual, make_sampler(source, config, process))
-
-
-def choose_perceptual(config: Config, device: torch.device) -> Perceptual | None:
-    """Return the perceptual loss that the configuration names, on the device; None for none.
-
-    Raises:
-        ValueError: There is no such function, or the file holds other weights.
-    """
-    if config.loss.lpips_weights:
-        from efae.evaluation.lpips_fid import Lpips  # torchmetrics takes two seconds
-
-        lpips = Lpips(Path(config.loss.lpips_weights)).to(device)
-        return lambda predicted, image: lpips(predicted, image)
-    return load_perceptual(config.loss.perceptual, device) if config.loss.perceptual else None
 
 
 def describe_device(device: torch.device) -> str:

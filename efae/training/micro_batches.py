@@ -9,12 +9,13 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from efae.config import Config
 from efae.evaluation.measures import to_float
-from efae.model.objective import Draws
+from efae.generator_config import AnyConfig
+from efae.model.objective import BatchDraws
 from efae.model.precision import autocast
 from efae.training.state import TrainState
 
@@ -54,6 +55,11 @@ def _lacks_memory(error: Exception) -> bool:
     )
 
 
+def _to_float(values: Tensor) -> Tensor:
+    """Convert pixels to [-1, 1]; latents keep their values."""
+    return to_float(values) if values.dtype == torch.uint8 else values.float()
+
+
 class Accumulation:
     """Forward and backward passes of one step of one rank.
 
@@ -65,20 +71,22 @@ class Accumulation:
     """
 
     def __init__(
-        self, objective: nn.Module, state: TrainState, config: Config, micro_batch_size: int
+        self, objective: nn.Module, state: TrainState, config: AnyConfig, micro_batch_size: int
     ):
         self._objective, self._state, self._training = objective, state, config.training
         self._size = micro_batch_size
-        self._latent_is_frozen = config.freezes_latent
+        # What forward passes update; empty if nothing.
+        updates = isinstance(config, Config) and not config.freezes_latent
+        self._power: Tensor = state.model.bottleneck.power if updates else torch.zeros(0)
 
     def __call__(
-        self, image: UInt8[Tensor, "b c h w"], draws: Draws
+        self, image: Shaped[Tensor, "b c h w"], draws: BatchDraws
     ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
         """Add the gradients of a batch's mean loss; returns loss and t of each example.
 
         Args:
-            image: Images in [0, 255], on the device.
-            draws: Draws of these images.
+            image: Images in [0, 255], or latents of any dtype, on the device.
+            draws: Draws of these.
 
         Raises:
             OutOfMemory: A pass does not fit into memory; the gradients are incomplete.
@@ -91,25 +99,25 @@ class Accumulation:
                 raise OutOfMemory(size, str(error).splitlines()[0]) from error
             raise
 
-    def _accumulate(self, image: Tensor, draws: Draws, size: int) -> tuple[Tensor, Tensor]:
+    def _accumulate(self, image: Tensor, draws: BatchDraws, size: int) -> tuple[Tensor, Tensor]:
         whole = self._training.global_batch_size
         images = cast(tuple[Tensor, ...], image.split(size))
         parts = draws.split(size)
-        power = self._state.model.bottleneck.power
         # Every part updates the running power from the same start; their mean is the update by the
         # whole batch, and the mean over ranks that by the global batch.
+        power = self._power
         start, mean = power.detach().clone(), torch.zeros_like(power)
         losses, times = list[Tensor](), list[Tensor]()
         for i, (pixels, drawn) in enumerate(zip(images, parts, strict=True)):
             power.data.copy_(start)
             with self._sync(last=i == len(images) - 1):
                 with autocast(self._training.precision, image.device):
-                    loss, t = self._objective(to_float(pixels), drawn)
+                    loss, t = self._objective(_to_float(pixels), drawn)
                 self._state.scaler.scale(self._mean(loss)).backward()
             mean += power.detach() * (len(pixels) / whole)
             losses.append(loss.detach())
             times.append(t)
-        if not self._latent_is_frozen:  # else a mean of equal parts may differ by rounding
+        if len(power):
             if dist.is_initialized():
                 dist.all_reduce(mean)
             power.data.copy_(mean)

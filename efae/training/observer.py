@@ -4,13 +4,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from efae.config import Config
+from efae.generator_config import AnyConfig
 from efae.training.checkpoint_writer import CheckpointWriter
 from efae.training.monitoring.flops import Utilization
 from efae.training.monitoring.profiling import StepProfiler
 from efae.training.process import Process
 from efae.training.state import TrainState
-from efae.training.validation import Validation
+from efae.training.tasks.task import Measurement
 
 if TYPE_CHECKING:
     from efae.tracking.sender import Tracker
@@ -25,9 +25,9 @@ class Observer:
         validation: Measurement on held-out images, on all ranks; None measures nothing.
     """
 
-    _validation: Validation | None = None  # also of subclasses that do not call __init__
+    _validation: Measurement | None = None  # also of subclasses that do not call __init__
 
-    def __init__(self, validation: Validation | None = None):
+    def __init__(self, validation: Measurement | None = None):
         self._validation = validation
 
     def resume(self, metadata: Mapping[str, Any]) -> None:
@@ -54,7 +54,7 @@ class RunObserver(Observer):
     """Rank 0's observer: curves to MLflow, checkpoints to storage, progress to the terminal.
 
     Args:
-        config: Configuration of the experiment.
+        config: RunConfiguration of the experiment.
         process: This process.
         writer: Writer of the checkpoints.
         tracker: Sender of the curves.
@@ -64,11 +64,11 @@ class RunObserver(Observer):
 
     def __init__(
         self,
-        config: Config,
+        config: AnyConfig,
         process: Process,
         writer: CheckpointWriter,
         tracker: "Tracker",
-        validation: Validation,
+        validation: Measurement,
         say: Callable[[str], None],
     ):
         super().__init__(validation)

@@ -1,7 +1,6 @@
 """One process of a run, from the newest checkpoint to the last step, with or without Ray."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
@@ -15,8 +14,7 @@ from efae.checkpoints.run_folder import (
     read_newest_checkpoint,
     warn_of_damage,
 )
-from efae.config import Config
-from efae.evaluation.held_out import read_held_out
+from efae.generator_config import AnyConfig
 from efae.tracking.runs import Run
 from efae.tracking.sender import Tracker, default_spill_folder
 from efae.training.checkpoint_writer import CheckpointWriter
@@ -25,8 +23,7 @@ from efae.training.loop import Start, train
 from efae.training.micro_batches import OutOfMemory
 from efae.training.observer import Observer, RunObserver
 from efae.training.process import Process
-from efae.training.starts.source import has_source, load_source, needs_source
-from efae.training.validation import Validation
+from efae.training.tasks import choose_task
 
 
 def print_line(line: str) -> None:
@@ -35,7 +32,7 @@ def print_line(line: str) -> None:
 
 
 def continue_run(
-    config: Config,
+    config: AnyConfig,
     run: Run,
     process: Process,
     say: Callable[[str], None] = print_line,
@@ -43,7 +40,7 @@ def continue_run(
     """Train from the newest undamaged checkpoint in storage to the last step.
 
     Args:
-        config: Configuration of the experiment.
+        config: RunConfiguration of the experiment.
         run: MLflow run that rank 0 logs to.
         process: This process.
         say: Function that prints one line of progress.
@@ -59,17 +56,8 @@ def continue_run(
     if process.device.type == "cpu":
         torch.set_num_threads(config.ray.cpus_per_worker)
     folder = locate_run(config)
+    task = choose_task(config)
     newest, tracker, rollbacks, size = None, None, 0, 0
-
-    def make_validation(show: Callable[[Path, str], None] | None = None) -> Validation:
-        return Validation(
-            read_held_out(config.data, config.training.validation_images),
-            process.device,
-            process.rank,
-            process.world_size,
-            config.training.evaluation_precision,
-            show,
-        )
 
     if process.rank == 0:
         newest = _find_start(config)
@@ -83,15 +71,14 @@ def continue_run(
             process,
             CheckpointWriter(folder, config),
             tracker,
-            make_validation(tracker.log_figure),
+            task.make_validation(process, tracker.log_figure),
             say,
         )
     else:
-        observer = Observer(make_validation())
+        observer = Observer(task.make_validation(process, None))
     found, rollbacks, size = process.agree((newest[0] if newest else None, rollbacks, size))
     checkpoint = newest[1] if newest else (read_checkpoint(found) if found else None)
-    starts = has_source(config) and checkpoint is None
-    source = load_source(config, process) if starts or needs_source(config) else None
+    source = task.load_source(process, begins=checkpoint is None)
     try:
         train(
             config,
@@ -123,7 +110,7 @@ def continue_run(
                 record_event(folder, "outage", what)
 
 
-def _choose_micro_batch_size(config: Config, events: Sequence[RunEvent]) -> int:
+def _choose_micro_batch_size(config: AnyConfig, events: Sequence[RunEvent]) -> int:
     """Return half of the smallest size that was too large, or the configuration's; 0 is all."""
     failed = [int(event.facts["micro_batch_size"]) for event in events if event.kind == "memory"]
     sizes = [max(1, size // 2) for size in failed] + [config.training.micro_batch_size]
@@ -148,7 +135,7 @@ def _record_start(
     return what
 
 
-def _find_start(config: Config) -> tuple[str, Checkpoint] | None:
+def _find_start(config: AnyConfig) -> tuple[str, Checkpoint] | None:
     """Return the run's newest checkpoint, else the one that `config.resume` names."""
 
     def tell(fault: CheckpointError) -> None:

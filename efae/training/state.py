@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from efae.checkpoints.checkpoint import Checkpoint
-from efae.config import Config
+from efae.generation.network import Generator
+from efae.generator_config import AnyConfig, GeneratorConfig
 from efae.model.autoencoder import Autoencoder
 from efae.training.ema import MovingAverage
 from efae.training.optimizer import build_optimizer
@@ -21,21 +22,21 @@ class TrainState:
     """The state of training.
 
     Attributes:
-        model: Model, on the device of training.
+        model: Model of the configuration, `Autoencoder` or `Generator`, on the device of training.
         average: Moving average of its weights, on the same device.
         optimizer: Optimizer of all parameters of `model`.
         scaler: Gradient scaler; disabled unless training.precision is fp16.
         step: Number of optimizer updates done.
     """
 
-    model: Autoencoder
+    model: Any
     average: MovingAverage
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     step: int = 0
 
     @classmethod
-    def create(cls, config: Config, device: torch.device) -> "TrainState":
+    def create(cls, config: AnyConfig, device: torch.device) -> "TrainState":
         """Create the state before the first step; the weights are a function of training.seed.
 
         Raises:
@@ -43,11 +44,7 @@ class TrainState:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.training.seed)
-            model = Autoencoder(config)
-        trained = "decoder" if config.freezes_latent else config.start.train
-        for name, parameter in model.named_parameters():
-            if trained != "both" and not name.startswith(f"{trained}."):
-                parameter.requires_grad_(False)
+            model = build_model(config)
         model.to(device)
         return cls(
             model=model,
@@ -101,6 +98,22 @@ class TrainState:
             }
         self.scaler.load_state_dict(checkpoint.metadata["scaler"])
         self.step = checkpoint.metadata["step"]
+
+
+def build_model(config: AnyConfig) -> Autoencoder | Generator:
+    """Build the model of a configuration, with the parts that it does not train frozen.
+
+    Raises:
+        ValueError: The sizes of the model do not fit together.
+    """
+    if isinstance(config, GeneratorConfig):
+        return Generator(config)
+    model = Autoencoder(config)
+    trained = "decoder" if config.freezes_latent else config.start.train
+    for name, parameter in model.named_parameters():
+        if trained != "both" and not name.startswith(f"{trained}."):
+            parameter.requires_grad_(False)
+    return model
 
 
 def _strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

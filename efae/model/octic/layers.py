@@ -323,6 +323,8 @@ class Block(Recomputing):
         conditioning: Width of the condition; 0 for none.
         shared: Whether the condition is already the modulation, made once for all blocks, of
             `modulation_sizes` in total.
+        attention: Attention between tokens; None for `Attention`.
+        mlp: Map of each token; None for two linear maps with a `Nonlinearity` between them.
     """
 
     def __init__(
@@ -333,12 +335,14 @@ class Block(Recomputing):
         mlp_ratio: int,
         conditioning: int = 0,
         shared: bool = False,
+        attention: nn.Module | None = None,
+        mlp: nn.Sequential | None = None,
     ):
         super().__init__()
         self.layout = layout_of(group)
         self.m = m
-        self.attention = Attention(group, m, num_heads)
-        self.mlp = nn.Sequential(
+        self.attention = attention or Attention(group, m, num_heads)
+        self.mlp = mlp or nn.Sequential(
             Linear(group, m, mlp_ratio * m), Nonlinearity(group), Linear(group, mlp_ratio * m, m)
         )
         self.modulation = None

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from efae.config import Config
 from efae.config_forms import with_overrides
+from efae.generation.network import Generator
+from efae.generation.objective import GeneratorObjective, LatentDraws
+from efae.generator_config import AnyConfig, GeneratorConfig
 from efae.model.autoencoder import Autoencoder
 from efae.model.fine_tuning import FineTuning
-from efae.model.objective import Draws, Objective
+from efae.model.objective import BatchDraws, Draws, Objective
 
 _TERA = 1e12
 # Peak of dense tensor-core products by the data sheets, TFLOP/s at (bf16 or fp16, tf32), and of
@@ -47,15 +51,35 @@ class Flops:
     as_dense: float
 
 
-def count_flops(config: Config) -> Flops:
+def count_flops(config: AnyConfig) -> Flops:
     """Count the FLOPs of a training step, per image, on tensors without data; takes a second."""
     own = _count(config)
+    if isinstance(config, GeneratorConfig):
+        if not config.generator.equivariant:
+            return Flops(own, own)
+        return Flops(own, _count(with_overrides(config, {"generator.equivariant": False})))
     if config.model.level != "exact" or config.start.model:
         return Flops(own, own)
     return Flops(own, _count(with_overrides(config, {"model.level": "none"})))
 
 
-def _count(config: Config) -> float:
+def _count(config: AnyConfig) -> float:
+    count, mapping = 2, {torch.ops.aten.convolution_backward: _count_convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        objective, values, draws = _make_step(config, count)
+        loss, _ = objective(values, draws)
+        loss.sum().backward()
+    return counter.get_total_flops() / count
+
+
+def _make_step(config: AnyConfig, count: int) -> tuple[nn.Module, Tensor, BatchDraws]:
+    """Return objective, `count` images or latents, and draws, without data."""
+    if isinstance(config, GeneratorConfig):
+        generator = Generator(config)
+        latent = torch.zeros(count, *generator.shape, device="meta")
+        label = torch.zeros(count, dtype=torch.long, device="meta")
+        draws = LatentDraws(latent[:, 0, 0, 0], latent, label, label if config.data.views else None)
+        return GeneratorObjective(generator).to("meta").train(), latent, draws
     quiet = {
         **{"loss.scaling_probability": 0.0, "loss.rotation_probability": 0.0},
         "representation.learned_basis": False,  # autocast, which it turns off, knows no meta device
@@ -63,15 +87,11 @@ def _count(config: Config) -> float:
     model = Autoencoder(with_overrides(config, quiet))
     objective = (Objective(model) if model.has_flow else FineTuning(model)).to("meta").train()
     height, width = config.data.image_size
-    f, count = config.model.downsampling, 2
+    f = config.model.downsampling
     image = torch.zeros(count, config.data.channels, height, width, device="meta")
     latent = torch.zeros(count, config.representation.dim, height // f, width // f, device="meta")
     draws = Draws(image[:, 0, 0, 0], None, None, None, latent, None, image, None)
-    mapping = {torch.ops.aten.convolution_backward: _count_convolution_backward}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        loss, _ = objective(image, draws)
-        loss.sum().backward()
-    return counter.get_total_flops() / count
+    return objective, image, draws
 
 
 def _count_convolution_backward(
@@ -100,8 +120,9 @@ class Utilization:
         world_size: Number of training processes.
     """
 
-    def __init__(self, config: Config, device: torch.device, world_size: int):
-        self._flops = None if config.data.buckets else count_flops(config)
+    def __init__(self, config: AnyConfig, device: torch.device, world_size: int):
+        several_shapes = isinstance(config, Config) and config.data.buckets
+        self._flops = None if several_shapes else count_flops(config)
         self._world_size = world_size
         self._peak = find_peak(device, config.training.precision)
 

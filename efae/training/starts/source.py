@@ -19,6 +19,7 @@ from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.evaluation.fitted_action import FittedAction
 from efae.exchange.diffusers_tokenizer import load_diffusers, read_architecture
+from efae.generator_config import AnyConfig
 from efae.model.autoencoder import Autoencoder
 from efae.model.networks import diffusers_vae
 from efae.model.pretrained import StoredModel, check_weights, pack_model, parse_config
@@ -178,7 +179,7 @@ def adopt_action(config: Config, action: FittedAction) -> Config:
     if torch.linalg.det(matrix) < 0:  # the sign of an invariant channel is free
         matrix[:, fitted.blocks["a1"].start] *= -1
     model.basis.set_matrix(matrix)
-    _write_copy(config, pack_model(model.state_dict(), model.config, model.representation))
+    write_copy(config, pack_model(model.state_dict(), model.config, model.representation))
     return config
 
 
@@ -192,10 +193,15 @@ def copy_source(config: Config, server: Server) -> None:
         return
     if config.representation.learned_basis and _read_copied_config(config) is not None:
         return  # with the basis of a fitted action
-    _write_copy(config, read_source(config, server))
+    write_copy(config, read_source(config, server))
 
 
-def _write_copy(config: Config, stored: StoredModel) -> None:
+def write_copy(config: AnyConfig, stored: StoredModel) -> None:
+    """Write a model into the folder of a run, where its workers read it.
+
+    Raises:
+        StorageError: The storage refuses or does not answer.
+    """
     folder = locate_copy(config)
     storage.delete(folder / MANIFEST)  # the copy stays incomplete while we write
     for name, data in stored.files.items():  # the manifest is last
@@ -236,6 +242,6 @@ def _read_copied_config(config: Config) -> Config | None:
     return found if found.start.model == config.start.model else None
 
 
-def locate_copy(config: Config) -> Location:
+def locate_copy(config: AnyConfig) -> Location:
     """Return the folder of a run's copy of the model that it started from."""
     return locate_run(config) / "source"

@@ -13,7 +13,7 @@ from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.evaluation import lpips_fid
 from efae.evaluation.lpips_fid import Fid, Lpips, load_fid
-from efae.training.loop import choose_perceptual
+from efae.training.tasks.tokenizer import choose_perceptual
 
 ALEXNET = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
 

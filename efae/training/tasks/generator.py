@@ -1,0 +1,269 @@
+"""Training of a generator: a flow model of the latents of one tokenizer."""
+
+import copy
+import itertools
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipelines import ShardDataset, storage
+from data_pipelines.images.tiles import draw_rows, draw_tile
+from data_pipelines.loading.batch import Batch
+from data_pipelines.loading.dataset import LatentSet
+from data_pipelines.loading.loader import ShardLoader
+from data_pipelines.shards.latent_format import LatentFormat
+from efae.checkpoints.checkpoint import read_model
+from efae.checkpoints.run_folder import find_newest_checkpoint, locate_run
+from efae.evaluation.flow_measures import TIME_BINS
+from efae.evaluation.measures import Totals, draw_noise
+from efae.evaluation.samples import ImageSampler
+from efae.generation.network import Generator, read_format
+from efae.generation.normalization import Normalization
+from efae.generation.objective import GeneratorObjective, LatentDraws, draw
+from efae.generation.sampling import Guidance
+from efae.generator_config import GeneratorConfig, LatentsConfig
+from efae.model.autoencoder import Autoencoder
+from efae.model.precision import at_precision
+from efae.model.stored_files import MANIFEST
+from efae.tracking.server import Server
+from efae.training.process import Process
+from efae.training.starts.source import locate_copy, write_copy
+from efae.training.state import TrainState
+
+LABEL = "cls"
+"""Extension of the member that holds a sample's class."""
+_FITTED_LATENTS = 4096
+_PICTURED, _COLUMNS = 24, 8
+_BATCH_SIZE = 64
+
+
+def adopt_latents(config: GeneratorConfig) -> GeneratorConfig:
+    """Return the configuration with the format of its latents.
+
+    Raises:
+        ValueError: A set does not exist, or holds images; or has no labels, though data.classes
+            asks for them; or the held-out latents are of another model.
+        StorageError: The storage refuses or does not answer.
+    """
+    found = [_open(uri, config.data) for uri in (config.data.uri, config.data.held_out_uri) if uri]
+    latents = found[0]
+    for other in found[1:]:
+        mine, theirs = (
+            (form.model_digest, form.shape, form.dtype) for form in (latents.format, other.format)
+        )
+        if mine != theirs:
+            raise ValueError(
+                f"data.held_out_uri={config.data.held_out_uri}: its latents are {theirs}, those of"
+                f" {latents.uri} are {mine} (model digest, shape, dtype): encode the held-out"
+                " images as the training images"
+            )
+    return replace(config, data=replace(config.data, format=latents.format.model_dump_json()))
+
+
+def _open(uri: str, data: LatentsConfig) -> LatentSet:
+    storage.check_readable(uri)
+    latents = ShardDataset.open(uri)
+    if not isinstance(latents, LatentSet):
+        fault = f"{uri} holds images: encode them first, with jobs/encode.py"
+        raise ValueError(fault)  # noqa: TRY004
+    if data.classes:
+        try:
+            latents.columns(LABEL)
+        except ValueError as error:
+            fault = f"data.classes={data.classes}: {error}; train without labels"
+            raise ValueError(fault) from error
+    return latents
+
+
+class GeneratorTask:
+    """See `Task`.
+
+    Args:
+        config: Configuration of the run, as `adopt_latents` returns it.
+    """
+
+    def __init__(self, config: GeneratorConfig):
+        self._config = config
+        self._format: LatentFormat = read_format(config)
+
+    def open_loader(self, dataset: ShardDataset, process: Process) -> ShardLoader:
+        return dataset.loader(
+            global_batch_size=self._config.training.global_batch_size,
+            rank=process.rank,
+            world_size=process.world_size,
+            seed=self._config.training.seed,
+            options=self._config.data,
+            members=_list_members(self._config.data),
+            tail="carry",
+            pin_memory=process.device.type == "cuda",
+        )
+
+    def check_source(self, source: Autoencoder | None, begins: bool) -> None:
+        pass
+
+    def begin(
+        self, state: TrainState, dataset: ShardDataset, process: Process, source: Autoencoder | None
+    ) -> None:
+        """Fit the normalisation, on rank 0 alone, to the first latents of an epoch."""
+        normalization = Normalization(self._format.representation)
+        if process.rank == 0:
+            loader = dataset.loader(
+                global_batch_size=min(_BATCH_SIZE, len(dataset)),
+                seed=self._config.training.seed,
+                options=self._config.data,
+            )
+            batches = itertools.islice(loader, _FITTED_LATENTS // _BATCH_SIZE)
+            normalization.fit(batch.latent for batch in batches)
+        state.model.normalization.load_state_dict(process.agree(normalization.state_dict()))
+        state.average.load({name: p.detach() for name, p in state.model.named_parameters()})
+
+    def build_objective(
+        self, model: Generator, process: Process, source: Autoencoder | None
+    ) -> GeneratorObjective:
+        return GeneratorObjective(model)
+
+    def draw(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, LatentDraws]:
+        """See `Task.draw`.
+
+        Raises:
+            ValueError: A label is no number from 0 to data.classes - 1.
+        """
+        device, label = generator.device, None
+        latent = batch.latent.to(device, non_blocking=True)
+        if self._config.data.classes:
+            label = read_labels(batch, self._config.data.classes)
+            label = label.pin_memory() if device.type == "cuda" else label
+            label = label.to(device, non_blocking=True)
+        group, shape = self._format.group, tuple(latent.shape)
+        return latent, draw(self._config, shape, label, group, generator)
+
+    def copy_source(self, server: Server) -> None:
+        """Copy the tokenizer, which decodes the samples of validation."""
+        from efae.registry import pull  # MLflow takes two seconds
+
+        there = storage.exists(locate_copy(self._config) / MANIFEST)
+        if not (there and find_newest_checkpoint(locate_run(self._config))):
+            write_copy(self._config, pull.read_tokenizer(self._format, server))
+
+    def load_source(self, process: Process, begins: bool) -> None:
+        return None
+
+    def make_validation(
+        self, process: Process, show: Callable[[Path, str], None] | None
+    ) -> "GeneratorValidation":
+        return GeneratorValidation(self._config, process, show)
+
+
+class GeneratorValidation:
+    """Measures the averaged weights on held-out latents, split over the ranks, and draws samples.
+
+    Args:
+        config: Configuration of the run.
+        process: This process.
+        show: Function that takes a PNG file, which is removed afterwards, and a name for it; rank 0
+            calls it.
+    """
+
+    def __init__(
+        self, config: GeneratorConfig, process: Process, show: Callable[[Path, str], None] | None
+    ):
+        self._config, self._process, self._show = config, process, show
+        self._tokenizer = None
+        if show is not None:
+            stored = read_model(locate_copy(config).uri)
+            self._tokenizer = Autoencoder.restore(stored, str(process.device))
+        self._batches: list[tuple[Sequence[int], Tensor, Tensor | None]] = []
+        if config.data.held_out_uri:
+            self._batches = _read_held_out(config, process)
+
+    @torch.no_grad()
+    def measure(self, state: TrainState) -> dict[str, float]:
+        """Measure the averaged weights of `state`, and show samples.
+
+        Returns:
+            "held_out_loss", the flow loss averaged over t; nothing without held-out latents.
+        """
+        model = copy.deepcopy(state.model).eval()
+        state.average.copy_to(model)
+        objective, device = GeneratorObjective(model), self._process.device
+        precision, totals = self._config.training.evaluation_precision, Totals()
+        with at_precision(precision, device):
+            for positions, latent, label in self._batches:
+                noise = draw_noise(positions, tuple(latent.shape[1:]), 0).to(device)
+                for i in range(TIME_BINS):
+                    t = torch.full((len(latent),), (i + 0.5) / TIME_BINS, device=device)
+                    loss, _ = objective(latent, LatentDraws(t, noise, label))
+                    totals.add(f"loss {i}", loss)
+        if self._tokenizer is not None and self._show is not None:
+            sampler = ImageSampler(model, self._tokenizer, precision=precision)
+            self._draw(sampler, self._show, state.step)
+        if not self._config.data.held_out_uri:
+            return {}
+        totals.gather(device)
+        losses = [float(totals.mean(f"loss {i}")) for i in range(TIME_BINS)]
+        return {"held_out_loss": sum(losses) / TIME_BINS}
+
+    def _draw(self, sampler: ImageSampler, show: Callable[[Path, str], None], step: int) -> None:
+        classes = self._config.data.classes
+        labels = [i % classes for i in range(_PICTURED)] if classes else None
+        images = sampler.draw(range(_PICTURED), labels, Guidance.of(self._config.flow))
+        tiles = [draw_tile(image.expand(3, -1, -1).numpy()) for image in images]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"step-{step:08d}.png"
+            draw_rows(tiles, _COLUMNS).save(path)
+            show(path, f"samples/{path.name}")
+
+
+def read_labels(batch: Batch, classes: int) -> Tensor:
+    """Return the class of each sample of a batch, on the CPU.
+
+    Raises:
+        ValueError: A label is no number from 0 to classes - 1; names the sample.
+    """
+    labels: list[int] = []
+    for key, text in zip(batch.key, batch.members[LABEL], strict=True):
+        if not (text.strip().isdigit() and int(text) < classes):
+            raise ValueError(
+                f"data.classes={classes}: sample {key!r} has the label {text[:20]!r}; labels are"
+                f" numbers from 0 to {classes - 1}"
+            )
+        labels.append(int(text))
+    return torch.tensor(labels, dtype=torch.long)
+
+
+def _list_members(data: LatentsConfig) -> tuple[str, ...]:
+    return (LABEL,) if data.classes else ()
+
+
+def _read_held_out(
+    config: GeneratorConfig, process: Process
+) -> list[tuple[Sequence[int], Tensor, Tensor | None]]:
+    """Return this rank's share of the first held-out latents: positions, latents and labels."""
+    dataset = ShardDataset.open(config.data.held_out_uri)
+    count = min(config.training.validation_images, len(dataset))
+    loader = dataset.loader(
+        global_batch_size=min(_BATCH_SIZE, count),
+        options=config.data,
+        shuffle=False,
+        members=_list_members(config.data),
+        bad_samples="fail",
+    )
+    latents, labels = list[Tensor](), list[Tensor]()
+    for batch in itertools.islice(loader, -(-count // _BATCH_SIZE)):
+        latents.append(batch.latent.float())
+        if config.data.classes:
+            labels.append(read_labels(batch, config.data.classes))
+    first, end = (count * part // process.world_size for part in (process.rank, process.rank + 1))
+    share, device = range(first, end), process.device
+    latent, label = torch.cat(latents), torch.cat(labels) if labels else None
+    found: list[tuple[Sequence[int], Tensor, Tensor | None]] = []
+    for start in range(0, len(share), _BATCH_SIZE):
+        positions = share[start : start + _BATCH_SIZE]
+        part = slice(positions[0], positions[-1] + 1)
+        own = None if label is None else label[part].to(device)
+        found.append((positions, latent[part].to(device), own))
+    return found
