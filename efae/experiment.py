@@ -27,7 +27,7 @@ from efae.model.autoencoder import build_representation
 from efae.model.pretrained import StoredModel, pack_model
 from efae.preflight.cluster_checks import run_preflight
 from efae.preflight.driver_checks import RunData
-from efae.presets import PRESETS
+from efae.presets import GENERATORS, PRESETS
 from efae.ray_trainer import run_training
 from efae.tracking import runs
 from efae.tracking.redaction import redact
@@ -70,6 +70,36 @@ def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -
         copy_source(config, server)
         config = adopt_action(config, fit_on_cluster(config))
         say(f"    {build_representation(config)}")
+    with train_in_run(config, server, say) as (run, final, metadata):
+        say(f"evaluating on {config.training.held_out_images} held-out images ...")
+        with evaluate_and_export(final, config) as product:
+            facts = {
+                **describe_run(config, metadata["totals"]),
+                **describe_data(data),
+                "wall_seconds": time.monotonic() - started,
+            }
+            wait_for_mlflow(server, config.tracking.run_name, say)
+            deliver_points(run, metadata["unsent_metrics"])
+            return publish(config, data, run, product, facts)
+
+
+@contextmanager
+def train_in_run(
+    config: AnyConfig, server: Server, say: Callable[[str], None]
+) -> Generator[tuple[Run, str, dict[str, Any]]]:
+    """Train to the last checkpoint; yield the MLflow run, that checkpoint's URI and its metadata.
+
+    The MLflow run is finished if the block ends without an exception, else it has failed.
+
+    Args:
+        config: Configuration of the run.
+        server: MLflow server.
+        say: Function that prints one line of progress.
+
+    Raises:
+        ValueError: The run is finished already, or as in `find_start`.
+        StorageError, CheckpointError, TrainingFailed: As in `run_experiment`.
+    """
     step = find_start(config)
     experiment, run_name = config.tracking.experiment, config.tracking.run_name
     if step == config.training.steps and not runs.find_unfinished_run(server, experiment, run_name):
@@ -90,21 +120,11 @@ def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -
     try:
         run_training(config, run)
         final, metadata = find_final(config)
-        say(f"evaluating on {config.training.held_out_images} held-out images ...")
-        with evaluate_and_export(final, config) as product:
-            facts = {
-                **describe_run(config, metadata["totals"]),
-                **describe_data(data),
-                "wall_seconds": time.monotonic() - started,
-            }
-            wait_for_mlflow(server, run_name, say)
-            deliver_points(run, metadata["unsent_metrics"])
-            summary = publish(config, data, run, product, facts)
+        yield run, final, metadata
     except BaseException:
         run.finish("FAILED")
         raise
     run.finish("FINISHED")
-    return summary
 
 
 def import_publishing() -> None:
@@ -133,7 +153,7 @@ def wait_for_mlflow(server: Server, run_name: str, say: Callable[[str], None]) -
             time.sleep(5)
 
 
-def find_start(config: Config) -> int:
+def find_start(config: AnyConfig) -> int:
     """Return the step from which the run starts or resumes; 0 without a checkpoint.
 
     Raises:
@@ -151,6 +171,11 @@ def find_start(config: Config) -> int:
                 f"resume=never, but run {name!r} exists, at step {metadata['step']} ({uri});"
                 " choose another tracking.run_name, or resume it with --resume auto"
             )
+        if type(found) is not type(config):
+            raise ValueError(
+                f"tracking.run_name={name!r}: that run trains another kind of model; choose another"
+                " name"
+            )
         changes = _changes(found, config)
         changed = [line for key, line in changes if configuration.decides_weights(key)]
         if changed:
@@ -163,10 +188,13 @@ def find_start(config: Config) -> int:
     if config.resume in ("auto", "never"):
         return 0
     metadata, found = checkpoint.read_origin(config.resume)
+    if type(found) is not type(config):
+        raise ValueError(f"resume={config.resume!r}: that checkpoint is of another kind of model")
     fixed = ("model.", "representation.", "data.uri", "data.channels", "data.buckets")
     fixed += ("training.seed", "training.global_batch_size", "flow.prediction")
-    fixed += ("flow.distill_from", "start.")
-    if config.model.kind == "transformer":  # its positions are those of one size
+    fixed += ("flow.distill_from", "start.", "generator.", "data.classes", "data.format")
+    # Its positions are those of one size.
+    if isinstance(config, Config) and config.model.kind == "transformer":
         fixed += ("data.resolution",)
     if changed := [line for key, line in _changes(found, config) if key.startswith(fixed)]:
         raise ValueError(
@@ -187,7 +215,7 @@ def _changes(before: AnyConfig, now: AnyConfig) -> list[tuple[str, str]]:
     return [(key, f"{key}: {old[key]!r} -> {new[key]!r}") for key in new if old[key] != new[key]]
 
 
-def find_final(config: Config) -> tuple[str, dict[str, Any]]:
+def find_final(config: AnyConfig) -> tuple[str, dict[str, Any]]:
     """Return the URI of the last checkpoint and its metadata."""
     newest = run_folder.read_newest_origin(run_folder.locate_run(config))
     assert newest is not None, "training ended without a checkpoint"
@@ -195,7 +223,7 @@ def find_final(config: Config) -> tuple[str, dict[str, Any]]:
     return uri, metadata
 
 
-def describe_run(config: Config, totals: dict[str, Any]) -> dict[str, Any]:
+def describe_run(config: AnyConfig, totals: dict[str, Any]) -> dict[str, Any]:
     """Return the facts of a run that was trained to its end.
 
     Args:
@@ -222,7 +250,7 @@ def describe_run(config: Config, totals: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def describe_preset(config: Config) -> str:
+def describe_preset(config: AnyConfig) -> str:
     """Return the nearest preset and the settings that differ, except places and machines."""
     changes = {
         name: [
@@ -230,7 +258,7 @@ def describe_preset(config: Config) -> str:
             for key, line in _changes(preset, config)
             if configuration.decides_weights(key) and key not in _NOT_NAMED
         ]
-        for name, (_, preset) in PRESETS.items()
+        for name, (_, preset) in (PRESETS if isinstance(config, Config) else GENERATORS).items()
     }
     nearest = min(changes, key=lambda name: len(changes[name]))
     return "; ".join([nearest, *changes[nearest]])

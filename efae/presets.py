@@ -13,6 +13,7 @@ from efae.config import (
     RepresentationConfig,
     TrainingConfig,
 )
+from efae.generator_config import GeneratorConfig, LatentsConfig, NetworkConfig
 
 QUICKSTART = Config(
     model=ModelConfig(
@@ -222,3 +223,73 @@ PRESETS: dict[str, tuple[str, Config]] = {
         FINE_TUNE,
     ),
 }
+
+
+def _generator(
+    latents: str, network: NetworkConfig, optimizer: OptimizerConfig, training: TrainingConfig
+) -> GeneratorConfig:
+    return GeneratorConfig(
+        data=LatentsConfig(uri=f"s3://efae-data/{latents}"),
+        generator=network,
+        optimizer=optimizer,
+        training=training,
+    )
+
+
+_GENERATE_QUICKSTART = _generator(
+    "openmoji-32-latents",
+    NetworkConfig(hidden_size=192, depth=6, num_heads=4),
+    OptimizerConfig(learning_rate=2e-3, beta2=0.95, ema_decay=0.998),
+    TrainingConfig(
+        steps=2500,
+        global_batch_size=64,
+        precision="fp32",
+        evaluation_interval=500,
+        checkpoint_interval=250,
+    ),
+)
+
+# Learning rate, beta2 and EMA of LightningDiT (Yao et al. 2025, arXiv:2501.01423).
+_GENERATE_B = replace(
+    _generator(
+        "imagenet-256-latents",
+        NetworkConfig(hidden_size=768, depth=12, num_heads=12, patch_size=2),
+        OptimizerConfig(learning_rate=2e-4, warmup_steps=1000, beta2=0.95, ema_decay=0.9999),
+        TrainingConfig(
+            steps=400_000,
+            global_batch_size=256,
+            precision="bf16",
+            log_interval=100,
+            evaluation_interval=10_000,
+            checkpoint_interval=2000,
+            evaluation_precision="bf16",
+        ),
+    ),
+    ray=RayConfig(num_workers=1, use_gpu=True, cpus_per_worker=8, max_failures=20),
+)
+
+_GENERATE_XL = replace(
+    _GENERATE_B,
+    generator=NetworkConfig(hidden_size=1152, depth=28, num_heads=16),
+    training=replace(_GENERATE_B.training, global_batch_size=1024, steps=80_000),
+    ray=replace(_GENERATE_B.ray, num_workers=8),
+)
+
+GENERATORS: dict[str, tuple[str, GeneratorConfig]] = {
+    "generate_quickstart": (
+        "OpenMoji drawings at 32 px, two CPU workers, about three minutes. Latents: jobs/encode.py"
+        " on the shards of `make train`.",
+        _GENERATE_QUICKSTART,
+    ),
+    "generate_b": (
+        "B/2 of SiT (Ma et al. 2024) on one GPU, for latents of 32 x 32 cells; not run by us yet."
+        " Latents: jobs/encode.py; labels by --data.classes 1000.",
+        _GENERATE_B,
+    ),
+    "generate_xl": (
+        "XL/1 of LightningDiT (Yao et al. 2025) on eight GPUs, for latents of 16 x 16 cells; not"
+        " run by us yet. Latents: jobs/encode.py; labels by --data.classes 1000.",
+        _GENERATE_XL,
+    ),
+}
+"""Generators: description and whole configuration, by name."""

@@ -50,6 +50,7 @@ def run_tasks(
     jobs: Sequence[Job],
     on: str = "here",
     threads: int = 1,
+    use_gpu: bool = False,
 ) -> Iterator[tuple[int, Result]]:
     """Yield (position of the job, function(shared, job)) for every job, as results arrive.
 
@@ -59,13 +60,14 @@ def run_tasks(
         jobs: Arguments of the calls, one each.
         on: One of `PLACES`.
         threads: Concurrent calls in this process; on Ray, each task takes one CPU.
+        use_gpu: Whether each task takes one GPU, too.
 
     Raises:
         TaskFailed: Ray could not run a task.
         Exception: The first error of a call; no further job starts.
     """
     if uses_ray(on):
-        yield from _run_on_ray(function, shared, jobs)
+        yield from _run_on_ray(function, shared, jobs, use_gpu)
     elif threads == 1:
         for number, job in enumerate(jobs):
             yield number, function(shared, job)
@@ -82,18 +84,20 @@ def _is_connected() -> bool:
 
 
 def _run_on_ray(
-    function: Callable[[Any, Any], Any], shared: Any, jobs: Sequence[Any]
+    function: Callable[[Any, Any], Any], shared: Any, jobs: Sequence[Any], use_gpu: bool
 ) -> Iterator[tuple[int, Any]]:
     import ray
 
     _connect()
-    task = ray.remote(_call).options(num_cpus=1, max_retries=3, name=function.__name__)
+    task = ray.remote(_call).options(
+        num_cpus=1, num_gpus=int(use_gpu), max_retries=3, name=function.__name__
+    )
     everywhere = ray.put(shared)
     waiting = iter(enumerate(jobs))
     running: dict[Any, int] = {}
     try:
         while True:
-            room = _count_slots() - len(running)
+            room = _count_slots("GPU" if use_gpu else "CPU") - len(running)
             for number, job in islice(waiting, max(room, 0)):
                 running[task.remote(function, everywhere, job)] = number
             if not running:
@@ -106,12 +110,12 @@ def _run_on_ray(
             ray.cancel(unfinished)
 
 
-def _count_slots() -> int:
-    """Return the number of tasks to submit: two per CPU, so that an autoscaler sees the demand."""
+def _count_slots(resource: str) -> int:
+    """Return the number of tasks to submit: two per CPU or GPU, so that autoscalers see demand."""
     import ray
 
     resources = cast(dict[str, float], ray.cluster_resources())  # Ray says dict[?, int]
-    return max(2, 2 * int(resources.get("CPU", 0)))
+    return max(2, 2 * int(resources.get(resource, 0)))
 
 
 def _connect() -> None:

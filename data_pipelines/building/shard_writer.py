@@ -90,7 +90,7 @@ def write_shard(source: SampleSource, job: ShardJob) -> ShardIndex:
     ):
         path = Path(folder) / job.name
         try:
-            shard, shapes = _write_tar(path, select(threads.map(load, job.entries)))
+            shard, shapes = write_tar(path, select(threads.map(load, job.entries)))
         except OSError as error:
             if error.errno not in FULL_DISK:
                 raise
@@ -120,9 +120,10 @@ def _find_clash(entry: Entry, image: EncodedImage) -> str | None:
     return None
 
 
-def _write_tar(
+def write_tar(
     path: Path, samples: Iterable[tuple[Entry, EncodedImage]]
 ) -> tuple[Shard, list[Shape]]:
+    """Write a tar of these samples; returns its entry in the index and the shapes of its images."""
     from webdataset.writer import TarWriter
 
     shapes: list[Shape] = []

@@ -147,7 +147,7 @@ def rotary_angles(
     rows, columns = (torch.arange(side, dtype=torch.float64) - (side - 1) / 2 for side in grid)
     position = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).flatten(1)
     turned = torch.stack([_vector_matrix(element) @ frequency for element in group])
-    return (turned.mT @ position).mT.float()
+    return (turned.mT @ position).transpose(1, 2).float()
 
 
 def _vector_matrix(element: Element) -> Float[Tensor, "2 2"]:

@@ -53,12 +53,7 @@ def sample_latents(
             value is out of range.
     """
     settings = model.config.flow
-    guided = guidance.scale != 1
-    if guided and (label is None or not (model.config.data.classes and settings.condition_drop)):
-        raise ValueError(
-            f"guidance {guidance.scale}: it needs labels, and a generator trained with data.classes"
-            " and flow.condition_drop above 0; set it to 1"
-        )
+    check_guidance(model, label is not None, guidance)
 
     def given(label: Tensor | None) -> Field:
         def velocity(x: Tensor, t: float) -> Tensor:
@@ -72,3 +67,25 @@ def sample_latents(
     times = time_grid(guidance.steps, power=settings.sampler_power, shift=settings.sampler_shift)
     with expanded_once(model):
         return model.normalization.denormalize(integrate(field, noise, times, settings.sampler))
+
+
+def check_guidance(model: Generator, has_labels: bool, guidance: Guidance) -> None:
+    """Check that samples can be guided, and the values.
+
+    Raises:
+        ValueError: Guidance is given a scale other than 1, and there are no labels or no null
+            condition was trained; or a value is out of range.
+    """
+    settings = model.config
+    trained = settings.data.classes and settings.flow.condition_drop
+    if guidance.scale != 1 and not (has_labels and trained):
+        raise ValueError(
+            f"guidance {guidance.scale}: it needs labels, and a generator trained with data.classes"
+            " and flow.condition_drop above 0; set it to 1"
+        )
+    time_grid(guidance.steps, power=settings.flow.sampler_power, shift=settings.flow.sampler_shift)
+    guide(_stand_still, _stand_still, guidance.scale, guidance.interval)
+
+
+def _stand_still(x: Tensor, t: float) -> Tensor:
+    return x

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from data_pipelines import storage
 from data_pipelines.storage import Location
-from efae.config import Config
+from efae.generator_config import AnyConfig
 from efae.preflight import node_checks
 from efae.preflight.checks import Check, Outcome, merge_outcomes, run_check, run_checks
 from efae.preflight.driver_checks import RunData, list_checks, measure_data
@@ -48,7 +48,7 @@ class Node:
 
 
 def run_preflight(
-    config: Config,
+    config: AnyConfig,
     data: RunData,
     server: Server,
     say: Callable[[str], None],
@@ -59,7 +59,7 @@ def run_preflight(
     An invalid configuration ends the checks at once, since the others depend on it.
 
     Args:
-        config: Configuration of the experiment.
+        config: AnyConfiguration of the experiment.
         data: Facts of its shard sets.
         server: MLflow server.
         say: Function that prints one line.
@@ -84,11 +84,12 @@ def run_preflight(
 
 
 def check_all(
-    config: Config, data: RunData, server: Server, meanwhile: Callable[[], None]
+    config: AnyConfig, data: RunData, server: Server, meanwhile: Callable[[], None]
 ) -> Iterator[Outcome]:
     """Yield the outcomes of `run_preflight` as they arrive."""
-    passed: set[str] = set()
+    passed, asked_about = set[str](), set[str]()
     for what, check in list_checks(config, data, server):
+        asked_about.add(what)
         yield (outcome := run_check(what, check))
         if outcome.state != "FAIL":
             passed.add(what)
@@ -99,7 +100,8 @@ def check_all(
         return
     if not find_dashboard():
         yield Outcome("note", "auth", "not checked: this cluster has no dashboard")
-    cache_bytes = measure_data(config, data) if passed >= {"images", "held-out images"} else 0
+    sets = {what for what in asked_about if what.endswith(("images", "latents"))}
+    cache_bytes = measure_data(config, data) if sets <= passed else 0
     with write_mark(config.ray.storage_uri if "storage" in passed else None) as mark:
         asked = [
             (node, list_node_checks(node, config, server, passed, mark, cache_bytes))
@@ -108,7 +110,7 @@ def check_all(
         yield from merge_outcomes(ask_nodes(asked, meanwhile))
 
 
-def join_cluster(config: Config) -> str:
+def join_cluster(config: AnyConfig) -> str:
     """Connect to the cluster and return its size; see `connect`.
 
     Raises:
@@ -205,7 +207,7 @@ def write_mark(folder: str | None) -> Generator[Location | None]:
 
 def list_node_checks(
     node: Node,
-    config: Config,
+    config: AnyConfig,
     server: Server,
     passed: Set[str],
     mark: Location | None,
@@ -215,7 +217,7 @@ def list_node_checks(
 
     Args:
         node: Node that will run them.
-        config: Configuration of the experiment.
+        config: AnyConfiguration of the experiment.
         server: MLflow server.
         passed: Subjects of the driver's checks (`list_checks`) that passed.
         mark: Location of an object that the driver wrote.
@@ -230,8 +232,8 @@ def list_node_checks(
         yield "disk", partial(node_checks.check_disk, config.data.cache_dir, cache_bytes)
     if trains and several:
         yield "shared memory", partial(node_checks.check_shared_memory, config.ray.use_gpu)
-    if "images" in passed:
-        yield "images", partial(storage.check_readable, config.data.uri)
+    for what in passed & {"images", "latents"}:
+        yield what, partial(storage.check_readable, config.data.uri)
     if mark:
         yield "storage", partial(node_checks.check_mark, mark)
     if "MLflow" in passed:

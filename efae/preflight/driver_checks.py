@@ -13,12 +13,14 @@ from data_pipelines.storage import Location, LocationLike
 from efae.checkpoints.checkpoint import checkpoint_name
 from efae.checkpoints.run_folder import locate_run
 from efae.config import Config, DataConfig
-from efae.model.autoencoder import Autoencoder
+from efae.generation.network import read_format
+from efae.generator_config import AnyConfig, GeneratorConfig, LatentsConfig
 from efae.model.objective import load_perceptual
 from efae.preflight.checks import Check
 from efae.symmetry import GROUPS
 from efae.tracking.server import Server
 from efae.training.starts.source import has_source, read_source
+from efae.training.state import build_model
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class SetFacts:
 class RunData:
     """Facts of a run's two shard sets; each index is read and parsed once, on first use."""
 
-    def __init__(self, data: DataConfig):
+    def __init__(self, data: DataConfig | LatentsConfig):
         self._data = data
 
     @cached_property
@@ -87,7 +89,7 @@ def list_facts(dataset: ShardDataset) -> SetFacts:
     )
 
 
-def list_checks(config: Config, data: RunData, server: Server) -> Iterator[tuple[str, Check]]:
+def list_checks(config: AnyConfig, data: RunData, server: Server) -> Iterator[tuple[str, Check]]:
     """Yield (subject, check) pairs, the cheap ones first.
 
     Args:
@@ -100,25 +102,33 @@ def list_checks(config: Config, data: RunData, server: Server) -> Iterator[tuple
     """
     yield "configuration", lambda: check_configuration(config)
     yield "MLflow", lambda: check_mlflow(server)
-    yield "images", lambda: check_training_images(config, data.train)
-    yield "held-out images", lambda: check_images(config, data.held_out)
+    if isinstance(config, Config):
+        yield "images", lambda: check_training_images(config, data.train)
+        yield "held-out images", lambda: check_images(config, data.held_out)
+    else:
+        yield "latents", lambda: _count_samples(data.train)
+        if config.data.held_out_uri:
+            yield "held-out latents", lambda: _count_samples(data.held_out)
     yield "storage", lambda: check_storage(config.ray.storage_uri)
     if config.output:
         yield "output", lambda: check_storage(config.output)
-    if has_source(config):
+    if isinstance(config, GeneratorConfig):
+        yield "tokenizer", lambda: check_tokenizer(config, server)
+    elif has_source(config):
         yield "starting model", lambda: check_source(config, server)
 
 
-def measure_data(config: Config, data: RunData) -> int:
+def measure_data(config: AnyConfig, data: RunData) -> int:
     """Return the maximum size of a node's caches of shards and of pixels, in bytes.
 
     Raises:
         ValueError: There is no readable index.
         StorageError: The storage refuses or does not answer.
     """
-    remote = [s.bytes for s in (data.train, data.held_out) if Location.parse(s.uri).path is None]
+    sets = [data.train, *([data.held_out] if config.data.held_out_uri else [])]
+    remote = [s.bytes for s in sets if Location.parse(s.uri).path is None]
     fetched = min(sum(remote), config.data.cache_bytes)
-    if not config.data.pixel_cache_bytes:
+    if isinstance(config, GeneratorConfig) or not config.data.pixel_cache_bytes:
         return fetched
     pixels = data.train.images * config.data.channels * math.prod(config.data.image_size)
     return fetched + min(pixels, config.data.pixel_cache_bytes)
@@ -135,26 +145,34 @@ def check_source(config: Config, server: Server) -> str:
     return read_source(config, server).uri
 
 
+def check_tokenizer(config: GeneratorConfig, server: Server) -> str:
+    """Check that the model that made the latents is there; see `pull.read_tokenizer`."""
+    from efae.registry import pull  # MLflow takes two seconds
+
+    return pull.read_tokenizer(read_format(config), server).uri
+
+
 def check_storage(uri: str) -> str:
     """Check that objects below `uri` can be written; see `storage.check_writable`."""
     storage.check_writable(uri)
     return uri
 
 
-def check_configuration(config: Config) -> None:
+def check_configuration(config: AnyConfig) -> None:
     """Check what the configuration cannot check itself: addresses, names, the model's sizes.
 
     Raises:
         ValueError: One of them cannot work.
     """
     for uri in (config.data.uri, config.data.held_out_uri, config.ray.storage_uri):
-        Location.parse(uri)
+        if uri or isinstance(config, Config):
+            Location.parse(uri)
     if not config.tracking.run_name:
         raise ValueError("tracking.run_name='': name the run")
     # Raises if storage cannot hold about the longest object name that the run will write.
     _ = locate_run(config) / checkpoint_name(0) / "optimizer.safetensors"
-    Autoencoder(config)  # raises if the sizes do not fit together
-    if config.loss.perceptual:
+    build_model(config)  # raises if the sizes do not fit together
+    if isinstance(config, Config) and config.loss.perceptual:
         load_perceptual(config.loss.perceptual, torch.device("cpu"))
 
 
@@ -164,7 +182,7 @@ def check_training_images(config: Config, facts: SetFacts) -> str:
         return check_images(config, facts)
     if not facts.sized:
         raise ValueError(f"data.{explain_missing_sizes(facts.uri, config.data.buckets)}")
-    return f"{facts.images} at {Location.parse(facts.uri).display}"
+    return _count_samples(facts)
 
 
 def check_images(config: Config, facts: SetFacts) -> str:
@@ -181,7 +199,7 @@ def check_images(config: Config, facts: SetFacts) -> str:
         ValueError: The images are too small.
     """
     uri, shape, wanted = facts.uri, facts.shape, config.data.image_size
-    found = f"{facts.images} at {Location.parse(uri).display}"
+    found = _count_samples(facts)
     if shape is None:
         return found
     height, width = shape[1:]
@@ -199,3 +217,7 @@ def check_images(config: Config, facts: SetFacts) -> str:
         f"{config.data.resolution}: set --data.resolution to theirs, or build the shards with"
         f" --resolution {wanted[0]}"
     )
+
+
+def _count_samples(facts: SetFacts) -> str:
+    return f"{facts.images} at {Location.parse(facts.uri).display}"

@@ -90,7 +90,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(latents, tmp_path, kind, preci
 
 
 def test_training_lowers_the_loss_and_the_statistics_are_those_of_the_latents(latents):
-    overrides = {"training.steps": 100, "training.log_interval": 20, "data.views": 1.0}
+    overrides = {"training.steps": 120, "training.log_interval": 20, "data.views": 0.1}
     config = configure(latents, **overrides, **{"optimizer.learning_rate": 1e-2})
     keeper = Keeper(config)
     state = train(config, ShardDataset.open(latents), ALONE, None, keeper)

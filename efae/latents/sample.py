@@ -1,0 +1,174 @@
+"""A shard set of images, sampled by a generator and decoded by the tokenizer of its latents.
+
+Every task draws one shard, in fixed batches, so that the images do not depend on the number of
+tasks. A finished shard leaves a record in storage and the index is written last: the same command
+resumes where it stopped.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipelines import storage
+from data_pipelines.building import unfinished
+from data_pipelines.building.fingerprint import make_absolute
+from data_pipelines.building.ray_tasks import run_tasks, uses_ray
+from data_pipelines.building.sample_encoding import Encoding, Entry
+from data_pipelines.building.shard_writer import write_tar
+from data_pipelines.contact_sheet import describe_set
+from data_pipelines.loading.dataset import ImageSet
+from data_pipelines.shards.index import (
+    INDEX_NAME,
+    SHEET_NAME,
+    ShardIndex,
+    index_images,
+    join_indexes,
+    load_index,
+    write_index,
+)
+from data_pipelines.storage import Location
+from efae.evaluation.samples import ImageSampler
+from efae.generation.network import Generator, read_format
+from efae.generation.sampling import Guidance, check_guidance
+from efae.generator_config import GeneratorConfig
+from efae.latents.sample_request import SampleRequest
+from efae.model.autoencoder import Autoencoder
+from efae.model.pretrained import StoredModel
+from efae.preflight.cluster_checks import reach_cluster
+from efae.registry import pull
+from efae.tracking.redaction import redact
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What every task needs."""
+
+    generator: StoredModel
+    tokenizer: StoredModel
+    request: SampleRequest
+    guidance: Guidance
+    labels: tuple[int, ...]
+    output: Location
+
+
+def sample_set(request: SampleRequest, say: Callable[[str], None]) -> tuple[ImageSet, int]:
+    """Draw the missing shards, and write index, statistics and contact sheet.
+
+    Args:
+        request: Generator, number of images and output.
+        say: Function that prints one line of progress.
+
+    Returns:
+        The set, and the number of images that this call drew.
+
+    Raises:
+        ValueError: The user's input cannot work, or the output holds something else.
+        CheckpointError: A model is damaged, or of another kind.
+        ConnectionError: MLflow fails.
+        StorageError: The storage refuses or does not answer.
+        TaskFailed: Ray could not run a task.
+    """
+    output = make_absolute(request.output)
+    storage.check_writable(output)
+    source, fingerprint = _prepare(request, output)
+    there = storage.list_files(output)
+    if INDEX_NAME in there:
+        found = load_index(output)
+        unfinished.refuse_other(output, found.provenance.get("fingerprint", {}), fingerprint)
+        return ImageSet(output, found), 0
+    if any(name.endswith(".tar") for name in there) and not unfinished.is_claimed(there):
+        raise ValueError(
+            f"{output} holds tars but no {INDEX_NAME}: not written by this command; choose another"
+            " --output"
+        )
+    unfinished.claim(output, there, fingerprint)
+    names = [f"shard-{n:06d}.tar" for n in range(-(-request.count // request.samples_per_shard))]
+    records = unfinished.read_records(output, names, there)
+    missing = [n for n, name in enumerate(names) if name not in records or name not in there]
+    drawn = 0
+    for done, (position, record) in enumerate(
+        run_tasks(_write_shard, source, missing, request.on, use_gpu=request.use_gpu), start=1
+    ):
+        records[names[missing[position]]] = record
+        drawn += len(record.shards[0].keys)
+        say(f"{done} of {len(missing)} shards, {drawn} images")
+    provenance = {"fingerprint": fingerprint, "model": redact(request.model)}
+    index = join_indexes([records[name] for name in names], provenance)
+    describe_set(output, index)
+    write_index(output, index)
+    unfinished.clear(output)
+    return ImageSet(output, index), drawn
+
+
+def _prepare(request: SampleRequest, output: Location) -> tuple[_Source, dict[str, Any]]:
+    """Return the tasks' input, and what decides the images."""
+    stored = pull.read(request.model)
+    generator, config = Generator.restore(stored), stored.settings
+    assert isinstance(config, GeneratorConfig)
+    form, classes, flow = read_format(config), config.data.classes, config.flow
+    tokenizer = pull.read_tokenizer(form, uri=request.tokenizer)
+    guidance = Guidance(
+        flow.default_steps if request.steps is None else request.steps,
+        flow.guidance_scale if request.guidance is None else request.guidance,
+        request.guidance_interval or flow.guidance_interval,
+    )
+    wrong = [label for label in request.labels if not 0 <= label < classes]
+    if wrong:
+        what = f"classes 0 to {classes - 1}" if classes else "no classes"
+        raise ValueError(f"--labels {wrong[0]}: {request.model} was trained with {what}")
+    labels = request.labels or tuple(range(classes))
+    check_guidance(generator, bool(labels), guidance)
+    if uses_ray(request.on):
+        reach_cluster(lambda: None)
+    fingerprint: dict[str, Any] = {
+        "generator": stored.digest,
+        "tokenizer": tokenizer.digest,
+        "count": request.count,
+        "seed": request.seed,
+        "labels": list(labels),
+        "steps": guidance.steps,
+        "guidance": guidance.scale,
+        "guidance_interval": list(guidance.interval),
+        "samples_per_shard": request.samples_per_shard,
+        "batch_size": request.batch_size,
+        "precision": request.precision,
+    }
+    return _Source(stored, tokenizer, request, guidance, labels, output), fingerprint
+
+
+def _write_shard(source: _Source, number: int) -> ShardIndex:
+    """Draw and upload one shard, then write its record; returns an index of this shard alone."""
+    request, labels = source.request, source.labels
+    first = number * request.samples_per_shard
+    positions = range(first, min(first + request.samples_per_shard, request.count))
+    device = "cuda" if request.use_gpu else "cpu"
+    sampler = ImageSampler(
+        Generator.restore(source.generator, device),
+        Autoencoder.restore(source.tokenizer, device),
+        request.seed,
+        request.precision,
+    )
+    sampler.tokenizer.precision = request.precision
+    samples = list[tuple[Entry, Any]]()
+    for start in range(0, len(positions), request.batch_size):
+        batch = positions[start : start + request.batch_size]
+        classes = [labels[i % len(labels)] for i in batch] if labels else None
+        images = sampler.draw(batch, classes, source.guidance).permute(0, 2, 3, 1).numpy()
+        for row, i in enumerate(batch):
+            pixels = images[row, ..., 0] if images.shape[-1] == 1 else images[row]
+            others = {"cls": str(classes[row]).encode()} if classes else {}
+            entry = Entry(key=f"{i:08d}", family="", place=i)
+            samples.append((entry, Encoding().encode(pixels, others)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"shard-{number:06d}.tar"
+        record = index_images(*write_tar(path, samples), {})
+        storage.upload(path, source.output / path.name)
+    unfinished.keep_record(source.output, path.name, record)
+    return record
+
+
+def locate_sheet(images: ImageSet) -> str:
+    """Return the URI of a set's contact sheet."""
+    return str(Location.parse(images.uri) / SHEET_NAME)

@@ -1,0 +1,52 @@
+"""Options of jobs/generate.py sample. Imports nothing heavy, as in `request`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Generator, number of images and output of one sampling."""
+
+    model: str
+    """URI of the generator: models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME@sha256:DIGEST,
+    or a checkpoint or model folder, local or remote."""
+    output: str
+    """Folder for the shards of images: a path, s3://bucket/folder or gs://..."""
+    count: int = 1000
+    """Number of images."""
+    seed: int = 0
+    """Seed of all images; image number i is a function of (seed, i) and of the batch size."""
+    labels: tuple[int, ...] = ()
+    """Classes, which the images take in turn; all of them by default. Only for generators with
+    classes."""
+    steps: int | None = None
+    """Sampler steps; by default the generator's flow.sampler_steps."""
+    guidance: float | None = None
+    """Scale of classifier-free guidance, 1 is none; by default the generator's
+    flow.guidance_scale."""
+    guidance_interval: tuple[float, float] | None = None
+    """Range of t in which guidance is applied, from 0 (image) to 1 (noise); by default the
+    generator's flow.guidance_interval."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Precision of the arithmetic of generator and tokenizer."""
+    tokenizer: str = ""
+    """URI of the tokenizer, if it is no longer where the latents were made; it is recognised by its
+    digest."""
+    samples_per_shard: int = 1000
+    """Images per shard; one task draws one shard."""
+    batch_size: int = 64
+    """Images per batch; another size changes images by rounding."""
+    use_gpu: bool = False
+    """Draw on GPUs, one per task."""
+    on: Literal["auto", "ray", "here"] = "auto"
+    """Where to draw: ray (tasks on the cluster at RAY_ADDRESS), here, or auto: ray if RAY_ADDRESS
+    is set or this is a Ray job."""
+
+    def __post_init__(self):
+        for name in ("count", "samples_per_shard", "batch_size"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed}: must be >= 0")
