@@ -31,8 +31,9 @@ from efae.model.octic.layout import (
 )
 from efae.model.pretrained import StoredModel, check_weights
 from efae.model.stored_files import CheckpointError
-from efae.symmetry import TRIVIAL, Element, Group, Representation
+from efae.symmetry import TRIVIAL, Group, Representation
 from efae.symmetry.group import grid_sources
+from efae.symmetry.representation import irrep_matrix
 
 _LONGEST_PERIOD = 100.0
 """Base of the rotary frequencies, as for images in Heo et al. 2024 (arXiv:2403.13298)."""
@@ -142,19 +143,12 @@ def rotary_angles(
     steps = torch.arange(pairs, dtype=torch.float64)
     exponent = steps.div(2, rounding_mode="floor") / max(1, math.ceil(pairs / 2))
     sizes = _LONGEST_PERIOD**-exponent
-    along = torch.stack([steps % 2, 1 - steps % 2])  # down, right
-    frequency = sizes * along
+    frequency = sizes * torch.stack([1 - steps % 2, steps % 2])  # to the right, up
     rows, columns = (torch.arange(side, dtype=torch.float64) - (side - 1) / 2 for side in grid)
-    position = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).flatten(1)
-    turned = torch.stack([_vector_matrix(element) @ frequency for element in group])
+    down, right = torch.meshgrid(rows, columns, indexing="ij")
+    position = torch.stack([right, -down]).flatten(1)
+    turned = torch.stack([irrep_matrix("e", element) @ frequency for element in group])
     return (turned.mT @ position).transpose(1, 2).float()
-
-
-def _vector_matrix(element: Element) -> Float[Tensor, "2 2"]:
-    """Return how an element moves the vector (down, right) from the centre of an image."""
-    mirror = torch.diag(torch.tensor([1.0, -1.0 if element.mirrored else 1.0], dtype=torch.float64))
-    turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)
-    return torch.linalg.matrix_power(turn, element.quarter_turns) @ mirror
 
 
 class GeneratorBlock(Block):

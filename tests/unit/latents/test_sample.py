@@ -1,0 +1,108 @@
+"""jobs/generate.py sample in this process: what it writes, resume, refusals."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipelines import ShardDataset, storage
+from data_pipelines.shards.index import SHEET_NAME
+from data_pipelines.storage import Location
+from data_pipelines.verify_shards import find_faults
+from efae.generation.sampling import Guidance
+from efae.latents import sample
+from efae.latents.sample import sample_set
+from efae.latents.sample_request import SampleRequest
+from efae.model.pretrained import pack_generator, read_folder
+from efae.training.loop import train
+from jobs.generate import main
+from tests.unit.training.test_generator import ALONE, CLASSES, configure, latents, model
+
+__all__ = ["latents", "model"]
+
+
+@pytest.fixture(scope="module")
+def generator(latents, tmp_path_factory) -> Path:
+    config = configure(latents, **{"data.classes": CLASSES, "training.steps": 2})
+    state = train(config, ShardDataset.open(latents), ALONE)
+    folder = tmp_path_factory.mktemp("generator")
+    pack_generator(state.average.weights, config).write(folder)
+    return folder
+
+
+def ask(generator: Path, output: Path, **changes) -> SampleRequest:
+    values = {"count": 7, "samples_per_shard": 3, "batch_size": 2, "on": "here", **changes}
+    return SampleRequest(model=str(generator), output=str(output), **values)
+
+
+def be_quiet(line: str) -> None:
+    pass
+
+
+def read_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
+
+
+def test_a_set_has_images_labels_and_its_origin(generator, model, tmp_path, capsys):
+    options = [f"--model={generator}", f"--output={tmp_path / 'set'}", "--count=7", "--on=here"]
+    options += ["--samples-per-shard=3", "--labels", "3", "1", "--seed=5", "--guidance=1.5"]
+    assert main(["sample", *options]) == 0
+    assert f"{tmp_path / 'set'}: 7 images, 7 of them drawn now" in capsys.readouterr().out
+    images = ShardDataset.open(tmp_path / "set")
+    assert images.keys == [f"{i:08d}" for i in range(7)]
+    assert images.image_shape == (3, 16, 16)
+    assert list(find_faults(str(tmp_path / "set"))) == []
+    batch = next(iter(images.loader(7, shuffle=False, members=("cls",))))
+    assert [int(label) for label in batch.members["cls"]] == [3, 1, 3, 1, 3, 1, 3]
+    fingerprint = images.index.provenance["fingerprint"]
+    assert fingerprint["generator"] == read_folder(generator).digest
+    assert fingerprint["tokenizer"] == read_folder(model[1]).digest
+    assert (fingerprint["seed"], fingerprint["guidance"]) == (5, 1.5)
+    assert (tmp_path / "set" / SHEET_NAME).exists()
+    assert main(["sample", *options]) == 0
+    assert "7 images, 0 of them drawn now" in capsys.readouterr().out
+    for change, what in (("--seed=6", "seed 5 instead of 6"), ("--count=8", "count 7 instead")):
+        assert main(["sample", *options, change]) == 1
+        assert what in capsys.readouterr().err
+
+
+def test_images_depend_on_seed_and_number_and_unfinished_sets_are_completed(generator, tmp_path):
+    whole, drawn = sample_set(ask(generator, tmp_path / "whole"), be_quiet)
+    assert drawn == 7
+    source, fingerprint = sample._prepare(
+        request := ask(generator, tmp_path / "part"), Location.parse(tmp_path / "part")
+    )
+    sample.unfinished.claim(source.output, {}, fingerprint)
+    sample._write_shard(source, 1)  # what a task left before its job was stopped
+    _, drawn = sample_set(request, be_quiet)
+    assert drawn == 4
+    assert read_bytes(tmp_path / "part") == read_bytes(tmp_path / "whole")
+    assert not storage.exists(tmp_path / "part" / sample.unfinished.FOLDER)
+    fewer, _ = sample_set(ask(generator, tmp_path / "fewer", count=3), be_quiet)
+    assert torch.equal(fewer[2].image, whole[2].image)
+    other, _ = sample_set(ask(generator, tmp_path / "other", count=3, seed=1), be_quiet)
+    assert not torch.equal(other[2].image, whole[2].image)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"labels": (CLASSES,)}, f"--labels {CLASSES}: .* was trained with classes 0 to 19"),
+        ({"steps": 0}, "steps=0"),
+        ({"guidance_interval": (0.5, 0.2)}, "interval=.*must be 0 <= low < high"),
+        ({"tokenizer": "builtin:openmoji-32"}, "the latents were made by a model of digest"),
+        ({"model": "builtin:openmoji-32"}, "holds an autoencoder, not a generator"),
+        ({"count": 0}, "--count 0"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_work_starts(generator, tmp_path, changes, what):
+    values = {"model": str(generator), "output": str(tmp_path / "set"), "on": "here", **changes}
+    with pytest.raises(ValueError, match=what):
+        sample_set(SampleRequest(**values), be_quiet)
+    assert not (tmp_path / "set").exists() or not list((tmp_path / "set").glob("*.tar"))
+
+
+def test_defaults_are_those_of_the_generator(generator, tmp_path):
+    source, _ = sample._prepare(ask(generator, tmp_path), Location.parse(tmp_path))
+    assert source.guidance == Guidance(2, 1.0, (0.0, 1.0))
+    assert source.labels == tuple(range(CLASSES))
