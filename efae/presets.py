@@ -241,11 +241,11 @@ _GENERATE_QUICKSTART = _generator(
     NetworkConfig(hidden_size=192, depth=6, num_heads=4),
     OptimizerConfig(learning_rate=2e-3, beta2=0.95, ema_decay=0.998),
     TrainingConfig(
-        steps=2500,
+        steps=1000,
         global_batch_size=64,
         precision="fp32",
-        evaluation_interval=500,
-        checkpoint_interval=250,
+        evaluation_interval=250,
+        checkpoint_interval=100,
     ),
 )
 
