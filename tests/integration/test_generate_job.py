@@ -84,7 +84,7 @@ def test_killed_runs_end_with_the_weights_of_an_uninterrupted_run(whole, local_s
     command = [sys.executable, "jobs/generate.py", "train", *OPTIONS, f"--tracking.run-name={name}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE) as driver:
-        give_up_at = time.monotonic() + 150
+        give_up_at = time.monotonic() + 250
         while find_newest_checkpoint(run_uri(name)) is None:
             assert driver.poll() is None
             assert time.monotonic() < give_up_at
