@@ -129,7 +129,7 @@ def run_training(config: AnyConfig, run: Run, on_validation: UserCallback | None
     """Train on the connected cluster until the last checkpoint is in storage.
 
     Args:
-        config: AnyConfiguration of the experiment.
+        config: Configuration of the experiment.
         run: MLflow run that rank 0 logs to.
         on_validation: Callback in Ray's controller; `after_report` gets every validation.
 

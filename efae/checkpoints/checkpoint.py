@@ -44,7 +44,7 @@ class Checkpoint:
         ema: Moving average of the weights, by the same names.
         optimizer: State of the optimizer by PARAMETER.KEY.
         metadata: JSON values; always with "step", the number of optimizer updates done.
-        config: RunConfiguration of the run.
+        config: Configuration of the run.
     """
 
     model: dict[str, Tensor]
@@ -79,7 +79,7 @@ def write_checkpoint(
         ema: Averaged weights, by the same names.
         optimizer: State of the optimizer by PARAMETER.KEY.
         metadata: JSON values, "step" among them.
-        config: RunConfiguration of the run.
+        config: Configuration of the run.
         scores: Finite numbers by which a run's checkpoints are compared; kept in the manifest.
 
     Raises:

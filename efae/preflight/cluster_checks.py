@@ -59,7 +59,7 @@ def run_preflight(
     An invalid configuration ends the checks at once, since the others depend on it.
 
     Args:
-        config: AnyConfiguration of the experiment.
+        config: Configuration of the experiment.
         data: Facts of its shard sets.
         server: MLflow server.
         say: Function that prints one line.
@@ -217,7 +217,7 @@ def list_node_checks(
 
     Args:
         node: Node that will run them.
-        config: AnyConfiguration of the experiment.
+        config: Configuration of the experiment.
         server: MLflow server.
         passed: Subjects of the driver's checks (`list_checks`) that passed.
         mark: Location of an object that the driver wrote.

@@ -20,7 +20,7 @@ class CheckpointWriter:
 
     Args:
         run: Folder of the run.
-        config: RunConfiguration, which says how many checkpoints to keep.
+        config: Configuration, which says how many checkpoints to keep.
 
     Attributes:
         saved: Number of checkpoints saved so far.

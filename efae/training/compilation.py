@@ -26,7 +26,7 @@ def prepare(objective: nn.Module, config: AnyConfig, device: torch.device, one_p
 
     Args:
         objective: Objective, not yet wrapped for data parallelism.
-        config: RunConfiguration of the experiment.
+        config: Configuration of the experiment.
         device: Device of training.
         one_pass: Whether a step is one forward and backward pass of one process.
     """

@@ -54,7 +54,7 @@ class RunObserver(Observer):
     """Rank 0's observer: curves to MLflow, checkpoints to storage, progress to the terminal.
 
     Args:
-        config: RunConfiguration of the experiment.
+        config: Configuration of the experiment.
         process: This process.
         writer: Writer of the checkpoints.
         tracker: Sender of the curves.

@@ -40,7 +40,7 @@ def continue_run(
     """Train from the newest undamaged checkpoint in storage to the last step.
 
     Args:
-        config: RunConfiguration of the experiment.
+        config: Configuration of the experiment.
         run: MLflow run that rank 0 logs to.
         process: This process.
         say: Function that prints one line of progress.
