@@ -22,7 +22,7 @@ from efae.checkpoints.events import read_events
 from efae.config import Config
 from efae.evaluation.results import Evaluation
 from efae.evaluation_task import fit_on_cluster, start_evaluation
-from efae.generator_config import AnyConfig
+from efae.generator_config import AnyConfig, GeneratorConfig
 from efae.model.autoencoder import build_representation
 from efae.model.pretrained import StoredModel, pack_model
 from efae.preflight.cluster_checks import run_preflight
@@ -37,7 +37,7 @@ from efae.tracking.server import Server
 from efae.training.starts.source import adopt_action, adopt_pretrained, copy_source, needs_fit
 
 MLFLOW_PATIENCE_SECONDS = 60
-_NOT_NAMED = ("data.uri", "data.held_out_uri", "start.architecture")
+_NOT_NAMED = ("data.uri", "data.held_out_uri", "data.format", "start.architecture")
 
 
 def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -> dict[str, Any]:
@@ -193,9 +193,10 @@ def find_start(config: AnyConfig) -> int:
     fixed = ("model.", "representation.", "data.uri", "data.channels", "data.buckets")
     fixed += ("training.seed", "training.global_batch_size", "flow.prediction")
     fixed += ("flow.distill_from", "start.", "generator.", "data.classes", "data.format")
-    # Its positions are those of one size.
     if isinstance(config, Config) and config.model.kind == "transformer":
-        fixed += ("data.resolution",)
+        fixed += ("data.resolution",)  # its positions are those of one size
+    if isinstance(config, GeneratorConfig) and 0 in (config.data.views, found.data.views):
+        fixed += ("data.views",)  # only with views does the network have weights for elements
     if changed := [line for key, line in _changes(found, config) if key.startswith(fixed)]:
         raise ValueError(
             f"resume={config.resume!r}: that checkpoint was trained with other settings"

@@ -61,24 +61,29 @@ class LatentFormat(BaseModel):
         """Unsigned integer dtype of the numbers' size."""
         return np.dtype(_BITS[self.dtype])
 
-    def require_action(self, where: str) -> None:
-        """Raise a ValueError, which names the set, if the group does not act on these latents."""
+    def require_action(self, where: str, option: str = "augment='group'") -> None:
+        """Raise a ValueError if the group does not act on these latents.
+
+        Args:
+            where: URI of the set, for the message.
+            option: Option that needs the action, for the message.
+        """
         if self.group == "trivial":
             raise ValueError(
-                f"augment='group': the model of {where} has the trivial group, so nothing acts on"
+                f"{option}: the model of {where} has the trivial group, so nothing acts on"
                 " its latents: encode with a model of --representation.group D4"
             )
         _, height, width = self.shape
         if height != width and self.representation.group.swaps_sides:
             raise ValueError(
-                f"augment='group': quarter turns of group {self.group} would make the {height} x"
+                f"{option}: quarter turns of group {self.group} would make the {height} x"
                 f" {width} latents of {where} {width} x {height}, and a batch has one shape: leave"
                 " it off and act on whole batches (efae.Representation.act)"
             )
         found = float(self.certificate["max_abs_difference"])
         if not found <= LARGEST_DIFFERENCE:
             raise ValueError(
-                f"augment='group': act(g, encode(x)) and encode(g x) differ by up to {found:.2g} in"
+                f"{option}: act(g, encode(x)) and encode(g x) differ by up to {found:.2g} in"
                 f" {where}, more than {LARGEST_DIFFERENCE:g}: these latents would not be those of"
                 " flipped and turned images; encode with --symmetrize, or with a model of"
                 " --model.level exact"

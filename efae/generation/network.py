@@ -209,14 +209,13 @@ class Generator(nn.Module):
                 f"generator.patch_size={sizes.patch_size}: does not divide the {height} x {width}"
                 f" latents of {config.data.uri}"
             )
-        if config.data.views:
-            self.format.require_action(config.data.uri)
+        for option, given in (
+            (f"data.views={config.data.views}", config.data.views > 0),
+            ("generator.equivariant=True", sizes.equivariant),
+        ):
+            if given:
+                self.format.require_action(config.data.uri, option)
         group = self.representation.group if sizes.equivariant else TRIVIAL
-        if sizes.equivariant and group == TRIVIAL:
-            raise ValueError(
-                f"generator.equivariant=True: no group acts on the latents of {config.data.uri}:"
-                " leave it off, or encode with a model of --representation.group D4"
-            )
         self.normalization = Normalization(self.representation)
         self.layout = layout_of(group)
         m, hidden_size = sizes.hidden_size // len(group), sizes.hidden_size

@@ -15,7 +15,9 @@ from efae.symmetry import D4, GROUPS, TRIVIAL, Representation
 COUNT, CLASSES = 3, 5
 
 
-def build(group: str = "D4", cells: tuple[int, int] = (4, 4), **overrides) -> Generator:
+def build(
+    group: str = "D4", cells: tuple[int, int] = (4, 4), difference: float = 0.0, **overrides
+) -> Generator:
     """A generator whose every weight matters, in float64."""
     counts = {"a1": 3, "a2": 0, "b1": 2, "b2": 1, "e": 2 if GROUPS[group].turns else 0}
     form = LatentFormat(
@@ -25,7 +27,7 @@ def build(group: str = "D4", cells: tuple[int, int] = (4, 4), **overrides) -> Ge
         multiplicities=counts,
         model_digest="0" * 64,
         model_uri="nowhere",
-        certificate={"max_abs_difference": 0.0},
+        certificate={"max_abs_difference": difference},
     )
     sizes = {
         "generator.hidden_size": 48,
@@ -162,8 +164,12 @@ def test_sizes_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=what):
             build(**overrides)
-    with pytest.raises(ValueError, match="no group acts on the latents"):
-        build("trivial")
-    with pytest.raises(ValueError, match="quarter turns"):
-        build("D4", (4, 6))
+    for options in ({}, {"generator.equivariant": False, "data.views": 0.5}):
+        option = r"data\.views=0\.5" if options else r"generator\.equivariant=True"
+        with pytest.raises(ValueError, match=f"{option}: .*trivial group, so nothing acts"):
+            build("trivial", **options)
+        with pytest.raises(ValueError, match=f"{option}: quarter turns"):
+            build("D4", (4, 6), **options)
+        with pytest.raises(ValueError, match=f"{option}: .* differ by up to 0.5"):
+            build(difference=0.5, **options)
     assert build("trivial", **{"generator.equivariant": False}).layout.group == TRIVIAL

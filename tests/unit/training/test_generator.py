@@ -8,8 +8,10 @@ import torch
 
 from data_pipelines import ShardDataset
 from efae.checkpoints.checkpoint import read_checkpoint
+from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.evaluation.samples import ImageSampler
+from efae.experiment import find_start
 from efae.generation.network import Generator
 from efae.generation.sampling import Guidance
 from efae.generator_config import GeneratorConfig
@@ -86,7 +88,25 @@ def test_resumed_equals_uninterrupted_bit_for_bit(latents, tmp_path, kind, preci
     assert halfway.config == config
     assert_same_state(train(config, dataset, ALONE, Start(halfway)), whole)
     assert len(keeper.losses) == 6
-    assert not torch.equal(whole.model.outward.coefficient, torch.zeros(()))
+    assert whole.model.outward.coefficient.abs().max() > 0  # it starts at 0
+
+
+def test_another_run_starts_from_a_checkpoint_that_fits(latents, tmp_path):
+    config = configure(latents, **KINDS["dense"], **{"ray.storage_uri": str(tmp_path)})
+    config = with_overrides(config, {"tracking.run_name": "first"})
+    train(config, ShardDataset.open(latents), ALONE, None, Keeper(config, tmp_path / "first"))
+    checkpoint = tmp_path / "first" / "step-00000003"
+    onward = with_overrides(config, {"tracking.run_name": "next", "resume": str(checkpoint)})
+    assert find_start(with_overrides(onward, {"data.views": 0.3})) == 3
+    for changes in ({"data.views": 0.0}, {"data.classes": 21}, {"generator.depth": 3}):
+        (name,) = changes
+        with pytest.raises(ValueError, match=f"{name}: .* -> .*would be meaningless"):
+            find_start(with_overrides(onward, changes))
+    tokenizer = with_overrides(Config(), {"resume": str(checkpoint)})
+    tokenizer = with_overrides(tokenizer, {"ray.storage_uri": str(tmp_path)})
+    for run_name, what in (("next", "of another kind of model"), ("first", "trains another kind")):
+        with pytest.raises(ValueError, match=what):
+            find_start(with_overrides(tokenizer, {"tracking.run_name": run_name}))
 
 
 def test_training_lowers_the_loss_and_the_statistics_are_those_of_the_latents(latents):
