@@ -1,7 +1,7 @@
 """Scale and shift of latents before diffusion, which commute with the group.
 
-Every irrep has one scale, its root mean square over the training latents; only invariant channels
-(A1) are shifted, since a mean in any other would not survive a change of sign.
+Only invariant channels (A1) are shifted, by their mean, since a mean in any other would not survive
+a change of sign. Every irrep has one scale, the root mean square that remains.
 """
 
 from collections.abc import Iterable

@@ -108,7 +108,10 @@ class GeneratorTask:
     def begin(
         self, state: TrainState, dataset: ShardDataset, process: Process, source: Autoencoder | None
     ) -> None:
-        """Fit the normalisation, on rank 0 alone, to the first latents of an epoch."""
+        """Fit the normalisation, on rank 0 alone, to latents from all over the set.
+
+        The first batches of an epoch are: their order takes from every part of the set in turn.
+        """
         normalization = Normalization(self._format.representation)
         if process.rank == 0:
             loader = dataset.loader(
