@@ -309,13 +309,7 @@ def _write_missing(
         for number, record in ray_tasks.run_tasks(write_shard, source, missing, on):
             records[missing[number].name] = record
             progress.update(len(missing[number].entries))
-    there = storage.list_files(folder)
-    for job in missing:
-        if records[job.name].shards and there.get(job.name) != records[job.name].shards[0].bytes:
-            raise ValueError(
-                f"{folder.uri_of(job.name)} was written by another node and is not visible here:"
-                " use an --output on object storage or on a shared disk, or --on here"
-            )
+    unfinished.require_shards(folder, records)
     return [records[job.name] for job in jobs]
 
 

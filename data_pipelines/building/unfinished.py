@@ -87,6 +87,25 @@ def read_records(
         return dict(zip(finished, threads.map(read, finished), strict=True))
 
 
+def require_shards(output: Location, records: Mapping[str, ShardIndex]) -> None:
+    """Check that every shard lies in the output, as its record says.
+
+    Args:
+        output: Folder of the set.
+        records: Records of all finished shards, by name; one without shards wrote no file.
+
+    Raises:
+        ValueError: A shard does not; names it.
+    """
+    there = storage.list_files(output)
+    for name, record in records.items():
+        if record.shards and there.get(name) != record.shards[0].bytes:
+            raise ValueError(
+                f"{output.uri_of(name)} was written by another node and is not visible here: use an"
+                " --output on object storage or on a shared disk, or --on here"
+            )
+
+
 def clear(output: Location) -> None:
     """Delete the records of a complete set."""
     storage.delete(output / FOLDER)

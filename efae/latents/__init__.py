@@ -1,1 +1,1 @@
-"""Encoding of image sets on a Ray cluster, into shard sets for training on latents."""
+"""From image sets to latent sets, and from a generator of latents to image sets, on Ray."""

@@ -29,6 +29,7 @@ from data_pipelines.shards.index import (
     write_index,
 )
 from data_pipelines.storage import Location
+from efae import config_forms as configuration
 from efae.evaluation.samples import ImageSampler
 from efae.generation.network import Generator, read_format
 from efae.generation.sampling import Guidance, check_guidance
@@ -86,7 +87,11 @@ def sample_set(request: SampleRequest, say: Callable[[str], None]) -> tuple[Imag
     unfinished.claim(output, there, fingerprint)
     names = [f"shard-{n:06d}.tar" for n in range(-(-request.count // request.samples_per_shard))]
     records = unfinished.read_records(output, names, there)
-    missing = [n for n, name in enumerate(names) if name not in records or name not in there]
+    missing = [
+        n
+        for n, name in enumerate(names)
+        if name not in records or there.get(name) != records[name].shards[0].bytes
+    ]
     drawn = 0
     for done, (position, record) in enumerate(
         run_tasks(_write_shard, source, missing, request.on, use_gpu=request.use_gpu), start=1
@@ -94,6 +99,7 @@ def sample_set(request: SampleRequest, say: Callable[[str], None]) -> tuple[Imag
         records[names[missing[position]]] = record
         drawn += len(record.shards[0].keys)
         say(f"{done} of {len(missing)} shards, {drawn} images")
+    unfinished.require_shards(output, records)
     provenance = {"fingerprint": fingerprint, "model": redact(request.model)}
     index = join_indexes([records[name] for name in names], provenance)
     describe_set(output, index)
@@ -117,14 +123,17 @@ def _prepare(request: SampleRequest, output: Location) -> tuple[_Source, dict[st
     wrong = [label for label in request.labels if not 0 <= label < classes]
     if wrong:
         what = f"classes 0 to {classes - 1}" if classes else "no classes"
-        raise ValueError(f"--labels {wrong[0]}: {request.model} was trained with {what}")
+        raise ValueError(f"--labels {wrong[0]}: {redact(request.model)} was trained with {what}")
     labels = request.labels or tuple(range(classes))
     check_guidance(generator, bool(labels), guidance)
     if uses_ray(request.on):
         reach_cluster(lambda: None)
     fingerprint: dict[str, Any] = {
         "generator": stored.digest,
+        "generator_settings": configuration.digest(config),
         "tokenizer": tokenizer.digest,
+        "tokenizer_settings": configuration.digest(tokenizer.config),
+        "tokenizer_steps": tokenizer.config.flow.default_steps,
         "count": request.count,
         "seed": request.seed,
         "labels": list(labels),

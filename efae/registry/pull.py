@@ -30,6 +30,7 @@ from efae.registry import model_uris
 from efae.registry.cache import fetch_model, find_cache, read_copy
 from efae.registry.offline_names import is_offline, mention_copy, recall, remember
 from efae.registry.versions import FILE_TAG, RegisteredVersion
+from efae.tracking.redaction import redact
 from efae.tracking.server import Server
 
 if TYPE_CHECKING:
@@ -100,8 +101,8 @@ def read_tokenizer(form: LatentFormat, server: Server | None = None, uri: str = 
     stored = read(pinned, server)
     if stored.digest != form.model_digest:
         raise ValueError(
-            f"{uri}: its digest is {stored.digest}, but the latents were made by a model of digest"
-            f" {form.model_digest}: name that one"
+            f"{redact(uri)}: its digest is {stored.digest}, but the latents were made by a model of"
+            f" digest {form.model_digest}: name that one"
         )
     return stored
 

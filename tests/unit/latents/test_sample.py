@@ -9,6 +9,7 @@ from data_pipelines import ShardDataset, storage
 from data_pipelines.shards.index import SHEET_NAME
 from data_pipelines.storage import Location
 from data_pipelines.verify_shards import find_faults
+from efae.config_forms import with_overrides
 from efae.generation.sampling import Guidance
 from efae.latents import sample
 from efae.latents.sample import sample_set
@@ -61,7 +62,14 @@ def test_a_set_has_images_labels_and_its_origin(generator, model, tmp_path, caps
     assert (tmp_path / "set" / SHEET_NAME).exists()
     assert main(["sample", *options]) == 0
     assert "7 images, 0 of them drawn now" in capsys.readouterr().out
-    for change, what in (("--seed=6", "seed 5 instead of 6"), ("--count=8", "count 7 instead")):
+    stored = read_folder(generator)
+    euler = with_overrides(stored.settings, {"flow.sampler": "euler"})
+    pack_generator(stored.weights, euler).write(tmp_path / "euler")
+    for change, what in (
+        ("--seed=6", "seed 5 instead of 6"),
+        ("--count=8", "count 7 instead"),
+        (f"--model={tmp_path / 'euler'}", "generator_settings"),  # of the same weights
+    ):
         assert main(["sample", *options, change]) == 1
         assert what in capsys.readouterr().err
 
@@ -73,7 +81,12 @@ def test_images_depend_on_seed_and_number_and_unfinished_sets_are_completed(gene
         request := ask(generator, tmp_path / "part"), Location.parse(tmp_path / "part")
     )
     sample.unfinished.claim(source.output, {}, fingerprint)
-    sample._write_shard(source, 1)  # what a task left before its job was stopped
+    # What tasks left before their job was stopped, and a tar of another node's disk.
+    records = {f"shard-00000{n}.tar": sample._write_shard(source, n) for n in (1, 2)}
+    sample.unfinished.require_shards(source.output, records)
+    (tmp_path / "part" / "shard-000002.tar").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"shard-000002\.tar was written by another node"):
+        sample.unfinished.require_shards(source.output, records)
     _, drawn = sample_set(request, be_quiet)
     assert drawn == 4
     assert read_bytes(tmp_path / "part") == read_bytes(tmp_path / "whole")
