@@ -40,7 +40,6 @@ from efae import config_forms as configuration
 from efae.checkpoints.checkpoint import CheckpointError
 from efae.checkpoints.events import read_events, record_event
 from efae.checkpoints.run_folder import locate_run
-from efae.config_forms import parse_run
 from efae.generator_config import AnyConfig
 from efae.names import make_ascii
 from efae.tracking.redaction import first_cause
@@ -273,7 +272,8 @@ def is_final(error: Exception) -> bool:
 
 def _train_on_worker(settings: dict[str, Any]) -> None:
     set_up_worker()
-    config, context = parse_run(json.loads(settings["config"])), ray.train.get_context()
+    config = configuration.parse_run(json.loads(settings["config"]))
+    context = ray.train.get_context()
     rank = context.get_world_rank()
     hosts = [""] * context.get_world_size()
     dist.all_gather_object(hosts, cast(str, get_node_ip_address()))

@@ -72,11 +72,13 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     held_out = ""
     if "held_out_loss" in facts:
         held_out = f"\n  held-out loss      {facts['held_out_loss']:.4f}"
+    bad_samples = f", bad latents replaced: {bad}" if (bad := facts["bad_samples"]) else ""
     print(
         f"""
 {facts["run_name"]}: {facts["steps"]} steps, {facts["images_seen"]} latents in\
  {facts["wall_seconds"] / 60:.1f} minutes, {facts["images_per_second"]:.0f} latents/s\
- (data wait {facts["data_wait_fraction"]:.1%}), recoveries: {facts["recoveries"]}
+ (data wait {facts["data_wait_fraction"]:.1%}), recoveries: {facts["recoveries"]}\
+{bad_samples}
   loss               {facts["loss"]:.4f}{held_out}
   registered         {facts["model_uri"]}
 
