@@ -195,7 +195,7 @@ def find_start(config: AnyConfig) -> int:
     fixed += ("flow.distill_from", "start.", "generator.", "data.classes", "data.format")
     if isinstance(config, Config) and config.model.kind == "transformer":
         fixed += ("data.resolution",)  # its positions are those of one size
-    if isinstance(config, GeneratorConfig) and 0 in (config.data.views, found.data.views):
+    if 0 in [kind.data.views for kind in (config, found) if isinstance(kind, GeneratorConfig)]:
         fixed += ("data.views",)  # only with views does the network have weights for elements
     if changed := [line for key, line in _changes(found, config) if key.startswith(fixed)]:
         raise ValueError(

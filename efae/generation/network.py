@@ -35,7 +35,7 @@ from efae.symmetry import TRIVIAL, Group, Representation
 from efae.symmetry.group import grid_sources
 from efae.symmetry.representation import irrep_matrix
 
-_LONGEST_PERIOD = 100.0
+_ROTARY_BASE = 100.0
 """Base of the rotary frequencies, as for images in Heo et al. 2024 (arXiv:2403.13298)."""
 
 
@@ -142,7 +142,7 @@ def rotary_angles(
     """
     steps = torch.arange(pairs, dtype=torch.float64)
     exponent = steps.div(2, rounding_mode="floor") / max(1, math.ceil(pairs / 2))
-    sizes = _LONGEST_PERIOD**-exponent
+    sizes = _ROTARY_BASE**-exponent
     frequency = sizes * torch.stack([1 - steps % 2, steps % 2])  # to the right, up
     rows, columns = (torch.arange(side, dtype=torch.float64) - (side - 1) / 2 for side in grid)
     down, right = torch.meshgrid(rows, columns, indexing="ij")

@@ -10,6 +10,7 @@ from data_pipelines.shards.index import SHEET_NAME
 from data_pipelines.storage import Location
 from data_pipelines.verify_shards import find_faults
 from efae.config_forms import with_overrides
+from efae.generation.network import Generator
 from efae.generation.sampling import Guidance
 from efae.latents import sample
 from efae.latents.sample import sample_set
@@ -62,13 +63,13 @@ def test_a_set_has_images_labels_and_its_origin(generator, model, tmp_path, caps
     assert (tmp_path / "set" / SHEET_NAME).exists()
     assert main(["sample", *options]) == 0
     assert "7 images, 0 of them drawn now" in capsys.readouterr().out
-    stored = read_folder(generator)
-    euler = with_overrides(stored.settings, {"flow.sampler": "euler"})
-    pack_generator(stored.weights, euler).write(tmp_path / "euler")
+    same = Generator.restore(read_folder(generator))
+    euler = with_overrides(same.config, {"flow.sampler": "euler"})
+    pack_generator(same.state_dict(), euler).write(tmp_path / "euler")
     for change, what in (
         ("--seed=6", "seed 5 instead of 6"),
         ("--count=8", "count 7 instead"),
-        (f"--model={tmp_path / 'euler'}", "generator_settings"),  # of the same weights
+        (f"--model={tmp_path / 'euler'}", "with generator_settings"),  # weights are the same
     ):
         assert main(["sample", *options, change]) == 1
         assert what in capsys.readouterr().err
