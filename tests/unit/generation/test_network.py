@@ -1,5 +1,7 @@
 """The laws of a generator: its velocity and its normalisation commute with the group; guidance."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -155,6 +157,26 @@ def test_all_views_of_a_latent_have_one_loss_if_the_network_is_equivariant():
         moved = type(draws)(draws.t, model.representation.act(g, draws.noise), draws.label)
         acted, _ = objective(model.representation.act(g, latent), moved)
         assert torch.allclose(acted, loss, rtol=1e-5), g
+
+
+def test_a_view_has_the_loss_of_the_acted_latent_and_the_network_is_told():
+    model = build(**{"generator.equivariant": False, "data.views": 0.5})
+    objective = GeneratorObjective(model)
+    latent, _, label = make_input(model)
+    generator = torch.Generator().manual_seed(0)
+    draws = draw(model.config, tuple(latent.shape), label, "D4", generator)
+    assert model.element is not None
+    table = model.element.weight.clone()
+    for number, g in enumerate(D4):
+        view = replace(draws, element=torch.full_like(label, number))
+        model.element.weight.copy_(table)
+        told, _ = objective(latent, view)
+        model.element.weight.copy_(table[:1].expand_as(table))  # as if all were the identity
+        seen, _ = objective(latent, view)
+        upright = replace(draws, element=torch.zeros_like(label))
+        acted, _ = objective(model.representation.act(g, latent), upright)
+        assert torch.allclose(seen, acted, rtol=1e-5), g
+        assert torch.allclose(told, seen, rtol=1e-5) == (g == D4.identity), g
 
 
 def test_sizes_that_do_not_fit_are_refused():
