@@ -110,7 +110,7 @@ class GeneratorTask:
     ) -> None:
         """Fit the normalisation, on rank 0 alone, to latents from all over the set.
 
-        The first batches of an epoch are: their order takes from every part of the set in turn.
+        These are the first batches of an epoch, whose order takes from every part of it in turn.
         """
         normalization = Normalization(self._format.representation)
         if process.rank == 0:
@@ -230,8 +230,9 @@ def read_labels(batch: Batch, classes: int) -> Tensor:
     labels: list[int] = []
     for key, text in zip(batch.key, batch.members[LABEL], strict=True):
         if not (text.strip().isdigit() and int(text) < classes):
+            label = text[:20].decode(errors="replace")
             raise ValueError(
-                f"data.classes={classes}: sample {key!r} has the label {text[:20]!r}; labels are"
+                f"data.classes={classes}: sample {key!r} has the label {label!r}; labels are"
                 f" numbers from 0 to {classes - 1}"
             )
         labels.append(int(text))

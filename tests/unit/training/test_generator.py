@@ -207,7 +207,7 @@ def test_sets_that_cannot_work_are_refused(latents, tmp_path):
     with pytest.raises(ValueError, match="holds images: encode them first"):
         configure(latents.removesuffix("latents") + "images")
     config = configure(latents, **{"data.classes": 3})
-    with pytest.raises(ValueError, match="labels are numbers from 0 to 2"):
+    with pytest.raises(ValueError, match=r"has the label '\d+'; labels are numbers from 0 to 2"):
         train(config, ShardDataset.open(latents), ALONE)
     form = ShardDataset.open(latents).format
     other = form.model_copy(update={"model_uri": "builtin:openmoji-32"})
