@@ -34,6 +34,11 @@ def to_float(image: Tensor) -> Tensor:
     return image.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
 
 
+def to_uint8(image: Tensor) -> Tensor:
+    """Convert floats to uint8 pixels; values beyond [-1, 1] become the nearest ones."""
+    return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 def psnr(image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
     """Return the peak signal-to-noise ratio per image, dB, at most LARGEST_PSNR; range 2."""
     from torchmetrics.functional.image import peak_signal_noise_ratio

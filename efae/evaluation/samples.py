@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float
 from torch import Tensor
 
 from efae.evaluation.measures import draw_noise
@@ -39,8 +39,8 @@ class ImageSampler:
     @torch.no_grad()
     def draw(
         self, positions: Sequence[int], labels: Sequence[int] | None, guidance: Guidance
-    ) -> UInt8[Tensor, "n c h w"]:
-        """Draw the images of these numbers.
+    ) -> Float[Tensor, "n c h w"]:
+        """Draw the images of these numbers, on the device; white is 1, black -1.
 
         Args:
             positions: Numbers of the images.
@@ -58,5 +58,4 @@ class ImageSampler:
         data, f = self.tokenizer.config.data, self.tokenizer.config.model.downsampling
         shape = data.channels, latent.shape[-2] * f, latent.shape[-1] * f
         noise = draw_noise(positions, shape, self.seed, _IMAGE_NOISE).to(device)
-        image = self.tokenizer.decode(latent.float(), noise=noise)
-        return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+        return self.tokenizer.decode(latent.float(), noise=noise)

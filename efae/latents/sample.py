@@ -30,6 +30,7 @@ from data_pipelines.shards.index import (
 )
 from data_pipelines.storage import Location
 from efae import config_forms as configuration
+from efae.evaluation.measures import to_uint8
 from efae.evaluation.samples import ImageSampler
 from efae.generation.network import Generator, read_format
 from efae.generation.sampling import Guidance, check_guidance
@@ -148,7 +149,12 @@ def _prepare(request: SampleRequest, output: Location) -> tuple[_Source, dict[st
 
 
 def _write_shard(source: _Source, number: int) -> ShardIndex:
-    """Draw and upload one shard, then write its record; returns an index of this shard alone."""
+    """Draw and upload one shard, then write its record; returns an index of this shard alone.
+
+    Raises:
+        ValueError: Images are not finite.
+        StorageError: The output cannot be written.
+    """
     request, labels = source.request, source.labels
     first = number * request.samples_per_shard
     positions = range(first, min(first + request.samples_per_shard, request.count))
@@ -164,7 +170,13 @@ def _write_shard(source: _Source, number: int) -> ShardIndex:
     for start in range(0, len(positions), request.batch_size):
         batch = positions[start : start + request.batch_size]
         classes = [labels[i % len(labels)] for i in batch] if labels else None
-        images = sampler.draw(batch, classes, source.guidance).permute(0, 2, 3, 1).numpy()
+        drawn = sampler.draw(batch, classes, source.guidance)
+        if not bool(drawn.isfinite().all()):
+            raise ValueError(
+                f"images {batch[0]} to {batch[-1]}: some numbers are not finite; the generator has"
+                f" diverged, or overflows at --precision {request.precision}: try bf16 or fp32"
+            )
+        images = to_uint8(drawn).cpu().permute(0, 2, 3, 1).numpy()
         for row, i in enumerate(batch):
             pixels = images[row, ..., 0] if images.shape[-1] == 1 else images[row]
             others = {"cls": str(classes[row]).encode()} if classes else {}

@@ -19,7 +19,7 @@ from data_pipelines.shards.latent_format import LatentFormat
 from efae.checkpoints.checkpoint import read_model
 from efae.checkpoints.run_folder import find_newest_checkpoint, locate_run
 from efae.evaluation.flow_measures import TIME_BINS
-from efae.evaluation.measures import Totals, draw_noise
+from efae.evaluation.measures import Totals, draw_noise, to_uint8
 from efae.evaluation.samples import ImageSampler
 from efae.generation.network import Generator, read_format
 from efae.generation.normalization import Normalization
@@ -214,7 +214,8 @@ class GeneratorValidation:
         classes = self._config.data.classes
         labels = [i % classes for i in range(_PICTURED)] if classes else None
         images = sampler.draw(range(_PICTURED), labels, Guidance.of(self._config.flow))
-        tiles = [draw_tile(image.expand(3, -1, -1).numpy()) for image in images]
+        pixels = to_uint8(images).cpu()
+        tiles = [draw_tile(image.expand(3, -1, -1).numpy()) for image in pixels]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"step-{step:08d}.png"
             draw_rows(tiles, _COLUMNS).save(path)

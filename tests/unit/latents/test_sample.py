@@ -1,5 +1,6 @@
 """jobs/generate.py sample in this process: what it writes, resume, refusals."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,15 @@ def test_images_depend_on_seed_and_number_and_unfinished_sets_are_completed(gene
     assert torch.equal(fewer[2].image, whole[2].image)
     other, _ = sample_set(ask(generator, tmp_path / "other", count=3, seed=1), be_quiet)
     assert not torch.equal(other[2].image, whole[2].image)
+
+
+def test_a_generator_that_has_diverged_draws_nothing(generator, tmp_path):
+    found = Generator.restore(read_folder(generator))
+    weights = {name: weight * math.inf for name, weight in found.state_dict().items()}
+    pack_generator(weights, found.config).write(tmp_path / "diverged")
+    with pytest.raises(ValueError, match=r"images 0 to 1: .*not finite.*--precision fp32"):
+        sample_set(ask(tmp_path / "diverged", tmp_path / "set"), be_quiet)
+    assert not list((tmp_path / "set").glob("*.tar"))
 
 
 @pytest.mark.parametrize(
