@@ -94,6 +94,7 @@ def encode_set(request: Request, say: Callable[[str], None]) -> Encoded:
     if INDEX_NAME in there:
         found = load_index(output)
         unfinished.refuse_other(output, found.provenance.get("fingerprint", {}), fingerprint)
+        unfinished.clear(output)  # an earlier run may have been interrupted there
         return Encoded(LatentSet(output, found), source.index, 0, None)
     if any(name.endswith(".tar") for name in there) and not unfinished.is_claimed(there):
         raise ValueError(

@@ -79,6 +79,7 @@ def sample_set(request: SampleRequest, say: Callable[[str], None]) -> tuple[Imag
     if INDEX_NAME in there:
         found = load_index(output)
         unfinished.refuse_other(output, found.provenance.get("fingerprint", {}), fingerprint)
+        unfinished.clear(output)  # an earlier run may have been interrupted there
         return ImageSet(output, found), 0
     if any(name.endswith(".tar") for name in there) and not unfinished.is_claimed(there):
         raise ValueError(

@@ -93,6 +93,9 @@ def test_images_depend_on_seed_and_number_and_unfinished_sets_are_completed(gene
     assert drawn == 4
     assert read_bytes(tmp_path / "part") == read_bytes(tmp_path / "whole")
     assert not storage.exists(tmp_path / "part" / sample.unfinished.FOLDER)
+    sample.unfinished.claim(source.output, {}, fingerprint)  # killed once the index was written
+    assert sample_set(request, be_quiet)[1] == 0
+    assert not (tmp_path / "part" / sample.unfinished.FOLDER / "build.json").exists()
     fewer, _ = sample_set(ask(generator, tmp_path / "fewer", count=3), be_quiet)
     assert torch.equal(fewer[2].image, whole[2].image)
     other, _ = sample_set(ask(generator, tmp_path / "other", count=3, seed=1), be_quiet)
