@@ -105,12 +105,17 @@ def _list_unet_variants() -> dict[str, dict[str, Any]]:
     sizes = asdict(PRESETS["quickstart"][1].model)
     names = ("kind", "patch_size", "hidden_size", "depth", "encoder_hidden_size", "encoder_depth")
     transformer = {f"model.{name}": sizes[name] for name in names}
+    dense = {"model.level": "none"} | NARROW_UNET
+    small = {"representation.dim": 16}
     return {
         "exact": {},
-        "none, narrow": {"model.level": "none"} | NARROW_UNET,
+        "none, narrow": dense,
         "exact, random start": RANDOM_START,
         "exact, transformer": transformer,
         "exact, transformer, random start": transformer | RANDOM_START,
+        "exact, 16 channels": small,
+        "none, narrow, 16 channels": dense | small,
+        "exact, transformer, 16 channels": transformer | small,
     }
 
 
@@ -252,6 +257,14 @@ def measure(trained: Trained, images: Tensor) -> dict[str, Any]:
     return row
 
 
+def measure_linear_map(config: Config, images: Tensor, held_out: Tensor) -> float:
+    """Return the PSNR of the best equivariant linear map to a latent of this size and back."""
+    side, rho = config.model.downsampling, build_representation(config)
+    fitted = fit_linear_map(Moments.of(images, side), rho, side)
+    linear = fitted.reconstruct(to_float(held_out), side).clamp(-1, 1)
+    return float(psnr(linear, to_float(held_out)).mean())
+
+
 def compare(arguments: Arguments, say: Callable[[str], None]) -> dict[str, Any]:
     """Run the missing variants; return all results."""
     base = choose_experiment(arguments)
@@ -268,10 +281,7 @@ def compare(arguments: Arguments, say: Callable[[str], None]) -> dict[str, Any]:
         ).stdout.strip(),
     }
     images, held_out = read_all(base), read_held_out(base.data, IMAGES)
-    side, rho = base.model.downsampling, build_representation(base)
-    fitted = fit_linear_map(Moments.of(images, side), rho, side)
-    linear = fitted.reconstruct(to_float(held_out), side).clamp(-1, 1)
-    results["linear_map_psnr"] = float(psnr(linear, to_float(held_out)).mean())
+    results["linear_map_psnr"] = measure_linear_map(base, images, held_out)
 
     def run(name: str, rate: float, seed: int) -> None:
         entry = results["variants"].setdefault(name, {"overrides": variants[name], "runs": []})
@@ -281,6 +291,8 @@ def compare(arguments: Arguments, say: Callable[[str], None]) -> dict[str, Any]:
             base,
             variants[name] | {"optimizer.learning_rate": rate, "training.seed": seed},
         )
+        if "representation.dim" in variants[name]:
+            entry["linear_map_psnr"] = measure_linear_map(config, images, held_out)
         if "seconds_per_step" not in entry:
             entry["seconds_per_step"] = measure_cost(name, config, images)
         steps = round(arguments.cpu_seconds / entry["seconds_per_step"])
