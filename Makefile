@@ -39,7 +39,7 @@ bench-check: $(STAMP) ## measure the GPU and compare with benchmarks/results (AR
 # Two lanes at once, of equal length: tests on Ray, which mostly wait for its processes, then some
 # of those on S3; and all others. Tests without servers have a process of their own: the stack's
 # variables would send their work to its Ray.
-QUICK := not gpu and not slow
+QUICK := not gpu and not browser and not slow
 SECOND := $(addprefix tests/integration/, test_storage_faults.py test_shards_s3.py \
     test_portable.py test_audit.py test_registry.py)
 test: $(STAMP) ## run all tests but the slow ones (ARGS="tests/unit -k latent")
@@ -60,12 +60,18 @@ else
 	lane=; cat "$$log"; exit $$failed
 endif
 
+demo: $(STAMP) ## build the page that flips latents in a browser, and serve it (ARGS="--compare URI")
+	@$(BIN)/python jobs/export.py --model builtin:openmoji-32 --format page \
+	    --output "$(LOCAL)/demo" --credit "The model was trained on drawings from OpenMoji." $(ARGS)
+	@echo "the page; Ctrl-C ends its server:"
+	@$(BIN)/python -u -m http.server 0 --bind 127.0.0.1 --directory "$(LOCAL)/demo"
+
 test-all: $(STAMP) ## run every test that needs no GPU (ARGS="tests/integration/test_chaos.py")
 ifdef ARGS
-	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -m "not gpu and not browser" $(ARGS)
 else
 	@failed=0; \
-	$(BIN)/python -m pytest -m "not gpu and not s3 and not ray" || failed=$$?; \
+	$(BIN)/python -m pytest -m "not gpu and not browser and not s3 and not ray" || failed=$$?; \
 	$(BIN)/python -m pytest -m "not gpu and (s3 or ray)" || failed=$$?; \
 	exit $$failed
 endif
@@ -98,4 +104,4 @@ $(STAMP):
 	@rm -f .venv/installed-*
 	@touch $@
 
-.PHONY: help train tune bench bench-check test test-all lint format up down ui clean
+.PHONY: help train tune bench bench-check demo test test-all lint format up down ui clean

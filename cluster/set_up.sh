@@ -41,4 +41,4 @@ if [ "$(show_version "$environment/bin/python")" != "$version" ]; then
 fi
 "$python" -m venv $clear "$environment"
 "$environment/bin/python" -m pip install -qq --disable-pip-version-check --no-input \
-    --retries 10 --timeout 60 --constraint constraints.txt --editable '.[local,dev]'
+    --retries 10 --timeout 60 --constraint constraints.txt --editable '.[local,onnx,dev]'

@@ -38,12 +38,13 @@ import torch.nn.functional as F
 from mlflow.models import Model, ModelSignature
 from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 
 from efae.config import FlowConfig
 from efae.model.autoencoder import Autoencoder
 from efae.model.pretrained import StoredModel
 from efae.model.sampler import Method, time_grid
+from efae.symmetry import Representation
 
 ENCODE, DECODE, PROGRAMS = "encode.pt2", "decode.pt2", "programs.json"
 SCRIPT, REQUIREMENTS, ENVIRONMENT = "portable_model.py", "requirements.txt", "python_env.yaml"
@@ -79,11 +80,11 @@ def export_portable(stored: StoredModel, destination: Path) -> None:
     latent = torch.zeros(2, model.representation.dim, *cells)
     encoder, decoder = model.encoder, model.decoder
     del model.decoder  # so that the encoder's program does not hold its weights
-    _write_program(_Encode(model), (image,), [f] * any_size, destination / ENCODE)
+    _write_program(trace_program(Encode(model, f), (image,), [f] * any_size), destination / ENCODE)
     model.decoder = decoder
     del model.encoder
-    decode = _Decode(model, config.flow)
-    _write_program(decode, (latent, image), [1, f] * any_size, destination / DECODE)
+    decode = Decode(model, config.flow)
+    _write_program(trace_program(decode, (latent, image), [1, f] * any_size), destination / DECODE)
     model.encoder = encoder
     facts = {
         "model_digest": stored.digest,
@@ -96,7 +97,7 @@ def export_portable(stored: StoredModel, destination: Path) -> None:
             name: hashlib.sha256((destination / name).read_bytes()).hexdigest()
             for name in (ENCODE, DECODE)
         },
-        "elements": _tabulate(model),
+        "elements": tabulate_elements(model.representation),
     }
     (destination / PROGRAMS).write_text(json.dumps(facts, indent=1))
     shutil.copyfile(Path(__file__).with_name("pyfunc_model.py"), destination / SCRIPT)
@@ -159,18 +160,26 @@ def list_evaluations(times: Sequence[float], method: Method) -> list[Evaluation]
     return found
 
 
-class _Encode(nn.Module):
-    def __init__(self, model: Autoencoder):
+class Encode(nn.Module):
+    """`encode` of a model, for sides in multiples of its cells.
+
+    Args:
+        model: Module with `encode`.
+        downsampling: Pixels per latent cell and side.
+    """
+
+    def __init__(self, model: nn.Module, downsampling: int):
         super().__init__()
-        self.model = model
+        self.model: Any = model
+        self.downsampling = downsampling
 
     def forward(self, image: Tensor) -> Tensor:
-        f = self.model.config.model.downsampling
+        f = self.downsampling
         # The same image, with sides that the export knows to be multiples of f.
         return self.model.encode(F.pixel_shuffle(F.pixel_unshuffle(image, f), f))
 
 
-class _Decode(nn.Module):
+class Decode(nn.Module):
     """`Autoencoder.decode` as a loop in the graph.
 
     Unrolled, the quick start's four steps took 7.7 MB and 10 s to load, instead of 3.2 MB and
@@ -215,24 +224,32 @@ class _Decode(nn.Module):
         return cast(Any, torch_control).while_loop(has_next, evaluate, state)[1]
 
 
-def _write_program(
-    module: nn.Module, inputs: tuple[Tensor, ...], pixels: Sequence[int], path: Path
-) -> None:
-    """Write the program of a module for any batch.
+def trace_program(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    pixels: Sequence[int],
+    largest_batch: int | None = None,
+) -> ExportedProgram:
+    """Trace a module for any batch.
 
     Args:
         module: Module to export.
         inputs: Example of its inputs.
-        pixels: Pixels per latent cell and side of each input; empty: heights and widths are fixed.
-        path: File of the program.
+        pixels: Pixels per latent cell and side of each input, 0 if it has no sides; empty: heights
+            and widths are fixed.
+        largest_batch: Batch up to which the trace holds; None: any.
     """
-    batch = Dim("batch", min=1)
+    batch = Dim("batch", min=1, max=largest_batch)
     rows, columns = (Dim(name, min=LEAST_CELLS) for name in ("rows", "columns"))
     shapes: list[dict[int, Any]] = [{0: batch} for _ in inputs]
     for shape, side in zip(shapes, pixels, strict=False):
-        shape |= {2: side * rows, 3: side * columns}
+        if side:
+            shape |= {2: side * rows, 3: side * columns}
     with torch.no_grad():  # else each operation gets a subgraph of its own to switch gradients off
-        program = torch.export.export(module, inputs, dynamic_shapes=tuple(shapes))
+        return torch.export.export(module, inputs, dynamic_shapes=tuple(shapes))
+
+
+def _write_program(program: ExportedProgram, path: Path) -> None:
     graphs = (part.graph for part in program.graph_module.modules() if hasattr(part, "graph"))
     for node in itertools.chain.from_iterable(cast(Any, graph).nodes for graph in graphs):
         for key in _FOR_PEOPLE:
@@ -241,8 +258,13 @@ def _write_program(
     torch.export.save(program, path)
 
 
-def _tabulate(model: Autoencoder) -> dict[str, Any]:
-    source, sign = model.representation.tables(torch.device("cpu"))
+def tabulate_elements(representation: Representation) -> dict[str, Any]:
+    """Tabulate how each element acts on a latent, by name.
+
+    Cells move as pixels do: mirrored first, then by quarter turns. Channel c is then sign[c] times
+    channel source[c].
+    """
+    source, sign = representation.tables(torch.device("cpu"))
     return {
         element.name: {
             "quarter_turns": element.quarter_turns,
@@ -250,5 +272,5 @@ def _tabulate(model: Autoencoder) -> dict[str, Any]:
             "source": source[i].tolist(),
             "sign": sign[i].long().tolist(),
         }
-        for i, element in enumerate(model.group)
+        for i, element in enumerate(representation.group)
     }

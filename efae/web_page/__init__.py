@@ -1,0 +1,1 @@
+"""A static page that flips latents in a browser."""
