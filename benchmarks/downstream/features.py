@@ -4,7 +4,6 @@ The classifier learns from images in all eight views and predicts the view: feat
 distinguish a rotated shoe from an upright one could not reveal a sampler that leaks rotated ones.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -99,32 +98,6 @@ def score_classifier(model: Classifier, images: Tensor, labels: Tensor) -> dict[
             (torch.cat([logits.argmax(1) for _, _, logits in found]) == view).float().mean()
         ),
     }
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Mean (d,) and covariance (d, d) of features, float64."""
-
-    mean: Tensor
-    covariance: Tensor
-
-    @classmethod
-    def of(cls, features: Tensor) -> "Moments":
-        """Compute the moments of features (n, d), n > 1."""
-        wide = features.double()
-        return cls(wide.mean(0), wide.T.cov())
-
-
-def frechet(a: Moments, b: Moments) -> float:
-    """Return the squared Fréchet distance of two Gaussians (FID; arXiv:1706.08500).
-
-    |m - n|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) (Dowson & Landau 1982).
-    """
-    values, vectors = torch.linalg.eigh(a.covariance)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
-    apart = (a.mean - b.mean).square().sum()
-    return float(apart + a.covariance.trace() + b.covariance.trace() - 2 * cross)
 
 
 def nearest(features: Tensor, others: Tensor) -> Tensor:

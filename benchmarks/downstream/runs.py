@@ -19,8 +19,6 @@ from torch import Tensor
 from benchmarks.downstream.arms import ARMS, TokenizerName, select_shards, stream
 from benchmarks.downstream.features import (
     Classifier,
-    Moments,
-    frechet,
     nearest,
     read_features,
     score_classifier,
@@ -33,6 +31,7 @@ from benchmarks.downstream.settings import Pose, Settings
 from benchmarks.downstream.tokenizers import decode, encode, encode_images, train_tokenizer
 from data_pipelines.loading.dataset import LatentSet
 from efae.evaluation.measures import psnr, to_float
+from efae.evaluation.set_distances import Moments, frechet
 from efae.symmetry import D4
 from efae.symmetry.group import act_on_grid
 

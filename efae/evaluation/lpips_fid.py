@@ -15,12 +15,15 @@ from typing import Any, cast
 import safetensors.torch
 import torch
 import torchmetrics
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from efae.evaluation.set_distances import Features
+
 _LPIPS_SMALLEST = 32
+_SPATIAL_CHANNELS = 7
 _LPIPS_FILE = (
     "LPIPS needs torchvision's AlexNet weights, alexnet-owt-7be5be79.pth: run"
     ' torchvision.models.alexnet(weights="DEFAULT") once on a machine with internet access, then'
@@ -157,12 +160,67 @@ class Fid:
         return float(self.metric.compute())
 
 
+class Inception(nn.Module):
+    """Features as guided-diffusion's evaluator takes them, for distances between sets.
+
+    Images are resized as TensorFlow 1 did it, without antialiasing, so that published references
+    fit. The 2,048 features are pooled from the last layer, the 7 x 17 x 17 spatial ones are the
+    first channels of Mixed_6d's 1 x 1 branch, and logits have no bias.
+
+    Args:
+        network: Inception of torchmetrics; see `load_inception`.
+        digest: SHA-256 of its weights.
+    """
+
+    title = "Inception"
+    description = "Inception's features"
+
+    def __init__(self, network: nn.Module, digest: str):
+        super().__init__()
+        self.network = network
+        self.digest = digest
+        self._spatial: Tensor | None = None
+        branch = cast(Any, network).Mixed_6d.branch1x1
+        branch.register_forward_hook(self._keep)
+
+    def _keep(self, layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        self._spatial = output[:, :_SPATIAL_CHANNELS]
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """The network, its weights and its settings, for the record."""
+        return {
+            "network": "Inception of torch-fidelity, TensorFlow 1's resizing to 299 pixels",
+            "weights_sha256": self.digest,
+        }
+
+    @torch.no_grad()
+    def forward(self, image: UInt8[Tensor, "b c h w"]) -> Features:
+        """Return the features of images, grey or RGB."""
+        pooled = self.network(image.expand(-1, 3, -1, -1))
+        assert self._spatial is not None
+        # Channels last, as TensorFlow flattens them.
+        spatial = self._spatial.permute(0, 2, 3, 1).flatten(1)
+        return Features(pooled, spatial, pooled @ cast(Any, self.network).fc.weight.T)
+
+
 def load_fid(weights: Path, device: str = "cpu") -> Fid:
     """Build FID with Inception weights from a file.
 
     Raises:
         ValueError: A package or the file is missing, or the file holds something else.
     """
+    metric, digest = _build_metric(weights, antialias=True)
+    return Fid(metric.to(device), digest)
+
+
+def load_inception(weights: Path, device: str = "cpu") -> Inception:
+    """Build the features of sets with Inception weights from a file; raises as `load_fid` does."""
+    metric, digest = _build_metric(weights, antialias=False)
+    return Inception(metric.inception, digest).to(device)
+
+
+def _build_metric(weights: Path, antialias: bool) -> tuple[FrechetInceptionDistance, str]:
     missing = [name for name in ("torch_fidelity", "torchvision") if find_spec(name) is None]
     if missing:
         raise ValueError(
@@ -176,10 +234,12 @@ def load_fid(weights: Path, device: str = "cpu") -> Fid:
         copy = Path(folder) / "inception.pth"
         torch.save(tensors, copy)
         try:
-            metric = FrechetInceptionDistance(2048, feature_extractor_weights_path=str(copy))
+            metric = FrechetInceptionDistance(
+                2048, feature_extractor_weights_path=str(copy), antialias=antialias
+            )
         except RuntimeError as error:
             raise ValueError(f"{weights}: {str(error).splitlines()[0]}; {_FID_FILE}") from error
-    return Fid(metric.to(device), digest)
+    return metric, digest
 
 
 def _read_tensors(path: Path, needed: str) -> tuple[dict[str, Tensor], str]:

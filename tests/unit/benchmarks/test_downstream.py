@@ -13,7 +13,7 @@ import torch
 from benchmarks.downstream import runs
 from benchmarks.downstream.__main__ import Arguments, collect, list_jobs
 from benchmarks.downstream.arms import ARMS, select_shards, stream
-from benchmarks.downstream.features import Moments, frechet, nearest
+from benchmarks.downstream.features import nearest
 from benchmarks.downstream.images import read_images, write_images
 from benchmarks.downstream.latent_flow import LatentFlow, measure_loss, sample_latents, train_flow
 from benchmarks.downstream.report import draw_samples, print_tables
@@ -35,36 +35,9 @@ TINY = {
 }
 
 
-class TestFrechet:
-    def test_of_gaussians_it_is_the_closed_form(self):
-        # Of covariances that commute: |m - n|^2 + sum (sqrt a - sqrt b)^2.
-        turn, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))
-        a, b = torch.rand(2, 6, dtype=torch.float64)
-        m, n = torch.randn(2, 6, dtype=torch.float64)
-        one, other = (
-            Moments(mean, turn @ values.diag() @ turn.T) for mean, values in ((m, a), (n, b))
-        )
-        expected = float((m - n).square().sum() + (a.sqrt() - b.sqrt()).square().sum())
-        assert frechet(one, other) == pytest.approx(expected)
-        assert frechet(other, one) == pytest.approx(expected)
-        assert frechet(one, one) == pytest.approx(0, abs=1e-6)
-
-    def test_of_covariances_that_do_not_commute_it_is_the_trace_of_the_root(self):
-        a, b = (x @ x.T for x in torch.randn(2, 5, 5, dtype=torch.float64))
-        zero = torch.zeros(5, dtype=torch.float64)
-        roots = torch.linalg.eigvals(a @ b).real.clamp(min=0).sqrt().sum()
-        expected = float(a.trace() + b.trace() - 2 * roots)
-        assert frechet(Moments(zero, a), Moments(zero, b)) == pytest.approx(expected)
-
-    def test_moments_are_numpys(self):
-        features = torch.randn(40, 3)
-        found = Moments.of(features)
-        assert np.allclose(found.mean, features.double().mean(0))
-        assert np.allclose(found.covariance, np.cov(features.double().numpy().T))
-
-    def test_nearest_is_the_nearest(self):
-        points = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
-        assert nearest(torch.tensor([[0.0, 1.0], [3.0, 4.0]]), points).tolist() == [1.0, 0.0]
+def test_nearest_is_the_nearest():
+    points = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    assert nearest(torch.tensor([[0.0, 1.0], [3.0, 4.0]]), points).tolist() == [1.0, 0.0]
 
 
 class TestFlow:

@@ -12,7 +12,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.evaluation import lpips_fid
-from efae.evaluation.lpips_fid import Fid, Lpips, load_fid
+from efae.evaluation.lpips_fid import Fid, Inception, Lpips, load_fid, load_inception
 from efae.training.tasks.tokenizer import choose_perceptual
 
 ALEXNET = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
@@ -108,6 +108,8 @@ def test_fid_names_the_packages_that_are_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(lpips_fid, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="torch-fidelity and torchvision"):
         load_fid(tmp_path / "inception.pth")
+    with pytest.raises(ValueError, match="torch-fidelity and torchvision"):
+        load_inception(tmp_path / "inception.pth")
 
 
 def test_fid_names_the_file_that_is_missing(tmp_path, monkeypatch):
@@ -141,3 +143,31 @@ def test_fid_of_one_image_is_refused():
     fid.add(draw(0)[:1], draw(1)[:1])
     with pytest.raises(ValueError, match="two images"):
         fid.compute()
+
+
+class SmallInception(torch.nn.Module):
+    """The parts of Inception that features of sets are taken from."""
+
+    def __init__(self):
+        super().__init__()
+        self.Mixed_6d = torch.nn.ModuleDict({"branch1x1": torch.nn.Conv2d(3, 9, 1)})
+        self.fc = torch.nn.Linear(3, 5)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.Mixed_6d["branch1x1"](pixels.float())
+        return pixels.float().mean((2, 3))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_features_of_sets_lie_as_guided_diffusion_stores_them(channels):
+    network = SmallInception()
+    pixels = torch.randint(0, 256, (2, channels, 4, 6), dtype=torch.uint8)
+    found = Inception(network, "none")(pixels)
+    colours = pixels.expand(-1, 3, -1, -1).float()
+    layer = network.Mixed_6d["branch1x1"](colours)
+    assert found.spatial.shape == (2, 4 * 6 * 7)
+    for row, column in ((0, 0), (2, 5), (3, 1)):
+        place = 7 * (6 * row + column)
+        assert torch.equal(found.spatial[:, place : place + 7], layer[:, :7, row, column])
+    assert torch.equal(found.pooled, colours.mean((2, 3)))
+    assert torch.allclose(found.logits, network.fc(found.pooled) - network.fc.bias, atol=1e-4)
