@@ -1,13 +1,16 @@
-"""Train a generator of latents, or draw images with one.
+"""Train a generator of latents, draw images with one, or measure the images.
 
     python jobs/generate.py train generate_quickstart --data.uri s3://efae-data/openmoji-32-latents
     python jobs/generate.py sample --model models:/efae-generator@champion \
         --count 1000 --output s3://efae-data/drawn
+    python jobs/generate.py compare --samples s3://efae-data/drawn \
+        --reference s3://efae-data/openmoji-32/train
     ray job submit --working-dir . -- python jobs/generate.py train generate_quickstart
 
 `train` takes latents that jobs/encode.py made; its options are listed by `train PRESET --help`. The
 same --tracking.run-name resumes a run. `sample` decodes with the tokenizer that the latents name;
-the same command resumes an interrupted sampling. Addresses come from the environment
+the same command resumes an interrupted sampling. `compare` measures FID, sFID, Inception score,
+precision and recall against real images. Addresses come from the environment
 (`source .local/env` for the local stack).
 """
 
@@ -23,13 +26,15 @@ import tyro
 
 from data_pipelines.commands import run_command
 from efae.generator_config import GeneratorConfig
-from efae.latents.sample_request import SampleRequest
+from efae.latents.sample_request import CompareRequest, SampleRequest
 from efae.presets import GENERATORS
+from efae.tracking.redaction import redact
 from efae.tracking.server import Server
 
 # A script finds its neighbours as modules of their own, not as parts of a package.
 jobs_train = import_module("jobs.train" if __package__ else "train")
 _PROGRAM = "jobs/generate.py"
+_MEASURES = ("FID", "sFID", "Inception score", "precision", "recall")
 
 
 def main(arguments: list[str]) -> int:
@@ -39,13 +44,16 @@ def main(arguments: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("action", choices=("train", "sample"))
+    parser.add_argument("action", choices=("train", "sample", "compare"))
     chosen, rest = parser.parse_args(arguments[:1]), arguments[1:]
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if chosen.action == "train":
         config = jobs_train.parse_arguments(rest, GENERATORS, __doc__, f"{_PROGRAM} train")
         return train(config)
+    if chosen.action == "compare":
+        sets = tyro.cli(CompareRequest, description=__doc__, args=rest, prog=f"{_PROGRAM} compare")
+        return compare(sets)
     request = tyro.cli(SampleRequest, description=__doc__, args=rest, prog=f"{_PROGRAM} sample")
     return sample(request)
 
@@ -101,6 +109,41 @@ def sample(request: SampleRequest) -> int:
         return 1
     print(f"{images.uri}: {len(images)} images, {drawn} of them drawn now; {locate_sheet(images)}")
     return 0
+
+
+def compare(request: CompareRequest) -> int:
+    """Measure a set of samples; return 0 only if the report was written."""
+    from tqdm import tqdm
+
+    from efae.latents.compare import FILE, compare_sets
+
+    try:
+        report = compare_sets(
+            request,
+            say=lambda line: print(line, flush=True),
+            progress=lambda items, what: tqdm(items, what, disable=not sys.stderr.isatty()),
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for line in report["warnings"]:
+        print(f"warning: {line}", file=sys.stderr)
+    print_comparison(report)
+    print(f"report: {request.output / FILE}")
+    return 0
+
+
+def print_comparison(report: Mapping[str, Any]) -> None:
+    """Print the measures, each with the network whose features it compares."""
+    for name in ("samples", "reference"):
+        facts = report[name]
+        images = f", {facts['images']} images" if "images" in facts else ""
+        print(f"{name:16}  {redact(facts['uri'])}{images}")
+    print(f"{'compared':16}  {report['features']}")
+    for name in _MEASURES:
+        value = report[name.lower().replace(" ", "_")]
+        number = "-" if value is None else f"{value:.3f}"
+        print(f"{name:16}  {number:>10}  {report['network']}")
 
 
 if __name__ == "__main__":

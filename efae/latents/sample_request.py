@@ -1,6 +1,7 @@
-"""Options of jobs/generate.py sample. Imports nothing heavy, as in `request`."""
+"""Options of jobs/generate.py sample and compare. Imports nothing heavy, as in `request`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -50,3 +51,29 @@ class SampleRequest:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed}: must be >= 0")
+
+
+@dataclass(frozen=True)
+class CompareRequest:
+    """Samples, the real images that they are compared with, and the features to compare."""
+
+    samples: str
+    """URI of a shard set of samples."""
+    reference: str
+    """URI of a shard set of real images of the same shape; or a reference of guided-diffusion, a
+    local .npz file (FID, sFID and Inception score only)."""
+    output: Path = Path("report")
+    """Folder for sample_quality.json."""
+    fid_weights: Path | None = None
+    """Inception weights of torch-fidelity, as for jobs/evaluate.py. Without them the features are
+    those of a small classifier, trained on the labels of the reference (cls), or of an untrained
+    network where it has none: such numbers rank sets of one kind of images and are comparable with
+    nothing else."""
+    batch_size: int = 64
+    """Images per batch."""
+    device: str = "cpu"
+    """Torch device: cpu or cuda."""
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size {self.batch_size}: must be at least 1")
