@@ -218,8 +218,9 @@ class _Handler(BaseHTTPRequestHandler):
             upstream.close()
 
     def _write(self, path: str, body: bytes, counted: bool = True) -> None:
-        self.wfile.write(body)
+        # First: once the client has the body, a test may ask for the count.
         self.proxy.count(path, body_bytes=len(body) * counted)
+        self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
         pass
