@@ -2,19 +2,21 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from data_pipelines import ShardDataset
-from data_pipelines.loading.batch import Batch
-from data_pipelines.loading.loader import ShardLoader
 from efae.model.autoencoder import Autoencoder
 from efae.model.objective import BatchDraws
 from efae.tracking.server import Server
 from efae.training.process import Process
 from efae.training.state import TrainState
+
+if TYPE_CHECKING:  # with image decoders, which benchmarks/gpu does without
+    from data_pipelines.loading.batch import Batch
+    from data_pipelines.loading.loader import ShardLoader
 
 
 class Measurement(Protocol):
@@ -28,7 +30,7 @@ class Measurement(Protocol):
 class Task(Protocol):
     """One kind of model in training: its data, start, loss and validation."""
 
-    def open_loader(self, dataset: ShardDataset, process: Process) -> ShardLoader:
+    def open_loader(self, dataset: ShardDataset, process: Process) -> "ShardLoader":
         """Return the endless loader of a rank's batches."""
         ...
 
@@ -53,7 +55,7 @@ class Task(Protocol):
         """Return the loss around the model: (values, draws) -> loss and t of each example."""
         ...
 
-    def draw(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, BatchDraws]:
+    def draw(self, batch: "Batch", generator: torch.Generator) -> tuple[Tensor, BatchDraws]:
         """Return a batch's images or latents on the generator's device, and all that is random."""
         ...
 

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from data_pipelines import ShardDataset
-from data_pipelines.loading.batch import Batch
-from data_pipelines.loading.loader import ShardLoader
 from efae.config import Config
 from efae.evaluation.held_out import read_held_out
 from efae.model.autoencoder import Autoencoder
@@ -28,6 +27,10 @@ from efae.training.starts.source import (
 from efae.training.state import TrainState
 from efae.training.validation import Validation
 
+if TYPE_CHECKING:  # with image decoders, which benchmarks/gpu does without
+    from data_pipelines.loading.batch import Batch
+    from data_pipelines.loading.loader import ShardLoader
+
 
 class TokenizerTask:
     """See `Task`.
@@ -39,7 +42,7 @@ class TokenizerTask:
     def __init__(self, config: Config):
         self._config = config
 
-    def open_loader(self, dataset: ShardDataset, process: Process) -> ShardLoader:
+    def open_loader(self, dataset: ShardDataset, process: Process) -> "ShardLoader":
         return dataset.loader(
             global_batch_size=self._config.training.global_batch_size,
             rank=process.rank,
@@ -81,7 +84,7 @@ class TokenizerTask:
             return Objective(model, perceptual)
         return Objective(model, perceptual, make_sampler(source, config, process))
 
-    def draw(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Draws]:
+    def draw(self, batch: "Batch", generator: torch.Generator) -> tuple[Tensor, Draws]:
         image = batch.image.to(generator.device, non_blocking=True)
         return image, draw(self._config, tuple(image.shape), generator)
 
