@@ -1,0 +1,306 @@
+"""Fine-tuning of an autoencoder of diffusers: actions on its channels, at an equal budget.
+
+    python -m benchmarks.compare_fine_tuning --name photographs --train FOLDER/64/train \
+        --held-out FOLDER/64/held_out --models MODELS
+
+First, a small AutoencoderKL is trained without equivariance, in the place of one that was
+downloaded, and measured. From there every arm trains for a fifth of its FLOPs: the control, which
+continues without equivariance; the spatial action, the fitted one and the default split, over all
+flips and quarter turns; and the spatial action over the mirror alone. All train with
+`efae.training.loop`, on one thread. The fitted arm is not trained where the fit finds the spatial
+action. Finished runs are kept in benchmarks/results/fine_tuning-NAME-CHANNELS.json, and the
+autoencoder in --models, so an interrupted comparison resumes. Prints a table at the end.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from benchmarks.ablate import RESULTS
+from data_pipelines import ShardDataset
+from efae.config import Config
+from efae.config_forms import with_overrides
+from efae.evaluation.evaluate import evaluate, measure_drift
+from efae.evaluation.fitted_action import FittedAction, fit_action
+from efae.evaluation.held_out import read_held_out, read_images
+from efae.exchange.diffusers_tokenizer import WEIGHTS
+from efae.model.autoencoder import Autoencoder
+from efae.presets import PRESETS
+from efae.training.loop import Start, train
+from efae.training.monitoring.flops import count_flops
+from efae.training.observer import Observer
+from efae.training.process import Process
+from efae.training.starts.source import adopt_action, adopt_pretrained, load_source, read_pretrained
+from efae.training.validation import Validation
+
+CPU = torch.device("cpu")
+ARMS: dict[str, dict[str, Any]] = {
+    "control": {"model.level": "none"},
+    "spatial": {"start.action": "spatial"},
+    "fitted": {"start.action": "fitted"},
+    "split": {"start.action": "split"},
+    "mirror": {"start.action": "spatial", "representation.group": "mirror"},
+}
+SYMMETRIZED = "spatial"
+"""Arm whose first run is also measured as an average over the group."""
+SHARE = 5
+"""FLOPs of the training from scratch in units of an arm's."""
+FITTED_IMAGES = 256
+"""Training images that the action is fitted to, as many as a run takes."""
+SETTINGS = {
+    "data.decode_threads": 1,
+    "model.patch_size": 2,
+    "loss.reconstruction": "l2",
+    "optimizer.ema_decay": 0.99,
+    "training.precision": "fp32",
+    "training.activation_memory": 1.0,
+    "ray.use_gpu": False,
+}
+FROM_SCRATCH = {
+    "model.level": "none",
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.warmup_steps": 50,
+}
+FINE_TUNING = {"optimizer.learning_rate": 5e-4, "optimizer.warmup_steps": 20}
+
+
+@dataclass
+class Arguments:
+    """Options of the comparison."""
+
+    name: str
+    """Name of the images, for the result file."""
+    train: str
+    """Shards to train on."""
+    held_out: str
+    """Shards to measure on."""
+    models: Path
+    """Folder for the autoencoder that all arms start from."""
+    channels: Literal[4, 16] = 4
+    """Latent channels; a cell has 4 px."""
+    resolution: int = 32
+    """Side of the images, which are scaled down to it."""
+    steps: int = 4000
+    """Steps that the autoencoder is trained for."""
+    batch_size: int = 16
+    """Images per step."""
+    images: int = 256
+    """Held-out images at most."""
+    seeds: int = 3
+    """Seeds of each arm; they all start from the same autoencoder."""
+    arms: tuple[Literal["control", "spatial", "fitted", "split", "mirror"], ...] = ()
+    """Arms to run; all when empty."""
+
+
+def configure(arguments: Arguments, settings: dict[str, Any], start: Path) -> Config:
+    """Return the configuration of a run that starts from the autoencoder in a folder."""
+    chosen = {
+        "data.uri": arguments.train,
+        "data.held_out_uri": arguments.held_out,
+        "data.resolution": arguments.resolution,
+        "training.global_batch_size": arguments.batch_size,
+        "training.steps": arguments.steps,
+        "start.model": f"diffusers:{start}",
+        "ray.storage_uri": str(arguments.models / "runs"),
+        "tracking.run_name": "fitted",
+    }
+    config = with_overrides(PRESETS["fine_tune"][1], SETTINGS | chosen | settings)
+    return adopt_pretrained(config)
+
+
+def write_random(folder: Path, channels: int) -> None:
+    """Write an AutoencoderKL with random weights: 1.5 million of them, and cells of 4 px."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = AutoencoderKL(
+            block_out_channels=(24, 48, 96),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            norm_num_groups=8,
+            latent_channels=channels,
+        )
+    network.save_pretrained(folder)
+
+
+def run(config: Config, source: Autoencoder, observer: Observer, process: Process) -> Autoencoder:
+    """Train a copy of a model; return it with its averaged weights, in eval mode."""
+    dataset = ShardDataset.open(config.data.uri)
+    state = train(config, dataset, process, Start(source=source), observer)
+    state.average.copy_to(state.model)
+    return state.model.eval().requires_grad_(False)
+
+
+def train_from_scratch(
+    arguments: Arguments, folder: Path, images: Tensor, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Train the autoencoder that all arms start from, into a folder; return what it took."""
+    curve: dict[int, float] = {}
+
+    def note(validation: dict[str, float]) -> None:
+        curve[int(validation["step"])] = validation["psnr"]
+        say(f"from scratch, step {validation['step']}: PSNR {validation['psnr']:.2f} dB")
+
+    with tempfile.TemporaryDirectory() as start:
+        write_random(Path(start), arguments.channels)
+        interval = max(1, arguments.steps // 8)
+        settings = FROM_SCRATCH | {"training.evaluation_interval": interval}
+        config = configure(arguments, settings, Path(start))
+        source = Autoencoder.restore(read_pretrained(config))
+    began = time.process_time()
+    observer = Observer(Validation(images, CPU))
+    model = run(config, source, observer, Process(CPU, report=note))
+    spent = time.process_time() - began
+    model.save_pretrained(folder)
+    return {"steps": arguments.steps, "cpu_seconds": spent, "psnr_by_step": curve}
+
+
+def fine_tune(config: Config, action: FittedAction) -> tuple[Autoencoder, float]:
+    """Train an arm; return its model with the CPU seconds spent."""
+    process = Process(CPU)
+    if config.start.action == "fitted":
+        config = adopt_action(config, action)
+        source = load_source(config, process)
+    else:
+        source = Autoencoder.restore(read_pretrained(config))
+    began = time.process_time()
+    model = run(config, source, Observer(), process)
+    return model, time.process_time() - began
+
+
+def measure(model: Autoencoder, before: Autoencoder, images: Tensor) -> dict[str, Any]:
+    """Measure a model on held-out images, under its own action, as jobs/evaluate.py does."""
+    numbers = evaluate(model, images).numbers()
+    kept = ("representation", "psnr", "ssim", "worst_gap_db", "half_scale_psnr", "gap_db")
+    return {name: numbers[name] for name in kept} | {
+        "encoder_error": max(numbers["encoder_error"].values()),
+        "drift": measure_drift(model, before, images),
+    }
+
+
+def compare(arguments: Arguments, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run what is missing; write and return all results."""
+    name = f"{arguments.name}-{arguments.channels}"
+    path, folder = RESULTS / f"fine_tuning-{name}.json", arguments.models / name
+    facts: dict[str, Any] = {}
+    held_out = {"held_out_uri": arguments.held_out, "resolution": arguments.resolution}
+    data = with_overrides(
+        PRESETS["fine_tune"][1], {f"data.{key}": value for key, value in held_out.items()}
+    ).data
+    images = read_held_out(data, arguments.images)
+    if not (folder / WEIGHTS).exists():
+        facts = train_from_scratch(arguments, folder, images, say)
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if results.get("weights") != digest:  # runs from another autoencoder do not count
+        results = {"weights": digest, "from_scratch": facts, "arms": {}}
+    results |= {
+        "images": arguments.name,
+        "hardware": f"{platform.machine()}, 1 thread of {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip(),
+    }
+
+    def save() -> None:
+        RESULTS.mkdir(exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+    control = configure(arguments, FINE_TUNING | ARMS["control"], folder)
+    before = Autoencoder.restore(read_pretrained(control))
+    results["parameters"] = sum(p.numel() for p in before.parameters())
+    if "before" not in results:
+        results["before"] = measure(before, before, images)
+        save()
+        say(f"before: {describe(results['before'])}")
+    train_images = read_images(control.data, control.data.uri, FITTED_IMAGES)
+    action = fit_action(before, train_images, arguments.batch_size, invariant=3)
+    found = action.numbers()
+    results["fitted_action"] = {
+        key: found[key]
+        for key in ("representation", "variance_by_irrep", "spatial_error", "representation_error")
+    }
+    is_spatial = action.representation.multiplicities["a1"] == arguments.channels
+    chosen = [arm for arm in arguments.arms or ARMS if not (arm == "fitted" and is_spatial)]
+    for seed in range(arguments.seeds):
+        for arm in chosen:
+            entry = results["arms"].setdefault(arm, {"overrides": ARMS[arm], "runs": []})
+            if any(row["seed"] == seed for row in entry["runs"]):
+                continue
+            config = configure(arguments, FINE_TUNING | ARMS[arm] | {"training.seed": seed}, folder)
+            steps = count_steps(arguments.steps, control, config)
+            model, spent = fine_tune(with_overrides(config, {"training.steps": steps}), action)
+            row = {"seed": seed, "cpu_seconds": spent} | measure(model, before, images)
+            if arm == SYMMETRIZED and seed == 0:
+                model.symmetrize = True
+                row["symmetrized"] = measure(model, before, images)
+            entry["steps"] = steps
+            entry["runs"].append(row)
+            save()
+            say(f"{arm}, seed {seed}: {steps} steps, {spent:.0f} CPU s, {describe(row)}")
+    save()
+    return results
+
+
+def count_steps(steps: int, control: Config, config: Config) -> int:
+    """Return the steps of an arm for a share of the FLOPs of `steps` from scratch."""
+    return round(steps / SHARE * count_flops(control).own / count_flops(config).own)
+
+
+def describe(row: dict[str, Any]) -> str:
+    """Return the measures of a run in a few words."""
+    return (
+        f"PSNR {row['psnr']:.2f} dB, worst gap {row['worst_gap_db']:.2g} dB, encoder error"
+        f" {row['encoder_error']:.2g}"
+    )
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """Print, in Markdown, mean and deviation over the seeds of each arm."""
+    print(f"The fit finds {results['fitted_action']['representation']}.")
+    print("| trained with | steps | PSNR | worst gap | encoder error | half scale | drift |")
+    print("|---|---|---|---|---|---|---|")
+    rows = {"before": ("", [results["before"]])}
+    for arm, entry in results["arms"].items():
+        rows[arm] = (str(entry["steps"]), entry["runs"])
+        averaged = [run["symmetrized"] for run in entry["runs"] if "symmetrized" in run]
+        if averaged:
+            rows[f"{arm}, averaged over the group"] = ("", averaged)
+    for name, (steps, runs) in rows.items():
+        psnr, half = (show(runs, key, ".2f") for key in ("psnr", "half_scale_psnr"))
+        gap, error, drift = (
+            show(runs, key, ".2g") for key in ("worst_gap_db", "encoder_error", "drift")
+        )
+        print(f"| {name} | {steps} | {psnr} | {gap} | {error} | {half} | {drift} |")
+
+
+def show(runs: list[dict[str, Any]], key: str, form: str) -> str:
+    """Return the mean of a measure over runs, with the standard deviation if there are several."""
+    values = [run[key] for run in runs]
+    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}"
+
+
+def main() -> None:
+    """Compare and print the table."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    torch.set_num_threads(1)
+    print_table(compare(arguments, lambda line: print(line, flush=True)))
+
+
+if __name__ == "__main__":
+    main()
