@@ -27,12 +27,12 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
 from benchmarks.ablate import RESULTS
 from data_pipelines import ShardDataset
-from efae.config import Config
+from efae.config import Config, DataConfig
 from efae.config_forms import with_overrides
 from efae.evaluation.evaluate import evaluate, measure_drift
 from efae.evaluation.fitted_action import FittedAction, fit_action
@@ -40,6 +40,7 @@ from efae.evaluation.held_out import read_held_out, read_images
 from efae.exchange.diffusers_tokenizer import WEIGHTS
 from efae.model.autoencoder import Autoencoder
 from efae.presets import PRESETS
+from efae.symmetry import Representation
 from efae.training.loop import Start, train
 from efae.training.monitoring.flops import count_flops
 from efae.training.observer import Observer
@@ -57,11 +58,13 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 SYMMETRIZED = "spatial"
 """Arm whose first run is also measured as an average over the group."""
+WIDTHS = (24, 48, 96)
+"""Channels at the image's grid, at half of it, and at the latent's."""
 SHARE = 5
 """FLOPs of the training from scratch in units of an arm's."""
 FITTED_IMAGES = 256
 """Training images that the action is fitted to, as many as a run takes."""
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "data.decode_threads": 1,
     "model.patch_size": 2,
     "loss.reconstruction": "l2",
@@ -70,12 +73,12 @@ SETTINGS = {
     "training.activation_memory": 1.0,
     "ray.use_gpu": False,
 }
-FROM_SCRATCH = {
+FROM_SCRATCH: dict[str, Any] = {
     "model.level": "none",
     "optimizer.learning_rate": 1e-3,
     "optimizer.warmup_steps": 50,
 }
-FINE_TUNING = {"optimizer.learning_rate": 5e-4, "optimizer.warmup_steps": 20}
+FINE_TUNING: dict[str, Any] = {"optimizer.learning_rate": 5e-4, "optimizer.warmup_steps": 20}
 
 
 @dataclass
@@ -116,23 +119,24 @@ def configure(arguments: Arguments, settings: dict[str, Any], start: Path) -> Co
         "training.steps": arguments.steps,
         "start.model": f"diffusers:{start}",
         "ray.storage_uri": str(arguments.models / "runs"),
-        "tracking.run_name": "fitted",
+        "tracking.run_name": "fitted",  # the copy with the fitted basis
     }
     config = with_overrides(PRESETS["fine_tune"][1], SETTINGS | chosen | settings)
     return adopt_pretrained(config)
 
 
 def write_random(folder: Path, channels: int) -> None:
-    """Write an AutoencoderKL with random weights: 1.5 million of them, and cells of 4 px."""
+    """Write an AutoencoderKL with cells of 4 px and 1.5 million random weights."""
+    architecture: dict[str, Any] = {
+        "block_out_channels": WIDTHS,
+        "down_block_types": ("DownEncoderBlock2D",) * len(WIDTHS),
+        "up_block_types": ("UpDecoderBlock2D",) * len(WIDTHS),
+        "norm_num_groups": 8,
+        "latent_channels": channels,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = AutoencoderKL(
-            block_out_channels=(24, 48, 96),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            norm_num_groups=8,
-            latent_channels=channels,
-        )
+        network = AutoencoderKL(**architecture)
     network.save_pretrained(folder)
 
 
@@ -195,16 +199,13 @@ def compare(arguments: Arguments, say: Callable[[str], None]) -> dict[str, Any]:
     """Run what is missing; write and return all results."""
     name = f"{arguments.name}-{arguments.channels}"
     path, folder = RESULTS / f"fine_tuning-{name}.json", arguments.models / name
-    facts: dict[str, Any] = {}
-    held_out = {"held_out_uri": arguments.held_out, "resolution": arguments.resolution}
-    data = with_overrides(
-        PRESETS["fine_tune"][1], {f"data.{key}": value for key, value in held_out.items()}
-    ).data
+    data = DataConfig(held_out_uri=arguments.held_out, resolution=arguments.resolution)
     images = read_held_out(data, arguments.images)
+    facts: dict[str, Any] = {}
     if not (folder / WEIGHTS).exists():
         facts = train_from_scratch(arguments, folder, images, say)
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if results.get("weights") != digest:  # runs from another autoencoder do not count
         results = {"weights": digest, "from_scratch": facts, "arms": {}}
     results |= {
@@ -220,6 +221,7 @@ def compare(arguments: Arguments, say: Callable[[str], None]) -> dict[str, Any]:
         RESULTS.mkdir(exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
 
+    save()
     control = configure(arguments, FINE_TUNING | ARMS["control"], folder)
     before = Autoencoder.restore(read_pretrained(control))
     results["parameters"] = sum(p.numel() for p in before.parameters())
@@ -229,31 +231,35 @@ def compare(arguments: Arguments, say: Callable[[str], None]) -> dict[str, Any]:
         say(f"before: {describe(results['before'])}")
     train_images = read_images(control.data, control.data.uri, FITTED_IMAGES)
     action = fit_action(before, train_images, arguments.batch_size, invariant=3)
-    found = action.numbers()
-    results["fitted_action"] = {
-        key: found[key]
-        for key in ("representation", "variance_by_irrep", "spatial_error", "representation_error")
-    }
-    is_spatial = action.representation.multiplicities["a1"] == arguments.channels
-    chosen = [arm for arm in arguments.arms or ARMS if not (arm == "fitted" and is_spatial)]
+    numbers = action.numbers()
+    kept = ("representation", "variance_by_irrep", "spatial_error", "representation_error")
+    results["fitted_action"] = {key: numbers[key] for key in kept}
     for seed in range(arguments.seeds):
-        for arm in chosen:
-            entry = results["arms"].setdefault(arm, {"overrides": ARMS[arm], "runs": []})
+        for arm in list_arms(arguments, action.representation):
+            config = configure(arguments, FINE_TUNING | ARMS[arm] | {"training.seed": seed}, folder)
+            if arm not in results["arms"]:
+                steps = count_steps(arguments.steps, control, config)
+                results["arms"][arm] = {"overrides": ARMS[arm], "steps": steps, "runs": []}
+            entry = results["arms"][arm]
             if any(row["seed"] == seed for row in entry["runs"]):
                 continue
-            config = configure(arguments, FINE_TUNING | ARMS[arm] | {"training.seed": seed}, folder)
-            steps = count_steps(arguments.steps, control, config)
-            model, spent = fine_tune(with_overrides(config, {"training.steps": steps}), action)
+            config = with_overrides(config, {"training.steps": entry["steps"]})
+            model, spent = fine_tune(config, action)
             row = {"seed": seed, "cpu_seconds": spent} | measure(model, before, images)
             if arm == SYMMETRIZED and seed == 0:
                 model.symmetrize = True
                 row["symmetrized"] = measure(model, before, images)
-            entry["steps"] = steps
             entry["runs"].append(row)
             save()
-            say(f"{arm}, seed {seed}: {steps} steps, {spent:.0f} CPU s, {describe(row)}")
+            say(f"{arm}, seed {seed}: {entry['steps']} steps, {spent:.0f} CPU s, {describe(row)}")
     save()
     return results
+
+
+def list_arms(arguments: Arguments, fitted: Representation) -> list[str]:
+    """Return the arms to train: not the fitted one, if what was fitted is the spatial action."""
+    same = fitted.multiplicities["a1"] == fitted.dim
+    return [arm for arm in arguments.arms or ARMS if not (arm == "fitted" and same)]
 
 
 def count_steps(steps: int, control: Config, config: Config) -> int:
@@ -274,7 +280,7 @@ def print_table(results: dict[str, Any]) -> None:
     print(f"The fit finds {results['fitted_action']['representation']}.")
     print("| trained with | steps | PSNR | worst gap | encoder error | half scale | drift |")
     print("|---|---|---|---|---|---|---|")
-    rows = {"before": ("", [results["before"]])}
+    rows: dict[str, tuple[str, list[dict[str, Any]]]] = {"before": ("", [results["before"]])}
     for arm, entry in results["arms"].items():
         rows[arm] = (str(entry["steps"]), entry["runs"])
         averaged = [run["symmetrized"] for run in entry["runs"] if "symmetrized" in run]
