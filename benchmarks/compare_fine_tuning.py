@@ -7,9 +7,10 @@ First, a small AutoencoderKL is trained without equivariance, in the place of on
 downloaded, and measured. From there every arm trains for a fifth of its FLOPs: the control, which
 continues without equivariance; the spatial action, the fitted one and the default split, over all
 flips and quarter turns; and the spatial action over the mirror alone. All train with
-`efae.training.loop`, on one thread. The fitted arm is not trained where the fit finds the spatial
-action. Finished runs are kept in benchmarks/results/fine_tuning-NAME-CHANNELS.json, and the
-autoencoder in --models, so an interrupted comparison resumes. Prints a table at the end.
+`efae.training.loop`, on one thread: at every learning rate with the first seed, then at the arm's
+best one with the other seeds. The fitted arm is not trained where the fit finds the spatial action.
+Finished runs are kept in benchmarks/results/fine_tuning-NAME-CHANNELS.json, and the autoencoder in
+--models, so an interrupted comparison resumes. Prints a table at the end.
 """
 
 import hashlib
@@ -78,7 +79,7 @@ FROM_SCRATCH: dict[str, Any] = {
     "optimizer.learning_rate": 1e-3,
     "optimizer.warmup_steps": 50,
 }
-FINE_TUNING: dict[str, Any] = {"optimizer.learning_rate": 5e-4, "optimizer.warmup_steps": 20}
+FINE_TUNING: dict[str, Any] = {"optimizer.warmup_steps": 20}
 
 
 @dataclass
@@ -103,8 +104,10 @@ class Arguments:
     """Images per step."""
     images: int = 256
     """Held-out images at most."""
+    learning_rates: tuple[float, ...] = (1e-3, 5e-4)
+    """Learning rates tried with the first seed."""
     seeds: int = 3
-    """Seeds of each arm; they all start from the same autoencoder."""
+    """Seeds at each arm's best learning rate; they all start from the same autoencoder."""
     arms: tuple[Literal["control", "spatial", "fitted", "split", "mirror"], ...] = ()
     """Arms to run; all when empty."""
 
@@ -234,24 +237,37 @@ def compare(arguments: Arguments, say: Callable[[str], None]) -> dict[str, Any]:
     numbers = action.numbers()
     kept = ("representation", "variance_by_irrep", "spatial_error", "representation_error")
     results["fitted_action"] = {key: numbers[key] for key in kept}
+    arms = list_arms(arguments, action.representation)
+
+    def run_arm(arm: str, rate: float, seed: int) -> None:
+        settings = {"optimizer.learning_rate": rate, "training.seed": seed}
+        config = configure(arguments, FINE_TUNING | ARMS[arm] | settings, folder)
+        if arm not in results["arms"]:
+            steps = count_steps(arguments.steps, control, config)
+            results["arms"][arm] = {"overrides": ARMS[arm], "steps": steps, "runs": []}
+        entry = results["arms"][arm]
+        if any(row["learning_rate"] == rate and row["seed"] == seed for row in entry["runs"]):
+            return
+        config = with_overrides(config, {"training.steps": entry["steps"]})
+        model, spent = fine_tune(config, action)
+        row = {"learning_rate": rate, "seed": seed, "cpu_seconds": spent}
+        row |= measure(model, before, images)
+        if arm == SYMMETRIZED and seed == 0:
+            model.symmetrize = True
+            row["symmetrized"] = measure(model, before, images)
+        entry["runs"].append(row)
+        save()
+        say(
+            f"{arm}, lr {rate:g}, seed {seed}: {entry['steps']} steps, {spent:.0f} CPU s,"
+            f" {describe(row)}"
+        )
+
     for seed in range(arguments.seeds):
-        for arm in list_arms(arguments, action.representation):
-            config = configure(arguments, FINE_TUNING | ARMS[arm] | {"training.seed": seed}, folder)
-            if arm not in results["arms"]:
-                steps = count_steps(arguments.steps, control, config)
-                results["arms"][arm] = {"overrides": ARMS[arm], "steps": steps, "runs": []}
-            entry = results["arms"][arm]
-            if any(row["seed"] == seed for row in entry["runs"]):
-                continue
-            config = with_overrides(config, {"training.steps": entry["steps"]})
-            model, spent = fine_tune(config, action)
-            row = {"seed": seed, "cpu_seconds": spent} | measure(model, before, images)
-            if arm == SYMMETRIZED and seed == 0:
-                model.symmetrize = True
-                row["symmetrized"] = measure(model, before, images)
-            entry["runs"].append(row)
-            save()
-            say(f"{arm}, seed {seed}: {entry['steps']} steps, {spent:.0f} CPU s, {describe(row)}")
+        for arm in arms:
+            first = seed == 0
+            rates = arguments.learning_rates if first else (best_rate(results["arms"][arm]),)
+            for rate in rates:
+                run_arm(arm, rate, seed)
     save()
     return results
 
@@ -260,6 +276,12 @@ def list_arms(arguments: Arguments, fitted: Representation) -> list[str]:
     """Return the arms to train: not the fitted one, if what was fitted is the spatial action."""
     same = fitted.multiplicities["a1"] == fitted.dim
     return [arm for arm in arguments.arms or ARMS if not (arm == "fitted" and same)]
+
+
+def best_rate(entry: dict[str, Any]) -> float:
+    """Return the learning rate with the best PSNR at the first seed."""
+    runs = [run for run in entry["runs"] if run["seed"] == 0]
+    return max(runs, key=lambda run: run["psnr"])["learning_rate"]
 
 
 def count_steps(steps: int, control: Config, config: Config) -> int:
@@ -276,22 +298,24 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def print_table(results: dict[str, Any]) -> None:
-    """Print, in Markdown, mean and deviation over the seeds of each arm."""
+    """Print, in Markdown, mean and deviation over seeds at each arm's best learning rate."""
     print(f"The fit finds {results['fitted_action']['representation']}.")
-    print("| trained with | steps | PSNR | worst gap | encoder error | half scale | drift |")
-    print("|---|---|---|---|---|---|---|")
-    rows: dict[str, tuple[str, list[dict[str, Any]]]] = {"before": ("", [results["before"]])}
+    print("| trained with | lr | steps | PSNR | worst gap | encoder error | half scale | drift |")
+    print("|---|---|---|---|---|---|---|---|")
+    rows: dict[str, tuple[str, list[dict[str, Any]]]] = {"before": (" | ", [results["before"]])}
     for arm, entry in results["arms"].items():
-        rows[arm] = (str(entry["steps"]), entry["runs"])
-        averaged = [run["symmetrized"] for run in entry["runs"] if "symmetrized" in run]
+        rate = best_rate(entry)
+        runs = [run for run in entry["runs"] if run["learning_rate"] == rate]
+        rows[arm] = (f"{rate:g} | {entry['steps']}", runs)
+        averaged = [run["symmetrized"] for run in runs if "symmetrized" in run]
         if averaged:
-            rows[f"{arm}, averaged over the group"] = ("", averaged)
-    for name, (steps, runs) in rows.items():
+            rows[f"{arm}, averaged over the group"] = (" | ", averaged)
+    for name, (settings, runs) in rows.items():
         psnr, half = (show(runs, key, ".2f") for key in ("psnr", "half_scale_psnr"))
         gap, error, drift = (
             show(runs, key, ".2g") for key in ("worst_gap_db", "encoder_error", "drift")
         )
-        print(f"| {name} | {steps} | {psnr} | {gap} | {error} | {half} | {drift} |")
+        print(f"| {name} | {settings} | {psnr} | {gap} | {error} | {half} | {drift} |")
 
 
 def show(runs: list[dict[str, Any]], key: str, form: str) -> str:

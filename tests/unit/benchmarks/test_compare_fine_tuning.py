@@ -10,6 +10,7 @@ from benchmarks import compare_fine_tuning
 from benchmarks.compare_fine_tuning import (
     ARMS,
     Arguments,
+    best_rate,
     compare,
     list_arms,
     print_table,
@@ -45,6 +46,7 @@ def arguments(images, tmp_path, monkeypatch):
         steps=16,
         batch_size=4,
         images=2,
+        learning_rates=(1e-3,),
         seeds=1,
         arms=("control", "spatial"),
     )
@@ -55,6 +57,12 @@ def test_a_fit_that_finds_the_spatial_action_is_not_trained(arguments):
     assert list_arms(arguments, Representation(D4, a1=3, b1=1)) == list(ARMS)
     others = ["control", "spatial", "split", "mirror"]
     assert list_arms(arguments, Representation(D4, a1=4)) == others
+
+
+def test_the_best_rate_is_that_of_the_first_seed():
+    runs = [(0, 1e-3, 20.0), (0, 5e-4, 21.0), (1, 1e-3, 22.0)]
+    entry = {"runs": [{"seed": s, "learning_rate": r, "psnr": p} for s, r, p in runs]}
+    assert best_rate(entry) == 5e-4
 
 
 def test_finished_runs_are_kept_as_long_as_the_autoencoder_is(arguments, tmp_path, capsys):
@@ -76,16 +84,16 @@ def test_finished_runs_are_kept_as_long_as_the_autoencoder_is(arguments, tmp_pat
     said.clear()
     arguments.seeds, arguments.arms = 2, ("control",)
     again = compare(arguments, said.append)
-    assert [line.split(":")[0] for line in said] == ["control, seed 1"]
+    assert [line.split(":")[0] for line in said] == ["control, lr 0.001, seed 1"]
     assert again["arms"]["spatial"] == arms["spatial"]
     first, second = again["arms"]["control"]["runs"]
     assert [first] == arms["control"]["runs"]
     assert second["psnr"] != first["psnr"]
     print_table(again)
     printed = capsys.readouterr().out
-    assert f"| control | 3 | {(first['psnr'] + second['psnr']) / 2:.2f} ± " in printed
+    assert f"| control | 0.001 | 3 | {(first['psnr'] + second['psnr']) / 2:.2f} ± " in printed
     averaged = spatial["symmetrized"]["psnr"]
-    assert f"| spatial, averaged over the group |  | {averaged:.2f} |" in printed
+    assert f"| spatial, averaged over the group |  |  | {averaged:.2f} |" in printed
 
     (tmp_path / "models" / "tiny-4" / "diffusion_pytorch_model.safetensors").unlink()
     arguments.seeds, arguments.steps = 0, 1
