@@ -250,7 +250,7 @@ def compare(arguments: Arguments, say: Callable[[str], None]) -> dict[str, Any]:
             return
         config = with_overrides(config, {"training.steps": entry["steps"]})
         model, spent = fine_tune(config, action)
-        row = {"learning_rate": rate, "seed": seed, "cpu_seconds": spent}
+        row: dict[str, Any] = {"learning_rate": rate, "seed": seed, "cpu_seconds": spent}
         row |= measure(model, before, images)
         if arm == SYMMETRIZED and seed == 0:
             model.symmetrize = True
