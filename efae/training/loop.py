@@ -80,7 +80,16 @@ def train(
     task.check_source(start.source, begins=start.checkpoint is None)
     state = TrainState.create(config, device)
     state.model.train()
-    loader = task.open_loader(dataset, process)
+    loader = dataset.loader(
+        global_batch_size=training.global_batch_size,
+        rank=process.rank,
+        world_size=world_size,
+        seed=training.seed,
+        options=config.data,
+        members=task.members,
+        tail="carry",
+        pin_memory=device.type == "cuda",
+    )
     scores: dict[str, float] = {}
     validations: list[dict[str, float]] = []
     if (checkpoint := start.checkpoint) is not None:

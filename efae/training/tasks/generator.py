@@ -14,7 +14,6 @@ from data_pipelines import ShardDataset, storage
 from data_pipelines.images.tiles import draw_rows, draw_tile
 from data_pipelines.loading.batch import Batch
 from data_pipelines.loading.dataset import LatentSet
-from data_pipelines.loading.loader import ShardLoader
 from data_pipelines.shards.latent_format import LatentFormat
 from efae.checkpoints.checkpoint import read_model
 from efae.checkpoints.run_folder import find_newest_checkpoint, locate_run
@@ -89,18 +88,7 @@ class GeneratorTask:
     def __init__(self, config: GeneratorConfig):
         self._config = config
         self._format: LatentFormat = read_format(config)
-
-    def open_loader(self, dataset: ShardDataset, process: Process) -> ShardLoader:
-        return dataset.loader(
-            global_batch_size=self._config.training.global_batch_size,
-            rank=process.rank,
-            world_size=process.world_size,
-            seed=self._config.training.seed,
-            options=self._config.data,
-            members=_list_members(self._config.data),
-            tail="carry",
-            pin_memory=process.device.type == "cuda",
-        )
+        self.members = _list_members(config.data)
 
     def check_source(self, source: Autoencoder | None, begins: bool) -> None:
         pass

@@ -16,7 +16,6 @@ from efae.training.state import TrainState
 
 if TYPE_CHECKING:  # with image decoders, which benchmarks/gpu does without
     from data_pipelines.loading.batch import Batch
-    from data_pipelines.loading.loader import ShardLoader
 
 
 class Measurement(Protocol):
@@ -30,9 +29,8 @@ class Measurement(Protocol):
 class Task(Protocol):
     """One kind of model in training: its data, start, loss and validation."""
 
-    def open_loader(self, dataset: ShardDataset, process: Process) -> "ShardLoader":
-        """Return the endless loader of a rank's batches."""
-        ...
+    members: tuple[str, ...]
+    """Extensions of the sample members that batches hold beside the images or latents."""
 
     def check_source(self, source: Autoencoder | None, begins: bool) -> None:
         """Raise a ValueError if training needs another model, and it is not there.

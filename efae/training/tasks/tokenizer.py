@@ -29,7 +29,6 @@ from efae.training.validation import Validation
 
 if TYPE_CHECKING:  # with image decoders, which benchmarks/gpu does without
     from data_pipelines.loading.batch import Batch
-    from data_pipelines.loading.loader import ShardLoader
 
 
 class TokenizerTask:
@@ -39,19 +38,10 @@ class TokenizerTask:
         config: Configuration of the experiment.
     """
 
+    members: tuple[str, ...] = ()
+
     def __init__(self, config: Config):
         self._config = config
-
-    def open_loader(self, dataset: ShardDataset, process: Process) -> "ShardLoader":
-        return dataset.loader(
-            global_batch_size=self._config.training.global_batch_size,
-            rank=process.rank,
-            world_size=process.world_size,
-            seed=self._config.training.seed,
-            options=self._config.data,
-            tail="carry",
-            pin_memory=process.device.type == "cuda",
-        )
 
     def check_source(self, source: Autoencoder | None, begins: bool) -> None:
         config = self._config
