@@ -248,9 +248,10 @@ def _decode_png(data: Buffer, channels: int) -> np.ndarray:
     header = read_png_header(data)
     try:
         pixels = imagecodecs.png_decode(data)
-    except UnicodeDecodeError as error:  # imagecodecs cannot decode libpng's message
-        raise ValueError("damaged PNG (a chunk unknown or out of place)") from error
-    except (imagecodecs.PngError, ValueError) as error:
+    except (imagecodecs.PngError, UnicodeDecodeError):
+        # imagecodecs reads libpng's message from memory that libpng has freed: it may say anything.
+        raise ValueError("damaged PNG (a chunk, or the compressed pixels)") from None
+    except ValueError as error:
         raise ValueError(f"damaged PNG ({error})") from error
     if pixels.ndim == 2:
         pixels = pixels[..., None]
