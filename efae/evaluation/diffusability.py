@@ -242,6 +242,28 @@ def local_distant_similarity(latent: Float[Tensor, "b dim h w"]) -> Float[Tensor
     return mean - (sums * far).sum((1, 2)) / (pairs * far).sum()
 
 
+def interpolate_with_nearest(
+    latent: Float[Tensor, "b dim h w"], everything: Float[Tensor, "n dim h w"], first: int
+) -> Float[Tensor, "b dim h w"]:
+    """Return the latents half-way to their nearest neighbours, for the interpolated FID.
+
+    The neighbour is the latent of greatest cosine similarity, and the way an arc (Xu et al. 2026,
+    arXiv:2603.05630). Acting on all latents by one element acts on the result.
+
+    Args:
+        latent: Latents number `first` and following of `everything`.
+        everything: Latents of all images, two at least.
+        first: Position of the first latent.
+    """
+    directions = F.normalize(everything.flatten(1), dim=1)
+    similarity = directions[first : first + len(latent)] @ directions.T
+    places = torch.arange(len(latent))
+    similarity[places, first + places] = -math.inf
+    cosine, nearest = similarity.max(1)
+    weight = (2 + 2 * cosine).clamp(min=1e-6).rsqrt()  # sin(angle / 2) / sin(angle)
+    return weight[:, None, None, None] * (latent + everything[nearest])
+
+
 def _transform(field: Float[Tensor, "b c h w"], rows: int, columns: int) -> Tensor:
     """Return the lowest `rows` x `columns` coefficients of the orthonormal DCT-II."""
 

@@ -17,13 +17,14 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from efae.evaluation.any_angle import choose_angles, measure_rotations
-from efae.evaluation.diffusability import measure_latents
+from efae.evaluation.diffusability import interpolate_with_nearest, measure_latents
 from efae.evaluation.flow_measures import measure_loss, measure_steps, measure_velocity
 from efae.evaluation.linear_reference import LinearReference, fit_linear_reference
 from efae.evaluation.measures import (
     Totals,
     draw_noise,
     gather_json,
+    gather_vectors,
     psnr,
     ssim,
     symmetric_images,
@@ -90,6 +91,7 @@ class Measurement:
         model, seed, batch_size, device = self.model, self.seed, self.batch_size, self.device
         stride = -(-total // CHOSEN)
         totals = Totals()
+        latents: list[Tensor] = []
         pictures: Pictures | None = None
         for start in progress(range(0, len(images), batch_size), "reconstruct and act"):
             part = images[start : start + batch_size]
@@ -101,6 +103,7 @@ class Measurement:
                 measure_loss(model, image, noise, latent, totals)
             if self.fid is not None:
                 self.fid.add(image, acted["identity"])
+                latents.append(latent.cpu())
             if self.linear is not None:
                 self.linear.measure(image, totals)
             if pictures is None:
@@ -125,6 +128,8 @@ class Measurement:
             if has_flow(model):
                 measure_steps(model, image, noise, latent, totals)
                 measure_velocity(model, image, noise, latent, totals)
+        if self.fid is not None:
+            self._add_interpolated(latents, tuple(images.shape[1:]), first, progress)
         if pictures is None:
             pictures = Pictures(to_float(images), to_float(images), {}, [])
         return Part(
@@ -134,6 +139,25 @@ class Measurement:
             self.linear and self.linear.multiplicities,
             time.monotonic() - started,
         )
+
+    def _add_interpolated(
+        self, latents: list[Tensor], shape: tuple[int, ...], first: int, progress: Progress
+    ) -> None:
+        """Add decodes between the latents of this part and their neighbours among all to FID."""
+        assert self.fid is not None
+        mine = [latent.flatten() for latent in latents]
+        parts = gather_vectors(torch.cat(mine) if mine else torch.zeros(0), self.device)
+        if not latents:
+            return
+        everything = torch.cat(parts).view(-1, *latents[0].shape[1:])
+        if len(everything) < 2:
+            return  # a single image has no neighbour, and no FID
+        for latent in progress(latents, "interpolate"):
+            between = interpolate_with_nearest(latent, everything, first)
+            noise = draw_noise(range(first, first + len(latent)), shape, self.seed)
+            decoded = self.model.decode(between.to(self.device), noise=noise.to(self.device))
+            self.fid.add_interpolated(decoded)
+            first += len(latent)
 
     @property
     def device(self) -> torch.device:
@@ -151,7 +175,7 @@ class Measurement:
             protocol=describe_protocol(
                 self.model, part.totals, self.angles, self.seed, self.lpips, self.fid
             ),
-            fid=None if self.fid is None else self.fid.compute(),
+            fids=(None, None) if self.fid is None else self.fid.compute(),
         )
 
 

@@ -4,6 +4,7 @@ Nothing is downloaded. A weight file is read as named tensors only (safetensors,
 with weights_only): it cannot run code.
 """
 
+import copy
 import hashlib
 import pickle
 import tempfile
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from efae.evaluation.measures import gather_json, to_uint8
 from efae.evaluation.set_distances import Features
 
 _LPIPS_SMALLEST = 32
@@ -122,6 +124,10 @@ class Fid:
     The metric of torchmetrics, with torch-fidelity's Inception network, antialiased resizing and
     covariances in float64. It falls with the number of images: compare at equal numbers only.
 
+    The interpolated distance (iFID) is that of latents decoded half-way to their nearest neighbours
+    (Xu et al. 2026, arXiv:2603.05630; see `diffusability.interpolate_with_nearest`). It tells more
+    about the FID of a generator than the distance of reconstructions does.
+
     Args:
         metric: Metric over uint8 RGB images; see `load_fid`.
         digest: SHA-256 of its weights.
@@ -129,6 +135,9 @@ class Fid:
 
     def __init__(self, metric: FrechetInceptionDistance, digest: str):
         self.metric = metric
+        metric.orig_dtype = torch.float32  # a process without images sets none
+        network = cast(Any, metric).inception
+        self.interpolated = copy.deepcopy(metric, {id(network): network})  # one network for both
         self.digest = digest
 
     @property
@@ -138,6 +147,7 @@ class Fid:
             "network": "Inception of torch-fidelity, 2048 features, antialiased to 299 pixels",
             "weights_sha256": self.digest,
             "reference": "the same images, as the model saw them",
+            "interpolated": "latents half-way on the arc to the one of greatest cosine similarity",
             "package": f"torchmetrics {version('torchmetrics')}",
         }
 
@@ -145,19 +155,37 @@ class Fid:
         self, image: Float[Tensor, "b c h w"], reconstruction: Float[Tensor, "b c h w"]
     ) -> None:
         """Add images and reconstructions in [-1, 1], grey or RGB."""
-        for pixels, real in ((image, True), (reconstruction, False)):
-            pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
-            self.metric.update(pixels.expand(-1, 3, -1, -1), real=real)
+        self.metric.update(_to_pixels(image), real=True)
+        self.metric.update(_to_pixels(reconstruction), real=False)
 
-    def compute(self) -> float:
-        """Return the distance over all images of all processes.
+    def add_interpolated(self, image: Float[Tensor, "b c h w"]) -> None:
+        """Add decodes of interpolated latents, in [-1, 1], grey or RGB."""
+        self.interpolated.update(_to_pixels(image), real=False)
+
+    def compute(self) -> tuple[float, float | None]:
+        """Return the distance over all images of all processes, and the interpolated one if added.
 
         Raises:
             ValueError: There are fewer than two images.
         """
-        if int(self.metric.real_features_num_samples) < 2:
+        names = "real_features_num_samples", "fake_features_num_samples"
+        real, between = (
+            sum(gather_json(int(getattr(metric, name)), metric.device))
+            for metric, name in zip((self.metric, self.interpolated), names, strict=True)
+        )
+        if real < 2:
             raise ValueError("FID needs two images at least")
-        return float(self.metric.compute())
+        distance = float(self.metric.compute())
+        if between < 2:
+            return distance, None
+        for name in ("sum", "cov_sum", "num_samples"):
+            name = f"real_features_{name}"
+            setattr(self.interpolated, name, getattr(self.metric, name))
+        return distance, float(self.interpolated.compute())
+
+
+def _to_pixels(image: Tensor) -> Tensor:
+    return to_uint8(image).expand(-1, 3, -1, -1)
 
 
 class Inception(nn.Module):

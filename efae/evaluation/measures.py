@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from efae.symmetry import D4, Element
@@ -183,17 +183,28 @@ def gather_json(value: Any, device: torch.device) -> list[Any]:
 
     Values travel as text: torch's own `all_gather_object` pickles them.
     """
+    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+    return [json.loads(part.numpy().tobytes()) for part in gather_vectors(text, device)]
+
+
+def gather_vectors(vector: Shaped[Tensor, "n"], device: torch.device) -> list[Tensor]:
+    """Gather a vector from every process, in the order of the ranks; their lengths may differ.
+
+    Args:
+        vector: Vector in the memory of the host, of one type on all processes.
+        device: Device that the process group communicates from.
+
+    Returns:
+        The vectors, in the memory of the host.
+    """
     if not (dist.is_available() and dist.is_initialized()):
-        return [value]
+        return [vector]
     gather = cast(Any, dist).all_gather
-    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    vector = vector.to(device)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
-    gather(sizes, torch.tensor([len(text)], device=device))
+    gather(sizes, torch.tensor([len(vector)], device=device))
     longest = max(int(size) for size in sizes)
-    padded = torch.cat([text, text.new_zeros(longest - len(text))])
-    texts = [torch.empty_like(padded) for _ in sizes]
-    gather(texts, padded)
-    return [
-        json.loads(text[: int(size)].cpu().numpy().tobytes())
-        for text, size in zip(texts, sizes, strict=True)
-    ]
+    padded = torch.cat([vector, vector.new_zeros(longest - len(vector))])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    gather(parts, padded)
+    return [part[: int(size)].cpu() for part, size in zip(parts, sizes, strict=True)]

@@ -106,10 +106,12 @@ class Evaluation:
     rotations: dict[float, dict[str, float]]
     """Errors by angle in degrees, see `summarize_rotations`; empty if not measured."""
     lpips: float | None
-    """LPIPS of reconstructions; this and the two below are None without weights."""
+    """LPIPS of reconstructions; this and the three below are None without weights."""
     lpips_by_element: dict[str, float] | None
     fid: float | None
     """FID of reconstructions against the images themselves."""
+    interpolated_fid: float | None
+    """FID of decodes half-way between the latents of neighbours against the images."""
     protocol: dict[str, Any]
     """Everything needed to repeat the measurement."""
     seconds: float
@@ -126,7 +128,7 @@ def summarize(
     angles: Sequence[float],
     *,
     protocol: dict[str, Any],
-    fid: float | None,
+    fids: tuple[float | None, float | None],
 ) -> Evaluation:
     """Turn the totals of all images into the numbers.
 
@@ -135,7 +137,7 @@ def summarize(
         whole: Totals over all images, and pictures of the first.
         angles: Angles that were measured, in degrees.
         protocol: How the numbers were measured, from `describe_protocol`.
-        fid: FID, if it was measured.
+        fids: FID and interpolated FID, as far as they were measured.
     """
     totals, image_shape = whole.totals, whole.image_shape
     names = [g.name for g in model.group]
@@ -218,7 +220,8 @@ def summarize(
         rotations=summarize_rotations(totals, angles, variance),
         lpips=lpips.get("identity"),
         lpips_by_element=lpips or None,
-        fid=fid,
+        fid=fids[0],
+        interpolated_fid=fids[1],
         protocol=protocol,
         seconds=whole.seconds,
         pictures=whole.pictures,

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.evaluation.evaluate import Measurement, evaluate
 from efae.evaluation.flow_measures import STEP_COUNTS, TIME_BINS
 from efae.evaluation.linear_reference import fit_linear_reference
+from efae.evaluation.lpips_fid import Fid
 from efae.evaluation.measures import (
     LARGEST_PSNR,
     draw_noise,
@@ -122,12 +124,32 @@ def models():
     return {level: build(level) for level in ("exact", "objective")}
 
 
+class Colours(torch.nn.Module):
+    """A network of three features: the mean colours."""
+
+    num_features = 3
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        assert pixels.dtype == torch.uint8
+        return pixels.float().mean((2, 3))
+
+
+def colour_fid() -> Fid:
+    return Fid(FrechetInceptionDistance(Colours()), "none")
+
+
 @pytest.fixture(scope="module")
 def measured(models):
     return {
         level: evaluate(model, draw_images(12), batch_size=8, angles_degrees=(30,))
         for level, model in models.items()
     }
+
+
+@pytest.fixture(scope="module")
+def measured_with_fid(models):
+    model, images = models["objective"], draw_images(12)
+    return evaluate(model, images, batch_size=8, angles_degrees=(30,), fid=colour_fid())
 
 
 def test_exact_model_has_no_gap(measured):
@@ -249,6 +271,24 @@ def test_evaluation_repeats_whatever_the_batch_size(models, measured):
     assert reseeded["psnr"] != again["psnr"]
 
 
+def test_interpolated_fid_is_of_decodes_between_neighbours(models, measured_with_fid):
+    model, images = models["objective"], draw_images(12)
+    image = to_float(images)
+    noise = draw_noise(range(12), tuple(image.shape[1:]), 0)
+    with torch.no_grad():
+        latent = model.encode(image)
+        pairs = torch.cosine_similarity(latent.flatten(1)[:, None], latent.flatten(1)[None], dim=2)
+        nearest = [max(set(range(12)) - {i}, key=lambda j, i=i: pairs[i, j]) for i in range(12)]
+        half = torch.acos(pairs[range(12), nearest]) / 2
+        weight = (half.sin() / (2 * half).sin())[:, None, None, None]
+        between = model.decode(weight * (latent + latent[nearest]), noise=noise)
+    fid = colour_fid()
+    fid.add(image, between)
+    found = measured_with_fid
+    assert found.interpolated_fid == pytest.approx(fid.compute()[0], rel=1e-4)
+    assert found.interpolated_fid != pytest.approx(found.fid, rel=1e-2)
+
+
 @pytest.mark.parametrize("shares", [(12,), (5, 7), (1, 0, 11), (4, 4, 4)])
 def test_parts_add_up_to_the_whole(models, measured, shares):
     model, images, parts = models["objective"], draw_images(12), []
@@ -339,7 +379,7 @@ SHARES = ((5, 7), (12, 0))
 RANK = """
 import json, sys
 import torch, torch.distributed as dist
-from tests.unit.evaluation.test_evaluation import SHARES, build, draw_images
+from tests.unit.evaluation.test_evaluation import SHARES, build, colour_fid, draw_images
 from efae.evaluation.evaluate import evaluate
 torch.set_num_threads(1)
 rank, port = int(sys.argv[1]), sys.argv[2]
@@ -347,13 +387,14 @@ dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank
 for shares in SHARES:
     first = sum(shares[:rank])
     images = draw_images(sum(shares))[first : first + shares[rank]]
-    found = evaluate(build("objective"), images, batch_size=4, angles_degrees=(30,))
+    model, fid = build("objective"), colour_fid()
+    found = evaluate(model, images, batch_size=4, angles_degrees=(30,), fid=fid)
     print(json.dumps(found.numbers()))
 dist.destroy_process_group()
 """
 
 
-def test_two_processes_find_the_numbers_of_one(measured):
+def test_two_processes_find_the_numbers_of_one(measured_with_fid):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -369,7 +410,7 @@ def test_two_processes_find_the_numbers_of_one(measured):
     printed = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     found = [[json.loads(line) for line in text.splitlines()] for text in printed]
-    one = json.loads(json.dumps(measured["objective"].numbers()))
+    one = json.loads(json.dumps(measured_with_fid.numbers()))
     for first, second in zip(*found, strict=True):
         assert_same_numbers(first, one)
         assert first | {"seconds": 0} == second | {"seconds": 0}

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.evaluation import lpips_fid
-from efae.evaluation.lpips_fid import Fid, Inception, Lpips, load_fid, load_inception
+from efae.evaluation.lpips_fid import Inception, Lpips, load_fid, load_inception
 from efae.training.tasks.tokenizer import choose_perceptual
+from tests.unit.evaluation.test_evaluation import colour_fid
 
 ALEXNET = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
 
@@ -118,28 +118,21 @@ def test_fid_names_the_file_that_is_missing(tmp_path, monkeypatch):
         load_fid(tmp_path / "inception.pth")
 
 
-class Colours(torch.nn.Module):
-    """A network of three features: the mean colours."""
-
-    num_features = 3
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        assert pixels.dtype == torch.uint8
-        return pixels.float().mean((2, 3))
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_fid_is_zero_for_equal_images_and_the_shift_of_the_mean_else(channels):
     image = torch.randint(0, 200, (9, channels, 8, 8)) / 127.5 - 1
     for shift, expected in ((0, 0.0), (20, 3 * 20.0**2)):
-        fid = Fid(FrechetInceptionDistance(Colours()), "none")
+        fid = colour_fid()
         fid.add(image[:4], image[:4] + shift / 127.5)
         fid.add(image[4:], image[4:] + shift / 127.5)
-        assert fid.compute() == pytest.approx(expected, abs=0.05)
+        assert fid.compute() == (pytest.approx(expected, abs=0.05), None)
+        fid.add_interpolated(image + 2 * shift / 127.5)
+        found = pytest.approx(expected, abs=0.05), pytest.approx(4 * expected, abs=0.05)
+        assert fid.compute() == found
 
 
 def test_fid_of_one_image_is_refused():
-    fid = Fid(FrechetInceptionDistance(Colours()), "none")
+    fid = colour_fid()
     fid.add(draw(0)[:1], draw(1)[:1])
     with pytest.raises(ValueError, match="two images"):
         fid.compute()
