@@ -20,6 +20,7 @@ _RENAMED = {"training.look_images": "training.validation_images"}
 _RUN_KEYS = ("tracking.", "ray.", "resume", "output")
 _MACHINE_KEYS = (
     *("data.cache_bytes", "data.cache_dir", "data.pixel_cache_bytes", "data.decode_threads"),
+    "data.tokenizer",
     # They change rounding, or measurements, alone.
     *("training.micro_batch_size", "training.activation_memory", "training.compile"),
     *("training.evaluation_precision", "training.profile_steps", "flow.sampler_steps"),

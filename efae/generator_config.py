@@ -40,6 +40,9 @@ class LatentsConfig(CacheOptions):
     is told which, and samples are drawn at the identity."""
     format: str = ""
     """Format of the latents, as JSON; read from their set when a run starts."""
+    tokenizer: str = ""
+    """URI of the tokenizer, if it is no longer where the latents were made; its digest must be the
+    one that the latents name."""
     cache_dir: str | None = None
 
     def __post_init__(self):

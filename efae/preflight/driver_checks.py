@@ -149,7 +149,7 @@ def check_tokenizer(config: GeneratorConfig, server: Server) -> str:
     """Check that the model that made the latents is there; see `pull.read_tokenizer`."""
     from efae.registry import pull  # MLflow takes two seconds
 
-    return pull.read_tokenizer(read_format(config), server).uri
+    return pull.read_tokenizer(read_format(config), server, config.data.tokenizer).uri
 
 
 def check_storage(uri: str) -> str:

@@ -138,7 +138,8 @@ class GeneratorTask:
 
         there = storage.exists(locate_copy(self._config) / MANIFEST)
         if not (there and find_newest_checkpoint(locate_run(self._config))):
-            write_copy(self._config, pull.read_tokenizer(self._format, server))
+            found = pull.read_tokenizer(self._format, server, self._config.data.tokenizer)
+            write_copy(self._config, found)
 
     def load_source(self, process: Process, begins: bool) -> None:
         return None

@@ -1,5 +1,6 @@
 """Training of a generator in one process: resume, statistics, validation, samples, refusals."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from data_pipelines import ShardDataset
 from efae.checkpoints.checkpoint import read_checkpoint
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config_forms import digest, with_overrides
 from efae.evaluation.measures import to_uint8
 from efae.evaluation.samples import ImageSampler
 from efae.experiment import find_start
@@ -19,10 +20,12 @@ from efae.generator_config import GeneratorConfig
 from efae.model.autoencoder import Autoencoder
 from efae.model.pretrained import pack_generator, read_folder
 from efae.model.stored_files import CheckpointError
+from efae.preflight.driver_checks import check_tokenizer
 from efae.tracking.server import Server
 from efae.training.loop import Start, train
 from efae.training.monitoring.flops import count_flops
 from efae.training.process import Process
+from efae.training.starts.source import locate_copy
 from efae.training.state import TrainState
 from efae.training.tasks import choose_task
 from efae.training.tasks.generator import adopt_latents
@@ -201,6 +204,22 @@ def test_an_equivariant_step_takes_fewer_operations_than_the_dense_one_of_its_si
 def test_settings_that_cannot_work_are_refused(overrides, what):
     with pytest.raises(ValueError, match=what):
         with_overrides(GeneratorConfig(), overrides)
+
+
+def test_a_tokenizer_that_has_moved_is_found_by_its_digest(latents, model, tmp_path):
+    shutil.copytree(model[1], tmp_path / "moved")
+    form = ShardDataset.open(latents).format.model_copy(update={"model_uri": "/nowhere"})
+    runs = {"ray.storage_uri": str(tmp_path), "tracking.run_name": "run"}
+    config, server = configure(latents, **runs), Server("http://localhost:1")
+    for moved, says in (("", "/nowhere"), ("builtin:openmoji-32", "made by a model of digest")):
+        data = replace(config.data, format=form.model_dump_json(), tokenizer=moved)
+        with pytest.raises((ValueError, CheckpointError), match=says):
+            check_tokenizer(replace(config, data=data), server)
+    data = replace(data, tokenizer=str(tmp_path / "moved"))
+    assert check_tokenizer(replace(config, data=data), server) == str(tmp_path / "moved")
+    choose_task(replace(config, data=data)).copy_source(server)
+    assert read_folder(locate_copy(config).path).digest == form.model_digest
+    assert digest(config) == digest(replace(config, data=replace(config.data, tokenizer="there")))
 
 
 def test_sets_that_cannot_work_are_refused(latents, tmp_path):
