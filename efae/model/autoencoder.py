@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,6 +27,9 @@ from efae.model.tiling import decode_in_tiles, encode_in_tiles
 from efae.symmetry import GROUPS, TRIVIAL, Element, Representation
 from efae.symmetry.any_angle import check_turns_by_any_angle
 from efae.symmetry.learned_basis import Basis
+
+if TYPE_CHECKING:
+    from efae.exchange.hub import HubFile
 
 
 def build_representation(config: Config) -> Representation:
@@ -149,6 +152,37 @@ class Autoencoder(nn.Module):
         pretrained.pack_model(self.state_dict(), self.config, self.representation).write(
             Path(folder), card
         )
+
+    def push_to_hub(
+        self, repo_id: str, *, credit: str = "", token: str | None = None, **options: Any
+    ) -> "list[HubFile]":
+        """Send the model to the Hugging Face Hub, or list what would be sent.
+
+        Its repository receives the files of `save_pretrained`, a model card and ONNX programs, in
+        one commit; `options` can also name a Space for the page that flips its latents. Files of an
+        earlier upload are replaced.
+
+        Args:
+            repo_id: Repository, USER/NAME; created if missing.
+            credit: Credit of the training images, for card and page.
+            token: Token that may write, neither logged nor stored; None takes HF_TOKEN or that of
+                `hf auth login`.
+            options: Fields of `efae.exchange.hub.HubOptions`: licence, report, space, onnx,
+                private, revision, commit_message, dry_run.
+
+        Returns:
+            The files that were sent, or with dry_run=True would be: repository, path and bytes.
+
+        Raises:
+            ValueError: A name is malformed, there is no token, a package is missing, or a
+                repository holds other things. Then nothing was sent.
+            ConnectionError: The Hub refuses or does not answer.
+        """
+        from efae.exchange.hub import HubOptions
+        from efae.web_page.publication import publish
+
+        stored = pretrained.pack_model(self.state_dict(), self.config, self.representation)
+        return publish(stored, repo_id, HubOptions(**options), credit=credit, token=token)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> "Autoencoder":

@@ -14,9 +14,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from efae.config import Config
+from efae.model.autoencoder import build_representation
 from efae.report.html import finite, plain
-from efae.symmetry import GROUPS, Group
-from efae.symmetry.representation import IRREPS, irrep_matrix
+from efae.symmetry import GROUPS, Group, Representation
+from efae.symmetry.representation import irrep_matrix
 from efae.tracking.redaction import redact
 
 _TRAINING = (
@@ -25,13 +26,17 @@ _TRAINING = (
 )
 
 
-def render_model_card(numbers: Mapping[str, Any], config: Config, facts: Mapping[str, Any]) -> str:
+def render_model_card(
+    numbers: Mapping[str, Any] | None, config: Config, facts: Mapping[str, Any]
+) -> str:
     """Render README.md of one model; secrets are redacted.
 
     Args:
-        numbers: Numbers of an evaluation, from `Evaluation.numbers`.
+        numbers: Numbers of an evaluation, from `Evaluation.numbers`; None if it was not measured.
         config: Configuration of the model.
-        facts: Facts about the run, as in `efae.report.card.Card`; missing ones are left out.
+        facts: Facts about the run, as in `efae.report.card.Card`; missing ones are left out. Beside
+            them "licence" of the weights and, on the Hugging Face Hub, "repo_id", "space" and
+            "programs", the folder of its ONNX programs.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
@@ -41,13 +46,18 @@ def render_model_card(numbers: Mapping[str, Any], config: Config, facts: Mapping
         keep_trailing_newline=True,
     )
     environment.filters |= {"plain": plain, "text": _escape, "quoted": _quote}
-    group = GROUPS[config.representation.group]
-    image_shape, latent_shape = numbers["image_shape"], numbers["latent_shape"]
-    credits: Any = facts.get("credits", [])
+    group, representation = GROUPS[config.representation.group], build_representation(config)
+    f, (height, width) = config.model.downsampling, config.data.image_size
+    image_shape = [config.data.channels, height, width]
+    latent_shape = [representation.dim, height // f, width // f]
+    if numbers:
+        image_shape, latent_shape = numbers["image_shape"], numbers["latent_shape"]
+    credits: Any = facts.get("credits") or []
     model_uri = facts.get("model_uri") or f"models:/{config.tracking.registered_model}/VERSION"
-    downsampling = config.model.downsampling
     card = environment.get_template("model_card.md.jinja").render(
-        title=str(facts.get("run_name") or config.tracking.registered_model),
+        title=str(
+            facts.get("repo_id") or facts.get("run_name") or config.tracking.registered_model
+        ),
         numbers=numbers,
         level=config.model.level,
         foreign=_name_class(config),
@@ -59,14 +69,19 @@ def render_model_card(numbers: Mapping[str, Any], config: Config, facts: Mapping
         held_out=str(facts.get("held_out_data") or facts.get("data") or "not recorded which"),
         train_data=facts.get("train_data"),
         credits=[credits] if isinstance(credits, str) else credits,
-        front=_summarize(numbers),
-        rows=_tabulate(numbers),
-        irreps=_describe_irreps(group, numbers),
-        encoder_error=max(numbers["encoder_error"].values()),
-        example="rot90" if "rot90" in numbers["gap_db"] else list(numbers["gap_db"])[-1],
+        front=_summarize(numbers) if numbers else [],
+        rows=_tabulate(numbers) if numbers else [],
+        elements=len(group),
+        irreps=_describe_irreps(representation, numbers["energy_by_irrep"] if numbers else {}),
+        encoder_error=max(numbers["encoder_error"].values()) if numbers else None,
+        example="rot90" if "rot90" in map(str, group) else str(list(group)[-1]),
         model_uri=str(model_uri),
-        downsampling=downsampling,
-        power_of_two=downsampling & (downsampling - 1) == 0,
+        licence=facts.get("licence", ""),
+        repo_id=facts.get("repo_id", ""),
+        space=facts.get("space", ""),
+        programs=facts.get("programs", ""),
+        downsampling=f,
+        power_of_two=f & (f - 1) == 0,
         training={
             name.replace("_", " "): facts[name]
             for name in _TRAINING
@@ -142,24 +157,21 @@ def _tabulate(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _describe_irreps(group: Group, numbers: Mapping[str, Any]) -> list[dict[str, str]]:
+def _describe_irreps(
+    representation: Representation, energy_by_irrep: Mapping[str, float | None]
+) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
-    start = 0
-    for irrep in IRREPS:
-        count = numbers["multiplicities"].get(irrep, 0)
-        if not count:
-            continue
-        size = 2 * count if irrep == "e" else count
-        energy = numbers["energy_by_irrep"].get(irrep)
+    for irrep, channels in representation.blocks.items():
+        first, last = channels.start, channels.stop - 1
+        energy = finite(energy_by_irrep.get(irrep))
         rows.append(
             {
-                "channels": f"{start} to {start + size - 1}" if size > 1 else str(start),
+                "channels": f"{first} to {last}" if first < last else str(first),
                 "name": irrep.upper(),
-                "energy": "unknown" if finite(energy) is None else f"{100 * energy:.0f} %",
-                "does": _describe_irrep(irrep, group),
+                "energy": "unknown" if energy is None else f"{100 * energy:.0f} %",
+                "does": _describe_irrep(irrep, representation.group),
             }
         )
-        start += size
     return rows
 
 

@@ -1,0 +1,229 @@
+"""Upload of folders to the Hugging Face Hub, each as one commit.
+
+A reader of the Hub sees all files of a commit or none. A repository is only written if it is new or
+empty, or holds what an earlier upload of the same kind left there.
+"""
+
+import re
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from efae.model.stored_files import MANIFEST, OWN_CONFIG, OWN_WEIGHTS
+from efae.tracking.redaction import first_cause, redact
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+Kind = Literal["model", "space"]
+_MARKS = {"model": MANIFEST, "space": "page.json"}
+"""File by which a repository of ours is recognised."""
+_REPLACED = {
+    "model": {"onnx", OWN_CONFIG, OWN_WEIGHTS},
+    "space": {"models", "runtime", "samples"},
+}
+"""Folders and files that an upload removes if it has no newer ones."""
+_OF_THE_HUB = {".gitattributes", ".gitignore", "README.md", "LICENSE", "index.html", "style.css"}
+"""Files that a repository has from its creation, in its web form or as a static Space."""
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Repositories and card of a model on the Hugging Face Hub."""
+
+    licence: str = ""
+    """Licence of the weights as the Hub spells it, for instance apache-2.0 or cc-by-sa-4.0."""
+    report: str = ""
+    """Folder or URI of a report card of this model, whose numbers the model card shows."""
+    space: str = ""
+    """Repository, USER/NAME, of a static Space that receives the page."""
+    onnx: bool = True
+    """Send the ONNX programs, too; their export takes a minute of CPU."""
+    private: bool | None = None
+    """Whether new repositories are private; by default their owner's settings decide."""
+    revision: str = "main"
+    """Branch of the model's repository, created if missing."""
+    commit_message: str = "Upload model"
+    """Message of the commits."""
+    dry_run: bool = False
+    """List what would be sent, and send nothing; needs no token and no network."""
+
+
+class HubFile(NamedTuple):
+    """A file for the Hub.
+
+    Attributes:
+        repository: USER/NAME of a model, or spaces/USER/NAME.
+        path: Path in the repository.
+        bytes: Size in bytes.
+    """
+
+    repository: str
+    path: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class HubFolder:
+    """A local folder for one repository.
+
+    Attributes:
+        repo_id: Repository, USER/NAME.
+        kind: Type of the repository.
+        path: Local folder; all its files are sent.
+        revision: Branch that receives the commit.
+    """
+
+    repo_id: str
+    kind: Kind
+    path: Path
+    revision: str = "main"
+
+    def list_files(self) -> list[HubFile]:
+        """List the files by path."""
+        repository = self.repo_id if self.kind == "model" else f"spaces/{self.repo_id}"
+        return [
+            HubFile(repository, path.relative_to(self.path).as_posix(), path.stat().st_size)
+            for path in sorted(self.path.rglob("*"))
+            if path.is_file()
+        ]
+
+
+def check_options(repo_id: str, options: HubOptions) -> None:
+    """Check repositories and licence, without the network.
+
+    Raises:
+        ValueError: One of them is malformed.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    names = [repo_id, options.space] if options.space else [repo_id]
+    for name in names:
+        try:
+            validate_repo_id(name)
+            is_valid = "/" in name
+        except HFValidationError:
+            is_valid = False
+        if not is_valid:
+            raise ValueError(
+                f"{name!r} names no repository of the Hub: write USER/NAME, in letters, digits and"
+                " single -, _ or ."
+            )
+    if options.licence and not _LICENCE.fullmatch(options.licence):
+        raise ValueError(
+            f"licence {options.licence!r}: write it as the Hub does, for instance apache-2.0,"
+            " cc-by-sa-4.0 or other"
+        )
+
+
+def find_token(token: str | None = None) -> str:
+    """Return the given token, or that of the environment or of the Hub's login.
+
+    Raises:
+        ValueError: There is none.
+    """
+    from huggingface_hub import get_token
+
+    found = token or get_token()
+    if not found:
+        raise ValueError(
+            "no token for the Hub: set HF_TOKEN to one that may write, or log in with"
+            " `hf auth login`; a dry run needs none"
+        )
+    return found
+
+
+def push_folders(
+    folders: Sequence[HubFolder], token: str, commit_message: str, private: bool | None = None
+) -> None:
+    """Send each folder to its repository, which is created if missing, as one commit.
+
+    Args:
+        folders: Folders.
+        token: Token that may write.
+        commit_message: Message of the commits.
+        private: Whether repositories that are created are private; None: their owner's default.
+
+    Raises:
+        ValueError: A repository holds other things; then nothing was sent.
+        ConnectionError: The Hub refuses or does not answer; the message names the repository.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi(token=token)
+    present = [_list_present(api, folder) for folder in folders]
+    for folder, names in zip(folders, present, strict=True):
+        sent = {file.path: folder.path / file.path for file in folder.list_files()}
+        stale = {
+            name for name in names - sent.keys() if name.partition("/")[0] in _REPLACED[folder.kind]
+        }
+        with _explaining(api, folder):
+            api.create_repo(
+                folder.repo_id,
+                repo_type=folder.kind,
+                private=private,
+                exist_ok=True,
+                space_sdk="static" if folder.kind == "space" else None,
+            )
+            if folder.revision != "main":
+                api.create_branch(folder.repo_id, branch=folder.revision, exist_ok=True)
+            api.create_commit(
+                folder.repo_id,
+                [
+                    *(CommitOperationDelete(name) for name in sorted(stale)),
+                    *(CommitOperationAdd(name, path) for name, path in sent.items()),
+                ],
+                commit_message=commit_message,
+                repo_type=folder.kind,
+                revision=folder.revision,
+            )
+
+
+def _list_present(api: "HfApi", folder: HubFolder) -> set[str]:
+    """Return the paths in a repository; ValueError if it is not ours to write."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    def list_files(revision: str) -> set[str]:
+        files = api.list_repo_files(folder.repo_id, repo_type=folder.kind, revision=revision)
+        return set(files)
+
+    with _explaining(api, folder):
+        try:
+            names = list_files(folder.revision)
+        except RevisionNotFoundError:  # the new branch starts at main
+            names = list_files("main")
+        except RepositoryNotFoundError:
+            names = set[str]()
+    others = sorted(names - _OF_THE_HUB)
+    if others and _MARKS[folder.kind] not in names:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise ValueError(
+            f"{folder.repo_id} already holds {', '.join(others[:3])}{more}, which this package did"
+            " not send: nothing was sent; choose another name, or empty that repository"
+        )
+    return names
+
+
+@contextmanager
+def _explaining(api: "HfApi", folder: HubFolder) -> Generator[None]:
+    """Turn whatever the Hub's client raises into one sentence."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        reason = error.server_message or str(error)
+        hint = ": use a token that may write there" if status in (401, 403) else ""
+        raise ConnectionError(
+            f"{folder.repo_id}: {api.endpoint} answers {status}"
+            f" ({redact(reason.strip().splitlines()[0])}){hint}"
+        ) from error
+    except Exception as error:  # its HTTP client and its storage client raise their own
+        raise ConnectionError(
+            f"{folder.repo_id}: {api.endpoint} cannot be reached ({first_cause(error)})"
+        ) from error
