@@ -188,8 +188,9 @@ def _list_present(api: "HfApi", folder: HubFolder) -> set[str]:
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     def list_files(revision: str) -> set[str]:
-        files = api.list_repo_files(folder.repo_id, repo_type=folder.kind, revision=revision)
-        return set(files)
+        # Unlike the client's other lists of files, this is one request, without retries.
+        info = api.repo_info(folder.repo_id, repo_type=folder.kind, revision=revision)
+        return {file.rfilename for file in info.siblings or []}
 
     with _explaining(api, folder):
         try:
@@ -225,5 +226,5 @@ def _explaining(api: "HfApi", folder: HubFolder) -> Generator[None]:
         ) from error
     except Exception as error:  # its HTTP client and its storage client raise their own
         raise ConnectionError(
-            f"{folder.repo_id}: {api.endpoint} cannot be reached ({first_cause(error)})"
+            f"{folder.repo_id}: the upload to {api.endpoint} failed ({first_cause(error)})"
         ) from error

@@ -35,8 +35,8 @@ def render_model_card(
         numbers: Numbers of an evaluation, from `Evaluation.numbers`; None if it was not measured.
         config: Configuration of the model.
         facts: Facts about the run, as in `efae.report.card.Card`; missing ones are left out. Beside
-            them "licence" of the weights and, on the Hugging Face Hub, "repo_id", "space" and
-            "programs", the folder of its ONNX programs.
+            them "licence" of the weights and, on the Hugging Face Hub, "repo_id", "revision",
+            "space" and "programs", the folder of its ONNX programs.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
@@ -78,6 +78,7 @@ def render_model_card(
         model_uri=str(model_uri),
         licence=facts.get("licence", ""),
         repo_id=facts.get("repo_id", ""),
+        revision=facts.get("revision", ""),
         space=facts.get("space", ""),
         programs=facts.get("programs", ""),
         downsampling=f,

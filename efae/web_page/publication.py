@@ -67,6 +67,7 @@ def publish(
     numbers, facts = _read_report(options.report, stored)
     facts |= {
         "repo_id": repo_id,
+        "revision": options.revision if options.revision != "main" else "",
         "licence": options.licence,
         "space": options.space,
         "programs": PROGRAMS if options.onnx else "",

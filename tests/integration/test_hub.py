@@ -1,0 +1,251 @@
+"""A model reaches the Hugging Face Hub whole, and nothing else does."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import PurePath
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants, snapshot_download
+
+import efae
+from efae import config_forms as configuration
+from efae.config import Config
+from efae.exchange.hub import HubFolder, push_folders
+from efae.model.autoencoder import Autoencoder
+from jobs import export
+from tests.integration.hub_server import LARGE_BYTES, TOKEN, Hub, Repository, serve_hub
+
+SIZES = {
+    "data.resolution": 16,
+    "model.hidden_size": 16,
+    "model.encoder_hidden_size": 16,
+    "model.num_heads": 2,
+    "model.depth": 1,
+    "flow.sampler_steps": 2,
+}
+# Of huggingface_hub itself, as it sends an LFS object.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Hub]:
+    with serve_hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(server, monkeypatch, tmp_path) -> Hub:
+    """An empty Hub that this process may write to."""
+    server.repositories.clear()
+    server.objects.clear()
+    server.tokens.clear()
+    # As HF_ENDPOINT would set them in a new process.
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    files = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # as it is without that package
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return server
+
+
+@pytest.fixture(scope="module")
+def model() -> Autoencoder:
+    torch.manual_seed(0)
+    return Autoencoder(configuration.with_overrides(Config(), SIZES)).eval().requires_grad_(False)
+
+
+def list_sizes(files: dict[str, bytes]) -> dict[str, int]:
+    return {path: len(data) for path, data in files.items()}
+
+
+def test_every_byte_arrives_and_the_copy_is_the_model(hub, model, tmp_path):
+    sent = model.push_to_hub(
+        "me/drawings",
+        credit="Drawings by everybody.",
+        licence="cc-by-sa-4.0",
+        onnx=False,
+        private=True,
+        commit_message="The first",
+    )
+    repository = hub.repositories["model/me/drawings"]
+    assert repository.settings["visibility"] == "private"
+    assert [commit["summary"] for commit in repository.commits] == ["The first"]
+    files = repository.branches["main"]
+    del files[".gitattributes"]
+    assert {file.path: file.bytes for file in sent} == list_sizes(files)
+    model.save_pretrained(tmp_path / "saved")
+    for path in (tmp_path / "saved").iterdir():
+        assert files.pop(path.name) == path.read_bytes()
+    assert len(hub.objects) == 1  # the weights; the others are small
+    assert list(files) == ["README.md"]
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.license == "cc-by-sa-4.0"
+    assert "Drawings by everybody." in card.text
+    assert 'snapshot_download("me/drawings")' in card.text
+    assert "None" not in card.text
+    assert TOKEN not in repr(repository)
+    assert hub.tokens - {None} == {TOKEN}
+    files |= {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+
+    image, noise = torch.rand(1, 3, 16, 16), torch.randn(1, 3, 16, 16)
+    expected = model.decode(model.encode(image), noise=noise)
+    folder = snapshot_download("me/drawings", cache_dir=tmp_path / "cache")
+    for uri in (folder, f"{hub.endpoint}/me/drawings/resolve/main"):
+        copy = efae.load(uri)
+        torch.testing.assert_close(copy.decode(copy.encode(image), noise=noise), expected)
+
+
+def test_a_dry_run_lists_the_files_and_sends_nothing(hub, model, monkeypatch, tmp_path, capsys):
+    model.save_pretrained(tmp_path)
+    arguments = ["--model", str(tmp_path), "--format", "hub", "--output", "me/drawings"]
+    arguments += ["--hub.no-onnx"]
+    monkeypatch.delenv("HF_TOKEN")
+    assert export.main([*arguments, "--hub.dry-run"]) == 0
+    listed = capsys.readouterr().out
+    assert "would be sent" in listed
+    assert (hub.repositories, hub.tokens) == ({}, set())
+    assert export.main(arguments) == 1
+    assert "no token for the Hub: set HF_TOKEN" in capsys.readouterr().err
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert export.main(arguments) == 0
+    told = capsys.readouterr()
+    assert told.out == listed.replace("would be sent", "sent")
+    assert TOKEN not in told.out + told.err
+    rows = re.findall(r"^  me/drawings  (\S+) +([\d,]+) bytes$", listed, re.MULTILINE)
+    files = hub.repositories["model/me/drawings"].branches["main"]
+    del files[".gitattributes"]
+    assert {path: int(size.replace(",", "")) for path, size in rows} == list_sizes(files)
+
+
+def test_a_report_card_gives_the_numbers(hub, model, tmp_path):
+    """The job that writes it is `jobs/evaluate.py`; here its two files are enough."""
+    from efae.evaluation.evaluate import evaluate
+    from efae.report.card import summarize
+
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    numbers = evaluate(model, images).numbers()
+    facts = {"steps": 12, "train_data": "s3://bucket/set (9 images)", "credits": ["By them."]}
+    (tmp_path / "evaluation.json").write_text(json.dumps(numbers))
+    (tmp_path / "summary.json").write_text(json.dumps(summarize(numbers, facts)))
+    options = {"report": str(tmp_path), "onnx": False}
+    model.push_to_hub("me/drawings", credit="By me.", **options)
+    card = ModelCard(hub.repositories["model/me/drawings"].branches["main"]["README.md"].decode())
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results["psnr"] == pytest.approx(numbers["psnr"], rel=1e-3)
+    assert "worst gap" in card.text
+    for text in ("By them.", "By me.", "s3://bucket/set (9 images)", "| steps | 12 |"):
+        assert text in card.text
+    numbers["multiplicities"]["a1"] += 1
+    (tmp_path / "evaluation.json").write_text(json.dumps(numbers))
+    with pytest.raises(ValueError, match="is the report card of another model: its latents are"):
+        model.push_to_hub("me/drawings", **options)
+    (tmp_path / "summary.json").unlink()
+    with pytest.raises(ValueError, match=r"summary\.json is missing or not JSON"):
+        model.push_to_hub("me/drawings", **options)
+
+
+def test_a_second_upload_replaces_the_first_and_leaves_the_rest(hub, model):
+    model.push_to_hub("me/drawings", onnx=False)
+    files = hub.repositories["model/me/drawings"].branches["main"]
+    first = dict(files)
+    files |= {"onnx/act-old.onnx": b"old", "efae.json": b"old", "samples/mine.png": b"mine"}
+    model.push_to_hub("me/drawings", onnx=False)
+    assert hub.repositories["model/me/drawings"].branches["main"] == first | {
+        "samples/mine.png": b"mine"
+    }
+
+
+def test_a_branch_is_made_and_main_stays(hub, model):
+    model.push_to_hub("me/drawings", onnx=False)
+    main = hub.repositories["model/me/drawings"].branches["main"]
+    model.push_to_hub("me/drawings", onnx=False, revision="v2", licence="mit")
+    branches = hub.repositories["model/me/drawings"].branches
+    assert branches["main"] == main
+    assert b'license: "mit"' in branches["v2"]["README.md"]
+    assert b'snapshot_download("me/drawings", revision="v2")' in branches["v2"]["README.md"]
+
+
+def test_a_space_receives_the_page(hub, tmp_path):
+    page = {"index.html": b"<p>", "page.json": b"{}", "README.md": b"---\nsdk: static\n---\n"}
+    page |= {"runtime/ort.wasm": bytes(LARGE_BYTES), "models/0/encode.onnx": b"onnx"}
+    for name, data in page.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    for _ in range(2):
+        push_folders([HubFolder("me/page", "space", tmp_path)], TOKEN, "Upload")
+        space = hub.repositories["space/me/page"]
+        assert space.settings["sdk"] == "static"
+        files = dict(space.branches["main"])
+        assert (files.pop("style.css"), files.pop(".gitattributes") != b"") == (b"new", True)
+        assert files == page
+        space.branches["main"]["models/1/encode.onnx"] = b"of a second model"
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_programs_and_page_are_sent(hub, tmp_path):
+    """Needs npm, for the first page, and a minute of CPU for the export."""
+    arguments = ["--model", "builtin:openmoji-32", "--format", "hub", "--output", "me/drawings"]
+    arguments += ["--hub.space", "me/page", "--credit", "By OpenMoji.", "--hub.licence", "mit"]
+    assert export.main(arguments) == 0
+    files = hub.repositories["model/me/drawings"].branches["main"]
+    page = hub.repositories["space/me/page"].branches["main"]
+    programs = {name.removeprefix("onnx/"): files[name] for name in files if "onnx/" in name}
+    assert {"encode.onnx", "decode.onnx", "act-rot90.onnx", "export.json"} < set(programs)
+    assert programs == {
+        name.removeprefix("models/0/"): page[name] for name in page if "models/0/" in name
+    }
+    settings = json.loads(page["page.json"])
+    assert settings["credit"].startswith("By OpenMoji.")
+    assert settings["models"][0]["name"] == "me/drawings"
+    assert b'models: ["me/drawings"]' in page["README.md"]
+    assert b"(https://huggingface.co/spaces/me/page)" in files["README.md"]
+    kinds = {PurePath(name).suffix for name in {*files, *page}}
+    assert kinds <= {*("", ".json", ".safetensors", ".onnx", ".md", ".html", ".css", ".js")} | {
+        *(".mjs", ".wasm", ".png", ".jpg")
+    }
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    efae.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["model", "space"])
+def test_what_others_hold_is_left_alone(hub, model, kind, tmp_path):
+    held = {"pytorch_model.bin": b"theirs", "README.md": b"theirs"}
+    hub.repositories[f"{kind}/me/taken"] = Repository({}, {"main": dict(held)})
+    (tmp_path / "page.json").write_text("{}")
+    folders = [HubFolder("me/new", "model", tmp_path), HubFolder("me/taken", kind, tmp_path)]
+    with pytest.raises(ValueError, match=r"me/taken already holds pytorch_model\.bin, which this"):
+        push_folders(folders, TOKEN, "Upload")
+    assert [*hub.repositories] == [f"{kind}/me/taken"]
+    assert hub.repositories[f"{kind}/me/taken"].branches["main"] == held
+
+
+def test_bad_input_gets_a_sentence(hub, model, monkeypatch):
+    def push(repo_id: str, **options) -> str:
+        with pytest.raises((ValueError, ConnectionError)) as caught:
+            model.push_to_hub(repo_id, **{"onnx": False} | options)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    for name in ("drawings", "me/a/b", "me/--", "me/../x", "me/drawings.git", "", "me/ä"):
+        assert push(name).startswith(f"{name!r} names no repository of the Hub: write USER/NAME")
+    assert "'page' names no repository" in push("me/drawings", space="page")
+    assert "licence 'CC BY'" in push("me/drawings", licence="CC BY")
+    assert "you/drawings: http" in (told := push("you/drawings"))
+    assert "answers 403 (You don't have the rights to create" in told
+    assert "answers 401 (" in (told := push("me/drawings", token="hf_wrong"))
+    assert "use a token that may write there" in told
+    assert "hf_wrong" not in told
+    assert hub.repositories == {}
+    with pytest.raises(TypeError, match="license"):
+        model.push_to_hub("me/drawings", license="mit")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    told = push("me/drawings")
+    assert told.startswith("me/drawings: the upload to http://127.0.0.1:9 failed (")
+    assert "refused" in told
