@@ -477,6 +477,9 @@ class TrackingConfig:
     """Export the registered model also for use without this package, as an MLflow pyfunc flavour
     and as torch.export programs. Takes 15 seconds for the quick start's model, 40 for a unet, while
     the model is evaluated. No effect with model.kind=diffusers, whose folder needs no export."""
+    page: bool = False
+    """Write the page that flips latents in a browser beside the report, in the folder page. Takes a
+    minute and 17 MB; needs npm on the machine of the driver, and the extra onnx."""
     report_folder: str = ""
     """Folder or URI for a copy of the report, in a subfolder named after the run; MLflow always
     stores one."""

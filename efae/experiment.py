@@ -5,6 +5,8 @@ under the name of the run.
 """
 
 import json
+import logging
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -23,7 +25,7 @@ from efae.config import Config
 from efae.evaluation.results import Evaluation
 from efae.evaluation_task import fit_on_cluster, start_evaluation
 from efae.generator_config import AnyConfig, GeneratorConfig
-from efae.model.autoencoder import build_representation
+from efae.model.autoencoder import Autoencoder, build_representation
 from efae.model.pretrained import StoredModel, pack_model
 from efae.preflight.cluster_checks import run_preflight
 from efae.preflight.driver_checks import RunData
@@ -35,6 +37,8 @@ from efae.tracking.runs import Run
 from efae.tracking.sender import deliver_points
 from efae.tracking.server import Server
 from efae.training.starts.source import adopt_action, adopt_pretrained, copy_source, needs_fit
+
+logger = logging.getLogger(__name__)
 
 MLFLOW_PATIENCE_SECONDS = 60
 _NOT_NAMED = ("data.uri", "data.held_out_uri", "data.format", "start.architecture")
@@ -319,6 +323,27 @@ def evaluate_and_export(final: str, config: Config) -> Generator[Product]:
         yield Product(model, programs, wait_for_evaluation())
 
 
+def write_report_page(folder: Path, model: StoredModel, uri: str, credits: Sequence[str]) -> None:
+    """Write the page of a registered model; a failure is a warning, since the model is stored.
+
+    Args:
+        folder: Folder, which does not exist yet.
+        model: Model.
+        uri: URI of the model, for its heading.
+        credits: Credits of its training images.
+    """
+    from efae.web_page.page import ShownModel, write_page
+
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            shown = ShownModel(uri, Autoencoder.restore(model), model.digest)
+            write_page([shown], Path(scratch), " ".join(credits))
+        except (ValueError, OSError) as error:
+            logger.warning("the report card has no page: %s", error)
+        else:
+            shutil.copytree(scratch, folder)
+
+
 def publish(
     config: Config,
     data: RunData,
@@ -326,7 +351,7 @@ def publish(
     product: Product,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Register the averaged model, write the report card and send both to MLflow.
+    """Register the averaged model, write the report card and its page and send them to MLflow.
 
     Args:
         config: Configuration of the experiment; names the registered model, and a folder for the
@@ -398,6 +423,8 @@ def publish(
             curves=run.read_curve("loss"),
             model_card=card,
         )
+        if config.tracking.page:
+            write_report_page(report_folder / "page", model, version.uri, facts["credits"])
         summary = json.loads((report_folder / "summary.json").read_text())
         run.log_report(report_folder, summary)
         if config.tracking.report_folder:

@@ -13,6 +13,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from efae.config import Config
-    from efae.evaluation.protocol import Tokenizer
+    from efae.exchange.onnx_export import Tokenizer
 
 
 @dataclass
@@ -61,6 +62,9 @@ class Arguments:
     angles: tuple[float, ...] = ()
     """Additional rotations to measure, in degrees counter-clockwise; by default none, or a fixed
     list if the model was trained on rotations by any angle (loss.rotation_probability)."""
+    page: bool = False
+    """Also write the page that flips latents in a browser, with all models, into the folder page
+    below --output. Takes a minute per model; needs npm and the extra onnx."""
     fit_action: bool = False
     """Also find the representation that the channels of each latent already carry."""
     lpips_weights: Path | None = None
@@ -114,6 +118,10 @@ def _run(chosen: Arguments) -> Path:
             f"{chosen.data}: its images differ in size; build the shards with --resolution N"
         )
     shape, credits = found.shape, [found.credit] if found.credit else []
+    if chosen.page:
+        from efae.web_page.page import check_page
+
+        check_page()
     if lpips is not None:
         lpips.check_size(*shape[1:])
     loaded = {uri: _load(uri, shape, chosen) for uri in chosen.model}
@@ -160,15 +168,34 @@ def _run(chosen: Arguments) -> Path:
         if advice := advise_on_linear_map(cards[uri].numbers, config):
             print(f"warning: {uri}: {advice}", file=sys.stderr)
     if len(cards) > 1:
-        return write_comparison(chosen.output, cards, {"data": chosen.data, "credits": credits})
-    (card,) = cards.values()
-    return write_report(
-        chosen.output,
-        numbers=card.numbers,
-        pictures=card.pictures,
-        config=card.config,
-        facts=card.facts,
-    )
+        facts = {"data": chosen.data, "credits": credits}
+        report = write_comparison(chosen.output, cards, facts)
+    else:
+        (card,) = cards.values()
+        report = write_report(
+            chosen.output,
+            numbers=card.numbers,
+            pictures=card.pictures,
+            config=card.config,
+            facts=card.facts,
+        )
+    if chosen.page:
+        shown = {uri: model for uri, (model, _, _) in loaded.items()}
+        _write_page(chosen.output / "page", shown, credits)
+    return report
+
+
+def _write_page(folder: Path, models: "Mapping[str, Tokenizer]", credits: list[str]) -> None:
+    """Write the page of the models that were measured, which compute in fp32 there."""
+    from efae.model.autoencoder import Autoencoder
+    from efae.web_page.page import ShownModel, write_page
+
+    for model in models.values():
+        model.to("cpu")
+        if isinstance(model, Autoencoder):
+            model.precision = model.tile = None
+    folder.mkdir(exist_ok=True)
+    write_page([ShownModel(uri, model) for uri, model in models.items()], folder, " ".join(credits))
 
 
 def _load(

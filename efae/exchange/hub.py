@@ -189,8 +189,8 @@ def _list_present(api: "HfApi", folder: HubFolder) -> set[str]:
 
     def list_files(revision: str) -> set[str]:
         # Unlike the client's other lists of files, this is one request, without retries.
-        info = api.repo_info(folder.repo_id, repo_type=folder.kind, revision=revision)
-        return {file.rfilename for file in info.siblings or []}
+        ask = api.space_info if folder.kind == "space" else api.model_info
+        return {file.rfilename for file in ask(folder.repo_id, revision=revision).siblings or []}
 
     with _explaining(api, folder):
         try:

@@ -72,7 +72,7 @@ def export_onnx(
         ValueError: A package is missing, or a program is further from the model than BOUNDS; then
             the folder has no manifest.
     """
-    _require_packages()
+    require_packages()
     import onnx_ir as ir
 
     model = model.float()
@@ -230,7 +230,8 @@ def _list_modules(
     }
 
 
-def _require_packages() -> None:
+def require_packages() -> None:
+    """Raise ValueError if a package that the export needs is missing."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         try:
             import_module(name)

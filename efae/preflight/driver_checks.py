@@ -112,6 +112,8 @@ def list_checks(config: AnyConfig, data: RunData, server: Server) -> Iterator[tu
     yield "storage", lambda: check_storage(config.ray.storage_uri)
     if config.output:
         yield "output", lambda: check_storage(config.output)
+    if isinstance(config, Config) and config.tracking.page:
+        yield "page", check_page
     if isinstance(config, GeneratorConfig):
         yield "tokenizer", lambda: check_tokenizer(config, server)
     elif has_source(config):
@@ -150,6 +152,13 @@ def check_tokenizer(config: GeneratorConfig, server: Server) -> str:
     from efae.registry import pull  # MLflow takes two seconds
 
     return pull.read_tokenizer(read_format(config), server, config.data.tokenizer).uri
+
+
+def check_page() -> str:
+    """Check that the page can be written on this machine; see `efae.web_page.page.check_page`."""
+    from efae.web_page import page  # seconds
+
+    return page.check_page()
 
 
 def check_storage(uri: str) -> str:

@@ -17,9 +17,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from efae.exchange.onnx_export import MANIFEST, Tokenizer, export_onnx
+from efae.exchange.onnx_export import MANIFEST, Tokenizer, export_onnx, require_packages
 from efae.model.stored_files import sha256
-from efae.web_page.runtime import copy_runtime
+from efae.web_page.runtime import VERSION, copy_runtime, fetch_runtime
 
 _STATIC = Path(__file__).with_name("static")
 _PHOTOGRAPH = "china.jpg"
@@ -47,6 +47,17 @@ class ShownModel:
     name: str
     model: Tokenizer
     digest: str | None = None
+
+
+def check_page() -> str:
+    """Check that `write_page` has what it needs here, and return the runtime's name.
+
+    Raises:
+        ValueError: A package is missing, or ONNX Runtime for browsers cannot be had.
+    """
+    require_packages()
+    fetch_runtime()
+    return f"onnxruntime-web {VERSION}"
 
 
 def write_page(models: Sequence[ShownModel], destination: Path, credit: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import shutil
 import subprocess
 import tarfile
@@ -16,11 +17,8 @@ ARCHIVE = f"onnxruntime-web-{VERSION}.tgz"
 FILES = ("ort.wasm.min.js", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 
 
-def copy_runtime(destination: Path) -> None:
-    """Write `FILES` into a folder; npm downloads them once, into the cache of models.
-
-    Args:
-        destination: Folder, created if missing.
+def fetch_runtime() -> bytes:
+    """Return the archive with `FILES`; npm downloads it once, into the cache of models.
 
     Raises:
         ValueError: npm is missing or fails, or the archive is not the one that we know.
@@ -33,8 +31,14 @@ def copy_runtime(destination: Path) -> None:
         raise ValueError(
             f"{archive} is damaged: its sha512 is not {SHA512}; remove it and try again"
         )
+    return data
+
+
+def copy_runtime(destination: Path) -> None:
+    """Write `FILES` into a folder, created if missing; ValueError as in `fetch_runtime`."""
+    data = fetch_runtime()
     destination.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive) as files:
+    with tarfile.open(fileobj=io.BytesIO(data)) as files:
         for name in FILES:
             member = files.extractfile(f"package/dist/{name}")
             assert member is not None

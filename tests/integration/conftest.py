@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from data_pipelines.build_shards import build_shards
@@ -37,6 +38,23 @@ def long_run(train_shards):
     result = run_job("train", *OPTIONS, *options)
     assert result.returncode == 0, result.stdout + result.stderr
     return find_run("long")
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A conventional autoencoder in a folder of diffusers; its cells have 2 px."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=32,
+    ).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

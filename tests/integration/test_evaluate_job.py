@@ -218,6 +218,30 @@ def test_what_cannot_be_measured_is_refused(paths, tmp_path, capsys, model, data
     assert not output.exists()
 
 
+def test_a_page_without_npm_is_refused_before_work_starts(paths, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("EFAE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    arguments = ["--model", paths["ours"], "--data", paths["colour"]]
+    assert main([*arguments, "--output", str(tmp_path / "report"), "--page"]) == 1
+    assert "install npm, or copy onnxruntime-web" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_page_lies_beside_the_report_card(paths, tmp_path):
+    """Needs npm, for the first page."""
+    arguments = ["--model", paths["ours"], paths["foreign"], "--data", paths["colour"], "--page"]
+    assert main([*arguments, "--images=4", "--output", str(tmp_path)]) == 0
+    settings = json.loads((tmp_path / "page/page.json").read_text())
+    assert [model["name"] for model in settings["models"]] == [paths["ours"], paths["foreign"]]
+    for number in (0, 1):
+        assert (tmp_path / f"page/models/{number}/encode.onnx").exists()
+    assert (tmp_path / "page/index.html").exists()
+    assert (tmp_path / "report.html").exists()
+
+
 def test_a_hub_name_and_a_model_named_twice_are_refused(paths, tmp_path, capsys):
     rest = [f"--data={paths['colour']}", f"--output={tmp_path / 'report'}"]
     assert main(["--model=diffusers:stabilityai/sd-vae-ft-mse", *rest]) == 1

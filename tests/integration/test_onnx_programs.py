@@ -2,13 +2,11 @@
 
 import itertools
 import json
-from pathlib import Path
 
 import onnx
 import onnxruntime
 import pytest
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from efae import config_forms as configuration
 from efae.config import Config
@@ -158,21 +156,6 @@ def test_programs_are_the_model_and_the_manifest_says_so(unet):
         assert b"torch_export.py" not in data
         graph = onnx.load_from_string(data).graph
         assert "CastLike" not in str(graph), name
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory) -> Path:
-    """A folder of diffusers."""
-    folder = tmp_path_factory.mktemp("vae")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        sample_size=32,
-    ).save_pretrained(folder)
-    return folder
 
 
 def test_an_autoencoder_without_flow_decodes_from_its_latent_alone(vae, tmp_path):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import sklearn.datasets
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 
 import efae
@@ -32,21 +31,13 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, vae) -> Path:
     """The page of the builtin model, beside a conventional autoencoder."""
     folder = tmp_path_factory.mktemp("page")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        sample_size=32,
-    ).save_pretrained(folder / "vae")
     arguments = ["--model", "builtin:openmoji-32", "--format", "page", "--credit", "A credit."]
-    compare = ["--compare", f"diffusers:{folder / 'vae'}", "--output", str(folder / "page")]
+    compare = ["--compare", f"diffusers:{vae}", "--output", str(folder)]
     assert export.main([*arguments, *compare]) == 0
-    return folder / "page"
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,16 @@
-"""The page's runtime; the page itself is in integration, in a browser."""
+"""What the page needs to be written; the page itself is in integration, in a browser."""
+
+import sys
 
 import pytest
 
+from efae.config import Config
+from efae.config_forms import with_overrides
+from efae.experiment import write_report_page
+from efae.model.autoencoder import Autoencoder
+from efae.model.pretrained import pack_model
+from efae.preflight.driver_checks import RunData, list_checks
+from efae.tracking.server import Server
 from efae.web_page import runtime
 
 
@@ -32,3 +41,27 @@ def test_a_failing_npm_is_one_sentence(cache, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"could not download onnxruntime-web .*: no network$"):
         runtime.copy_runtime(tmp_path / "page")
     assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("missing", ["npm", "onnxscript"])
+def test_what_the_page_needs_is_missed_before_work_starts(cache, tmp_path, monkeypatch, missing):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    remedy = "install npm, or copy"
+    if missing == "onnxscript":
+        monkeypatch.setitem(sys.modules, missing, None)
+        remedy = r"needs the package onnxscript: pip install 'efae\[onnx\]'"
+    config = with_overrides(Config(), {"tracking.page": True})
+    checks = dict(list_checks(config, RunData(config.data), Server("")))
+    with pytest.raises(ValueError, match=remedy):
+        checks["page"]()
+    assert "page" not in dict(list_checks(Config(), RunData(config.data), Server("")))
+
+
+def test_a_page_that_cannot_be_written_costs_no_registered_model(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    config = with_overrides(Config(), {"data.resolution": 16, "model.depth": 1})
+    model = Autoencoder(config)
+    stored = pack_model(model.state_dict(), config, model.representation)
+    write_report_page(tmp_path / "page", stored, "models:/efae/1", [])
+    assert "the report card has no page: the page needs onnxruntime-web" in caplog.text
+    assert not (tmp_path / "page").exists()
