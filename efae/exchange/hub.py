@@ -154,8 +154,8 @@ def push_folders(
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+    present = check_repositories(folders, token)
     api = HfApi(token=token)
-    present = [_list_present(api, folder) for folder in folders]
     for folder, names in zip(folders, present, strict=True):
         sent = {file.path: folder.path / file.path for file in folder.list_files()}
         stale = {
@@ -181,6 +181,23 @@ def push_folders(
                 repo_type=folder.kind,
                 revision=folder.revision,
             )
+
+
+def check_repositories(folders: Sequence[HubFolder], token: str) -> list[set[str]]:
+    """Check that each repository is new, empty or ours, and return the paths of its files.
+
+    Args:
+        folders: Folders, which need not exist yet.
+        token: Token that may write.
+
+    Raises:
+        ValueError: A repository holds other things.
+        ConnectionError: The Hub refuses or does not answer.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    return [_list_present(api, folder) for folder in folders]
 
 
 def _list_present(api: "HfApi", folder: HubFolder) -> set[str]:

@@ -14,6 +14,7 @@ from efae.exchange.hub import (
     HubFolder,
     HubOptions,
     check_options,
+    check_repositories,
     find_token,
     push_folders,
 )
@@ -63,32 +64,36 @@ def publish(
     check_options(repo_id, options)
     if compare and not options.space:
         raise ValueError("a second model is shown by the page only: name a Space for it")
-    token = "" if options.dry_run else find_token(token)
     numbers, facts = _read_report(options.report, stored)
+    credits = list(dict.fromkeys([*facts.get("credits", []), *filter(None, [credit])]))
     facts |= {
         "repo_id": repo_id,
         "revision": options.revision if options.revision != "main" else "",
         "licence": options.licence,
         "space": options.space,
         "programs": PROGRAMS if options.onnx else "",
-        "credits": list(dict.fromkeys([*facts.get("credits", []), *filter(None, [credit])])),
+        "credits": credits,
     }
     model = ShownModel(repo_id, Autoencoder.restore(stored), stored.digest)
     with tempfile.TemporaryDirectory() as scratch:
         folder, page = Path(scratch, "model"), Path(scratch, "page")
         folders = [HubFolder(repo_id, "model", folder, options.revision)]
+        if options.space:
+            folders.append(HubFolder(options.space, "space", page))
+        token = "" if options.dry_run else find_token(token)
+        if token:
+            check_repositories(folders, token)  # first: an export takes a minute
         stored.write(folder, render_model_card(numbers, stored.config, facts))
         if options.space:
             page.mkdir()
-            write_page([model, *compare], page, credit)
+            write_page([model, *compare], page, " ".join(credits))
             (page / CARD).write_text(_describe_space(repo_id, options), encoding="utf-8")
-            folders.append(HubFolder(options.space, "space", page))
         if options.onnx and options.space:
             shutil.copytree(page / "models/0", folder / PROGRAMS)
         elif options.onnx:
             (folder / PROGRAMS).mkdir()
             export_onnx(model.model, folder / PROGRAMS, model.digest)
-        if not options.dry_run:
+        if token:
             push_folders(folders, token, options.commit_message, options.private)
         return [file for each in folders for file in each.list_files()]
 

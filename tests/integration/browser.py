@@ -39,7 +39,7 @@ class Tab:
         self._loop = asyncio.new_event_loop()
         self._count = 0
         self._loop.run_until_complete(self._connect(folder / "DevToolsActivePort"))
-        for domain in ("Page", "Runtime", "Log", "Network", "DOM"):
+        for domain in ("Page", "Runtime", "Log", "Network", "DOM", "Performance"):
             self.call(f"{domain}.enable")
 
     async def _connect(self, port_file: Path) -> None:
@@ -116,6 +116,11 @@ class Tab:
             deviceScaleFactor=1,
             mobile=width < 600,
         )
+
+    def count_cpu_seconds(self) -> float:
+        """Return the CPU time of the page's process since its start, in seconds."""
+        metrics = self.call("Performance.getMetrics")["metrics"]
+        return next(metric["value"] for metric in metrics if metric["name"] == "ProcessTime")
 
     def press(self, key: str) -> None:
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, text=key)

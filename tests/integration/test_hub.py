@@ -220,8 +220,14 @@ def test_what_others_hold_is_left_alone(hub, model, kind, tmp_path):
     hub.repositories[f"{kind}/me/taken"] = Repository({}, {"main": dict(held)})
     (tmp_path / "page.json").write_text("{}")
     folders = [HubFolder("me/new", "model", tmp_path), HubFolder("me/taken", kind, tmp_path)]
-    with pytest.raises(ValueError, match=r"me/taken already holds pytorch_model\.bin, which this"):
+    refusal = r"^me/taken already holds pytorch_model\.bin, which this package did not send"
+    with pytest.raises(ValueError, match=refusal):
         push_folders(folders, TOKEN, "Upload")
+    names = (
+        {"repo_id": "me/taken"} if kind == "model" else {"repo_id": "me/new", "space": "me/taken"}
+    )
+    with pytest.raises(ValueError, match=refusal):  # before the programs are exported
+        model.push_to_hub(**names)
     assert [*hub.repositories] == [f"{kind}/me/taken"]
     assert hub.repositories[f"{kind}/me/taken"].branches["main"] == held
 

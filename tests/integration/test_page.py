@@ -3,6 +3,7 @@
 import functools
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from PIL import Image
 
 import efae
+from efae.model.autoencoder import Autoencoder
+from efae.presets import PRESETS
 from efae.symmetry import D4
 from jobs import export
 from tests.integration.browser import Tab
@@ -41,12 +44,33 @@ def folder(tmp_path_factory, vae) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(folder) -> Iterator[str]:
+def large(tmp_path_factory) -> Path:
+    """The page of a model for images of any size, with cells of 8 px and random weights."""
+    folder = tmp_path_factory.mktemp("large")
+    torch.manual_seed(0)
+    model = Autoencoder(PRESETS["photographs_64"][1]).eval().requires_grad_(False)
+    for weight in model.parameters():  # a new decoder gives zeros
+        weight += 0.01 * torch.randn_like(weight)
+    model.save_pretrained(folder / "model")
+    arguments = ["--model", str(folder / "model"), "--format", "page"]
+    assert export.main([*arguments, "--output", str(folder / "page")]) == 0
+    return folder / "page"
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    """Serve a folder; yield its address."""
     handler = functools.partial(_Quiet, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def address(folder) -> Iterator[str]:
+    with serve(folder) as address:
+        yield address
 
 
 @pytest.fixture
@@ -108,6 +132,26 @@ def test_all_eight_elements_give_the_numbers_of_pytorch(tab, address):
     expected = model.decode(turned, steps=8, noise=noise)
     torch.testing.assert_close(read(tab, "found.decoded"), expected, atol=1e-3, rtol=0)
     assert "A credit. The drawings are from OpenMoji" in tab.evaluate("document.body.innerText")
+    assert tab.faults == []
+
+
+def test_a_first_picture_takes_three_seconds(tab, address):
+    """Of CPU time, from the start of the page's process, with a second model beside the first."""
+    open_page(tab, address)
+    assert tab.evaluate("efaePage.models[0].image.shape") == [3, 32, 32]
+    assert tab.count_cpu_seconds() < 3
+
+
+def test_a_large_photograph_takes_fifteen_seconds(tab, large, tmp_path):
+    Image.open(PHOTOGRAPH).resize((256, 256)).save(tmp_path / "large.png")
+    with serve(large) as address:
+        open_page(tab, address)
+        tab.choose_file("#file", tmp_path / "large.png")
+        tab.wait(f"{STATUS} === 'large.png: 256 {TIMES} 256 pixels.'")
+    assert tab.evaluate("efaePage.models[0].image.shape") == [3, 256, 256]
+    assert tab.evaluate("efaePage.models[0].found.largest") < 0.5
+    assert read(tab, "found.decoded").std() > 1e-2
+    assert tab.count_cpu_seconds() < 15
     assert tab.faults == []
 
 

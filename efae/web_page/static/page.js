@@ -113,7 +113,7 @@ function addPanel(model) {
   Object.assign(model.canvases, {
     decoded: addFigure(pictures, "decode of the turned latent", "Decode of the turned latent"),
     target: addFigure(pictures, "turned picture", "The picture, turned"),
-    difference: addFigure(pictures, "difference of the two, × 4", "Difference, four times enlarged"),
+    difference: addFigure(pictures, "difference of the two, ×\u00a04", "Difference, four times enlarged"),
   });
   model.numbers = make("ul", { className: "numbers" });
   const heading = make("h2", { textContent: model.name });
