@@ -3,7 +3,7 @@
 `write_page` writes a folder for any web host:
 
     index.html, page.css, model.js, page.js
-    page.json         models, samples and credit
+    page.json         models, samples and credit, and whether there is a runtime for GPUs
     models/0/, ...    what `efae.exchange.onnx_export` writes; page.json has the hash of its
                       manifest, which has those of the programs
     samples/, runtime/
@@ -21,6 +21,9 @@ from efae.exchange.onnx_export import MANIFEST, Tokenizer, export_onnx, require_
 from efae.model.stored_files import sha256
 from efae.web_page.runtime import VERSION, copy_runtime, fetch_runtime
 
+GPU_BYTES = 20_000_000
+"""Size of programs from which a page also has the runtime for GPUs, which takes 27 MB: on smaller
+networks, a CPU is done before it is loaded."""
 _STATIC = Path(__file__).with_name("static")
 _PHOTOGRAPH = "china.jpg"
 _SAMPLES: Mapping[str, str] = {
@@ -71,7 +74,7 @@ def write_page(models: Sequence[ShownModel], destination: Path, credit: str = ""
     Raises:
         ValueError: ONNX Runtime for browsers cannot be had, or a model cannot be exported.
     """
-    copy_runtime(destination / "runtime")  # first: an export takes a minute
+    check_page()  # first: an export takes a minute
     for path in _STATIC.glob("*.*"):
         if path.suffix != ".png":
             shutil.copyfile(path, destination / path.name)
@@ -95,7 +98,11 @@ def write_page(models: Sequence[ShownModel], destination: Path, credit: str = ""
                 "manifest": {"bytes": len(data), "sha256": sha256(data)},
             }
         )
+    sizes = [file["bytes"] for manifest in manifests for file in manifest["files"].values()]
+    with_gpu = sum(sizes) >= GPU_BYTES
+    copy_runtime(destination / "runtime", with_gpu)
     settings = {
+        "webgpu": with_gpu,
         "models": entries,
         "samples": [{"file": name, "title": title} for name, title in _SAMPLES.items()],
         "credit": f"{credit} {_CREDIT}".strip(),

@@ -15,10 +15,16 @@ VERSION = "1.30.0"
 SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 ARCHIVE = f"onnxruntime-web-{VERSION}.tgz"
 FILES = ("ort.wasm.min.js", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+GPU_FILES = (
+    "ort.webgpu.min.js",
+    "ort-wasm-simd-threaded.asyncify.mjs",
+    "ort-wasm-simd-threaded.asyncify.wasm",
+)
+"""What a browser with WebGPU loads instead."""
 
 
 def fetch_runtime() -> bytes:
-    """Return the archive with `FILES`; npm downloads it once, into the cache of models.
+    """Return the archive of the runtime; npm downloads it once, into the cache of models.
 
     Raises:
         ValueError: npm is missing or fails, or the archive is not the one that we know.
@@ -34,12 +40,20 @@ def fetch_runtime() -> bytes:
     return data
 
 
-def copy_runtime(destination: Path) -> None:
-    """Write `FILES` into a folder, created if missing; ValueError as in `fetch_runtime`."""
+def copy_runtime(destination: Path, with_gpu: bool = False) -> None:
+    """Write `FILES` into a folder.
+
+    Args:
+        destination: Folder, created if missing.
+        with_gpu: Whether to write `GPU_FILES`, too.
+
+    Raises:
+        ValueError: As in `fetch_runtime`.
+    """
     data = fetch_runtime()
     destination.mkdir(parents=True, exist_ok=True)
     with tarfile.open(fileobj=io.BytesIO(data)) as files:
-        for name in FILES:
+        for name in (*FILES, *(GPU_FILES if with_gpu else ())):
             member = files.extractfile(f"package/dist/{name}")
             assert member is not None
             (destination / name).write_bytes(member.read())

@@ -12,15 +12,25 @@ from typing import Any
 import aiohttp
 import pytest
 
+_WITH_GPU = (
+    "--enable-unsafe-webgpu",
+    "--use-webgpu-adapter=swiftshader",
+    "--enable-features=Vulkan",
+)
+
 
 class Tab:
     """A page of the browser.
+
+    Args:
+        folder: Folder for the browser's profile.
+        has_gpu: Whether WebGPU finds an adapter; it computes on the CPU.
 
     Attributes:
         faults: Errors and warnings of its console, and requests to other machines.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, has_gpu: bool = False):
         chromium = shutil.which("chromium") or shutil.which("chromium-browser")
         if chromium is None:
             pytest.fail("no chromium on PATH: install it")
@@ -28,7 +38,8 @@ class Tab:
         self._process = subprocess.Popen(
             [
                 chromium,
-                *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"),
+                *("--headless=new", "--no-sandbox", "--no-first-run"),
+                *(_WITH_GPU if has_gpu else ("--disable-gpu",)),
                 *("--remote-debugging-port=0", f"--user-data-dir={folder}"),
                 "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
                 "about:blank",

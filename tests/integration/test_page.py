@@ -17,6 +17,7 @@ import efae
 from efae.model.autoencoder import Autoencoder
 from efae.presets import PRESETS
 from efae.symmetry import D4
+from efae.web_page import page
 from jobs import export
 from tests.integration.browser import Tab
 
@@ -45,7 +46,10 @@ def folder(tmp_path_factory, vae) -> Path:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
-    """The page of a model for images of any size, with cells of 8 px and random weights."""
+    """The page of a model for images of any size, with cells of 8 px and random weights.
+
+    It has the runtime for GPUs, as if its programs were large, too.
+    """
     folder = tmp_path_factory.mktemp("large")
     torch.manual_seed(0)
     model = Autoencoder(PRESETS["photographs_64"][1]).eval().requires_grad_(False)
@@ -53,7 +57,9 @@ def large(tmp_path_factory) -> Path:
         weight += 0.01 * torch.randn_like(weight)
     model.save_pretrained(folder / "model")
     arguments = ["--model", str(folder / "model"), "--format", "page"]
-    assert export.main([*arguments, "--output", str(folder / "page")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "GPU_BYTES", 1)
+        assert export.main([*arguments, "--output", str(folder / "page")]) == 0
     return folder / "page"
 
 
@@ -153,6 +159,52 @@ def test_a_large_photograph_takes_fifteen_seconds(tab, large, tmp_path):
     assert read(tab, "found.decoded").std() > 1e-2
     assert tab.count_cpu_seconds() < 15
     assert tab.faults == []
+
+
+def open_with_gpu(tab: Tab, address: str, script: str = "") -> None:
+    """Open a page in a browser whose WebGPU, a software's, passes for a GPU's."""
+    accept = "Object.defineProperty(GPUAdapterInfo.prototype, 'isFallbackAdapter', {value: false});"
+    tab.call("Page.addScriptToEvaluateOnNewDocument", source=accept + script)
+    open_page(tab, address)
+
+
+@pytest.fixture
+def gpu_tab(tmp_path) -> Iterator[Tab]:
+    tab = Tab(tmp_path / "profile", has_gpu=True)
+    yield tab
+    tab.close()
+
+
+@pytest.mark.slow
+def test_webgpu_gives_the_numbers_of_pytorch_and_a_lost_one_is_left(gpu_tab, large):
+    model = efae.load(large.parent / "model")
+    with serve(large) as address:
+        open_with_gpu(gpu_tab, address)
+        assert gpu_tab.evaluate("efaePage.provider") == "webgpu"
+        for provider in ("webgpu", "wasm"):
+            image, noise = read(gpu_tab, "image"), read(gpu_tab, "noise")
+            latent = read(gpu_tab, "latent")
+            torch.testing.assert_close(latent, model.encode(image), atol=1e-3, rtol=0)
+            decoded = model.decode(latent, noise=noise)
+            torch.testing.assert_close(read(gpu_tab, "found.decoded"), decoded, atol=1e-3, rtol=0)
+            assert gpu_tab.evaluate("efaePage.provider") == provider
+            run = gpu_tab.evaluate("efaePage.run")
+            # What ONNX Runtime does when the device is lost.
+            gpu_tab.evaluate(
+                "efaePage.models[0].velocity.run = () => Promise.reject(new Error('lost'));"
+                " document.querySelector('#samples button:last-child').click()"
+            )
+            gpu_tab.wait(f"efaePage.run > {run} && (efaePage.done > {run} || {IS_FAULT})")
+        assert gpu_tab.evaluate(STATUS) == "The model failed: lost"  # without a GPU to leave
+    assert gpu_tab.faults == []
+
+
+@pytest.mark.slow
+def test_a_gpu_that_gives_no_device_is_not_used(gpu_tab, large):
+    refuse = "GPUAdapter.prototype.requestDevice = () => Promise.reject(new Error('none'));"
+    with serve(large) as address:
+        open_with_gpu(gpu_tab, address, refuse)
+    assert gpu_tab.evaluate("efaePage.provider") == "wasm"
 
 
 def test_the_page_fits_wide_and_narrow_windows(tab, address, tmp_path):

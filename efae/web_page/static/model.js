@@ -149,15 +149,26 @@ async function readVerified(path, { bytes, sha256 }) {
 
 const readJson = (data) => JSON.parse(new TextDecoder().decode(data));
 
-async function loadModel({ name, folder, manifest }) {
+async function loadModel({ name, folder, manifest }, provider) {
   const facts = readJson(await readVerified(`${folder}/export.json`, manifest));
+  const options = { logSeverityLevel: 3, executionProviders: [...new Set([provider, "wasm"])] };
   const open = async (program) => ort.InferenceSession.create(
-    await readVerified(`${folder}/${program}`, facts.files[program]), { logSeverityLevel: 3 },
+    await readVerified(`${folder}/${program}`, facts.files[program]), options,
   );
   const model = { name, facts, encode: await open("encode.onnx") };
   const decoder = facts.sampler ? "velocity" : "decode";
   model[decoder] = await open(`${decoder}.onnx`);
   return model;
+}
+
+// A software adapter would be slower than WebAssembly.
+async function hasGpu() {
+  try {
+    const adapter = await navigator.gpu.requestAdapter();
+    return !adapter.info.isFallbackAdapter;
+  } catch {
+    return false;
+  }
 }
 
 function hasSimd() { // i8x16.splat, in the smallest module that holds it

@@ -184,20 +184,24 @@ let last = Promise.resolve();
 function update(isNewPicture) {
   const run = ++page.run;
   if (isNewPicture) page.models.forEach((model) => (model.image = null));
-  last = last.then(async () => {
-    try {
-      for (const model of page.models) {
-        if (run !== page.run || !page.picture) return;
-        if (!model.image) await encodePicture(model, page.picture);
-        if (run !== page.run) return;
-        await show(model, run);
-      }
-      if (run === page.run) page.done = run;
-    } catch (error) {
-      say(`The model failed: ${error.message}`, true);
-    }
-  });
+  last = last.then(() => compute(run)).catch(async (error) => {
+    if (page.provider === "wasm") throw error;
+    // On the CPU from now on: a GPU may lack memory, or be reset.
+    const loaded = await loadModels("wasm");
+    page.models.forEach((model, i) => Object.assign(model, loaded[i]));
+    await compute(run);
+  }).catch((error) => say(`The model failed: ${error.message}`, true));
   return last;
+}
+
+async function compute(run) {
+  for (const model of page.models) {
+    if (run !== page.run || !page.picture) return;
+    if (!model.image) await encodePicture(model, page.picture);
+    if (run !== page.run) return;
+    await show(model, run);
+  }
+  if (run === page.run) page.done = run;
 }
 
 // ---- Input
@@ -284,13 +288,23 @@ function listen() {
 
 // ---- Loading
 
-function loadRuntime() {
+function loadRuntime(provider) {
   return new Promise((resolve, reject) => {
-    const script = make("script", { src: "runtime/ort.wasm.min.js" });
+    const file = `runtime/ort.${provider}.min.js`;
+    const script = make("script", { src: file });
     script.onload = resolve;
-    script.onerror = () => reject(new Error("runtime/ort.wasm.min.js is missing: build the page again."));
+    script.onerror = () => reject(new Error(`${file} is missing: build the page again.`));
     document.head.append(script);
   });
+}
+
+async function loadModels(provider) {
+  page.provider = provider;
+  await loadRuntime(provider);
+  Object.assign(ort.env.wasm, { numThreads: 1, wasmPaths: new URL("runtime/", location.href).href });
+  const models = [];
+  for (const entry of page.settings.models) models.push(await loadModel(entry, provider));
+  return models;
 }
 
 async function start() {
@@ -302,11 +316,12 @@ async function start() {
     throw new Error("This browser has no WebAssembly with SIMD, which the model needs: use a" +
       " version of Chrome, Edge, Firefox or Safari from 2023 or later.");
   }
-  const settings = readJson(await read("page.json"));
+  const settings = page.settings = readJson(await read("page.json"));
   find("credit").textContent = settings.credit;
-  await loadRuntime();
-  Object.assign(ort.env.wasm, { numThreads: 1, wasmPaths: new URL("runtime/", location.href).href });
-  for (const entry of settings.models) page.models.push(await loadModel(entry));
+  if (settings.webgpu && await hasGpu()) {
+    page.models = await loadModels("webgpu").catch(() => []);
+  }
+  if (!page.models.length) page.models = await loadModels("wasm");
   page.models.forEach(addPanel);
   const shared = Object.keys(page.models[0].facts.elements).filter((name) =>
     page.models.every((model) => name in model.facts.elements));
