@@ -1,6 +1,9 @@
 """What the page needs to be written; the page itself is in integration, in a browser."""
 
+import base64
+import hashlib
 import sys
+import tarfile
 
 import pytest
 
@@ -41,6 +44,21 @@ def test_a_failing_npm_is_one_sentence(cache, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"could not download onnxruntime-web .*: no network$"):
         runtime.copy_runtime(tmp_path / "page")
     assert list(cache.iterdir()) == []
+
+
+def test_only_a_runtime_for_gpus_has_their_files(cache, tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / "archive", "w:gz") as archive:
+        for name in (*runtime.FILES, *runtime.GPU_FILES):
+            archive.addfile(tarfile.TarInfo(f"package/dist/{name}"))
+    data = (tmp_path / "archive").read_bytes()
+    (cache / runtime.ARCHIVE).write_bytes(data)
+    digest = hashlib.sha512(data).digest()
+    monkeypatch.setattr(runtime, "SHA512", base64.b64encode(digest).decode())
+    runtime.copy_runtime(tmp_path / "small")
+    runtime.copy_runtime(tmp_path / "large", with_gpu=True)
+    assert {path.name for path in (tmp_path / "small").iterdir()} == {*runtime.FILES}
+    found = {path.name for path in (tmp_path / "large").iterdir()}
+    assert found == {*runtime.FILES, *runtime.GPU_FILES}
 
 
 @pytest.mark.parametrize("missing", ["npm", "onnxscript"])
