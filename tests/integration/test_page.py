@@ -158,7 +158,8 @@ def test_a_large_photograph_takes_fifteen_seconds(tab, large, tmp_path):
     assert tab.evaluate("efaePage.models[0].found.largest") < 0.5
     assert read(tab, "found.decoded").std() > 1e-2
     assert tab.count_cpu_seconds() < 15
-    assert tab.faults == []
+    # Chromium's own words, where the page asks for a GPU and there is none.
+    assert [fault for fault in tab.faults if "No available adapters" not in fault] == []
 
 
 def open_with_gpu(tab: Tab, address: str, script: str = "") -> None:
