@@ -54,6 +54,14 @@ def test_the_model_folder_is_an_export_too(tmp_path):
             ["--model", "builtin:openmoji-32", "--format", "diffusers", "--precision", "fp16"],
             "--precision fp16: only --format onnx has it",
         ),
+        (
+            ["--model", "builtin:openmoji-32", "--hub.dry-run"],
+            "--hub.*: only --format hub has them",
+        ),
+        (
+            ["--model", "diffusers:vae", "--format", "hub"],
+            "diffusers:vae is a folder of diffusers; only --format onnx and page",
+        ),
     ],
 )
 def test_wrong_input_is_one_sentence(arguments, message, tmp_path, capsys):
