@@ -88,6 +88,8 @@ def _fit(text: str) -> FittedAction:
 
 def _prepare(model: Autoencoder, config: Config) -> Measurement:
     model.precision = config.training.evaluation_precision
+    if config.choose_compilation("cuda" if config.ray.use_gpu else "cpu") != "none":
+        model.compile_blocks()  # nothing runs before the first call: none on the driver
     return Measurement(model, angles=choose_angles(model, None, *config.data.image_size))
 
 

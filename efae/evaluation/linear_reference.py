@@ -68,7 +68,9 @@ def fit_linear_reference(
         PATCHES_PER_CHANNEL asks for, or cells of the latent are not square.
     """
     channels, height, width = images.shape[1:]
-    rows, columns = model.encode(torch.zeros(1, channels, height, width, device=device)).shape[-2:]
+    # A whole batch: one image would be another shape, for which a compiled model is compiled anew.
+    blank = torch.zeros(max(1, len(images[:batch_size])), channels, height, width, device=device)
+    rows, columns = model.encode(blank).shape[-2:]
     side, group, dim = height // rows, model.group, model.representation.dim
     if (rows * side, columns * side) != (height, width):
         return None

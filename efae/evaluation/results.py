@@ -230,7 +230,8 @@ def summarize(
 
 def _name_precision(model: Tokenizer) -> str:
     precision = (model.precision if isinstance(model, Autoencoder) else None) or "fp32"
-    return "fp32, no TF32" if precision == "fp32" else f"{precision}; measures in fp32"
+    named = "fp32, no TF32" if precision == "fp32" else f"{precision}; measures in fp32"
+    return f"{named}; compiled" if getattr(model, "compiled", False) else named
 
 
 def describe_protocol(

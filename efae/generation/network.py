@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from data_pipelines.shards.latent_format import LatentFormat
 from efae.generation.normalization import Normalization
 from efae.generator_config import GeneratorConfig
+from efae.model.compilation import Compilable
 from efae.model.networks.conditioning import embed_time
 from efae.model.networks.linear_path import patchify, unpatchify
 from efae.model.networks.transformer import Positions
@@ -183,7 +184,7 @@ class GeneratorBlock(Block):
         )
 
 
-class Generator(nn.Module):
+class Generator(Compilable):
     """Network: (x_t, t, label, element) -> what flow.prediction says, on normalised latents.
 
     Attributes:
@@ -192,6 +193,7 @@ class Generator(nn.Module):
         representation: Representation of the group on their channels.
         normalization: Scale and shift of the latents.
         shape: Shape (dim, h, w) of a latent.
+        compiled: Whether `compile_blocks` has compiled its blocks.
 
     Raises:
         ValueError: The configuration does not say what the latents are, or does not fit them.

@@ -1,5 +1,6 @@
 """Sampling of latents: from noise to the scale that the tokenizer decodes, guided by the label."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -58,14 +59,14 @@ def sample_latents(
     def given(label: Tensor | None) -> Field:
         def velocity(x: Tensor, t: float) -> Tensor:
             times = x.new_full((len(x),), t)
-            output = model(x, times, label).to(x.dtype)
+            output = model.call_filled(model, x, times, label).to(x.dtype)
             return flow.velocity_from(output, x, times, settings.prediction)
 
         return velocity
 
     field = guide(given(label), given(None), guidance.scale, guidance.interval)
     times = time_grid(guidance.steps, power=settings.sampler_power, shift=settings.sampler_shift)
-    with expanded_once(model):
+    with nullcontext() if model.compiled else expanded_once(model):
         return model.normalization.denormalize(integrate(field, noise, times, settings.sampler))
 
 

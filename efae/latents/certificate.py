@@ -23,7 +23,8 @@ def certify(model: Autoencoder, batches: Iterable[UInt8[Tensor, "b c h w"]]) -> 
     Returns:
         {"max_abs_difference": float, "by_element": {name: float}, "images": int,
         "precision": str}; and "tile": int, if the model has one;
-        "symmetrized": True, if its encoder is averaged over the group.
+        "symmetrized": True, if its encoder is averaged over the group; "compiled": True, if its
+        blocks are compiled.
 
     Raises:
         ValueError: A latent is not finite.
@@ -50,4 +51,5 @@ def certify(model: Autoencoder, batches: Iterable[UInt8[Tensor, "b c h w"]]) -> 
         "precision": model.precision or "fp32",
         **({} if model.tile is None else {"tile": model.tile}),
         **({"symmetrized": True} if model.symmetrize else {}),
+        **({"compiled": True} if model.compiled else {}),
     }

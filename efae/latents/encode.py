@@ -160,6 +160,7 @@ def _describe(
         size,
         request.tile,
         request.symmetrize,
+        request.compile,
     )
     return source, {
         "shape": [representation.dim, height // f, width // f],

@@ -32,6 +32,9 @@ class Request:
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Precision of the encoder's arithmetic; the certificate is measured at it. On GPUs, bf16 is
     several times as fast."""
+    compile: Literal["auto", "none", "blocks"] = "auto"
+    """Compile the blocks of the encoder; auto = on GPUs. Up to a minute for each
+    shape of batches; --batch-size should be a power of two."""
     certificate_data: str | None = None
     """Held-out shard set on which to measure how exactly the model commutes with its group; by
     default held_out beside --data if it exists, else --data itself."""

@@ -167,6 +167,8 @@ def _write_shard(source: _Source, number: int) -> ShardIndex:
         request.precision,
     )
     sampler.tokenizer.precision = request.precision
+    for network in (sampler.generator, sampler.tokenizer):
+        network.compile_blocks(request.compile)
     samples = list[tuple[Entry, Any]]()
     for start in range(0, len(positions), request.batch_size):
         batch = positions[start : start + request.batch_size]

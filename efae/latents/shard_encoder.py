@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,6 @@ from efae.evaluation.measures import to_float
 from efae.latents.certificate import certify
 from efae.model.autoencoder import Autoencoder
 from efae.model.precision import Precision, float32_arithmetic
-from efae.training.compilation import compile_blocks
 
 _TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 2e-1}
 """Tolerance for numbers of unit scale, beside rounding: batch size changes the order of sums."""
@@ -52,6 +51,7 @@ class Source:
         image_size: Height and width of the images; None: those of the configuration.
         tile: Side of the tiles that are encoded one at a time; None: whole images.
         symmetrize: Whether to average the encoder over the group.
+        compile: Which blocks to compile, as `Autoencoder.compile_blocks` takes it.
     """
 
     uri: str
@@ -66,6 +66,7 @@ class Source:
     image_size: tuple[int, int] | None = None
     tile: int | None = None
     symmetrize: bool = False
+    compile: Literal["auto", "none", "blocks"] = "auto"
 
 
 class ShardEncoder:
@@ -79,9 +80,7 @@ class ShardEncoder:
         self.model.to(source.device).eval().requires_grad_(False)
         self.model.precision, self.model.tile = source.precision, source.tile
         self.model.symmetrize = self.model.symmetrize or source.symmetrize
-        self.compiled = source.device == "cuda"
-        if self.compiled:
-            compile_blocks(self.model)
+        self.model.compile_blocks(source.compile)
 
     def write_shard(self, number: int, output: Location, form: LatentFormat) -> ShardIndex:
         """Encode and upload shard `number`, then write its record.
@@ -187,7 +186,7 @@ class ShardEncoder:
     def _encode(self, image: Tensor) -> Tensor:
         count, missing = len(image), self.source.batch_size - len(image)
         image = image.to(self.source.device, non_blocking=True)
-        if self.compiled and missing > 0:  # another size would be compiled anew
+        if self.model.compiled and missing > 0:  # another size would be compiled anew
             image = F.pad(image, (0, 0, 0, 0, 0, 0, 0, missing))
         with float32_arithmetic("fp32"):
             return self.model.encode(to_float(image))[:count]

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from efae.config import Config
 from efae.model import flow, pretrained
 from efae.model.bottleneck import Bottleneck
+from efae.model.compilation import Compilable
 from efae.model.networks import diffusers_vae, transformer, unet
 from efae.model.octic.layers import expanded_once
 from efae.model.padding import crop, pad_to_cells
@@ -90,7 +91,7 @@ def check_model(config: Config) -> Representation:
     return representation
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(Compilable):
     """Encoder and decoder of one configuration.
 
     Attributes:
@@ -104,6 +105,7 @@ class Autoencoder(nn.Module):
         has_flow: Whether the decoder follows a velocity field from noise; else it ignores noise,
             seed and everything about the sampler.
         tile: Value of `tile` for `encode`, `decode` and `velocity` where they are given None.
+        compiled: Whether `compile_blocks` has compiled the blocks of both networks.
 
     Raises:
         ValueError: The configuration cannot be built.
@@ -261,7 +263,11 @@ class Autoencoder(nn.Module):
                 " (this warning is shown once per model)",
                 stacklevel=2,
             )
-        return self.bottleneck.normalize(self.bounded(padded, tile))
+
+        def bounded(image: Tensor) -> Tensor:
+            return self.bounded(image, tile)
+
+        return self.bottleneck.normalize(self.call_filled(bounded, padded))
 
     def act(
         self, element: Element | Sequence[Element] | Tensor, latent: Float[Tensor, "b dim lh lw"]
@@ -301,8 +307,13 @@ class Autoencoder(nn.Module):
             b, _, height, width = x_t.shape
             latent = x_t.new_zeros(b, dim, height // f, width // f)
             keep = torch.zeros(b, dtype=torch.bool, device=x_t.device)
+
+        def predict(x_t: Tensor, t: Tensor, latent: Tensor, keep: Tensor | None) -> Tensor:
+            return self.predict(x_t, t, latent, keep, tile)
+
         with self._at_precision(x_t.device):
-            output = self.predict(x_t, t, self.bottleneck.denormalize(latent), keep, tile)
+            bounded = self.bottleneck.denormalize(latent)
+            output = self.call_filled(predict, x_t, t, bounded, keep)
         return flow.velocity_from(output, x_t, t, self.config.flow.prediction)
 
     def predict(
@@ -413,7 +424,8 @@ class Autoencoder(nn.Module):
 
         scale = knobs.guidance_scale if guidance_scale is None else guidance_scale
         field = guide(given(latent), given(None), scale, knobs.guidance_interval)
-        with expanded_once(self.decoder):
+        # A compiled block expands its weights in the same pass that multiplies by them.
+        with nullcontext() if self.compiled else expanded_once(self.decoder):
             sample = integrate(field, noise, times, sampler or knobs.sampler, visit)
         return sample if size is None else crop(sample, size)
 

@@ -6,7 +6,6 @@ or MLflow import them.
 
 import email.utils
 import http.client
-import importlib.util
 import os
 import shutil
 import sys
@@ -254,18 +253,15 @@ def check_compiler(mode: str, on_gpu: bool) -> str:
     Raises:
         ValueError: Either is missing.
     """
-    wanted = ["cc", "gcc", "clang"] if on_gpu else ["g++", "clang++"]
-    named = os.environ.get("CC" if on_gpu else "CXX")
-    found = next(filter(None, map(shutil.which, [named] if named else wanted)), None)
-    missing = [] if found else [f"a compiler ({named or ' or '.join(wanted)})"]
-    if on_gpu and importlib.util.find_spec("triton") is None:
-        missing.append("Triton, which comes with torch for CUDA")
-    if missing:
+    from efae.model.compilation import find_compiler  # torch takes seconds
+
+    try:
+        return find_compiler(on_gpu)
+    except ValueError as error:
         raise ValueError(
-            f"training.compile={mode} needs {' and '.join(missing)} on every node: install it, or"
-            " set --training.compile none"
-        )
-    return found or ""
+            f"training.compile={mode} needs {error} on every node: install it, or set"
+            " --training.compile none"
+        ) from error
 
 
 def _gib(size: int) -> str:

@@ -9,14 +9,8 @@ from torch._dynamo import config as dynamo
 from torch._functorch import config as functorch
 
 from efae.generator_config import AnyConfig
+from efae.model.compilation import RECOMPILE_LIMIT, compile_blocks
 from efae.model.octic.layers import Recomputing
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """Compile every block in place, for the first shapes of each kind that it sees."""
-    for module in model.modules():
-        if isinstance(module, Recomputing):
-            module.compile(fullgraph=True, dynamic=False)
 
 
 def prepare(objective: nn.Module, config: AnyConfig, device: torch.device, one_pass: bool) -> None:
@@ -47,11 +41,7 @@ def prepare(objective: nn.Module, config: AnyConfig, device: torch.device, one_p
 
 @contextmanager
 def compiler_options(config: AnyConfig) -> Generator[None]:
-    """Tell the compiler which share of the activations to keep; without effect on eager steps.
-
-    Blocks share their code and differ by network and grid: a unet has more than the eight kinds
-    that the compiler takes by default.
-    """
-    share = config.training.activation_memory
-    with functorch.patch(activation_memory_budget=share), dynamo.patch(recompile_limit=64):
+    """Tell the compiler which share of the activations to keep; without effect on eager steps."""
+    share, limit = config.training.activation_memory, RECOMPILE_LIMIT
+    with functorch.patch(activation_memory_budget=share), dynamo.patch(recompile_limit=limit):
         yield

@@ -66,6 +66,8 @@ class Validation:
         model = copy.deepcopy(state.model).eval()
         model.precision = self._precision
         state.average.copy_to(model)
+        if model.config.choose_compilation(self._device.type) != "none":
+            model.compile_blocks()
         totals = Totals()
         for start in range(0, len(self._images), _BATCH_SIZE):
             image = to_float(self._images[start : start + _BATCH_SIZE])

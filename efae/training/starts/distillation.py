@@ -17,10 +17,10 @@ from torch import Tensor
 from efae import config_forms as configuration
 from efae.config import Config
 from efae.model.autoencoder import Autoencoder
+from efae.model.compilation import compile_blocks
 from efae.model.objective import Teacher
 from efae.model.pretrained import StoredModel
 from efae.tracking.server import Server
-from efae.training.compilation import compile_blocks
 from efae.training.process import Process
 
 _SHARED = (

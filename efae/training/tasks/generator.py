@@ -182,6 +182,8 @@ class GeneratorValidation:
         model = copy.deepcopy(state.model).eval()
         state.average.copy_to(model)
         objective, device = GeneratorObjective(model), self._process.device
+        if self._config.choose_compilation(device.type) != "none":
+            model.compile_blocks()
         precision, totals = self._config.training.evaluation_precision, Totals()
         with at_precision(precision, device):
             for positions, latent, label in self._batches:

@@ -1,8 +1,8 @@
 """Gradient accumulation, recomputation and compilation: the same step in other ways."""
 
-import copy
 import subprocess
 import sys
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -19,11 +19,12 @@ from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective, draw
 from efae.model.octic.layers import Block
-from efae.training.compilation import compile_blocks, compiler_options, prepare
+from efae.training.compilation import compiler_options, prepare
 from efae.training.micro_batches import Accumulation, OutOfMemory
 from efae.training.process import Process
 from efae.training.starts.distillation import make_sampler
 from efae.training.state import TrainState
+from efae.training.validation import Validation
 
 CPU = torch.device("cpu")
 COUNT = 8
@@ -58,7 +59,9 @@ OPTIONS = [
 DISTILLED = {"flow.distill_from": "a teacher", "flow.distill_steps": 2}
 
 
-def take_steps(overrides, micro_batch_size=0, steps=1, update=False, perceptual=None):
+def take_steps(
+    overrides, micro_batch_size=0, steps=1, update=False, perceptual=None, validations=0
+):
     """Losses, gradients of the last step and the running power, from fixed weights and draws."""
     config = with_overrides(Config(), SIZES | overrides)
     state = TrainState.create(config, CPU)
@@ -90,9 +93,9 @@ def take_steps(overrides, micro_batch_size=0, steps=1, update=False, perceptual=
             loss, _ = accumulate(image.split(size)[rank], draws.split(size)[rank])
         if update:
             state.optimizer.step()
-    with torch.no_grad():  # a validation: a copy in eval mode
-        copied = copy.deepcopy(state.model).eval()
-        copied.decode(copied.encode(torch.zeros(3, 3, 16, 16)), steps=1, seed=0)
+    images = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
+    for _ in range(validations):
+        Validation(images, CPU).measure(state)
     gradients = [p.grad.flatten() for p in state.model.parameters() if p.grad is not None]
     return loss, torch.cat(gradients), state.model.bottleneck.power.detach()
 
@@ -212,14 +215,33 @@ def test_a_compiled_model_commutes_with_the_group():
     model = Autoencoder(with_overrides(Config(), SIZES)).eval().requires_grad_(False)
     for weight in model.parameters():
         weight += 0.05 * torch.randn_like(weight)
-    compile_blocks(model)
-    image, noise = torch.rand(2, 2, 3, 16, 16) * 2 - 1
+    image, noise = torch.rand(2, 3, 3, 16, 16) * 2 - 1
+    expected = model.encode(image)
+    turned = model.decode(expected, noise=noise)
+    model.compile_blocks()
     latent = model.encode(image)
     decoded = model.decode(latent, noise=noise)
+    assert_same([latent, decoded], [expected, turned])
     for g in model.group:
         assert_same([model.encode(g.act_on_image(image))], [model.act(g, latent)], 2e-6)
         acted = model.decode(model.act(g, latent), noise=g.act_on_image(noise))
         assert_same([acted], [g.act_on_image(decoded)], 4e-6)
+
+
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_after_a_resume_neither_steps_nor_validations_compile_again(monkeypatch):
+    """Nor do later validations, each of which measures another copy of the model."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    dynamo.reset()
+    counters.clear()
+    options = {"training.compile": "blocks"}
+    take_steps(options, steps=2, update=True)
+    training = counters["stats"]["unique_graphs"]
+    take_steps(options, steps=2, update=True, validations=1)
+    once = counters["stats"]["unique_graphs"]
+    take_steps(options, steps=2, update=True, validations=2)
+    assert (training, once, counters["stats"]["unique_graphs"]) == (2, 4, 4)
+    assert not counters["graph_break"]
 
 
 @pytest.mark.slow

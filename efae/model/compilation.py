@@ -1,0 +1,102 @@
+"""Compiled inference: the blocks of a network as few programs, each for one shape."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from efae.model.octic.layers import Recomputing
+
+RECOMPILE_LIMIT = 64
+"""Programs per process. Blocks share their code and differ by network, grid and batch: there are
+more than the eight that torch allows by default."""
+
+
+def compile_blocks(model: nn.Module, fullgraph: bool = True) -> bool:
+    """Compile every block in place, for each shape at its first call; returns whether there is one.
+
+    Args:
+        model: Network; its weights keep their names, and its copies are not compiled.
+        fullgraph: Whether to raise an error where a block is not one program, or where there are
+            more programs than the limit; such calls stay eager otherwise.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, Recomputing)]
+    for block in blocks:
+        block.compile(fullgraph=fullgraph, dynamic=False)
+    return bool(blocks)
+
+
+def find_compiler(on_gpu: bool) -> str:
+    """Return the C compiler that torch.compile calls at run time; on GPUs, it needs Triton, too.
+
+    Raises:
+        ValueError: Either is missing; the message says which.
+    """
+    wanted = ["cc", "gcc", "clang"] if on_gpu else ["g++", "clang++"]
+    named = os.environ.get("CC" if on_gpu else "CXX")
+    found = next(filter(None, map(shutil.which, [named] if named else wanted)), None)
+    missing = [] if found else [f"a compiler ({named or ' or '.join(wanted)})"]
+    if on_gpu and importlib.util.find_spec("triton") is None:
+        missing.append("Triton, which comes with torch for CUDA")
+    if missing:
+        raise ValueError(" and ".join(missing))
+    return found or ""
+
+
+class Compilable(nn.Module):
+    """A network for inference whose blocks can be compiled.
+
+    Attributes:
+        compiled: Whether they are.
+    """
+
+    compiled = False
+
+    def compile_blocks(self, when: Literal["auto", "none", "blocks"] = "blocks") -> None:
+        """Compile the blocks in place, as `compile_repeated_blocks` of diffusers does.
+
+        The first call with each shape takes seconds per kind of block. So that shapes are few,
+        batches are filled up to the next power of two: choose such sizes. A network without blocks
+        of this package, such as that of an `AutoencoderKL`, stays as it is.
+
+        Args:
+            when: "auto" compiles on CUDA only, and "none" nowhere.
+
+        Raises:
+            ValueError: The C compiler is missing, or Triton on GPUs.
+        """
+        on_gpu = next(self.parameters()).is_cuda
+        if when == "none" or (when == "auto" and not on_gpu):
+            return
+        try:
+            find_compiler(on_gpu)
+        except ValueError as error:
+            raise ValueError(
+                f"compiled blocks need {error}: install it, or compile none (--compile none)"
+            ) from error
+        self.compiled = compile_blocks(self, fullgraph=False)
+
+    def call_filled(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+        """Call a function of batches; with compiled blocks, of batches that are filled up."""
+        if not self.compiled:
+            return function(*inputs)
+        from torch._dynamo import config  # a second
+
+        (count,) = {len(batch) for batch in inputs if batch is not None}
+        missing = (1 << (count - 1).bit_length()) - count if count else 0
+        with config.patch(recompile_limit=RECOMPILE_LIMIT):
+            return function(*(_repeat_last(batch, missing) for batch in inputs))[:count]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state of a copy, whose blocks are not compiled."""
+        return {**super().__getstate__(), "compiled": False}
+
+
+def _repeat_last(batch: Tensor | None, times: int) -> Tensor | None:
+    if batch is None or not times:
+        return batch
+    return torch.cat([batch, batch[-1:].expand(times, *batch.shape[1:])])
