@@ -54,8 +54,8 @@ class Arguments:
     """Precision that our models run in; measures are always taken in fp32, and so are models of
     diffusers."""
     compile: Literal["auto", "none", "blocks"] = "auto"
-    """Compile the blocks of our models; auto = on GPUs. Up to a minute for each
-    shape of batches; --batch-size should be a power of two."""
+    """Compile the blocks of our models; auto = on GPUs. Every shape takes seconds at first;
+    choose a --batch-size that is a power of two."""
     symmetrize: bool = False
     """Average our models over the group (E(x) = mean of rho(g)^-1 E(gx), likewise the decoder),
     which makes any of them exactly equivariant, and as many times slower as it has elements."""

@@ -33,8 +33,8 @@ class Request:
     """Precision of the encoder's arithmetic; the certificate is measured at it. On GPUs, bf16 is
     several times as fast."""
     compile: Literal["auto", "none", "blocks"] = "auto"
-    """Compile the blocks of the encoder; auto = on GPUs. Up to a minute for each
-    shape of batches; --batch-size should be a power of two."""
+    """Compile the blocks of the encoder; auto = on GPUs. Every shape takes seconds at first;
+    choose a --batch-size that is a power of two."""
     certificate_data: str | None = None
     """Held-out shard set on which to measure how exactly the model commutes with its group; by
     default held_out beside --data if it exists, else --data itself."""

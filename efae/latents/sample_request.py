@@ -32,8 +32,8 @@ class SampleRequest:
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Precision of the arithmetic of generator and tokenizer."""
     compile: Literal["auto", "none", "blocks"] = "auto"
-    """Compile the blocks of both networks; auto = on GPUs. Up to a minute for each
-    shape of batches; --batch-size should be a power of two."""
+    """Compile the blocks of both networks; auto = on GPUs. Every shape takes seconds at first;
+    choose a --batch-size that is a power of two."""
     tokenizer: str = ""
     """URI of the tokenizer, if it is no longer where the latents were made; it is recognised by its
     digest."""

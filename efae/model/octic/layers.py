@@ -123,14 +123,21 @@ class Linear(Expanding):
         self, x: Float[Tensor, "slot *axes coset*m_in"]
     ) -> Float[Tensor, "slot *axes coset*m_out"]:
         """Map every token, in the dtype of `x`."""
-        flat = x.flatten(1, -2)
         if self.layout.split and on_cpu.applies_to(x):
-            return self._multiply_by_irrep(flat).view(*x.shape[:-1], -1)
-        y = torch.bmm(flat, self.weight().to(flat.dtype))
+            return self._multiply_by_irrep(x.flatten(1, -2)).view(*x.shape[:-1], -1)
+        y = self.multiply(x)
         if self.bias is not None:
             # Not baddbmm: on CUDA it writes the bias to the whole output first, compiled too.
-            y = y + embed_invariant(self.layout, self.bias)[:, None].to(y.dtype)
-        return y.view(*x.shape[:-1], -1)
+            token = self.bias.view([1] * (x.ndim - 2) + [-1])
+            y = y + embed_invariant(self.layout, token).to(y.dtype)
+        return y
+
+    def multiply(
+        self, x: Float[Tensor, "slot *axes coset*m_in"]
+    ) -> Float[Tensor, "slot *axes coset*m_out"]:
+        """Map every token, without the bias."""
+        flat = x.flatten(1, -2)
+        return torch.bmm(flat, self.weight().to(flat.dtype)).view(*x.shape[:-1], -1)
 
     def _multiply_by_irrep(self, x: Tensor) -> Tensor:
         """Do without the zeros of the first slots' blocks."""
@@ -222,17 +229,40 @@ class Nonlinearity(nn.Module):
         self.register_buffer("fourier", self.layout.fourier, persistent=False)
 
     def forward(
-        self, x: Float[Tensor, "slot *axes features"]
+        self, x: Float[Tensor, "slot *axes m_in"], inward: Linear | None = None
     ) -> Float[Tensor, "slot *axes features"]:
-        """Apply the nonlinearity to every token."""
-        if len(self.fourier) == 1:
+        """Apply the nonlinearity to every token.
+
+        Args:
+            x: Tokens.
+            inward: Linear map to apply first; on CUDA the kernel adds its bias and saves a pass.
+        """
+        trivial, layout = len(self.fourier) == 1, self.layout
+        if activate is not None and x.is_cuda and x.dtype != torch.float64 and not trivial:
+            if inward is None:
+                return activate(x, layout.cosets, layout.split)
+            return activate(inward.multiply(x), layout.cosets, layout.split, inward.bias)
+        x = x if inward is None else inward(x)
+        if trivial:
             return F.relu(x)
-        if activate is not None and x.is_cuda and x.dtype != torch.float64:
-            return activate(x, self.layout.cosets, self.layout.split)
         if on_cpu.applies_to(x):
             fourier = convert_fourier(self.fourier, x.dtype)
             return on_cpu.relu_in_regular(x.flatten(1, -2), fourier).view(x.shape)
         return from_regular(self.fourier, F.relu(to_regular(self.fourier, x)), len(x))
+
+
+class Mlp(nn.Sequential):
+    """A linear map to `hidden` channels, the nonlinearity, and a linear map back."""
+
+    def __init__(self, group: Group, m: int, hidden: int):
+        super().__init__(Linear(group, m, hidden), Nonlinearity(group), Linear(group, hidden, m))
+
+    def forward(
+        self, x: Float[Tensor, "slot *axes coset*m"]
+    ) -> Float[Tensor, "slot *axes coset*m"]:
+        """Map every token."""
+        inward, nonlinearity, outward = self
+        return outward(nonlinearity(x, inward))
 
 
 class Attention(nn.Module):
@@ -324,7 +354,7 @@ class Block(Recomputing):
         shared: Whether the condition is already the modulation, made once for all blocks, of
             `modulation_sizes` in total.
         attention: Attention between tokens; None for `Attention`.
-        mlp: Map of each token; None for two linear maps with a `Nonlinearity` between them.
+        mlp: Map of each token; None for `Mlp`.
     """
 
     def __init__(
@@ -342,9 +372,7 @@ class Block(Recomputing):
         self.layout = layout_of(group)
         self.m = m
         self.attention = attention or Attention(group, m, num_heads)
-        self.mlp = mlp or nn.Sequential(
-            Linear(group, m, mlp_ratio * m), Nonlinearity(group), Linear(group, mlp_ratio * m, m)
-        )
+        self.mlp = mlp or Mlp(group, m, mlp_ratio * m)
         self.modulation = None
         if conditioning:
             self.sizes = modulation_sizes(group, m)

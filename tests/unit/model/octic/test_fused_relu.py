@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
-from efae.model.octic.layers import Nonlinearity
+from efae.model.octic.layers import Mlp, Nonlinearity
 from efae.model.octic.layout import layout_of
 from efae.symmetry import GROUPS
 
@@ -70,6 +71,29 @@ def test_result_and_gradient_are_those_of_matrix_products(slots, cosets, split, 
 
 
 @every_kind
+@pytest.mark.parametrize("axes", [(3, 7), (1, 1025), (2, 3, 512)])
+def test_a_bias_is_added_first_and_has_its_gradient(slots, cosets, split, axes):
+    x = draw(slots, *axes[:-1], axes[-1] * cosets)
+    bias = draw(axes[-1])
+
+    def shift(x):
+        padding = (0, (cosets - 1) * len(bias), *(0, 0) * (x.ndim - 2), 0, slots - 1)
+        token = bias.double().view(1, *[1] * (x.ndim - 2), -1) * cosets**0.5
+        return x.double() + nn.functional.pad(token, padding)
+
+    results = []
+    for function in (
+        lambda: activate(x, cosets, split, bias),
+        lambda: plain(slots, cosets, split)(shift(x)),
+    ):
+        y = function()
+        weight = torch.linspace(-1, 2, y.numel()).view(y.shape).to(y)
+        results.append((y.detach(), *torch.autograd.grad((y * weight).sum(), [x, bias])))
+    for got, wanted in zip(*results, strict=True):
+        assert (got - wanted).abs().max() <= 1e-6 * max(1, wanted.abs().max())
+
+
+@every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_once(slots, cosets, split, dtype):
     x = draw(slots, 3, 412, dtype=dtype)
@@ -107,6 +131,24 @@ def test_the_layer_on_a_gpu_is_the_layer_on_a_cpu(group, layer):
     expected = apply(lambda x: on_cpu(x.cpu().double()), x)
     for got, wanted in zip(apply(layer, x), expected, strict=True):
         assert (got.cpu() - wanted.cpu()).abs().max() <= 1e-6
+
+
+@every_group
+def test_an_mlp_on_a_gpu_is_that_of_a_cpu(group, monkeypatch):
+    """There the kernel adds the bias of its first map."""
+    monkeypatch.setattr("efae.model.octic.layers.activate", activate)
+    layout, mlp = layout_of(group), Mlp(group, 6, 10)
+    nn.init.normal_(mlp[0].bias)
+    x = draw(layout.slots, 2, 5, layout.cosets * 6)
+    weight = torch.linspace(-1, 2, x.numel()).view(x.shape)
+    results = []
+    for device, kind in ((DEVICE, OnGpu), ("cpu", torch.Tensor)):
+        mlp, given = mlp.to(device), x.to(device).as_subclass(kind)
+        y = mlp(given).as_subclass(torch.Tensor)
+        gradients = torch.autograd.grad((y * weight.to(device)).sum(), [x, *mlp.parameters()])
+        results.append([y.detach().cpu(), *(gradient.cpu() for gradient in gradients)])
+    for got, wanted in zip(*results, strict=True):
+        assert (got - wanted).abs().max() <= 2e-6 * max(1, wanted.abs().max())
 
 
 @every_group
@@ -180,24 +222,26 @@ def read_graph(module, _):
 triton.runtime.driver.set_active(Driver())
 backend = aot_autograd(fw_compiler=read_graph, bw_compiler=read_graph)
 function = torch.compile(
-    lambda x: (fused_relu.activate(x * 2, 2, 2) + 1).relu(), fullgraph=True, backend=backend
+    lambda x, b: (fused_relu.activate(x * 2, 2, 2, b) + 1).relu(), fullgraph=True, backend=backend
 )
-function(torch.randn(4, 3, 96, requires_grad=True)).sum().backward()
+given = (torch.randn(size, requires_grad=True) for size in ((4, 3, 96), 48))
+function(*given).sum().backward()
 
 wide = {}
 constants = {"TOKENS": 2, "CHANNELS": 512}
-for slots, cosets, split in ((4, 1, 0), (4, 2, 2), (2, 2, 1)):
+for slots, cosets, split, biased in ((4, 1, 0, 0), (4, 2, 2, 1), (2, 2, 1, 1)):
     for kernel in (fused_relu._run_forward, fused_relu._run_backward):
-        fixed = constants | {"SLOTS": slots, "COSETS": cosets, "SPLIT": split}
+        fixed = constants | {"SLOTS": slots, "COSETS": cosets, "SPLIT": split, "BIASED": biased}
         integers = ("size", "tokens", "m")
         pointers = [name for name in kernel.arg_names if name not in (*integers, *fixed)]
         signature = {name: "*bf16" for name in pointers} | dict.fromkeys(integers, "i32")
+        signature["bias"] = "*fp32"  # one word of four numbers
         signature |= dict.fromkeys(fixed, "constexpr")
         aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers) + len(integers))}
         source = ASTSource(kernel, signature, fixed, aligned)
         assembly = triton.compile(source, target=HOPPER).asm["ptx"]
         lines = [x for x in assembly.splitlines() if "ld.global" in x or "st.global" in x]
-        words = len(pointers) * slots * cosets
+        words = (len(pointers) - 1) * slots * cosets + biased
         wide[f"{kernel.__name__}, {fixed}"] = words, sum("v4.b32" in x for x in lines), len(lines)
 print(json.dumps([written, wide]))
 """
