@@ -20,6 +20,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     A reader that closes the pipe, such as `head -1`, ends the command without a traceback.
     Characters that the output's encoding lacks are printed as backslash escapes.
     """
+    # By default, the collector runs hundreds of times while torch is imported: half a second.
+    gc.set_threshold(20_000)
     ignore_metadata()
     cast(TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
     try:

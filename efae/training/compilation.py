@@ -5,8 +5,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch._dynamo import config as dynamo
-from torch._functorch import config as functorch
 
 from efae.generator_config import AnyConfig
 from efae.model.compilation import RECOMPILE_LIMIT, compile_blocks
@@ -42,6 +40,10 @@ def prepare(objective: nn.Module, config: AnyConfig, device: torch.device, one_p
 @contextmanager
 def compiler_options(config: AnyConfig) -> Generator[None]:
     """Tell the compiler which share of the activations to keep; without effect on eager steps."""
+    # They take seconds to import, which a driver need not wait for.
+    from torch._dynamo import config as dynamo
+    from torch._functorch import config as functorch
+
     share, limit = config.training.activation_memory, RECOMPILE_LIMIT
     with functorch.patch(activation_memory_budget=share), dynamo.patch(recompile_limit=limit):
         yield
