@@ -21,6 +21,7 @@ from efae.evaluation.held_out import read_held_out, read_images
 from efae.evaluation.linear_reference import fit_linear_reference
 from efae.evaluation.results import Evaluation, Part
 from efae.model.autoencoder import Autoencoder
+from efae.model.compilation import compile_blocks
 
 _BATCH_SIZE = 64
 _FITTED_IMAGES = 256
@@ -89,7 +90,8 @@ def _fit(text: str) -> FittedAction:
 def _prepare(model: Autoencoder, config: Config) -> Measurement:
     model.precision = config.training.evaluation_precision
     if config.choose_compilation("cuda" if config.ray.use_gpu else "cpu") != "none":
-        model.compile_blocks()  # nothing runs before the first call: none on the driver
+        # Nothing is compiled before the first call: the driver makes none, and needs no compiler.
+        model.compiled = compile_blocks(model, fullgraph=False)
     return Measurement(model, angles=choose_angles(model, None, *config.data.image_size))
 
 

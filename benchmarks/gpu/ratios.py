@@ -68,7 +68,7 @@ def compute(results: dict[str, Any]) -> dict[str, float]:
         if section == "ceilings" and ", as dispatched, " in name:
             other = name.replace("as dispatched", "matrix products")
             add(f"{name}, over matrix products", row, rows.get((section, other)), "tb_per_s")
-        if section == "sampler" and name in ("bf16", "tf32"):
+        if section == "sampler" and name in ("bf16", "tf32", "bf16, compiled"):
             for key in ("encode_images_per_s", "decode_1_images_per_s"):
                 add(
                     f"{key.partition('_')[0]} in {name} over fp32",

@@ -13,7 +13,7 @@ from efae.model.precision import Precision, at_precision
 
 @torch.no_grad()
 def measure(rows: Rows, batch: int) -> None:
-    """Add a row per precision: images per second that are encoded, and decoded in 1, 2, 4 steps."""
+    """Add rows by precision: images per second that are encoded, and decoded in 1, 2, 4 steps."""
     config, device = imagenet(rows.smoke), rows.device
     model = wake(Autoencoder(config)).to(device).eval().requires_grad_(False)
     repeats = (1, 1) if rows.smoke else (4, 2)
@@ -39,6 +39,9 @@ def measure(rows: Rows, batch: int) -> None:
 
     for precision in get_args(Precision):
         rows.add_halving("sampler", precision, batch, lambda b, p=precision: run(b, p))
+    if not rows.smoke:  # a compiler takes a minute
+        model.compile_blocks()
+        rows.add_halving("sampler", "bf16, compiled", batch, lambda b: run(b, "bf16"))
 
     def draw_on_host() -> dict[str, Any]:
         shape = (batch, config.data.channels, *config.data.image_size)

@@ -142,6 +142,22 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(name, precision):
             assert torch.equal(tensor, ends[1][0][kind][key]), (kind, key)
 
 
+@on_gpus
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_compiled_inference_is_that_of_eager_blocks(name):
+    torch.manual_seed(0)
+    model = wake(Autoencoder(SMALL)).to(name).eval().requires_grad_(False)
+    image, noise = (torch.rand(2, 3, 3, 32, 32) * 2 - 1).to(name)  # filled up to 4
+    expected = model.encode(image)
+    decoded = model.decode(expected, steps=2, noise=noise)
+    model.compile_blocks("auto")
+    assert model.compiled
+    torch.testing.assert_close(model.encode(image), expected, rtol=1e-4, atol=1e-5)
+    found = model.decode(expected, steps=2, noise=noise)
+    torch.testing.assert_close(found, decoded, rtol=1e-4, atol=1e-5)
+
+
 @on_any_device
 def test_a_saved_model_decodes_as_on_the_cpu(name, tmp_path):
     torch.manual_seed(0)
