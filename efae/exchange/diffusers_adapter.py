@@ -64,6 +64,7 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     config_name = CONFIG
     _supports_group_offloading = False  # our modules use each other's weights
+    _repeated_blocks = ("Block", "ConvolutionBlock")  # of `compile_repeated_blocks`
 
     def __init__(self, efae: Autoencoder | dict[str, Any]):
         super().__init__()

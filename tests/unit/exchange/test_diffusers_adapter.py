@@ -20,6 +20,7 @@ from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.exchange.diffusers_adapter import AutoencoderEFAE
 from efae.model.autoencoder import Autoencoder
+from efae.model.octic.layers import Recomputing
 from efae.model.pretrained import CLASS_NAME
 from efae.model.stored_files import CONFIG, MANIFEST, MODEL_FILES
 from efae.symmetry import D4
@@ -209,6 +210,15 @@ def test_images_of_any_size(vae):
         assert cut(wide[:, :, :, :16].repeat(1, 1, 2, 1)[:, :, :10]).sample.shape == (1, 3, 10, 16)
     with pytest.raises(ValueError, match=r"size=\(8, 16\): a latent of 1 x 3 cells"):
         vae.decode(z, size=(8, 16))
+
+
+@pytest.mark.parametrize("kind", ["transformer", "unet"])
+def test_diffusers_finds_the_blocks_to_compile(kind):
+    vae = build(**{"model.kind": kind, "model.attention_depth": 1})
+    vae.compile_repeated_blocks(backend="eager")
+    for module in vae.modules():
+        is_compiled = getattr(module, "_compiled_call_impl", None) is not None
+        assert is_compiled == isinstance(module, Recomputing)
 
 
 def test_slices_change_nothing_but_memory(vae, image):
