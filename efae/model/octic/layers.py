@@ -257,7 +257,7 @@ class Mlp(nn.Sequential):
     def __init__(self, group: Group, m: int, hidden: int):
         super().__init__(Linear(group, m, hidden), Nonlinearity(group), Linear(group, hidden, m))
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Float[Tensor, "slot *axes coset*m"]
     ) -> Float[Tensor, "slot *axes coset*m"]:
         """Map every token."""
