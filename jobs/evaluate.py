@@ -9,6 +9,7 @@ Several models are measured on the same images and shown side by side; each gets
 folder below. Addresses come from the environment (`source .local/env` for the local stack).
 """
 
+import copy
 import json
 import logging
 import sys
@@ -193,12 +194,14 @@ def _write_page(folder: Path, models: "Mapping[str, Tokenizer]", credits: list[s
     from efae.model.autoencoder import Autoencoder
     from efae.web_page.page import ShownModel, write_page
 
-    for model in models.values():
-        model.to("cpu")
+    shown: list[ShownModel] = []
+    for uri, measured in models.items():
+        model = copy.deepcopy(measured.to("cpu"))  # a copy's blocks are not compiled
         if isinstance(model, Autoencoder):
             model.precision = model.tile = None
+        shown.append(ShownModel(uri, model))
     folder.mkdir(exist_ok=True)
-    write_page([ShownModel(uri, model) for uri, model in models.items()], folder, " ".join(credits))
+    write_page(shown, folder, " ".join(credits))
 
 
 def _load(
