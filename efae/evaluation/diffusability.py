@@ -17,7 +17,7 @@ rounding only.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -243,25 +243,28 @@ def local_distant_similarity(latent: Float[Tensor, "b dim h w"]) -> Float[Tensor
 
 
 def interpolate_with_nearest(
-    latent: Float[Tensor, "b dim h w"], everything: Float[Tensor, "n dim h w"], first: int
-) -> Float[Tensor, "b dim h w"]:
-    """Return the latents half-way to their nearest neighbours, for the interpolated FID.
+    everything: Float[Tensor, "n dim h w"], first: int, count: int, batch_size: int
+) -> Iterator[Float[Tensor, "b dim h w"]]:
+    """Yield latents half-way to their nearest neighbours, for the interpolated FID.
 
     The neighbour is the latent of greatest cosine similarity, and the way an arc (Xu et al. 2026,
     arXiv:2603.05630). Acting on all latents by one element acts on the result.
 
     Args:
-        latent: Latents number `first` and following of `everything`.
         everything: Latents of all images, two at least.
-        first: Position of the first latent.
+        first: Position of the first latent to interpolate.
+        count: Number of latents to interpolate.
+        batch_size: Number of latents per batch.
     """
-    directions = F.normalize(everything.flatten(1), dim=1)
-    similarity = directions[first : first + len(latent)] @ directions.T
-    places = torch.arange(len(latent))
-    similarity[places, first + places] = -math.inf
-    cosine, nearest = similarity.max(1)
-    weight = (2 + 2 * cosine).clamp(min=1e-6).rsqrt()  # sin(angle / 2) / sin(angle)
-    return weight[:, None, None, None] * (latent + everything[nearest])
+    vectors = everything.flatten(1)
+    lengths = vectors.square().sum(1).sqrt().clamp(min=1e-12)
+    for start in range(first, first + count, batch_size):
+        rows = torch.arange(start, min(start + batch_size, first + count))
+        cosine = vectors[rows] @ vectors.T / lengths / lengths[rows, None]
+        cosine[torch.arange(len(rows)), rows] = -math.inf
+        cosine, nearest = cosine.max(1)
+        weight = (2 + 2 * cosine).clamp(min=1e-6).rsqrt()  # sin(angle / 2) / sin(angle)
+        yield weight[:, None, None, None] * (everything[rows] + everything[nearest])
 
 
 def _transform(field: Float[Tensor, "b c h w"], rows: int, columns: int) -> Tensor:

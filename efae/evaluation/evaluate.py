@@ -145,19 +145,23 @@ class Measurement:
     ) -> None:
         """Add decodes between the latents of this part and their neighbours among all to FID."""
         assert self.fid is not None
-        mine = [latent.flatten() for latent in latents]
-        parts = gather_vectors(torch.cat(mine) if mine else torch.zeros(0), self.device)
-        if not latents:
+        count = sum(map(len, latents))
+        vector = torch.cat([latent.flatten() for latent in latents] or [torch.zeros(0)])
+        latent_shape = latents[0].shape[1:] if latents else ()
+        latents.clear()  # a large set has gigabytes of them
+        parts = gather_vectors(vector, self.device)
+        if not latent_shape:
             return
-        everything = torch.cat(parts).view(-1, *latents[0].shape[1:])
+        everything = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(-1, *latent_shape)
         if len(everything) < 2:
             return  # a single image has no neighbour, and no FID
-        for latent in progress(latents, "interpolate"):
-            between = interpolate_with_nearest(latent, everything, first)
-            noise = draw_noise(range(first, first + len(latent)), shape, self.seed)
+        batches = interpolate_with_nearest(everything, first, count, self.batch_size)
+        starts = range(first, first + count, self.batch_size)
+        for start in progress(starts, "interpolate"):
+            between = next(batches)
+            noise = draw_noise(range(start, start + len(between)), shape, self.seed)
             decoded = self.model.decode(between.to(self.device), noise=noise.to(self.device))
             self.fid.add_interpolated(decoded)
-            first += len(latent)
 
     @property
     def device(self) -> torch.device:

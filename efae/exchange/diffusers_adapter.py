@@ -84,6 +84,15 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.use_tiling: bool = False
         self.tile_sample_min_size = max(512, efae.config.model.downsampling)
 
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the blocks, as `Autoencoder.compile_blocks` does, with options of torch.compile.
+
+        Raises:
+            ValueError: As that of `ModelMixin`.
+        """
+        super().compile_repeated_blocks(*args, **kwargs)
+        self.autoencoder.compiled = True
+
     @property
     def group(self) -> Group:
         """Group that acts on images and latents."""

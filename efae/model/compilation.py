@@ -86,17 +86,21 @@ class Compilable(nn.Module):
             return function(*inputs)
         from torch._dynamo import config  # a second
 
-        (count,) = {len(batch) for batch in inputs if batch is not None}
-        missing = (1 << (count - 1).bit_length()) - count if count else 0
+        counts = [len(batch) for batch in inputs if batch is not None]
+        count = max(counts)
+        if not count or not set(counts) <= {1, count}:
+            return function(*inputs)
+        target = 1 << (count - 1).bit_length()
         with config.patch(recompile_limit=RECOMPILE_LIMIT):
-            return function(*(_repeat_last(batch, missing) for batch in inputs))[:count]
+            return function(*(_fill(batch, target) for batch in inputs))[:count]
 
     def __getstate__(self) -> dict[str, Any]:
         """The state of a copy, whose blocks are not compiled."""
         return {**super().__getstate__(), "compiled": False}
 
 
-def _repeat_last(batch: Tensor | None, times: int) -> Tensor | None:
-    if batch is None or not times:
+def _fill(batch: Tensor | None, target: int) -> Tensor | None:
+    """Repeat the last entry, which is also the only one of what is the same for all."""
+    if batch is None or len(batch) == target:
         return batch
-    return torch.cat([batch, batch[-1:].expand(times, *batch.shape[1:])])
+    return torch.cat([batch, batch[-1:].expand(target - len(batch), *batch.shape[1:])])

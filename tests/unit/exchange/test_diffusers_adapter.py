@@ -221,6 +221,17 @@ def test_diffusers_finds_the_blocks_to_compile(kind):
         assert is_compiled == isinstance(module, Recomputing)
 
 
+@pytest.mark.slow
+def test_blocks_that_diffusers_compiles_take_batches_of_every_size():
+    vae = build(**{"model.kind": "unet", "model.attention_depth": 1})
+    images = [torch.rand(count, 3, 16, 16) * 2 - 1 for count in (1, 3, 4)]
+    expected = [vae(image, generator=seeded()).sample for image in images]
+    torch._dynamo.reset()
+    vae.compile_repeated_blocks(backend="eager", fullgraph=True)  # more programs than torch's 8
+    for image, sample in zip(images, expected, strict=True):
+        torch.testing.assert_close(vae(image, generator=seeded()).sample, sample)
+
+
 def test_slices_change_nothing_but_memory(vae, image):
     z, whole = vae.encode(image).latent_dist.mode(), vae(image, generator=seeded()).sample
     vae.enable_slicing()

@@ -53,6 +53,17 @@ def test_batches_of_every_size_share_few_programs(model, graphs):
     assert not counters["graph_break"]
 
 
+def test_a_time_for_all_images_is_taken_and_two_for_three_are_not(model, graphs):
+    plain = copy.deepcopy(model)
+    model.compile_blocks()
+    image, t = torch.rand(3, 3, 16, 16), torch.tensor([0.5])
+    latent = plain.encode(image)
+    expected = plain.velocity(image, t, latent)
+    torch.testing.assert_close(model.velocity(image, t, latent), expected)
+    with pytest.raises(RuntimeError):
+        model.velocity(image, t.expand(2), latent)
+
+
 def test_a_copy_is_not_compiled(model, graphs):
     model.compile_blocks()
     images = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
