@@ -6,7 +6,6 @@ under the name of the run.
 
 import json
 import logging
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -26,7 +25,7 @@ from efae.evaluation.results import Evaluation
 from efae.evaluation_task import fit_on_cluster, start_evaluation
 from efae.generator_config import AnyConfig, GeneratorConfig
 from efae.model.autoencoder import Autoencoder, build_representation
-from efae.model.pretrained import StoredModel, pack_model
+from efae.model.pretrained import StoredModel, hash_tensors, pack_model
 from efae.preflight.cluster_checks import run_preflight
 from efae.preflight.driver_checks import RunData
 from efae.presets import GENERATORS, PRESETS
@@ -282,7 +281,7 @@ def describe_data(data: RunData) -> dict[str, Any]:
     described: dict[str, Any] = {}
     credits: dict[str, None] = {}  # an ordered set
     for role, facts in (("train", data.train), ("held_out", data.held_out)):
-        described[f"{role}_data"] = f"{facts.uri} ({facts.images} images, id {facts.id})"
+        described[f"{role}_data"] = facts.describe()
         if facts.credit:
             credits[facts.credit] = None
     return described | {"credits": list(credits)}
@@ -323,14 +322,16 @@ def evaluate_and_export(final: str, config: Config) -> Generator[Product]:
         yield Product(model, programs, wait_for_evaluation())
 
 
-def write_report_page(folder: Path, model: StoredModel, uri: str, credits: Sequence[str]) -> None:
-    """Write the page of a registered model; a failure is a warning, since the model is stored.
+def send_report_page(
+    model: StoredModel, uri: str, credits: Sequence[str], send: Callable[[Path], None]
+) -> None:
+    """Write and send the page of a registered model; a failure is a warning: the model is stored.
 
     Args:
-        folder: Folder, which does not exist yet.
         model: Model.
         uri: URI of the model, for its heading.
         credits: Credits of its training images.
+        send: Function that stores the page's folder.
     """
     from efae.web_page.page import ShownModel, write_page
 
@@ -338,10 +339,10 @@ def write_report_page(folder: Path, model: StoredModel, uri: str, credits: Seque
         try:
             shown = ShownModel(uri, Autoencoder.restore(model), model.digest)
             write_page([shown], Path(scratch), " ".join(credits))
-        except (ValueError, OSError) as error:
-            logger.warning("the report card has no page: %s", error)
-        else:
-            shutil.copytree(scratch, folder)
+            send(Path(scratch))
+        except Exception as error:  # of torch, ONNX Runtime, protobuf, the storage, the server
+            reason = redact(str(error)) or type(error).__name__
+            logger.warning("the report card has no page: %s", reason)
 
 
 def publish(
@@ -373,7 +374,7 @@ def publish(
     from efae.report.model_card import render_model_card
 
     evaluation, model = product.evaluation, product.model
-    facts = facts | {"mlflow_run_id": run.id}
+    facts = facts | {"mlflow_run_id": run.id, "tensors_sha256": hash_tensors(model.weights)}
     measured = {
         "psnr": evaluation.psnr,
         "linear_psnr": evaluation.linear_psnr,
@@ -423,11 +424,20 @@ def publish(
             curves=run.read_curve("loss"),
             model_card=card,
         )
-        if config.tracking.page:
-            write_report_page(report_folder / "page", model, version.uri, facts["credits"])
         summary = json.loads((report_folder / "summary.json").read_text())
         run.log_report(report_folder, summary)
         if config.tracking.report_folder:
-            copy = Location.parse(config.tracking.report_folder) / config.tracking.run_name
-            storage.upload_folder(report_folder, copy)
+            storage.upload_folder(report_folder, _locate_copy(config))
+
+    def send(page: Path) -> None:
+        run.log_folder(page, "report/page")
+        if config.tracking.report_folder:
+            storage.upload_folder(page, _locate_copy(config) / "page")
+
+    if config.tracking.page:
+        send_report_page(model, version.uri, facts["credits"], send)
     return summary
+
+
+def _locate_copy(config: Config) -> Location:
+    return Location.parse(config.tracking.report_folder) / config.tracking.run_name

@@ -85,17 +85,24 @@ def main(arguments: list[str]) -> int:
     from efae.checkpoints.checkpoint import CheckpointError
 
     try:
-        report = _run(chosen)
+        report, models = _run(chosen)
     except (ValueError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     _print_table(json.loads((chosen.output / "summary.json").read_text()))
     print(f"report: {report}")
+    if chosen.page:
+        try:
+            _write_page(chosen.output / "page", models)
+        except Exception as error:  # of torch, ONNX Runtime or protobuf, too
+            reason = str(error) or type(error).__name__
+            print(f"error: the page was not written: {reason}", file=sys.stderr)
+            return 1
     return 0
 
 
-def _run(chosen: Arguments) -> Path:
-    """Check the input, measure every model, and write the report.
+def _run(chosen: Arguments) -> "tuple[Path, Mapping[str, Tokenizer]]":
+    """Check the input, measure every model, write the report, and return its path and the models.
 
     Raises:
         ValueError: The user's input cannot work.
@@ -106,6 +113,8 @@ def _run(chosen: Arguments) -> Path:
     from efae.evaluation.evaluate import evaluate, measure_drift
     from efae.evaluation.fitted_action import fit_action
     from efae.evaluation.lpips_fid import Lpips, load_fid
+    from efae.model.autoencoder import Autoencoder
+    from efae.model.pretrained import hash_tensors
     from efae.preflight.driver_checks import read_facts
     from efae.report.card import Card, advise_on_linear_map, write_comparison, write_report
 
@@ -162,17 +171,19 @@ def _run(chosen: Arguments) -> Path:
             numbers["drift"] = measure_drift(model, first, images[channels], chosen.batch_size)
         facts = {
             "model_uri": uri.removeprefix("diffusers:"),
-            "data": chosen.data,
+            "data": found.describe(),
             "device": chosen.device,
             "precision": "fp32" if config is None else chosen.precision,
             "wall_seconds": time.monotonic() - started,
             "credits": credits,
         }
+        if isinstance(model, Autoencoder):
+            facts["tensors_sha256"] = hash_tensors(model.state_dict())
         cards[uri] = Card(numbers, evaluation.pictures, config, facts)
         if advice := advise_on_linear_map(cards[uri].numbers, config):
             print(f"warning: {uri}: {advice}", file=sys.stderr)
     if len(cards) > 1:
-        facts = {"data": chosen.data, "credits": credits}
+        facts = {"data": found.describe(), "credits": credits}
         report = write_comparison(chosen.output, cards, facts)
     else:
         (card,) = cards.values()
@@ -183,13 +194,10 @@ def _run(chosen: Arguments) -> Path:
             config=card.config,
             facts=card.facts,
         )
-    if chosen.page:
-        shown = {uri: model for uri, (model, _, _) in loaded.items()}
-        _write_page(chosen.output / "page", shown, credits)
-    return report
+    return report, {uri: model for uri, (model, _, _) in loaded.items()}
 
 
-def _write_page(folder: Path, models: "Mapping[str, Tokenizer]", credits: list[str]) -> None:
+def _write_page(folder: Path, models: "Mapping[str, Tokenizer]") -> None:
     """Write the page of the models that were measured, which compute in fp32 there."""
     from efae.model.autoencoder import Autoencoder
     from efae.web_page.page import ShownModel, write_page
@@ -201,7 +209,7 @@ def _write_page(folder: Path, models: "Mapping[str, Tokenizer]", credits: list[s
             model.precision = model.tile = None
         shown.append(ShownModel(uri, model))
     folder.mkdir(exist_ok=True)
-    write_page(shown, folder, " ".join(credits))
+    write_page(shown, folder)  # without credit: the training images are not known here
 
 
 def _load(

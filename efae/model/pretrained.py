@@ -352,16 +352,17 @@ def _parse_unlisted(uri: str, folder: Path) -> StoredModel:
         raise CheckpointError(uri, f"{MANIFEST} is missing")
     if header["config_sha256"] != sha256(files[CONFIG]):
         raise CheckpointError(uri, f"{CONFIG} was changed, or comes from another model")
-    if header.get("tensors_sha256") != _hash_tensors(weights):
+    if header.get("tensors_sha256") != hash_tensors(weights):
         raise CheckpointError(uri, f"{WEIGHTS} is damaged: its tensors have another sha256")
     files[MANIFEST] = dump_manifest(files, {})
     return StoredModel(uri, files, WEIGHTS, weights, config)
 
 
-def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of weights by parameter name, which no file format or device changes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name]
+        tensor = tensors[name].detach().cpu()
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -45,6 +45,10 @@ class SetFacts:
     bytes: int
     credit: str
 
+    def describe(self) -> str:
+        """Return address, size and id in one line."""
+        return f"{self.uri} ({self.images} images, id {self.id})"
+
 
 class RunData:
     """Facts of a run's two shard sets; each index is read and parsed once, on first use."""

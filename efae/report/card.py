@@ -48,7 +48,7 @@ _SUMMARY = (
     *("data_wait_fraction", "bad_samples", *_MEASURED, "checkpoints", "checkpoint_stall_seconds"),
     *("recoveries", "world_size", "precision", "device", "wall_seconds", "events"),
     *("tflops_per_second", "flop_utilization", "flop_utilization_as_dense"),
-    *("preset", "commit", "train_data", "held_out_data", "data", "credits"),
+    *("preset", "commit", "train_data", "held_out_data", "data", "credits", "tensors_sha256"),
 )
 _EXACT_DB = 1e-3
 """Largest gap, dB, that counts as rounding."""

@@ -89,8 +89,12 @@ class Run:
             if isinstance(value, int | float)
         }
         step = int(summary["steps"])
-        self.server.client().log_artifacts(self.id, str(folder), "report")
+        self.log_folder(folder, "report")
         self.log_metrics(step, numbers)
+
+    def log_folder(self, folder: Path, name: str) -> None:
+        """Store the files as artifacts below `name`; MlflowException as in `log_report`."""
+        self.server.client().log_artifacts(self.id, str(folder), name)
 
     def read_curve(self, name: str) -> list[tuple[int, float]]:
         """Return (step, value) pairs of one metric by step; [] if it was never logged."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import efae
 from data_pipelines import storage
 from data_pipelines.build_shards import build_shards
 from efae.config import Config
@@ -15,7 +16,9 @@ from efae.config_forms import with_overrides
 from efae.evaluation.any_angle import ANGLES
 from efae.exchange.diffusers_tokenizer import WEIGHTS, load_diffusers
 from efae.model.autoencoder import Autoencoder
+from efae.model.pretrained import hash_tensors
 from efae.training.starts.source import adopt_pretrained, read_pretrained
+from efae.web_page import page
 from jobs.evaluate import main
 
 OURS = {
@@ -225,6 +228,24 @@ def test_a_page_without_npm_is_refused_before_work_starts(paths, tmp_path, monke
     assert main([*arguments, "--output", str(tmp_path / "report"), "--page"]) == 1
     assert "install npm, or copy onnxruntime-web" in capsys.readouterr().err
     assert not (tmp_path / "report").exists()
+
+
+def test_a_page_that_fails_costs_no_measurement(paths, tmp_path, monkeypatch, capsys):
+    def fail(_models, _folder, credit: str = "") -> None:
+        assert credit == ""  # that of the measured images says nothing about the model
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(page, "check_page", lambda: "")
+    monkeypatch.setattr(page, "write_page", fail)
+    arguments = ["--model", paths["ours"], "--data", paths["colour"], "--page", "--images=4"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 1
+    told = capsys.readouterr()
+    assert told.err.endswith("error: the page was not written: no such operator\n")
+    assert f"report: {tmp_path / 'report.html'}" in told.out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["tensors_sha256"] == hash_tensors(efae.load(paths["ours"]).state_dict())
+    assert summary["data"].startswith(f"{paths['colour']} (12 images, id ")
+    assert (tmp_path / "report.html").exists()
 
 
 @pytest.mark.browser

@@ -23,12 +23,13 @@ from efae.evaluation.evaluate import evaluate
 from efae.evaluation.held_out import read_held_out
 from efae.experiment import Product, publish
 from efae.model.autoencoder import Autoencoder, build_representation
-from efae.model.pretrained import pack_model
+from efae.model.pretrained import hash_tensors, pack_model
 from efae.model.stored_files import WEIGHTS
 from efae.preflight.driver_checks import RunData
 from efae.registry import pull, registration, versions
 from efae.registry.promotion import GATES
 from efae.registry.versions import RegisteredVersion
+from efae.web_page import page
 from jobs.promote import main
 from tests.opened_files import watch_opens
 
@@ -274,8 +275,15 @@ def write_pictures(folder: Path, seed: int) -> str:
 
 
 def test_what_an_experiment_publishes_says_all_that_the_gates_ask(
-    tmp_path, name, client, run, register
+    tmp_path, name, client, run, register, monkeypatch
 ):
+    def write_page(_models, folder: Path, _credit: str) -> None:
+        assert "report/report.html" in [
+            file.path for file in client.list_artifacts(run.id, "report")
+        ]
+        (folder / "index.html").write_text("<p>")
+
+    monkeypatch.setattr(page, "write_page", write_page)
     uris = [write_pictures(tmp_path / role, seed) for seed, role in enumerate(("train", "held"))]
     config = configuration.with_overrides(
         TINY,
@@ -286,6 +294,8 @@ def test_what_an_experiment_publishes_says_all_that_the_gates_ask(
             "tracking.run_name": name,
             "tracking.registered_model": name,
             "tracking.portable": False,
+            "tracking.page": True,
+            "tracking.report_folder": str(tmp_path / "reports"),
         },
     )
     torch.manual_seed(0)
@@ -304,7 +314,10 @@ def test_what_an_experiment_publishes_says_all_that_the_gates_ask(
     with watch_opens() as opened:
         weights = checkpoint.read_model(final).weights
         product = Product(pack_model(weights, config, model.representation), (), evaluation)
-        publish(config, data, run, product, {"steps": 1})
+        summary = publish(config, data, run, product, {"steps": 1, "credits": []})
+    assert summary["tensors_sha256"] == hash_tensors(model.state_dict())
+    assert client.list_artifacts(run.id, "report/page")[0].path == "report/page/index.html"
+    assert (tmp_path / "reports" / name / "page/index.html").exists()
     for path in (f"{final}/ema.safetensors", *(f"{uri}/index.json" for uri in uris)):
         assert opened.count(path) == 1
     tags = client.get_model_version(name, "1").tags

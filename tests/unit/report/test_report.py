@@ -37,7 +37,7 @@ SUMMARY = (
     *("group_law_error", "checkpoints", "checkpoint_stall_seconds", "recoveries"),
     *("world_size", "precision", "device", "wall_seconds", "events"),
     *("tflops_per_second", "flop_utilization", "flop_utilization_as_dense"),
-    *("preset", "commit", "train_data", "held_out_data", "data", "credits"),
+    *("preset", "commit", "train_data", "held_out_data", "data", "credits", "tensors_sha256"),
 )
 FIGURES = ("orbit", "reconstructions", "gap", "rotations", "energy", "steps", "loss_by_time")
 FACTS = {

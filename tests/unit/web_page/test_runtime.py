@@ -9,12 +9,12 @@ import pytest
 
 from efae.config import Config
 from efae.config_forms import with_overrides
-from efae.experiment import write_report_page
+from efae.experiment import send_report_page
 from efae.model.autoencoder import Autoencoder
 from efae.model.pretrained import pack_model
 from efae.preflight.driver_checks import RunData, list_checks
 from efae.tracking.server import Server
-from efae.web_page import runtime
+from efae.web_page import page, runtime
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +80,17 @@ def test_a_page_that_cannot_be_written_costs_no_registered_model(tmp_path, monke
     config = with_overrides(Config(), {"data.resolution": 16, "model.depth": 1})
     model = Autoencoder(config)
     stored = pack_model(model.state_dict(), config, model.representation)
-    write_report_page(tmp_path / "page", stored, "models:/efae/1", [])
+    sent = []
+    send_report_page(stored, "models:/efae/1", [], sent.append)
     assert "the report card has no page: the page needs onnxruntime-web" in caplog.text
-    assert not (tmp_path / "page").exists()
+
+    def fail(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(page, "write_page", fail)  # as ONNX Runtime, torch or protobuf can
+    send_report_page(stored, "models:/efae/1", [], sent.append)
+    assert "the report card has no page: AssertionError" in caplog.text
+    assert sent == []
+    monkeypatch.setattr(page, "write_page", lambda *_: None)
+    send_report_page(stored, "models:/efae/1", [], fail)
+    assert caplog.text.count("AssertionError") == 2
