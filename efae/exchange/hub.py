@@ -1,17 +1,19 @@
 """Upload of folders to the Hugging Face Hub, each as one commit.
 
 A reader of the Hub sees all files of a commit or none. A repository is only written if it is new or
-empty, or holds what an earlier upload of the same kind left there.
+empty, or holds what an earlier upload of the same kind left there. Of its files, an upload deletes
+those alone that the manifests of the last one list.
 """
 
+import json
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from efae.model.stored_files import MANIFEST, OWN_CONFIG, OWN_WEIGHTS
+from efae.model.stored_files import MANIFEST, WEIGHTS, parse_manifest
 from efae.tracking.redaction import first_cause, redact
 
 if TYPE_CHECKING:
@@ -19,14 +21,12 @@ if TYPE_CHECKING:
 
 Kind = Literal["model", "space"]
 _MARKS = {"model": MANIFEST, "space": "page.json"}
-"""File by which a repository of ours is recognised."""
-_REPLACED = {
-    "model": {"onnx", OWN_CONFIG, OWN_WEIGHTS},
-    "space": {"models", "runtime", "samples"},
-}
-"""Folders and files that an upload removes if it has no newer ones."""
-_OF_THE_HUB = {".gitattributes", ".gitignore", "README.md", "LICENSE", "index.html", "style.css"}
-"""Files that a repository has from its creation, in its web form or as a static Space."""
+"""File by whose content a repository of ours is recognised."""
+PROGRAMS = "onnx"
+"""Folder of the ONNX programs in a model's repository."""
+_EMPTY = {".gitattributes"}
+_NEW = _EMPTY | {"README.md", "LICENSE", "index.html", "style.css"}
+"""Files that a repository can have from its creation, in its web form or as a static Space."""
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
@@ -49,7 +49,8 @@ class HubOptions:
     commit_message: str = "Upload model"
     """Message of the commits."""
     dry_run: bool = False
-    """List what would be sent, and send nothing; needs no token and no network."""
+    """List what would be sent, and send nothing; needs no token, and no network but for the page's
+    runtime, downloaded once."""
 
 
 class HubFile(NamedTuple):
@@ -93,7 +94,7 @@ class HubFolder:
 
 
 def check_options(repo_id: str, options: HubOptions) -> None:
-    """Check repositories and licence, without the network.
+    """Check repositories, licence, branch and message, without the network.
 
     Raises:
         ValueError: One of them is malformed.
@@ -118,21 +119,28 @@ def check_options(repo_id: str, options: HubOptions) -> None:
             f"licence {options.licence!r}: write it as the Hub does, for instance apache-2.0,"
             " cc-by-sa-4.0 or other"
         )
+    if not options.revision.strip() or not options.commit_message.strip():
+        raise ValueError("the branch (revision) and the commit message must not be empty")
 
 
 def find_token(token: str | None = None) -> str:
     """Return the given token, or that of the environment or of the Hub's login.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or it is malformed; the message does not repeat it.
     """
     from huggingface_hub import get_token
 
-    found = token or get_token()
+    found = (token or get_token() or "").strip()
     if not found:
         raise ValueError(
             "no token for the Hub: set HF_TOKEN to one that may write, or log in with"
             " `hf auth login`; a dry run needs none"
+        )
+    if not re.fullmatch("[!-~]+", found):
+        raise ValueError(
+            "the token for the Hub has a space, a line break or a character that is not ASCII:"
+            " copy it again"
         )
     return found
 
@@ -154,13 +162,11 @@ def push_folders(
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    present = check_repositories(folders, token)
+    previous = check_repositories(folders, token)
     api = HfApi(token=token)
-    for folder, names in zip(folders, present, strict=True):
+    for folder, names in zip(folders, previous, strict=True):
         sent = {file.path: folder.path / file.path for file in folder.list_files()}
-        stale = {
-            name for name in names - sent.keys() if name.partition("/")[0] in _REPLACED[folder.kind]
-        }
+        stale = names - sent.keys()
         with _explaining(api, folder):
             api.create_repo(
                 folder.repo_id,
@@ -184,7 +190,7 @@ def push_folders(
 
 
 def check_repositories(folders: Sequence[HubFolder], token: str) -> list[set[str]]:
-    """Check that each repository is new, empty or ours, and return the paths of its files.
+    """Check that each repository is new, empty or ours, and return what the last upload left there.
 
     Args:
         folders: Folders, which need not exist yet.
@@ -197,33 +203,98 @@ def check_repositories(folders: Sequence[HubFolder], token: str) -> list[set[str
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    return [_list_present(api, folder) for folder in folders]
+    return [_list_previous(api, folder) for folder in folders]
 
 
-def _list_present(api: "HfApi", folder: HubFolder) -> set[str]:
-    """Return the paths in a repository; ValueError if it is not ours to write."""
+def _list_previous(api: "HfApi", folder: HubFolder) -> set[str]:
+    """Return the paths of the last upload; ValueError if the repository is not ours to write."""
+    from huggingface_hub import get_session, hf_hub_url
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.utils import hf_raise_for_status
+
+    revision = folder.revision
 
     def list_files(revision: str) -> set[str]:
         # Unlike the client's other lists of files, this is one request, without retries.
         ask = api.space_info if folder.kind == "space" else api.model_info
         return {file.rfilename for file in ask(folder.repo_id, revision=revision).siblings or []}
 
+    def read(name: str) -> bytes:
+        if name not in names:
+            return b""
+        url = hf_hub_url(
+            *(folder.repo_id, name),
+            repo_type=folder.kind,
+            revision=revision,
+            endpoint=api.endpoint,
+        )
+        with _explaining(api, folder):
+            answer = get_session().get(url, headers={"authorization": f"Bearer {api.token}"})
+            hf_raise_for_status(answer)
+            return answer.content
+
     with _explaining(api, folder):
         try:
-            names = list_files(folder.revision)
+            names = list_files(revision)
         except RevisionNotFoundError:  # the new branch starts at main
-            names = list_files("main")
+            revision = "main"
+            names = list_files(revision)
         except RepositoryNotFoundError:
-            names = set[str]()
-    others = sorted(names - _OF_THE_HUB)
-    if others and _MARKS[folder.kind] not in names:
+            return set()
+    if ".gitignore" in names:
+        raise ValueError(
+            f"{folder.repo_id} has a .gitignore, for which the Hub leaves out files without a word:"
+            " nothing was sent; delete it there, or choose another name"
+        )
+    sent = _parse_model(read) if folder.kind == "model" else _parse_page(read)
+    if sent is not None:
+        return sent & names
+    if not names <= _EMPTY and not (names <= _NEW and _is_new(api, folder, revision)):
+        others = sorted(names - _NEW) or sorted(names - _EMPTY)
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise ValueError(
             f"{folder.repo_id} already holds {', '.join(others[:3])}{more}, which this package did"
             " not send: nothing was sent; choose another name, or empty that repository"
         )
-    return names
+    return set()
+
+
+def _is_new(api: "HfApi", folder: HubFolder, revision: str) -> bool:
+    """Return whether nobody has changed a repository since its creation."""
+    with _explaining(api, folder):
+        commits = api.list_repo_commits(folder.repo_id, repo_type=folder.kind, revision=revision)
+    return [commit.title for commit in commits] == ["initial commit"]
+
+
+def _parse_model(read: Callable[[str], bytes]) -> set[str] | None:
+    """Return the paths that the manifests of a model list; None if it is not ours."""
+    try:
+        files = parse_manifest("", read(_MARKS["model"]))["files"]
+    except ValueError:
+        return None
+    return {MANIFEST, *files, *_list_programs(read, PROGRAMS)} if WEIGHTS in files else None
+
+
+def _parse_page(read: Callable[[str], bytes]) -> set[str] | None:
+    """Return the paths that the manifests of a page list; None if it is not ours."""
+    try:
+        page = json.loads(read(_MARKS["space"]))
+        samples = {f"samples/{sample['file']}" for sample in page["samples"]}
+        folders = [str(model["folder"]) for model in page["models"]]
+        _ = page["webgpu"]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
+    return samples.union(*(_list_programs(read, folder) for folder in folders))
+
+
+def _list_programs(read: Callable[[str], bytes], folder: str) -> set[str]:
+    """Return the paths of ONNX programs and their manifest; none without a manifest."""
+    manifest = f"{folder}/export.json"
+    try:
+        files: Any = json.loads(read(manifest))["files"]
+        return {manifest, *(f"{folder}/{name}" for name in files)}
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return set()
 
 
 @contextmanager
@@ -238,10 +309,12 @@ def _explaining(api: "HfApi", folder: HubFolder) -> Generator[None]:
         reason = error.server_message or str(error)
         hint = ": use a token that may write there" if status in (401, 403) else ""
         raise ConnectionError(
-            f"{folder.repo_id}: {api.endpoint} answers {status}"
-            f" ({redact(reason.strip().splitlines()[0])}){hint}"
+            redact(
+                f"{folder.repo_id}: {api.endpoint} answers {status}"
+                f" ({reason.strip().splitlines()[0]}){hint}"
+            )
         ) from error
     except Exception as error:  # its HTTP client and its storage client raise their own
         raise ConnectionError(
-            f"{folder.repo_id}: the upload to {api.endpoint} failed ({first_cause(error)})"
+            redact(f"{folder.repo_id}: the upload to {api.endpoint} failed ({first_cause(error)})")
         ) from error

@@ -35,8 +35,8 @@ def render_model_card(
         numbers: Numbers of an evaluation, from `Evaluation.numbers`; None if it was not measured.
         config: Configuration of the model.
         facts: Facts about the run, as in `efae.report.card.Card`; missing ones are left out. Beside
-            them "licence" of the weights and, on the Hugging Face Hub, "repo_id", "revision",
-            "space" and "programs", the folder of its ONNX programs.
+            them "credit" of the training images, "licence" of the weights and, on the Hugging Face
+            Hub, "repo_id", "revision", "space" and "programs", the folder of its ONNX programs.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
@@ -52,7 +52,6 @@ def render_model_card(
     latent_shape = [representation.dim, height // f, width // f]
     if numbers:
         image_shape, latent_shape = numbers["image_shape"], numbers["latent_shape"]
-    credits: Any = facts.get("credits") or []
     model_uri = facts.get("model_uri") or f"models:/{config.tracking.registered_model}/VERSION"
     card = environment.get_template("model_card.md.jinja").render(
         title=str(
@@ -68,7 +67,7 @@ def render_model_card(
         compression=math.prod(image_shape) / math.prod(latent_shape),
         held_out=str(facts.get("held_out_data") or facts.get("data") or "not recorded which"),
         train_data=facts.get("train_data"),
-        credits=[credits] if isinstance(credits, str) else credits,
+        credits=list_training_credits(facts),
         front=_summarize(numbers) if numbers else [],
         rows=_tabulate(numbers) if numbers else [],
         elements=len(group),
@@ -90,6 +89,18 @@ def render_model_card(
         },
     )
     return redact(card)
+
+
+def list_training_credits(facts: Mapping[str, Any]) -> list[str]:
+    """Return the credits of the training images, each once.
+
+    Args:
+        facts: Facts, as `render_model_card` takes them. Without "train_data", "credits" are those
+            of other images, on which the model was measured.
+    """
+    credits: Any = facts.get("credits") if facts.get("train_data") else None
+    listed = [credits] if isinstance(credits, str) else credits or []
+    return list(dict.fromkeys([*listed, *filter(None, [facts.get("credit")])]))
 
 
 def _is_exact(config: Config) -> bool:

@@ -1,6 +1,7 @@
 """Publication of a model on the Hugging Face Hub, with its card, its programs and its page."""
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 from data_pipelines import storage
 from data_pipelines.storage import Location
 from efae.exchange.hub import (
+    PROGRAMS,
     HubFile,
     HubFolder,
     HubOptions,
@@ -20,13 +22,13 @@ from efae.exchange.hub import (
 )
 from efae.exchange.onnx_export import export_onnx
 from efae.model.autoencoder import Autoencoder, build_representation
-from efae.model.pretrained import CARD, StoredModel
+from efae.model.pretrained import CARD, StoredModel, hash_tensors
 from efae.report.html import write_split
-from efae.report.model_card import render_model_card
+from efae.report.model_card import list_training_credits, render_model_card
 from efae.web_page.page import ShownModel, write_page
 
-PROGRAMS = "onnx"
-"""Folder of the ONNX programs in a model's repository."""
+_IDENTITY = re.compile(r"\((\d+ images, id \w+)\)$")
+"""What `SetFacts.describe` ends with, behind the address."""
 
 
 def publish(
@@ -65,15 +67,15 @@ def publish(
     if compare and not options.space:
         raise ValueError("a second model is shown by the page only: name a Space for it")
     numbers, facts = _read_report(options.report, stored)
-    credits = list(dict.fromkeys([*facts.get("credits", []), *filter(None, [credit])]))
     facts |= {
         "repo_id": repo_id,
         "revision": options.revision if options.revision != "main" else "",
         "licence": options.licence,
         "space": options.space,
         "programs": PROGRAMS if options.onnx else "",
-        "credits": credits,
+        "credit": credit,
     }
+    credits = list_training_credits(facts)
     model = ShownModel(repo_id, Autoencoder.restore(stored), stored.digest)
     with tempfile.TemporaryDirectory() as scratch:
         folder, page = Path(scratch, "model"), Path(scratch, "page")
@@ -99,7 +101,7 @@ def publish(
 
 
 def _read_report(uri: str, stored: StoredModel) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Return the numbers and facts of a report card; None and {} without one."""
+    """Return the numbers and facts of a report card, without addresses; None and {} without one."""
     if not uri:
         return None, {}
     read: list[dict[str, Any]] = []
@@ -118,6 +120,22 @@ def _read_report(uri: str, stored: StoredModel) -> tuple[dict[str, Any] | None, 
             f"{uri} is the report card of another model: its latents are"
             f" {write_split(numbers.get('multiplicities', {}))}, not {write_split(multiplicities)}"
         )
+    if facts.get("tensors_sha256") != hash_tensors(stored.weights):
+        raise ValueError(
+            f"{uri} is not the report card of these weights: their tensors_sha256 is not the one in"
+            " its summary.json; write a new one with jobs/evaluate.py"
+        )
+    if numbers["protocol"].get("symmetrize") != stored.config.start.symmetrize:
+        raise ValueError(
+            f"{uri} was measured with another setting of symmetrize than the model that would be"
+            " sent: write a new one with jobs/evaluate.py"
+        )
+    for name, article in (("train_data", "A"), ("held_out_data", "a"), ("data", "a")):
+        identity = _IDENTITY.search(facts.pop(name, None) or "")
+        facts[name] = f"{article} set of {identity[1]}" if identity else None
+    # Settings such as start.model can be addresses, too.
+    preset = [part for part in (facts.get("preset") or "").split("; ") if "/" not in part]
+    facts["preset"] = "; ".join(preset) or None
     return numbers, {name: value for name, value in facts.items() if value is not None}
 
 
@@ -133,7 +151,9 @@ def _describe_space(repo_id: str, options: HubOptions) -> str:
         "models": [repo_id],
         **({"license": options.licence} if options.licence else {}),
     }
-    header = "".join(f"{name}: {json.dumps(value)}\n" for name, value in settings.items())
+    header = "".join(
+        f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in settings.items()
+    )
     return (
         f"---\n{header}---\n\nA page that flips and turns the latents of [{repo_id}]"
         f"(https://huggingface.co/{repo_id}) in your browser.\n"

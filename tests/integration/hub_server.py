@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 TOKEN = "hf_standin"
 LARGE_BYTES = 4096
 """Size from which a file is an LFS object; the Hub decides by name and size."""
@@ -137,6 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         made.branches["main"][".gitattributes"] = b"*.onnx filter=lfs\n"
         if kind == "space":
             made.branches["main"] |= {"index.html": b"new", "style.css": b"new", "README.md": b""}
+        made.commits.append({"summary": "initial commit"})
         self._answer(answer)
 
     def branch(self, _: bytes, kind: str, name: str, branch: str) -> None:
@@ -156,16 +159,18 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def validate(self, body: bytes) -> None:
-        assert json.loads(body)["content"].startswith("---\n")
+        before, header, _ = json.loads(body)["content"].split("---\n", 2)
+        assert before == ""
+        json.dumps(yaml.safe_load(header), ensure_ascii=False).encode()
         self._answer({"errors": [], "warnings": []})
 
     def preupload(self, body: bytes, kind: str, name: str, branch: str) -> None:
-        self._files(kind, name, branch)
+        ignored = self._files(kind, name, branch).get(".gitignore", b"").split()
         files = [
             {
                 "path": file["path"],
                 "uploadMode": "lfs" if file["size"] >= LARGE_BYTES else "regular",
-                "shouldIgnore": False,
+                "shouldIgnore": file["path"].encode() in ignored,
             }
             for file in json.loads(body)["files"]
         ]
@@ -214,8 +219,23 @@ class _Handler(BaseHTTPRequestHandler):
         files = [{"rfilename": path} for path in self._files(kind, name, branch)]
         self._answer({"id": name, "sha": branch, "siblings": files})
 
-    def resolve(self, _: bytes, name: str, branch: str, path: str) -> None:
-        files = self._files("model", name, branch)
+    def commits(self, _: bytes, kind: str, name: str, branch: str) -> None:
+        self._files(kind, name, branch)
+        self._answer(
+            [
+                {
+                    "id": f"{number:040x}",
+                    "authors": [],
+                    "date": "2026-01-01T00:00:00.000Z",
+                    "title": commit["summary"],
+                    "message": "",
+                }
+                for number, commit in reversed([*enumerate(self._find(kind, name).commits)])
+            ]
+        )
+
+    def resolve(self, _: bytes, prefix: str, name: str, branch: str, path: str) -> None:
+        files = self._files("space" if prefix else "model", name, branch)
         if path not in files:
             raise _Refused(404, "Entry not found", "EntryNotFound")
         data = files[path]
@@ -251,5 +271,6 @@ _ROUTES: list[tuple[tuple[str, ...], str, Any]] = [
     (("POST",), f"/(?P<prefix>spaces/)?{_NAME}.git/info/lfs/objects/batch", _Handler.batch),
     (("PUT",), _OBJECT, _Handler.put),
     (_READ, _OBJECT, _Handler.get),
-    (_READ, f"/{_NAME}/resolve/{_BRANCH}/(?P<path>.*)", _Handler.resolve),
+    (_READ, f"{_API}/commits/{_BRANCH}", _Handler.commits),
+    (_READ, f"/(?P<prefix>spaces/)?{_NAME}/resolve/{_BRANCH}/(?P<path>.*)", _Handler.resolve),
 ]

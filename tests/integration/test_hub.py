@@ -14,6 +14,7 @@ from efae import config_forms as configuration
 from efae.config import Config
 from efae.exchange.hub import HubFolder, push_folders
 from efae.model.autoencoder import Autoencoder
+from efae.web_page import publication
 from jobs import export
 from tests.integration.hub_server import LARGE_BYTES, TOKEN, Hub, Repository, serve_hub
 
@@ -72,7 +73,7 @@ def test_every_byte_arrives_and_the_copy_is_the_model(hub, model, tmp_path):
     )
     repository = hub.repositories["model/me/drawings"]
     assert repository.settings["visibility"] == "private"
-    assert [commit["summary"] for commit in repository.commits] == ["The first"]
+    assert [commit["summary"] for commit in repository.commits] == ["initial commit", "The first"]
     files = repository.branches["main"]
     del files[".gitattributes"]
     assert {file.path: file.bytes for file in sent} == list_sizes(files)
@@ -123,25 +124,48 @@ def test_a_dry_run_lists_the_files_and_sends_nothing(hub, model, monkeypatch, tm
 def test_a_report_card_gives_the_numbers(hub, model, tmp_path):
     """The job that writes it is `jobs/evaluate.py`; here its two files are enough."""
     from efae.evaluation.evaluate import evaluate
+    from efae.model.pretrained import hash_tensors
     from efae.report.card import summarize
 
     images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     numbers = evaluate(model, images).numbers()
-    facts = {"steps": 12, "train_data": "s3://bucket/set (9 images)", "credits": ["By them."]}
-    (tmp_path / "evaluation.json").write_text(json.dumps(numbers))
-    (tmp_path / "summary.json").write_text(json.dumps(summarize(numbers, facts)))
+    facts = {"steps": 12, "credits": ["By them."], "tensors_sha256": ""}
+    facts |= {"train_data": "s3://secret/set (9 images, id ab1)"}
+    facts |= {"held_out_data": "/home/secret (4 images, id ab2)", "data": "s3://secret/other"}
+    facts |= {"preset": "quickstart; start.model:  -> diffusers:/home/secret; model.depth: 4 -> 1"}
+
+    def write(**changes: str) -> None:
+        (tmp_path / "evaluation.json").write_text(json.dumps(numbers))
+        (tmp_path / "summary.json").write_text(json.dumps(summarize(numbers, facts | changes)))
+
+    def push(**changes: str) -> ModelCard:
+        write(tensors_sha256=hash_tensors(model.state_dict()), **changes)
+        model.push_to_hub("me/drawings", credit="By me.", **options)
+        files = hub.repositories["model/me/drawings"].branches["main"]
+        return ModelCard(files["README.md"].decode())
+
     options = {"report": str(tmp_path), "onnx": False}
-    model.push_to_hub("me/drawings", credit="By me.", **options)
-    card = ModelCard(hub.repositories["model/me/drawings"].branches["main"]["README.md"].decode())
+    numbers["protocol"]["precision"] = "bf16; measures in fp32"
+    card = push()
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results["psnr"] == pytest.approx(numbers["psnr"], rel=1e-3)
     assert "worst gap" in card.text
-    for text in ("By them.", "By me.", "s3://bucket/set (9 images)", "| steps | 12 |"):
+    for text in ("By them.", "By me.", "A set of 9 images, id ab1.", "| steps | 12 |"):
         assert text in card.text
-    numbers["multiplicities"]["a1"] += 1
-    (tmp_path / "evaluation.json").write_text(json.dumps(numbers))
-    with pytest.raises(ValueError, match="is the report card of another model: its latents are"):
+    for text in ("a set of 4 images, id ab2", "Precision: bf16", "quickstart; model.depth"):
+        assert text in card.text
+    assert "secret" not in card.content
+    # The credit of images on which a model was only measured is none of its training images.
+    assert "By them." not in push(train_data="").text
+    write()
+    with pytest.raises(ValueError, match="is not the report card of these weights"):
         model.push_to_hub("me/drawings", **options)
+    numbers["protocol"]["symmetrize"] = True
+    with pytest.raises(ValueError, match="another setting of symmetrize"):
+        push()
+    numbers["multiplicities"]["a1"] += 1
+    with pytest.raises(ValueError, match="is the report card of another model: its latents are"):
+        push()
     (tmp_path / "summary.json").unlink()
     with pytest.raises(ValueError, match=r"summary\.json is missing or not JSON"):
         model.push_to_hub("me/drawings", **options)
@@ -151,11 +175,11 @@ def test_a_second_upload_replaces_the_first_and_leaves_the_rest(hub, model):
     model.push_to_hub("me/drawings", onnx=False)
     files = hub.repositories["model/me/drawings"].branches["main"]
     first = dict(files)
-    files |= {"onnx/act-old.onnx": b"old", "efae.json": b"old", "samples/mine.png": b"mine"}
+    mine = {"onnx/mine.onnx": b"mine", "efae.json": b"mine", "samples/mine.png": b"mine"}
+    manifest = json.dumps({"files": {"act-old.onnx": {}, "../config.json": {}}}).encode()
+    files |= mine | {"onnx/act-old.onnx": b"old", "onnx/export.json": manifest}
     model.push_to_hub("me/drawings", onnx=False)
-    assert hub.repositories["model/me/drawings"].branches["main"] == first | {
-        "samples/mine.png": b"mine"
-    }
+    assert hub.repositories["model/me/drawings"].branches["main"] == first | mine
 
 
 def test_a_branch_is_made_and_main_stays(hub, model):
@@ -169,19 +193,41 @@ def test_a_branch_is_made_and_main_stays(hub, model):
 
 
 def test_a_space_receives_the_page(hub, tmp_path):
-    page = {"index.html": b"<p>", "page.json": b"{}", "README.md": b"---\nsdk: static\n---\n"}
-    page |= {"runtime/ort.wasm": bytes(LARGE_BYTES), "models/0/encode.onnx": b"onnx"}
+    def describe(models: int) -> bytes:
+        entries = [{"folder": f"models/{number}"} for number in range(models)]
+        page = {"models": entries, "samples": [{"file": "a.png"}], "webgpu": False}
+        return json.dumps(page).encode()
+
+    page = {"index.html": b"<p>", "page.json": describe(1), "samples/a.png": b"a"}
+    page |= {"runtime/ort.wasm": bytes(LARGE_BYTES), "README.md": b"---\nsdk: static\n---\n"}
+    page |= {"models/0/encode.onnx": b"1", "models/0/export.json": b'{"files": {"encode.onnx": 1}}'}
+    mine = {"samples/mine.png": b"mine", "models/1/mine.onnx": b"mine"}
     for name, data in page.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    for _ in range(2):
+    for kept in ({}, mine):
         push_folders([HubFolder("me/page", "space", tmp_path)], TOKEN, "Upload")
         space = hub.repositories["space/me/page"]
         assert space.settings["sdk"] == "static"
         files = dict(space.branches["main"])
         assert (files.pop("style.css"), files.pop(".gitattributes") != b"") == (b"new", True)
-        assert files == page
-        space.branches["main"]["models/1/encode.onnx"] = b"of a second model"
+        assert files == page | kept
+        space.branches["main"] |= mine | {  # and a second model
+            "page.json": describe(2),
+            "models/1/encode.onnx": b"2",
+            "models/1/export.json": page["models/0/export.json"],
+        }
+
+
+def test_the_card_of_a_space_is_yaml(hub, model, monkeypatch):
+    def write_page(_models, destination, credit: str) -> None:
+        assert credit == "By me."
+        (destination / "index.html").write_text("<p>")
+
+    monkeypatch.setattr(publication, "write_page", write_page)
+    model.push_to_hub("me/drawings", credit="By me.", space="me/page", onnx=False)
+    files = hub.repositories["space/me/page"].branches["main"]
+    assert ModelCard(files["README.md"].decode()).data.to_dict()["emoji"] == "🪞"
 
 
 @pytest.mark.browser
@@ -232,6 +278,37 @@ def test_what_others_hold_is_left_alone(hub, model, kind, tmp_path):
     assert hub.repositories[f"{kind}/me/taken"].branches["main"] == held
 
 
+@pytest.mark.parametrize("kind", ["model", "space"])
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"README.md": b"theirs"},
+        {"index.html": b"theirs", "style.css": b"theirs"},
+        {"manifest.json": b'{"name": "app"}', "onnx/model.onnx": b"theirs"},
+        {"page.json": b'{"models": [], "samples": 1}'},
+    ],
+)
+def test_files_of_common_names_are_left_alone(hub, kind, held, tmp_path):
+    commits = [{"summary": "initial commit"}, {"summary": "My work"}]
+    hub.repositories[f"{kind}/me/taken"] = Repository({}, {"main": dict(held)}, commits)
+    (tmp_path / "page.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"^me/taken already holds {sorted(held)[0]}"):
+        push_folders([HubFolder("me/taken", kind, tmp_path)], TOKEN, "Upload")
+    assert hub.repositories[f"{kind}/me/taken"].branches["main"] == held
+    hub.repositories[f"{kind}/me/taken"].branches["main"] = {".gitattributes": b""}  # emptied
+    push_folders([HubFolder("me/taken", kind, tmp_path)], TOKEN, "Upload")
+
+
+def test_a_gitignore_leaves_out_no_file(hub, model):
+    model.push_to_hub("me/drawings", onnx=False)
+    files = hub.repositories["model/me/drawings"].branches["main"]
+    files[".gitignore"] = b"config.json\n"
+    before = dict(files)
+    with pytest.raises(ValueError, match=r"^me/drawings has a \.gitignore"):
+        model.push_to_hub("me/drawings", onnx=False)
+    assert hub.repositories["model/me/drawings"].branches["main"] == before
+
+
 def test_bad_input_gets_a_sentence(hub, model, monkeypatch):
     def push(repo_id: str, **options) -> str:
         with pytest.raises((ValueError, ConnectionError)) as caught:
@@ -248,6 +325,12 @@ def test_bad_input_gets_a_sentence(hub, model, monkeypatch):
     assert "answers 401 (" in (told := push("me/drawings", token="hf_wrong"))
     assert "use a token that may write there" in told
     assert "hf_wrong" not in told
+    for token in ("hf_SECRET\nX: y", "hf_SECRET hf_x", "hf_SECRÉT"):
+        told = push("me/drawings", token=token)
+        assert told.startswith("the token for the Hub has a space, a line break")
+        assert "SECR" not in told
+    for option in ("revision", "commit_message"):
+        assert "must not be empty" in push("me/drawings", dry_run=True, **{option: " "})
     assert hub.repositories == {}
     with pytest.raises(TypeError, match="license"):
         model.push_to_hub("me/drawings", license="mit")
@@ -255,3 +338,14 @@ def test_bad_input_gets_a_sentence(hub, model, monkeypatch):
     told = push("me/drawings")
     assert told.startswith("me/drawings: the upload to http://127.0.0.1:9 failed (")
     assert "refused" in told
+    monkeypatch.setattr(constants, "ENDPOINT", "http://me:hunter2@127.0.0.1:9")
+    assert "hunter2" not in push("me/drawings")
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint.replace("//", "//me:hunter2@"))
+    told = push("you/drawings")
+    assert "answers 40" in told
+    assert "hunter2" not in told
+
+
+def test_the_line_break_behind_a_token_is_no_part_of_it(hub, model):
+    model.push_to_hub("me/drawings", token=f"{TOKEN}\n", onnx=False)
+    assert "model/me/drawings" in hub.repositories

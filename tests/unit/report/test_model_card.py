@@ -182,6 +182,9 @@ def test_what_is_not_known_is_left_out(config, evaluation):
     assert headings(card)[-1] == "Limits"
     assert 'efae.load("models:/efae/VERSION")' in card
     assert "Not recorded here" in card
+    measured = render_model_card(evaluation.numbers(), config, {"credits": FACTS["credits"]})
+    assert "Not recorded here" in measured
+    assert "OpenMoji" not in measured
     assert "None" not in card
 
 
