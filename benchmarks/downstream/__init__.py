@@ -1,21 +1,18 @@
-"""Effect of free flips and rotations of latents on the diffusion model trained on them.
+"""Tokenizers, judged by the generators that are trained on their latents.
 
-    python -m benchmarks.downstream --images FOLDER
+    python -m benchmarks.downstream symmetry --images FOLDER
+    python -m benchmarks.downstream prediction --images FOLDER
 
 FOLDER holds the four idx files of Fashion-MNIST, gzipped or not (Debian: dataset-fashion-mnist).
 
-A small rectified flow trains on stored latents, for equal steps at an equal batch size. The latents
-are those of an `exact` tokenizer or of a plain one that trained for the same time, and each arm
-(`arms`) augments the few images in a different way. The samples are decoded and compared with
-held-out images in the features of a classifier that is trained here (`features`).
+`symmetry` compares ways to use the symmetry of images in training a generator (`symmetry.ARMS`), on
+images in any pose, each turned once by a drawn element of the group, and on upright ones.
+`prediction` trains tokenizers of many kinds (`prediction.TOKENIZERS`) with a generator each, and
+correlates what the report card says of the latents with the FID of the samples.
 
-The images form two data sets. In "upright", they stay as they are; samples must be upright, too, so
-the view conditions the flow (non-leaky augmentation, Karras et al. 2022, arXiv:2206.00364, appendix
-F). In "any", every image, including held-out ones, is transformed once by a random element, as in
-microscopy and satellite images, and the view does not condition the flow.
-
-Everything is a function of the seed. Each seed trains other tokenizers and another flow on another
-subset of images, so the spread covers the whole procedure. Finished parts are kept in --folder and
-not repeated. The defaults take about 80 minutes on two idle cores; --seeds, --poses, --arms,
---sizes and --flow-steps reduce that.
+All models train with `efae.training.loop` on one thread. The cost of a step, measured first, sets
+the number of steps, so that every generator takes equal CPU time. Samples are compared with
+held-out images in the features of a classifier of these, as jobs/generate.py compare does it.
+Finished runs are kept in benchmarks/results/downstream-STUDY.json, and models and latents in
+--folder, so an interrupted study resumes; both print a table at the end.
 """

@@ -1,12 +1,12 @@
-"""Fashion-MNIST as tensors and as shard sets, upright or transformed."""
+"""Fashion-MNIST as tensors and as shard sets, upright or in any pose."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 from webdataset.writer import TarWriter
 
-from benchmarks.downstream.settings import Pose, Settings
 from data_pipelines import ShardDataset
 from data_pipelines.build_shards import build_shards
 from data_pipelines.images.codec import encode_png
@@ -15,13 +15,18 @@ from data_pipelines.shards.index import INDEX_NAME, write_index
 from efae.symmetry import D4
 from efae.symmetry.group import act_on_grid
 
+Pose = Literal["upright", "any"]
+CLASSES = 10
 
-def build_images(settings: Settings, folder: Path) -> None:
+
+def build_images(images: Path, folder: Path) -> None:
     """Build both parts as shard sets of 32 px, folder/train and folder/test."""
     for part, name in (("train", "train"), ("test", "t10k")):
-        found = sorted(Path(settings.images).glob(f"{name}-images*idx3-ubyte*"))
+        if (folder / part / INDEX_NAME).exists():
+            continue
+        found = sorted(images.glob(f"{name}-images*idx3-ubyte*"))
         if not found:
-            raise ValueError(f"--images {settings.images}: holds no {name}-images-idx3-ubyte.gz")
+            raise ValueError(f"--images {images}: holds no {name}-images-idx3-ubyte.gz")
         build_shards(f"idx:{found[0]}", str(folder / part), resolution=32)
 
 
@@ -37,25 +42,36 @@ def read_images(uri: Path, pose: Pose) -> tuple[Tensor, Tensor]:
         labels += [int(text) for text in batch.members["cls"]]
     everything = torch.cat(images).contiguous()
     if pose == "any":
-        chosen = torch.randint(len(D4), (len(labels),), generator=torch.Generator().manual_seed(7))
-        everything = act_on_grid(D4, chosen, everything)
+        everything = turn(everything, 7)
     return everything, torch.tensor(labels)
 
 
-def write_images(folder: Path, images: Tensor, samples_per_shard: int, views: bool = False) -> None:
+def turn(images: Tensor, seed: int) -> Tensor:
+    """Act on each image by an element of the group, drawn for it."""
+    generator = torch.Generator().manual_seed(seed)
+    return act_on_grid(D4, torch.randint(len(D4), (len(images),), generator=generator), images)
+
+
+def write_images(
+    folder: Path, images: Tensor, labels: Tensor, samples_per_shard: int, views: bool = False
+) -> None:
     """Write a shard set of uint8 (n, 1, h, w); `views` adds the other seven, in separate shards.
 
-    Shards are named ELEMENT-NUMBER.tar, and every sample stores its element.
+    Shards are named ELEMENT-NUMBER.tar. The class of a sample is `tell_class` of both.
     """
-    if (folder / INDEX_NAME).exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     for element in D4 if views else [D4.identity]:
         turned = element.act_on_image(images)[:, 0].numpy()
         for number, first in enumerate(range(0, len(images), samples_per_shard)):
             path = folder / f"{element}-{number:03}.tar"
             with path.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
                 for row in range(first, min(first + samples_per_shard, len(images))):
-                    sample = {"png": encode_png(turned[row]), "element": element.name.encode()}
+                    told = str(tell_class(int(labels[row]), D4.index(element))).encode()
+                    sample = {"png": encode_png(turned[row]), "cls": told}
                     writer.write({"__key__": f"{row:06}-{element}", **sample})
     write_index(str(folder), make_index(str(folder)))
+
+
+def tell_class(label: int, element: int = 0) -> int:
+    """Return the class that tells a generator the label and the element that acted."""
+    return len(D4) * label + element

@@ -1,135 +1,122 @@
-"""The two tokenizers, trained for the same time, and their latents on disk."""
+"""Tokenizers of Fashion-MNIST, and their latents on disk."""
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.ablate import NARROW
-from benchmarks.downstream.arms import TokenizerName
-from benchmarks.downstream.settings import Settings
+from benchmarks.downstream.images import Pose
+from benchmarks.downstream.study import CPU, Study
 from data_pipelines import ShardDataset
 from data_pipelines.building import unfinished
 from data_pipelines.loading.dataset import LatentSet
 from data_pipelines.shards.index import INDEX_NAME, ShardIndex, load_index, write_index
 from data_pipelines.shards.latent_format import FORMAT, LatentFormat
 from data_pipelines.storage import Location
+from efae.config import Config
 from efae.config_forms import with_overrides
-from efae.evaluation.measures import to_float
+from efae.evaluation.measures import draw_noise, to_uint8
 from efae.latents.shard_encoder import ShardEncoder, Source
 from efae.model.autoencoder import Autoencoder
 from efae.model.stored_files import WEIGHTS
 from efae.presets import PRESETS
-from efae.symmetry import D4
 from efae.training.loop import train
 from efae.training.process import Process
 
-# The best widths and learning rate at equal compute of a minute or two (benchmarks/README.md), and
-# the cost of a step with them on an idle core (results/ablation-fashion_mnist-60).
-LEVELS: dict[TokenizerName, str] = {"exact": "exact", "plain": "none"}
-SECONDS_PER_STEP: dict[TokenizerName, float] = {"exact": 0.072, "plain": 0.080}
-LEARNING_RATE = 1.2e-2
-CERTIFICATE_IMAGES = 64
-_AT_ONCE = 256
+# The best width and learning rate at equal compute of a minute, and a sampler that suffices
+# (benchmarks/README.md, ablate and compare_samplers).
+BASE: dict[str, Any] = NARROW | {
+    "optimizer.learning_rate": 8e-3,
+    "flow.sampler_steps": 2,
+    "ray.num_workers": 1,
+}
+_CERTIFIED, _BATCH_SIZE = 64, 256
 
 
-def train_tokenizer(
-    name: TokenizerName,
-    images: Path,
-    folder: Path,
-    settings: Settings,
-    seed: int,
-    say: Callable[[str], None],
-) -> Autoencoder:
-    """Train on a shard set like the workers of jobs/train.py, or load the trained tokenizer."""
-    if not (folder / "finished").exists():
-        steps = round(settings.tokenizer_seconds / SECONDS_PER_STEP[name])
-        config = with_overrides(
-            PRESETS["fashion_mnist"][1],
-            NARROW
-            | {
-                "model.level": LEVELS[name],
-                "data.uri": str(images),
-                "data.decode_threads": 1,
-                "optimizer.learning_rate": LEARNING_RATE,
-                "training.steps": steps,
-                "training.seed": seed,
-                "training.global_batch_size": settings.batch_size,
-                "ray.num_workers": 1,
-            },
-        )
-        started = time.process_time()
-        state = train(config, ShardDataset.open(str(images)), Process(torch.device("cpu")))
-        say(f"tokenizer {name}: {steps} steps, {time.process_time() - started:.0f} CPU s")
-        state.average.copy_to(state.model)
-        state.model.save_pretrained(folder)
-        (folder / "finished").touch()
-    return Autoencoder.from_pretrained(folder)
+def configure(images: Path, overrides: Mapping[str, Any]) -> Config:
+    """Return the configuration of a tokenizer."""
+    chosen = {"data.uri": str(images), "data.decode_threads": 1}
+    return with_overrides(PRESETS["fashion_mnist"][1], BASE | chosen | dict(overrides))
 
 
-def encode_images(
-    model: Autoencoder, model_folder: Path, images: Path, held_out: Path, output: Path, views: bool
-) -> LatentSet:
-    """Encode a shard set of `images.write_images` in this process, with the encoder of the job.
+def train_tokenizer(study: Study, pose: Pose, name: str, overrides: Mapping[str, Any]) -> Path:
+    """Train a tokenizer, unless it is there; return its folder."""
+    folder = study.folder / pose / "tokenizers" / name.replace(", ", "-").replace(" ", "_")
+    if (folder / "finished").exists():
+        return folder
+    images = study.tokenizer_images(pose)
+    config, dataset = configure(images, overrides), ShardDataset.open(str(images))
+    kind = f"tokenizer {name}"
+    steps = study.count_steps({kind: (config, dataset)}, study.settings.tokenizer_seconds)[kind]
+    began = time.process_time()
+    config = with_overrides(config, {"training.steps": steps})
+    state = train(config, dataset, Process(CPU))
+    study.say(f"{kind}: {steps} steps, {time.process_time() - began:.0f} CPU s")
+    state.average.copy_to(state.model)
+    state.model.save_pretrained(folder)
+    (folder / "finished").touch()
+    return folder
+
+
+def encode_images(model: Path, images: Path, held_out: str, output: Path) -> LatentSet:
+    """Encode a shard set in this process, with the encoder of jobs/encode.py.
 
     Args:
-        model: Model from `train_tokenizer`.
-        model_folder: Folder of the model.
+        model: Folder of the model.
         images: Folder of the shard set.
-        held_out: Folder of the shard set for the certificate.
+        held_out: Shard set for the certificate.
         output: Folder for the latents; a complete set there is kept.
-        views: Whether to encode all eight views instead of the identity's only.
     """
-    if (output / INDEX_NAME).exists():
-        return LatentSet(str(output), load_index(str(output)))
-    index = load_index(str(images))
-    shards = tuple(s for s in index.shards if views or s.name.startswith(f"{D4.identity}-"))
-    source = Source(
-        str(images),
-        replace(index, shards=shards),
-        model.state_dict(),
-        model.config,
-        ("element",),
-        64,
-        "cpu",
-    )
-    encoder = ShardEncoder(source)
-    f, (height, width) = model.config.model.downsampling, model.config.data.image_size
-    form = LatentFormat(
-        shape=[model.representation.dim, height // f, width // f],
-        dtype="float16",
-        group=model.group.name,
-        multiplicities=model.representation.multiplicities,
-        model_digest=hashlib.sha256((model_folder / WEIGHTS).read_bytes()).hexdigest(),
-        model_uri=str(model_folder),
-        certificate={
-            **encoder.measure(str(held_out), CERTIFICATE_IMAGES),
-            "data": str(held_out),
-        },
-    )
-    records = [
-        encoder.write_shard(number, Location.parse(output), form).shards[0]
-        for number in range(len(shards))
-    ]
-    write_index(str(output), ShardIndex(tuple(records), None, {FORMAT: form.model_dump()}))
-    unfinished.clear(Location.parse(output))
+    if not (output / INDEX_NAME).exists():
+        autoencoder, index = Autoencoder.from_pretrained(model), load_index(str(images))
+        config = autoencoder.config
+        source = Source(
+            str(images), index, autoencoder.state_dict(), config, ("cls",), _BATCH_SIZE, "cpu"
+        )
+        encoder = ShardEncoder(source)
+        f, (height, width) = config.model.downsampling, config.data.image_size
+        form = LatentFormat(
+            shape=[autoencoder.representation.dim, height // f, width // f],
+            dtype="float16",
+            group=autoencoder.group.name,
+            multiplicities=autoencoder.representation.multiplicities,
+            model_digest=hashlib.sha256((model / WEIGHTS).read_bytes()).hexdigest(),
+            model_uri=str(model),
+            certificate=encoder.measure(held_out, _CERTIFIED) | {"data": held_out},
+        )
+        records = [
+            encoder.write_shard(number, Location.parse(output), form).shards[0]
+            for number in range(len(index.shards))
+        ]
+        write_index(str(output), ShardIndex(tuple(records), None, {FORMAT: form.model_dump()}))
+        unfinished.clear(Location.parse(output))
     return LatentSet(str(output), load_index(str(output)))
 
 
+def select_shards(latents: LatentSet, size: int, copies: bool) -> LatentSet:
+    """Select the first `size` images of the set, upright or with their other seven views."""
+    shards = [s for s in latents.index.shards if copies or s.name.startswith("identity-")]
+    each = len(shards[0].keys)
+    shards = [s for s in shards if int(s.name.rpartition("-")[2].split(".")[0]) * each < size]
+    return LatentSet(latents.uri, replace(latents.index, shards=tuple(shards)))
+
+
 @torch.no_grad()
-def encode(model: Autoencoder, images: Tensor) -> Tensor:
-    """Encode uint8 images in memory."""
-    return torch.cat([model.encode(to_float(part)) for part in images.split(_AT_ONCE)])
-
-
-def decode(model: Autoencoder, latent: Tensor) -> Tensor:
-    """Decode latents to uint8 images with fixed noise."""
-    parts: list[Tensor] = []
-    for number, part in enumerate(latent.split(_AT_ONCE)):
-        image = model.decode(part, seed=number).clamp(-1, 1)
-        parts.append(((image + 1) * 127.5).round().to(torch.uint8))
-    return torch.cat(parts)
+def decode_latents(model: Autoencoder, latents: LatentSet, count: int) -> Tensor:
+    """Decode the first latents of a set to images uint8: what a perfect generator would draw."""
+    images: list[Tensor] = []
+    for batch in latents.loader(min(_BATCH_SIZE, count), shuffle=False, decode_threads=1):
+        first = len(images) * _BATCH_SIZE
+        data = model.config.data
+        positions = range(first, first + len(batch.latent))
+        noise = draw_noise(positions, (data.channels, *data.image_size), 0, 1)
+        images.append(to_uint8(model.decode(batch.latent.float(), noise=noise)))
+        if first + len(batch.latent) >= count:
+            break
+    return torch.cat(images)[:count]

@@ -1,81 +1,36 @@
-"""The comparison of latents downstream: its metric, its arms, its resumption."""
+"""The studies of generators: their images, arms, measures and resumption, at tiny sizes."""
 
 import json
-from contextlib import closing
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.downstream import runs
-from benchmarks.downstream.__main__ import Arguments, collect, list_jobs
-from benchmarks.downstream.arms import ARMS, select_shards, stream
-from benchmarks.downstream.features import nearest
-from benchmarks.downstream.images import read_images, write_images
-from benchmarks.downstream.latent_flow import LatentFlow, measure_loss, sample_latents, train_flow
-from benchmarks.downstream.report import draw_samples, print_tables
-from benchmarks.downstream.settings import Settings, claim_folder
+from benchmarks.downstream import generators, prediction, symmetry
+from benchmarks.downstream.images import CLASSES, build_images, read_images, tell_class
+from benchmarks.downstream.study import Settings, Study
+from benchmarks.downstream.tokenizers import configure, select_shards
 from data_pipelines import ShardDataset
+from efae.model.autoencoder import check_model
 from efae.symmetry import D4
-from efae.symmetry.group import act_on_grid
+from efae.training.tasks.generator import read_labels
 
 TINY = {
-    "sizes": (16, 32),
-    "tokenizer_seconds": 0.15,
-    "classifier_steps": 2,
-    "flow_steps": 2,
-    "batch_size": 8,
-    "hidden_size": 32,
-    "depth": 1,
-    "sampler_steps": 2,
-    "samples": 24,
+    "generator.hidden_size": 32,
+    "generator.depth": 1,
+    "flow.sampler_steps": 1,
+    "training.global_batch_size": 8,
 }
-
-
-def test_nearest_is_the_nearest():
-    points = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
-    assert nearest(torch.tensor([[0.0, 1.0], [3.0, 4.0]]), points).tolist() == [1.0, 0.0]
-
-
-class TestFlow:
-    def test_the_view_reaches_the_velocity(self):
-        torch.manual_seed(0)
-        model = LatentFlow((3, 4, 4), Settings("", **TINY)).eval()
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-        with torch.no_grad():
-            out = model(
-                torch.randn(1, 3, 4, 4).expand(8, -1, -1, -1), torch.ones(8), torch.arange(8)
-            )
-        differences = (out[:, None] - out).abs().amax((2, 3, 4))
-        assert (differences + torch.eye(8) > 1e-3).all()
-
-    def test_it_learns(self):
-        latent, view = torch.full((8, 3, 2, 2), 2.0), torch.zeros(8, dtype=torch.long)
-        settings = Settings("", **TINY | {"flow_steps": 60, "learning_rate": 2e-2})
-        model = train_flow(iter(lambda: (latent, view), None), (3, 2, 2), settings, 0)
-        sampled = sample_latents(model, (3, 2, 2), 16, 8, 0)
-        assert (sampled - 2).abs().mean() < 1  # 2 at the start
-        assert measure_loss(model, latent) < 1  # 5 at the start
-
-    def test_it_is_a_function_of_the_seed(self):
-        latent, view = torch.randn(8, 3, 2, 2), torch.arange(8)
-        batches = iter(lambda: (latent, view), None)
-        settings = Settings("", **TINY)
-        models = [train_flow(batches, (3, 2, 2), settings, seed) for seed in (0, 0, 1)]
-        first, again, other = (sample_latents(m, (3, 2, 2), 4, 2, 0) for m in models)
-        assert torch.equal(first, again)
-        assert not torch.equal(first, other)
+SMALL = {"model.hidden_size": 32, "model.encoder_hidden_size": 32, "model.depth": 1}
 
 
 @pytest.fixture(scope="module")
 def fashion(tmp_path_factory) -> Path:
     """Idx files of few images, two sloping ramps by label."""
     folder = tmp_path_factory.mktemp("fashion")
-    for part, count in (("train", 96), ("t10k", 64)):
+    for part, count in (("train", 72), ("t10k", 40)):
         rng = np.random.default_rng(count)
         labels = rng.integers(0, 2, count).astype(np.uint8)
         ramp = np.linspace(0, 200, 28).astype(np.uint8)
@@ -92,157 +47,136 @@ def fashion(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def finished(fashion, tmp_path_factory):
-    """Every arm on both data sets, one seed; the jobs, what was said and the features' report."""
-    folder = tmp_path_factory.mktemp("downstream")
-    arguments = Arguments(str(fashion), **TINY, folder=folder, seeds=1)
-    jobs, said = list_jobs(arguments), []
-    claim_folder(folder, jobs[0].settings)
-    features = runs.prepare(jobs[0].settings, folder, arguments.poses, said.append)
-    for job in jobs:
-        runs.run_job(job, said.append)
-    return jobs, said, features
+@pytest.fixture
+def tiny(fashion, tmp_path_factory, monkeypatch):
+    """Settings of a study of a few seconds; all calls share images, models and results."""
+    monkeypatch.setattr("benchmarks.downstream.generators.NETWORK", generators.NETWORK | TINY)
+    monkeypatch.setattr("benchmarks.downstream.symmetry.EQUIVARIANT", symmetry.EQUIVARIANT | TINY)
+    monkeypatch.setattr("benchmarks.downstream.tokenizers.BASE", SMALL)
+    monkeypatch.setattr("benchmarks.downstream.study.FIRST_HALF", 36)
+    monkeypatch.setattr("benchmarks.downstream.study.TIMED_STEPS", 3)
+    monkeypatch.setattr("benchmarks.downstream.study.TIMED_ROUNDS", 1)
+    monkeypatch.setattr("efae.latents.set_features._STEPS", 10)
+    folder = tmp_path_factory.getbasetemp() / "downstream"
+    return Settings(
+        fashion,
+        folder,
+        folder / "results",
+        seeds=1,
+        sizes=(8, 16),
+        upright_size=16,
+        generator_seconds=1e-9,
+        tokenizer_seconds=1e-9,
+        samples=12,
+        evaluated=8,
+    )
 
 
-def take(arm, latents, count, seed=3):
-    with closing(stream(ARMS[arm], latents, 8, seed)) as batches:
-        return list(islice(batches, count))
+@pytest.fixture
+def studied(tiny):
+    """A study of every arm on both kinds of images, with what it said."""
+    said: list[str] = []
+    study = Study("symmetry", tiny, said.append)
+    return study, said, symmetry.compare(study)
 
 
-@pytest.fixture(scope="module")
-def sets(finished):
-    (job, *_), _, _ = finished
-    exact = ShardDataset.open(str(job.place / "exact-latents"))
-    plain = ShardDataset.open(str(job.place / "plain-latents-views"))
-    return job, exact, plain
+class TestImages:
+    def test_images_in_any_pose_are_turned_once(self, fashion, tmp_path):
+        build_images(fashion, tmp_path)
+        upright, labels = read_images(tmp_path / "train", "upright")
+        turned, same_labels = read_images(tmp_path / "train", "any")
+        again, _ = read_images(tmp_path / "train", "any")
+        assert torch.equal(turned, again)
+        assert torch.equal(labels, same_labels)
+        is_view = torch.stack([(g.act_on_image(upright) == turned).flatten(1).all(1) for g in D4])
+        assert is_view.any(0).all()
+        assert len(is_view.float().argmax(0).unique()) > 4
 
-
-class TestArms:
-    def test_sizes_and_copies_select_images_and_views(self, sets):
-        _, exact, plain = sets
-        assert len(select_shards(exact, 16, False)) == 16
-        assert len(select_shards(exact, 32, False)) == 32
-        assert len(select_shards(plain, 16, True)) == 8 * 16
-        keys = select_shards(plain, 16, False).keys
-        assert keys == [f"{row:06}-identity" for row in range(16)]
-
-    def test_views_are_the_elements_that_act(self, sets):
-        _, exact, _ = sets
-        latents = select_shards(exact, 16, False)
-        stored = torch.cat([batch.latent for batch in latents.loader(8, shuffle=False)]).float()
-        representation = exact.format.representation
-        every = torch.stack([representation.act(g, stored) for g in D4])
-        seen = set()
-        for latent, view in take("exact, free views", latents, 12):
-            near = (latent[:, None] - every[view]).abs().amax((2, 3, 4)).amin(1)
-            assert near.max() == 0
-            seen |= set(view.tolist())
-        assert seen == set(range(8))
-
-    def test_half_of_a_batch_is_as_stored(self, sets):
-        _, exact, _ = sets
-        name = "exact, free views in half of a batch"
-        views = torch.stack([view for _, view in take(name, exact, 12)])
-        assert (views[:, :4] == 0).all()
-        assert len(views[:, 4:].unique()) == 8
-
-    def test_stored_copies_say_their_view(self, sets):
-        job, _, plain = sets
-        model = runs.train_tokenizer("plain", Path(), job.place / "plain-tokenizer", None, 0, print)
-        images, _ = read_images(job.folder / "images" / "train", "upright")
-        turned = torch.stack([g.act_on_image(images[:16]) for g in D4])
-        for latent, view in take("plain, eight stored copies", select_shards(plain, 16, True), 4):
-            for row, place in zip(latent, view, strict=True):
-                expected = runs.encode(model, turned[place])
-                assert (row - expected).abs().amax((1, 2, 3)).min() < 5e-3  # float16
-
-    def test_grid_flips_leave_channels_as_they_are(self, sets):
-        _, _, plain = sets
-        latents = select_shards(plain, 16, False)
-        stored = take("plain, as stored", latents, 4)
-        acted = take("plain, grid flips and turns", latents, 4)
-        for (latent, none), (moved, view) in zip(stored, acted, strict=True):
-            assert (none == 0).all()
-            assert torch.equal(moved, act_on_grid(D4, view, latent))
-        assert len(torch.cat([view for _, view in acted]).unique()) > 4
-
-    def test_streams_are_functions_of_the_seed(self, sets):
-        _, exact, plain = sets
-        for name, arm in ARMS.items():
-            latents = plain if arm.tokenizer == "plain" else exact
-            one, again, other = (take(name, latents, 3, seed) for seed in (0, 0, 1))
-            for (a, g), (b, h) in zip(one, again, strict=True):
-                assert torch.equal(a, b)
-                assert torch.equal(g, h)
-            assert not all(torch.equal(a, b) for (a, _), (b, _) in zip(one, other, strict=True))
-
-
-class TestRuns:
-    def test_every_arm_has_its_record(self, finished, tmp_path, capsys):
-        jobs, _, features = finished
-        results = collect(jobs, features)
-        assert len(results["runs"]) == 2 * (len(ARMS) + len(ARMS) - 1)
-        assert len(results["floors"]) == 4
-        by_arm = {(run["pose"], run["arm"], run["size"]): run for run in results["runs"]}
-        free = by_arm["upright", "exact, free views", 32]
-        copies = by_arm["upright", "plain, eight stored copies", 32]
-        assert copies["images_encoded"] == 8 * free["images_encoded"] == 8 * 32
-        assert copies["bytes_stored"] == 8 * free["bytes_stored"]
-        assert not results["settings"].keys() & {"images", "folder"}  # paths of a machine
-        print_tables(json.loads(json.dumps(results)))
-        printed = capsys.readouterr().out
-        assert all(
-            f"| any | 16 | {name} |" in printed for name, a in ARMS.items() if a.acted != "half"
-        )
-        assert [path.name for path in draw_samples(jobs, tmp_path)] == [
-            f"samples-{pose}-{size}.png" for pose in ("upright", "any") for size in (16, 32)
-        ]
-
-    def test_what_is_finished_is_not_repeated_and_what_is_lost_comes_back_the_same(self, finished):
-        (job, *_), _, _ = finished
-        name = "exact, free views"
-        said: list[str] = []
-        path = job.record_path(name, 16)
-        before = json.loads(path.read_text())
-        path.unlink()
-        untouched = job.record_path("plain, as stored", 16)
-        time = untouched.stat().st_mtime_ns
-        runs.run_job(job, said.append)
-        assert len(said) == 1
-        assert name in said[0]
-        assert untouched.stat().st_mtime_ns == time
-        after = json.loads(path.read_text())
-        for record in (before, after):
-            del record["cpu_seconds"], record["training_cpu_seconds"]
-        assert after == before
-
-    def test_settings_of_a_folder_are_not_mixed(self, finished):
-        (job, *_), _, _ = finished
-        claim_folder(job.folder, job.settings)
-        with pytest.raises(ValueError, match="flow_steps"):
-            claim_folder(job.folder, replace(job.settings, flow_steps=3))
-
-    def test_bad_arguments(self, fashion, finished, tmp_path):
-        (job, *_), _, _ = finished
-        with pytest.raises(ValueError, match="use some of exact, free views"):
-            list_jobs(Arguments(str(fashion), arms=("exact",)))
-        with pytest.raises(ValueError, match="may hold at most 48 images"):
-            runs.run_job(replace(job, seed=1), print)
+    def test_a_folder_without_the_images_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="holds no train-images"):
-            runs.build_images(Settings(str(tmp_path)), tmp_path / "set")
+            build_images(tmp_path, tmp_path / "set")
+
+    def test_seeds_have_images_of_their_own(self, studied):
+        study, _, _ = studied
+        sets = [ShardDataset.open(str(study.generator_images("any", seed))) for seed in (0, 1)]
+        first, second = (torch.cat([b.image for b in s.loader(8, shuffle=False)]) for s in sets)
+        assert len(first) == len(second) == 16
+        assert not (first[:, None] == second[None]).flatten(2).all(2).any()
+        with pytest.raises(ValueError, match="use fewer --seeds"):
+            study.generator_images("any", 2)
 
 
-def test_images_without_an_upright_are_turned_once(fashion, tmp_path):
-    runs.build_images(Settings(str(fashion)), tmp_path)
-    upright, labels = read_images(tmp_path / "train", "upright")
-    turned, same_labels = read_images(tmp_path / "train", "any")
-    again, _ = read_images(tmp_path / "train", "any")
-    assert torch.equal(turned, again)
-    assert torch.equal(labels, same_labels)
-    views = torch.stack([g.act_on_image(upright) for g in D4])
-    is_view = (views == turned).flatten(2).all(2)
-    assert is_view.any(0).all()
-    assert is_view.float().sum(1).min() > 3
-    write_images(tmp_path / "views", upright[:4], 2, views=True)
-    assert len(ShardDataset.open(str(tmp_path / "views")).index.shards) == 16
+class TestSymmetry:
+    def test_every_arm_has_its_runs_and_none_is_repeated(self, studied, tiny, capsys):
+        _, _, results = studied
+        keys = [(run["pose"], run["size"], run["arm"]) for run in results["runs"]]
+        any_pose = [name for name, arm in symmetry.ARMS.items() if "any" in arm.poses]
+        upright = [name for name, arm in symmetry.ARMS.items() if "upright" in arm.poses]
+        assert len(keys) == len(set(keys)) == 2 * len(any_pose) + len(upright)
+        by_arm = {run["arm"]: run for run in results["runs"] if run["size"] == 16}
+        assert by_arm["plain, eight stored copies"]["stored_latents"] == 8 * 16
+        assert by_arm["plain, as stored"]["largest_difference"] > 0.01
+        assert by_arm["exact, as stored"]["largest_difference"] < 1e-4
+        assert not results["settings"].keys() & {"images", "folder", "results"}
+        symmetry.print_tables(json.loads(json.dumps(results)))
+        assert all(f"| {name} |" in capsys.readouterr().out for name in any_pose[:1])
+        said: list[str] = []
+        assert symmetry.compare(Study("symmetry", tiny, said.append)) == results
+        assert said == []
+
+    def test_stored_copies_tell_their_element(self, studied):
+        study, _, _ = studied
+        uri = study.folder / "any" / "plain-latents-0"
+        latents = select_shards(ShardDataset.open(str(uri)), 8, copies=True)
+        batches = list(latents.loader(8, shuffle=False, members=("cls",)))
+        told = {
+            key: int(c) for b in batches for key, c in zip(b.key, b.members["cls"], strict=True)
+        }
+        assert len(told) == 64
+        assert all(D4[key[7:]] == D4[c % 8] for key, c in told.items())
+        labels = torch.cat([read_labels(batch, CLASSES * len(D4)) for batch in batches])
+        assert int(labels.max()) < CLASSES * len(D4)
+        assert {tell_class(0), tell_class(1)} == {c for key, c in told.items() if "ident" in key}
+
+    def test_naive_flips_move_cells_alone(self, studied):
+        study, _, _ = studied
+        latents = ShardDataset.open(str(study.folder / "any" / "plain-latents-0"))
+        config = symmetry.claim_views(generators.configure(latents, {}), latents, 1.0)
+        model = generators.Generator(config)
+        latent = torch.randn(1, *latents.format.shape)
+        for g in D4:
+            assert torch.equal(model.representation.act(g, latent), g.act_on_image(latent))
+
+    def test_results_of_other_settings_are_refused(self, studied, tiny):
+        with pytest.raises(ValueError, match="holds runs with the settings"):
+            Study("symmetry", replace(tiny, samples=13), print)
+
+
+class TestPrediction:
+    def test_a_tokenizer_is_measured_with_its_generator(self, tiny, monkeypatch, capsys):
+        kept = {name: prediction.TOKENIZERS[name] for name in ("exact", "none")}
+        monkeypatch.setattr(prediction, "TOKENIZERS", kept)
+        results = prediction.compare(Study("prediction", tiny, print))
+        first, second = results["runs"]
+        assert first["encoder_error"] < 1e-6 < second["encoder_error"]
+        assert all(set(prediction.PREDICTORS) < run.keys() for run in results["runs"])
+        prediction.print_tables(results)
+        assert "| none |" in capsys.readouterr().out
+
+    def test_correlation(self):
+        runs = [{"x": x, "fid": y, "fid_of_decodes": 3 * x} for x, y in enumerate([1, 2, 4, 8, 9])]
+        whole, low, high, p = prediction.correlate(runs, "x", excess=False)
+        assert [whole, low, high] == pytest.approx([1, 1, 1])
+        assert p < 1e-6
+        excess, low, high, _ = prediction.correlate(runs, "x", excess=True)
+        assert excess == pytest.approx(-0.3)  # of 1, -1, -2, -1, -3
+        assert low < excess < high
+
+
+def test_every_tokenizer_can_be_built():
+    shapes = set()
+    for overrides in prediction.TOKENIZERS.values():
+        config = configure(Path("images"), prediction.GRID | overrides)
+        shapes.add(check_model(config).dim)
+    assert len(prediction.TOKENIZERS) >= 12
+    assert shapes == {4, 8, 16}
