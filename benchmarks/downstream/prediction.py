@@ -130,7 +130,7 @@ def correlate(
     rng, found = np.random.default_rng(0), list[float]()
     for _ in range(_RESAMPLED):
         chosen = rng.integers(0, len(x), len(x))
-        if len(set(x[chosen])) > 1:
+        if len(set(x[chosen])) > 1 < len(set(y[chosen])):
             found.append(float(spearman(x[chosen], y[chosen]).statistic))
     low, high = np.quantile(found, (0.025, 0.975))
     whole = spearman(x, y)

@@ -154,12 +154,11 @@ class TestSymmetry:
 
 class TestPrediction:
     def test_a_tokenizer_is_measured_with_its_generator(self, tiny, monkeypatch, capsys):
-        kept = {name: prediction.TOKENIZERS[name] for name in ("exact", "none")}
-        monkeypatch.setattr(prediction, "TOKENIZERS", kept)
+        monkeypatch.setattr(prediction, "TOKENIZERS", {"none": prediction.NONE | SMALL})
         results = prediction.compare(Study("prediction", tiny, print))
-        first, second = results["runs"]
-        assert first["encoder_error"] < 1e-6 < second["encoder_error"]
-        assert all(set(prediction.PREDICTORS) < run.keys() for run in results["runs"])
+        (run,) = results["runs"]
+        assert set(prediction.PREDICTORS) < run.keys()
+        assert run["encoder_error"] > 0.1
         prediction.print_tables(results)
         assert "| none |" in capsys.readouterr().out
 
@@ -169,7 +168,7 @@ class TestPrediction:
         assert [whole, low, high] == pytest.approx([1, 1, 1])
         assert p < 1e-6
         excess, low, high, _ = prediction.correlate(runs, "x", excess=True)
-        assert excess == pytest.approx(-0.3)  # of 1, -1, -2, -1, -3
+        assert excess == pytest.approx(-8 / 95**0.5)  # of 1, -1, -2, -1, -3
         assert low < excess < high
 
 
