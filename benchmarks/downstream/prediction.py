@@ -105,6 +105,7 @@ def compare(study: Study) -> dict[str, Any]:
             **{key: numbers[key] for key in ("representation", "psnr", "half_scale_psnr")},
             **numbers["diffusability"],
             "encoder_error": max(numbers["encoder_error"].values()),
+            "largest_difference": latents.certificate["max_abs_difference"],
             "worst_gap_db": numbers["worst_gap_db"],
             "fid_of_decodes": judge.measure_fid(decode_latents(tokenizer, latents, count)),
             **judge.measure(draw_images(generator, tokenizer, count, 0)),
