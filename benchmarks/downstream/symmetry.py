@@ -131,19 +131,17 @@ def print_tables(results: dict[str, Any]) -> None:
     for pose in ("any", "upright"):
         runs = [run for run in results["runs"] if run["pose"] == pose]
         sizes = sorted({run["size"] for run in runs})
-        print(f"\n| {pose} | {' | '.join(f'{size:,} images' for size in sizes)} |")
+        columns = " | ".join(f"{size:,} images" for size in sizes)
+        print(f"\n{pose}: FID / precision / recall\n\n| arm | {columns} |")
         print("|---|" + "---|" * len(sizes))
         for arm in ARMS:
             cells: list[str] = []
             for size in sizes:
                 own = [run for run in runs if run["arm"] == arm and run["size"] == size]
-                if own:
-                    fid = show([run["fid"] for run in own])
-                    both = "/".join(
-                        show([run[key] for run in own], ".2f").split(" ")[0]
-                        for key in ("precision", "recall")
-                    )
-                    turned = [run["fid_turned"] for run in own if "fid_turned" in run]
-                    cells.append(f"{fid}, {both}" + (f", {show(turned)}" if turned else ""))
-            if cells:
+                fid, *others = (
+                    show([run[key] for run in own], form) if own else ""
+                    for key, form in (("fid", ".1f"), ("precision", ".2f"), ("recall", ".2f"))
+                )
+                cells.append(" / ".join([fid, *(value.split(" ")[0] for value in others)]))
+            if any(cell.strip(" /") for cell in cells):
                 print(f"| {arm} | {' | '.join(cells)} |")
