@@ -65,6 +65,7 @@ PREDICTORS = (
     "spectral_energy_concentration",
     "local_distant_similarity",
     "spectral_slope_gap",
+    "interpolated_fid",
     "encoder_error",
     "psnr",
     "fid_of_decodes",
@@ -107,6 +108,9 @@ def compare(study: Study) -> dict[str, Any]:
             "encoder_error": max(numbers["encoder_error"].values()),
             "largest_difference": latents.certificate["max_abs_difference"],
             "worst_gap_db": numbers["worst_gap_db"],
+            "interpolated_fid": judge.measure_fid(
+                decode_latents(tokenizer, latents, count, between=True)
+            ),
             "fid_of_decodes": judge.measure_fid(decode_latents(tokenizer, latents, count)),
             **judge.measure(draw_images(generator, tokenizer, count, 0)),
         }

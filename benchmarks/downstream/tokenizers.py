@@ -21,6 +21,7 @@ from data_pipelines.shards.latent_format import FORMAT, LatentFormat
 from data_pipelines.storage import Location
 from efae.config import Config
 from efae.config_forms import with_overrides
+from efae.evaluation.diffusability import interpolate_with_nearest
 from efae.evaluation.measures import draw_noise, to_uint8
 from efae.latents.shard_encoder import ShardEncoder, Source
 from efae.model.autoencoder import Autoencoder
@@ -108,15 +109,27 @@ def select_shards(latents: LatentSet, size: int, copies: bool) -> LatentSet:
 
 
 @torch.no_grad()
-def decode_latents(model: Autoencoder, latents: LatentSet, count: int) -> Tensor:
-    """Decode the first latents of a set to images uint8: what a perfect generator would draw."""
-    images: list[Tensor] = []
-    for batch in latents.loader(min(_BATCH_SIZE, count), shuffle=False, decode_threads=1):
-        first = len(images) * _BATCH_SIZE
-        data = model.config.data
-        positions = range(first, first + len(batch.latent))
+def decode_latents(
+    model: Autoencoder, latents: LatentSet, count: int, between: bool = False
+) -> Tensor:
+    """Decode the first latents of a set to images uint8: what a perfect generator would draw.
+
+    Args:
+        model: Tokenizer.
+        latents: Latents.
+        count: Number of images.
+        between: Whether to decode half-way to the nearest neighbours among all latents of the set.
+    """
+    loader = latents.loader(_BATCH_SIZE, shuffle=False, decode_threads=1)
+    everything = torch.cat([batch.latent.float() for batch in loader])
+    batches = (
+        interpolate_with_nearest(everything, 0, count, _BATCH_SIZE)
+        if between
+        else (everything[:count][i : i + _BATCH_SIZE] for i in range(0, count, _BATCH_SIZE))
+    )
+    images, data = list[Tensor](), model.config.data
+    for i, latent in enumerate(batches):
+        positions = range(i * _BATCH_SIZE, i * _BATCH_SIZE + len(latent))
         noise = draw_noise(positions, (data.channels, *data.image_size), 0, 1)
-        images.append(to_uint8(model.decode(batch.latent.float(), noise=noise)))
-        if first + len(batch.latent) >= count:
-            break
-    return torch.cat(images)[:count]
+        images.append(to_uint8(model.decode(latent, noise=noise)))
+    return torch.cat(images)
