@@ -81,4 +81,4 @@ def test_all_that_an_image_requires_is_pinned():
     pins = {canonicalize_name(line.partition("==")[0]) for line in lines if "==" in line}
     extras = PROJECT["optional-dependencies"]
     required = [*PROJECT["dependencies"], *extras["aws"], *extras["gcp"]]
-    assert not {re.split(r"\[|[<>=]", name)[0] for name in required} - pins
+    assert not {canonicalize_name(re.split(r"\[|[<>=]", name)[0]) for name in required} - pins
