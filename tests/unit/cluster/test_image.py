@@ -1,4 +1,6 @@
-"""The image: its Dockerfile passes the linter, runs unprivileged, and installs pinned packages."""
+"""The image: its Dockerfile passes the linter, runs unprivileged, and installs pinned packages;
+and what a job brings to it.
+"""
 
 import re
 import subprocess
@@ -8,6 +10,7 @@ from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 
 ROOT = Path(__file__).parents[3]
 DOCKERFILE = ROOT / "cluster" / "image" / "Dockerfile"
@@ -24,6 +27,14 @@ def test_dockerfile_passes_the_linter():
     linter = Path(sys.executable).with_name("hadolint")
     said = subprocess.run([linter, "--no-color", DOCKERFILE], capture_output=True, text=True)
     assert (said.returncode, said.stdout + said.stderr) == (0, "")
+
+
+def test_a_submitted_job_brings_every_file_of_the_packages():
+    excluded = get_excludes_from_ignore_files(ROOT, include_gitignore=True)
+    files = [p for name in ("efae", "data_pipelines", "jobs") for p in (ROOT / name).rglob("*.*")]
+    assert ROOT / "efae/web_page/static/index.html" in files
+    lost = [path for path in files if any(ignores(path) for ignores in excluded)]
+    assert [path for path in lost if path.suffix != ".pyc"] == []
 
 
 def test_files_to_copy_exist():
