@@ -17,15 +17,8 @@ from efae.model.autoencoder import Autoencoder
 from efae.web_page import publication
 from jobs import export
 from tests.integration.hub_server import LARGE_BYTES, TOKEN, Hub, Repository, serve_hub
+from tests.unit.report.test_model_card import SIZES
 
-SIZES = {
-    "data.resolution": 16,
-    "model.hidden_size": 16,
-    "model.encoder_hidden_size": 16,
-    "model.num_heads": 2,
-    "model.depth": 1,
-    "flow.sampler_steps": 2,
-}
 # Of huggingface_hub itself, as it sends an LFS object.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
