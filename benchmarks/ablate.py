@@ -19,11 +19,14 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
@@ -36,7 +39,9 @@ from efae.evaluation.held_out import read_held_out
 from efae.evaluation.measures import gradient_energy, psnr, ssim, to_float
 from efae.model.autoencoder import build_representation
 from efae.model.closed_form import Moments, fit_linear_map, set_linear_paths
+from efae.model.networks import unet
 from efae.model.objective import Objective
+from efae.model.octic import convolution, layers
 from efae.presets import PRESETS
 from efae.symmetry import Element, Representation
 from efae.symmetry.representation import irrep_matrix
@@ -52,6 +57,8 @@ NARROW_UNET = {
     "model.encoder_hidden_size": 96,
     "model.fine_hidden_size": 32,
 }
+UNET = {"model.kind": "unet", "model.patch_size": 4, "model.depth": 3}
+CLOSED_FORM = {"model.start": "closed_form", "model.bottleneck": "running"}
 RANDOM_START = {"model.start": "random", "model.bottleneck": "rms"}
 SKETCH_RATES = (1e-3, 2e-3, 4e-3)
 SKETCH_STEPS = 50
@@ -93,6 +100,9 @@ def list_variants(base: Config) -> dict[str, dict[str, Any]]:
         "exact, narrow, all invariant": NARROW | split(dim, 0, 0, 0, 0),
         "exact, narrow, no planes": NARROW | split(dim - 3 * eighth, eighth, eighth, eighth, 0),
         "exact, narrow, regular split": NARROW | regular,
+        "exact, closed form": CLOSED_FORM,
+        "exact, unet": UNET,
+        "exact, unet, closed form": UNET | CLOSED_FORM,
         "exact, narrow, vector latent": NARROW
         | {"model.downsampling": base.data.image_size[0], "representation.dim": dim * cells},
     }
@@ -116,7 +126,36 @@ def _list_unet_variants() -> dict[str, dict[str, Any]]:
         "exact, 16 channels": small,
         "none, narrow, 16 channels": dense | small,
         "exact, transformer, 16 channels": transformer | small,
+        "exact, attention": {"model.attention_depth": 1},
+        "exact, attention, normalized queries and keys": {"model.attention_depth": 1},
+        "exact, 5 x 5 filters": {},
+        "exact, SiLU": {},
+        "exact, patch 2": {"model.patch_size": 2},
+        "exact, ungated skips": {},
     }
+
+
+scaled_dot_product_attention = F.scaled_dot_product_attention
+
+
+def attend_normalized(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attend by queries and keys of root mean square 1, which the group preserves."""
+    query, key = (F.rms_norm(x, x.shape[-1:]) for x in (query, key))
+    return scaled_dot_product_attention(query, key, value)
+
+
+def change_architecture(name: str) -> AbstractContextManager[Any]:
+    """Put the part of a network that no setting offers in the place of the present one."""
+    if name.endswith("normalized queries and keys"):
+        return mock.patch.object(layers.F, "scaled_dot_product_attention", attend_normalized)
+    if name.endswith("5 x 5 filters"):
+        return mock.patch.object(convolution, "KERNEL_SIZE", 5)
+    if name.endswith("SiLU"):
+        return mock.patch.object(convolution.F, "relu", F.silu)
+    if name.endswith("ungated skips"):
+        # The gain of a skip is 1 plus this.
+        return mock.patch.object(unet, "spread_gains", lambda layout, gains: gains.new_zeros(()))
+    return nullcontext()
 
 
 @dataclass
@@ -293,14 +332,15 @@ def compare(arguments: Arguments, say: Callable[[str], None]) -> dict[str, Any]:
         )
         if "representation.dim" in variants[name]:
             entry["linear_map_psnr"] = measure_linear_map(config, images, held_out)
-        if "seconds_per_step" not in entry:
-            entry["seconds_per_step"] = measure_cost(name, config, images)
-        steps = round(arguments.cpu_seconds / entry["seconds_per_step"])
-        trained, spent = train(name, config, images, steps)
+        with change_architecture(name):
+            if "seconds_per_step" not in entry:
+                entry["seconds_per_step"] = measure_cost(name, config, images)
+            steps = round(arguments.cpu_seconds / entry["seconds_per_step"])
+            trained, spent = train(name, config, images, steps)
+            row = measure(trained, held_out)
         entry["parameters"] = sum(p.numel() for p in trained.model.parameters())
         entry["steps"] = steps
         entry["images_seen"] = steps * config.training.global_batch_size
-        row = measure(trained, held_out)
         entry["runs"].append({"learning_rate": rate, "seed": seed, "cpu_seconds": spent} | row)
         RESULTS.mkdir(exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
