@@ -138,8 +138,11 @@ def print_comparison(report: Mapping[str, Any]) -> None:
     for name in ("samples", "reference"):
         facts = report[name]
         images = f", {facts['images']} images" if "images" in facts else ""
-        print(f"{name:16}  {redact(facts['uri'])}{images}")
+        moments = ", stored moments" if facts.get("stored_moments") else ""
+        print(f"{name:16}  {redact(facts['uri'])}{images}{moments}")
     print(f"{'compared':16}  {report['features']}")
+    if near := report["precision_recall_images"]:
+        print(f"{'':16}  precision and recall: of {near} images of each set")
     for name in _MEASURES:
         value = report[name.lower().replace(" ", "_")]
         number = "-" if value is None else f"{value:.3f}"

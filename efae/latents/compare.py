@@ -1,49 +1,59 @@
-"""Quality of sampled images: two shard sets, or a set and stored moments, compared by features."""
+"""Quality of sampled images: two shard sets, or a set and a stored reference, by features."""
 
-import hashlib
-import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from torch import Tensor
 
 from data_pipelines import ShardDataset, storage
 from data_pipelines.loading.dataset import ImageSet
 from efae.evaluation.lpips_fid import Inception, load_inception
 from efae.evaluation.set_distances import (
     NEIGHBOURS,
-    Features,
     Moments,
+    Progress,
+    SetFeatures,
+    draw_positions,
     frechet,
     measure_precision_recall,
-    score_inception,
 )
 from efae.latents.sample_request import CompareRequest
 from efae.latents.set_features import SmallNetwork, build_network
+from efae.latents.stored_reference import read_stored
 from efae.report.html import write_json
 
 FILE = "sample_quality.json"
-_NAMES = ("mu", "sigma", "mu_s", "sigma_s")
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 @dataclass(frozen=True)
-class _Reference:
-    """What samples are compared with; `features` is None for stored moments."""
+class _Set:
+    """Samples, or what they are compared with.
+
+    Attributes:
+        facts: Facts for the report.
+        shape: Shape of the images; None for moments alone.
+        count: Number of images.
+        read: Function that yields the images in batches of a size.
+        dataset: Shard set; None for a stored reference.
+        moments: Stored moments of pooled and of spatial features, if any.
+    """
 
     facts: dict[str, Any]
-    pooled: Moments
-    spatial: Moments
-    features: Features | None
+    shape: tuple[int, ...] | None
+    count: int
+    read: Callable[[int], Iterator[Tensor]]
+    dataset: ImageSet | None = None
+    moments: tuple[Moments, Moments] | None = None
 
 
 def compare_sets(
     request: CompareRequest, say: Callable[[str], None], progress: Progress
 ) -> dict[str, Any]:
     """Measure a set of samples and write sample_quality.json; returns its content.
+
+    Memory does not grow with the sets, but with the images compared for precision and recall.
 
     Args:
         request: The two sets, the weights and the output.
@@ -57,46 +67,50 @@ def compare_sets(
     """
     stored = request.reference.endswith(".npz")
     samples = _open(request.samples)
-    images = None if stored else _open(request.reference)
-    if images is not None and images.image_shape != samples.image_shape:
+    if stored and request.fid_weights is None:
         raise ValueError(
-            f"{samples.uri} holds images of {_name_shape(samples)}, {images.uri} of"
-            f" {_name_shape(images)} (colours x height x width): compare sets of one shape"
+            f"--reference {request.reference}: samples are compared with it in Inception's"
+            " features: give --fid-weights, too, or a shard set of real images"
         )
-    if images is None and request.fid_weights is None:
+    reference = _open_stored(Path(request.reference)) if stored else _open(request.reference)
+    if reference.shape is not None and reference.shape != samples.shape:
         raise ValueError(
-            f"--reference {request.reference} holds moments of Inception's features: give"
-            " --fid-weights, too, or a shard set of real images"
+            f"{samples.facts['uri']} holds images of {_name_shape(samples)},"
+            f" {reference.facts['uri']} of {_name_shape(reference)} (colours x height x width):"
+            " compare sets of one shape"
         )
-    moments = _read_moments(Path(request.reference), request.device) if images is None else None
     request.output.mkdir(parents=True, exist_ok=True)
-    network = _choose_network(request, images, say)
+    network = _choose_network(request, reference, say)
+    near = min(request.precision_recall_images, samples.count, reference.count)
 
-    def read(dataset: ImageSet, name: str) -> Features:
-        loader = dataset.loader(min(request.batch_size, len(dataset)), shuffle=False)
-        return _join([network(b.image.to(request.device)) for b in progress(loader, name)])
+    def measure(images: _Set, name: str) -> SetFeatures:
+        kept = draw_positions(images.count, near)
+        batches = progress(range(0, images.count, request.batch_size), name)
+        found = SetFeatures(kept if images.moments is None else range(near))
+        for start, batch in zip(batches, images.read(request.batch_size), strict=True):
+            if images.moments is not None:  # only images to keep are needed
+                batch = batch[_find_within(kept, start, len(batch))]
+            if len(batch):
+                found.add(network(batch.to(request.device)))
+        return found
 
-    reference = moments
-    if images is not None:
-        found = read(images, "reference")
-        pooled, spatial = Moments.of(found.pooled), Moments.of(found.spatial)
-        reference = _Reference(_list_facts(images), pooled, spatial, found)
-    assert reference is not None
-    measured = read(samples, "samples")
+    real = measure(reference, "reference") if reference.count else None
+    measured = measure(samples, "samples")
     report = {
-        "samples": _list_facts(samples),
+        "samples": samples.facts,
         "reference": reference.facts,
         "network": network.title,
         "features": network.description,
-        **_measure(measured, reference),
-        "warnings": _list_warnings(measured, reference),
+        **_compare(measured, real, reference.moments, progress),
+        "precision_recall_images": near,
+        "warnings": _list_warnings(measured, None if reference.moments else real),
         "protocol": {**network.protocol, "neighbours": NEIGHBOURS, "device": request.device},
     }
     write_json(request.output / FILE, report)
     return report
 
 
-def _open(uri: str) -> ImageSet:
+def _open(uri: str) -> _Set:
     storage.check_readable(uri)
     found = ShardDataset.open(uri)
     if not isinstance(found, ImageSet):
@@ -104,96 +118,87 @@ def _open(uri: str) -> ImageSet:
         raise ValueError(fault)  # noqa: TRY004
     if found.image_shape is None:
         raise ValueError(f"{uri}: its images differ in size; build the shards with --resolution N")
-    if len(found) <= NEIGHBOURS:
+    _check_count(uri, len(found))
+    facts = {
+        "uri": found.uri,
+        "id": found.id,
+        "images": len(found),
+        "shape": list(found.image_shape),
+    }
+
+    def read(batch_size: int) -> Iterator[Tensor]:
+        for batch in found.loader(min(batch_size, len(found)), shuffle=False):
+            yield batch.image
+
+    return _Set(facts, found.image_shape, len(found), read, dataset=found)
+
+
+def _open_stored(path: Path) -> _Set:
+    found = read_stored(path)
+    facts: dict[str, Any] = {"uri": str(path), "sha256": found.sha256}
+    if found.shape is not None:
+        _check_count(str(path), found.count)
+        facts |= {"images": found.count, "shape": list(found.shape)}
+    facts["stored_moments"] = found.moments is not None
+    return _Set(facts, found.shape, found.count, found.read, moments=found.moments)
+
+
+def _check_count(uri: str, count: int) -> None:
+    if count <= NEIGHBOURS:
         raise ValueError(
-            f"{uri} holds {len(found)} images: precision and recall take {NEIGHBOURS + 1} at least"
+            f"{uri} holds {count} images: precision and recall take {NEIGHBOURS + 1} at least"
         )
-    return found
 
 
-def _name_shape(images: ImageSet) -> str:
-    return " x ".join(map(str, images.image_shape or ()))
+def _name_shape(images: _Set) -> str:
+    return " x ".join(map(str, images.shape or ()))
 
 
 def _choose_network(
-    request: CompareRequest, images: ImageSet | None, say: Callable[[str], None]
+    request: CompareRequest, reference: _Set, say: Callable[[str], None]
 ) -> Inception | SmallNetwork:
     if request.fid_weights is not None:
         return load_inception(request.fid_weights, request.device)
-    assert images is not None
-    return build_network(images, say).to(request.device)
+    assert reference.dataset is not None
+    return build_network(reference.dataset, say).to(request.device)
 
 
-def _read_moments(path: Path, device: str) -> _Reference:
-    """Read a reference of guided-diffusion; nothing in it is unpickled.
-
-    Raises:
-        ValueError: There is no such file, or it holds something else.
-    """
-    wanted = (
-        f"{path}: not a reference of guided-diffusion, which has the arrays {', '.join(_NAMES)} of"
-        " 2048 pooled and 2023 spatial features"
-    )
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        with np.load(path, allow_pickle=False) as found:
-            arrays = {name: torch.tensor(found[name], dtype=torch.float64) for name in _NAMES}
-    except (ValueError, TypeError, KeyError, AttributeError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(wanted) from error
-    pooled, spatial = (
-        Moments(arrays[mean].to(device), arrays[covariance].to(device))
-        for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s"))
-    )
-    for moments, d in ((pooled, 2048), (spatial, 2023)):
-        if moments.mean.shape != (d,) or moments.covariance.shape != (d, d):
-            raise ValueError(wanted)
-    if not all(bool(array.isfinite().all()) for array in arrays.values()):
-        raise ValueError(f"{path}: holds numbers that are not finite")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return _Reference({"uri": str(path), "sha256": digest}, pooled, spatial, None)
+def _find_within(positions: Sequence[int], start: int, count: int) -> list[int]:
+    return [position - start for position in positions if start <= position < start + count]
 
 
-def _join(parts: list[Features]) -> Features:
-    logits = [part.logits for part in parts if part.logits is not None]
-    return Features(
-        torch.cat([part.pooled for part in parts]),
-        torch.cat([part.spatial for part in parts]),
-        torch.cat(logits) if logits else None,
-    )
-
-
-def _list_facts(images: ImageSet) -> dict[str, Any]:
-    return {
-        "uri": images.uri,
-        "id": images.id,
-        "images": len(images),
-        "shape": list(images.image_shape or ()),
-    }
-
-
-def _measure(measured: Features, reference: _Reference) -> dict[str, float | None]:
+def _compare(
+    samples: SetFeatures,
+    real: SetFeatures | None,
+    moments: tuple[Moments, Moments] | None,
+    progress: Progress,
+) -> dict[str, float | None]:
     precision = recall = None
-    if reference.features is not None:
-        theirs = reference.features.pooled
-        precision, recall = measure_precision_recall(measured.pooled, theirs)
+    if real is not None:
+        precision, recall = measure_precision_recall(samples.kept, real.kept, progress)
+    if moments is None:
+        assert real is not None
+        moments = real.pooled.compute(), real.spatial.compute()
+    fid, sfid = (
+        frechet(sums.compute(), theirs)
+        for sums, theirs in zip((samples.pooled, samples.spatial), moments, strict=True)
+    )
     return {
-        "fid": frechet(Moments.of(measured.pooled), reference.pooled),
-        "sfid": frechet(Moments.of(measured.spatial), reference.spatial),
-        "inception_score": None if measured.logits is None else score_inception(measured.logits),
+        "fid": fid,
+        "sfid": sfid,
+        "inception_score": samples.inception_score,
         "precision": precision,
         "recall": recall,
     }
 
 
-def _list_warnings(measured: Features, reference: _Reference) -> list[str]:
+def _list_warnings(samples: SetFeatures, reference: SetFeatures | None) -> list[str]:
     """Name the sets that are too small for a covariance of full rank."""
-    d = max(measured.pooled.shape[1], measured.spatial.shape[1])
-    sets = {"samples": measured, "reference": reference.features}
+    d = max(samples.pooled.width, samples.spatial.width)
+    sets = {"samples": samples, "reference": reference}
     return [
         f"{name}: {n} images for {d} features: a covariance of so few is singular, and FID and sFID"
         f" are too large; take more than {d}, and compare at equal numbers only"
         for name, features in sets.items()
-        if features is not None and (n := len(features.pooled)) <= d
+        if features is not None and (n := features.count) <= d
     ]

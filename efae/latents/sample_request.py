@@ -64,7 +64,8 @@ class CompareRequest:
     """URI of a shard set of samples."""
     reference: str
     """URI of a shard set of real images of the same shape; or a reference of guided-diffusion, a
-    local .npz file (FID, sFID and Inception score only)."""
+    local .npz file of such images (arr_0), of their moments (which give no precision and recall),
+    or both."""
     output: Path = Path("report")
     """Folder for sample_quality.json."""
     fid_weights: Path | None = None
@@ -72,6 +73,9 @@ class CompareRequest:
     those of a small classifier, trained on the labels of the reference (cls), or of an untrained
     network where it has none: such numbers rank sets of one kind of images and are comparable with
     nothing else."""
+    precision_recall_images: int = 10_000
+    """Maximum number of images of each set that are compared for precision and recall: equally many
+    of both, drawn with a fixed seed. Time grows with the square."""
     batch_size: int = 64
     """Images per batch."""
     device: str = "cpu"
@@ -80,3 +84,7 @@ class CompareRequest:
     def __post_init__(self):
         if self.batch_size < 1:
             raise ValueError(f"--batch-size {self.batch_size}: must be at least 1")
+        if self.precision_recall_images < 4:
+            raise ValueError(
+                f"--precision-recall-images {self.precision_recall_images}: must be at least 4"
+            )

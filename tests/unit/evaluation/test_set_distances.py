@@ -5,7 +5,11 @@ import pytest
 import torch
 
 from efae.evaluation.set_distances import (
+    Features,
     Moments,
+    MomentSums,
+    SetFeatures,
+    draw_positions,
     frechet,
     measure_precision_recall,
     score_inception,
@@ -32,11 +36,36 @@ def test_of_covariances_that_do_not_commute_the_distance_is_the_trace_of_the_roo
     assert frechet(Moments(zero, a), Moments(zero, b)) == pytest.approx(expected)
 
 
-def test_moments_are_numpys():
-    features = torch.randn(40, 3)
-    found = Moments.of(features)
-    assert np.allclose(found.mean, features.double().mean(0))
-    assert np.allclose(found.covariance, np.cov(features.double().numpy().T))
+def test_moments_are_numpys_at_once_and_in_batches():
+    features = 1e4 + torch.randn(40, 3)
+    found = [Moments.of(features)]
+    for batch_size in (1, 7, 40):
+        sums = MomentSums()
+        for batch in features.split(batch_size):
+            sums.add(batch)
+        found.append(sums.compute())
+    for moments in found:
+        assert np.allclose(moments.mean, features.double().mean(0), rtol=1e-12)
+        assert np.allclose(moments.covariance, np.cov(features.double().numpy().T), rtol=1e-9)
+
+
+def test_a_set_in_batches_keeps_the_chosen_features_and_scores_parts_of_5000():
+    pooled, logits = torch.randn(10_100, 3), 3 * torch.randn(10_100, 4)
+    found = SetFeatures(kept := draw_positions(10_100, 50))
+    for start in range(0, 10_100, 333):
+        part = pooled[start : start + 333]
+        found.add(Features(part, part, logits[start : start + 333]))
+    assert torch.equal(found.kept, pooled[kept])
+    assert found.count == 10_100
+    assert found.inception_score == pytest.approx(score_inception(logits))
+
+
+def test_drawn_positions_are_fixed_and_miss_no_class_of_those_that_samples_take_in_turn():
+    found = draw_positions(50_000, 10_000)
+    assert found == sorted(set(found)) == draw_positions(50_000, 10_000)
+    assert len(found) == 10_000
+    assert len({position % 1000 for position in found}) == 1000
+    assert draw_positions(5, 10) == [0, 1, 2, 3, 4]
 
 
 def test_the_inception_score_counts_the_classes_of_certain_and_varied_images():

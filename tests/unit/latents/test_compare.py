@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from webdataset.writer import TarWriter
 
 from data_pipelines.images.codec import encode_png
 from data_pipelines.index_shards import make_index
 from data_pipelines.shards.index import write_index
-from efae.latents import set_features
+from efae.evaluation.set_distances import Features
+from efae.latents import compare, set_features, stored_reference
 from efae.latents.compare import FILE
+from efae.latents.sample_request import CompareRequest
 from jobs.generate import main
 from tests.unit.evaluation.test_networks import Trap
 
@@ -47,9 +50,9 @@ def plain(tmp_path) -> str:
     return write_set(tmp_path / "plain", draw_images(0))
 
 
-def measure(samples: str, reference: str, output: Path) -> dict:
+def measure(samples: str, reference: str, output: Path, *more: str) -> dict:
     options = [f"--samples={samples}", f"--reference={reference}", f"--output={output}"]
-    assert main(["compare", *options]) == 0
+    assert main(["compare", *options, *more]) == 0
     return json.loads((output / FILE).read_text())
 
 
@@ -112,10 +115,83 @@ def test_sets_that_cannot_be_compared_are_refused(plain, tmp_path, capsys):
 
 def test_a_stored_reference_needs_weights(plain, capsys):
     said = refuse(capsys, f"--samples={plain}", "--reference=VIRTUAL_imagenet64.npz")
-    assert "holds moments of Inception's features: give --fid-weights, too" in said
+    assert "samples are compared with it in Inception's features: give --fid-weights, too" in said
 
 
-@pytest.mark.parametrize("kind", ["pickle", "objects", "other arrays", "other shapes", "infinite"])
+class Means(torch.nn.Module):
+    """Stands in for Inception, whose weights tests have not: 3 pooled features, 3 spatial ones."""
+
+    title, description, protocol = "Inception", "Inception's features", {}
+
+    def forward(self, image: torch.Tensor) -> Features:
+        pooled = image.float().mean((2, 3))
+        return Features(pooled, image[:, :, 0, 0].float(), pooled)
+
+
+@pytest.fixture
+def stored(monkeypatch, tmp_path):
+    """Writes a reference: images of these, moments of those, or both."""
+    monkeypatch.setattr(compare, "load_inception", lambda weights, device: Means())
+    monkeypatch.setattr(stored_reference, "_POOLED", 3)
+    monkeypatch.setattr(stored_reference, "_SPATIAL", 3)
+
+    def write(images: np.ndarray | None, of: np.ndarray | None) -> str:
+        arrays = {} if images is None else {"arr_0": images}
+        if of is not None:
+            features = Means()(torch.from_numpy(of).permute(0, 3, 1, 2))
+            for end, part in (("", features.pooled), ("_s", features.spatial)):
+                arrays[f"mu{end}"] = part.numpy().mean(0)
+                arrays[f"sigma{end}"] = np.cov(part.numpy(), rowvar=False)
+        np.savez(tmp_path / "reference.npz", **arrays)
+        return str(tmp_path / "reference.npz")
+
+    return write
+
+
+def test_a_stored_reference_counts_as_the_set_of_its_images(plain, stored, tmp_path):
+    images, options = draw_images(1), ("--fid-weights=w.pth", "--batch-size=7")
+    expected = measure(plain, write_set(tmp_path / "set", images), tmp_path / "report", *options)
+    names = ("fid", "sfid", "inception_score", "precision", "recall")
+    for arrays in ((images, None), (images, images), (None, images)):
+        found = measure(plain, stored(*arrays), tmp_path / "report", *options)
+        missing = ("precision", "recall") if arrays[0] is None else ()
+        for name in names:
+            want = None if name in missing else pytest.approx(expected[name], rel=1e-4)
+            assert found[name] == want, name
+        assert found["precision_recall_images"] == (0 if missing else COUNT)
+    moments_win = measure(plain, stored(images, draw_images(0)), tmp_path / "report", *options)
+    assert moments_win["fid"] == pytest.approx(0, abs=1e-4)
+    assert moments_win["precision"] == expected["precision"] < 1
+
+
+def test_precision_and_recall_take_equally_many_images(plain, stored, tmp_path):
+    more = np.concatenate([draw_images(seed) for seed in range(3)])
+    for reference in (write_set(tmp_path / "more", more), stored(more, more)):
+        for option, used in ((), 60), (("--precision-recall-images=20",), 20):
+            options = ("--fid-weights=w.pth", "--batch-size=32", *option)
+            found = measure(plain, reference, tmp_path / "report", *options)
+            assert found["precision_recall_images"] == used
+            assert found["reference"]["images"] == 180
+            assert 0 < found["precision"] <= 1
+    with pytest.raises(ValueError, match="--precision-recall-images 3: must be at least 4"):
+        CompareRequest("a", "b", precision_recall_images=3)
+
+
+def test_images_of_another_size_in_a_stored_reference_are_refused(plain, stored, capsys):
+    for images, what in (
+        (draw_images(0, (16, 24, 3)), "reference.npz of 3 x 16 x 24 (colours"),
+        (draw_images(0, (16, 16)), "arr_0 has type uint8 and shape (60, 16, 16)"),
+        (draw_images(0).astype(np.float32), "arr_0 has type float32"),
+        (draw_images(0)[:3], "holds 3 images: precision and recall take 4 at least"),
+    ):
+        reference = stored(images, None)
+        options = (f"--samples={plain}", f"--reference={reference}", "--fid-weights=w.pth")
+        assert what in refuse(capsys, *options)
+
+
+@pytest.mark.parametrize(
+    "kind", ["pickle", "objects", "images", "other arrays", "other shapes", "infinite"]
+)
 def test_files_that_are_no_reference_are_refused_and_never_run(plain, tmp_path, capsys, kind):
     path, trap = tmp_path / "reference.npz", Trap(str(tmp_path / "sprung"))
     arrays = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
@@ -123,6 +199,8 @@ def test_files_that_are_no_reference_are_refused_and_never_run(plain, tmp_path, 
         path.write_bytes(pickle.dumps(trap, 2))
     elif kind == "objects":
         np.savez(path, **{**arrays, "mu": np.array([trap])})
+    elif kind == "images":
+        np.savez(path, **{**arrays, "arr_0": np.array([trap])})
     elif kind == "other arrays":
         np.savez(path, mu=arrays["mu"])
     elif kind == "other shapes":
