@@ -115,6 +115,7 @@ def compare(request: CompareRequest) -> int:
     """Measure a set of samples; return 0 only if the report was written."""
     from tqdm import tqdm
 
+    from data_pipelines.storage import Location
     from efae.latents.compare import FILE, compare_sets
 
     try:
@@ -129,7 +130,7 @@ def compare(request: CompareRequest) -> int:
     for line in report["warnings"]:
         print(f"warning: {line}", file=sys.stderr)
     print_comparison(report)
-    print(f"report: {request.output / FILE}")
+    print(f"report: {Location.parse(request.output) / FILE}")
     return 0
 
 

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from data_pipelines import ShardDataset, storage
+from data_pipelines.building.fingerprint import make_absolute
 from data_pipelines.loading.dataset import ImageSet
+from data_pipelines.storage import Location
 from efae.evaluation.lpips_fid import Inception, load_inception
 from efae.evaluation.set_distances import (
     NEIGHBOURS,
@@ -25,6 +27,8 @@ from efae.latents.stored_reference import read_stored
 from efae.report.html import write_json
 
 FILE = "sample_quality.json"
+_OF_RAY_JOB = "working_dir_files"
+"""Folder of Ray that holds the working folders of jobs; Ray deletes them afterwards."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def compare_sets(
         ShardError: A shard or an image in it cannot be read.
         StorageError: The storage refuses or does not answer.
     """
-    stored = request.reference.endswith(".npz")
+    output, stored = _check_output(request.output), request.reference.endswith(".npz")
     samples = _open(request.samples)
     if stored and request.fid_weights is None:
         raise ValueError(
@@ -79,7 +83,6 @@ def compare_sets(
             f" {reference.facts['uri']} of {_name_shape(reference)} (colours x height x width):"
             " compare sets of one shape"
         )
-    request.output.mkdir(parents=True, exist_ok=True)
     network = _choose_network(request, reference, say)
     near = min(request.precision_recall_images, samples.count, reference.count)
 
@@ -106,8 +109,19 @@ def compare_sets(
         "warnings": _list_warnings(measured, None if reference.moments else real),
         "protocol": {**network.protocol, "neighbours": NEIGHBOURS, "device": request.device},
     }
-    write_json(request.output / FILE, report)
+    write_json(output / FILE, report)
     return report
+
+
+def _check_output(uri: str) -> Location:
+    output = make_absolute(uri)
+    if output.path is not None and _OF_RAY_JOB in output.path.parts:
+        raise ValueError(
+            f"--output {uri}: this folder is deleted with the Ray job: name one in object storage"
+            " (s3://...), or an absolute path on a shared disk"
+        )
+    storage.check_writable(output)
+    return output
 
 
 def _open(uri: str) -> _Set:

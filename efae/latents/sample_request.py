@@ -66,8 +66,8 @@ class CompareRequest:
     """URI of a shard set of real images of the same shape; or a reference of guided-diffusion, a
     local .npz file of such images (arr_0), of their moments (which give no precision and recall),
     or both."""
-    output: Path = Path("report")
-    """Folder for sample_quality.json."""
+    output: str = "report"
+    """Folder for sample_quality.json: a path, s3://bucket/folder or gs://..."""
     fid_weights: Path | None = None
     """Inception weights of torch-fidelity, as for jobs/evaluate.py. Without them the features are
     those of a small classifier, trained on the labels of the reference (cls), or of an untrained

@@ -9,6 +9,8 @@ from typing import Any, cast
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from data_pipelines import storage
+from data_pipelines.storage import LocationLike
 from efae.symmetry.representation import IRREPS
 from efae.tracking.redaction import redact
 
@@ -38,9 +40,10 @@ def render_page(folder: Path, template: Path, **context: Any) -> Path:
     return path
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(place: LocationLike, values: Mapping[str, Any]) -> None:
     """Write indented JSON without passwords and keys; ValueError if a number is not finite."""
-    path.write_text(redact(json.dumps(values, indent=2, allow_nan=False)) + "\n")
+    text = redact(json.dumps(values, indent=2, allow_nan=False)) + "\n"
+    storage.write_bytes(place, text.encode())
 
 
 def finite(value: Any) -> Any:

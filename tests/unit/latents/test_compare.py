@@ -9,6 +9,7 @@ import pytest
 import torch
 from webdataset.writer import TarWriter
 
+from data_pipelines import storage
 from data_pipelines.images.codec import encode_png
 from data_pipelines.index_shards import make_index
 from data_pipelines.shards.index import write_index
@@ -50,10 +51,10 @@ def plain(tmp_path) -> str:
     return write_set(tmp_path / "plain", draw_images(0))
 
 
-def measure(samples: str, reference: str, output: Path, *more: str) -> dict:
+def measure(samples: str, reference: str, output: Path | str, *more: str) -> dict:
     options = [f"--samples={samples}", f"--reference={reference}", f"--output={output}"]
     assert main(["compare", *options, *more]) == 0
-    return json.loads((output / FILE).read_text())
+    return json.loads(storage.read_bytes(f"{output}/{FILE}"))
 
 
 def refuse(capsys, *options: str) -> str:
@@ -110,11 +111,24 @@ def test_sets_that_cannot_be_compared_are_refused(plain, tmp_path, capsys):
         (few, "holds 3 images: precision and recall take 4 at least"),
         (str(tmp_path / "none"), "none"),
     ):
-        assert what in refuse(capsys, f"--samples={plain}", f"--reference={other}")
+        options = (f"--reference={other}", f"--output={tmp_path}")
+        assert what in refuse(capsys, f"--samples={plain}", *options)
 
 
-def test_a_stored_reference_needs_weights(plain, capsys):
-    said = refuse(capsys, f"--samples={plain}", "--reference=VIRTUAL_imagenet64.npz")
+def test_outputs_are_places_of_storage_that_outlive_the_job(plain, tmp_path, capsys, monkeypatch):
+    found = measure(plain, plain, f"file://{tmp_path}/report")
+    assert found == json.loads((tmp_path / "report" / FILE).read_text())
+    sets = (f"--samples={plain}", f"--reference={plain}")
+    assert "scheme 'ftp' is refused" in refuse(capsys, *sets, "--output=ftp://host/report")
+    (folder := tmp_path / "working_dir_files" / "_ray_pkg_1").mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    assert "--output report: this folder is deleted with the Ray job" in refuse(capsys, *sets)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_stored_reference_needs_weights(plain, tmp_path, capsys):
+    options = ("--reference=VIRTUAL_imagenet64.npz", f"--output={tmp_path}")
+    said = refuse(capsys, f"--samples={plain}", *options)
     assert "samples are compared with it in Inception's features: give --fid-weights, too" in said
 
 
@@ -177,7 +191,7 @@ def test_precision_and_recall_take_equally_many_images(plain, stored, tmp_path):
         CompareRequest("a", "b", precision_recall_images=3)
 
 
-def test_images_of_another_size_in_a_stored_reference_are_refused(plain, stored, capsys):
+def test_images_of_another_size_in_a_stored_reference_are_refused(plain, stored, tmp_path, capsys):
     for images, what in (
         (draw_images(0, (16, 24, 3)), "reference.npz of 3 x 16 x 24 (colours"),
         (draw_images(0, (16, 16)), "arr_0 has type uint8 and shape (60, 16, 16)"),
@@ -186,7 +200,7 @@ def test_images_of_another_size_in_a_stored_reference_are_refused(plain, stored,
     ):
         reference = stored(images, None)
         options = (f"--samples={plain}", f"--reference={reference}", "--fid-weights=w.pth")
-        assert what in refuse(capsys, *options)
+        assert what in refuse(capsys, *options, f"--output={tmp_path}")
 
 
 @pytest.mark.parametrize(
@@ -208,6 +222,6 @@ def test_files_that_are_no_reference_are_refused_and_never_run(plain, tmp_path, 
     else:
         np.savez(path, **{**arrays, "mu_s": np.full(2023, np.inf)})
     options = (f"--samples={plain}", f"--reference={path}", f"--fid-weights={tmp_path / 'w.pth'}")
-    said = refuse(capsys, *options)
+    said = refuse(capsys, *options, f"--output={tmp_path}")
     assert ("not finite" if kind == "infinite" else "not a reference of guided-diffusion") in said
     assert not (tmp_path / "sprung").exists()
