@@ -114,6 +114,7 @@ def _run(chosen: Arguments) -> "tuple[Path, Mapping[str, Tokenizer]]":
     from efae.evaluation.fitted_action import fit_action
     from efae.evaluation.lpips_fid import Lpips, load_fid
     from efae.model.autoencoder import Autoencoder
+    from efae.model.precision import check_device
     from efae.model.pretrained import hash_tensors
     from efae.preflight.driver_checks import read_facts
     from efae.report.card import Card, advise_on_linear_map, write_comparison, write_report
@@ -122,6 +123,7 @@ def _run(chosen: Arguments) -> "tuple[Path, Mapping[str, Tokenizer]]":
         raise ValueError(f"--model {' '.join(chosen.model)}: name one or more, each once")
     if chosen.images < 1 or chosen.batch_size < 1:
         raise ValueError("--images and --batch-size must be positive")
+    check_device(chosen.device, f"--device {chosen.device}")
     lpips = Lpips(chosen.lpips_weights).to(chosen.device) if chosen.lpips_weights else None
     if chosen.fid_weights:
         load_fid(chosen.fid_weights)

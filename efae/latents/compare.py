@@ -24,6 +24,7 @@ from efae.evaluation.set_distances import (
 from efae.latents.sample_request import CompareRequest
 from efae.latents.set_features import SmallNetwork, build_network
 from efae.latents.stored_reference import read_stored
+from efae.model.precision import check_device
 from efae.report.html import write_json
 
 FILE = "sample_quality.json"
@@ -69,6 +70,7 @@ def compare_sets(
         ShardError: A shard or an image in it cannot be read.
         StorageError: The storage refuses or does not answer.
     """
+    check_device(request.device, f"--device {request.device}")
     output, stored = _check_output(request.output), request.reference.endswith(".npz")
     samples = _open(request.samples)
     if stored and request.fid_weights is None:

@@ -37,6 +37,7 @@ from efae.generation.sampling import Guidance, check_guidance
 from efae.generator_config import GeneratorConfig
 from efae.latents.sample_request import SampleRequest
 from efae.model.autoencoder import Autoencoder
+from efae.model.precision import check_device
 from efae.model.pretrained import StoredModel
 from efae.preflight.cluster_checks import reach_cluster
 from efae.registry import pull
@@ -112,6 +113,8 @@ def sample_set(request: SampleRequest, say: Callable[[str], None]) -> tuple[Imag
 
 def _prepare(request: SampleRequest, output: Location) -> tuple[_Source, dict[str, Any]]:
     """Return the tasks' input, and what decides the images."""
+    if request.use_gpu and not uses_ray(request.on):
+        check_device("cuda", "--use-gpu")
     stored = pull.read(request.model)
     generator, config = Generator.restore(stored), stored.settings
     assert isinstance(config, GeneratorConfig)

@@ -15,6 +15,17 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def check_device(device: str, option: str) -> None:
+    """Raise a ValueError that names the user's option if torch cannot compute on a device here."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(
+            f"{option}: torch cannot compute on {device!r} here: use cpu; cuda takes a GPU and a"
+            " torch that was built for CUDA"
+        ) from error
+
+
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """Return a context in which a forward pass runs at this precision; off for fp32 and tf32."""
     dtype = _AUTOCAST.get(precision)

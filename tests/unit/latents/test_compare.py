@@ -115,10 +115,15 @@ def test_sets_that_cannot_be_compared_are_refused(plain, tmp_path, capsys):
         assert what in refuse(capsys, f"--samples={plain}", *options)
 
 
-def test_outputs_are_places_of_storage_that_outlive_the_job(plain, tmp_path, capsys, monkeypatch):
+def test_outputs_are_places_that_outlive_the_job_and_devices_exist(
+    plain, tmp_path, capsys, monkeypatch
+):
     found = measure(plain, plain, f"file://{tmp_path}/report")
     assert found == json.loads((tmp_path / "report" / FILE).read_text())
     sets = (f"--samples={plain}", f"--reference={plain}")
+    assert "--device cud: torch cannot compute on 'cud' here" in refuse(
+        capsys, *sets, "--device=cud", f"--output={tmp_path}"
+    )
     assert "scheme 'ftp' is refused" in refuse(capsys, *sets, "--output=ftp://host/report")
     (folder := tmp_path / "working_dir_files" / "_ray_pkg_1").mkdir(parents=True)
     monkeypatch.chdir(folder)

@@ -120,6 +120,11 @@ def test_a_generator_that_has_diverged_draws_nothing(generator, tmp_path):
         ({"tokenizer": "builtin:openmoji-32"}, "the latents were made by a model of digest"),
         ({"model": "builtin:openmoji-32"}, "holds an autoencoder, not a generator"),
         ({"count": 0}, "--count 0"),
+        pytest.param(
+            {"use_gpu": True},
+            "--use-gpu: torch cannot compute on 'cuda' here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU"),
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_work_starts(generator, tmp_path, changes, what):
