@@ -10,8 +10,8 @@
 `train` takes latents that jobs/encode.py made; its options are listed by `train PRESET --help`. The
 same --tracking.run-name resumes a run. `sample` decodes with the tokenizer that the latents name;
 the same command resumes an interrupted sampling. `compare` measures FID, sFID, Inception score,
-precision and recall against real images. Addresses come from the environment
-(`source .local/env` for the local stack).
+precision and recall against real images, and records FID on the registered generator of the
+samples. Addresses come from the environment (`source .local/env` for the local stack).
 """
 
 import argparse
@@ -116,7 +116,7 @@ def compare(request: CompareRequest) -> int:
     from tqdm import tqdm
 
     from data_pipelines.storage import Location
-    from efae.latents.compare import FILE, compare_sets
+    from efae.latents.compare import FILE, compare_sets, record_fid
 
     try:
         report = compare_sets(
@@ -131,6 +131,11 @@ def compare(request: CompareRequest) -> int:
         print(f"warning: {line}", file=sys.stderr)
     print_comparison(report)
     print(f"report: {Location.parse(request.output) / FILE}")
+    try:
+        if version := record_fid(report, Server.from_environment()):
+            print(f"FID recorded on {version.uri}, for python jobs/promote.py --model")
+    except (ValueError, OSError) as error:
+        print(f"warning: FID is not recorded on the generator: {error}", file=sys.stderr)
     return 0
 
 

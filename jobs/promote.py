@@ -11,6 +11,9 @@ The gates:
 - metric: the version is better than the present holder of the alias; a tie fails
 - gap: its worst gap is no larger, up to rounding
 
+A generator has the gates images (jobs/generate.py compare measured both versions on the same
+reference, in the same features, from samples drawn alike) and metric (its FID is lower).
+
 A champion must pass all gates, other aliases only integrity, or all with --compare. Prints the
 previous version of the alias and how to restore it. MLFLOW_TRACKING_URI names the registry
 (`source .local/env` for the local stack).
@@ -36,9 +39,9 @@ class Arguments:
     """URI of the version: models:/NAME/VERSION or models:/NAME@ALIAS."""
     alias: str = "champion"
     """Alias to set."""
-    metric: str = "psnr"
-    """Metric in which the version must be better: psnr, ssim, held_out_loss, worst_gap_db, lpips or
-    fid, if both versions have it."""
+    metric: str | None = None
+    """Metric in which the version must be better: psnr (the default), ssim, held_out_loss,
+    worst_gap_db, lpips or fid, if both versions have it; fid for a generator."""
     margin: float = 0.0
     """Amount by which the metric must at least be exceeded."""
     gap_tolerance: float = 1e-3

@@ -1,9 +1,9 @@
 """Quality of sampled images: two shard sets, or a set and a stored reference, by features."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -25,7 +25,12 @@ from efae.latents.sample_request import CompareRequest
 from efae.latents.set_features import SmallNetwork, build_network
 from efae.latents.stored_reference import read_stored
 from efae.model.precision import check_device
+from efae.registry import promotion
 from efae.report.html import write_json
+from efae.tracking.server import Server
+
+if TYPE_CHECKING:
+    from efae.registry.versions import RegisteredVersion
 
 FILE = "sample_quality.json"
 _OF_RAY_JOB = "working_dir_files"
@@ -103,6 +108,7 @@ def compare_sets(
     measured = measure(samples, "samples")
     report = {
         "samples": samples.facts,
+        "generator": _describe_generator(samples),
         "reference": reference.facts,
         "network": network.title,
         "features": network.description,
@@ -113,6 +119,48 @@ def compare_sets(
     }
     write_json(output / FILE, report)
     return report
+
+
+def record_fid(report: Mapping[str, Any], server: Server) -> "RegisteredVersion | None":
+    """Record FID on the registered version that drew the samples; None if no such one did.
+
+    Args:
+        report: Report of `compare_sets`.
+        server: MLflow server of the registry.
+
+    Raises:
+        ValueError: There is no such version any more, or MLflow does not answer.
+        ConnectionError: MLflow fails.
+    """
+    generator, reference = report["generator"], report["reference"]
+    if generator is None or not generator["model"].startswith("models:"):
+        return None
+    network = f"{report['network']} {report['protocol']['weights_sha256'][:12]}"
+    terms = reference.get("id", reference.get("sha256", ""))[:16], network, generator["samples"]
+    model, digest = generator["model"], generator["digest"]
+    return promotion.record_fid(model, digest, report["fid"], terms, server)
+
+
+def _describe_generator(samples: _Set) -> dict[str, str] | None:
+    """Return what drew the samples, and how; None if that was not `jobs/generate.py sample`."""
+    assert samples.dataset is not None
+    origin = samples.dataset.index.provenance
+    how = origin.get("fingerprint", {})
+    if not {"generator", "guidance_interval"} <= how.keys():
+        return None
+    labels, (low, high) = how["labels"], how["guidance_interval"]
+    classes = f"0-{len(labels) - 1}" if labels == list(range(len(labels))) else str(labels)
+    parts = [
+        f"{how['count']} of {_name_shape(samples)}",
+        f"{how['steps']} steps",
+        f"guidance {how['guidance']:g} in {low:g}-{high:g}",
+        f"classes {classes if labels else 'none'}",
+    ]
+    return {
+        "model": origin.get("model", ""),
+        "digest": how["generator"],
+        "samples": ", ".join(parts),
+    }
 
 
 def _check_output(uri: str) -> Location:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from data_pipelines.loading.dataset import ImageSet
 from efae.evaluation.measures import to_float
 from efae.evaluation.set_distances import Features
+from efae.model.pretrained import hash_tensors
 
 LABEL = "cls"
 """Extension of the member that holds an image's class."""
@@ -85,6 +86,12 @@ def build_network(reference: ImageSet, say: Callable[[str], None]) -> SmallNetwo
 
     A tenth of the images tests it only.
     """
+    network = _build_network(reference, say)
+    network.protocol["weights_sha256"] = hash_tensors(network.state_dict())
+    return network
+
+
+def _build_network(reference: ImageSet, say: Callable[[str], None]) -> SmallNetwork:
     assert reference.image_shape is not None
     channels = reference.image_shape[0]
     if not _has_labels(reference):

@@ -1,7 +1,8 @@
 """Promotion of a version to an alias, if it passes gates on its tags and the present version's.
 
-Numbers are compared as decimals, as the tags spell them: 24.1 is exactly 0.1 more than 24.0. A
-missing tag is unknown, and unknown never passes.
+Autoencoders are compared by how they reconstruct held-out images, generators by the FID of their
+samples. Numbers are compared as decimals, as the tags spell them: 24.1 is exactly 0.1 more than
+24.0. A missing tag is unknown, and unknown never passes.
 """
 
 import math
@@ -26,6 +27,9 @@ HIGHER_IS_BETTER = {
 }
 GateName = Literal["lineage", "images", "metric", "gap"]
 GATES: tuple[GateName, ...] = get_args(GateName)
+_MEASURED = ("held_out_data", "held_out_images", "image_shape")
+_SAMPLED = ("fid_reference", "fid_features", "fid_samples")
+"""Tags that are equal where the FIDs of two generators compare; see `record_fid`."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,13 @@ class Terms:
 
     Attributes:
         metric: Metric that must improve on the present version's; a key of `HIGHER_IS_BETTER`.
+            None is psnr, or fid for a generator.
         margin: Margin that the improvement must exceed, in the metric's unit.
         gap_tolerance_db: Tolerance for a larger worst gap, which rounding causes, in dB.
         skip: Gates that need not pass.
     """
 
-    metric: str = "psnr"
+    metric: str | None = None
     margin: float = 0.0
     gap_tolerance_db: float = 1e-3
     skip: tuple[GateName, ...] = ()
@@ -59,6 +64,11 @@ class Contender:
 
     uri: str
     tags: Mapping[str, str]
+
+    @property
+    def is_generator(self) -> bool:
+        """Whether this is a generator of latents, which names their tokenizer."""
+        return "tokenizer_digest" in self.tags
 
     def number(self, name: str) -> Decimal | None:
         """Return a metric; None if it is missing or not a finite number."""
@@ -174,39 +184,52 @@ def _check_integrity(version: "RegisteredVersion", server: Server) -> Verdict:
     return Verdict("integrity", "ok", digest, "", "the stored files are those registered, and load")
 
 
+def record_fid(
+    model: str, digest: str, fid: float, terms: tuple[str, str, str], server: Server
+) -> "RegisteredVersion":
+    """Write the FID of samples to the tags of the version that drew them, over an earlier one.
+
+    Args:
+        model: URI of the generator, as `jobs/generate.py sample` took it.
+        digest: Digest of its weights, which an alias may no longer name.
+        fid: FID of the samples.
+        terms: Identities of the reference and of the network that made the features, and the
+            options that the samples were drawn with: only FIDs of equal terms compare.
+        server: MLflow server of the registry.
+
+    Returns:
+        The version.
+
+    Raises:
+        ValueError: There is no such version, it has other weights, or MLflow does not answer.
+        ConnectionError: MLflow fails.
+    """
+    from efae.registry import versions
+
+    name, alias, _ = model.partition("@")
+    version = versions.read_version(f"{name}@sha256:{digest}" if alias else model, server)
+    if version.tags.get("digest") != digest:
+        raise ValueError(f"{version.uri} has other weights than the generator of the samples")
+    # Unknown until all tags are there: unknown never passes a gate.
+    tags = {"metric.fid": "unknown", **dict(zip(_SAMPLED, terms, strict=True))}
+    for key, value in (*tags.items(), ("metric.fid", f"{fid:.6g}")):
+        versions.set_tag(version, key, value, server)
+    return version
+
+
 def judge(candidate: Contender, present: Contender | None, terms: Terms) -> list[Verdict]:
     """Return the verdict of every gate; without `present`, comparisons pass if all is known.
 
     Raises:
         ValueError: There is no such metric; the message lists usable ones.
     """
-    if terms.metric not in HIGHER_IS_BETTER:
-        raise ValueError(f"--metric {terms.metric}: unknown; {_name_metrics(candidate, present)}")
-    way = "higher" if HIGHER_IS_BETTER[terms.metric] else "lower"
-    gates: dict[GateName, tuple[tuple[str, ...], str, str | None]] = {
-        "lineage": (
-            ("train_data", "held_out_data"),
-            "not measured on the images trained on",
-            _find_fault_of_lineage(candidate, present),
-        ),
-        "images": (
-            ("held_out_data", "held_out_images", "image_shape"),
-            "both measured on the same images",
-            _find_fault_of_images(candidate, present),
-        ),
-        "metric": (
-            (f"metric.{terms.metric}",),
-            f"{terms.metric} {way} by more than {terms.margin:g}",
-            _find_fault_of_metric(candidate, present, terms),
-        ),
-        "gap": (
-            ("metric.worst_gap_db",),
-            f"worst_gap_db larger by {terms.gap_tolerance_db:g} at most",
-            _find_fault_of_gap(candidate, present, terms),
-        ),
-    }
+    known = ["fid"] if candidate.is_generator else list(HIGHER_IS_BETTER)
+    metric = terms.metric or known[0]
+    if metric not in known:
+        what = "a generator is compared by fid" if candidate.is_generator else "unknown"
+        raise ValueError(f"--metric {metric}: {what}; {_name_metrics(candidate, present)}")
     verdicts: list[Verdict] = []
-    for gate, (keys, asked, fault) in gates.items():
+    for gate, (keys, asked, fault) in _apply_gates(candidate, present, metric, terms).items():
         outcome = "skipped" if gate in terms.skip else "FAIL" if fault else "ok"
         if fault:
             asked += f": {fault}"
@@ -217,6 +240,44 @@ def judge(candidate: Contender, present: Contender | None, terms: Terms) -> list
     return verdicts
 
 
+def _apply_gates(
+    candidate: Contender, present: Contender | None, metric: str, terms: Terms
+) -> dict[GateName, tuple[tuple[str, ...], str, str | None]]:
+    """Return the tags that each gate reads, what it asks, and the fault that it finds, if any.
+
+    Generators have two gates: samples are compared with training images by custom, and their
+    equivariance is not measured.
+    """
+    way = "higher" if HIGHER_IS_BETTER[metric] else "lower"
+    measured = (
+        (f"metric.{metric}",),
+        f"{metric} {way} by more than {terms.margin:g}",
+        _find_fault_of_metric(candidate, present, metric, terms.margin),
+    )
+    if candidate.is_generator:
+        asked = "both sampled and compared alike"
+        fault = _find_fault_of_images(candidate, present, _SAMPLED)
+        return {"images": (_SAMPLED, asked, fault), "metric": measured}
+    return {
+        "lineage": (
+            ("train_data", "held_out_data"),
+            "not measured on the images trained on",
+            _find_fault_of_lineage(candidate, present),
+        ),
+        "images": (
+            _MEASURED,
+            "both measured on the same images",
+            _find_fault_of_images(candidate, present, _MEASURED),
+        ),
+        "metric": measured,
+        "gap": (
+            ("metric.worst_gap_db",),
+            f"worst_gap_db larger by {terms.gap_tolerance_db:g} at most",
+            _find_fault_of_gap(candidate, present, terms),
+        ),
+    }
+
+
 def _find_fault_of_lineage(candidate: Contender, present: Contender | None) -> str | None:
     train, held_out = (candidate.tags.get(key) for key in ("train_data", "held_out_data"))
     if not (train and held_out):
@@ -224,28 +285,33 @@ def _find_fault_of_lineage(candidate: Contender, present: Contender | None) -> s
     return f"it was; {_measure_again(candidate, present, 'URI')}" if train == held_out else None
 
 
-def _find_fault_of_images(candidate: Contender, present: Contender | None) -> str | None:
+def _find_fault_of_images(
+    candidate: Contender, present: Contender | None, keys: tuple[str, ...]
+) -> str | None:
     sets = [
-        [contender.tags.get(key) for key in ("held_out_data", "held_out_images", "image_shape")]
+        [contender.tags.get(key) for key in keys]
         for contender in (candidate, present)
         if contender is not None
     ]
     if not all(map(all, sets)):
         return f"unknown; {_measure_again(candidate, present)}"
     if sets[0] != sets[-1]:
-        return f"other images, so no number compares; {_measure_again(candidate, present)}"
+        what = "not so" if candidate.is_generator else "other images"
+        return f"{what}, so no number compares; {_measure_again(candidate, present)}"
     return None
 
 
 def _find_fault_of_metric(
-    candidate: Contender, present: Contender | None, terms: Terms
+    candidate: Contender, present: Contender | None, metric: str, margin: float
 ) -> str | None:
-    mine = candidate.number(terms.metric)
-    other = mine if present is None else present.number(terms.metric)
+    mine = candidate.number(metric)
+    other = mine if present is None else present.number(metric)
     if mine is None or other is None:
+        if candidate.is_generator:
+            return f"unknown; {_measure_again(candidate, present)}"
         return f"unknown; {_name_metrics(candidate, present)}: choose with --metric"
-    gain = mine - other if HIGHER_IS_BETTER[terms.metric] else other - mine
-    if present is None or gain > Decimal(str(terms.margin)):
+    gain = mine - other if HIGHER_IS_BETTER[metric] else other - mine
+    if present is None or gain > Decimal(str(margin)):
         return None
     return "not so; train a better one, or keep what there is"
 
@@ -279,6 +345,12 @@ def _name_metrics(candidate: Contender, present: Contender | None) -> str:
 
 def _measure_again(candidate: Contender, present: Contender | None, data: str = "") -> str:
     """Return the remedy for missing tags: measure, then skip the gate deliberately."""
+    if candidate.is_generator:
+        models = f"{present.uri} and {candidate.uri}" if present else candidate.uri
+        return (
+            f"draw samples with python jobs/generate.py sample --model, of {models}, and compare"
+            " them with python jobs/generate.py compare, all with the same options: it records FID"
+        )
     models = f"{present.uri} {candidate.uri}" if present else candidate.uri
     data = data or candidate.tags.get("held_out_uri") or "URI"
     return (

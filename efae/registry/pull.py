@@ -23,6 +23,7 @@ from data_pipelines.storage import Location
 from data_pipelines.storage.location import endpoint
 from data_pipelines.storage.retries import StorageError
 from efae.checkpoints.run_folder import find_newest_checkpoint
+from efae.generator_config import GeneratorConfig
 from efae.model import pretrained
 from efae.model.pretrained import StoredModel
 from efae.model.stored_files import MANIFEST, WEIGHTS, CheckpointError, sha256
@@ -131,6 +132,7 @@ def verify(version: RegisteredVersion, server: Server) -> None:
     """
     if "manifest_digest" not in version.tags:
         raise CheckpointError(version.uri, "no tag manifest_digest says what was registered")
+    from efae.generation.network import Generator
     from efae.model.autoencoder import Autoencoder
 
     with model_uris.asking(server) as client:
@@ -142,7 +144,8 @@ def verify(version: RegisteredVersion, server: Server) -> None:
             Path(folder),
             version.tags["manifest_digest"],
         )
-    Autoencoder.restore(stored)
+    kind = Generator if isinstance(stored.settings, GeneratorConfig) else Autoencoder
+    kind.restore(stored)
     for tag, digest in version.tags.items():
         name = tag.removeprefix(FILE_TAG)
         if name != tag and sha256(_download(version.uri, source, name, server)) != digest:

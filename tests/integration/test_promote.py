@@ -1,5 +1,6 @@
 """jobs/promote.py on the local stack: real MLflow, hand-made models, no training."""
 
+import json
 import os
 import subprocess
 import sys
@@ -22,16 +23,21 @@ from efae.config import Config
 from efae.evaluation.evaluate import evaluate
 from efae.evaluation.held_out import read_held_out
 from efae.experiment import Product, publish
+from efae.generation.network import Generator
 from efae.model.autoencoder import Autoencoder, build_representation
-from efae.model.pretrained import hash_tensors, pack_model
+from efae.model.pretrained import hash_tensors, pack_generator, pack_model
 from efae.model.stored_files import WEIGHTS
 from efae.preflight.driver_checks import RunData
 from efae.registry import pull, registration, versions
 from efae.registry.promotion import GATES
 from efae.registry.versions import RegisteredVersion
 from efae.web_page import page
+from jobs import generate
 from jobs.promote import main
 from tests.opened_files import watch_opens
+from tests.unit.training.test_generator import configure, latents, model
+
+__all__ = ["latents", "model"]
 
 pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("cache")]
 
@@ -128,6 +134,41 @@ def test_what_is_not_better_is_refused_and_the_gates_are_named(
     assert promote(second, "champion", "--skip", "images", "metric") == 1
     assert promote(second, "champion", "--skip", "images", "metric", "gap") == 0
     assert aliases() == {"champion": 2}
+
+
+def test_generators_are_promoted_by_the_fid_that_compare_records(
+    latents, name, run, client, aliases, tmp_path, capsys
+):
+    config = configure(latents)
+    for version in (1, 2):
+        torch.manual_seed(version)
+        network = Generator(config)
+        weights = {k: w + 0.05 * torch.randn_like(w) for k, w in network.state_dict().items()}
+        tags = {"tokenizer_digest": "aaaa"}
+        found = registration.register_model(pack_generator(weights, config), name, run, {}, tags)
+        drawn = str(tmp_path / str(version))
+        uri = found.uri if version == 1 else f"models:/{name}@sha256:{found.tags['digest']}"
+        options = [f"--model={uri}", "--count=8", "--on=here", f"--output={drawn}"]
+        assert generate.main(["sample", *options]) == 0
+        if version == 2:
+            assert promote(found) == 1
+            said = capsys.readouterr().out
+            assert [line.split()[1] for line in said.splitlines() if line.startswith("FAIL")] == [
+                "images",
+                "metric",
+            ]
+        # The first version's samples are the reference, so its FID is 0.
+        sets = [f"--samples={drawn}", f"--reference={tmp_path / '1'}"]
+        assert generate.main(["compare", *sets, f"--output={tmp_path / 'report'}"]) == 0
+        assert f"FID recorded on {found.uri}" in capsys.readouterr().out
+        report = json.loads((tmp_path / "report" / "sample_quality.json").read_text())
+        tags = client.get_model_version(name, str(version)).tags
+        assert tags["metric.fid"] == f"{report['fid']:.6g}"
+        assert tags["fid_features"].startswith("untrained network ")
+    assert aliases() == {"champion": 1}
+    client.set_registered_model_alias(name, "champion", "2")
+    assert promote(f"models:/{name}/1") == 0
+    assert aliases() == {"champion": 1}
 
 
 def test_other_aliases_are_compared_only_where_that_is_asked(register, name, aliases, capsys):

@@ -1,5 +1,6 @@
 """jobs/generate.py sample in this process: what it writes, resume, refusals."""
 
+import json
 import math
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from efae.config_forms import with_overrides
 from efae.generation.network import Generator
 from efae.generation.sampling import Guidance
 from efae.latents import sample
+from efae.latents.compare import FILE
 from efae.latents.sample import sample_set
 from efae.latents.sample_request import SampleRequest
 from efae.model.pretrained import pack_generator, read_folder
@@ -62,6 +64,14 @@ def test_a_set_has_images_labels_and_its_origin(generator, model, tmp_path, caps
     assert fingerprint["tokenizer"] == read_folder(model[1]).digest
     assert (fingerprint["seed"], fingerprint["guidance"]) == (5, 1.5)
     assert (tmp_path / "set" / SHEET_NAME).exists()
+    sets = (f"--samples={tmp_path / 'set'}", f"--reference={tmp_path / 'set'}")
+    assert main(["compare", *sets, f"--output={tmp_path / 'report'}"]) == 0
+    assert json.loads((tmp_path / "report" / FILE).read_text())["generator"] == {
+        "model": str(generator),
+        "digest": fingerprint["generator"],
+        "samples": "7 of 3 x 16 x 16, 2 steps, guidance 1.5 in 0-1, classes [3, 1]",
+    }
+    assert "recorded" not in "".join(capsys.readouterr())  # it is no registered version
     assert main(["sample", *options]) == 0
     assert "7 images, 0 of them drawn now" in capsys.readouterr().out
     same = Generator.restore(read_folder(generator))

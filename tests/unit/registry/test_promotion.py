@@ -176,3 +176,42 @@ def test_terms_that_mean_nothing_are_refused(terms, message):
 
 def test_a_number_is_read_to_its_last_digit():
     assert contender(1, metric_psnr="0.1000001").number("psnr") == Decimal("0.1000001")
+
+
+SAMPLED = {
+    "tokenizer_digest": "tttt",
+    "fid_reference": "rrrr",
+    "fid_features": "Inception ffff",
+    "fid_samples": "50000 of 3 x 256 x 256, 50 steps, guidance 1 in 0-1, classes 0-999",
+    "metric.fid": "8.5",
+    "metric.psnr": "24.0",
+}
+
+
+def generator(version: int, **changes: str | None) -> Contender:
+    named = {key.replace("metric_", "metric."): value for key, value in changes.items()}
+    tags = {key: value for key, value in (SAMPLED | named).items() if value is not None}
+    return Contender(f"models:/efae-generator/{version}", tags)
+
+
+def test_generators_are_compared_by_fid_and_by_no_gate_of_autoencoders():
+    better, champion = generator(2, metric_fid="8.25"), generator(1)
+    assert outcomes(better, champion) == {"images": "ok", "metric": "ok"}
+    assert failing(champion, better) == failing(champion, champion) == ["metric"]
+    assert failing(better, champion, metric="fid", margin=0.25) == ["metric"]
+    assert failing(better, None) == []
+    with pytest.raises(ValueError, match="--metric psnr: a generator is compared by fid"):
+        judge(better, champion, Terms(metric="psnr"))
+
+
+@pytest.mark.parametrize("key", ["fid_reference", "fid_features", "fid_samples"])
+def test_fids_of_samples_that_were_drawn_or_compared_otherwise_do_not_compare(key):
+    better = generator(2, metric_fid="1")
+    for present in (generator(1, **{key: "other"}), generator(1, **{key: None})):
+        assert failing(better, present) == ["images"]
+        assert "of models:/efae-generator/1 and models:/efae-generator/2, and compare" in remark(
+            "images", better, present
+        )
+    assert failing(generator(2, **{key: None}), None) == ["images"]
+    for value in (None, "unknown"):
+        assert failing(generator(2, metric_fid=value), generator(1)) == ["metric"]
