@@ -8,9 +8,10 @@ latents by one element of the group changes no number, up to rounding.
 
 The definitions are those of Zhong et al. 2026 (arXiv:2606.03578) and Singh et al. 2025
 (arXiv:2512.10794), except where a function says otherwise. Over 86 tokenizers, Zhong et al. relate
-them to the FID of a generator. Two of their numbers need labels or masks of the foreground, and are
-not measured here: the share of nearest neighbours with the same label (LNC), and the similarity
-within the foreground (SRSS).
+them to the FID of a generator. Two of their numbers need masks of the foreground, and are not
+measured here: the share of the nearest neighbours, of latents restricted to the foreground, that
+have the same label (latent neighbour consistency, LNC), and the similarity within the foreground
+(SRSS).
 
 Everything follows from sums over images, so the batch size and the number of processes affect
 rounding only.
