@@ -22,6 +22,7 @@ from efae.evaluation.linear_reference import fit_linear_reference
 from efae.evaluation.results import Evaluation, Part
 from efae.model.autoencoder import Autoencoder
 from efae.model.compilation import compile_blocks
+from efae.training.micro_batches import fit_batches
 
 _BATCH_SIZE = 64
 _FITTED_IMAGES = 256
@@ -104,12 +105,16 @@ def _measure(model_uri: str, text: str, share: tuple[int, int]) -> Part:
     images = read_held_out(config.data, config.training.held_out_images)
     total = len(images)
     first, end = (total * number // share[1] for number in (share[0], share[0] + 1))
-    measurement = _prepare(model, config)
-    # Fitted to all images, so that all tasks measure the same map.
-    linear = fit_linear_reference(model, images, measurement.device)
-    measurement = replace(measurement, linear=linear)
+    prepared = _prepare(model, config)
     options = {"progress": _say_progress} if share[0] == 0 else {}
-    return measurement.measure(images[first:end], first, total, **options)
+
+    def measure(batch_size: int) -> Part:
+        # Fitted to all images, so that all tasks measure the same map.
+        linear = fit_linear_reference(model, images, prepared.device, batch_size)
+        measurement = replace(prepared, batch_size=batch_size, linear=linear)
+        return measurement.measure(images[first:end], first, total, **options)
+
+    return fit_batches(measure, min(_BATCH_SIZE, total))[0]
 
 
 def _say_progress(items: Iterable[Any], what: str) -> Iterator[Any]:

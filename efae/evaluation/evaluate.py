@@ -37,6 +37,7 @@ from efae.evaluation.results import (
     Part,
     Pictures,
     describe_protocol,
+    join_pictures,
     summarize,
 )
 from efae.model.autoencoder import Autoencoder
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from efae.evaluation.lpips_fid import Fid, Lpips
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+_PICTURED, _MOVING = 64, 8
+"""Numbers of the first images that are pictured, and whose decoding is."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Measurement:
         stride = -(-total // CHOSEN)
         totals = Totals()
         latents: list[Tensor] = []
-        pictures: Pictures | None = None
+        pictures: list[Pictures] = []
         for start in progress(range(0, len(images), batch_size), "reconstruct and act"):
             part = images[start : start + batch_size]
             image = to_float(part.to(device))
@@ -106,10 +109,11 @@ class Measurement:
                 latents.append(latent.cpu())
             if self.linear is not None:
                 self.linear.measure(image, totals)
-            if pictures is None:
-                shown = {name: sample.clamp(-1, 1).cpu() for name, sample in acted.items()}
-                states = _record_states(model, latent[:8], noise[:8])
-                pictures = Pictures(image.cpu(), shown["identity"], shown, states)
+            if start < _PICTURED:
+                left, moving = _PICTURED - start, max(0, _MOVING - start)
+                shown = {name: sample[:left].clamp(-1, 1).cpu() for name, sample in acted.items()}
+                states = _record_states(model, latent[:moving], noise[:moving])
+                pictures.append(Pictures(image[:left].cpu(), shown["identity"], shown, states))
         chosen = list(range(-first % stride, len(images), stride))
         batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
         for places in progress(batches, "few images, closer"):
@@ -130,12 +134,12 @@ class Measurement:
                 measure_velocity(model, image, noise, latent, totals)
         if self.fid is not None:
             self._add_interpolated(latents, tuple(images.shape[1:]), first, progress)
-        if pictures is None:
-            pictures = Pictures(to_float(images), to_float(images), {}, [])
+        if not pictures:
+            pictures = [Pictures(to_float(images), to_float(images), {}, [])]
         return Part(
             totals.to_host(),
             tuple(images.shape[1:]),
-            pictures,
+            join_pictures(pictures),
             self.linear and self.linear.multiplicities,
             time.monotonic() - started,
         )
@@ -336,7 +340,7 @@ def _measure_half_scale(
 def _record_states(model: Tokenizer, latent: Tensor, noise: Tensor) -> list[tuple[float, Tensor]]:
     """Return the sampler's states (t, x_t), from noise to image."""
     states: list[tuple[float, Tensor]] = []
-    if isinstance(model, Autoencoder) and model.has_flow:
+    if len(latent) and isinstance(model, Autoencoder) and model.has_flow:
         model.decode(
             latent, steps=16, noise=noise, visit=lambda t, x: states.append((t, x.clone().cpu()))
         )

@@ -35,6 +35,23 @@ class Pictures:
     """States (t, x_t) of the first examples, from noise to image; only of an `Autoencoder`."""
 
 
+def join_pictures(batches: Sequence[Pictures]) -> Pictures:
+    """Return the pictures of several batches as those of one."""
+    moving = [pictures.states for pictures in batches if pictures.states]
+    return Pictures(
+        torch.cat([pictures.original for pictures in batches]),
+        torch.cat([pictures.reconstruction for pictures in batches]),
+        {
+            name: torch.cat([pictures.acted[name] for pictures in batches])
+            for name in batches[0].acted
+        },
+        [
+            (moments[0][0], torch.cat([state for _, state in moments]))
+            for moments in zip(*moving, strict=True)
+        ],
+    )
+
+
 @dataclass(frozen=True)
 class Part:
     """What was measured on a part of the images."""

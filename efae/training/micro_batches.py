@@ -1,11 +1,14 @@
 """Gradient accumulation: forward and backward in parts of a batch, with the result of the whole.
 
 All parts share the draws of the whole batch, and no loss of an example depends on other examples,
-so the size of the parts changes memory and rounding only.
+so the size of the parts changes memory and rounding only. Measurements, which need no gradients,
+halve their own batches.
 """
 
+import logging
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +21,15 @@ from efae.generator_config import AnyConfig
 from efae.model.objective import BatchDraws
 from efae.model.precision import autocast
 from efae.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+# What torch says where it has no exception class: of the host's memory, and of GPU memory that not
+# its own allocator but the driver or a library asked for.
+_NO_MEMORY = (
+    *("can't allocate memory", "CUDA error: out of memory"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+)
 
 
 class OutOfMemory(RuntimeError):
@@ -49,10 +61,33 @@ class OutOfMemory(RuntimeError):
 
 
 def _lacks_memory(error: Exception) -> bool:
-    # torch has no exception class for a host without memory.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in _NO_MEMORY
     )
+
+
+def fit_batches(measure: Callable[[int], _Result], batch_size: int) -> tuple[_Result, int]:
+    """Measure in batches that fit into memory; returns the result and their size.
+
+    Args:
+        measure: Function of the batch size, which changes memory and rounding only. It is called
+            anew with half of the size whenever it runs out of memory.
+        batch_size: Size to begin with.
+
+    Raises:
+        Exception: What `measure` raises for another reason, or with batches of one.
+    """
+    while True:
+        try:
+            return measure(batch_size), batch_size
+        except (RuntimeError, MemoryError) as error:
+            if batch_size == 1 or not _lacks_memory(error):
+                raise
+            what = f"{batch_size} images per batch do not fit into memory"
+            logger.warning("%s: measuring again with %d", what, batch_size // 2)
+        # Outside of the handler, whose traceback holds the tensors of the failed attempt.
+        torch.cuda.empty_cache()
+        batch_size //= 2
 
 
 def _to_float(values: Tensor) -> Tensor:

@@ -12,10 +12,13 @@ from torch import Tensor
 from efae.evaluation.diffusability import measure_latents, summarize_diffusability
 from efae.evaluation.flow_measures import TIME_BINS, measure_loss
 from efae.evaluation.measures import Totals, draw_noise, psnr, to_float
+from efae.model.autoencoder import Autoencoder
 from efae.model.precision import Precision, float32_arithmetic
+from efae.training.micro_batches import fit_batches
 from efae.training.state import TrainState
 
 _BATCH_SIZE = 64
+"""Number of images per batch, as long as they fit into memory."""
 _PICTURED = 16
 _TURNED = 32
 """Number of images whose gap is measured, with one decode per group element."""
@@ -47,6 +50,7 @@ class Validation:
         self._first, end = (count * part // world_size for part in (rank, rank + 1))
         self._images, self._device = images[self._first : end].to(device), device
         self._stride = -(-count // _TURNED)
+        self._batch_size = max(1, min(_BATCH_SIZE, end - self._first))
         self._precision: Precision = precision
         self._show = show
 
@@ -68,26 +72,12 @@ class Validation:
         state.average.copy_to(model)
         if model.config.choose_compilation(self._device.type) != "none":
             model.compile_blocks()
-        totals = Totals()
-        for start in range(0, len(self._images), _BATCH_SIZE):
-            image = to_float(self._images[start : start + _BATCH_SIZE])
-            positions = range(self._first + start, self._first + start + len(image))
-            noise = draw_noise(positions, tuple(image.shape[1:]), 0).to(image.device)
-            latent = model.encode(image)
-            measure_latents(image, latent, model.representation.blocks, totals)
-            sample = model.decode(latent, noise=noise).clamp(-1, 1)
-            totals.add("psnr", psnr(sample, image))
-            if model.has_flow:
-                measure_loss(model, image, noise, latent, totals)
-            else:
-                totals.add("squared error", (sample - image).square().mean((1, 2, 3)))
-            if start == 0 and self._show:
-                self._draw(self._show, state.step, image, sample)
-            few = [i for i, position in enumerate(positions) if position % self._stride == 0]
-            for g in model.group if few else ():
-                turned = model.decode(model.act(g, latent[few]), noise=g.act_on_image(noise[few]))
-                undone = g.inverse.act_on_image(turned).clamp(-1, 1)
-                totals.add(f"turned {g}", psnr(undone, image[few]))
+        (totals, pictures), self._batch_size = fit_batches(
+            lambda batch_size: self._measure(model, batch_size), self._batch_size
+        )
+        if pictures and self._show:
+            image, sample = map(torch.cat, zip(*pictures, strict=True))
+            self._draw(self._show, state.step, image, sample)
         totals.gather(self._device)
         by_element = {g.name: float(totals.mean(f"turned {g}")) for g in model.group}
         errors = [f"loss {i}" for i in range(TIME_BINS)] if model.has_flow else ["squared error"]
@@ -98,6 +88,33 @@ class Validation:
             **summarize_diffusability(totals, model.representation.blocks).scores(),
         }
 
+    def _measure(
+        self, model: Autoencoder, batch_size: int
+    ) -> tuple[Totals, list[tuple[Tensor, Tensor]]]:
+        """Measure this rank's images; returns totals, and images and reconstructions to show."""
+        totals, pictures = Totals(), list[tuple[Tensor, Tensor]]()
+        for start in range(0, len(self._images), batch_size):
+            image = to_float(self._images[start : start + batch_size])
+            positions = range(self._first + start, self._first + start + len(image))
+            noise = draw_noise(positions, tuple(image.shape[1:]), 0).to(image.device)
+            latent = model.encode(image)
+            measure_latents(image, latent, model.representation.blocks, totals)
+            sample = model.decode(latent, noise=noise).clamp(-1, 1)
+            totals.add("psnr", psnr(sample, image))
+            if model.has_flow:
+                measure_loss(model, image, noise, latent, totals)
+            else:
+                totals.add("squared error", (sample - image).square().mean((1, 2, 3)))
+            if self._show and start < _PICTURED:
+                left = _PICTURED - start
+                pictures.append((image[:left].cpu(), sample[:left].cpu()))
+            few = [i for i, position in enumerate(positions) if position % self._stride == 0]
+            for g in model.group if few else ():
+                turned = model.decode(model.act(g, latent[few]), noise=g.act_on_image(noise[few]))
+                undone = g.inverse.act_on_image(turned).clamp(-1, 1)
+                totals.add(f"turned {g}", psnr(undone, image[few]))
+        return totals, pictures
+
     def _draw(
         self, show: Callable[[Path, str], None], step: int, image: Tensor, sample: Tensor
     ) -> None:
@@ -105,5 +122,5 @@ class Validation:
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"step-{step:08d}.png"
-            draw_reconstructions(image[:_PICTURED].cpu(), sample[:_PICTURED].cpu(), path)
+            draw_reconstructions(image, sample, path)
             show(path, f"reconstructions/{path.name}")

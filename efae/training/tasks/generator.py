@@ -4,7 +4,7 @@ import copy
 import itertools
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from efae.model.autoencoder import Autoencoder
 from efae.model.precision import at_precision
 from efae.model.stored_files import MANIFEST
 from efae.tracking.server import Server
+from efae.training.micro_batches import fit_batches
 from efae.training.process import Process
 from efae.training.starts.source import locate_copy, write_copy
 from efae.training.state import TrainState
@@ -168,9 +169,8 @@ class GeneratorValidation:
         if show is not None:
             stored = read_model(locate_copy(config).uri)
             self._tokenizer = Autoencoder.restore(stored, str(process.device))
-        self._batches: list[tuple[Sequence[int], Tensor, Tensor | None]] = []
-        if config.data.held_out_uri:
-            self._batches = _read_held_out(config, process)
+        self._held_out = _read_held_out(config, process) if config.data.held_out_uri else None
+        self._batch_size = _BATCH_SIZE
 
     @torch.no_grad()
     def measure(self, state: TrainState) -> dict[str, float]:
@@ -181,31 +181,49 @@ class GeneratorValidation:
         """
         model = copy.deepcopy(state.model).eval()
         state.average.copy_to(model)
-        objective, device = GeneratorObjective(model), self._process.device
+        device = self._process.device
         if self._config.choose_compilation(device.type) != "none":
             model.compile_blocks()
-        precision, totals = self._config.training.evaluation_precision, Totals()
-        with at_precision(precision, device):
-            for positions, latent, label in self._batches:
-                noise = draw_noise(positions, tuple(latent.shape[1:]), 0).to(device)
-                for i in range(TIME_BINS):
-                    t = torch.full((len(latent),), (i + 0.5) / TIME_BINS, device=device)
-                    loss, _ = objective(latent, LatentDraws(t, noise, label))
-                    totals.add(f"loss {i}", loss)
         if self._tokenizer is not None and self._show is not None:
+            precision = self._config.training.evaluation_precision
             sampler = ImageSampler(model, self._tokenizer, precision=precision)
             self._draw(sampler, self._show, state.step)
-        if not self._config.data.held_out_uri:
+        if self._held_out is None:
             return {}
+        held_out = self._held_out
+        totals, self._batch_size = fit_batches(
+            lambda batch_size: self._measure(model, held_out, batch_size), self._batch_size
+        )
         totals.gather(device)
         losses = [float(totals.mean(f"loss {i}")) for i in range(TIME_BINS)]
         return {"held_out_loss": sum(losses) / TIME_BINS}
 
+    def _measure(self, model: Generator, held_out: "_HeldOut", batch_size: int) -> Totals:
+        objective, device, totals = GeneratorObjective(model), self._process.device, Totals()
+        with at_precision(self._config.training.evaluation_precision, device):
+            for start in range(0, len(held_out.positions), batch_size):
+                part = slice(start, start + batch_size)
+                latent = held_out.latent[part]
+                label = None if held_out.label is None else held_out.label[part]
+                noise = draw_noise(held_out.positions[part], tuple(latent.shape[1:]), 0).to(device)
+                for i in range(TIME_BINS):
+                    t = torch.full((len(latent),), (i + 0.5) / TIME_BINS, device=device)
+                    loss, _ = objective(latent, LatentDraws(t, noise, label))
+                    totals.add(f"loss {i}", loss)
+        return totals
+
     def _draw(self, sampler: ImageSampler, show: Callable[[Path, str], None], step: int) -> None:
-        classes = self._config.data.classes
-        labels = [i % classes for i in range(_PICTURED)] if classes else None
-        images = sampler.draw(range(_PICTURED), labels, Guidance.of(self._config.flow))
-        pixels = to_uint8(images).cpu()
+        classes, guidance = self._config.data.classes, Guidance.of(self._config.flow)
+
+        def draw(batch_size: int) -> Tensor:
+            found: list[Tensor] = []
+            for start in range(0, _PICTURED, batch_size):
+                batch = range(start, min(start + batch_size, _PICTURED))
+                labels = [i % classes for i in batch] if classes else None
+                found.append(sampler.draw(batch, labels, guidance))
+            return torch.cat(found)
+
+        pixels = to_uint8(fit_batches(draw, _PICTURED)[0]).cpu()
         tiles = [draw_tile(image.expand(3, -1, -1).numpy()) for image in pixels]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"step-{step:08d}.png"
@@ -231,14 +249,21 @@ def read_labels(batch: Batch, classes: int) -> Tensor:
     return torch.tensor(labels, dtype=torch.long)
 
 
+@dataclass(frozen=True)
+class _HeldOut:
+    """One rank's share of the held-out latents, on its device."""
+
+    positions: Sequence[int]
+    latent: Tensor
+    label: Tensor | None
+
+
 def _list_members(data: LatentsConfig) -> tuple[str, ...]:
     return (LABEL,) if data.classes else ()
 
 
-def _read_held_out(
-    config: GeneratorConfig, process: Process
-) -> list[tuple[Sequence[int], Tensor, Tensor | None]]:
-    """Return this rank's share of the first held-out latents: positions, latents and labels."""
+def _read_held_out(config: GeneratorConfig, process: Process) -> _HeldOut:
+    """Return this rank's share of the first held-out latents."""
     dataset = ShardDataset.open(config.data.held_out_uri)
     count = min(config.training.validation_images, len(dataset))
     loader = dataset.loader(
@@ -254,12 +279,9 @@ def _read_held_out(
         if config.data.classes:
             labels.append(read_labels(batch, config.data.classes))
     first, end = (count * part // process.world_size for part in (process.rank, process.rank + 1))
-    share, device = range(first, end), process.device
-    latent, label = torch.cat(latents), torch.cat(labels) if labels else None
-    found: list[tuple[Sequence[int], Tensor, Tensor | None]] = []
-    for start in range(0, len(share), _BATCH_SIZE):
-        positions = share[start : start + _BATCH_SIZE]
-        part = slice(positions[0], positions[-1] + 1)
-        own = None if label is None else label[part].to(device)
-        found.append((positions, latent[part].to(device), own))
-    return found
+    latent, label = (
+        torch.cat(parts)[first:end].to(process.device) if parts else None
+        for parts in (latents, labels)
+    )
+    assert latent is not None
+    return _HeldOut(range(first, end), latent, label)

@@ -17,6 +17,7 @@ from efae.evaluation.diffusability import (
     summarize_diffusability,
 )
 from efae.evaluation.measures import Totals, to_float
+from efae.model.autoencoder import Autoencoder
 from efae.symmetry import D4, FLIPS, Representation
 from efae.training.state import TrainState
 from efae.training.validation import Validation
@@ -229,7 +230,7 @@ def test_a_vector_has_no_spectrum():
     assert found.scores().keys() == {"velocity_irreducible_variance"}
 
 
-def test_validation_measures_the_averaged_weights():
+def test_validation_measures_the_averaged_weights(monkeypatch):
     sizes = {
         "data.resolution": 16,
         "representation.dim": 12,
@@ -253,6 +254,24 @@ def test_validation_measures_the_averaged_weights():
     known = measure(latent, image, state.model.representation.blocks).scores()
     assert len(known) == 4
     assert {name: curves[name] for name in known} == pytest.approx(known, rel=1e-5)
+    # And the same in parts, where the batch does not fit into memory.
+    decode, sizes, drawn = Autoencoder.decode, [], []
+
+    def decode_few(model, latent, **options):
+        sizes.append(len(latent))
+        if len(latent) > 5:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+        return decode(model, latent, **options)
+
+    monkeypatch.setattr(Autoencoder, "decode", decode_few)
+    monkeypatch.setattr(Validation, "_draw", lambda _, show, *shown: drawn.append(shown))
+    validation = Validation(images, torch.device("cpu"), show=print)
+    assert validation.measure(state) == pytest.approx(curves, rel=1e-4, abs=1e-6)
+    assert torch.equal(drawn[0][1], image)
+    assert sizes[:3] == [12, 6, 3]
+    del sizes[:]
+    validation.measure(state)
+    assert max(sizes) == 3  # without another attempt
 
 
 def interpolate(everything, first=0, batch_size=4):

@@ -195,10 +195,20 @@ def test_only_steps_of_one_pass_replay_cuda_graphs(monkeypatch):
     assert modes == ["reduce-overhead", None, None, None]
 
 
-def test_a_pass_that_does_not_fit_into_memory_says_how_many_images_were_too_many():
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("tried to allocate 2 GiB"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+    ids=str,
+)
+def test_a_pass_that_does_not_fit_into_memory_says_how_many_images_were_too_many(error):
     def hungry(predicted, image):
         if len(image) > 5:
-            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+            raise error
         return torch.zeros(len(image))
 
     with pytest.raises(
