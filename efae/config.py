@@ -17,6 +17,8 @@ from data_pipelines.loading.options import ReadOptions
 from efae.names import LONGEST_BYTES, find_fault
 
 STRICT = ConfigDict(extra="forbid", hide_input_in_errors=True)
+STEPS_BEFORE_PROFILE = 12
+"""Steps before the profiled ones: compilation, allocators that settle, and the profiler's start."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -379,7 +381,7 @@ class TrainingConfig:
     """Precision of the model in validation and in the final evaluation; below fp32, the gap that
     they measure is that of rounding."""
     profile_steps: int = 0
-    """Number of steps to profile on rank 0, soon after the start: MLflow stores a trace and, on a
+    """Number of steps to profile on rank 0, after the first 12: MLflow stores a trace and, on a
     GPU, a memory snapshot as artifacts in the folder profile."""
     checkpoint_interval: int = 250
     """Steps between two checkpoints."""

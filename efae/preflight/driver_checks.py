@@ -12,7 +12,7 @@ from data_pipelines.loading.buckets import explain_missing_sizes
 from data_pipelines.storage import Location, LocationLike
 from efae.checkpoints.checkpoint import checkpoint_name
 from efae.checkpoints.run_folder import locate_run
-from efae.config import Config, DataConfig
+from efae.config import STEPS_BEFORE_PROFILE, Config, DataConfig
 from efae.generation.network import read_format
 from efae.generator_config import AnyConfig, GeneratorConfig, LatentsConfig
 from efae.model.objective import load_perceptual
@@ -172,7 +172,9 @@ def check_storage(uri: str) -> str:
 
 
 def check_configuration(config: AnyConfig) -> None:
-    """Check what the configuration cannot check itself: addresses, names, the model's sizes.
+    """Check what the configuration cannot check itself, or what a stored one may say.
+
+    These are addresses, names, the model's sizes, and whether the run is long enough to profile.
 
     Raises:
         ValueError: One of them cannot work.
@@ -182,6 +184,13 @@ def check_configuration(config: AnyConfig) -> None:
             Location.parse(uri)
     if not config.tracking.run_name:
         raise ValueError("tracking.run_name='': name the run")
+    profiled, steps = config.training.profile_steps, config.training.steps
+    if profiled and steps < STEPS_BEFORE_PROFILE + profiled:
+        raise ValueError(
+            f"training.profile_steps={profiled} with training.steps={steps}: the profile begins"
+            f" after {STEPS_BEFORE_PROFILE} steps; set training.steps to"
+            f" {STEPS_BEFORE_PROFILE + profiled} at least, or profile fewer"
+        )
     # Raises if storage cannot hold about the longest object name that the run will write.
     _ = locate_run(config) / checkpoint_name(0) / "optimizer.safetensors"
     build_model(config)  # raises if the sizes do not fit together

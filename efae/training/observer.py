@@ -75,7 +75,7 @@ class RunObserver(Observer):
         self._writer, self._tracker = writer, tracker
         self._progress = Progress(config.training.steps, say)
         self._utilization = Utilization(config, process.device, process.world_size)
-        self._profiler = None
+        self._say, self._profiler = say, None
         if config.training.profile_steps:
             self._profiler = StepProfiler(
                 config.training.profile_steps, process.device, tracker.log_figure
@@ -111,6 +111,8 @@ class RunObserver(Observer):
         self._writer.save(state, {**metadata, "totals": totals, "unsent_metrics": unsent})
 
     def wait(self) -> None:
+        if self._profiler:
+            self._profiler.close(self._say)
         self._writer.wait()
 
 

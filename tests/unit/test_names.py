@@ -88,13 +88,17 @@ def test_names_that_work_are_taken():
     with_overrides(Config(), {"tracking.registered_model": 'it\'s "mine", \u00fc'})
 
 
-def test_a_run_needs_a_name_and_room_for_it_in_storage():
+def test_a_run_needs_a_name_and_room_for_it_in_storage_and_steps_to_profile():
     config = PRESETS["quickstart"][1]
     with pytest.raises(ValueError, match=r"tracking.run_name='': name the run"):
         check_configuration(config)
     named = {"tracking.run_name": "x" * 200, "ray.storage_uri": "s3://bucket/" + "y" * 800}
     with pytest.raises(ValueError, match=r"bytes, s3:// takes 1024: choose a shorter one"):
         check_configuration(with_overrides(config, named))
+    short = {"tracking.run_name": "x", "training.steps": 16, "training.profile_steps": 5}
+    with pytest.raises(ValueError, match=r"profile_steps=5 with.*steps=16:.*set.*to 17 at least"):
+        check_configuration(with_overrides(config, short))
+    check_configuration(with_overrides(config, short | {"training.steps": 17}))
 
 
 @given(st.text(min_size=1, max_size=300), st.text(min_size=1, max_size=300))

@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 from torch import profiler
 
+from efae.config import STEPS_BEFORE_PROFILE
+
 _memory = cast(Any, torch.cuda.memory)  # documented, though the names are private
-_SKIPPED = 10
-"""Steps before the profile: compilation, and allocators that settle."""
 _MEMORY_EVENTS = 100_000
 
 
@@ -28,12 +28,12 @@ class StepProfiler:
 
     def __init__(self, steps: int, device: torch.device, save: Callable[[Path, str], None]):
         self._save, self._gpu = save, device.type == "cuda"
-        self._left = _SKIPPED + 2 + steps  # one step to begin at, one to warm up
+        self._steps, self._left = steps, STEPS_BEFORE_PROFILE + steps
         kinds = profiler.ProfilerActivity
         self._profile = profiler.profile(
             activities=[kinds.CPU, kinds.CUDA] if self._gpu else [kinds.CPU],
             schedule=cast(Any, profiler).schedule(
-                skip_first=_SKIPPED, wait=1, warmup=1, active=steps, repeat=1
+                skip_first=STEPS_BEFORE_PROFILE - 2, wait=1, warmup=1, active=steps, repeat=1
             ),
             on_trace_ready=self._save_trace,
             profile_memory=True,
@@ -51,6 +51,22 @@ class StepProfiler:
         self._profile.step()
         if self._left == 0:
             self._profile.stop()
+
+    def close(self, say: Callable[[str], None]) -> None:
+        """Stop; if training ended too early, save what was found so far, and say what is missing.
+
+        Args:
+            say: Function that prints one line.
+        """
+        if self._left == 0:
+            return
+        say(
+            f"training.profile_steps={self._steps}: training ended before the last"
+            f" {min(self._left, self._steps)} of them; the profile begins {STEPS_BEFORE_PROFILE}"
+            " steps after a start or resume"
+        )
+        self._left = 0
+        self._profile.stop()
 
     def _save_trace(self, found: profiler.profile) -> None:
         with tempfile.TemporaryDirectory() as folder:

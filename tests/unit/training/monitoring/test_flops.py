@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 
 import pytest
@@ -66,21 +67,36 @@ def test_utilisation_is_known_only_on_a_known_gpu():
     assert measured == {"tflops_per_second": pytest.approx(count_flops(config).own * 500 / 1e12)}
 
 
-def test_a_profile_holds_the_steps_after_the_first_ones(tmp_path):
-    saved = {}
+@pytest.mark.parametrize(
+    ("steps", "profiled", "missing"),
+    [(30, {"step 12", "step 13"}, []), (14, {"step 12", "step 13"}, []), (13, {"step 12"}, ["1"])],
+)
+def test_a_profile_holds_the_steps_after_the_first_ones(tmp_path, steps, profiled, missing):
+    saved, lines = {}, []
 
     def save(path, name):
         saved[name] = tmp_path / path.name
         shutil.copy(path, saved[name])
 
     profiler = StepProfiler(2, torch.device("cpu"), save)
-    for step in range(30):
+    for step in range(steps):
         with torch.profiler.record_function(f"step {step}"):
             torch.ones(8, 8) @ torch.ones(8, 8)
         profiler.step()
+    profiler.close(lines.append)
+    assert [re.search(r"before the last (\d) of them", line)[1] for line in lines] == missing
     (name,) = saved
     assert name == "profile/trace.json.gz"
     with gzip.open(saved[name]) as file:
         events = json.load(file)["traceEvents"]
-    steps = {event["name"] for event in events if event["name"].startswith("step ")}
-    assert steps == {"step 12", "step 13"}
+    found = {event["name"] for event in events if event["name"].startswith("step ")}
+    assert found == profiled
+
+
+def test_a_process_without_a_step_to_profile_saves_nothing():
+    profiler = StepProfiler(2, torch.device("cpu"), lambda *_: pytest.fail("nothing to save"))
+    for _ in range(11):
+        profiler.step()
+    lines = []
+    profiler.close(lines.append)
+    assert "before the last 2 of them" in lines[0]
