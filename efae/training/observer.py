@@ -75,6 +75,11 @@ class RunObserver(Observer):
         self._writer, self._tracker = writer, tracker
         self._progress = Progress(config.training.steps, say)
         self._utilization = Utilization(config, process.device, process.world_size)
+        if self._utilization.unknown_card:
+            say(
+                f"{self._utilization.unknown_card}: the peak of this GPU is not in the table of"
+                " efae/training/monitoring/flops.py, so no MFU is shown"
+            )
         self._say, self._profiler = say, None
         if config.training.profile_steps:
             self._profiler = StepProfiler(

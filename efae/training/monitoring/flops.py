@@ -1,6 +1,7 @@
 """FLOPs of a training step, counted without computing it, and the share of a GPU's peak."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,22 +20,37 @@ from efae.model.fine_tuning import FineTuning
 from efae.model.objective import BatchDraws, Draws, Objective
 
 _TERA = 1e12
-# Peak of dense tensor-core products by the data sheets, TFLOP/s at (bf16 or fp16, tf32), and of
-# fp32, by a part of the device's name; the first that fits.
+# Peak TFLOP/s by NVIDIA's data sheets and white papers, of dense products (no sparsity) that are
+# summed in fp32: at bf16 or fp16, at tf32, and of fp32. By words of the device's name; the first
+# that fits, so that "H100 NVL" stands before "H100".
 _PEAKS: dict[str, tuple[float, float, float]] = {
+    "GB200": (2500, 1250, 80),
     "B200": (2250, 1125, 75),
+    "H200 NVL": (835, 418, 60),
     "H200": (989, 494, 67),
+    "GH200": (989, 494, 67),
+    "H100 NVL": (835, 418, 60),
     "H100 PCIe": (756, 378, 51),
     "H100": (989, 494, 67),
+    "H20": (148, 74, 44),
     "A100": (312, 156, 19.5),
+    "A40": (149.7, 74.8, 37.4),
+    "A10": (125, 62.5, 31.2),
+    "A10G": (70, 35, 35),
     "L40S": (362, 183, 91.6),
-    "A10G": (125, 62.5, 31.2),
+    "L40": (181, 90.5, 90.5),
+    "L4": (121, 60, 30.3),
+    "RTX 6000 Ada": (364, 182, 91.1),
+    "RTX A6000": (154.8, 77.4, 38.7),
+    "RTX 5090": (209.5, 104.8, 104.8),
     "RTX 4090": (165, 82.6, 82.6),
     "RTX 3090": (71, 35.6, 35.6),
-    "L4": (121, 60, 30.3),
+    "V100 PCIe": (112, 14, 14),
     "V100": (125, 15.7, 15.7),
     "T4": (65, 8.1, 8.1),
 }
+_OTHERS = {"mig", "laptop", "ti", "d", "max"}
+"""Words that make another card, or a part of one, of a name in the table."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +121,9 @@ def find_peak(device: torch.device, precision: str) -> float | None:
     """Return the peak FLOP/s of a GPU by its data sheet; None if it is not in our table."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    peaks = next((peaks for part, peaks in _PEAKS.items() if part in name), None)
+    words = re.findall("[a-z0-9]+", torch.cuda.get_device_name(device).lower())
+    name = "" if _OTHERS.intersection(words) else f" {' '.join(words)} "
+    peaks = next((peaks for part, peaks in _PEAKS.items() if f" {part.lower()} " in name), None)
     column = {"bf16": 0, "fp16": 0, "tf32": 1, "fp32": 2}[precision]
     return peaks[column] * _TERA if peaks else None
 
@@ -118,6 +135,9 @@ class Utilization:
         config: Configuration of the experiment.
         device: Device of training.
         world_size: Number of training processes.
+
+    Attributes:
+        unknown_card: Name of a GPU whose peak is not in our table; "" for others and for CPUs.
     """
 
     def __init__(self, config: AnyConfig, device: torch.device, world_size: int):
@@ -125,6 +145,8 @@ class Utilization:
         self._flops = None if several_shapes else count_flops(config)
         self._world_size = world_size
         self._peak = find_peak(device, config.training.precision)
+        unknown = device.type == "cuda" and self._peak is None
+        self.unknown_card = torch.cuda.get_device_name(device) if unknown else ""
 
     def measure(self, images_per_second: float) -> dict[str, float]:
         """Return "tflops_per_second" of each process and, on a known GPU, "flop_utilization".

@@ -11,7 +11,7 @@ import torch
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.presets import PRESETS
-from efae.training.monitoring.flops import Utilization, count_flops
+from efae.training.monitoring.flops import Utilization, count_flops, find_peak
 from efae.training.monitoring.profiling import StepProfiler
 
 TINY = {
@@ -65,6 +65,34 @@ def test_utilisation_is_known_only_on_a_known_gpu():
     config = PRESETS["quickstart"][1]
     measured = Utilization(config, torch.device("cpu"), world_size=2).measure(1000.0)
     assert measured == {"tflops_per_second": pytest.approx(count_flops(config).own * 500 / 1e12)}
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA RTX 6000 Ada Generation", 364),
+        ("Tesla V100-PCIE-16GB", 112),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA A2", None),
+    ],
+)
+def test_the_peak_is_that_of_the_very_card(monkeypatch, name, bf16):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    device = torch.device("cuda")
+    assert find_peak(device, "bf16") == (bf16 and bf16 * 1e12)
+    config = with_overrides(Config(), {"data.buckets": ((32, 32),)})  # whose FLOPs are not counted
+    assert Utilization(config, device, world_size=1).unknown_card == ("" if bf16 else name)
 
 
 @pytest.mark.parametrize(
