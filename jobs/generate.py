@@ -84,7 +84,7 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     print(
         f"""
 {facts["run_name"]}: {facts["steps"]} steps, {facts["images_seen"]} latents in\
- {facts["wall_seconds"] / 60:.1f} minutes, {facts["images_per_second"]:.0f} latents/s\
+ {facts["wall_seconds"] / 60:.1f} minutes, {facts["images_per_second"]:.0f} latents/s in training\
  (data wait {facts["data_wait_fraction"]:.1%}), recoveries: {facts["recoveries"]}\
 {bad_samples}
   loss               {facts["loss"]:.4f}{held_out}

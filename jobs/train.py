@@ -100,9 +100,9 @@ def print_summary(summary: Mapping[str, Any], config: Config) -> None:
     print(
         f"""
 {summary["run_name"]}: {summary["steps"]} steps, {summary["images_seen"]} images in\
- {summary["wall_seconds"] / 60:.1f} minutes, {summary["images_per_second"]:.0f} images/s{busy}\
- (data wait {summary["data_wait_fraction"]:.1%}), recoveries: {summary["recoveries"]}\
-{bad_samples}{events}
+ {summary["wall_seconds"] / 60:.1f} minutes, {summary["images_per_second"]:.0f} images/s in\
+ training{busy} (data wait {summary["data_wait_fraction"]:.1%}), recoveries:\
+ {summary["recoveries"]}{bad_samples}{events}
   held-out PSNR      {summary["psnr"]:.2f} dB{linear}
   worst gap          {summary["worst_gap_db"]:.1e} dB over the eight flips and quarter turns
   group-law error    {summary["group_law_error"]:.1e}

@@ -6,7 +6,6 @@ logs metrics, validates on held-out images and writes a checkpoint. Everything r
 of (seed, step, rank), so that a resumed run equals an uninterrupted one, bit for bit.
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +107,7 @@ def train(
     meter = Meter(device)
     guard = DivergenceGuard(state.optimizer, state.scaler)
     sample_log = SampleLog(config.tracking.sample_log, process.rank, world_size)
-    began, first = time.monotonic(), state.step
+    first = state.step
     batches: Iterator[Any] = iter(loader)
     for earlier in validations:  # Tune may have missed the last ones when its trial stopped
         process.report(earlier)
@@ -164,14 +163,12 @@ def train(
         # Checkpoint: before the report, which may end this process (Tune stops a trial there).
         save = process.ends_soon() or save
         if save:
-            elapsed = time.monotonic() - began
+            images = (state.step - first) * training.global_batch_size
             metadata = {
                 "position": loader.state_dict(),
                 "totals": {
-                    "images_per_second": (state.step - first)
-                    * training.global_batch_size
-                    / elapsed,
-                    "data_wait_fraction": loader.wait_seconds / elapsed,
+                    "images_per_second": images / meter.seconds,
+                    "data_wait_fraction": loader.wait_seconds / meter.seconds,
                     "device": describe_device(device),
                     "world_size": world_size,
                     "bad_samples": meter.bad_samples_of_all,
@@ -182,6 +179,7 @@ def train(
             observer.save(state, metadata)
         if validate:
             process.report(validations[-1])
+        meter.reset()
     observer.wait()
     return state
 

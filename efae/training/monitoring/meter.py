@@ -1,4 +1,9 @@
-"""Training curves: sums on the device, one host sync and one all-reduce per log interval."""
+"""Training curves: sums on the device, one host sync and one all-reduce per log interval.
+
+An interval ends at `read`, and the next begins at `reset`: what lies between them (validation, the
+copy of a checkpoint) counts in neither. Each rank reads its own clock. Rank 0's is the one to log:
+it alone copies checkpoints and draws pictures, and the next step of other ranks waits for it.
+"""
 
 import time
 
@@ -21,12 +26,14 @@ class Meter:
         bad_samples: Number of distinct training images that this rank replaced; set by the caller.
         bad_samples_of_all: Sum of `bad_samples` over all ranks, at the last `read`.
         wait_seconds: Time spent waiting for data since the last `reset`; the caller adds to it.
+        seconds: Length of all intervals that were read, by the clock of this rank.
         started: Value of `time.monotonic()` at the last `reset`.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.bad_samples = self.bad_samples_of_all = 0
+        self.seconds = 0.0
         self.reset()
 
     def reset(self) -> None:
@@ -42,33 +49,34 @@ class Meter:
         self.sums.index_add_(1, bins, values)
 
     def read(self) -> dict[str, float]:
-        """Return the metrics since the last read, over all ranks, and start a new interval.
+        """Return the metrics since the last reset, over all ranks.
 
-        All ranks call it together, since it sums over them.
+        All ranks call it together, since it sums over them. `reset` begins a new interval.
 
         Returns:
             "loss" (mean per example; nan if none was added), "images_per_second",
             "data_wait_fraction" (in [0, 1], mean over ranks), "bad_samples", and "loss_by_t/0.0"
             onwards by the lower edge of each bin that is not empty.
         """
-        elapsed = max(time.monotonic() - self.started, 1e-9)
-        scalars = self.sums.new_tensor([self.wait_seconds, elapsed, self.bad_samples])
+        scalars = self.sums.new_tensor([self.wait_seconds, self.bad_samples])
         row = torch.cat([self.sums.flatten(), scalars])
         if dist.is_initialized():
             dist.all_reduce(row)
         row = row.cpu()
-        losses, counts = row[:-3].view(2, -1)
-        waited, lasted, bad = float(row[-3]), float(row[-2]), float(row[-1])
+        # Only now has the device ended the steps of the interval.
+        elapsed = max(time.monotonic() - self.started, 1e-9)
+        self.seconds += elapsed
+        losses, counts = row[:-2].view(2, -1)
+        waited, bad = float(row[-2]), float(row[-1])
         self.bad_samples_of_all = int(bad)
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         metrics = {
             "loss": float(losses.sum() / counts.sum()),
-            "images_per_second": float(counts.sum()) * world_size / lasted,
-            "data_wait_fraction": waited / lasted,
+            "images_per_second": float(counts.sum()) / elapsed,
+            "data_wait_fraction": waited / world_size / elapsed,
             "bad_samples": bad,
         }
         for i in range(TIME_BINS):
             if counts[i]:
                 metrics[f"loss_by_t/{i / TIME_BINS:.1f}"] = float(losses[i] / counts[i])
-        self.reset()
         return metrics

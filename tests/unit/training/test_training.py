@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from efae.training.checkpoint_writer import CheckpointWriter
 from efae.training.divergence import DivergenceGuard, TrainingDiverged
 from efae.training.ema import MovingAverage
 from efae.training.loop import Start, seed_of, train
+from efae.training.monitoring import meter
 from efae.training.observer import Observer, Progress
 from efae.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from efae.training.process import Process
@@ -245,6 +247,32 @@ def test_golden_loss_curve(shards):
     intervals = {"training.log_interval": 20, "training.checkpoint_interval": 20}
     run(shards, losses=losses, **{"training.steps": 20} | intervals)
     assert losses == pytest.approx([0.9561], rel=0.005)
+
+
+def test_pauses_for_validation_and_checkpoints_slow_no_curve(shards, monkeypatch):
+    now, speeds = [0.0], []
+
+    class Slow(Observer):
+        def end_step(self):
+            now[0] += 1
+
+        def log(self, step, metrics):
+            speeds.append(metrics["images_per_second"])
+
+        def validate(self, state):
+            now[0] += 100
+            return {}
+
+        def save(self, state, metadata):
+            now[0] += 100
+            speeds.append(metadata["totals"]["images_per_second"])
+
+    monkeypatch.setattr(meter, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    config = with_overrides(
+        Config(), TINY | {"data.uri": shards, "training.evaluation_interval": 2}
+    )
+    train(config, ShardDataset.open(shards), ALONE, observer=Slow())
+    assert speeds == pytest.approx([8.0] * 6)  # four curves and two checkpoints
 
 
 def test_progress_says_how_far_the_run_is_and_how_long_it_takes():
