@@ -3,9 +3,10 @@
 The process of a task imports this module, and therefore neither Ray Train nor MLflow.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import ray
 import torch
@@ -26,14 +27,18 @@ from efae.training.micro_batches import fit_batches
 
 _BATCH_SIZE = 64
 _FITTED_IMAGES = 256
+_RELEASE_SECONDS = 5.0
+"""Longest time that Ray takes to free what ended workers held."""
 
 
-def start_evaluation(model_uri: str, config: Config) -> Callable[[], Evaluation]:
+def start_evaluation(model_uri: str, config: Config, workers: int) -> Callable[[], Evaluation]:
     """Start to measure a model on the run's held-out images, in Ray tasks that share the images.
 
     Args:
         model_uri: URI of a checkpoint or model folder, reachable from the cluster's nodes.
         config: Configuration of the model, the images and the resources.
+        workers: Number of workers that the run ended with; as many tasks start, or as many as the
+            cluster has free resources for, but not fewer than the least number of workers.
 
     Returns:
         Function that waits for the result. It raises ray.exceptions.RayTaskError if a task failed;
@@ -45,8 +50,7 @@ def start_evaluation(model_uri: str, config: Config) -> Callable[[], Evaluation]
     measure = ray.remote(_measure).options(
         num_cpus=config.ray.cpus_per_worker, num_gpus=1 if config.ray.use_gpu else 0
     )
-    # Every task loads the model: a batch of images for each pays for it.
-    tasks = min(config.ray.fewest_workers, -(-config.training.held_out_images // _BATCH_SIZE))
+    tasks = choose_tasks(config, workers)
     text = configuration.to_json(config)
     parts = [measure.remote(model_uri, text, (i, tasks)) for i in range(tasks)]
 
@@ -58,6 +62,25 @@ def start_evaluation(model_uri: str, config: Config) -> Callable[[], Evaluation]
         return _prepare(Autoencoder(config), config).summarize(replace(first, seconds=seconds))
 
     return wait
+
+
+def choose_tasks(config: Config, workers: int) -> int:
+    """Return the number of tasks that share the evaluation of a run; see `start_evaluation`."""
+    fewest = min(workers, config.ray.fewest_workers)
+    free, deadline = _count_free(config), time.monotonic() + _RELEASE_SECONDS
+    while free < workers and workers > fewest and time.monotonic() < deadline:
+        time.sleep(0.25)
+        free = _count_free(config)
+    # Every task loads the model: a batch of images for each pays for it.
+    batches = -(-config.training.held_out_images // _BATCH_SIZE)
+    return min(batches, workers, max(fewest, free))
+
+
+def _count_free(config: Config) -> int:
+    """Return the number of workers that the free resources of the cluster suffice for."""
+    free = cast(dict[str, float], ray.available_resources())
+    workers = free.get("CPU", 0) // config.ray.cpus_per_worker
+    return int(min(workers, free.get("GPU", 0)) if config.ray.use_gpu else workers)
 
 
 def fit_on_cluster(config: Config) -> FittedAction:

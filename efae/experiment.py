@@ -75,7 +75,7 @@ def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -
         say(f"    {build_representation(config)}")
     with train_in_run(config, server, say) as (run, final, metadata):
         say(f"evaluating on {config.training.held_out_images} held-out images ...")
-        with evaluate_and_export(final, config) as product:
+        with evaluate_and_export(final, config, metadata["totals"]["world_size"]) as product:
             facts = {
                 **describe_run(config, metadata["totals"]),
                 **describe_data(data),
@@ -297,12 +297,13 @@ class Product:
 
 
 @contextmanager
-def evaluate_and_export(final: str, config: Config) -> Generator[Product]:
+def evaluate_and_export(final: str, config: Config, workers: int) -> Generator[Product]:
     """Evaluate the averaged model on the cluster, and meanwhile export its programs here.
 
     Args:
         final: URI of the last checkpoint.
         config: Configuration of the experiment.
+        workers: Number of workers that the run ended with.
 
     Raises:
         CheckpointError: The checkpoint is damaged.
@@ -311,7 +312,7 @@ def evaluate_and_export(final: str, config: Config) -> Generator[Product]:
     """
     from efae.registry.registration import export_programs
 
-    wait_for_evaluation = start_evaluation(final, config)
+    wait_for_evaluation = start_evaluation(final, config, workers)
     weights = checkpoint.read_model(final).weights
     model = pack_model(weights, config, build_representation(config))
     with tempfile.TemporaryDirectory() as folder:

@@ -284,7 +284,7 @@ def _register(sweep: Sweep, winner: TrialRecord, data: RunData, say: Callable[[s
         **describe_data(data),
         "wall_seconds": winner.seconds,
     }
-    with evaluate_and_export(final, config) as product:
+    with evaluate_and_export(final, config, metadata["totals"]["world_size"]) as product:
         summary = publish(config, data, run, product, facts)
     name, version = names.registered_model, int(summary["model_uri"].rpartition("/")[2])
     versions.set_alias(name, CANDIDATE, version, server)

@@ -1,4 +1,4 @@
-"""What is said of workers that were lost, and whether the run is tried again."""
+"""What is said of workers that were lost, whether the run is tried again, and who evaluates it."""
 
 import time
 
@@ -11,8 +11,10 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2._internal.execution.controller.state import ReschedulingState, RunningState
 
+from efae import evaluation_task
 from efae.checkpoints.events import read_events, record_event
-from efae.config import RayConfig
+from efae.config import Config, RayConfig
+from efae.config_forms import with_overrides
 from efae.ray_trainer import TrainingFailed, WorkerFailures, find_root_cause, is_final
 from efae.training.micro_batches import OutOfMemory
 from efae.worker_groups import GroupStarts
@@ -31,6 +33,29 @@ def test_a_run_without_memory_is_not_tried_again():
     assert is_final(OutOfMemory(1, "out of memory"))
     assert not is_final(OutOfMemory(2, "out of memory"))  # the next try takes half
     assert not is_final(RuntimeError("the actor died"))
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "images", "ended_with", "free", "tasks"),
+    [
+        ((1, 8), 512, 8, {"CPU": 32, "GPU": 8}, 8),
+        ((1, 8), 512, 8, {"CPU": 32, "GPU": 3}, 3),  # nodes were lost since
+        ((1, 8), 512, 8, {"CPU": 5, "GPU": 8}, 2),
+        ((2, 8), 512, 8, {}, 2),  # they wait
+        ((1, 8), 512, 3, {"CPU": 32, "GPU": 8}, 3),
+        ((1, 8), 100, 8, {"CPU": 32, "GPU": 8}, 2),  # a batch for each
+        (4, 512, 4, {}, 4),
+    ],
+)
+def test_as_many_tasks_evaluate_as_workers_trained(
+    monkeypatch, num_workers, images, ended_with, free, tasks
+):
+    monkeypatch.setattr(evaluation_task, "_RELEASE_SECONDS", 0)
+    monkeypatch.setattr(evaluation_task.ray, "available_resources", lambda: free)
+    settings = {"ray.num_workers": num_workers, "ray.use_gpu": True, "ray.cpus_per_worker": 2}
+    settings["training.held_out_images"] = images
+    config = with_overrides(Config(), settings)
+    assert evaluation_task.choose_tasks(config, ended_with) == tasks
 
 
 @pytest.mark.parametrize(
