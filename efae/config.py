@@ -365,10 +365,10 @@ class TrainingConfig:
     """Share of the activations that are kept for the backward pass; the others are computed
     again."""
     compile: Literal["auto", "none", "blocks", "step"] = "auto"
-    """Compile each transformer block, or the forward and backward pass of the whole step (for
-    small models: with CUDA graphs if there is one worker and micro_batch_size is 0); auto = blocks
-    on GPUs, none on CPUs or where shapes vary. Validation and the final evaluation compile the
-    blocks unless it is none."""
+    """Compile each block, or the loss with its backward pass as one graph (step; for small models:
+    with CUDA graphs if there is one worker and micro_batch_size is 0); auto = blocks on GPUs, none
+    on CPUs or where shapes vary. Draws, clipping, optimizer and moving average stay eager.
+    Validation and the final evaluation compile the blocks unless it is none."""
     seed: int = 0
     """Seed of all random draws, each a function of (seed, step, rank)."""
     log_interval: int = 25

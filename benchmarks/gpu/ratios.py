@@ -21,7 +21,11 @@ _PAIRS = {
         "dense, {}",
     ),
     "blocks compiled over eager": ("steps", "octic, blocks compiled", "octic, eager"),
-    "whole step over blocks": ("steps", "octic, whole step compiled", "octic, blocks compiled"),
+    "both passes as one graph over blocks": (
+        "steps",
+        "octic, both passes as one graph",
+        "octic, blocks compiled",
+    ),
     "half the heads over all": (
         "steps",
         "octic, half the heads, blocks compiled",

@@ -43,7 +43,7 @@ def measure(rows: Rows, batch: int) -> None:
 
 
 def measure_more(rows: Rows, batch: int) -> None:
-    """Add the whole step compiled, wide and shallow models, and what saves memory."""
+    """Add both passes compiled as one graph, wide and shallow models, and what saves memory."""
     compiled = {"training.compile": "blocks"}
     model = imagenet(rows.smoke).model
     wide = compiled | {
@@ -53,7 +53,7 @@ def measure_more(rows: Rows, batch: int) -> None:
         "model.encoder_depth": max(1, model.encoder_depth // 4),
     }
     for name, changes in (
-        ("octic, whole step compiled", {"training.compile": "step"}),
+        ("octic, both passes as one graph", {"training.compile": "step"}),
         ("octic, twice as wide, a quarter of the depth, blocks compiled", wide),
         ("dense, twice as wide, a quarter of the depth, blocks compiled", wide | _DENSE),
         ("octic, micro-batches of a half", compiled | {"training.micro_batch_size": batch // 2}),
@@ -116,11 +116,11 @@ def _rate(config: Config, images_per_s: float, device: torch.device) -> dict[str
 def measure_quickstart(rows: Rows) -> None:
     """Add the quick start at 32 px beside the original sketch."""
     base = quickstart(rows.smoke)
-    whole = {"training.compile": "step", "training.precision": "bf16"}
+    graph = {"training.compile": "step", "training.precision": "bf16"}
     ours = {
         "quickstart, fp32, eager": {"training.compile": "none"},
         "quickstart, bf16, eager": {"training.compile": "none", "training.precision": "bf16"},
-        "quickstart, bf16, whole step compiled, CUDA graphs": whole,
+        "quickstart, bf16, both passes as one graph, CUDA graphs": graph,
     }
     for batch in (4,) if rows.smoke else (64, 512):
         for name, sizes in _SKETCHES.items():

@@ -258,7 +258,7 @@ def test_after_a_resume_neither_steps_nor_validations_compile_again(monkeypatch)
 @pytest.mark.parametrize("overrides", OPTIONS, ids=str)
 @pytest.mark.parametrize("mode", ["blocks", "step"])
 def test_a_compiled_step_equals_the_eager_one_without_break_or_recompilation(overrides, mode):
-    """A graph for each kind of block, or one for the whole step.
+    """A graph for each kind of block, or one for both passes.
 
     A transformer's encoder and decoder have a kind each; a unet's each one per grid, and its
     attention is another.
