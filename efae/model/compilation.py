@@ -1,8 +1,5 @@
 """Compiled inference: the blocks of a network as few programs, each for one shape."""
 
-import importlib.util
-import os
-import shutil
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from efae.model.octic.layers import Recomputing
+from efae.model.octic.on_gpu import find_compiler
 
 RECOMPILE_LIMIT = 64
 """Programs per process. Blocks share their code and differ by network, grid and batch: there are
@@ -28,23 +26,6 @@ def compile_blocks(model: nn.Module, fullgraph: bool = True) -> bool:
     for block in blocks:
         block.compile(fullgraph=fullgraph, dynamic=False)
     return bool(blocks)
-
-
-def find_compiler(on_gpu: bool) -> str:
-    """Return the C compiler that torch.compile calls at run time; on GPUs, it needs Triton, too.
-
-    Raises:
-        ValueError: Either is missing; the message says which.
-    """
-    wanted = ["cc", "gcc", "clang"] if on_gpu else ["g++", "clang++"]
-    named = os.environ.get("CC" if on_gpu else "CXX")
-    found = next(filter(None, map(shutil.which, [named] if named else wanted)), None)
-    missing = [] if found else [f"a compiler ({named or ' or '.join(wanted)})"]
-    if on_gpu and importlib.util.find_spec("triton") is None:
-        missing.append("Triton, which comes with torch for CUDA")
-    if missing:
-        raise ValueError(" and ".join(missing))
-    return found or ""
 
 
 class Compilable(nn.Module):

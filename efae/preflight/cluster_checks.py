@@ -245,7 +245,7 @@ def list_node_checks(
         yield "GPUs", partial(node_checks.check_gpus, gpus, precision, several)
     on_gpu = config.ray.use_gpu
     mode = config.choose_compilation("cuda" if on_gpu else "cpu")
-    if mode != "none" and (node.resources.get("GPU", 0) if on_gpu else trains):
+    if node.resources.get("GPU", 0) if on_gpu else trains and mode != "none":
         yield "compiler", partial(node_checks.check_compiler, mode, on_gpu)
 
 

@@ -244,7 +244,7 @@ def check_gpus(count: int, precision: str, several_workers: bool) -> str:
 
 
 def check_compiler(mode: str, on_gpu: bool) -> str:
-    """Check that torch.compile has what it calls at run time: a C compiler and, on GPUs, Triton.
+    """Check that torch has what it calls at run time: a C compiler and, on GPUs, Triton.
 
     Args:
         mode: Setting training.compile.
@@ -252,12 +252,15 @@ def check_compiler(mode: str, on_gpu: bool) -> str:
 
     Raises:
         ValueError: Either is missing.
+        Note: Either is missing, but only the kernel of octic layers would use it.
     """
-    from efae.model.compilation import find_compiler  # torch takes seconds
+    from efae.model.octic.on_gpu import find_compiler  # torch takes seconds
 
     try:
         return find_compiler(on_gpu)
     except ValueError as error:
+        if mode == "none":
+            raise Note(f"install {error} on every node: exact models train faster") from error
         raise ValueError(
             f"training.compile={mode} needs {error} on every node: install it, or set"
             " --training.compile none"

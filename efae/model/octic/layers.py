@@ -9,7 +9,6 @@ decoder are built that way. Source: Octic Vision Transformers (Nordström, Edste
 import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
-from efae.model.octic import on_cpu
+from efae.model.octic import on_cpu, on_gpu
 from efae.model.octic.layout import (
     convert_fourier,
     embed_invariant,
@@ -30,10 +29,6 @@ from efae.model.octic.layout import (
 from efae.model.precision import no_autocast
 from efae.symmetry.group import Group, grid_sources
 from efae.symmetry.representation import Representation
-
-activate = None
-if torch.cuda.is_available() and find_spec("triton"):
-    from efae.model.octic.fused_relu import activate
 
 _T = TypeVar("_T")
 
@@ -238,7 +233,8 @@ class Nonlinearity(nn.Module):
             inward: Linear map to apply first; on CUDA the kernel adds its bias and saves a pass.
         """
         trivial, layout = len(self.fourier) == 1, self.layout
-        if activate is not None and x.is_cuda and x.dtype != torch.float64 and not trivial:
+        activate = None if trivial else on_gpu.find_kernel(x)
+        if activate is not None:
             if inward is None:
                 return activate(x, layout.cosets, layout.split)
             return activate(inward.multiply(x), layout.cosets, layout.split, inward.bias)

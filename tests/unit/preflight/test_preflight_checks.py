@@ -231,6 +231,9 @@ def test_compiler(monkeypatch):
     if importlib.util.find_spec("triton") is None:
         with pytest.raises(ValueError, match=r"training\.compile=blocks needs Triton, which"):
             node_checks.check_compiler("blocks", on_gpu=True)
+    monkeypatch.setenv("CC", "false")  # as a compiler without header files
+    with pytest.raises(Note, match=r"header files that .*/false does not find.*exact models"):
+        node_checks.check_compiler("none", on_gpu=True)
 
 
 @pytest.mark.gpu

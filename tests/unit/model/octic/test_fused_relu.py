@@ -118,7 +118,7 @@ class OnGpu(torch.Tensor):
 @pytest.fixture
 def layer(group, monkeypatch):
     """The layer of a group as it is on a GPU."""
-    monkeypatch.setattr("efae.model.octic.layers.activate", activate)
+    monkeypatch.setattr("efae.model.octic.on_gpu.activate", activate)
     plain = Nonlinearity(group).to(DEVICE)
     return lambda x: plain(x.as_subclass(OnGpu)).as_subclass(torch.Tensor)
 
@@ -136,7 +136,7 @@ def test_the_layer_on_a_gpu_is_the_layer_on_a_cpu(group, layer):
 @every_group
 def test_an_mlp_on_a_gpu_is_that_of_a_cpu(group, monkeypatch):
     """There the kernel adds the bias of its first map."""
-    monkeypatch.setattr("efae.model.octic.layers.activate", activate)
+    monkeypatch.setattr("efae.model.octic.on_gpu.activate", activate)
     layout, mlp = layout_of(group), Mlp(group, 6, 10)
     nn.init.normal_(mlp[0].bias)
     x = draw(layout.slots, 2, 5, layout.cosets * 6)
@@ -149,6 +149,16 @@ def test_an_mlp_on_a_gpu_is_that_of_a_cpu(group, monkeypatch):
         results.append([y.detach().cpu(), *(gradient.cpu() for gradient in gradients)])
     for got, wanted in zip(*results, strict=True):
         assert (got - wanted).abs().max() <= 2e-6 * max(1, wanted.abs().max())
+
+
+def test_a_gpu_without_a_c_compiler_takes_the_plain_path_and_warns_once(monkeypatch):
+    monkeypatch.setattr("efae.model.octic.on_gpu.activate", None)
+    monkeypatch.setattr("efae.model.octic.on_gpu._missing", "a compiler (gcc or clang)")
+    plain, x = Nonlinearity(GROUPS["D4"]).to(DEVICE), draw(4, 5, 24).detach()
+    with pytest.warns(UserWarning, match=r"a compiler \(gcc or clang\): install it") as warned:
+        found = [plain(x.as_subclass(OnGpu)).as_subclass(torch.Tensor) for _ in range(2)]
+    assert len(warned) == 1
+    torch.testing.assert_close(found[1], activate(x, plain.layout.cosets, plain.layout.split))
 
 
 @every_group
@@ -187,7 +197,7 @@ def test_tokens_need_not_be_contiguous():
 
 
 def test_nothing_but_a_gpu_dispatches_to_the_kernels(monkeypatch):
-    monkeypatch.setattr("efae.model.octic.layers.activate", lambda *_, **__: pytest.fail("called"))
+    monkeypatch.setattr("efae.model.octic.on_gpu.activate", lambda *_, **__: pytest.fail("called"))
     x = draw(4, 3, 40).detach()
     Nonlinearity(GROUPS["D4"])(x.cpu())
     Nonlinearity(GROUPS["D4"]).to(DEVICE).double()(x.double())
