@@ -3,15 +3,16 @@
 Weights, and all that must not lose bits (norms, bottleneck, loss), stay in fp32 throughout.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
+_T = TypeVar("_T")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -43,17 +44,40 @@ def float32_arithmetic(precision: Precision) -> Generator[None]:
     """Run fp32 matrix products and convolutions with TF32's ten bits of mantissa, or with all 23.
 
     The setting is the process's, and is put back at the end. By default, cuDNN uses TF32 for
-    convolutions; and a caller may have allowed it for matrix products.
+    convolutions; and a caller may have allowed it for matrix products, by either API of torch.
     """
-    convolutions = torch.backends.cudnn.allow_tf32
-    products = torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    backends, tf32 = torch.backends, precision == "tf32"
+    parts = [
+        (backends.cuda.matmul, backends.cudnn),
+        (backends.cudnn.conv, backends.cudnn),
+        (backends.cudnn.rnn, backends.cudnn),
+        (backends.mkldnn.matmul, backends.mkldnn),
+    ]
+    # A part that agrees with what it belongs to is left to inherit from it, as it does by default.
+    found = [part.fp32_precision for part, _ in parts]
+    inherited = [whole.fp32_precision for _, whole in parts]
+    # Where the two APIs disagree, which is so as soon as the newer one is used, the older one's
+    # getters raise an error, in torch.compile too. Its setters also set the newer one.
+    convolutions = _read(lambda: backends.cudnn.allow_tf32, default=True)
+    products = _read(torch.get_float32_matmul_precision, default="highest")
+    backends.cudnn.allow_tf32 = tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    if not tf32:  # these the older one leaves to inherit
+        backends.cudnn.conv.fp32_precision = backends.cudnn.rnn.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = convolutions
+        backends.cudnn.allow_tf32 = convolutions
         torch.set_float32_matmul_precision(products)
+        for (part, _), value, from_whole in zip(parts, found, inherited, strict=True):
+            part.fp32_precision = "none" if value == from_whole else value
+
+
+def _read(getter: Callable[[], _T], default: _T) -> _T:
+    try:
+        return getter()
+    except RuntimeError:
+        return default
 
 
 @contextmanager

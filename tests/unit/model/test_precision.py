@@ -1,5 +1,7 @@
 """Precision of a model's arithmetic: what it changes, and what it leaves as it was."""
 
+import operator
+
 import pytest
 import torch
 
@@ -39,22 +41,57 @@ def test_an_evaluation_says_at_which_precision_the_model_ran():
     assert rounded.psnr != exact.psnr
 
 
+def read_arithmetic():
+    backends = torch.backends
+    parts = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul)
+    return [part.fp32_precision for part in parts]
+
+
+def check_that_settings_are_put_back(read):
+    before = read()
+    with at_precision("tf32", torch.device("cpu")):
+        inside = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        assert (inside, read_arithmetic()) == (("high", True), ["tf32"] * 4)
+        with float32_arithmetic("fp32"):
+            inside = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+            assert (inside, read_arithmetic()) == (("highest", False), ["ieee"] * 4)
+        assert read_arithmetic() == ["tf32"] * 4
+    assert read() == before
+
+
 @pytest.mark.parametrize("products", ["highest", "high"])
 @pytest.mark.parametrize("convolutions", [True, False])
 def test_the_settings_of_the_process_are_put_back(products, convolutions):
     def read():
-        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        return (
+            torch.get_float32_matmul_precision(),
+            torch.backends.cudnn.allow_tf32,
+            torch.backends.cuda.matmul.allow_tf32,
+            *read_arithmetic(),
+        )
 
-    before = read()
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         torch.set_float32_matmul_precision(products)
         torch.backends.cudnn.allow_tf32 = convolutions
-        with at_precision("tf32", torch.device("cpu")):
-            assert read() == ("high", True)
-            with float32_arithmetic("fp32"):
-                assert read() == ("highest", False)
-            assert read() == ("high", True)
-        assert read() == (products, convolutions)
+        check_that_settings_are_put_back(read)
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.parametrize("value", ["tf32", "ieee"])
+@pytest.mark.parametrize("name", ["", "cudnn", "cudnn.conv", "cuda.matmul"])
+def test_so_are_those_of_the_newer_api_and_what_they_inherit(name, value):
+    torch.backends.cuda.matmul.fp32_precision = "none"
+    part = operator.attrgetter(f"backends.{name}".rstrip("."))(torch)
+    before = part.fp32_precision
+    try:
+        part.fp32_precision = value
+        check_that_settings_are_put_back(read_arithmetic)
+        part.fp32_precision = before
+        torch.backends.fp32_precision = value
+        assert torch.backends.cuda.matmul.fp32_precision == value
+    finally:
+        part.fp32_precision = before
+        torch.backends.fp32_precision = "none"
