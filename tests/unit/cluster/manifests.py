@@ -78,13 +78,14 @@ def find_faults(document: Document, version: str = KUBERNETES[-1]) -> list[str]:
         f"{'.'.join(map(str, error.absolute_path))}: {error.message}"
         for error in validator.iter_errors(document)
     ]
+    resources = {"storage"} if document["kind"] == "PersistentVolumeClaim" else RESOURCES
     options = {option.lstrip("-") for parameter in ray_start.params for option in parameter.opts}
     for place, value in walk(document):
         where = ".".join(map(str, place))
         if place[-1:] == ("rayStartParams",) and isinstance(value, dict):
             faults += [f"{where}: no option {key}" for key in value if key not in options]
         if place[-1:] in (("requests",), ("limits",)) and isinstance(value, dict):
-            faults += [f"{where}: no resource {key}" for key in value if key not in RESOURCES]
+            faults += [f"{where}: no resource {key}" for key in value if key not in resources]
             faults += [
                 f"{where}.{key}: no quantity {amount}"
                 for key, amount in value.items()

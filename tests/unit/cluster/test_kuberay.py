@@ -246,29 +246,43 @@ def test_no_secrets_and_no_open_door():
         assert [port["port"] for port in rule["ports"]] == [8265]
 
 
-def test_own_overlay_and_queue(tmp_path):
-    # The example of the documentation, which sets image, endpoints, identity and queue.
+@pytest.mark.parametrize("part", ["train", "cluster"])
+def test_own_overlay_with_queue_and_compile_cache(part, tmp_path):
+    # The example of the documentation, which sets image, endpoints, identity, queue and volume.
     text = (ROOT / "docs" / "kubernetes.md").read_text()
     shutil.copytree(KUBERAY, tmp_path / "cluster" / "kuberay")
     example = re.search(r"```yaml\n(# mine/kustomization.yaml.*?)```", text, re.DOTALL)[1]
     (tmp_path / "mine").mkdir()
+    example = example.replace("one-gpu/train", f"one-gpu/{part}")
     (tmp_path / "mine" / "kustomization.yaml").write_text(example)
     documents = run_kustomize(tmp_path / "mine")
     for document in documents:
-        assert find_faults(document) == []
+        assert document["metadata"]["namespace"] == "efae"
+        for version in KUBERNETES:
+            assert find_faults(document, version) == []
     objects = {(d["kind"], d["metadata"]["name"]): d for d in documents}
-    job = objects["RayJob", "efae-train"]
     containers = [c for _, pod in find_pods(documents) for c in pod["containers"]]
     assert {c["image"] for c in containers} == {"registry.example.org/efae:0.1.0-gpu"}
     environment = objects["ConfigMap", "efae-environment"]["data"]
     assert environment["MLFLOW_TRACKING_URI"] == "https://mlflow.example.org"
     assert "AWS_ENDPOINT_URL" not in environment
-    assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "efae"}
+    outer = objects["RayJob", "efae-train"] if part == "train" else find_cluster(documents)
+    assert outer["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "efae"}
     # Kueue refuses a job that would change its size.
-    assert job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] is False
-    assert job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 2
+    cluster = find_cluster(documents)["spec"]
+    workers = cluster["workerGroupSpecs"][0]
+    assert cluster["enableInTreeAutoscaling"] is False
+    assert workers["replicas"] == (2 if part == "train" else 0)
     for account in ("efae-head", "efae-worker"):
         assert objects["ServiceAccount", account]["metadata"]["annotations"]
+    # Every folder of compiled kernels is on the volume.
+    pod = workers["template"]["spec"]
+    [mount] = [m for m in pod["containers"][0]["volumeMounts"] if m["name"] == "compiled"]
+    [volume] = [v for v in pod["volumes"] if v["name"] == "compiled"]
+    claim = volume["persistentVolumeClaim"]["claimName"]
+    assert objects["PersistentVolumeClaim", claim]["spec"]["accessModes"] == ["ReadWriteMany"]
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        assert environment[name].startswith(f"{mount['mountPath']}/")
 
 
 def test_commands_of_the_documentation():
