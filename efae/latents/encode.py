@@ -8,6 +8,7 @@ stopped, and a set without an index is incomplete.
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -240,7 +241,7 @@ def _assemble(
 
 
 class _Encoder:
-    """Actor in Ray Data's pool.
+    """Actor in Ray Data's pool, called by two threads: one encodes while the other uploads.
 
     The model arrives with the first shard, because Ray may evict a large constructor argument
     before it restarts an actor. Errors return as strings, because Ray Data keeps only the traceback
@@ -250,10 +251,12 @@ class _Encoder:
     def __init__(self, output: Location, form: LatentFormat):
         self.encoder: ShardEncoder | None = None
         self.output, self.form = output, form
+        self.loading = threading.Lock()
 
     def __call__(self, row: dict[str, Any], shared: list[Any]) -> dict[str, Any]:
-        if self.encoder is None:
-            self.encoder = _make_encoder(cast(Source, ray.get(shared[0])))
+        with self.loading:
+            if self.encoder is None:
+                self.encoder = _make_encoder(cast(Source, ray.get(shared[0])))
         try:
             record = self.encoder.write_shard(int(row["shard"]), self.output, self.form)
         except _CLEAR as error:
@@ -281,7 +284,12 @@ def _encode_shards(
         cast(Any, _Encoder),
         fn_constructor_args=(output, form),
         fn_args=([shared],),  # in a list, so that Ray does not resolve the reference
-        compute=ray.data.ActorPoolStrategy(size=actors),
+        compute=ray.data.ActorPoolStrategy(
+            size=actors,
+            max_tasks_in_flight_per_actor=2,
+            max_concurrent_calls_per_actor=2,
+            enable_true_multi_threading=True,
+        ),
         **_list_resources(request),
     )
     total = sum(len(shard.keys) for shard in index.shards)

@@ -5,7 +5,8 @@ machine.
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +75,7 @@ class ShardEncoder:
 
     def __init__(self, source: Source):
         self.source = source
+        self._encoding = threading.Lock()
         self.image_size = source.image_size or source.config.data.image_size
         self.model = Autoencoder(source.config)
         self.model.load_state_dict(dict(source.weights), strict=True)
@@ -84,6 +86,8 @@ class ShardEncoder:
 
     def write_shard(self, number: int, output: Location, form: LatentFormat) -> ShardIndex:
         """Encode and upload shard `number`, then write its record.
+
+        Threads may call this at once: one encodes while others upload.
 
         Args:
             number: Position of the shard in the source's index.
@@ -101,7 +105,11 @@ class ShardEncoder:
         shard = self.source.index.shards[number]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / shard.name.replace("/", "-")
-            with path.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
+            with (
+                self._encoding,
+                path.open("wb") as file,
+                TarWriter(file, mtime=0, encoder=False) as writer,
+            ):
                 for batch, latent in self._encode_ahead(number):
                     latents = pack_latents(latent, form)
                     for row, (key, data) in enumerate(zip(batch.key, latents, strict=True)):
@@ -169,18 +177,19 @@ class ShardEncoder:
         return worst
 
     def _encode_ahead(self, number: int) -> Iterator[tuple[Batch, Tensor]]:
-        """Yield the batches of a shard with their latents, one batch behind the encoder.
+        """Yield the batches of a shard with their latents on the CPU, one batch behind the encoder.
 
-        A GPU works on the next batch while the caller packs and writes this one.
+        A GPU works on the next batch while the caller packs and writes this one, whose copy to the
+        CPU was queued before it.
         """
-        waiting: tuple[Batch, Tensor] | None = None
+        waiting: tuple[Batch, Callable[[], Tensor]] | None = None
         for batch in self._read(number):
-            encoded = batch, self._encode(batch.image)
+            encoded = batch, _start_copy(self._encode(batch.image))
             if waiting:
-                yield waiting
+                yield waiting[0], waiting[1]()
             waiting = encoded
         if waiting:
-            yield waiting
+            yield waiting[0], waiting[1]()
 
     @torch.no_grad()
     def _encode(self, image: Tensor) -> Tensor:
@@ -204,6 +213,20 @@ class ShardEncoder:
             members=self.source.members,
             pin_memory=self.source.device == "cuda",
         )
+
+
+def _start_copy(latent: Tensor) -> Callable[[], Tensor]:
+    """Start a copy to the CPU; the result waits for it, but not for what is queued afterwards."""
+    copy = latent.to("cpu", non_blocking=True)  # from a GPU, in pinned memory
+    if not latent.is_cuda:
+        return lambda: copy
+    copied = torch.cuda.current_stream(latent.device).record_event()
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait
 
 
 def _read_shard(

@@ -1,7 +1,9 @@
 """Sets of latents without Ray: their bits, what loaders hand out, what is refused, the encoder."""
 
 import io
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -376,6 +378,33 @@ class TestEncoder:
         dense = make_model(**{"model.level": "objective"})
         source = replace(source, weights=dense.state_dict(), config=dense.config)
         assert ShardEncoder(source).measure(images, 12)["max_abs_difference"] > 0.05
+
+    def test_one_shard_is_encoded_while_another_is_uploaded(
+        self, tmp_path, images, model, monkeypatch
+    ):
+        """Two uploads meet; before them there is no record."""
+        form, output = make_form(model, "float32"), tmp_path / "latents"
+        expected = encode_shards(images, str(tmp_path / "expected"), model, form)
+        upload, two = storage.upload, threading.Barrier(2)
+
+        def meet(path, location):
+            assert not list(output.glob("**/*"))
+            two.wait(20)
+            upload(path, location)
+
+        index = load_index(images)
+        monkeypatch.setattr(storage, "upload", meet)
+        source = Source(images, index, model.state_dict(), model.config, ("cls",), 5, "cpu")
+        encoder = ShardEncoder(source)
+        with ThreadPoolExecutor(2) as threads:
+            records = [
+                threads.submit(encoder.write_shard, number, Location.parse(str(output)), form)
+                for number in range(2)
+            ]
+        for record, shard in zip(records, expected.index.shards, strict=False):
+            assert record.result().shards[0].name == shard.name
+            found, wanted = (folder / shard.name for folder in (output, tmp_path / "expected"))
+            assert found.read_bytes() == wanted.read_bytes()
 
     @pytest.mark.parametrize("kind", ["unet", "transformer"])
     def test_images_of_another_size_than_the_trained_one_in_tiles(self, tmp_path, kind):
