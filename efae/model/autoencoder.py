@@ -355,7 +355,7 @@ class Autoencoder(Compilable):
         latent: Float[Tensor, "b dim lh lw"],
         steps: int | None = None,
         noise: Float[Tensor, "b c h w"] | None = None,
-        seed: int | None = None,
+        seed: int | torch.Generator | None = None,
         *,
         sampler: Method | None = None,
         times: Float[Tensor, "points"] | Sequence[float] | None = None,
@@ -371,7 +371,8 @@ class Autoencoder(Compilable):
                 precision is widened to that of the weights.
             steps: Number of sampler steps.
             noise: Standard normal noise that the flow starts from, f pixels per cell and side.
-            seed: Seed of the noise, instead of `noise`.
+            seed: Seed of the noise, instead of `noise`, which is drawn on the CPU and so the same
+                for every device; or a generator, which draws on its own device.
             sampler: Solver, "euler", "midpoint" or "heun".
             times: Times of the sampler, falling from 1 to 0, instead of `steps`.
             guidance_scale: Scale of classifier-free guidance; 1 is none.
@@ -403,8 +404,9 @@ class Autoencoder(Compilable):
             sample = self._decode_at_once(latent, shape, tile)
             return sample if size is None else crop(sample, size)
         if noise is None:
-            generator = torch.Generator().manual_seed(seed)  # type: ignore[arg-type]
-            noise = torch.randn(shape, generator=generator).to(latent.device)
+            if not isinstance(seed, torch.Generator):
+                seed = torch.Generator().manual_seed(seed)  # type: ignore[arg-type]
+            noise = torch.randn(shape, generator=seed, device=seed.device).to(latent.device)
         elif noise.shape != shape:
             raise ValueError(
                 f"noise of shape {tuple(noise.shape)}: a latent of shape {tuple(latent.shape)}"

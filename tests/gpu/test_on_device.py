@@ -164,8 +164,16 @@ def test_a_saved_model_decodes_as_on_the_cpu(name, tmp_path):
     model = wake(Autoencoder(SMALL)).eval()
     model.save_pretrained(tmp_path)
     image = torch.rand(3, 3, 32, 32) * 2 - 1
-    expected = model.decode(model.encode(image), steps=2, seed=4)
+    latent = model.encode(image)
+    expected = model.decode(latent, steps=2, seed=4)
     loaded = Autoencoder.from_pretrained(tmp_path, device=name)
     decoded = loaded.decode(loaded.encode(image.to(name)), steps=2, seed=4)
     assert decoded.device.type == name
     torch.testing.assert_close(decoded.cpu(), expected, rtol=1e-3, atol=1e-4)
+    draws = [
+        loaded.decode(latent.to(name), steps=2, seed=torch.Generator(drawn_on).manual_seed(4)).cpu()
+        for drawn_on in ("cpu", name, name)
+    ]
+    torch.testing.assert_close(draws[0], expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(draws[1], draws[2])
+    assert torch.equal(draws[0], draws[1]) == (name == "cpu")
