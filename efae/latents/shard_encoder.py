@@ -7,6 +7,7 @@ machine.
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from efae.evaluation.held_out import read_held_out
 from efae.evaluation.measures import to_float
 from efae.latents.certificate import certify
 from efae.model.autoencoder import Autoencoder
+from efae.model.octic.layers import expanded_once
 from efae.model.precision import Precision, float32_arithmetic
 
 _TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 2e-1}
@@ -107,6 +109,8 @@ class ShardEncoder:
             path = Path(folder) / shard.name.replace("/", "-")
             with (
                 self._encoding,
+                # A compiled block expands its weights in the pass that multiplies by them.
+                nullcontext() if self.model.compiled else expanded_once(self.model.encoder),
                 path.open("wb") as file,
                 TarWriter(file, mtime=0, encoder=False) as writer,
             ):

@@ -9,12 +9,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.exactness import Check
 from benchmarks.gpu.models import TrainingStep, wake
+from data_pipelines.shards.index import load_index
 from efae.checkpoints.checkpoint import Checkpoint
 from efae.config import Config
 from efae.config_forms import with_overrides
+from efae.latents.shard_encoder import ShardEncoder, Source
 from efae.model.autoencoder import Autoencoder
 from efae.model.octic.layers import Block
 from efae.symmetry import D4
+from tests.unit.shards.test_latents import IMAGES, NAMES, make_model, write_images
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic
 GPU = pytest.param(
@@ -92,6 +95,16 @@ def test_compiled_steps_hear_their_seeds_and_equal_the_eager_ones(name, mode, mi
     torch.testing.assert_close(losses[mode], losses["none"], rtol=1e-3, atol=1e-4)
 
 
+@contextlib.contextmanager
+def without_waits():
+    """An error wherever the host waits for the device, except for events."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @on_gpus
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("default")  # the compiler's own
@@ -102,12 +115,9 @@ def test_no_step_waits_for_the_device(name, mode, precision):
     for _ in range(4):  # compile, then record CUDA graphs
         step()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waits():
         step()
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @contextlib.contextmanager
@@ -177,3 +187,20 @@ def test_a_saved_model_decodes_as_on_the_cpu(name, tmp_path):
     torch.testing.assert_close(draws[0], expected, rtol=1e-3, atol=1e-4)
     assert torch.equal(draws[1], draws[2])
     assert torch.equal(draws[0], draws[1]) == (name == "cpu")
+
+
+@on_any_device
+def test_encoding_waits_for_copies_only(name, tmp_path):
+    data = write_images(tmp_path / "images", IMAGES, NAMES)
+    model = make_model()
+    source = Source(
+        data, load_index(data), model.state_dict(), model.config, (), 3, name, compile="none"
+    )
+    encoder = ShardEncoder(source)
+    list(encoder._encode_ahead(0))  # the first pass allocates memory
+    with contextlib.nullcontext() if name == "cpu" else without_waits():
+        found = list(encoder._encode_ahead(0))
+    assert [len(latent) for _, latent in found] == [3, 3, 1]
+    for batch, latent in found:
+        expected = model.encode(batch.image.cpu() / 127.5 - 1)
+        torch.testing.assert_close(latent, expected, rtol=1e-3, atol=1e-4)
