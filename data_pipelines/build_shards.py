@@ -15,12 +15,19 @@ from typing import Any
 from data_pipelines import storage
 from data_pipelines.building import ray_tasks, unfinished
 from data_pipelines.building.fingerprint import make_absolute
-from data_pipelines.building.sample_encoding import ENCODINGS, Encoding, Entry
+from data_pipelines.building.sample_encoding import ENCODINGS, FOLDERS, LABELS, Encoding, Entry
 from data_pipelines.building.shard_writer import ShardJob, write_shard
-from data_pipelines.building.sources import SOURCES, SampleSource, drop_repeated, open_source
+from data_pipelines.building.sources import (
+    SOURCES,
+    SampleSource,
+    drop_repeated,
+    label_by_folder,
+    open_source,
+)
 from data_pipelines.commands import run_command
 from data_pipelines.contact_sheet import describe_set
 from data_pipelines.shards.index import (
+    CLASSES,
     INDEX_NAME,
     ShardIndex,
     join_indexes,
@@ -63,7 +70,7 @@ def build_shards(
         resolution: Side of every image in pixels; None keeps sizes.
         samples_per_shard: Largest number of images in a shard.
         held_out: Number of images in ``held_out/``; 0 makes one set.
-        encoding: Encoding of images that do not keep their own bytes.
+        encoding: Encoding of images that do not keep their own bytes, and origin of labels.
         tolerance: Number of bad images to leave out; with more, no index is written. All of them
             are listed in ``faults.txt`` of the output.
         on: One of `ray_tasks.PLACES`.
@@ -154,6 +161,14 @@ def _build(
     left_out.merge(origin.reasons)
     if repeated:
         left_out.add("image of a repeated key", repeated[0], len(repeated))
+    provenance = {"fingerprint": fingerprint, **origin.describe()}
+    if fingerprint.get("labels") == FOLDERS:
+        entries, provenance[CLASSES], unlabelled = label_by_folder(entries)
+        faults += unlabelled
+        if unlabelled:
+            left_out.add("image in no folder", unlabelled[0], len(unlabelled))
+            if len(faults) > most_bad_images:
+                raise SourceFaults(fingerprint["source"], faults)
     if faults and most_bad_images == 0:
         print(  # reading the images may take hours
             f"{len(faults)} images cannot be used; reading the others to find all faults:\n"
@@ -178,7 +193,6 @@ def _build(
     if len(faults) > most_bad_images:
         raise SourceFaults(fingerprint["source"], faults)
     report = write_faults(output, faults)
-    provenance = {"fingerprint": fingerprint, **origin.describe()}
     sets = [
         # Count what the source left out only once, in the last of its sets.
         _finish_set(records[part], folder, provenance, left_out if part == parts[-1] else LeftOut())
@@ -360,6 +374,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         " makes; a JPEG file that needs no change keeps its bytes",
     )
     parser.add_argument(
+        "--labels",
+        default=LABELS[0],
+        choices=LABELS,
+        help="source keeps labels that the source has; folders writes, as .cls of each image, the"
+        " rank from 0 of its top-level folder in order of name, and the names as classes into"
+        " index.json",
+    )
+    parser.add_argument(
         "--quality", type=int, default=95, help="quality of --encoding jpeg, 1 to 100"
     )
     add_tolerance(parser)
@@ -367,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(parser.parse_args(arguments))
     tolerance = pop_tolerance(options)
     try:
-        encoding = Encoding(options.pop("encoding"), options.pop("quality"))
+        encoding = Encoding(*map(options.pop, ("encoding", "quality", "labels")))
         summary = build_shards(**options, encoding=encoding, tolerance=tolerance)
     except SourceFaults as error:
         print(shorten(error.faults), flush=True)

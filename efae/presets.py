@@ -212,7 +212,8 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "imagenet_256": (
         "Photographs at 256 px on eight GPUs. Sizes follow DiT-L (Peebles & Xie 2023); not run by"
         " us yet, so no score is promised. Shards: build_shards --source folder:PATH"
-        " --resolution 256 --encoding jpeg --held-out 5000, or index_shards for tars.",
+        " --resolution 256 --encoding jpeg --held-out 5000, with --labels folders for generators"
+        " of classes; or index_shards for tars.",
         IMAGENET_256,
     ),
     **_PHOTOGRAPHS,
@@ -283,12 +284,14 @@ GENERATORS: dict[str, tuple[str, GeneratorConfig]] = {
     ),
     "generate_b": (
         "B/2 of SiT (Ma et al. 2024) on one GPU, for latents of 32 x 32 cells; not run by us yet."
-        " Latents: jobs/encode.py; labels by --data.classes 1000.",
+        " Latents: jobs/encode.py on the shards of imagenet_256; their labels by --data.classes"
+        " 1000.",
         _GENERATE_B,
     ),
     "generate_xl": (
         "XL/1 of LightningDiT (Yao et al. 2025) on eight GPUs, for latents of 16 x 16 cells; not"
-        " run by us yet. Latents: jobs/encode.py; labels by --data.classes 1000.",
+        " run by us yet. Latents: jobs/encode.py on the shards of imagenet_256; their labels by"
+        " --data.classes 1000.",
         _GENERATE_XL,
     ),
 }

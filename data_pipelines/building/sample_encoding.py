@@ -1,6 +1,7 @@
 """Samples of a source: entries, which are listed first, and images encoded as shard members."""
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +14,7 @@ from data_pipelines.images.codec import count_frames, decode_image, encode_png, 
 from data_pipelines.images.headers import is_upright_jpeg
 
 ENCODINGS = ("png", "jpeg")
+LABELS = SOURCE, FOLDERS = ("source", "folders")
 _LONGEST_KEY = 90  # bytes; a ustar header holds 100
 
 
@@ -24,6 +26,10 @@ class Entry:
     family: str
     place: Any
     """Location of the image, for the source."""
+    folder: str = ""
+    """Top-level folder of the source that holds the image; "" for none."""
+    label: int | None = None
+    """Class to write; None keeps what the source has."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +48,28 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Encoding:
-    """Encoding of images that do not keep their own bytes."""
+    """Encoding of images that do not keep their own bytes, and origin of labels."""
 
     name: str = "png"
     quality: int = 95
     """JPEG quality; colours keep their full resolution (4:4:4)."""
+    labels: str = SOURCE
+    """One of `LABELS`."""
 
     def __post_init__(self) -> None:
         if self.name not in ENCODINGS:
             raise ValueError(f"--encoding {self.name}: use one of {', '.join(ENCODINGS)}")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"--quality {self.quality}: must be from 1 to 100")
+        if self.labels not in LABELS:
+            raise ValueError(f"--labels {self.labels}: use one of {', '.join(LABELS)}")
 
     def describe(self) -> dict[str, Any]:
         """Return the options that differ from the default, for the fingerprint."""
-        return {} if self.name == "png" else {"encoding": self.name, "quality": self.quality}
+        return {
+            **({} if self.name == "png" else {"encoding": self.name, "quality": self.quality}),
+            **({} if self.labels == SOURCE else {"labels": self.labels}),
+        }
 
     def encode(self, pixels: np.ndarray, others: Mapping[str, bytes] | None = None) -> EncodedImage:
         """Encode uint8 (H, W) or (H, W, 3); equal pixels give equal bytes."""
@@ -115,3 +128,9 @@ def make_key(name: str) -> str:
     if len(key.encode()) > _LONGEST_KEY:
         key = hashlib.sha256(name.encode()).hexdigest()[:32]
     return key
+
+
+def find_folder(name: str) -> str:
+    """Return the top-level folder of a path with slashes; "" for none."""
+    folder, slash, _ = name.removeprefix("./").partition("/")
+    return sys.intern(folder) if slash else ""

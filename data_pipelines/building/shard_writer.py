@@ -7,7 +7,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from data_pipelines.storage import Location
 from data_pipelines.storage.files import FULL_DISK
 from data_pipelines.storage.retries import StorageError
 
+LABEL = "cls"
+"""Extension of the member that holds an image's class."""
 _JOB = "job"
 
 
@@ -45,10 +47,10 @@ class ShardJob:
         return record.has_sizes and record.provenance.get(_JOB) == self.digest()
 
     def digest(self) -> str:
-        """Hash the fingerprint and, as files of equal size may differ, each key and place."""
+        """Hash the fingerprint and, as files of equal size may differ, what is known of each."""
         sha256 = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode())
         for entry in self.entries:
-            sha256.update(repr((entry.key, entry.place)).encode())
+            sha256.update(repr((entry.key, entry.place, entry.label)).encode())
         return sha256.hexdigest()[:16]
 
 
@@ -72,7 +74,11 @@ def write_shard(source: SampleSource, job: ShardJob) -> ShardIndex:
             return f"{error.filename or entry.place}: may not be read ({error.strerror or error})"
         except ValueError as error:
             return str(error)
-        return _find_clash(entry, image) or image
+        if clash := _find_clash(entry, image):
+            return clash
+        if entry.label is None:
+            return image
+        return replace(image, others={**image.others, LABEL: str(entry.label).encode()})
 
     def select(loaded: Iterable[EncodedImage | str]) -> Iterator[tuple[Entry, EncodedImage]]:
         for entry, image in zip(job.entries, loaded, strict=True):
@@ -111,6 +117,8 @@ def _find_clash(entry: Entry, image: EncodedImage) -> str | None:
     """Return why the members of a sample conflict; None if they do not."""
     if image.extension in image.others:
         return f"{entry.place}: has two members .{image.extension}: remove one"
+    if entry.label is not None and LABEL in image.others:
+        return f"{entry.place}: has a label of its own (.{LABEL}): build without --labels"
     # Of a gif and a jpg, readers would prefer the jpg to the gif encoded as PNG.
     if image.others and image_extensions([*image.others, image.extension])[0] != image.extension:
         return (

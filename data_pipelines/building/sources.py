@@ -10,7 +10,8 @@ import hashlib
 import importlib.resources
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -18,10 +19,12 @@ from data_pipelines import storage
 from data_pipelines.building.array_sources import IdxFile, Mnist
 from data_pipelines.building.fingerprint import digest, find_version, make_absolute
 from data_pipelines.building.sample_encoding import (
+    FOLDERS,
     EncodedImage,
     Encoding,
     Entry,
     decode_png,
+    find_folder,
     make_key,
 )
 from data_pipelines.building.tar_source import ForeignTars
@@ -72,16 +75,21 @@ def open_source(
 
     Args:
         text: Source as the user wrote it.
-        encoding: Encoding of images that do not keep their own bytes; PNG by default.
+        encoding: Encoding of images that do not keep their own bytes, PNG by default; and origin
+            of labels.
         output: Output folder, whose files are not part of the source.
         dotted_keys: Whether a sample of a tar may have several images that all have a dot in their
             extension.
 
     Raises:
-        ValueError: The source is unknown, not installed or empty.
+        ValueError: The source is unknown, not installed or empty, or has no folders for labels.
     """
     kind, colon, place = text.partition(":")
     encoding = encoding or Encoding()
+    if encoding.labels == FOLDERS and kind in ("idx", "openmoji", "mnist"):
+        raise ValueError(
+            f"--labels {FOLDERS}: {text} has no folders; use it with folder:PATH or wds:URI"
+        )
     if text == "openmoji":
         return OpenMoji(encoding)
     if text == "mnist":
@@ -176,7 +184,7 @@ class ImageFolder:
         for rename in (make_key, _hash):
             count = Counter(keys.values())
             keys = {n: key if count[key] == 1 else rename(n) for n, key in keys.items()}
-        return [Entry(keys[name], families[name], name) for name in self._sizes]
+        return [Entry(keys[name], families[name], name, find_folder(name)) for name in self._sizes]
 
     def load(self, entry: Entry, resolution: int | None) -> EncodedImage:
         location = self._folder / entry.place
@@ -237,6 +245,32 @@ def drop_repeated(entries: Iterable[Entry]) -> tuple[list[Entry], list[str]]:
                 " rename one"
             )
     return list(first.values()), faults
+
+
+def label_by_folder(entries: Sequence[Entry]) -> tuple[list[Entry], list[str], list[str]]:
+    """Label entries by the rank of their folders, in order of name.
+
+    Returns:
+        The entries that have a folder, the names of the folders, and a sentence per other entry.
+
+    Raises:
+        ValueError: All entries have one folder.
+    """
+    names = sorted({entry.folder for entry in entries} - {""})
+    if len(names) == 1:
+        raise ValueError(
+            f"--labels {FOLDERS}: all images are in the folder {names[0]!r}: name a --source whose"
+            " folders are the classes"
+        )
+    rank = {name: number for number, name in enumerate(names)}
+    labelled = [replace(entry, label=rank[entry.folder]) for entry in entries if entry.folder]
+    faults = [
+        f"{entry.place}: is in no folder that names its class; move it, or build without"
+        f" --labels {FOLDERS}"
+        for entry in entries
+        if not entry.folder
+    ]
+    return labelled, names, faults
 
 
 def _extension(name: str) -> str:

@@ -9,7 +9,13 @@ from typing import Any
 from data_pipelines import storage
 from data_pipelines.building.checks import open_copy, read_samples, select_tars
 from data_pipelines.building.fingerprint import digest, make_absolute
-from data_pipelines.building.sample_encoding import EncodedImage, Encoding, Entry, make_key
+from data_pipelines.building.sample_encoding import (
+    EncodedImage,
+    Encoding,
+    Entry,
+    find_folder,
+    make_key,
+)
 from data_pipelines.images.codec import image_extensions
 from data_pipelines.shards.intake import LeftOut, SourceFaults
 from data_pipelines.shards.tar_members import Fault, TarContent, list_reasons
@@ -89,7 +95,7 @@ class ForeignTars:
                     self.reasons.add(reason, f"{name}: {key}")
                 for sample in _list_samples(name, content, faulty):
                     key = make_key(sample.key)
-                    entries.append(Entry(key, key, sample))
+                    entries.append(Entry(key, key, sample, find_folder(sample.key)))
                 faults += content.faults
         self.faults = [fault.text for fault in faults]
         if not all(fault.skippable for fault in faults):

@@ -25,7 +25,7 @@ from data_pipelines.images.codec import image_extensions
 from data_pipelines.images.logs import ignore_metadata
 from data_pipelines.loading.dataset import LatentSet
 from data_pipelines.loading.shard_cache import ShardError
-from data_pipelines.shards.index import INDEX_NAME, ShardIndex, load_index, write_index
+from data_pipelines.shards.index import CLASSES, INDEX_NAME, ShardIndex, load_index, write_index
 from data_pipelines.shards.latent_format import FORMAT, LatentFormat
 from data_pipelines.storage import Location
 from efae.latents.request import Request
@@ -234,7 +234,8 @@ def _assemble(
             f"{output.uri_of(unseen[0])} was written by another node and is not visible here: use"
             " an --output on object storage or on a shared disk"
         )
-    origin = {n: images.provenance[n] for n in ("licence", "credit") if n in images.provenance}
+    kept = [n for n in ("licence", "credit", CLASSES) if n in images.provenance]
+    origin = {name: images.provenance[name] for name in kept}
     provenance = {"fingerprint": fingerprint, FORMAT: form.model_dump(), **origin}
     shards = tuple(records[name].shards[0] for name in names)
     return LatentSet(output, ShardIndex(shards, None, provenance))

@@ -15,6 +15,7 @@ from PIL import Image
 
 from data_pipelines import ShardDataset, storage
 from data_pipelines.build_shards import build_shards
+from data_pipelines.building.sample_encoding import Encoding
 from data_pipelines.verify_shards import find_faults
 from efae.config import Config
 from efae.config_forms import with_overrides
@@ -192,10 +193,11 @@ def test_killed_and_begun_again_it_is_byte_for_byte_the_same(whole, folder, loca
 def test_an_image_that_cannot_be_read_is_named_and_the_rest_goes_on_later(folder, model):
     data = folder / "damaged"
     pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32), np.uint8)
-    (folder / "images").mkdir()
     for number, image in enumerate(pixels):
-        Image.fromarray(image).save(folder / f"images/{number}.png")
-    build_shards(f"folder:{folder / 'images'}", str(data), samples_per_shard=2)
+        (folder / f"images/{number % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"images/{number % 2}/{number}.png")
+    encoding = Encoding(labels="folders")
+    build_shards(f"folder:{folder / 'images'}", str(data), samples_per_shard=2, encoding=encoding)
     index = ShardDataset.open(str(data)).index
     path, members = data / index.shards[1].name, index.shards[1].members["png"]
     whole, at = path.read_bytes(), int(members.offset[0]) + int(members.size[0]) // 2
@@ -218,6 +220,9 @@ def test_an_image_that_cannot_be_read_is_named_and_the_rest_goes_on_later(folder
     latents = ShardDataset.open(output)
     assert (len(latents), latents.format.shape) == (6, [12, 2, 3])
     assert latents.certificate["tile"] == 64
+    assert latents.index.provenance["classes"] == ["0", "1"]
+    batch = next(iter(latents.loader(6, members=("cls",))))
+    assert [key[0].encode() for key in batch.key] == batch.members["cls"]
 
 
 def test_what_cannot_work_is_refused_before_anything_is_written(folder, model, capsys):

@@ -14,6 +14,7 @@ from data_pipelines import ShardDataset, storage
 from data_pipelines.images.tiles import draw_rows, draw_tile
 from data_pipelines.loading.batch import Batch
 from data_pipelines.loading.dataset import LatentSet
+from data_pipelines.shards.index import CLASSES
 from data_pipelines.shards.latent_format import LatentFormat
 from efae.checkpoints.checkpoint import read_model
 from efae.checkpoints.run_folder import find_newest_checkpoint, locate_run
@@ -46,7 +47,7 @@ def adopt_latents(config: GeneratorConfig) -> GeneratorConfig:
 
     Raises:
         ValueError: A set does not exist, or holds images; or has no labels, though data.classes
-            asks for them; or the held-out latents are of another model.
+            asks for them, or labels of more classes; or the held-out latents are of another model.
         StorageError: The storage refuses or does not answer.
     """
     found = [_open(uri, config.data) for uri in (config.data.uri, config.data.held_out_uri) if uri]
@@ -74,8 +75,15 @@ def _open(uri: str, data: LatentsConfig) -> LatentSet:
         try:
             latents.columns(LABEL)
         except ValueError as error:
-            fault = f"data.classes={data.classes}: {error}; train without labels"
+            fault = f"data.classes={data.classes}: {error}; train without labels, or"
+            " encode images that have them, such as of build_shards --labels folders"
             raise ValueError(fault) from error
+        names = latents.index.provenance.get(CLASSES, [])
+        if len(names) > data.classes:
+            raise ValueError(
+                f"data.classes={data.classes}: {uri} has {len(names)} classes, of which"
+                f" {names[-1]!r} is the last: set it to {len(names)}"
+            )
     return latents
 
 

@@ -3,12 +3,14 @@ import re
 import resource
 import shutil
 import sys
+import tarfile
 
 import pytest
 
 from data_pipelines import ShardDataset
 from data_pipelines.build_shards import build_shards, main, split_entries
 from data_pipelines.building import unfinished
+from data_pipelines.building.sample_encoding import Encoding
 from data_pipelines.building.sources import ImageFolder, open_source
 from data_pipelines.shards.index import write_index
 from data_pipelines.shards.intake import SourceFaults, Tolerance
@@ -221,6 +223,47 @@ class TestBuild:
         with pytest.raises(SystemExit, match=r"22 faults in .*, more than --most-bad-images 21"):
             main([*command[:3], f"{tmp_path}/b", "--bad-images", "skip", "--most-bad-images", "21"])
 
+    @pytest.mark.parametrize("kind", ["folder", "wds"])
+    def test_labels_are_the_ranks_of_folders(self, folder, tmp_path, kind):
+        source, output, labels = tmp_path / "in", tmp_path / "set", Encoding(labels="folders")
+        places = {f"n{n:02d}": f"{'bac'[n % 3]}/{n % 2}/n{n:02d}" for n in range(23)}
+        for name, place in places.items():
+            (source / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / f"{name}.png", source / f"{place}.png")
+
+        def build(name="set", origin=source, **options):
+            if kind == "wds":
+                with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+                    for path in sorted(origin.rglob("*.*")):
+                        tar.add(path, path.relative_to(origin))
+                (tmp_path / name / "in").mkdir(parents=True)
+                origin = (tmp_path / f"{name}.tar").rename(tmp_path / name / "in/x.tar").parent
+            build_shards(f"{kind}:{origin}", f"{tmp_path}/{name}", **options)
+
+        build(held_out=5, encoding=labels)
+        for part, count in (("train", 18), ("held_out", 5)):
+            images = ShardDataset.open(output / part)
+            assert images.index.provenance["classes"] == ["a", "b", "c"]
+            batch = next(iter(images.loader(count, members=("cls",))))
+            for key, label in zip(batch.key, batch.members["cls"], strict=True):
+                assert places[key[-3:]][0] == "abc"[int(label)]
+            assert len(batch.key) == count
+        for name in ("x", "y"):
+            shutil.copy(folder / "n00.png", source / f"{name}.png")
+        with pytest.raises(SourceFaults) as error:
+            build("other", encoding=labels)
+        assert [re.search(r"\b[xy]\b", fault)[0] for fault in error.value.faults] == ["x", "y"]
+        assert len((tmp_path / "other/faults.txt").read_text().splitlines()) == 2
+        build("skips", encoding=labels, tolerance=Tolerance(2))
+        assert len(ShardDataset.open(tmp_path / "skips")) == 23
+        (source / f"{places['n00']}.cls").write_text("7")
+        if kind == "wds":
+            with pytest.raises(SourceFaults, match=r"n00.*has a label of its own"):
+                build("own", encoding=labels, tolerance=Tolerance(2))
+        shutil.copytree(source / "a", tmp_path / "one_class/a")
+        with pytest.raises(ValueError, match=r"all images are in the folder 'a'"):
+            build("one", tmp_path / "one_class", encoding=labels)
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -228,6 +271,7 @@ class TestBuild:
             (["--source", "mnist", "--output", "pipe:x"], "'pipe' is refused"),
             (["--source", "mnist", "--output", "x", "--resolution", "0"], "--resolution 0"),
             (["--source", "mnist", "--output", "x", "--held-out", "-1"], "--held-out -1"),
+            (["--source=mnist", "--output=x", "--labels=folders"], "mnist has no folders"),
         ],
     )
     def test_the_command_ends_with_one_line(self, arguments, message):

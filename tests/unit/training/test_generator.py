@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data_pipelines import ShardDataset
+from data_pipelines.shards.index import load_index, write_index
 from efae.checkpoints.checkpoint import read_checkpoint
 from efae.config import Config
 from efae.config_forms import digest, with_overrides
@@ -228,6 +229,12 @@ def test_sets_that_cannot_work_are_refused(latents, tmp_path):
     config = configure(latents, **{"data.classes": 3})
     with pytest.raises(ValueError, match=r"has the label '\d+'; labels are numbers from 0 to 2"):
         train(config, ShardDataset.open(latents), ALONE)
+    named = load_index(latents)
+    provenance = {**named.provenance, "classes": ["cat", "dog"]}
+    write_index(tmp_path, replace(named, provenance=provenance, base=latents))
+    assert configure(str(tmp_path), **{"data.classes": 2}).data.classes == 2
+    with pytest.raises(ValueError, match="has 2 classes, of which 'dog' is the last: set it to 2"):
+        configure(str(tmp_path), **{"data.classes": 1})
     form = ShardDataset.open(latents).format
     other = form.model_copy(update={"model_uri": "builtin:openmoji-32"})
     config = configure(latents, **{"ray.storage_uri": str(tmp_path), "tracking.run_name": "run"})
