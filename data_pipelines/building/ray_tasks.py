@@ -8,7 +8,8 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, repeat
 from typing import Any, TypeVar, cast
@@ -24,6 +25,9 @@ HELP = (
     "where to run: ray (tasks on the cluster at RAY_ADDRESS), here, or auto: ray if RAY_ADDRESS is"
     " set or this is a Ray job"
 )
+_PATIENCE_SECONDS = 5.0
+_LAG_SECONDS = 1.0
+"""Time in which Ray's view of free resources catches up with tasks that ended."""
 
 
 class TaskFailed(RuntimeError):
@@ -92,9 +96,12 @@ def _run_on_ray(
     task = ray.remote(_call).options(
         num_cpus=1, num_gpus=int(use_gpu), max_retries=3, name=function.__name__
     )
+    needs = {"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1}
     everywhere = ray.put(shared)
     waiting = iter(enumerate(jobs))
     running: dict[Any, int] = {}
+    # Later, these tasks may be what occupies the nodes.
+    patience = None if not jobs or _has_room(needs) else _PATIENCE_SECONDS
     try:
         while True:
             room = _count_slots("GPU" if use_gpu else "CPU") - len(running)
@@ -102,7 +109,10 @@ def _run_on_ray(
                 running[task.remote(function, everywhere, job)] = number
             if not running:
                 return
-            done = cast(list[Any], ray.wait(list(running))[0])
+            done = cast(list[Any], ray.wait(list(running), timeout=patience)[0])
+            if not done:
+                _say_waiting(needs)
+            patience = None
             for reference in done:
                 yield running.pop(reference), _get(reference)
     finally:
@@ -116,6 +126,31 @@ def _count_slots(resource: str) -> int:
 
     resources = cast(dict[str, float], ray.cluster_resources())  # Ray says dict[?, int]
     return max(2, 2 * int(resources.get(resource, 0)))
+
+
+def _has_room(needs: Mapping[str, float]) -> bool:
+    """Return whether a node has these resources free."""
+    from ray._private.state import available_resources_per_node
+
+    give_up_at = time.monotonic() + _LAG_SECONDS
+    while True:
+        nodes = cast(dict[str, dict[str, float]], available_resources_per_node())
+        if any(all(free.get(n, 0) >= v for n, v in needs.items()) for free in nodes.values()):
+            return True
+        if time.monotonic() > give_up_at:
+            return False
+        time.sleep(0.1)
+
+
+def _say_waiting(needs: Mapping[str, float]) -> None:
+    what = " and ".join(f"{count:g} {name}" for name, count in needs.items())
+    without = ", leave out --use-gpu" if "GPU" in needs else ""
+    print(
+        f"waiting for a node with {what} free: the cluster is busy or grows; if it has no such"
+        f" node, add one{without}, or use --on here",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _connect() -> None:

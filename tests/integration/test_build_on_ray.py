@@ -163,15 +163,20 @@ def test_a_damaged_image_fails_the_build_with_its_name_alone(environment, tmp_pa
     assert list(find_faults(f"{tmp_path}/set")) == []
 
 
-def test_a_package_that_a_node_lacks_is_said_in_one_line(environment, tmp_path):
+def test_what_the_cluster_lacks_is_said_in_one_line(environment, tmp_path):
+    """A package, and a GPU, which may come later."""
     (tmp_path / "only_here.py").write_text("def double(shared, job):\n    return 2 * job\n")
     code = """
+import signal
 import only_here
 from data_pipelines.building import ray_tasks
 try:
     list(ray_tasks.run_tasks(only_here.double, None, [1], "ray"))
 except ray_tasks.TaskFailed as error:
     print(error)
+ray_tasks._PATIENCE_SECONDS = 0.5
+signal.alarm(4)
+list(ray_tasks.run_tasks(only_here.double, None, [1], "ray", use_gpu=True))
 """
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -181,7 +186,9 @@ except ray_tasks.TaskFailed as error:
         text=True,
         timeout=120,
     )
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == -signal.SIGALRM, result.stderr
+    assert result.stderr.count("waiting for a node with 1 CPU and 1 GPU free: ") == 1
+    assert "leave out --use-gpu, or use --on here" in result.stderr
     assert len(result.stdout.splitlines()) == 1
     assert "No module named 'only_here'): install the package on every node" in result.stdout
 
