@@ -34,17 +34,28 @@ def claim(output: Location, there: Mapping[str, int], fingerprint: Mapping[str, 
     Raises:
         ValueError: The output holds an unfinished build of something else.
     """
-    marker = output / _MARKER
-    if _MARKER in there:
-        try:
-            found = json.loads(storage.read_bytes(marker))
-        except ValueError as error:
-            raise ValueError(f"{marker} is damaged ({error}): delete {output / FOLDER}") from error
+    if found := read_claim(output, there):
         listing = {name: fingerprint.get(name) for name in _LISTING if name in found}
         refuse_other(f"{output} (unfinished)", {**found, **listing}, fingerprint)
         if found == fingerprint:
             return
-    storage.write_bytes(marker, json.dumps(fingerprint).encode())
+    storage.write_bytes(output / _MARKER, json.dumps(fingerprint).encode())
+
+
+def read_claim(output: Location, there: Mapping[str, int]) -> dict[str, Any]:
+    """Return the fingerprint that marks `output` as being built; empty if none does.
+
+    Raises:
+        ValueError: The mark is damaged.
+    """
+    if not is_claimed(there):
+        return {}
+    try:
+        return json.loads(storage.read_bytes(output / _MARKER))
+    except ValueError as error:
+        raise ValueError(
+            f"{output / _MARKER} is damaged ({error}): delete {output / FOLDER}"
+        ) from error
 
 
 def is_claimed(there: Mapping[str, int]) -> bool:

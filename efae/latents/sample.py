@@ -6,8 +6,8 @@ resumes where it stopped.
 """
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ from efae.preflight.cluster_checks import reach_cluster
 from efae.registry import pull
 from efae.tracking.redaction import redact
 
+_SHARDS, _LARGEST_SHARD = 32, 1000
+"""Number of shards of a set, unless they would be larger."""
+
 
 @dataclass(frozen=True)
 class _Source:
@@ -75,13 +78,23 @@ def sample_set(request: SampleRequest, say: Callable[[str], None]) -> tuple[Imag
     """
     output = make_absolute(request.output)
     storage.check_writable(output)
-    source, fingerprint = _prepare(request, output)
     there = storage.list_files(output)
-    if INDEX_NAME in there:
-        found = load_index(output)
-        unfinished.refuse_other(output, found.provenance.get("fingerprint", {}), fingerprint)
-        unfinished.clear(output)  # an earlier run may have been interrupted there
-        return ImageSet(output, found), 0
+    found = load_index(output) if INDEX_NAME in there else None
+    if found is not None:
+        made = found.provenance.get("fingerprint", {})
+    else:
+        made = unfinished.read_claim(output, there)
+    request = _choose_shards(request, made)
+    source, fingerprint = _prepare(request, output)
+    if found is not None:
+        grows = made.get("count", request.count) < request.count
+        unfinished.refuse_other(
+            output, {**made, "count": request.count} if grows else made, fingerprint
+        )
+        if not grows:
+            unfinished.clear(output)  # an earlier run may have been interrupted there
+            return ImageSet(output, found), 0
+        there = _reopen(output, found, fingerprint)
     if any(name.endswith(".tar") for name in there) and not unfinished.is_claimed(there):
         raise ValueError(
             f"{output} holds tars but no {INDEX_NAME}: not written by this command; choose another"
@@ -93,7 +106,9 @@ def sample_set(request: SampleRequest, say: Callable[[str], None]) -> tuple[Imag
     missing = [
         n
         for n, name in enumerate(names)
-        if name not in records or there.get(name) != records[name].shards[0].bytes
+        if name not in records
+        or there.get(name) != records[name].shards[0].bytes
+        or len(records[name].shards[0].keys) < len(_list_positions(request, n))
     ]
     drawn = 0
     for done, (position, record) in enumerate(
@@ -109,6 +124,40 @@ def sample_set(request: SampleRequest, say: Callable[[str], None]) -> tuple[Imag
     write_index(output, index)
     unfinished.clear(output)
     return ImageSet(output, index), drawn
+
+
+def _choose_shards(request: SampleRequest, made: Mapping[str, Any]) -> SampleRequest:
+    """Return the request with a number of samples per shard, which the cluster does not decide.
+
+    Args:
+        request: Request of the user.
+        made: Fingerprint of the set that the output holds, be it finished or not; empty if none.
+    """
+    if request.samples_per_shard:
+        return request
+    whole_batches = -(-request.count // (_SHARDS * request.batch_size)) * request.batch_size
+    chosen = made.get("samples_per_shard") or min(whole_batches, _LARGEST_SHARD)
+    return replace(request, samples_per_shard=chosen)
+
+
+def _reopen(output: Location, found: ShardIndex, fingerprint: Mapping[str, Any]) -> dict[str, int]:
+    """Make a finished set an unfinished one of more images; return its files.
+
+    The index is deleted last, so that the set is complete or can be resumed at any time.
+    """
+    unfinished.clear(output)
+    unfinished.claim(output, {}, fingerprint)
+    for shard in found.shards:
+        record = ShardIndex((shard,), found.image_shape)
+        unfinished.keep_record(output, shard.name, record)
+    storage.delete(output / INDEX_NAME)
+    return storage.list_files(output)
+
+
+def _list_positions(request: SampleRequest, number: int) -> range:
+    """Return the positions of the images of shard `number`."""
+    first = number * request.samples_per_shard
+    return range(first, min(first + request.samples_per_shard, request.count))
 
 
 def _prepare(request: SampleRequest, output: Location) -> tuple[_Source, dict[str, Any]]:
@@ -160,8 +209,7 @@ def _write_shard(source: _Source, number: int) -> ShardIndex:
         StorageError: The output cannot be written.
     """
     request, labels = source.request, source.labels
-    first = number * request.samples_per_shard
-    positions = range(first, min(first + request.samples_per_shard, request.count))
+    positions = _list_positions(request, number)
     device = "cuda" if request.use_gpu else "cpu"
     sampler = ImageSampler(
         Generator.restore(source.generator, device),

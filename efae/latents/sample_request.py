@@ -15,7 +15,7 @@ class SampleRequest:
     output: str
     """Folder for the shards of images: a path, s3://bucket/folder or gs://..."""
     count: int = 1000
-    """Number of images."""
+    """Number of images; more than a finished set has are added to it."""
     seed: int = 0
     """Seed of all images; image number i is a function of (seed, i) and of the batch size."""
     labels: tuple[int, ...] = ()
@@ -37,8 +37,9 @@ class SampleRequest:
     tokenizer: str = ""
     """URI of the tokenizer, if it is no longer where the latents were made; it is recognised by its
     digest."""
-    samples_per_shard: int = 1000
-    """Images per shard; one task draws one shard."""
+    samples_per_shard: int = 0
+    """Images per shard; one task draws one shard. 0 keeps those of a set that is there, and makes
+    32 shards of a new one, each of whole batches and at most 1000 images."""
     batch_size: int = 64
     """Images per batch; another size changes images by rounding."""
     use_gpu: bool = False
@@ -48,10 +49,10 @@ class SampleRequest:
     is set or this is a Ray job."""
 
     def __post_init__(self):
-        for name in ("count", "samples_per_shard", "batch_size"):
+        for name, least in (("count", 1), ("samples_per_shard", 0), ("batch_size", 1)):
             value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+            if value < least:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed}: must be >= 0")
 

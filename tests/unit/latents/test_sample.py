@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_pipelines import ShardDataset, storage
-from data_pipelines.shards.index import SHEET_NAME
+from data_pipelines.shards.index import SHEET_NAME, load_index
 from data_pipelines.storage import Location
 from data_pipelines.verify_shards import find_faults
 from efae.config_forms import with_overrides
@@ -44,8 +44,8 @@ def be_quiet(line: str) -> None:
     pass
 
 
-def read_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
+def read_bytes(folder: Path, names: str = "*.tar") -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob(names))}
 
 
 def test_a_set_has_images_labels_and_its_origin(generator, model, tmp_path, capsys):
@@ -79,7 +79,7 @@ def test_a_set_has_images_labels_and_its_origin(generator, model, tmp_path, caps
     pack_generator(same.state_dict(), euler).write(tmp_path / "euler")
     for change, what in (
         ("--seed=6", "seed 5 instead of 6"),
-        ("--count=8", "count 7 instead"),
+        ("--count=6", "count 7 instead of 6"),
         (f"--model={tmp_path / 'euler'}", "with generator_settings"),  # weights are the same
     ):
         assert main(["sample", *options, change]) == 1
@@ -112,6 +112,19 @@ def test_images_depend_on_seed_and_number_and_unfinished_sets_are_completed(gene
     assert not torch.equal(other[2].image, whole[2].image)
 
 
+def test_a_finished_set_grows_as_if_it_had_been_drawn_so(generator, tmp_path):
+    for name, count in (("grown", 7), ("killed", 7), ("whole", 10)):
+        sample_set(ask(generator, tmp_path / name, count=count), be_quiet)
+    killed, index = Location.parse(tmp_path / "killed"), load_index(tmp_path / "killed")
+    sample._reopen(killed, index, index.provenance["fingerprint"] | {"count": 10})
+    for name in ("grown", "killed"):
+        request = ask(generator, tmp_path / name, count=10, samples_per_shard=0)
+        assert sample_set(request, be_quiet)[1] == 4  # the third shard was not full
+        for kind in ("*.tar", "*.json"):
+            assert read_bytes(tmp_path / name, kind) == read_bytes(tmp_path / "whole", kind)
+        assert not storage.exists(tmp_path / name / sample.unfinished.FOLDER)
+
+
 def test_a_generator_that_has_diverged_draws_nothing(generator, tmp_path):
     found = Generator.restore(read_folder(generator))
     weights = {name: weight * math.inf for name, weight in found.state_dict().items()}
@@ -142,6 +155,15 @@ def test_what_cannot_work_is_refused_before_work_starts(generator, tmp_path, cha
     with pytest.raises(ValueError, match=what):
         sample_set(SampleRequest(**values), be_quiet)
     assert not (tmp_path / "set").exists() or not list((tmp_path / "set").glob("*.tar"))
+
+
+@pytest.mark.parametrize(
+    ("count", "made", "expected"),
+    [(7, {}, 2), (1000, {}, 32), (100_000, {}, 1000), (1000, {"samples_per_shard": 5}, 5)],
+)
+def test_shards_are_those_of_the_set_or_of_whole_batches(tmp_path, count, made, expected):
+    request = ask(tmp_path, tmp_path, count=count, samples_per_shard=0)
+    assert sample._choose_shards(request, made).samples_per_shard == expected
 
 
 def test_defaults_are_those_of_the_generator(generator, tmp_path):
