@@ -2,8 +2,10 @@
 
     python jobs/preflight.py quickstart
     ray job submit --working-dir . -- python jobs/preflight.py imagenet_256 --ray.num-workers 16
+    python jobs/preflight.py generate_b --data.uri s3://efae-data/imagenet-256-latents
 
-Takes the presets and overrides of jobs/train.py, which runs the same checks before training.
+Takes the presets and overrides of jobs/train.py and of jobs/generate.py train, which run the same
+checks before training.
 Addresses come from the environment (`source .local/env` for the local stack).
 """
 
@@ -14,16 +16,17 @@ import sys
 import tyro
 
 from data_pipelines.commands import run_command
-from efae.config import Config
 from efae.config_forms import rename_options
-from efae.presets import PRESETS
+from efae.generator_config import AnyConfig, GeneratorConfig
+from efae.presets import GENERATORS, PRESETS
 from efae.tracking.server import Server
 
 
-def parse_arguments(arguments: list[str]) -> Config:
+def parse_arguments(arguments: list[str]) -> AnyConfig:
     """Return the preset with the command line's overrides; exit with status 2 if invalid."""
+    presets: dict[str, tuple[str, AnyConfig]] = {**PRESETS, **GENERATORS}
     config = tyro.extras.overridable_config_cli(
-        PRESETS, description=__doc__, args=rename_options(arguments), prog="jobs/preflight.py"
+        presets, description=__doc__, args=rename_options(arguments), prog="jobs/preflight.py"
     )
     name = config.tracking.run_name or "preflight"
     return dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, run_name=name))
@@ -37,10 +40,15 @@ def main(arguments: list[str]) -> int:
     from efae.preflight.cluster_checks import run_preflight
     from efae.preflight.driver_checks import RunData
     from efae.training.starts.source import adopt_pretrained
+    from efae.training.tasks.generator import adopt_latents
 
     try:
+        if isinstance(config, GeneratorConfig):
+            config = adopt_latents(config)
+        else:
+            config = adopt_pretrained(config)
         outcomes = run_preflight(
-            adopt_pretrained(config),
+            config,
             RunData(config.data),
             Server.from_environment(),
             say=lambda line: print(line, flush=True),

@@ -55,6 +55,9 @@ def latents(train_shards, tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def whole(latents) -> str:
     """The URI of a generator that was trained without an interruption."""
+    checked = run_job("preflight", *OPTIONS)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "ok  held-out latents: 64 at " in checked.stdout
     result = run_job("generate", "train", *OPTIONS, "--tracking.run-name=generator-whole")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "held-out loss" in result.stdout

@@ -34,6 +34,7 @@ from efae.preflight.driver_checks import (
     read_facts,
 )
 from efae.tracking.server import Server
+from jobs.preflight import main
 from tests.opened_files import watch_opens
 
 GIB = 2**30
@@ -357,6 +358,13 @@ def test_a_wrong_configuration_is_not_asked_about():
     assert len(said) == 1
     assert said[0].startswith("FAIL configuration: ")
     assert "pipe" in said[0]
+
+
+def test_the_command_takes_presets_of_either_kind(shards, capsys):
+    assert main(["generate_b", f"--data.uri={shards}"]) == 1
+    assert f"error: {shards} holds images: encode them first" in capsys.readouterr().err
+    assert main(["fine_tune", f"--data.uri={shards}"]) == 1
+    assert "error: start.model='': name an autoencoder" in capsys.readouterr().err
 
 
 def test_a_dead_cluster_is_refused_at_once(monkeypatch):
