@@ -38,7 +38,7 @@ from efae.config_forms import with_overrides
 from efae.evaluation.evaluate import evaluate, measure_drift
 from efae.evaluation.fitted_action import FittedAction, fit_action
 from efae.evaluation.held_out import read_held_out, read_images
-from efae.exchange.diffusers_tokenizer import WEIGHTS
+from efae.exchange.diffusers_tokenizer import WEIGHTS, read_pretrained
 from efae.model.autoencoder import Autoencoder
 from efae.presets import PRESETS
 from efae.symmetry import Representation
@@ -46,7 +46,7 @@ from efae.training.loop import Start, train
 from efae.training.monitoring.flops import count_flops
 from efae.training.observer import Observer
 from efae.training.process import Process
-from efae.training.starts.source import adopt_action, adopt_pretrained, load_source, read_pretrained
+from efae.training.starts.source import adopt_action, adopt_pretrained, load_source
 from efae.training.validation import Validation
 
 CPU = torch.device("cpu")

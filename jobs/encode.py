@@ -60,7 +60,9 @@ def print_summary(encoded: "Encoded") -> None:
         f"one copy serves    {views} views; storing them would take {views * size / 1e6:.1f} MB"
     )
     options = ', augment="group"'
-    if not certificate["max_abs_difference"] <= LARGEST_DIFFERENCE:
+    if views == 1:
+        serves, options = "one copy serves    one view: the model has the trivial group", ""
+    elif not certificate["max_abs_difference"] <= LARGEST_DIFFERENCE:
         serves = "one copy serves    one view: for all of them, encode again with --symmetrize"
         options = ""
     compared = ""

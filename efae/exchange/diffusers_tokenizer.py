@@ -1,5 +1,6 @@
-"""Tokenizers of diffusers, wrapped so that they can be evaluated like ours."""
+"""Tokenizers of diffusers, wrapped to be evaluated like ours, or read as models of ours."""
 
+import dataclasses
 import importlib
 import json
 import tempfile
@@ -15,9 +16,14 @@ from torch import Tensor, nn
 
 from data_pipelines import storage
 from data_pipelines.storage import Location
-from efae.model.networks.diffusers_vae import describe
+from efae.config import Config
+from efae.config_forms import with_overrides
+from efae.model.autoencoder import Autoencoder
+from efae.model.networks.diffusers_vae import describe, name_in_diffusers, name_in_efae
+from efae.model.pretrained import StoredModel, check_weights, pack_model
 from efae.symmetry import D4, Element, Group, Representation
 
+PREFIX = "diffusers:"
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _LATENT_OF: dict[str, Callable[[Any], Tensor]] = {
     "AutoencoderKL": lambda encoded: encoded.latent_dist.mode(),
@@ -135,6 +141,69 @@ def read_architecture(path: str) -> dict[str, Any]:
     """
     with _fetched(path) as (folder, _):
         return json.loads((folder / CONFIG).read_text())
+
+
+def read_pretrained(config: Config) -> StoredModel:
+    """Read the autoencoder that start.model names, as a model of kind "diffusers".
+
+    Raises:
+        ValueError: There is no such autoencoder, or a number in it is not finite.
+        CheckpointError: Its weights are not its configuration's.
+        StorageError: The storage refuses or does not answer.
+    """
+    # As it is, without an average over the group; a basis is refused at level none.
+    based = config.representation.learned_basis or config.start.action == "fitted"
+    level = "objective" if based else "none"
+    kept = dataclasses.replace(config.model, kind="diffusers", level=level)
+    settings = dataclasses.replace(config.start, symmetrize=False)
+    config = dataclasses.replace(config, model=kept, start=settings)
+    network = load_diffusers(config.start.model.removeprefix(PREFIX)).network
+    weights: dict[str, Tensor] = {
+        name_in_efae(name): weight for name, weight in network.state_dict().items()
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)  # of a learned basis
+        model = Autoencoder(config)
+    scale = json.loads(config.start.architecture).get("scaling_factor") or 1.0
+    model.bottleneck.power.fill_(scale**-2)
+    expected = model.state_dict()
+    weights |= {n: w for n, w in expected.items() if name_in_diffusers(n) is None}
+    stored = pack_model(weights, config, model.representation)
+    stored = dataclasses.replace(stored, uri=config.start.model)
+    check_weights(stored, expected)
+    return stored
+
+
+def read_diffusers(uri: str) -> StoredModel:
+    """Read an autoencoder as it is, as a model of kind "diffusers" over the trivial group.
+
+    Its latents are scaled by its `scaling_factor`, and not shifted.
+
+    Args:
+        uri: "diffusers:PATH", a folder as `load_diffusers` takes it.
+
+    Raises:
+        ValueError, CheckpointError, StorageError: As in `read_pretrained`.
+    """
+    architecture = read_architecture(uri.removeprefix(PREFIX))
+    colours, channels, f = describe(architecture)
+    side = architecture.get("sample_size")
+    settings = {
+        "data.channels": colours,
+        "data.resolution": side if isinstance(side, int) and side % f == 0 else 32 * f,
+        "representation.group": "trivial",
+        "representation.dim": channels,
+        "representation.multiplicities": (channels, 0, 0, 0, 0),
+        "model.kind": "diffusers",
+        "model.level": "none",
+        "model.bottleneck": "posterior",
+        "model.downsampling": f,
+        "model.patch_size": min(Config().model.patch_size, f),
+        "flow.sampler_steps": 1,
+        "start.model": uri,
+        "start.architecture": json.dumps(architecture, sort_keys=True),
+    }
+    return read_pretrained(with_overrides(Config(), settings))
 
 
 @contextmanager

@@ -69,8 +69,9 @@ def read(uri: str, server: Server | None = None) -> StoredModel:
     Args:
         uri: URI: "models:/NAME@ALIAS", "models:/NAME/VERSION", "models:/NAME@sha256:HEX",
             "runs:/RUN_ID/PATH", "builtin:NAME", or the path or address of a checkpoint or model
-            folder. The registry is the one that MLFLOW_TRACKING_URI names. HEX is the version's
-            tag "digest", the sha256 of its weights, or its first 12 digits or more.
+            folder; or "diffusers:PATH", which `read_diffusers` reads and nothing caches. The
+            registry is the one that MLFLOW_TRACKING_URI names. HEX is the version's tag "digest",
+            the sha256 of its weights, or its first 12 digits or more.
         server: MLflow server to ask instead.
 
     Raises:
@@ -81,6 +82,10 @@ def read(uri: str, server: Server | None = None) -> StoredModel:
         ConnectionError: MLflow fails.
         StorageError: The storage refuses or does not answer.
     """
+    if uri.startswith("diffusers:"):
+        from efae.exchange.diffusers_tokenizer import read_diffusers  # all networks
+
+        return read_diffusers(uri)
     return _find(uri, server)[1]
 
 

@@ -14,10 +14,10 @@ from data_pipelines.build_shards import build_shards
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.evaluation.any_angle import ANGLES
-from efae.exchange.diffusers_tokenizer import WEIGHTS, load_diffusers
+from efae.exchange.diffusers_tokenizer import WEIGHTS, load_diffusers, read_pretrained
 from efae.model.autoencoder import Autoencoder
 from efae.model.pretrained import hash_tensors
-from efae.training.starts.source import adopt_pretrained, read_pretrained
+from efae.training.starts.source import adopt_pretrained
 from efae.web_page import page
 from jobs.evaluate import main
 

@@ -4,12 +4,10 @@ The driver copies it into the run's folder before the first checkpoint. Workers 
 within their reach, and what its URI names may change later.
 """
 
-import dataclasses
 import json
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from data_pipelines import storage
 from data_pipelines.storage import Location
@@ -18,18 +16,16 @@ from efae.checkpoints.run_folder import find_newest_checkpoint, locate_run
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.evaluation.fitted_action import FittedAction
-from efae.exchange.diffusers_tokenizer import load_diffusers, read_architecture
+from efae.exchange.diffusers_tokenizer import PREFIX, read_architecture, read_pretrained
 from efae.generator_config import AnyConfig
 from efae.model.autoencoder import Autoencoder
 from efae.model.networks import diffusers_vae
-from efae.model.pretrained import StoredModel, check_weights, pack_model, parse_config
+from efae.model.pretrained import StoredModel, pack_model, parse_config
 from efae.model.stored_files import MANIFEST, OWN_CONFIG
 from efae.tracking.server import Server
 from efae.training.process import Process
 from efae.training.starts.distillation import read_teacher
 from efae.training.state import TrainState
-
-_PREFIX = "diffusers:"
 
 
 def has_source(config: Config) -> bool:
@@ -69,7 +65,7 @@ def adopt_pretrained(config: Config) -> Config:
     if copied and find_newest_checkpoint(locate_run(config)):
         architecture = json.loads(copied.start.architecture)
     else:
-        architecture = read_architecture(uri.removeprefix(_PREFIX))
+        architecture = read_architecture(uri.removeprefix(PREFIX))
     if copied and needs_fit(config) and _has_same_fit(copied, config):
         counts, basis = copied.representation.multiplicities, True
     try:
@@ -122,37 +118,6 @@ def read_source(config: Config, server: Server) -> StoredModel:
     if find_newest_checkpoint(locate_run(config)):
         return read_model(locate_copy(config).uri)
     return read_teacher(config, server) if config.flow.distill_from else read_pretrained(config)
-
-
-def read_pretrained(config: Config) -> StoredModel:
-    """Read the autoencoder that start.model names, as a model of kind "diffusers".
-
-    Raises:
-        ValueError: There is no such autoencoder, or a number in it is not finite.
-        CheckpointError: Its weights are not its configuration's.
-        StorageError: The storage refuses or does not answer.
-    """
-    # As it is, without an average over the group; a basis is refused at level none.
-    based = config.representation.learned_basis or config.start.action == "fitted"
-    level = "objective" if based else "none"
-    kept = dataclasses.replace(config.model, kind="diffusers", level=level)
-    settings = dataclasses.replace(config.start, symmetrize=False)
-    config = dataclasses.replace(config, model=kept, start=settings)
-    network = load_diffusers(config.start.model.removeprefix(_PREFIX)).network
-    weights: dict[str, Tensor] = {
-        diffusers_vae.name_in_efae(name): weight for name, weight in network.state_dict().items()
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)  # of a learned basis
-        model = Autoencoder(config)
-    scale = json.loads(config.start.architecture).get("scaling_factor") or 1.0
-    model.bottleneck.power.fill_(scale**-2)
-    expected = model.state_dict()
-    weights |= {n: w for n, w in expected.items() if diffusers_vae.name_in_diffusers(n) is None}
-    stored = pack_model(weights, config, model.representation)
-    stored = dataclasses.replace(stored, uri=config.start.model)
-    check_weights(stored, expected)
-    return stored
 
 
 def adopt_action(config: Config, action: FittedAction) -> Config:

@@ -9,18 +9,25 @@ import torch
 
 from data_pipelines import ShardDataset, storage
 from data_pipelines.shards.index import SHEET_NAME, load_index
+from data_pipelines.shards.latent_format import LatentFormat
 from data_pipelines.storage import Location
 from data_pipelines.verify_shards import find_faults
 from efae.config_forms import with_overrides
+from efae.exchange.diffusers_tokenizer import load_diffusers
 from efae.generation.network import Generator
 from efae.generation.sampling import Guidance
 from efae.latents import sample
+from efae.latents.certificate import certify
 from efae.latents.compare import FILE
 from efae.latents.sample import sample_set
 from efae.latents.sample_request import SampleRequest
+from efae.model.autoencoder import Autoencoder
 from efae.model.pretrained import pack_generator, read_folder
+from efae.registry import pull
 from efae.training.loop import train
 from jobs.generate import main
+from tests.unit.shards.test_latents import encode_shards
+from tests.unit.training.test_fine_tuning import build
 from tests.unit.training.test_generator import ALONE, CLASSES, configure, latents, model
 
 __all__ = ["latents", "model"]
@@ -123,6 +130,37 @@ def test_a_finished_set_grows_as_if_it_had_been_drawn_so(generator, tmp_path):
         for kind in ("*.tar", "*.json"):
             assert read_bytes(tmp_path / name, kind) == read_bytes(tmp_path / "whole", kind)
         assert not storage.exists(tmp_path / name / sample.unfinished.FOLDER)
+
+
+def test_an_autoencoder_of_diffusers_decodes_its_own_latents(latents, tmp_path):
+    build("AutoencoderKL").save_pretrained(tmp_path / "vae")
+    uri = f"diffusers:{tmp_path / 'vae'}"
+    stored, theirs = pull.read(uri), load_diffusers(str(tmp_path / "vae"))
+    model = Autoencoder.restore(stored)
+    image = torch.rand(2, 3, 16, 16) * 2 - 1
+    latent = theirs.encode(image)
+    assert torch.allclose(model.encode(image), latent, atol=1e-5)
+    assert torch.allclose(model.decode(latent, seed=0), theirs.decode(latent), atol=1e-5)
+    form = LatentFormat(
+        shape=[4, 4, 4],
+        dtype="float32",
+        group=model.group.name,
+        multiplicities=model.representation.multiplicities,
+        model_digest=stored.digest,
+        model_uri=uri,
+        certificate=certify(model, []),
+    )
+    images = latents.removesuffix("latents") + "images"
+    folder = str(tmp_path / "latents")
+    encoded = encode_shards(images, folder, model, form, image_size=(16, 16))
+    with pytest.raises(ValueError, match="has the trivial group"):
+        train(configure(encoded.uri, **{"data.views": 0.5}), encoded, ALONE)
+    config = configure(encoded.uri, **{"training.steps": 1})
+    state = train(config, encoded, ALONE)
+    pack_generator(state.average.weights, config).write(tmp_path / "generator")
+    (tmp_path / "vae").rename(tmp_path / "moved")
+    moved = {"count": 3, "tokenizer": f"diffusers:{tmp_path / 'moved'}"}
+    assert sample_set(ask(tmp_path / "generator", tmp_path / "set", **moved), be_quiet)[1] == 3
 
 
 def test_a_generator_that_has_diverged_draws_nothing(generator, tmp_path):

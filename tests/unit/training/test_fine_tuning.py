@@ -14,6 +14,7 @@ from efae.checkpoints.checkpoint import read_checkpoint
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.evaluation.fitted_action import FittedAction
+from efae.exchange.diffusers_tokenizer import read_pretrained
 from efae.model.autoencoder import Autoencoder
 from efae.model.fine_tuning import FineTuning
 from efae.model.networks.diffusers_vae import CLASSES
@@ -28,7 +29,6 @@ from efae.training.starts.source import (
     copy_source,
     load_source,
     needs_fit,
-    read_pretrained,
 )
 from tests.unit.training.test_training import Keeper, assert_same_state, shards
 
