@@ -65,6 +65,9 @@ class NetworkConfig:
     """Width of the tokens; a multiple of num_heads, of 8 * num_heads if equivariant."""
     depth: int = 6
     """Blocks."""
+    dense_blocks: int = 0
+    """Number of the last blocks that do not commute with the group although the others do, so that
+    samples of upright images can be upright."""
     num_heads: int = 4
     """Attention heads."""
     mlp_ratio: int = 4
@@ -72,6 +75,11 @@ class NetworkConfig:
     (SwiGLU) are as wide as gives the same number of weights."""
     patch_size: int = 1
     """Side of a token, in latent cells."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the whole network commutes with the group."""
+        return self.equivariant and not self.dense_blocks
 
     def __post_init__(self):
         require_positive(
@@ -81,6 +89,11 @@ class NetworkConfig:
         require(
             self.hidden_size % part == 0 and self.hidden_size % 2 == 0,
             f"generator.hidden_size={self.hidden_size}: must be even, and a multiple of {part}",
+        )
+        require(
+            0 <= self.dense_blocks <= (self.depth if self.equivariant else 0),
+            f"generator.dense_blocks={self.dense_blocks}: must be from 0 to generator.depth, and 0"
+            " unless generator.equivariant",
         )
 
 
@@ -127,7 +140,7 @@ class GeneratorConfig:
             " empty",
         )
         require(
-            not (self.generator.equivariant and self.data.views),
+            not (self.generator.is_exact and self.data.views),
             f"data.views={self.data.views} with generator.equivariant: all views of a latent have"
             " the same loss already; set data.views=0",
         )

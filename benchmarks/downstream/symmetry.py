@@ -32,6 +32,7 @@ class Arm:
             the element, too.
         naive: Whether elements act on the grid alone, as on an image.
         equivariant: Whether the generator commutes with the group.
+        dense_blocks: Number of its last blocks that do not.
         poses: Images that the arm is for.
     """
 
@@ -40,11 +41,15 @@ class Arm:
     copies: bool = False
     naive: bool = False
     equivariant: bool = False
+    dense_blocks: int = 0
     poses: tuple[Pose, ...] = ("any", "upright")
 
 
 ARMS: dict[str, Arm] = {
     "exact, equivariant generator": Arm("exact", equivariant=True, poses=("any",)),
+    "exact, equivariant generator, last block dense": Arm(
+        "exact", equivariant=True, dense_blocks=1, poses=("upright",)
+    ),
     "exact, free views": Arm("exact", views=1.0),
     "exact, free views in half of a batch": Arm("exact", views=0.5, poses=("upright",)),
     "exact, as stored": Arm("exact"),
@@ -88,8 +93,10 @@ def _run(study: Study, load: Any, arm: Arm, pose: Pose, size: int, seed: int) ->
     )
     latents = select_shards(whole, size, arm.copies)
     dense = generators.configure(latents, {"training.seed": seed})
-    other = with_overrides(dense, EQUIVARIANT) if arm.equivariant else dense
-    kind = "equivariant" if arm.equivariant else "dense"
+    other, kind = dense, "dense"
+    if arm.equivariant:
+        other = with_overrides(dense, EQUIVARIANT | {"generator.dense_blocks": arm.dense_blocks})
+        kind = "last block dense" if arm.dense_blocks else "equivariant"
     steps = study.count_steps(
         {"dense": (dense, latents), kind: (other, latents)}, study.settings.generator_seconds
     )[kind]

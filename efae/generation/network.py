@@ -5,7 +5,8 @@ LightningDiT (Yao et al. 2025, arXiv:2501.01423): RMS norm, normalised queries a
 al. 2020, arXiv:2010.04245), SwiGLU (Shazeer 2020, arXiv:2002.05202) and rotary positions, modulated
 by t, class and view. All layers are octic: over the trivial group they are dense; over the group of
 the latents, the velocity commutes with it, v(rho(g) x, t, y) = rho(g) v(x, t, y), so that samples
-and their views are equally likely. A label is invariant.
+and their views are equally likely. A label is invariant. Where the last blocks are dense, they see
+all features of equivariant ones, and may prefer a view.
 """
 
 import math
@@ -219,8 +220,9 @@ class Generator(Compilable):
                 self.format.require_action(config.data.uri, option)
         group = self.representation.group if sizes.equivariant else TRIVIAL
         self.normalization = Normalization(self.representation)
-        self.layout = layout_of(group)
-        m, hidden_size = sizes.hidden_size // len(group), sizes.hidden_size
+        groups = [group] * (sizes.depth - sizes.dense_blocks) + [TRIVIAL] * sizes.dense_blocks
+        hidden_size, last = sizes.hidden_size, groups[-1]
+        m = hidden_size // len(group)
         grid = height // sizes.patch_size, width // sizes.patch_size
         action = patched_action(group, self.representation, sizes.patch_size)
         self.inward = Lift(group, *action, m, fan_in=action[0].shape[1])
@@ -233,12 +235,16 @@ class Generator(Compilable):
         order = len(self.representation.group)
         self.element = _embed(order, hidden_size) if config.data.views else None
         self.blocks = nn.ModuleList(
-            GeneratorBlock(group, m, sizes.num_heads, sizes.mlp_ratio, hidden_size, grid)
-            for _ in range(sizes.depth)
+            GeneratorBlock(
+                g, hidden_size // len(g), sizes.num_heads, sizes.mlp_ratio, hidden_size, grid
+            )
+            for g in groups
         )
+        self.layout, m = layout_of(last), hidden_size // len(last)
+        action = patched_action(last, self.representation, sizes.patch_size)
         self.sizes = [self.layout.gains * m, m]
         self.modulation = zero_linear(hidden_size, sum(self.sizes))
-        self.outward = Lift(group, *action, m, fan_in=len(group) * m)
+        self.outward = Lift(last, *action, m, fan_in=hidden_size)
         nn.init.zeros_(self.outward.coefficient)
 
     @classmethod
@@ -288,6 +294,9 @@ class Generator(Compilable):
         x = self.inward(patchify(x_t, patch_size))
         x = x + self.positions(height // patch_size, width // patch_size).to(x.dtype)
         for block in self.blocks:
+            assert isinstance(block, GeneratorBlock)
+            if len(x) != block.layout.slots:  # the first of the dense blocks
+                x = x.movedim(0, -2).flatten(-2)[None]
             x = block(x, condition)
         scale, shift = self.modulation(condition).split(self.sizes, -1)
         x = normalize(x) * (1 + spread_gains(self.layout, scale))

@@ -73,7 +73,8 @@ def count_flops(config: AnyConfig) -> Flops:
     if isinstance(config, GeneratorConfig):
         if not config.generator.equivariant:
             return Flops(own, own)
-        return Flops(own, _count(with_overrides(config, {"generator.equivariant": False})))
+        dense = {"generator.equivariant": False, "generator.dense_blocks": 0}
+        return Flops(own, _count(with_overrides(config, dense)))
     if config.model.level != "exact" or config.start.model:
         return Flops(own, own)
     return Flops(own, _count(with_overrides(config, {"model.level": "none"})))

@@ -68,6 +68,17 @@ def test_the_equivariant_network_commutes_with_every_element(group, patch_size):
         assert difference < 1e-9 * output.abs().max(), g
 
 
+@pytest.mark.parametrize("group", ["D4", "C4", "mirror"])
+def test_dense_last_blocks_tell_views_apart(group):
+    model = build(group, **{"generator.dense_blocks": 1, "data.views": 0.5})
+    x_t, t, label = make_input(model)
+    output = model(x_t, t, label)
+    for g in GROUPS[group]:
+        acted = model(model.representation.act(g, x_t), t, label)
+        same = torch.allclose(acted, model.representation.act(g, output), atol=1e-3)
+        assert same == (g.name == "identity"), g
+
+
 def test_samples_of_the_equivariant_network_move_with_their_noise():
     model = build()
     noise, _, label = make_input(model)

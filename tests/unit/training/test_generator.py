@@ -52,7 +52,10 @@ TINY = {
 KINDS = {
     "dense": {"data.views": 0.5, "data.classes": CLASSES},
     "equivariant": {"generator.equivariant": True, "data.classes": CLASSES},
-    "without labels": {},
+    "last block dense, without labels": {
+        "generator.equivariant": True,
+        "generator.dense_blocks": 1,
+    },
 }
 
 
@@ -186,6 +189,8 @@ def test_a_stored_generator_samples_the_same_images_in_any_batches(latents, mode
 def test_an_equivariant_step_takes_fewer_operations_than_the_dense_one_of_its_sizes(latents):
     flops = count_flops(configure(latents, **KINDS["equivariant"]))
     assert flops.own < 0.7 * flops.as_dense
+    between = count_flops(configure(latents, **KINDS["last block dense, without labels"]))
+    assert flops.own < between.own < between.as_dense == flops.as_dense
     dense = count_flops(configure(latents, **KINDS["dense"]))
     assert dense.own == dense.as_dense == pytest.approx(flops.as_dense, rel=0.01)
 
@@ -198,6 +203,8 @@ def test_an_equivariant_step_takes_fewer_operations_than_the_dense_one_of_its_si
         ({"flow.guidance_scale": 2.0}, "no condition to guide by"),
         ({"generator.hidden_size": 40, "generator.equivariant": True}, "multiple of 32"),
         ({"data.views": 1.5}, "must be in"),
+        ({"generator.dense_blocks": 1}, "0 unless generator.equivariant"),
+        ({"generator.dense_blocks": 7, "generator.equivariant": True}, "from 0 to generator.depth"),
         ({"ray.best_checkpoint_by": "psnr"}, "reconstructs nothing"),
         ({"data.cache_bytes": 0}, "data.cache_bytes=0: must be positive"),
     ],
