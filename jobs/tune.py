@@ -108,6 +108,10 @@ def print_summary(found: Mapping[str, Any], preset: str, report_folder: str) -> 
     if report_folder:
         report = f"{report_folder}/{found['sweep_name']}/report.html"
     values = ", ".join(f"{value:.2f}" for value in best["values"])
+    split = "not measured"
+    if linear:
+        split = f"{write_split(linear['multiplicities'])} (A1+A2+B1+B2+E)"
+        split += f", {linear['linear_psnr']:.2f} dB"
     combination = "".join(f"\n    {key} = {value}" for key, value in best["config"].items())
     options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in best["config"].items())
     print(
@@ -116,8 +120,7 @@ def print_summary(found: Mapping[str, Any], preset: str, report_folder: str) -> 
  {cost["steps"] / cost["full_steps"]:.0%} of the steps of all trials in full
   best (trial {best["key"]}){combination}
   {best["metric"]:<18} {best["value"]:.4g} over seeds {best["seeds"]} ({values})
-  best linear split  {write_split(linear["multiplicities"])} (A1+A2+B1+B2+E),\
- {linear["linear_psnr"]:.2f} dB
+  best linear split  {split}
   registered         {best["model_uri"]}, alias candidate
 
 next:

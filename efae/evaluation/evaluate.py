@@ -181,7 +181,7 @@ class Measurement:
             part,
             self.angles,
             protocol=describe_protocol(
-                self.model, part.totals, self.angles, self.seed, self.lpips, self.fid
+                self.model, part, self.angles, self.seed, self.lpips, self.fid
             ),
             fids=(None, None) if self.fid is None else self.fid.compute(),
         )

@@ -15,7 +15,13 @@ from torch import Tensor
 from efae.evaluation.measures import Totals, gather_json, psnr, ssim
 from efae.evaluation.protocol import Tokenizer
 from efae.model.autoencoder import Autoencoder
-from efae.model.closed_form import LinearMap, Moments, choose_multiplicities, fit_linear_map
+from efae.model.closed_form import (
+    LARGEST_PATCH,
+    LinearMap,
+    Moments,
+    choose_multiplicities,
+    fit_linear_map,
+)
 from efae.symmetry import Representation
 
 PATCHES_PER_CHANNEL = 128
@@ -65,14 +71,15 @@ def fit_linear_reference(
 
     Returns:
         The same reference on every process; None if the images have fewer patches than
-        PATCHES_PER_CHANNEL asks for, or cells of the latent are not square.
+        PATCHES_PER_CHANNEL asks for, cells of the latent are not square, or their patches have
+        more than LARGEST_PATCH values.
     """
     channels, height, width = images.shape[1:]
     # A whole batch: one image would be another shape, for which a compiled model is compiled anew.
     blank = torch.zeros(max(1, len(images[:batch_size])), channels, height, width, device=device)
     rows, columns = model.encode(blank).shape[-2:]
     side, group, dim = height // rows, model.group, model.representation.dim
-    if (rows * side, columns * side) != (height, width):
+    if (rows * side, columns * side) != (height, width) or channels * side**2 > LARGEST_PATCH:
         return None
     patches = sum(gather_json(len(images), device)) * rows * columns
     if patches * len(group) < PATCHES_PER_CHANNEL * dim:

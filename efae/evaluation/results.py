@@ -14,6 +14,7 @@ from efae.evaluation.flow_measures import STEP_COUNTS, TIME_BINS
 from efae.evaluation.measures import LARGEST_PSNR, Totals, symmetric_images
 from efae.evaluation.protocol import Tokenizer, has_flow
 from efae.model.autoencoder import Autoencoder
+from efae.model.closed_form import LARGEST_PATCH
 from efae.symmetry.representation import group_law_error
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Evaluation:
     ssim: float
     linear_psnr: float | None
     """PSNR of the best equivariant linear map to the same representation, or to the best split for
-    a foreign model; this and the two below are None if the images are too few to fit it."""
+    a foreign model; this and the two below are None if there is none, see `protocol`."""
     linear_ssim: float | None
     closed_form_split: dict[str, Any] | None
     """Split of as many channels whose linear map has the least squared error: its "multiplicities"
@@ -251,14 +252,30 @@ def _name_precision(model: Tokenizer) -> str:
     return f"{named}; compiled" if getattr(model, "compiled", False) else named
 
 
+def _explain_linear_map(part: Part) -> str:
+    if part.closed_form_split:
+        return (
+            "equivariant linear map of least squared error from patches to a latent of equal size,"
+            " fitted to these very images: an upper bound for linear maps"
+        )
+    side = part.image_shape[1] // part.totals.mean("latent squared").shape[1]
+    if (values := part.image_shape[0] * side**2) > LARGEST_PATCH:
+        return (
+            f"not measured: a patch of {side} x {side} pixels has {values} values, and linear maps"
+            f" are fitted to at most {LARGEST_PATCH}"
+        )
+    return "not measured: the images have too few patches to fit a linear map"
+
+
 def describe_protocol(
     model: Tokenizer,
-    totals: Totals,
+    part: Part,
     angles: Sequence[float],
     seed: int,
     lpips: "Lpips | None",
     fid: "Fid | None",
 ) -> dict[str, Any]:
+    totals = part.totals
     knobs = model.config.flow if isinstance(model, Autoencoder) and model.has_flow else None
     chosen = (
         "group_law_error, noise_floor_db, symmetric_gap_db, half_scale_psnr, rotations, *_by_steps,"
@@ -274,10 +291,7 @@ def describe_protocol(
         "psnr": "torchmetrics peak_signal_noise_ratio over channels, height and width",
         "ssim": "torchmetrics structural_similarity_index_measure, Gaussian window 11, sigma 1.5,"
         " k1 0.01, k2 0.03, reflected borders",
-        "linear_psnr": "equivariant linear map of least squared error from patches to a latent of"
-        " equal size, fitted to these very images: an upper bound for linear maps"
-        if totals.count("linear psnr")
-        else "not measured: the images have too few patches to fit a linear map",
+        "linear_psnr": _explain_linear_map(part),
         "elements": "g^-1 decode(act(g, encode(x)), g noise) against x",
         "diffusability": "latents less the mean of each channel, over the standard deviation of the"
         " rest; one class; Gaussian with a Kronecker covariance; high frequencies from 1/4 of the"

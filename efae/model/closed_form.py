@@ -22,6 +22,10 @@ from efae.model.octic.layers import patch_action
 from efae.symmetry.group import Group
 from efae.symmetry.representation import IRREPS, Representation, irrep_matrix
 
+LARGEST_PATCH = 4096
+"""Most values of a patch that a map is fitted to: several matrices of 4096 x 4096 values take 134
+MB each. A cell of 32 x 32 pixels has 3072 values in colour; one of 128 x 128 would take 19 GB."""
+
 
 @dataclass(frozen=True)
 class Moments:

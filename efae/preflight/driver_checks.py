@@ -15,6 +15,7 @@ from efae.checkpoints.run_folder import locate_run
 from efae.config import STEPS_BEFORE_PROFILE, Config, DataConfig
 from efae.generation.network import read_format
 from efae.generator_config import AnyConfig, GeneratorConfig, LatentsConfig
+from efae.model.closed_form import LARGEST_PATCH
 from efae.model.objective import load_perceptual
 from efae.preflight.checks import Check
 from efae.symmetry import GROUPS
@@ -194,8 +195,21 @@ def check_configuration(config: AnyConfig) -> None:
     # Raises if storage cannot hold about the longest object name that the run will write.
     _ = locate_run(config) / checkpoint_name(0) / "optimizer.safetensors"
     build_model(config)  # raises if the sizes do not fit together
+    if isinstance(config, Config):
+        _check_linear_start(config)
     if isinstance(config, Config) and config.loss.perceptual:
         load_perceptual(config.loss.perceptual, torch.device("cpu"))
+
+
+def _check_linear_start(config: Config) -> None:
+    model = config.model
+    values = config.data.channels * model.downsampling**2
+    if model.has_linear_start and values > LARGEST_PATCH:
+        raise ValueError(
+            f"model.start=closed_form with model.downsampling={model.downsampling}: a cell covers"
+            f" {values} values, and the map is fitted to at most {LARGEST_PATCH}; set"
+            " model.start=random, or lower model.downsampling"
+        )
 
 
 def check_training_images(config: Config, facts: SetFacts) -> str:

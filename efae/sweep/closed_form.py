@@ -10,23 +10,24 @@ from efae.config_forms import with_overrides
 from efae.evaluation.held_out import read_held_out
 from efae.evaluation.measures import psnr, to_float
 from efae.model.autoencoder import build_representation
-from efae.model.closed_form import choose_multiplicities, fit_linear_map
+from efae.model.closed_form import LARGEST_PATCH, choose_multiplicities, fit_linear_map
 from efae.symmetry import Representation
 from efae.training.process import Process
 from efae.training.starts.linear import measure_moments
 
 SAMPLE_PATCHES = 2**16
-"""Least number of patches of the sample, if the set has as many: seconds on one CPU."""
+"""Least number of patches of the sample, as for the start: seconds on one CPU."""
 
 
-def find_closed_form_split(config: Config) -> dict[str, Any]:
+def find_closed_form_split(config: Config) -> dict[str, Any] | None:
     """Find the split whose linear map reconstructs a sample of the training images best.
 
     Args:
         config: Configuration that every trial starts from.
 
     Returns:
-        "multiplicities" by irrep, and "linear_psnr", the PSNR of the map on held-out images.
+        "multiplicities" by irrep, and "linear_psnr", the PSNR of the map on held-out images; None
+        if a patch has more than LARGEST_PATCH values.
 
     Raises:
         ShardError: A shard or an image in it cannot be read.
@@ -34,6 +35,8 @@ def find_closed_form_split(config: Config) -> dict[str, Any]:
     """
     side, group = config.model.downsampling, build_representation(config).group
     dim, colours = config.representation.dim, config.data.channels
+    if colours * side**2 > LARGEST_PATCH:
+        return None
     images = with_overrides(config, {"data.pixel_cache_bytes": 0})
     dataset = ShardDataset.open(config.data.uri)
     moments = measure_moments(images, dataset, Process(torch.device("cpu")), SAMPLE_PATCHES)

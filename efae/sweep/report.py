@@ -46,8 +46,8 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
         folder: Folder, created if missing; figures of an earlier report in it are replaced.
         sweep: Facts of the sweep from `jobs/tune.py`, JSON values only: names, data, objectives
             (metric and mode), space, search, trials with their validations, best, pareto, theory,
-            closed_form_split (not in those of release 0.1), cost. A number that is not finite
-            counts as unknown.
+            closed_form_split (None if not measured; not in those of release 0.1), cost. A number
+            that is not finite counts as unknown.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in FIGURES:

@@ -26,6 +26,7 @@ from efae.experiment import (
     publish,
     wait_for_mlflow,
 )
+from efae.model.closed_form import LARGEST_PATCH
 from efae.preflight.cluster_checks import run_preflight
 from efae.preflight.driver_checks import RunData
 from efae.registry import versions
@@ -96,6 +97,8 @@ def run_sweep(
     say(
         f"    best linear split: {write_split(closed_form['multiplicities'])} (A1+A2+B1+B2+E),"
         f" {closed_form['linear_psnr']:.2f} dB on held-out images"
+        if closed_form
+        else f"    best linear split: not measured, as a cell has more than {LARGEST_PATCH} values"
     )
     records = Records(run_folder.locate_run(config))
     parent = _begin(config, settings, chooser, records, server)
@@ -108,7 +111,7 @@ def run_sweep(
     progress = _Progress(config, settings, sweep, records, say)
     phases = Phases(sweep, config, settings, records, progress.report)
     try:
-        first = chooser.place(closed_form["multiplicities"])
+        first = chooser.place(closed_form["multiplicities"]) if closed_form else None
         phases.search(Proposals(chooser, records, settings, first))
         phases.repeat(choose_finalists(records, settings, config.training.seed))
         best = find_best(records, settings)

@@ -10,7 +10,10 @@ from efae.training.process import Process
 from efae.training.state import TrainState
 
 SAMPLE_PATCHES = 2**18
-"""Least number of patches of the sample, if an epoch has as many."""
+"""Least number of patches of the sample, if an epoch and MOST_IMAGES have as many."""
+MOST_IMAGES = 2**14
+"""Most images of the sample, up to a batch: where they have a few cells each, their patches are
+still many more than a patch has values."""
 
 
 def start_linear(
@@ -41,7 +44,7 @@ def measure_moments(
         config: Configuration of the experiment.
         dataset: Training images.
         process: This process of the run.
-        patches: Least number of patches, if an epoch has as many.
+        patches: Least number of patches, if an epoch and MOST_IMAGES have as many.
     """
     batch_size, side = config.training.global_batch_size, config.model.downsampling
     loader = dataset.loader(
@@ -53,7 +56,7 @@ def measure_moments(
         tail="carry",
     )
     cells = math.prod(config.data.image_size) // side**2
-    count = min(math.ceil(patches / cells), len(dataset))
+    count = min(math.ceil(patches / cells), len(dataset), MOST_IMAGES)
     moments = Moments.none(config.data.channels * side**2, process.device)
     batches = itertools.islice(loader, math.ceil(count / batch_size))
     for batch in batches:

@@ -240,6 +240,17 @@ def test_too_few_images_have_no_linear_map(models):
     assert "too few patches" in result.protocol["linear_psnr"]
 
 
+def test_cells_too_large_to_fit_have_no_linear_map():
+    sizes = {"data.resolution": 48, "model.patch_size": 48, "model.downsampling": 48}
+    mirror = {"representation.group": "mirror", "representation.rotation_dims": 0}  # to save time
+    model = Autoencoder(with_overrides(Config(), SIZES | sizes | mirror)).eval()
+    images = torch.zeros(1000, 3, 48, 48, dtype=torch.uint8)  # patches enough
+    assert fit_linear_reference(model, images, torch.device("cpu"), 1) is None
+    result = evaluate(model, images[:1])
+    assert result.linear_psnr is None
+    assert "48 x 48 pixels has 6912 values" in result.protocol["linear_psnr"]
+
+
 def test_the_protocol_says_how(measured):
     protocol = measured["exact"].protocol
     assert (protocol["images"], protocol["chosen_images"], protocol["seed"]) == (12, 12, 0)

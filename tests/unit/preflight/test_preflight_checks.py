@@ -28,6 +28,7 @@ from efae.preflight.checks import Note, Outcome, merge_outcomes, run_check, run_
 from efae.preflight.cluster_checks import join_cluster, run_preflight
 from efae.preflight.driver_checks import (
     RunData,
+    check_configuration,
     check_training_images,
     list_checks,
     measure_data,
@@ -348,6 +349,18 @@ def test_a_run_reads_the_index_of_each_of_its_sets_once(shards, tmp_path):
     assert described["held_out_data"].startswith(f"{held_out} (23 images")
     for uri in (shards, held_out):
         assert opened.count(f"{uri}/index.json") == 1
+
+
+def test_a_linear_start_from_cells_too_large_to_fit_is_refused():
+    def configure(side: int) -> Config:
+        linear = {"model.start": "closed_form", "model.bottleneck": "running"}
+        sizes = {"data.resolution": 2 * side, "model.patch_size": side, "model.downsampling": side}
+        named = {"tracking.run_name": "x"}
+        return with_overrides(Config(), {**linear, **sizes, **named})
+
+    check_configuration(configure(32))
+    with pytest.raises(ValueError, match=r"downsampling=48: .* 6912 values.* at most 4096"):
+        check_configuration(configure(48))
 
 
 def test_a_wrong_configuration_is_not_asked_about():

@@ -56,3 +56,5 @@ def test_gradients_need_a_plane_and_colours_their_invariants(tmp_path):
     assert found["linear_psnr"] == pytest.approx(float(expected), abs=1e-4)
     torch.manual_seed(0)
     assert find_closed_form_split(config) == found
+    large = {"data.resolution": 48, "model.patch_size": 48, "model.downsampling": 48}
+    assert find_closed_form_split(with_overrides(config, large)) is None

@@ -25,6 +25,7 @@ from efae.training.monitoring import meter
 from efae.training.observer import Observer, Progress
 from efae.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from efae.training.process import Process
+from efae.training.starts import linear
 from efae.training.starts.linear import measure_moments, start_linear
 from efae.training.state import TrainState
 
@@ -143,7 +144,7 @@ def test_batches_of_several_shapes_train_and_resume_bit_for_bit(tmp_path, overri
         run(uri, checkpoint=halfway, **overrides | {"data.buckets": ()})
 
 
-def test_the_linear_start_is_the_same_bits_at_every_world_size(shards):
+def test_the_linear_start_is_the_same_bits_at_every_world_size(shards, monkeypatch):
     """Each rank sums the moments of its part; their sum is that of one rank, in any order."""
     config, dataset = with_overrides(Config(), TINY), ShardDataset.open(shards)
     alone = measure_moments(config, dataset, ALONE)
@@ -157,6 +158,8 @@ def test_the_linear_start_is_the_same_bits_at_every_world_size(shards):
         total = sum(ranks[1:], start=ranks[0])
         for name in ("count", "first", "second"):
             assert torch.equal(getattr(total, name), getattr(alone, name))
+    monkeypatch.setattr(linear, "MOST_IMAGES", 9)
+    assert measure_moments(config, dataset, ALONE).count == 16 * 4
 
 
 def test_training_starts_at_the_linear_map(shards):
