@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from efae.config import Config
     from efae.exchange.onnx_export import Tokenizer
+    from efae.preflight.driver_checks import SetFacts
 
 
 @dataclass
@@ -45,6 +46,10 @@ class Arguments:
     """Folder for report.html, summary.json, evaluation.json and the figures."""
     images: int = 512
     """Maximum number of images."""
+    resolution: int | tuple[int, int] | None = None
+    """Side of square images, or height and width, in pixels: a multiple of the side of the models'
+    cells. Larger images are scaled until their shorter side fits, and cropped. By default the
+    images' own, which must then be the same for all."""
     seed: int = 0
     """Seed of the noise."""
     batch_size: int = 64
@@ -128,24 +133,21 @@ def _run(chosen: Arguments) -> "tuple[Path, Mapping[str, Tokenizer]]":
     if chosen.fid_weights:
         load_fid(chosen.fid_weights)
     found = read_facts(chosen.data)
-    if found.shape is None:
-        raise ValueError(
-            f"{chosen.data}: its images differ in size; build the shards with --resolution N"
-        )
-    shape, credits = found.shape, [found.credit] if found.credit else []
+    size, credits = _choose_size(found, chosen), [found.credit] if found.credit else []
     if chosen.page:
         from efae.web_page.page import check_page
 
         check_page()
     if lpips is not None:
-        lpips.check_size(*shape[1:])
-    loaded = {uri: _load(uri, shape, chosen) for uri in chosen.model}
+        lpips.check_size(*size)
+    colours = found.shape and found.shape[0]
+    loaded = {uri: _load(uri, colours, size, chosen) for uri in chosen.model}
     for uri, (model, _, _) in loaded.items():
         try:
-            choose_angles(model, chosen.angles or None, *shape[1:])
+            choose_angles(model, chosen.angles or None, *size)
         except ValueError as error:
             raise ValueError(f"--angles: {uri}: {error}") from error
-    images = {channels: _read(chosen, channels, shape) for _, _, channels in loaded.values()}
+    images = {channels: _read(chosen, channels, size) for _, _, channels in loaded.values()}
     if chosen.fit_action and min(map(len, images.values())) < 2:
         raise ValueError(
             "--fit-action takes two images or more: it compares latents with their mean"
@@ -214,10 +216,42 @@ def _write_page(folder: Path, models: "Mapping[str, Tokenizer]") -> None:
     write_page(shown, folder)  # without credit: the training images are not known here
 
 
+def _choose_size(found: "SetFacts", chosen: Arguments) -> tuple[int, int]:
+    """Return height and width to measure at.
+
+    Raises:
+        ValueError: Images differ in size and no resolution is given, or they are smaller than it.
+    """
+    own = found.shape and found.shape[1:]
+    if chosen.resolution is None:
+        if own is None:
+            raise ValueError(
+                f"{chosen.data}: its images differ in size; set --resolution, or build the shards"
+                " with --resolution N"
+            )
+        return own
+    side = chosen.resolution
+    height, width = size = (side, side) if isinstance(side, int) else side
+    if min(size) < 1:
+        raise ValueError(f"--resolution {height} {width}: must be positive")
+    if own and (own[0] < height or own[1] < width):
+        raise ValueError(
+            f"--resolution {height} {width}: the images of {chosen.data} are {own[0]} x {own[1]}"
+            " and would have to be enlarged; choose a smaller one"
+        )
+    return size
+
+
 def _load(
-    uri: str, shape: tuple[int, int, int], chosen: Arguments
+    uri: str, colours: int | None, size: tuple[int, int], chosen: Arguments
 ) -> "tuple[Tokenizer, Config | None, Literal[1, 3]]":
     """Return the model, its configuration (None if foreign) and its number of colour channels.
+
+    Args:
+        uri: URI of the model.
+        colours: Number of colour channels of the images; None if the index does not say.
+        size: Height and width of the images.
+        chosen: Options of the evaluation.
 
     Raises:
         ValueError: There is no such model, or it does not accept images of this shape.
@@ -226,7 +260,7 @@ def _load(
     from efae.exchange.diffusers_tokenizer import load_diffusers
     from efae.model.tiling import plan_windows
 
-    channels, height, width = shape
+    height, width = size
     if uri.startswith("diffusers:"):
         foreign = load_diffusers(uri.removeprefix("diffusers:"), device=chosen.device)
         takes = foreign.channels
@@ -242,9 +276,8 @@ def _load(
         f = config.model.downsampling
         if height % f or width % f:
             raise ValueError(
-                f"{uri}: {chosen.data} holds images of {height} x {width} pixels: they are measured"
-                f" without padding, in multiples of model.downsampling={f}; build the shards with"
-                " such a --resolution"
+                f"{uri}: images of {height} x {width} pixels: they are measured without padding, in"
+                f" multiples of model.downsampling={f}; set such a --resolution"
             )
         takes = config.data.channels
         if chosen.tile is not None:
@@ -255,20 +288,20 @@ def _load(
             except ValueError as error:
                 raise ValueError(f"--tile: {uri}: {error}") from error
         model.compile_blocks(chosen.compile)
-    if takes not in (channels, 3) or takes not in (1, 3):
+    if takes not in (colours or takes, 3) or takes not in (1, 3):
         raise ValueError(
-            f"{uri} takes images of {takes} colours, but those of {chosen.data} have {channels}:"
+            f"{uri} takes images of {takes} colours, but those of {chosen.data} have {colours}:"
             " measure it on a set with its number of colours"
         )
     return model, config, takes
 
 
-def _read(chosen: Arguments, channels: Literal[1, 3], shape: tuple[int, int, int]) -> "Tensor":
+def _read(chosen: Arguments, channels: Literal[1, 3], size: tuple[int, int]) -> "Tensor":
     """Return the images as uint8; grey images are repeated for a model that takes colour."""
     from efae.config import DataConfig
     from efae.evaluation.held_out import read_held_out
 
-    data = DataConfig(held_out_uri=chosen.data, channels=channels, resolution=shape[1:])
+    data = DataConfig(held_out_uri=chosen.data, channels=channels, resolution=size)
     return read_held_out(data, chosen.images)
 
 

@@ -33,13 +33,14 @@ OURS = {
 }
 
 
-def write_shards(folder, size: tuple[int, int], mode: str) -> str:
-    """Twelve images that are not symmetric."""
+def write_shards(folder, size: tuple[int, int], mode: str, *others: tuple[int, int]) -> str:
+    """Twelve images that are not symmetric, of one size or of several in turn."""
     generator = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
     for i in range(12):
         coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        coarse.convert(mode).resize(size).save(folder / "images" / f"{i}.png")
+        sizes = (size, *others)
+        coarse.convert(mode).resize(sizes[i % len(sizes)]).save(folder / "images" / f"{i}.png")
     build_shards(f"folder:{folder / 'images'}", str(folder / "shards"))
     return str(folder / "shards")
 
@@ -80,6 +81,7 @@ def paths(tmp_path_factory) -> dict[str, str]:
             folder / "unpaired", 3, **{"representation.multiplicities": (4, 1, 2, 1, 2)}
         ),
         "wide": write_shards(folder / "wide", (24, 16), "RGB"),
+        "mixed": write_shards(folder / "mixed", (24, 24), "RGB", (48, 40)),
         "ours wide": write_ours(
             folder / "ours-wide",
             3,
@@ -181,8 +183,8 @@ def test_a_foreign_model_before_and_after_stands_on_one_page(paths, tmp_path):
 
 def test_quarter_turns_of_images_that_are_not_square_or_of_the_trained_size(paths, tmp_path):
     models = [paths["ours"], paths["ours unet"], paths["foreign"]]
-    arguments = ["--model", *models, "--data", paths["wide"], "--output", str(tmp_path)]
-    assert main([*arguments, "--images=2", "--tile=96"]) == 0
+    arguments = ["--model", *models, "--data", paths["mixed"], "--output", str(tmp_path)]
+    assert main([*arguments, "--images=2", "--tile=96", "--resolution", "16", "24"]) == 0
     found = json.loads((tmp_path / "summary.json").read_text())["models"]
     for model in models:
         assert "rot90" in found[model]["gap_db"]
@@ -191,6 +193,7 @@ def test_quarter_turns_of_images_that_are_not_square_or_of_the_trained_size(path
     assert len(list(tmp_path.glob("*/orbit.png"))) == 3
     numbers = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/evaluation.json"))]
     assert [each["protocol"]["tile"] for each in numbers] == [96, 96, None]
+    assert [each["image_shape"] for each in numbers] == [[3, 16, 24]] * 3
 
 
 @pytest.mark.parametrize(
@@ -198,6 +201,9 @@ def test_quarter_turns_of_images_that_are_not_square_or_of_the_trained_size(path
     [
         ("foreign", "odd", [], ["foreign: images of 15 x 15 pixels", "multiples of 2"]),
         ("ours", "odd", [], ["ours: ", "images of 15 x 15", "model.downsampling=8"]),
+        ("ours", "mixed", [], ["differ in size", "set --resolution"]),
+        ("ours", "wide", ["--resolution", "24"], ["--resolution 24 24", "16 x 24", "enlarged"]),
+        ("ours", "colour", ["--resolution", "0", "8"], ["--resolution 0 8", "positive"]),
         ("ours grey", "colour", [], ["takes images of 1 colours", "have 3"]),
         ("foreign grey", "colour", [], ["takes images of 1 colours", "have 3"]),
         ("ours", "colour", ["--lpips-weights=missing.pth"], ["alexnet-owt-7be5be79.pth"]),

@@ -188,6 +188,7 @@ def test_a_small_gap_alone_is_not_called_exact_and_facts_may_be_missing(
     numbers["linear_psnr"] = evaluation.psnr - 1
     numbers["closed_form_split"] = {"multiplicities": numbers["multiplicities"], "linear_psnr": 3.0}
     pictures = SimpleNamespace(**vars(evaluation.pictures))  # taken by shape, not by class
+    config = with_overrides(config, {"data.buckets": ((16, 16), (16, 24))})
     page = write_report(tmp_path, numbers=numbers, pictures=pictures, config=config, facts={})
     text = Page(page.read_text(encoding="utf-8")).text
     assert "is not exactly g applied to x" in text
@@ -195,6 +196,7 @@ def test_a_small_gap_alone_is_not_called_exact_and_facts_may_be_missing(
     assert "Data credits" not in text
     assert "EFAE report card: one model" in text
     flowing = " ".join(text.split())
+    assert "was trained on images of 16 \u00d7 16, 16 \u00d7 24;" in flowing
     assert "1.00 dB more" in flowing
     assert "3.00 dB, that of this model" in flowing
     assert "does not beat the best linear map" not in flowing
