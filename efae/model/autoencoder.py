@@ -238,21 +238,17 @@ class Autoencoder(Compilable):
                 "transformer", see `efae.model.tiling`.
 
         Raises:
-            ValueError: The image is no batch of one pixel or more, has no floating-point dtype, or
-                another number of channels than the model; or the tile is no multiple of f, or too
-                small.
+            ValueError: The image is no batch of one image or more, has no pixels, no floating-point
+                dtype, or another number of channels than the model; or the tile is no multiple of
+                f, or too small.
         """
         _require_floats(
             "image",
             image,
             "encode takes a tensor of floats in [-1, 1]; for bytes, image / 127.5 - 1",
         )
-        channels, f = self.config.data.channels, self.config.model.downsampling
-        if image.ndim != 4 or image.shape[1] != channels or 0 in image.shape[2:]:
-            raise ValueError(
-                f"image of shape {tuple(image.shape)}: this model takes (batch, {channels}, height,"
-                " width) in [-1, 1], of any height and width"
-            )
+        _require_batch("image", image, self.config.data.channels)
+        f = self.config.model.downsampling
         padded = pad_to_cells(image, f)
         if padded is not image and not self._warned_of_padding:
             self._warned_of_padding = True
@@ -384,12 +380,13 @@ class Autoencoder(Compilable):
 
         Raises:
             ValueError: Neither or both of noise and seed are given, a value is out of range, the
-                latent has no floating-point dtype, noise or size do not belong to a latent of this
-                shape, or the tile does not to the model.
+                latent is no batch of this model's latents or has no floating-point dtype, noise or
+                size do not belong to a latent of this shape, or the tile does not to the model.
         """
         if self.has_flow and (noise is None) == (seed is None):
             raise ValueError("decode needs either noise or seed, so that it can be repeated")
         _require_floats("latent", latent, "decode takes the tensor of floats that encode returns")
+        _require_batch("latent", latent, self.representation.dim)
         latent = latent.to(torch.promote_types(latent.dtype, next(self.parameters()).dtype))
         f, (rows, columns) = self.config.model.downsampling, latent.shape[-2:]
         shape = (latent.shape[0], self.config.data.channels, rows * f, columns * f)
@@ -491,6 +488,15 @@ def _require_floats(name: str, value: Any, expected: str) -> None:
     if not (isinstance(value, Tensor) and value.is_floating_point()):
         found = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name} of {found}: {expected}")
+
+
+def _require_batch(name: str, value: Tensor, channels: int) -> None:
+    """Raise a ValueError unless the value is a batch of grids, none of them empty."""
+    if value.ndim != 4 or value.shape[1] != channels or 0 in value.shape:
+        raise ValueError(
+            f"{name} of shape {tuple(value.shape)}: this model takes (batch, {channels}, height,"
+            " width), one or more of any height and width"
+        )
 
 
 def _read_size(size: Any) -> tuple[int, int]:

@@ -13,6 +13,7 @@ turned ones. So both kinds commute with the group, to rounding.
 
 import itertools
 import math
+import operator
 from collections.abc import Callable
 
 import torch
@@ -159,8 +160,12 @@ def plan_windows(tile: int, side: int, radius: int | None) -> tuple[int, int, in
         radius: Receptive radius of the network; None: attention spans the window.
 
     Raises:
-        ValueError: No window of this size is possible.
+        ValueError: The tile is no whole number, or no window of this size is possible.
     """
+    try:
+        tile = operator.index(tile)
+    except TypeError as error:
+        raise ValueError(f"tile={tile!r}: give a whole number of pixels") from error
     margin = radius or 0
     overlap = BLENDED_CELLS if radius is None else 2 * margin
     if tile % side or tile // side <= overlap:

@@ -105,6 +105,16 @@ def test_what_is_no_tensor_of_floats_is_refused(given, found):
         model.decode(given, seed=0)
 
 
+@pytest.mark.parametrize("shape", [(0, 2, 2), (1, 0, 2), (1, 2, 0), (2, 2)])
+def test_empty_batches_and_grids_are_refused(shape):
+    batch, *grid = shape
+    expected = r"of shape \(.*\): this model takes \(batch, {}, height, width\), one or more"
+    with pytest.raises(ValueError, match="image " + expected.format(3)):
+        build().encode(torch.zeros(batch, 3, *grid))
+    with pytest.raises(ValueError, match="latent " + expected.format(16)):
+        build().decode(torch.zeros(batch, 16, *grid), seed=0)
+
+
 def test_latents_in_half_precision_are_decoded_as_they_are_stored():
     model, latent = build(), draw(1, 16, 2, 2)
     for dtype in (torch.float16, torch.bfloat16):

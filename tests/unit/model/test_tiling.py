@@ -264,10 +264,12 @@ def test_gradients_flow_through_tiles():
     torch.testing.assert_close(tiled, whole, atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("tile", [-8, 0, 4, 16, 30])
+@pytest.mark.parametrize("tile", [-8, 0, 4, 16, 30, 48.0, "48"])
 def test_impossible_tiles_are_refused(tile):
     model = build((("model.kind", "transformer"),))
     expected = rf"tile={tile}: must be a multiple of model\.downsampling=4 and at least 20"
+    if not isinstance(tile, int):
+        expected = f"tile={tile!r}: give a whole number of pixels"
     with pytest.raises(ValueError, match=expected):
         model.encode(draw(1, 3, 64, 64), tile=tile)
     with pytest.raises(ValueError, match=expected):
