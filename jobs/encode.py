@@ -25,23 +25,23 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the job; return 0 only if the latent set is complete."""
+    """Run the job; return 0 only if every latent set is complete."""
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     request = tyro.cli(Request, description=__doc__, args=arguments, prog="jobs/encode.py")
     # Importing the platform takes seconds; a mistyped option should not.
     from data_pipelines.loading.shard_cache import ShardError
     from efae.checkpoints.checkpoint import CheckpointError
-    from efae.latents.encode import EncodingFailed, encode_set
+    from efae.latents.encode import EncodingFailed, encode_sets
 
     for name in ("ray.data", "ray.data._internal"):  # they describe plans and progress
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        encoded = encode_set(request, say=lambda line: print(line, flush=True))
+        for encoded in encode_sets(request, say=lambda line: print(line, flush=True)):
+            print_summary(encoded)
     except (ValueError, OSError, CheckpointError, ShardError, EncodingFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print_summary(encoded)
     return 0
 
 
@@ -51,9 +51,8 @@ def print_summary(encoded: "Encoded") -> None:
 
     latents = encoded.latents
     form, certificate = latents.format, latents.certificate
-    size, before = (
-        sum(shard.bytes for shard in index.shards) for index in (latents.index, encoded.images)
-    )
+    size = sum(shard.bytes for shard in latents.index.shards)
+    before = sum(int(shard.images().size.sum()) for shard in encoded.images.shards if shard.keys)
     views = len(certificate["by_element"])
     counts = ", ".join(f"{n} {irrep.upper()}" for irrep, n in form.multiplicities.items() if n)
     serves = (

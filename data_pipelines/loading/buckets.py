@@ -22,6 +22,7 @@ import numpy as np
 
 from data_pipelines.loading.epoch_plan import PlannedBatch, Position, plan_batches
 from data_pipelines.loading.options import Tail
+from data_pipelines.shards.index import Shard, ShardIndex
 
 Size = tuple[int, int]
 _TURNS = 2**64 - 2
@@ -143,6 +144,27 @@ def choose_buckets(sizes: np.ndarray, buckets: Sequence[Size]) -> np.ndarray:
             rows, columns = buckets[number]
             chosen[nearer & (height >= rows) & (width >= columns)] = number
     return chosen
+
+
+def split_by_bucket(index: ShardIndex, buckets: Sequence[Size]) -> list[ShardIndex]:
+    """Return the index of the images of each bucket, without shards that have none of them.
+
+    Args:
+        index: Index of the set, with the sizes of its images.
+        buckets: Height and width of each bucket.
+    """
+    of = choose_buckets(index.image_sizes(), buckets).tolist()
+    parts: list[ShardIndex] = []
+    for number in range(len(buckets)):
+        shards: list[Shard] = []
+        bucket = iter(of)
+        for shard in index.shards:
+            others = [key for key in shard.keys if next(bucket) != number]
+            if len(others) < len(shard.keys):
+                # In their order, on which the id of the set depends.
+                shards.append(shard.leave_out(dict.fromkeys([*shard.left_out, *others])))
+        parts.append(replace(index, shards=tuple(shards)))
+    return parts
 
 
 def explain_missing_sizes(uri: str, buckets: Sequence[Size]) -> str:

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,6 +23,7 @@ from data_pipelines.building import unfinished
 from data_pipelines.building.fingerprint import make_absolute
 from data_pipelines.images.codec import image_extensions
 from data_pipelines.images.logs import ignore_metadata
+from data_pipelines.loading.buckets import Size, explain_missing_sizes, split_by_bucket
 from data_pipelines.loading.dataset import LatentSet
 from data_pipelines.loading.shard_cache import ShardError
 from data_pipelines.shards.index import CLASSES, INDEX_NAME, ShardIndex, load_index, write_index
@@ -65,8 +66,26 @@ class Encoded:
     largest_difference: float | None
 
 
-def encode_set(request: Request, say: Callable[[str], None]) -> Encoded:
-    """Encode the missing shards, certify and verify the set, and write its index.
+@dataclass(frozen=True)
+class _Planned:
+    """A latent set to write.
+
+    Attributes:
+        output: Its folder.
+        source: Input of the actors.
+        facts: What the set records about itself.
+    """
+
+    output: Location
+    source: Source
+    facts: dict[str, Any]
+
+
+def encode_sets(request: Request, say: Callable[[str], None]) -> Iterator[Encoded]:
+    """Encode a shard set into a latent set, or into one for each bucket that has images.
+
+    The missing shards are encoded, and each set is certified and verified before its index is
+    written. All sizes are checked before the first set is encoded.
 
     Raises:
         ValueError: The user's input cannot work, or the output holds something else.
@@ -75,11 +94,16 @@ def encode_set(request: Request, say: Callable[[str], None]) -> Encoded:
         StorageError: The storage refuses or does not answer.
         EncodingFailed: A shard cannot be encoded, or Ray gave up on it.
     """
-    output = make_absolute(request.output)
-    storage.check_writable(output)
     data = make_absolute(request.data)
     certificate_data = make_absolute(request.certificate_data or _find_held_out(data))
-    source, facts = _describe(request, data, certificate_data)
+    for planned in _plan_sets(request, data, certificate_data, say):
+        yield _encode_set(planned, certificate_data, request, say)
+
+
+def _encode_set(
+    planned: _Planned, certificate_data: Location, request: Request, say: Callable[[str], None]
+) -> Encoded:
+    output, source, facts = planned.output, planned.source, planned.facts
     fingerprint = {
         "data": source.index.id,
         "certificate_data": facts["certificate_data"],
@@ -124,55 +148,85 @@ def encode_set(request: Request, say: Callable[[str], None]) -> Encoded:
     return Encoded(latents, source.index, encoded, difference)
 
 
-def _describe(
-    request: Request, data: Location, certificate_data: Location
-) -> tuple[Source, dict[str, Any]]:
-    """Return the actors' input, and the facts that the latent set records about itself."""
+def _plan_sets(
+    request: Request, data: Location, certificate_data: Location, say: Callable[[str], None]
+) -> list[_Planned]:
+    """Return the sets to write, after the checks that need no cluster."""
+    output = make_absolute(request.output)
+    storage.check_writable(output)
     stored = pull.read(request.model)
     config = stored.config
     storage.check_readable(data)
     dataset = ShardDataset.open(data)
     index, certified = dataset.index, read_facts(certificate_data)
-    height, width = size = request.image_size or config.data.image_size
-    for images in (list_facts(dataset), certified):
-        _check_size(size, images)
     representation = check_model(config)
     f = config.model.downsampling
-    if height % f or width % f:
-        raise ValueError(
-            f"--resolution {height} {width}: not divisible into latent cells; use multiples of"
-            f" model.downsampling={f}"
-        )
+    sizes = request.buckets or (request.image_size or config.data.image_size,)
+    for height, width in sizes:
+        if height % f or width % f:
+            raise ValueError(
+                f"--{'buckets' if request.buckets else 'resolution'} {height} {width}: not"
+                f" divisible into latent cells; use multiples of model.downsampling={f}"
+            )
+        _check_size((height, width), certified)
     if request.tile is not None:
         try:
             plan_windows(request.tile, f, Autoencoder(config).encoder.receptive_radius())
         except ValueError as error:
             raise ValueError(f"--{error}") from error
-    source = Source(
-        str(data),
-        index,
-        stored.weights,
-        config,
-        _list_common_members(index),
-        request.batch_size,
-        "cuda" if request.use_gpu else "cpu",
-        request.precision,
-        request.cache_dir,
-        size,
-        request.tile,
-        request.symmetrize,
-        request.compile,
-    )
-    return source, {
-        "shape": [representation.dim, height // f, width // f],
-        "dtype": request.dtype,
-        "group": representation.group.name,
-        "multiplicities": representation.multiplicities,
-        "certificate_data": certified.id,
-        "model_digest": stored.digest,
-        "config_digest": sha256(stored.files.get(OWN_CONFIG, stored.files[CONFIG])),
-        "model_uri": redact(request.model),
-    }
+    if request.buckets:
+        parts = _sort_shards(index, data, sizes, say)
+    else:
+        _check_size(sizes[0], list_facts(dataset))
+        parts = [(sizes[0], index)]
+    planned: list[_Planned] = []
+    for (height, width), part in parts:
+        source = Source(
+            str(data),
+            part,
+            stored.weights,
+            config,
+            _list_common_members(part),
+            request.batch_size,
+            "cuda" if request.use_gpu else "cpu",
+            request.precision,
+            request.cache_dir,
+            (height, width),
+            request.tile,
+            request.symmetrize,
+            request.compile,
+        )
+        facts = {
+            "shape": [representation.dim, height // f, width // f],
+            "dtype": request.dtype,
+            "group": representation.group.name,
+            "multiplicities": representation.multiplicities,
+            "certificate_data": certified.id,
+            "model_digest": stored.digest,
+            "config_digest": sha256(stored.files.get(OWN_CONFIG, stored.files[CONFIG])),
+            "model_uri": redact(request.model),
+        }
+        folder = output / f"{height}x{width}" if request.buckets else output
+        planned.append(_Planned(folder, source, facts))
+    return planned
+
+
+def _sort_shards(
+    index: ShardIndex, data: Location, buckets: Sequence[Size], say: Callable[[str], None]
+) -> list[tuple[Size, ShardIndex]]:
+    """Return each bucket that has images with the index of these, and say how many they are."""
+    if not index.has_sizes:
+        raise ValueError(f"--{explain_missing_sizes(str(data), buckets)}")
+    parts: list[tuple[Size, ShardIndex]] = []
+    for size, part in zip(buckets, split_by_bucket(index, buckets), strict=True):
+        small = int((part.image_sizes() < size).any(1).sum())
+        say(
+            f"bucket {size[0]} x {size[1]}: {len(part.image_sizes())} of"
+            f" {len(index.image_sizes())} images{f', {small} of them enlarged' if small else ''}"
+        )
+        if part.shards:
+            parts.append((size, part))
+    return parts
 
 
 def _check_size(size: tuple[int, int], images: SetFacts) -> None:
@@ -182,7 +236,7 @@ def _check_size(size: tuple[int, int], images: SetFacts) -> None:
         raise ValueError(
             f"{images.uri}: its images are {found[0]} x {found[1]}, less than the {size[0]} x"
             f" {size[1]} to encode at (by default the model's data.resolution): set --resolution to"
-            " theirs"
+            " theirs, or smaller --buckets"
         )
 
 

@@ -20,6 +20,10 @@ class Request:
     """Side of square images, or height and width, in pixels: a multiple of the side of the model's
     cells. Larger images are scaled until their shorter side fits, and cropped. By default the
     model's data.resolution, at which it was trained."""
+    buckets: tuple[tuple[int, int], ...] = ()
+    """Heights and widths instead of one resolution, as data.buckets in training: every image goes
+    to the bucket of the nearest ratio, and each bucket becomes a latent set of its own, in the
+    folder HEIGHTxWIDTH below --output."""
     tile: int | None = None
     """Side, in pixels, of the overlapping squares of an image that are encoded one at a time, to
     bound memory. Latents are the same to rounding with model.kind unet, and an approximation with
@@ -58,6 +62,14 @@ class Request:
         for side in self.image_size or ():
             if side < 1:
                 raise ValueError(f"--resolution {side}: must be positive")
+        for number, (height, width) in enumerate(self.buckets):
+            where = f"--buckets: {height} x {width}"
+            if min(height, width) < 1:
+                raise ValueError(f"{where}: must be positive")
+            if (height, width) in self.buckets[:number]:
+                raise ValueError(f"{where} is there twice")
+        if self.buckets and self.resolution is not None:
+            raise ValueError("--buckets and --resolution: give one of them")
         for name, least in (
             ("certificate_images", 1),
             ("batch_size", 1),

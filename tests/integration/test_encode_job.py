@@ -192,10 +192,11 @@ def test_killed_and_begun_again_it_is_byte_for_byte_the_same(whole, folder, loca
 @pytest.mark.slow
 def test_an_image_that_cannot_be_read_is_named_and_the_rest_goes_on_later(folder, model):
     data = folder / "damaged"
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32), np.uint8)
-    for number, image in enumerate(pixels):
+    for number in range(6):
+        sides = (32, 40) if number < 5 else (40, 32)
+        pixels = np.random.default_rng(number).integers(0, 256, sides, np.uint8)
         (folder / f"images/{number % 2}").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(folder / f"images/{number % 2}/{number}.png")
+        Image.fromarray(pixels).save(folder / f"images/{number % 2}/{number}.png")
     encoding = Encoding(labels="folders")
     build_shards(f"folder:{folder / 'images'}", str(data), samples_per_shard=2, encoding=encoding)
     index = ShardDataset.open(str(data)).index
@@ -205,7 +206,7 @@ def test_an_image_that_cannot_be_read_is_named_and_the_rest_goes_on_later(folder
     output = f"{BUCKET}/damaged"
     arguments = [
         *options(folder, output, data=data, **{"certificate-data": f"{SHARDS}/held_out"}),
-        *("--resolution", "16", "24", "--tile", "64"),
+        *("--buckets", "16", "24", "16", "16", "24", "16", "--tile", "64"),
     ]
     failed = run_job("encode", *arguments)
     assert failed.returncode == 1
@@ -217,12 +218,17 @@ def test_an_image_that_cannot_be_read_is_named_and_the_rest_goes_on_later(folder
     path.write_bytes(whole)
     again = run_job("encode", *arguments)
     assert again.returncode == 0, again.stderr
-    latents = ShardDataset.open(output)
-    assert (len(latents), latents.format.shape) == (6, [12, 2, 3])
-    assert latents.certificate["tile"] == 64
-    assert latents.index.provenance["classes"] == ["0", "1"]
-    batch = next(iter(latents.loader(6, members=("cls",))))
-    assert [key[0].encode() for key in batch.key] == batch.members["cls"]
+    for sides, keys, shape in (("16x24", "01234", [12, 2, 3]), ("24x16", "5", [12, 3, 2])):
+        latents = ShardDataset.open(f"{output}/{sides}")
+        assert sorted(key[-1] for key in latents.keys) == list(keys)
+        assert latents.format.shape == shape
+        assert latents.certificate["tile"] == 64
+        assert list(find_faults(latents.uri)) == []
+        assert latents.index.provenance["classes"] == ["0", "1"]
+        batch = next(iter(latents.loader(6, members=("cls",))))
+        assert [key[0].encode() for key in batch.key] == batch.members["cls"]
+    assert "bucket 16 x 16: 0 of 6 images" in again.stdout
+    assert {name.split("/")[0] for name in storage.list_files(output)} == {"16x24", "24x16"}
 
 
 def test_what_cannot_work_is_refused_before_anything_is_written(folder, model, capsys):
@@ -245,6 +251,12 @@ def test_what_cannot_work_is_refused_before_anything_is_written(folder, model, c
         ({"data": "pipe:cat /etc/passwd"}, "pipe"),
     ):
         assert message in refuse(capsys, options(folder, output, **changes))
+    for sides, message in (
+        ("16 20", "--buckets 16 20: not divisible into latent cells"),
+        ("32 32 40 40", "held_out: its images are 32 x 32, less than the 40 x 40"),
+    ):
+        buckets = ["--buckets", *sides.split()]
+        assert message in refuse(capsys, [*options(folder, output), *buckets])
     for name, message in (("batch-size", "must be at least 1"), ("resolution", "must be positive")):
         with pytest.raises(SystemExit):
             main(options(folder, output, **{name: 0}))

@@ -9,6 +9,8 @@ from PIL import Image
 
 from data_pipelines import ShardDataset, ShardError, index_shards
 from data_pipelines.build_shards import build_shards
+from data_pipelines.loading.buckets import split_by_bucket
+from data_pipelines.loading.dataset import ImageSet
 from data_pipelines.shards.index import load_index
 from data_pipelines.shards.intake import Tolerance
 from data_pipelines.verify_shards import find_faults
@@ -114,6 +116,18 @@ class TestLoader:
         plain = dataset.loader(5, resolution=8)
         before = {k: v for k, v in plain.state_dict().items() if k != "buckets"}
         plain.load_state_dict(before)  # of a version without buckets
+
+    def test_each_bucket_is_a_set_of_its_own(self, mixed):
+        *parts, unused = split_by_bucket(load_index(mixed), (*BUCKETS, (8, 80)))
+        assert unused.shards == ()
+        seen = []
+        for sides, part in zip(BUCKETS, parts, strict=True):
+            for batch in ImageSet(mixed, part).loader(6, resolution=sides):
+                assert {expected_shape(key) for key in batch.key} == {sides}
+                for key, image in zip(batch.key, batch.image, strict=True):
+                    assert (image == int(key[1:])).all()
+                seen += batch.key
+        assert sorted(seen) == sorted(ShardDataset.open(mixed).keys)
 
     def test_memory_is_used_again_for_other_shapes(self, mixed):
         batches = iter(ShardDataset.open(mixed).loader(4, tail="carry", buckets=BUCKETS))
