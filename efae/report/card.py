@@ -32,6 +32,7 @@ from efae.report.html import finite, render_page, write_json, write_split
 from efae.report.image_grids import ELEMENT_WORDS, ERROR_LEVELS, draw_orbit, draw_reconstructions
 from efae.report.model_card import render_model_card
 from efae.report.trajectory import draw_filmstrip, draw_trajectory
+from efae.symmetry.representation import split_pixels
 
 __all__ = [
     "Card",
@@ -142,6 +143,7 @@ def write_report(
         model_uri=json.dumps(facts.get("model_uri") or "models:/efae@champion"),
         settings=configuration.flatten(config) if config else {},
         advice=advise_on_linear_map(numbers, config),
+        predicted=_predict_split(config),
         exact=_is_exact(numbers),
         fitted=numbers.get("fitted_action"),
         explain=explain_fitted_action,
@@ -300,6 +302,15 @@ def advise_on_linear_map(numbers: Mapping[str, Any], config: Config | None) -> s
     start = f"start from that map ({' '.join(needed)}), " if needed else ""
     advice = f"{start}train for more steps, or try other values of --optimizer.learning-rate"
     return f"{meaning}. {advice[0].upper()}{advice[1:]}"
+
+
+def _predict_split(config: Config | None) -> dict[str, int] | None:
+    """Return how many channels D4's regular representation has of each kind; None without D4."""
+    if config is None or config.representation.group != "D4":
+        return None
+    dim = config.representation.dim
+    turning, chiral = (round(dim * share) for share in split_pixels(config.model.downsampling))
+    return {"invariant": dim - turning - chiral, "chiral": chiral, "turning": turning}
 
 
 def _is_exact(numbers: Mapping[str, Any]) -> bool:

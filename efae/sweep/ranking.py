@@ -16,7 +16,7 @@ from efae.sweep.records import Records, TrialRecord
 from efae.sweep.reported_trials import read_trials
 from efae.sweep.space import Chooser, apply_combination
 from efae.sweep.study import find_front
-from efae.symmetry import Representation
+from efae.symmetry.representation import split_pixels
 
 
 def rank(found: Sequence[TrialRecord], settings: SweepConfig) -> list[TrialRecord]:
@@ -138,14 +138,8 @@ def predict(config: Config) -> dict[str, float] | None:
     """Return the split of D4's action on the pixels of a latent cell; None for other groups."""
     if config.representation.group != "D4":
         return None
-    # On an even f x f patch, each diagonal mirror fixes f pixels and other elements none. Their
-    # characters f^2, 0 and f give the multiplicities.
-    size = config.model.downsampling
-    a1 = b2 = (size * size + 2 * size) // 8
-    a2 = b1 = (size * size - 2 * size) // 8
-    planes = size * size // 4
-    patch = Representation(a1=a1, a2=a2, b1=b1, b2=b2, e=planes)
+    turning, chiral = split_pixels(config.model.downsampling)
     return {
-        "rotation_dims": config.representation.dim * 2 * planes / patch.dim,
-        "chirality_split": (a2 + b1 + b2) / (patch.dim - 2 * planes),
+        "rotation_dims": config.representation.dim * turning,
+        "chirality_split": chiral / (1 - turning),
     }

@@ -216,6 +216,21 @@ class Representation:
         return f"Representation({self.group}, {parts})"
 
 
+def split_pixels(side: int) -> tuple[float, float]:
+    """Return which shares of D4's action on the pixels of a patch turn planes, and change sign.
+
+    Args:
+        side: Side of the patch, even.
+    """
+    # Each diagonal mirror fixes `side` pixels and other elements none. Their characters side^2, 0
+    # and side give the multiplicities.
+    a1 = b2 = (side * side + 2 * side) // 8
+    a2 = b1 = (side * side - 2 * side) // 8
+    planes = side * side // 4
+    pixels = a1 + a2 + b1 + b2 + 2 * planes
+    return 2 * planes / pixels, (a2 + b1 + b2) / pixels
+
+
 def group_law_error(
     group: Group, matrices: Mapping[str, Float[Tensor, "dim dim"]]
 ) -> tuple[float, Element, Element]:

@@ -213,6 +213,7 @@ def test_the_page_compares_the_model_with_the_best_linear_map(folder, evaluation
         for n in (split["multiplicities"], evaluation.multiplicities)
     )
     assert f"split is {best}, {split['linear_psnr']:.2f} dB; this model's is {own}," in text
+    assert "has 2 invariant channels, 4 that change sign and 6 that turn" in text
 
 
 def test_advice_names_the_settings_that_are_not_set_yet(config):
