@@ -48,8 +48,8 @@ class Arguments:
     """Maximum number of images."""
     resolution: int | tuple[int, int] | None = None
     """Side of square images, or height and width, in pixels: a multiple of the side of the models'
-    cells. Larger images are scaled until their shorter side fits, and cropped. By default the
-    images' own, which must then be the same for all."""
+    cells. Larger images are scaled until their shorter side fits, and cropped; smaller ones of a
+    set of mixed sizes are enlarged. By default the images' own size, the same for all."""
     seed: int = 0
     """Seed of the noise."""
     batch_size: int = 64
