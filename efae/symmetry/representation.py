@@ -220,15 +220,16 @@ def split_pixels(side: int) -> tuple[float, float]:
     """Return which shares of D4's action on the pixels of a patch turn planes, and change sign.
 
     Args:
-        side: Side of the patch, even.
+        side: Side of the patch.
     """
-    # Each diagonal mirror fixes `side` pixels and other elements none. Their characters side^2, 0
-    # and side give the multiplicities.
-    a1 = b2 = (side * side + 2 * side) // 8
-    a2 = b1 = (side * side - 2 * side) // 8
-    planes = side * side // 4
-    pixels = a1 + a2 + b1 + b2 + 2 * planes
-    return 2 * planes / pixels, (a2 + b1 + b2) / pixels
+    # The characters: how many pixels the identity, a turn, an upright and a diagonal mirror fix.
+    every, turned = side * side, side % 2
+    upright, diagonal = side * turned, side
+    a2 = (every + 3 * turned - 2 * upright - 2 * diagonal) // 8
+    b1 = (every - turned + 2 * upright - 2 * diagonal) // 8
+    b2 = (every - turned - 2 * upright + 2 * diagonal) // 8
+    planes = (every - turned) // 4
+    return 2 * planes / every, (a2 + b1 + b2) / every
 
 
 def group_law_error(

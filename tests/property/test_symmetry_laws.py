@@ -14,7 +14,7 @@ from efae.symmetry import (
     group,
 )
 from efae.symmetry.group import act_on_grid, grid_sources
-from efae.symmetry.representation import IRREPS
+from efae.symmetry.representation import IRREPS, split_pixels
 
 REGULAR = Representation(D4, a1=1, a2=1, b1=1, b2=1, e=2)
 
@@ -395,3 +395,19 @@ def test_bad_requests_name_the_value():
         REGULAR.act(D4.identity, torch.zeros(2, 7, 4, 4))
     with pytest.raises(ValueError, match=r"\(2,\) group elements for 3 examples"):
         REGULAR.act([D4.identity] * 2, torch.zeros(3, 8, 4, 4))
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 8])
+def test_the_split_of_pixels_follows_from_their_characters(side):
+    pixels = torch.arange(side * side).view(1, 1, side, side)
+    copies = {
+        irrep: sum(
+            float(Representation(D4, **{irrep: 1}).matrix(g).trace())
+            * int((g.act_on_image(pixels) == pixels).sum())
+            for g in D4
+        )
+        / len(D4)
+        for irrep in ("a2", "b1", "b2", "e")
+    }
+    changing = copies["a2"] + copies["b1"] + copies["b2"]
+    assert split_pixels(side) == (2 * copies["e"] / side**2, changing / side**2)
