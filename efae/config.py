@@ -169,16 +169,19 @@ class ModelConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class StartConfig:
-    """Autoencoder of diffusers to fine-tune, or whose encoder gets a flow decoder."""
+    """Model whose weights a run begins with."""
 
     model: str = ""
-    """"diffusers:PATH", a folder with an AutoencoderKL, AutoencoderTiny or AutoencoderDC, local or
-    remote. With model.kind=diffusers its decoder is fine-tuned, too; with another kind, a flow
-    decoder learns p(image | latent) for its encoder. Empty trains from scratch."""
+    """URI of one of our models, as `efae.load` takes it: its averaged weights, on any data, with a
+    new optimizer; a unet may have another data.resolution. Or "diffusers:PATH", a folder with an
+    AutoencoderKL, AutoencoderTiny or AutoencoderDC, local or remote. With model.kind=diffusers its
+    decoder is fine-tuned, too; with another kind, a flow decoder learns p(image | latent) for its
+    encoder. Empty trains from scratch."""
     action: Literal["spatial", "fitted", "split"] = "spatial"
-    """Action on its channels, unless representation.multiplicities names one: spatial = none, g
-    moves cells only (EQ-VAE); fitted = the one that its latents are nearest to, in a basis found on
-    training images; split = that of representation.rotation_dims and chirality_split."""
+    """Action on the channels of an autoencoder of diffusers, unless representation.multiplicities
+    names one: spatial = none, g moves cells only (EQ-VAE); fitted = the one that its latents are
+    nearest to, in a basis found on training images; split = that of representation.rotation_dims
+    and chirality_split."""
     train: Literal["both", "encoder", "decoder"] = "both"
     """Networks to train; the other is frozen."""
     symmetrize: bool = False
@@ -191,11 +194,18 @@ class StartConfig:
     """Configuration of its networks, as JSON; read from the folder when a run starts."""
 
     def __post_init__(self):
-        require(
-            not self.model or (self.model.startswith("diffusers:") and self.model != "diffusers:"),
-            f"start.model={self.model!r}: must read diffusers:PATH",
-        )
+        require(self.model != "diffusers:", f"start.model={self.model!r}: must read diffusers:PATH")
         require(self.anchor_weight >= 0, f"start.anchor_weight={self.anchor_weight}: must be >= 0")
+        require(
+            not self.model or self.is_diffusers or self.action == "spatial",
+            f"start.action={self.action} with start.model={self.model!r}: only an autoencoder of"
+            " diffusers has no action of its own; leave it at spatial",
+        )
+
+    @property
+    def is_diffusers(self) -> bool:
+        """Whether the model is an autoencoder of diffusers."""
+        return self.model.startswith("diffusers:")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -568,12 +578,12 @@ class Config:
     @property
     def _follows_start(self) -> bool:
         """Whether sizes of the model are still to be read from the one that it starts from."""
-        return bool(self.start.model) and not self.start.architecture
+        return self.start.is_diffusers and not self.start.architecture
 
     def _check_pretrained(self) -> None:
         model, start = self.model, self.start
         # Presets leave the model open; `adopt_pretrained` refuses to start without it.
-        given = bool(start.model) or model.kind == "diffusers"
+        given = start.is_diffusers or model.kind == "diffusers"
         require(
             given == (model.bottleneck == "posterior"),
             f"model.bottleneck={model.bottleneck} with start.model={start.model!r}: a"
@@ -587,7 +597,8 @@ class Config:
         )
         require(
             given or not start.symmetrize,
-            "start.symmetrize=True without start.model: use model.level=exact",
+            "start.symmetrize=True without an autoencoder of diffusers as start.model: use"
+            " model.level=exact",
         )
         require(
             start.action != "fitted"
@@ -607,13 +618,20 @@ class Config:
             "flow.distill_from with model.kind=diffusers: its decoder has one step already",
         )
         require(
+            given or not (start.model and self.flow.distill_from),
+            f"start.model={start.model!r} with flow.distill_from: a student starts from its"
+            " teacher; leave one of them empty",
+        )
+        require(
             not (given and model.has_linear_start),
-            "model.start=closed_form with start.model: the weights are given; set random",
+            f"model.start=closed_form with start.model={start.model!r}: the weights are given; set"
+            " random",
         )
         require(
             not (given and self.loss.rotation_probability),
-            f"loss.rotation_probability={self.loss.rotation_probability} with start.model:"
-            " set 0; a pretrained encoder is fine-tuned on flips and quarter turns alone",
+            f"loss.rotation_probability={self.loss.rotation_probability} with start.model="
+            f"{start.model!r}: set 0; a pretrained encoder is fine-tuned on flips and quarter turns"
+            " alone",
         )
 
     def _check_buckets(self) -> None:

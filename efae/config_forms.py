@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -85,6 +86,22 @@ def _flatten(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _flatten(value, f"{prefix}{entry.name}.")
         else:
             yield f"{prefix}{entry.name}", value
+
+
+def list_changes(before: AnyConfig, now: AnyConfig) -> list[tuple[str, str]]:
+    """Return every key whose value differs, with a text such as "model.depth: 4 -> 5"."""
+    old, new = flatten(before), flatten(now)
+    return [(key, f"{key}: {old[key]!r} -> {new[key]!r}") for key in new if old[key] != new[key]]
+
+
+def write_option(key: str, value: Any) -> str:
+    """Return a setting as an option of the command line."""
+    section, _, last = key.replace("_", "-").rpartition(".")
+    prefix = f"--{section}." if section else "--"
+    if isinstance(value, bool):
+        return f"{prefix}{'' if value else 'no-'}{last}"
+    values = cast(Sequence[Any], value) if isinstance(value, list | tuple) else [value]
+    return f"{prefix}{last} " + " ".join(shlex.quote(str(entry)) for entry in values)
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:

@@ -35,7 +35,13 @@ from efae.tracking.redaction import redact
 from efae.tracking.runs import Run
 from efae.tracking.sender import deliver_points
 from efae.tracking.server import Server
-from efae.training.starts.source import adopt_action, adopt_pretrained, copy_source, needs_fit
+from efae.training.starts.source import (
+    adopt_action,
+    adopt_pretrained,
+    copy_source,
+    describe_source,
+    needs_fit,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +185,7 @@ def find_start(config: AnyConfig) -> int:
                 f"tracking.run_name={name!r}: that run trains another kind of model; choose another"
                 " name"
             )
-        changes = _changes(found, config)
+        changes = configuration.list_changes(found, config)
         changed = [line for key, line in changes if configuration.decides_weights(key)]
         if changed:
             raise ValueError(
@@ -200,11 +206,17 @@ def find_start(config: AnyConfig) -> int:
         fixed += ("data.resolution",)  # its positions are those of one size
     if 0 in [kind.data.views for kind in (config, found) if isinstance(kind, GeneratorConfig)]:
         fixed += ("data.views",)  # only with views does the network have weights for elements
-    if changed := [line for key, line in _changes(found, config) if key.startswith(fixed)]:
+    changes = configuration.list_changes(found, config)
+    changed = {key: line for key, line in changes if key.startswith(fixed)}
+    if changed:
+        remedy = "use the same settings"
+        free = ("data.uri", "data.buckets", "training.")
+        if isinstance(config, Config) and all(key.startswith(free) for key in changed):
+            remedy += f", or begin with its weights alone: --start.model {config.resume}"
         raise ValueError(
             f"resume={config.resume!r}: that checkpoint was trained with other settings"
-            f" ({'; '.join(changed)}); its weights, or its position in the data, would be"
-            " meaningless here: use the same settings"
+            f" ({'; '.join(changed.values())}); its weights, or its position in the data, would be"
+            f" meaningless here: {remedy}"
         )
     if metadata["step"] >= config.training.steps:
         raise ValueError(
@@ -212,11 +224,6 @@ def find_start(config: AnyConfig) -> int:
             f" step {metadata['step']}; raise training.steps"
         )
     return metadata["step"]
-
-
-def _changes(before: AnyConfig, now: AnyConfig) -> list[tuple[str, str]]:
-    old, new = configuration.flatten(before), configuration.flatten(now)
-    return [(key, f"{key}: {old[key]!r} -> {new[key]!r}") for key in new if old[key] != new[key]]
 
 
 def find_final(config: AnyConfig) -> tuple[str, dict[str, Any]]:
@@ -259,7 +266,7 @@ def describe_preset(config: AnyConfig) -> str:
     changes = {
         name: [
             line
-            for key, line in _changes(preset, config)
+            for key, line in configuration.list_changes(preset, config)
             if configuration.decides_weights(key) and key not in _NOT_NAMED
         ]
         for name, (_, preset) in (PRESETS if isinstance(config, Config) else GENERATORS).items()
@@ -397,6 +404,7 @@ def publish(
         "held_out_uri": redact(config.data.held_out_uri),
         "held_out_images": str(evaluation.images),
         "image_shape": "x".join(map(str, evaluation.image_shape)),
+        **describe_source(config),
     }
     # By digest: the version's number is known only after the card was stored with it.
     uri = f"models:/{config.tracking.registered_model}@sha256:{model.digest[:12]}"

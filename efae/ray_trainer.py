@@ -140,7 +140,8 @@ def run_training(config: AnyConfig, run: Run, on_validation: UserCallback | None
             from cannot be read.
     """
     _set_environment()
-    choose_task(config).copy_source(run.server)
+    if source := choose_task(config).copy_source(run.server):
+        run.log_params(source)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.ray.placement_timeout_seconds)
     for losses in itertools.count():
         try:

@@ -131,7 +131,7 @@ class Autoencoder(Compilable):
         else:
             networks = {"transformer": transformer, "unet": unet}[config.model.kind]
             sizes = (layers, self.representation, config.data, config.model)
-            if config.start.model:
+            if config.start.is_diffusers:
                 self.encoder = diffusers_vae.Encoder(architecture, recomputes)
             else:
                 self.encoder = networks.Encoder(*sizes)

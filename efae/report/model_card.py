@@ -105,7 +105,7 @@ def list_training_credits(facts: Mapping[str, Any]) -> list[str]:
 
 def _is_exact(config: Config) -> bool:
     """Return whether encoder and decoder are equivariant by construction."""
-    free_encoder = bool(config.start.model) and not config.start.symmetrize
+    free_encoder = config.start.is_diffusers and not config.start.symmetrize
     return config.model.level == "exact" and not free_encoder
 
 

@@ -5,13 +5,13 @@ It is a pure function of sweep.json, so that it can be written again from that f
 
 import json
 import math
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from efae.config_forms import write_option
 from efae.report.html import finite, plain, render_page, write_json, write_split
 from efae.sweep.report_charts import draw_curves, draw_importance, draw_pareto, draw_surface
 from efae.sweep.reported_trials import (
@@ -276,20 +276,11 @@ def _why_no_importance(trials: Sequence[Trial], metric: str, space: Mapping[str,
 def _command(sweep: Mapping[str, Any]) -> str:
     """Return a command that trains the best configuration for longer."""
     config: Mapping[str, Any] = sweep["best"]["config"]
-    flags = [_flag(name, config[name]) for name in sweep["space"] if name in config]
+    flags = [write_option(name, config[name]) for name in sweep["space"] if name in config]
     if "representation.dim" not in sweep["space"]:
-        flags.insert(0, _flag("representation.dim", sweep["dim"]))
+        flags.insert(0, write_option("representation.dim", sweep["dim"]))
     flags.append(f"--training.steps {10 * sweep['steps']}")
     return " \\\n    ".join(["python jobs/train.py PRESET", *flags])
-
-
-def _flag(name: str, value: Any) -> str:
-    group, _, last = name.replace("_", "-").rpartition(".")
-    prefix = f"--{group}." if group else "--"
-    if isinstance(value, bool):
-        return f"{prefix}{'' if value else 'no-'}{last}"
-    values = cast(list[Any], value) if isinstance(value, list) else [value]
-    return f"{prefix}{last} " + " ".join(shlex.quote(str(entry)) for entry in values)
 
 
 def _write_range(choices: Mapping[str, Any]) -> str:

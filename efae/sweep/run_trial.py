@@ -27,7 +27,7 @@ from efae.tracking.runs import Run
 from efae.training.divergence import TrainingDiverged
 from efae.training.process import Process
 from efae.training.resume import continue_run
-from efae.training.starts.source import copy_source
+from efae.training.starts.source import copy_source, describe_source
 
 DRIVER_BYTES = 64 * 2**20
 """Memory that Tune reserves for a trial whose workers reserve the rest: Tune refuses a trial
@@ -121,6 +121,8 @@ def _begin_run(sweep: Sweep, record: TrialRecord, config: Config) -> Run:
 def _train_here(config: Config, run: Run) -> None:
     set_up_worker()
     copy_source(config, run.server)
+    if source := describe_source(config):
+        run.log_params(source)
     process = Process(
         device=torch.device("cuda" if config.ray.use_gpu else "cpu"),
         report=cast(Callable[[dict[str, float]], None], tune.report),

@@ -83,7 +83,7 @@ def run_sweep(
     """
     started = time.monotonic()
     config = with_overrides(config, {"tracking.run_name": settings.name, "resume": "auto"})
-    if config.start.model and config.start.action != "split":
+    if config.start.is_diffusers and config.start.action != "split":
         raise ValueError(
             f"start.action={config.start.action}: a sweep searches the action itself; set split"
         )
@@ -146,6 +146,13 @@ def check_settings(config: Config, settings: SweepConfig, space: Space) -> None:
     Raises:
         ValueError: They do not.
     """
+    if config.start.model and not config.start.is_diffusers:
+        fixed = [k for k in space.distributions if k.startswith(("model.", "representation."))]
+        if fixed:
+            raise ValueError(
+                f"sweep.space: {', '.join(fixed)} cannot be searched, because they are those of"
+                f" start.model={config.start.model!r}; search other settings, or leave it empty"
+            )
     training = config.training
     first = settings.first_rung * training.steps
     if settings.early_stopping and training.evaluation_interval > first:

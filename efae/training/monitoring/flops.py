@@ -75,7 +75,7 @@ def count_flops(config: AnyConfig) -> Flops:
             return Flops(own, own)
         dense = {"generator.equivariant": False, "generator.dense_blocks": 0}
         return Flops(own, _count(with_overrides(config, dense)))
-    if config.model.level != "exact" or config.start.model:
+    if config.model.level != "exact" or config.start.is_diffusers:
         return Flops(own, own)
     return Flops(own, _count(with_overrides(config, {"model.level": "none"})))
 

@@ -1,4 +1,4 @@
-"""The model that a run starts from: the teacher of a distillation, or a pretrained autoencoder.
+"""The model that a run starts from: a teacher, one of ours, or an autoencoder of diffusers.
 
 The driver copies it into the run's folder before the first checkpoint. Workers read it there: it is
 within their reach, and what its URI names may change later.
@@ -11,17 +11,18 @@ import torch
 
 from data_pipelines import storage
 from data_pipelines.storage import Location
-from efae.checkpoints.checkpoint import read_model
+from efae.checkpoints.checkpoint import read_manifest, read_model
 from efae.checkpoints.run_folder import find_newest_checkpoint, locate_run
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config_forms import flatten, list_changes, with_overrides, write_option
 from efae.evaluation.fitted_action import FittedAction
 from efae.exchange.diffusers_tokenizer import PREFIX, read_architecture, read_pretrained
 from efae.generator_config import AnyConfig
 from efae.model.autoencoder import Autoencoder
 from efae.model.networks import diffusers_vae
 from efae.model.pretrained import StoredModel, pack_model, parse_config
-from efae.model.stored_files import MANIFEST, OWN_CONFIG
+from efae.model.stored_files import EMA, MANIFEST, OWN_CONFIG, WEIGHTS
+from efae.tracking.redaction import redact
 from efae.tracking.server import Server
 from efae.training.process import Process
 from efae.training.starts.distillation import read_teacher
@@ -40,15 +41,16 @@ def needs_source(config: Config) -> bool:
 
 def needs_fit(config: Config) -> bool:
     """Return whether the action on the channels of a pretrained latent is still to be fitted."""
-    fitted = bool(config.start.model) and config.start.action == "fitted"
+    fitted = config.start.is_diffusers and config.start.action == "fitted"
     return fitted and config.representation.multiplicities is None
 
 
 def adopt_pretrained(config: Config) -> Config:
-    """Return the configuration with what follows from the autoencoder that start.model names.
+    """Return the configuration with what follows from the autoencoder of diffusers it starts from.
 
     These are its architecture, the latent's channels, the pixels per cell and the action on the
-    channels. A run that has begun has them in its copy.
+    channels. A run that has begun has them in its copy. One of our models changes nothing: its
+    settings are the run's, or `check_start` refuses them.
 
     Raises:
         ValueError: There is no such autoencoder, or the configuration does not fit it; the message
@@ -56,9 +58,11 @@ def adopt_pretrained(config: Config) -> Config:
         StorageError: The storage refuses or does not answer.
     """
     uri = config.start.model
-    if not uri:
+    if not config.start.is_diffusers:
         if config.model.kind == "diffusers":
-            raise ValueError("start.model='': name an autoencoder: --start.model diffusers:PATH")
+            raise ValueError(
+                f"start.model={uri!r}: name an autoencoder: --start.model diffusers:PATH"
+            )
         return config
     copied = _read_copied_config(config)
     counts, basis = config.representation.multiplicities, config.representation.learned_basis
@@ -107,7 +111,7 @@ def read_source(config: Config, server: Server) -> StoredModel:
 
     Args:
         config: Configuration of the run, as `adopt_pretrained` returns it.
-        server: MLflow server, for a teacher in its registry.
+        server: MLflow server, for a model in its registry.
 
     Raises:
         ValueError: There is no such model, or it does not fit the configuration.
@@ -117,7 +121,53 @@ def read_source(config: Config, server: Server) -> StoredModel:
     """
     if find_newest_checkpoint(locate_run(config)):
         return read_model(locate_copy(config).uri)
-    return read_teacher(config, server) if config.flow.distill_from else read_pretrained(config)
+    if config.flow.distill_from:
+        return read_teacher(config, server)
+    if config.start.is_diffusers:
+        return read_pretrained(config)
+    from efae.registry import pull  # MLflow takes two seconds
+
+    stored = pull.read(config.start.model, server)
+    check_start(config, stored.config)
+    return stored
+
+
+def check_start(config: Config, found: Config) -> None:
+    """Check that the weights of one of our models fit a run.
+
+    Args:
+        config: Configuration of the run.
+        found: Configuration of the model.
+
+    Raises:
+        ValueError: They do not; the message lists all settings that differ, and the options.
+    """
+    where = f"start.model={config.start.model!r}"
+    if found.start.is_diffusers:
+        raise ValueError(
+            f"{where}: its encoder is one of diffusers; name that one: --start.model"
+            f" {found.start.model}, or the model itself as diffusers:FOLDER if it was fine-tuned"
+        )
+    fixed = ("model.", "representation.", "data.channels", "flow.prediction")
+    if config.model.kind == "transformer":
+        fixed += ("data.resolution",)
+    if (config.flow.condition_drop > 0) != (found.flow.condition_drop > 0):
+        fixed += ("flow.condition_drop",)  # a null condition has weights
+    changes = {
+        key: line
+        for key, line in list_changes(found, config)
+        if key.startswith(fixed) and key != "model.latent_noise"
+    }
+    if not changes:
+        return
+    settings = flatten(found)
+    tied = ""
+    if "data.resolution" in changes:
+        tied = "; the learned positions of a transformer are those of one size, a unet takes any"
+    raise ValueError(
+        f"{where}: its weights belong to other settings ({'; '.join(changes.values())}){tied}; give"
+        f" {' '.join(write_option(key, settings[key]) for key in changes)}"
+    )
 
 
 def adopt_action(config: Config, action: FittedAction) -> Config:
@@ -173,6 +223,21 @@ def write_copy(config: AnyConfig, stored: StoredModel) -> None:
         storage.write_bytes(folder / name, data)
 
 
+def describe_source(config: Config) -> dict[str, str]:
+    """Return URI and digest of the copied model, for the records of a run; {} if there is none.
+
+    Raises:
+        CheckpointError: The copy is missing or damaged.
+        StorageError: The storage refuses or does not answer.
+    """
+    if not has_source(config):
+        return {}
+    files = read_manifest(locate_copy(config).uri)["files"]
+    weights = next(name for name in (WEIGHTS, EMA) if name in files)
+    uri = config.flow.distill_from or config.start.model
+    return {"source": redact(uri), "source_digest": files[weights]["sha256"]}
+
+
 def load_source(config: Config, process: Process) -> Autoencoder:
     """Load the model that a run started from, out of the run's folder.
 
@@ -187,7 +252,8 @@ def load_source(config: Config, process: Process) -> Autoencoder:
 def start_from(state: TrainState, source: Autoencoder) -> None:
     """Set the weights of a state before its first step to those of another model.
 
-    A decoder of other sizes begins with random weights, beside the other's linear path, if any.
+    A student's decoder of other sizes begins with random weights, beside the teacher's linear path,
+    if any.
     """
     found, model = source.state_dict(), state.model
     weights = model.state_dict()

@@ -141,7 +141,7 @@ class GeneratorTask:
         group, shape = self._format.group, tuple(latent.shape)
         return latent, draw(self._config, shape, label, group, generator)
 
-    def copy_source(self, server: Server) -> None:
+    def copy_source(self, server: Server) -> dict[str, str]:
         """Copy the tokenizer, which decodes the samples of validation."""
         from efae.registry import pull  # MLflow takes two seconds
 
@@ -149,6 +149,7 @@ class GeneratorTask:
         if not (there and find_newest_checkpoint(locate_run(self._config))):
             found = pull.read_tokenizer(self._format, server, self._config.data.tokenizer)
             write_copy(self._config, found)
+        return {}
 
     def load_source(self, process: Process, begins: bool) -> None:
         return None

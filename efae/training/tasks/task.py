@@ -57,8 +57,12 @@ class Task(Protocol):
         """Return a batch's images or latents on the generator's device, and all that is random."""
         ...
 
-    def copy_source(self, server: Server) -> None:
-        """Copy another model that the run needs into its folder, where workers read it."""
+    def copy_source(self, server: Server) -> dict[str, str]:
+        """Copy another model that the run needs into its folder, where workers read it.
+
+        Returns:
+            Parameters for the MLflow run that say which model it starts from, if any.
+        """
         ...
 
     def load_source(self, process: Process, begins: bool) -> Autoencoder | None:

@@ -18,7 +18,9 @@ from efae.training.process import Process
 from efae.training.starts.distillation import make_sampler
 from efae.training.starts.linear import start_linear
 from efae.training.starts.source import (
+    check_start,
     copy_source,
+    describe_source,
     has_source,
     load_source,
     needs_source,
@@ -48,6 +50,8 @@ class TokenizerTask:
         if source is None and (needs_source(config) or (begins and has_source(config))):
             uri = config.flow.distill_from or config.start.model
             raise ValueError(f"{uri}: load the model, and train with Start(source=model)")
+        if source is not None and begins and config.start.model and not config.start.is_diffusers:
+            check_start(config, source.config)
 
     def begin(
         self, state: TrainState, dataset: ShardDataset, process: Process, source: Autoencoder | None
@@ -78,8 +82,9 @@ class TokenizerTask:
         image = batch.image.to(generator.device, non_blocking=True)
         return image, draw(self._config, tuple(image.shape), generator)
 
-    def copy_source(self, server: Server) -> None:
+    def copy_source(self, server: Server) -> dict[str, str]:
         copy_source(self._config, server)
+        return describe_source(self._config)
 
     def load_source(self, process: Process, begins: bool) -> Autoencoder | None:
         starts = has_source(self._config) and begins

@@ -184,6 +184,12 @@ def test_a_validation_must_come_before_the_first_rung():
     check_settings(PRESETS["quickstart_trial"][1], SweepConfig(), SPLITS)
 
 
+def test_the_sizes_of_a_model_that_trials_start_from_are_not_searched():
+    config = with_overrides(PRESETS["quickstart_trial"][1], {"start.model": "builtin:openmoji-32"})
+    with pytest.raises(ValueError, match=r"representation\.rotation_dims.* are those of start"):
+        check_settings(config, SweepConfig(), SPLITS)
+
+
 @pytest.mark.parametrize("objective", OF_GRIDS)
 def test_spatial_objectives_need_a_grid(tmp_path, objective):
     config = PRESETS["quickstart_trial"][1]

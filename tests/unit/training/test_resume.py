@@ -69,8 +69,14 @@ def test_a_uri_begins_a_new_run_from_another(tmp_path, config):
     ("changes", "message"),
     [
         ({"training.steps": 40}, "training.steps=40: the checkpoint .* is already at step 40"),
-        ({"model.depth": 5}, "model.depth: 4 -> 5.*would be meaningless"),
-        ({"data.uri": "s3://else/where"}, "data.uri: .*would be meaningless"),
+        (
+            {"model.depth": 5},
+            "model.depth: 4 -> 5.*here: use the same settings$",
+        ),
+        (
+            {"data.uri": "s3://else/where"},
+            "data.uri: .*, or begin with its weights alone: --start.m",
+        ),
         ({"data.resolution": 64}, "data.resolution: 32 -> 64.*would be meaningless"),
         ({"training.global_batch_size": 64}, "global_batch_size: 128 -> 64"),
         ({"flow.distill_from": "a/model"}, "flow.distill_from: '' -> 'a/model'"),
