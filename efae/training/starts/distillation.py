@@ -3,7 +3,7 @@
 From latent z and noise e, a trained teacher samples the image T(z, e) in several steps; its student
 learns to predict that image from the same noise in one, D(e, t = 1, z). The student has the
 teacher's encoder and bottleneck, bit for bit, so that latents, their scale and the certificates of
-latent sets hold for both.
+latent sets hold for both. A unet's student may train at another size than its teacher did.
 
 At level `exact` the student is equivariant by construction: its layers commute with the group. So
 does what it learns. The teacher's velocity obeys v(gx, t, rho(g) z) = g v(x, t, z), and its sampler
@@ -23,10 +23,7 @@ from efae.model.pretrained import StoredModel
 from efae.tracking.server import Server
 from efae.training.process import Process
 
-_SHARED = (
-    *("representation.", "model.", "start.", "data.resolution", "data.channels"),
-    "flow.prediction",
-)
+_SHARED = ("representation.", "model.", "data.channels", "flow.prediction")
 _OF_DECODER = ("model.hidden_size", "model.depth", "model.attention_depth", "model.modulation")
 _FREE = (*_OF_DECODER, "model.latent_noise")
 
@@ -41,11 +38,15 @@ def check_student(config: Config, teacher: Config) -> None:
     Raises:
         ValueError: It is not; the message lists all settings that differ.
     """
-    old, new = configuration.flatten(teacher), configuration.flatten(config)
+    shared = _SHARED
+    if config.model.kind == "transformer":
+        shared += ("data.resolution",)  # its positions are those of one size
+    if config.start.is_diffusers or teacher.start.is_diffusers:
+        shared += ("start.",)
     different = [
-        f"{key}: {old[key]!r} -> {new[key]!r}"
-        for key in new
-        if key.startswith(_SHARED) and key not in _FREE and old[key] != new[key]
+        line
+        for key, line in configuration.list_changes(teacher, config)
+        if key.startswith(shared) and key not in _FREE
     ]
     if different:
         raise ValueError(

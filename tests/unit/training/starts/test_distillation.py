@@ -202,6 +202,12 @@ def test_a_teacher_that_does_not_fit_is_refused_before_the_run(tmp_path):
     ):
         assert difference in str(refusal.value)
     assert "depth: 2 -> 3" not in str(refusal.value)
+    # A unet has no size; and what the teacher itself started from is not the student's concern.
+    make_teacher(**UNET, **{"start.model": "b", "start.train": "decoder"}).save_pretrained(
+        tmp_path / "teacher"
+    )
+    larger = configure(**where, **UNET, **{"data.resolution": 32})
+    assert check_source(larger, NOWHERE) == f"{tmp_path}/teacher"
 
 
 def test_options_of_distillation():
