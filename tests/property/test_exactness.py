@@ -204,9 +204,16 @@ def size_of(grid, cells):
 
 
 @every_group
-@pytest.mark.parametrize(("grid", "cells"), OTHER_CELLS)
-def test_exact_at_sizes_other_than_the_trained_one(group, grid, cells):
-    worst = measure(build(group, grid), size_of(grid, cells))
+@pytest.mark.parametrize(
+    ("grid", "cells", "knobs"),
+    [
+        *[(grid, cells, ()) for grid, cells in OTHER_CELLS],
+        ("4x4", (5, 3), UNET),
+        ("8x8", (3, 5), UNET),
+    ],
+)
+def test_exact_at_sizes_other_than_the_trained_one(group, grid, cells, knobs):
+    worst = measure(build(group, grid, knobs=knobs), size_of(grid, cells))
     # A rectangle has no symmetric diagonal.
     assert len(worst) == (18 if cells[0] == cells[1] else 15)
     assert not exceeded(worst)
