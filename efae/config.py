@@ -16,6 +16,9 @@ from pydantic_core import PydanticCustomError
 from data_pipelines.loading.options import ReadOptions
 from efae.names import LONGEST_BYTES, find_fault
 
+RECOMPILE_LIMIT = 256
+"""Programs per process. Blocks share their code and differ by network, grid and batch: there are
+more than the eight that torch allows by default."""
 STRICT = ConfigDict(extra="forbid", hide_input_in_errors=True)
 STEPS_BEFORE_PROFILE = 12
 """Steps before the profiled ones: compilation, allocators that settle, and the profiler's start."""
@@ -165,6 +168,17 @@ class ModelConfig:
     def has_linear_start(self) -> bool:
         """Whether the networks correct linear paths that are set before training."""
         return self.start == "closed_form"
+
+    @property
+    def most_compiled_shapes(self) -> int:
+        """Number of shapes of batches for which the blocks can be compiled in one process.
+
+        There is a program for each shape and kind of block: one in encoder and decoder at every
+        grid, and attention. A quarter of the compiler's limit is counted, because the parts of a
+        batch may have two sizes, and a teacher, validation and evaluation need programs, too.
+        """
+        kinds = 2 * (self.downsampling // self.patch_size).bit_length() + 1
+        return RECOMPILE_LIMIT // 4 // kinds
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -377,7 +391,7 @@ class TrainingConfig:
     compile: Literal["auto", "none", "blocks", "step"] = "auto"
     """Compile each block, or the loss with its backward pass as one graph (step; for small models:
     with CUDA graphs if there is one worker and micro_batch_size is 0); auto = blocks on GPUs, none
-    on CPUs or where shapes vary. Draws, clipping, optimizer and moving average stay eager.
+    on CPUs or where shapes are many. Draws, clipping, optimizer and moving average stay eager.
     Validation and the final evaluation compile the blocks unless it is none."""
     seed: int = 0
     """Seed of all random draws, each a function of (seed, step, rank)."""
@@ -652,10 +666,16 @@ class Config:
                 f" quarter turns of representation.group={group} with other elements; use level"
                 " exact, square buckets, or group flips or mirror",
             )
+        shapes, most = len(self.data.buckets), self.model.most_compiled_shapes
         require(
-            len(self.data.buckets) < 2 or self.training.compile in ("auto", "none"),
-            f"training.compile={self.training.compile}: every shape of data.buckets would be"
-            " compiled anew, and the compiler gives up after a few; use none",
+            shapes < 2 or self.training.compile != "step",
+            "training.compile=step: the whole step would be compiled anew for every shape of"
+            " data.buckets; use blocks",
+        )
+        require(
+            shapes <= most or self.training.compile != "blocks",
+            f"training.compile=blocks: the blocks of this model can be compiled for {most} shapes,"
+            f" but data.buckets has {shapes}; use fewer, or none",
         )
 
     def _check_scaling_and_turns(self) -> None:
@@ -692,11 +712,12 @@ class Config:
         return frozen or bool(self.flow.distill_from)
 
     def choose_compilation(self, device_type: str) -> Literal["none", "blocks", "step"]:
-        """Return training.compile with "auto" resolved: blocks on "cuda" where shapes are fixed."""
+        """Return training.compile with "auto" resolved: blocks on "cuda" if shapes are few."""
         chosen = self.training.compile
         if chosen == "auto":
-            fixed_shapes = self.loss.scaling_probability == 0 and len(self.data.buckets) < 2
-            return "blocks" if device_type == "cuda" and fixed_shapes else "none"
+            few = len(self.data.buckets) <= self.model.most_compiled_shapes
+            few = few and self.loss.scaling_probability == 0
+            return "blocks" if device_type == "cuda" and few else "none"
         return chosen
 
 

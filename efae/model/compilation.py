@@ -6,12 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from efae.config import RECOMPILE_LIMIT
 from efae.model.octic.layers import Recomputing
 from efae.model.octic.on_gpu import find_compiler
-
-RECOMPILE_LIMIT = 64
-"""Programs per process. Blocks share their code and differ by network, grid and batch: there are
-more than the eight that torch allows by default."""
 
 
 def compile_blocks(model: nn.Module, fullgraph: bool = True) -> bool:

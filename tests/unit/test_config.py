@@ -75,8 +75,11 @@ BUCKETS = {"data.buckets": [(32, 32), (24, 40), (40, 24)]}
         ),
         ({"loss.scaling_probability": 0.5}, "24 x 40 is a latent of 3 x 5 cells"),
         ({"loss.rotation_probability": 0.5}, "24 x 40 is not square, .*rotation_probability=0.5"),
-        ({"training.compile": "blocks"}, "training.compile=blocks: every shape of data.buckets"),
-        ({"training.compile": "step"}, "training.compile=step: every shape of data.buckets"),
+        ({"training.compile": "step"}, "training.compile=step: .* every shape of data.buckets"),
+        (
+            {"training.compile": "blocks", "data.buckets": [(32, 8 * i) for i in range(1, 14)]},
+            "training.compile=blocks: .* for 12 shapes, but data.buckets has 13",
+        ),
     ],
 )
 def test_what_buckets_exclude(settings, message):
@@ -92,7 +95,7 @@ def test_what_buckets_exclude(settings, message):
         {"model.level": "objective", "representation.group": "flips"},
         {"model.level": "objective", "data.buckets": [(32, 32), (64, 64)]},
         {"loss.scaling_probability": 0.5, "data.buckets": [(32, 32), (32, 48)]},
-        {"training.compile": "blocks", "data.buckets": [(64, 64)]},
+        {"training.compile": "blocks"},
     ],
 )
 def test_what_buckets_allow(settings):
@@ -108,9 +111,9 @@ def test_a_rectangle_is_refused_where_the_loss_cannot_scale_or_turn_it(key):
         with_overrides(Config(), settings)
 
 
-def test_shapes_that_vary_are_not_compiled():
-    for number, expected in ((0, "blocks"), (1, "blocks"), (2, "none")):
-        buckets = BUCKETS["data.buckets"][:number]
+def test_many_shapes_are_not_compiled():
+    for number, expected in ((0, "blocks"), (2, "blocks"), (12, "blocks"), (13, "none")):
+        buckets = [(32, 8 * i) for i in range(1, number + 1)]
         config = with_overrides(Config(), {"data.buckets": buckets})
         assert config.choose_compilation("cuda") == expected
         assert config.choose_compilation("cpu") == "none"

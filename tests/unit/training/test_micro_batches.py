@@ -78,6 +78,7 @@ def take_steps(
     objective = Objective(state.model, perceptual, teacher)
     prepare(objective, config, CPU, one_pass=micro_batch_size == 0)
     rank, world_size = 0, 1
+    shapes = config.data.buckets or [(16, 16)]
     wrapped: nn.Module = objective
     if dist.is_initialized():
         rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -86,7 +87,8 @@ def take_steps(
     for step in range(steps):
         state.optimizer.zero_grad(set_to_none=True)
         generator.manual_seed(step)
-        image = torch.randint(0, 256, (COUNT, 3, 16, 16), dtype=torch.uint8, generator=generator)
+        shape = (COUNT, 3, *shapes[step % len(shapes)])
+        image = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         draws = draw(config, tuple(image.shape), generator)
         size = COUNT // world_size
         with compiler_options(config):
@@ -240,15 +242,17 @@ def test_a_compiled_model_commutes_with_the_group():
 
 @pytest.mark.filterwarnings("default")  # the compiler's own
 def test_after_a_resume_neither_steps_nor_validations_compile_again(monkeypatch):
-    """Nor do later validations, each of which measures another copy of the model."""
+    """Every shape is compiled once; nor do later validations, each of another copy of the model."""
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
     dynamo.reset()
     counters.clear()
     found = []
+    overrides = {"training.compile": "blocks", "data.buckets": ((16, 16), (16, 24))}
     for validations in (2, 1):
-        take_steps({"training.compile": "blocks"}, steps=2, validations=validations)
+        take_steps(overrides, steps=4, validations=validations)
         found.append(counters["stats"]["unique_graphs"])
-    assert found == [4, 4]  # encoder and decoder, each with gradients and without
+    # Encoder and decoder, each with gradients, for two shapes, and without.
+    assert found == [6, 6]
     assert not counters["graph_break"]
 
 
