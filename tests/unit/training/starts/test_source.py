@@ -14,7 +14,7 @@ from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.preflight.driver_checks import RunData, check_source, list_checks
 from efae.training.loop import Start, train
-from efae.training.starts.source import copy_source, describe_source, load_source
+from efae.training.starts.source import check_start, copy_source, describe_source, load_source
 from efae.training.state import TrainState
 from efae.training.tasks import choose_task
 from tests.unit.training.starts.test_distillation import ALONE, CPU, NOWHERE, UNET, make_teacher
@@ -116,6 +116,11 @@ def test_a_model_that_does_not_fit_is_refused_before_the_run(checkpoint, tmp_pat
         **{"model.downsampling": 8, "model.fine_hidden_size": 64},
     )
     assert text.count(" -> ") == 1
+    own = with_overrides(Config(), SMALL | {"start.model": "b"})
+    vae = {"start.model": "diffusers:/vae", "model.start": "random"}
+    foreign = with_overrides(own, vae | {"model.bottleneck": "posterior"})
+    with pytest.raises(ValueError, match=r"name that one: --start\.model diffusers:/vae, or"):
+        check_start(own, foreign)
     for settings, message in (
         ({"flow.distill_from": "a"}, "a student starts from its teacher"),
         ({"start.action": "fitted"}, "leave it at spatial"),
