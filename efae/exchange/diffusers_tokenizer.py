@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,7 +20,12 @@ from data_pipelines.storage import Location
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.model.autoencoder import Autoencoder
-from efae.model.networks.diffusers_vae import describe, name_in_diffusers, name_in_efae
+from efae.model.networks.diffusers_vae import (
+    describe,
+    name_in_diffusers,
+    name_in_efae,
+    read_factors,
+)
 from efae.model.pretrained import StoredModel, check_weights, pack_model
 from efae.symmetry import D4, Element, Group, Representation
 
@@ -37,7 +43,8 @@ class DiffusersTokenizer(nn.Module):
     """An AutoencoderKL, AutoencoderTiny or AutoencoderDC of diffusers; deterministic both ways.
 
     Its latent is the one that diffusion models are trained on: what the encoder returns (the mode
-    of a posterior), shifted and scaled by the configuration's `shift_factor` and `scaling_factor`.
+    of a posterior), shifted and scaled as pipelines do, by the configuration's `scaling_factor` and
+    its `shift_factor`, or `latents_mean` and `latents_std`.
     The group acts as on an image, by moving the cells of the grid: the only action that such a
     latent has by construction.
 
@@ -57,8 +64,7 @@ class DiffusersTokenizer(nn.Module):
         settings = network.config
         self.representation = Representation(group, a1=settings.latent_channels)
         self._class = type(network).__name__
-        self._scale = float(settings.get("scaling_factor") or 1.0)
-        self._shift = float(settings.get("shift_factor") or 0.0)
+        self._factors = read_factors(settings)
 
     @property
     def channels(self) -> int:
@@ -91,7 +97,7 @@ class DiffusersTokenizer(nn.Module):
         """
         self.check_images(*image.shape[1:])
         latent = _LATENT_OF[self._class](self.network.encode(image))
-        return (latent - self._shift) * self._scale
+        return self._factors.apply(latent)
 
     def act(
         self, element: Element, latent: Float[Tensor, "b dim lh lw"]
@@ -107,7 +113,7 @@ class DiffusersTokenizer(nn.Module):
         seed: int | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Decode to images near [-1, 1]; steps, noise and seed are ignored."""
-        decoded = self.network.decode(latent / self._scale + self._shift)
+        decoded = self.network.decode(self._factors.undo(latent))
         sample: Tensor = decoded.sample
         return sample
 
@@ -164,8 +170,10 @@ def read_pretrained(config: Config) -> StoredModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)  # of a learned basis
         model = Autoencoder(config)
-    scale = json.loads(config.start.architecture).get("scaling_factor") or 1.0
-    model.bottleneck.power.fill_(scale**-2)
+    factors = read_factors(network.config)
+    # The mean square of latents whose mean is the shift, and whose deviation is one over the scale.
+    powers = [m**2 + s**-2 for m, s in zip(factors.shift, factors.scale, strict=True)]
+    model.bottleneck.power.fill_(fmean(powers))
     expected = model.state_dict()
     weights |= {n: w for n, w in expected.items() if name_in_diffusers(n) is None}
     stored = pack_model(weights, config, model.representation)

@@ -187,6 +187,8 @@ def _pack_diffusers(weights: Mapping[str, Tensor], config: Config) -> StoredMode
         settings["scaling_factor"] = float(power.mean().rsqrt())
         if architecture.get("shift_factor") is not None:
             settings["shift_factor"] = 0.0  # a shift would not commute with a change of sign
+        stale = ("latents_mean", "latents_std")  # pipelines would apply them beside the factor
+        settings |= {name: None for name in stale if name in architecture}
     theirs: dict[str, Tensor] = {}
     ours: dict[str, Tensor] = {}
     for name, tensor in weights.items():

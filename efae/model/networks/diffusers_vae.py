@@ -6,14 +6,43 @@ diffusers by a prefix alone.
 
 import importlib
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 """Classes of diffusers that can be fine-tuned."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Shift and scale by channel: what diffusion models see is (z - shift) * scale.
+
+    Attributes:
+        shift: Shift by channel.
+        scale: Scale by channel.
+    """
+
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    def apply(self, z: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b dim h w"]:
+        """Map what an encoder returns to the latents of diffusion models."""
+        return (z - like(z, self.shift)) * like(z, self.scale)
+
+    def undo(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b dim h w"]:
+        """Invert `apply`."""
+        return latent / like(latent, self.scale) + like(latent, self.shift)
+
+
+def like(latent: Tensor, values: tuple[float, ...]) -> Float[Tensor, "dim 1 1"]:
+    """Return one number per channel in the dtype of a latent, on its device."""
+    return torch.tensor(values, dtype=latent.dtype, device=latent.device)[:, None, None]
 
 
 class Encoder(nn.Module):
@@ -22,12 +51,17 @@ class Encoder(nn.Module):
     Args:
         architecture: Configuration of the autoencoder, as JSON.
         recomputes: Whether to compute activations again in the backward pass.
+
+    Attributes:
+        has_posterior: Whether a posterior has a spread.
+        factors: Factors by which pipelines of diffusers map the means.
     """
 
     def __init__(self, architecture: str, recomputes: bool = False):
         super().__init__()
         self.has_posterior = json.loads(architecture)["_class_name"] == "AutoencoderKL"
         network = build(architecture, recomputes)
+        self.factors = read_factors(network.config)  # with the defaults of its class
         self.encoder: nn.Module = network.encoder
         self.quant_conv: nn.Module | None = getattr(network, "quant_conv", None)
 
@@ -101,9 +135,39 @@ def describe(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
             else architecture["encoder_block_out_channels"]
         )
         colours, channels = int(architecture["in_channels"]), int(architecture["latent_channels"])
-    except (KeyError, TypeError, ValueError) as error:
+        read_factors(architecture)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"describes no {name}: {error!r}") from error
     return colours, channels, 2 ** (len(blocks) - 1)
+
+
+def read_factors(architecture: Mapping[str, Any]) -> Factors:
+    """Return the factors by which the pipelines of diffusers map latents.
+
+    These are `scaling_factor` and `shift_factor`, as in the pipelines of SD3 and FLUX; or, instead
+    of the shift, `latents_mean` and `latents_std` if both are given, as in that of SDXL.
+
+    Raises:
+        ValueError: A number is not finite, a scale not positive, or there is not one per channel.
+    """
+    channels = int(architecture["latent_channels"])
+    scale = float(architecture.get("scaling_factor") or 1.0)
+    shifts: Any = [architecture.get("shift_factor") or 0.0] * channels
+    deviations: Any = [1.0] * channels
+    means, stds = architecture.get("latents_mean"), architecture.get("latents_std")
+    if means is not None and stds is not None:
+        shifts, deviations = means, stds
+    found = Factors(tuple(map(float, shifts)), tuple(scale / float(each) for each in deviations))
+    if not (
+        len(found.shift) == len(found.scale) == channels
+        and all(map(math.isfinite, (*found.shift, *found.scale)))
+        and min(found.scale) > 0
+    ):
+        raise ValueError(
+            f"scaling_factor={scale}, latents_mean={means}, latents_std={stds}: need finite numbers"
+            f" and positive scales, for each of {channels} channels"
+        )
+    return found
 
 
 def build(architecture: str, recomputes: bool = False) -> Any:

@@ -88,14 +88,28 @@ def audits(digits, random_folder, trained) -> dict[str, Evaluation]:
     return {name: evaluate(model, digits[-16:]) for name, model in models.items()}
 
 
-def test_latents_are_shifted_and_scaled_as_the_folder_says(tmp_path, digits):
-    network = build_network(scaling_factor=0.25, shift_factor=0.5)
+MEAN, STD = [0.5, -1.0, 0.0, 2.0], [2.0, 0.5, 1.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "shift", "scale"),
+    [
+        ({"shift_factor": 0.5}, [0.5] * 4, [0.25] * 4),  # the arithmetic of SD3 and FLUX
+        ({"latents_mean": MEAN, "latents_std": STD}, MEAN, [0.25 / std for std in STD]),  # SDXL
+        ({"latents_mean": MEAN}, [0.0] * 4, [0.25] * 4),
+    ],
+)
+def test_latents_are_shifted_and_scaled_as_the_folder_says(
+    tmp_path, digits, settings, shift, scale
+):
+    network = build_network(scaling_factor=0.25, **settings)
     network.save_pretrained(tmp_path)
     loaded = load_diffusers(str(tmp_path))
     image = to_float(digits[:2])
     with torch.no_grad():
         mode = network.encode(image).latent_dist.mode()
-        assert torch.allclose(loaded.encode(image), (mode - 0.5) * 0.25, atol=1e-6)
+        expected = (mode - torch.tensor(shift)[:, None, None]) * torch.tensor(scale)[:, None, None]
+        assert torch.allclose(loaded.encode(image), expected, atol=1e-6)
         whole = network.decode(mode).sample
     decodes = [loaded.decode(loaded.encode(image), steps=3, seed=seed) for seed in (0, 1)]
     assert torch.allclose(decodes[0], whole, atol=1e-5)

@@ -1,6 +1,7 @@
 """Fine-tuning of autoencoders of diffusers: the start, the loss, the result, and bad input."""
 
 import json
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -89,6 +90,14 @@ def folders(tmp_path_factory) -> Path:
     return folder
 
 
+def change(folder: Path, copy: Path, **settings) -> Path:
+    """A copy of a folder with other settings in its config.json."""
+    shutil.copytree(folder, copy)
+    found = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(found | settings))
+    return copy
+
+
 def configure(folder: Path, **overrides) -> Config:
     settings = TINY | {"start.model": f"diffusers:{folder}"} | overrides
     settings = {"ray.storage_uri": f"{folder.parent}/runs"} | settings
@@ -115,6 +124,9 @@ def test_the_start_is_the_pretrained_autoencoder(folders, name, tmp_path):
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_saved_model_is_a_plain_folder_of_its_class_with_a_new_scale(folders, name, tmp_path):
     config = configure(folders / name)
+    if name == "AutoencoderKL":
+        factors = {"latents_mean": [1.0] * 4, "latents_std": [2.0] * 4, "shift_factor": 1.0}
+        config = configure(change(folders / name, tmp_path / "before", **factors))
     model = restore(config)
     model.bottleneck.power.fill_(4.0)
     with torch.no_grad():
@@ -122,6 +134,8 @@ def test_a_saved_model_is_a_plain_folder_of_its_class_with_a_new_scale(folders, 
     model.save_pretrained(tmp_path)
     network = getattr(diffusers, name).from_pretrained(tmp_path, low_cpu_mem_usage=False)
     assert network.config.scaling_factor == 0.5
+    stale = (network.config.get(key) for key in ("latents_mean", "latents_std", "shift_factor"))
+    assert not any(stale)  # SDXL's pipeline would apply them
     ours = efae.load(tmp_path)
     with torch.no_grad():
         latent = ours.encode(IMAGE)
@@ -346,6 +360,8 @@ def test_bad_folders_are_refused_with_the_reason(folders, tmp_path):
         nothing,
         **{"data.resolution": 18, "model.downsampling": 2, "model.patch_size": 2},
     )
+    refuse("need finite numbers", describe(latents_mean=[0.0], latents_std=[1.0] * 4))
+    refuse("need finite numbers", describe(scaling_factor=-1.0))
     refuse("its latents have 4", nothing, **{"representation.multiplicities": (3, 0, 0, 0, 1)})
     refuse("its images have 3 colours", nothing, **{"data.channels": 1})
     with pytest.raises(ValueError, match="no such folder; models are not downloaded"):
