@@ -711,6 +711,15 @@ class Config:
         frozen = bool(self.start.model) and self.start.train == "decoder"
         return frozen or bool(self.flow.distill_from)
 
+    @property
+    def keeps_latents(self) -> bool:
+        """Whether latents stay those that diffusion models of the pretrained one were trained on.
+
+        They then keep its factors: shift and scale are not measured anew.
+        """
+        start = self.start
+        return bool(start.model) and (start.train == "decoder" or start.anchor_weight > 0)
+
     def choose_compilation(self, device_type: str) -> Literal["none", "blocks", "step"]:
         """Return training.compile with "auto" resolved: blocks on "cuda" if shapes are few."""
         chosen = self.training.compile

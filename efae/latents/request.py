@@ -33,7 +33,7 @@ class Request:
     all views of a model that is not exactly equivariant; as many times slower as the group has
     elements."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Data type of the stored numbers, which have unit scale."""
+    """Data type of the stored numbers, whose scale is near 1."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Precision of the encoder's arithmetic; the certificate is measured at it. On GPUs, bf16 is
     several times as fast."""

@@ -1,7 +1,8 @@
 """The equivariant flow autoencoder: encode, act, decode.
 
 z = E(x); the decoder's flow models p(x | z); a group element acts on both. `encode` returns latents
-in the basis of the irreps and at unit scale per irrep, whatever basis and scale the network uses.
+in the basis of the irreps and at unit scale per irrep, whatever basis and scale the network uses;
+or, if they stay those of a pretrained encoder, at the scale that its diffusion models know.
 """
 
 import operator
@@ -138,7 +139,10 @@ class Autoencoder(Compilable):
             dropped = config.flow.condition_drop > 0
             self.decoder = networks.Decoder(*sizes, null_condition=dropped)
         self.bottleneck = Bottleneck(
-            self.representation, config.model.bottleneck, config.model.latent_noise
+            self.representation,
+            config.model.bottleneck,
+            config.model.latent_noise,
+            self.encoder.factors if config.keeps_latents else None,
         )
         self.basis = None
         if config.representation.learned_basis:
@@ -221,7 +225,8 @@ class Autoencoder(Compilable):
     ) -> Float[Tensor, "b dim lh lw"]:
         """Encode an image in [-1, 1] of any height and width.
 
-        Over the training images, each irrep of the latent has unit root mean square.
+        Over the training images, each irrep of the latent has unit root mean square; latents that
+        stay those of a pretrained encoder (`config.keeps_latents`) are those of its pipelines.
 
         Where f = `config.model.downsampling` does not divide a side, the pixels at its edges are
         repeated up to the next multiple, half of the missing ones on each side, and the first time
@@ -263,7 +268,7 @@ class Autoencoder(Compilable):
         def bounded(image: Tensor) -> Tensor:
             return self.bounded(image, tile)
 
-        return self.bottleneck.normalize(self.call_filled(bounded, padded))
+        return self.normalize(self.call_filled(bounded, padded))
 
     def act(
         self, element: Element | Sequence[Element] | Tensor, latent: Float[Tensor, "b dim lh lw"]
@@ -308,7 +313,7 @@ class Autoencoder(Compilable):
             return self.predict(x_t, t, latent, keep, tile)
 
         with self._at_precision(x_t.device):
-            bounded = self.bottleneck.denormalize(latent)
+            bounded = self.denormalize(latent)
             output = self.call_filled(predict, x_t, t, bounded, keep)
         return flow.velocity_from(output, x_t, t, self.config.flow.prediction)
 
@@ -429,7 +434,7 @@ class Autoencoder(Compilable):
         return sample if size is None else crop(sample, size)
 
     def _decode_at_once(self, latent: Tensor, shape: tuple[int, ...], tile: int | None) -> Tensor:
-        bounded = self.bottleneck.denormalize(latent)
+        bounded = self.denormalize(latent)
         ignored = latent.new_zeros(shape)
         with self._at_precision(latent.device):
             return self.predict(ignored, ignored[:, 0, 0, 0], bounded, tile=tile)
@@ -473,6 +478,14 @@ class Autoencoder(Compilable):
 
     def _at_precision(self, device: torch.device) -> AbstractContextManager[None]:
         return at_precision(self.precision, device) if self.precision else nullcontext()
+
+    def normalize(self, bounded: Tensor) -> Tensor:
+        """Map bounded latents to those that `encode` returns."""
+        return self.bottleneck.normalize(bounded, self.basis)
+
+    def denormalize(self, latent: Tensor) -> Tensor:
+        """Invert `normalize`."""
+        return self.bottleneck.denormalize(latent, self.basis)
 
     def to_irreps(self, latent: Tensor) -> Tensor:
         """Map a latent from the basis of the networks to the basis of the irreps."""

@@ -5,7 +5,8 @@ isotropic on each copy, and no shift at all (a mean outside A1 would break sign 
 
 The network sees the bounded latent. Users see it divided by its root mean square per irrep over the
 training images, ready for training a diffusion model: this replaces the `scaling_factor` of latent
-diffusion (Rombach et al. 2022, arXiv:2112.10752).
+diffusion (Rombach et al. 2022, arXiv:2112.10752). Latents that stay those of a pretrained
+autoencoder are instead mapped by its own factors, so that its diffusion models understand them.
 """
 
 from typing import Literal
@@ -14,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from efae.model.networks.diffusers_vae import Factors, like
+from efae.symmetry.learned_basis import Basis
 from efae.symmetry.representation import Representation
 
 _MOMENTUM = 0.02  # the running power averages about fifty steps
@@ -33,6 +36,8 @@ class Bottleneck(nn.Module):
             noise to the encoder's own posterior. All its irreps share one scale, the
             `scaling_factor` of a pretrained autoencoder.
         noise: Standard deviation of the noise of "rms" and "running", relative to the latent's.
+        factors: Factors of a pretrained autoencoder, in the basis of its networks, by which
+            `normalize` maps instead; as far as they commute with the group. None for none.
 
     Attributes:
         power: Running mean power per irrep; of latents before they are bounded if the kind is
@@ -46,9 +51,17 @@ class Bottleneck(nn.Module):
         representation: Representation,
         kind: Literal["rms", "running", "kl", "posterior"],
         noise: float,
+        factors: Factors | None = None,
     ):
         super().__init__()
         self.kind, self.noise = kind, noise
+        self._factors, self._invariant = None, ()
+        if factors is not None:
+            # The mean over the group projects to the channels that no element changes. The others
+            # commute with no shift and, where they mix, with one scale alone.
+            whole = torch.stack([representation.matrix(g) for g in representation.group])
+            self._invariant = tuple(map(float, whole.mean(0).diagonal()))
+            self._factors = factors if min(self._invariant) == 1 else factors.with_one_scale()
         self.blocks = _blocks_of_one_scale(representation)
         if kind == "posterior":
             self.blocks = [slice(0, representation.dim)]
@@ -115,13 +128,35 @@ class Bottleneck(nn.Module):
         """Return the running mean power of bounded latents over all channels."""
         return self._bounded_power().mean()
 
-    def normalize(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b dim h w"]:
-        """Scale a bounded latent to unit root mean square per irrep."""
-        return latent / self._scale(latent.dtype)
+    def normalize(
+        self, latent: Float[Tensor, "b dim h w"], basis: Basis | None = None
+    ) -> Float[Tensor, "b dim h w"]:
+        """Scale a bounded latent to unit root mean square per irrep, or by the factors.
 
-    def denormalize(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b dim h w"]:
+        Args:
+            latent: Bounded latent.
+            basis: Basis of the irreps, in which the latent is; None for that of the networks.
+        """
+        if self._factors is None:
+            return latent / self._scale(latent.dtype)
+        moved, scale = latent - self._shift(latent, basis), like(latent, self._factors.scale)
+        return basis.to_irreps(basis.from_irreps(moved) * scale) if basis else moved * scale
+
+    def denormalize(
+        self, latent: Float[Tensor, "b dim h w"], basis: Basis | None = None
+    ) -> Float[Tensor, "b dim h w"]:
         """Invert `normalize`."""
-        return latent * self._scale(latent.dtype)
+        if self._factors is None:
+            return latent * self._scale(latent.dtype)
+        scale = like(latent, self._factors.scale)
+        moved = basis.to_irreps(basis.from_irreps(latent) / scale) if basis else latent / scale
+        return moved + self._shift(latent, basis)
+
+    def _shift(self, latent: Tensor, basis: Basis | None) -> Tensor:
+        """Return the invariant part of the factors' shift, in the basis of the irreps."""
+        assert self._factors is not None
+        shift = like(latent, self._factors.shift)[None]
+        return (basis.to_irreps(shift) if basis else shift) * like(latent, self._invariant)
 
     def _spread(self) -> Tensor | float:
         if self.kind != "kl":

@@ -186,7 +186,7 @@ class Objective(nn.Module):
         latent = model.bottleneck.add_noise(latent, draws.latent_noise)
         t = draws.t
         if self.teacher is not None:
-            image = self.teacher(model.bottleneck.normalize(latent), draws.noise)
+            image = self.teacher(model.normalize(latent), draws.noise)
             t = torch.ones_like(t)
         x_t = flow.interpolate(image, draws.noise, t)
         output = model.predict(x_t, t, latent, draws.keep)

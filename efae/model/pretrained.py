@@ -181,8 +181,7 @@ def _pack_diffusers(weights: Mapping[str, Tensor], config: Config) -> StoredMode
     """Make the files of an autoencoder of diffusers, whose scale is that of our latents."""
     architecture = json.loads(config.start.architecture)
     settings = dict(architecture)
-    if not (config.freezes_latent or config.start.anchor_weight):
-        # Else the latents are those that diffusion models were trained on, with these factors.
+    if not config.keeps_latents:
         power = weights["bottleneck.power"].double().clamp(min=1e-6)
         settings["scaling_factor"] = float(power.mean().rsqrt())
         if architecture.get("shift_factor") is not None:

@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from efae.config import Config
 from efae.model.autoencoder import build_representation
+from efae.model.networks.diffusers_vae import read_factors
 from efae.report.html import finite, plain
 from efae.symmetry import GROUPS, Group, Representation
 from efae.symmetry.representation import irrep_matrix
@@ -61,6 +62,7 @@ def render_model_card(
         level=config.model.level,
         foreign=_name_class(config),
         exact=_is_exact(config),
+        kept=_name_kept_factors(config, representation),
         group=group.name,
         image_shape=image_shape,
         latent_shape=latent_shape,
@@ -114,6 +116,16 @@ def _name_class(config: Config) -> str:
     if config.model.kind != "diffusers":
         return ""
     return str(json.loads(config.start.architecture)["_class_name"])
+
+
+def _name_kept_factors(config: Config, representation: Representation) -> str:
+    """Return whether latents have the factors of a pretrained model: "wholly", "in part" or ""."""
+    if not config.keeps_latents:
+        return ""
+    factors = read_factors(json.loads(config.start.architecture))
+    plain = not any(factors.shift) and len(set(factors.scale)) == 1
+    invariant = representation.multiplicities["a1"] == representation.dim
+    return "wholly" if plain or invariant else "in part"
 
 
 def _summarize(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -60,7 +60,7 @@ def test_a_lost_worker_changes_nothing_and_the_folder_is_of_its_class(
     with torch.no_grad():
         latent = model.encode(image)
         plain = vae.encode(image).latent_dist.mode()
-        ours = model.from_irreps(model.bottleneck.denormalize(latent))
+        ours = model.from_irreps(model.denormalize(latent))
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
         torch.testing.assert_close(model.decode(latent), vae.decode(plain).sample)
 

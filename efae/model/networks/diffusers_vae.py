@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -38,6 +39,11 @@ class Factors:
     def undo(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b dim h w"]:
         """Invert `apply`."""
         return latent / like(latent, self.scale) + like(latent, self.shift)
+
+    def with_one_scale(self) -> "Factors":
+        """Return factors with one scale for all channels, from the mean of their variances."""
+        one = fmean(scale**-2 for scale in self.scale) ** -0.5
+        return Factors(self.shift, (one,) * len(self.scale))
 
 
 def like(latent: Tensor, values: tuple[float, ...]) -> Float[Tensor, "dim 1 1"]:

@@ -1,6 +1,7 @@
 """The model card says what the model is and is worth, as a reader of Hugging Face finds it."""
 
 import ast
+import json
 import re
 
 import pytest
@@ -186,6 +187,33 @@ def test_what_is_not_known_is_left_out(config, evaluation):
     assert "Not recorded here" in measured
     assert "OpenMoji" not in measured
     assert "None" not in card
+
+
+def test_the_scale_of_a_fine_tuned_latent_is_told(config):
+    architecture = {"_class_name": "AutoencoderKL", "latent_channels": 4, "shift_factor": 0.1}
+    settings = {
+        "model.kind": "diffusers",
+        "model.level": "regularized",
+        "model.bottleneck": "posterior",
+        "start.model": "diffusers:vae",
+        "start.architecture": json.dumps(architecture),
+        "representation.dim": 4,
+    }
+
+    def read(**changes) -> str:
+        return render_model_card(None, with_overrides(config, settings | changes), {})
+
+    spatial = {"representation.multiplicities": (4, 0, 0, 0, 0)}
+    split = {"representation.multiplicities": (3, 0, 1, 0, 0)}
+    anew = read(**spatial)
+    assert "at unit root mean square" in anew
+    assert "makes the\nlatents unit scale" in anew
+    for kept in ({"start.train": "decoder"}, {"start.anchor_weight": 0.1}):
+        cards = [read(**kept, **action) for action in (spatial, split)]
+        for card in cards:
+            assert "shifted and scaled by the factors of the pretrained" in card
+            assert "unit" not in card
+        assert ["those have no shift" in card for card in cards] == [False, True]
 
 
 def test_pixels_that_diffusers_cannot_have_are_told(config, evaluation):
