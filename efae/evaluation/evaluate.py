@@ -239,7 +239,7 @@ def evaluate(
 def measure_drift(
     model: Tokenizer, before: Tokenizer, images: UInt8[Tensor, "n c h w"], batch_size: int = 64
 ) -> float | None:
-    """Return E |E(x) - E0(x)|^2 / Var E0(x), how far the latents are from those of another model.
+    """Return E |E(x) - E0(x)|^2 / Var E0(x), how far an encoder has moved from another model's.
 
     Args:
         model: Tokenizer in eval mode.
@@ -248,13 +248,14 @@ def measure_drift(
         batch_size: Number of images per batch; affects rounding only.
 
     Returns:
-        The distance between unit-scale latents in their encoders' own bases; None if their shapes
+        The distance between what the encoders return, at their own scale and in their own bases, so
+        that it is 0 for equal weights, whatever scale the models' latents have; None if the shapes
         differ.
     """
     totals = Totals()
     for start in range(0, len(images), batch_size):
         image = to_float(images[start : start + batch_size])
-        now, then = (_encode_in_own_basis(tokenizer, image) for tokenizer in (model, before))
+        now, then = (_encode_unscaled(tokenizer, image) for tokenizer in (model, before))
         if now.shape != then.shape:
             return None
         totals.add("drift", (now - then).square().mean((1, 2, 3)))
@@ -264,10 +265,14 @@ def measure_drift(
     return float(totals.mean("drift")) / max(float(variance.mean()), 1e-12)
 
 
-def _encode_in_own_basis(model: Tokenizer, image: Tensor) -> Tensor:
+def _encode_unscaled(model: Tokenizer, image: Tensor) -> Tensor:
     parameter = next(model.parameters()) if isinstance(model, nn.Module) else image
-    latent = model.encode(image.to(parameter.device))
-    return (model.from_irreps(latent) if isinstance(model, Autoencoder) else latent).cpu().double()
+    image = image.to(parameter.device)
+    if isinstance(model, Autoencoder):
+        latent = model.from_irreps(model.call_filled(model.bounded, image))
+    else:
+        latent: Tensor = getattr(model, "bounded", model.encode)(image)
+    return latent.cpu().double()
 
 
 def _measure_elements(

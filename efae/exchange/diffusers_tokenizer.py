@@ -95,9 +95,16 @@ class DiffusersTokenizer(nn.Module):
         Raises:
             ValueError: The network does not accept the shape.
         """
+        return self._factors.apply(self.bounded(image))
+
+    def bounded(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
+        """Encode images at the network's own scale, as `Autoencoder.bounded` does.
+
+        Raises:
+            ValueError: The network does not accept the shape.
+        """
         self.check_images(*image.shape[1:])
-        latent = _LATENT_OF[self._class](self.network.encode(image))
-        return self._factors.apply(latent)
+        return _LATENT_OF[self._class](self.network.encode(image))
 
     def act(
         self, element: Element, latent: Float[Tensor, "b dim lh lw"]

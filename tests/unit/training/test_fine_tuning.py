@@ -14,8 +14,10 @@ from data_pipelines import ShardDataset
 from efae.checkpoints.checkpoint import read_checkpoint
 from efae.config import Config
 from efae.config_forms import with_overrides
+from efae.evaluation.evaluate import measure_drift
 from efae.evaluation.fitted_action import FittedAction
-from efae.exchange.diffusers_tokenizer import read_pretrained
+from efae.evaluation.measures import to_float
+from efae.exchange.diffusers_tokenizer import load_diffusers, read_pretrained
 from efae.model.autoencoder import Autoencoder
 from efae.model.fine_tuning import FineTuning
 from efae.model.networks.diffusers_vae import CLASSES
@@ -328,6 +330,26 @@ def test_latents_that_stay_are_those_of_the_pipelines(folders, tmp_path, kept, p
         assert found == before
     with torch.no_grad():
         torch.testing.assert_close(efae.load(tmp_path / "after").encode(IMAGE), expected)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_an_encoder_that_did_not_move_has_no_drift(folders, tmp_path, name):
+    """Whatever scale its latents have by now, and on either side of fine-tuning."""
+    shifted = {"shift_factor": 0.5, "scaling_factor": 0.3} if name == "AutoencoderKL" else {}
+    folder = change(folders / name, tmp_path / "before", **shifted)
+    original, model = load_diffusers(str(folder)), restore(configure(folder))
+    model.bottleneck.power.fill_(9.0)
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    assert measure_drift(model, original, images) == 0
+    model.save_pretrained(tmp_path / "after")
+    assert measure_drift(load_diffusers(str(tmp_path / "after")), original, images) == 0
+    with torch.no_grad():
+        raw = original.bounded(to_float(images)).double()
+        variance = (raw.square().mean() - raw.mean(0).square().mean()).item()
+        for parameter in list(model.encoder.parameters())[-1:]:
+            parameter.add_(0.5)  # the bias of all channels
+    if name == "AutoencoderKL":
+        assert measure_drift(model, original, images) == pytest.approx(0.25 / variance)
 
 
 def test_channels_that_change_keep_no_shift_and_share_a_scale(folders, tmp_path):
