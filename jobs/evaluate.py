@@ -63,11 +63,12 @@ class Arguments:
     """Compile the blocks of our models; auto = on GPUs. Every shape takes seconds at first;
     choose a --batch-size that is a power of two."""
     symmetrize: bool = False
-    """Average our models over the group (E(x) = mean of rho(g)^-1 E(gx), likewise the decoder),
-    which makes any of them exactly equivariant, and as many times slower as it has elements."""
+    """Average the models over the group (E(x) = mean of rho(g)^-1 E(gx), likewise the decoder),
+    which makes any of them exactly equivariant, and as many times slower as it has elements; one of
+    diffusers over all flips and quarter turns, which move the cells of its latent."""
     tile: int | None = None
     """Side, in pixels, of the overlapping squares of an image in which our models compute, to bound
-    their memory; with attention the result is an approximation."""
+    their memory; with attention the result is an approximation. Models of diffusers take none."""
     angles: tuple[float, ...] = ()
     """Additional rotations to measure, in degrees counter-clockwise; by default none, or a fixed
     list if the model was trained on rotations by any angle (loss.rotation_probability)."""
@@ -263,7 +264,13 @@ def _load(
     height, width = size
     if uri.startswith("diffusers:"):
         foreign = load_diffusers(uri.removeprefix("diffusers:"), device=chosen.device)
+        foreign.symmetrize = chosen.symmetrize
         takes = foreign.channels
+        if chosen.tile is not None:
+            raise ValueError(
+                f"--tile {chosen.tile}: {uri}: networks of diffusers have attention and"
+                " normalisation over the whole image; measure this one without --tile"
+            )
         try:
             foreign.check_images(takes, height, width)
         except ValueError as error:

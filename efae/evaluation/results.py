@@ -309,7 +309,7 @@ def describe_protocol(
         "noise": "image i's from (seed, i)",
         "precision": _name_precision(model),
         "tile": model.tile if isinstance(model, Autoencoder) else None,
-        "symmetrize": model.symmetrize if isinstance(model, Autoencoder) else None,
+        "symmetrize": getattr(model, "symmetrize", None),
         "lpips": None if lpips is None else lpips.protocol,
         "fid": None if fid is None else fid.protocol,
         "versions": {name: version(name) for name in ("torch", "torchmetrics")},

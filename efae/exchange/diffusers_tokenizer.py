@@ -55,12 +55,14 @@ class DiffusersTokenizer(nn.Module):
     Attributes:
         group: Group that acts on images and latents.
         representation: Trivial representation: every channel is invariant.
+        symmetrize: Whether both networks are averaged over the group, as by `Autoencoder`.
     """
 
     def __init__(self, network: Any, group: Group = D4):
         super().__init__()
         self.network: Any = network
         self.group = group
+        self.symmetrize = False
         settings = network.config
         self.representation = Representation(group, a1=settings.latent_channels)
         self._class = type(network).__name__
@@ -104,7 +106,7 @@ class DiffusersTokenizer(nn.Module):
             ValueError: The network does not accept the shape.
         """
         self.check_images(*image.shape[1:])
-        return _LATENT_OF[self._class](self.network.encode(image))
+        return self._average(lambda x: _LATENT_OF[self._class](self.network.encode(x)), image)
 
     def act(
         self, element: Element, latent: Float[Tensor, "b dim lh lw"]
@@ -120,9 +122,14 @@ class DiffusersTokenizer(nn.Module):
         seed: int | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Decode to images near [-1, 1]; steps, noise and seed are ignored."""
-        decoded = self.network.decode(self._factors.undo(latent))
-        sample: Tensor = decoded.sample
-        return sample
+        return self._average(lambda z: self.network.decode(z).sample, self._factors.undo(latent))
+
+    def _average(self, network: Callable[[Tensor], Tensor], grid: Tensor) -> Tensor:
+        """Return the mean of g^-1 N(g x) over the group, if that is asked for, or N(x)."""
+        if not self.symmetrize:
+            return network(grid)
+        views = [g.inverse.act_on_image(network(g.act_on_image(grid))) for g in self.group]
+        return torch.stack(views).mean(0)
 
 
 def load_diffusers(path: str, group: Group = D4, device: str = "cpu") -> DiffusersTokenizer:

@@ -157,17 +157,20 @@ def test_a_foreign_model_before_and_after_stands_on_one_page(paths, tmp_path):
     settings = {
         "data.resolution": 16,
         "model.kind": "diffusers",
-        "model.level": "none",
+        "model.level": "exact",
         "model.bottleneck": "posterior",
+        "start.symmetrize": True,
         "start.model": paths["foreign"],
         "ray.storage_uri": str(tmp_path / "runs"),
         "tracking.run_name": "after",
     }
     config = adopt_pretrained(with_overrides(Config(), settings))
-    Autoencoder.restore(read_pretrained(config)).save_pretrained(tmp_path / "after")
+    averaged = Autoencoder(config)
+    averaged.load_state_dict(dict(read_pretrained(config).weights))
+    averaged.save_pretrained(tmp_path / "after")
     models = [paths["foreign"], str(tmp_path / "after")]
     report = tmp_path / "report"
-    rest = ["--data", paths["colour"], "--output", str(report), "--images=4", "--symmetrize"]
+    rest = ["--data", paths["colour"], "--output", str(report), "--images=4"]
     assert main(["--model", *models, *rest]) == 0
     before, after = (
         json.loads((folder / "evaluation.json").read_text())
@@ -182,18 +185,24 @@ def test_a_foreign_model_before_and_after_stands_on_one_page(paths, tmp_path):
 
 
 def test_quarter_turns_of_images_that_are_not_square_or_of_the_trained_size(paths, tmp_path):
-    models = [paths["ours"], paths["ours unet"], paths["foreign"]]
-    arguments = ["--model", *models, "--data", paths["mixed"], "--output", str(tmp_path)]
-    assert main([*arguments, "--images=2", "--tile=96", "--resolution", "16", "24"]) == 0
-    found = json.loads((tmp_path / "summary.json").read_text())["models"]
-    for model in models:
-        assert "rot90" in found[model]["gap_db"]
-    gaps = [found[model]["worst_gap_db"] for model in models]
-    assert max(gaps[:2]) < 1e-3 < gaps[2]
-    assert len(list(tmp_path.glob("*/orbit.png"))) == 3
-    numbers = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/evaluation.json"))]
-    assert [each["protocol"]["tile"] for each in numbers] == [96, 96, None]
-    assert [each["image_shape"] for each in numbers] == [[3, 16, 24]] * 3
+    found: dict[str, dict] = {}
+    for models, options in (
+        ([paths["ours"], paths["ours unet"]], ["--tile=96"]),
+        ([paths["foreign"]], ["--symmetrize"]),
+    ):
+        output = tmp_path / str(len(models))
+        arguments = ["--model", *models, "--data", paths["mixed"], "--output", str(output)]
+        assert main([*arguments, "--images=1", "--resolution", "16", "24", *options]) == 0
+        folders = sorted(output.glob("*/")) if len(models) > 1 else [output]
+        for model, folder in zip(models, folders, strict=True):
+            found[model] = json.loads((folder / "evaluation.json").read_text())
+            assert (folder / "orbit.png").exists()
+    assert all("rot90" in numbers["gap_db"] for numbers in found.values())
+    assert max(abs(numbers["worst_gap_db"]) for numbers in found.values()) < 1e-3
+    assert {tuple(numbers["image_shape"]) for numbers in found.values()} == {(3, 16, 24)}
+    protocols = [numbers["protocol"] for numbers in found.values()]
+    assert [protocol["tile"] for protocol in protocols] == [96, 96, None]
+    assert [protocol["symmetrize"] for protocol in protocols] == [False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -211,6 +220,7 @@ def test_quarter_turns_of_images_that_are_not_square_or_of_the_trained_size(path
         ("ours", "colour", ["--images=0"], ["--images", "positive"]),
         ("ours", "colour", ["--images=1", "--fit-action"], ["--fit-action", "two images"]),
         ("ours unet", "colour", ["--tile=8"], ["--tile: ", "ours-unet: tile=8: ", "at least"]),
+        ("foreign", "colour", ["--tile=8"], ["--tile 8: ", "foreign: ", "without --tile"]),
         ("ours", "colour", ["--angles", "nan"], ["--angles", "numbers of degrees"]),
         ("unpaired", "colour", ["--angles", "15"], ["unpaired: ", "b1=2 and b2=1", "as many B1"]),
         ("ours wide", "wide", ["--angles", "15"], ["ours-wide: images of 16 x 24", "only square"]),

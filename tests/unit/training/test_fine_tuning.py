@@ -149,6 +149,7 @@ def test_a_saved_model_is_a_plain_folder_of_its_class_with_a_new_scale(folders, 
 @pytest.mark.parametrize("name", CLASSES)
 def test_an_average_over_the_group_is_exactly_equivariant(folders, name, group):
     overrides = {"representation.group": group, "start.symmetrize": True}
+    overrides |= {"start.action": "spatial"} if group == "C4" else {}
     config = configure(folders / name, **overrides)
     model = Autoencoder(config)
     model.load_state_dict(restore(config).state_dict())
@@ -162,6 +163,11 @@ def test_an_average_over_the_group_is_exactly_equivariant(folders, name, group):
             )
             turned = model.decode(model.act(g, latent))
             torch.testing.assert_close(turned, g.act_on_image(sample), atol=2e-6, rtol=0)
+        if model.representation.multiplicities["a1"] == model.representation.dim:
+            original = load_diffusers(str(folders / name), GROUPS[group])
+            original.symmetrize = True
+            torch.testing.assert_close(original.encode(image), latent)
+            torch.testing.assert_close(original.decode(latent), sample)
 
 
 def measure(config: Config, original: Autoencoder | None = None, **changes) -> torch.Tensor:
