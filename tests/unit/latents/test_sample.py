@@ -19,6 +19,8 @@ from efae.generation.sampling import Guidance
 from efae.latents import sample
 from efae.latents.certificate import certify
 from efae.latents.compare import FILE
+from efae.latents.encode import encode_sets
+from efae.latents.request import Request
 from efae.latents.sample import sample_set
 from efae.latents.sample_request import SampleRequest
 from efae.model.autoencoder import Autoencoder
@@ -133,7 +135,9 @@ def test_a_finished_set_grows_as_if_it_had_been_drawn_so(generator, tmp_path):
 
 
 def test_an_autoencoder_of_diffusers_decodes_its_own_latents(latents, tmp_path):
-    build("AutoencoderKL").save_pretrained(tmp_path / "vae")
+    network = build("AutoencoderKL")
+    network.register_to_config(shift_factor=0.3)
+    network.save_pretrained(tmp_path / "vae")
     uri = f"diffusers:{tmp_path / 'vae'}"
     stored, theirs = pull.read(uri), load_diffusers(str(tmp_path / "vae"))
     model = Autoencoder.restore(stored)
@@ -151,6 +155,9 @@ def test_an_autoencoder_of_diffusers_decodes_its_own_latents(latents, tmp_path):
         certificate=certify(model, []),
     )
     images = latents.removesuffix("latents") + "images"
+    request = Request(uri, images, str(tmp_path / "none"), resolution=16, symmetrize=True)
+    with pytest.raises(ValueError, match="has the trivial group, over which an average changes"):
+        list(encode_sets(request, be_quiet))
     folder = str(tmp_path / "latents")
     encoded = encode_shards(images, folder, model, form, image_size=(16, 16))
     with pytest.raises(ValueError, match="has the trivial group"):
