@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from efae.symmetry import D4, Element, Group, Representation
 
 PREFIX = "diffusers:"
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+_VARIANT = re.compile(r"diffusion_pytorch_model\.([A-Za-z0-9_]+)\.safetensors")
 _LATENT_OF: dict[str, Callable[[Any], Tensor]] = {
     "AutoencoderKL": lambda encoded: encoded.latent_dist.mode(),
     "AutoencoderTiny": lambda encoded: encoded.latents,
@@ -137,7 +139,8 @@ def load_diffusers(path: str, group: Group = D4, device: str = "cpu") -> Diffuse
 
     Args:
         path: Folder, local or on object storage, with config.json and
-            diffusion_pytorch_model.safetensors.
+            diffusion_pytorch_model.safetensors, or instead one variant of it, such as
+            diffusion_pytorch_model.fp16.safetensors.
         group: Group that acts on images and latents.
         device: Device, as torch names it.
 
@@ -145,8 +148,8 @@ def load_diffusers(path: str, group: Group = D4, device: str = "cpu") -> Diffuse
         ValueError: The package diffusers is missing, or the folder does not hold such a model.
         StorageError: The object storage refuses or does not answer.
     """
-    with _fetched(path, WEIGHTS) as (folder, name):
-        return _load(path, folder, name, group).to(device)
+    with _fetched(path, with_weights=True) as (folder, name, weights):
+        return _load(path, folder, name, weights, group).to(device)
 
 
 def read_architecture(path: str) -> dict[str, Any]:
@@ -159,7 +162,7 @@ def read_architecture(path: str) -> dict[str, Any]:
         ValueError: The folder does not hold such a model.
         StorageError: The object storage refuses or does not answer.
     """
-    with _fetched(path) as (folder, _):
+    with _fetched(path) as (folder, _, _):
         return json.loads((folder / CONFIG).read_text())
 
 
@@ -230,33 +233,38 @@ def read_diffusers(uri: str) -> StoredModel:
 
 
 @contextmanager
-def _fetched(path: str, *files: str) -> Generator[tuple[Path, str]]:
-    """Check a folder, and lend a local one with its configuration and `files`; and its class."""
+def _fetched(path: str, with_weights: bool = False) -> Generator[tuple[Path, str, str]]:
+    """Check a folder, and lend a local one with its files; and its class and its weights' name."""
     location = Location.parse(path)
     if location.path is not None:
         folder = location.path
+        if folder.is_file():
+            raise ValueError(f"diffusers:{path} is a file: {_explain_single(folder.name)}")
         if not folder.is_dir():
             raise ValueError(
                 f"diffusers:{path}: no such folder; models are not downloaded from hubs: fetch it"
                 f" where you trust it ({CONFIG} and {WEIGHTS}), then give the folder's path"
             )
         names = {p.relative_to(folder).as_posix() for p in folder.glob(f"vae/{CONFIG}")}
-        yield folder, _check_folder(path, folder, names | {p.name for p in folder.iterdir()})
+        names |= {p.name for p in folder.iterdir()}
+        yield folder, *_check_folder(path, folder, names)
         return
     with tempfile.TemporaryDirectory() as copy:
         folder, sizes = Path(copy), storage.list_files(location)
         if CONFIG in sizes:
             storage.download(location / CONFIG, folder / CONFIG, sizes[CONFIG])
-        name = _check_folder(path, folder, set(sizes))
-        for file in files:
-            storage.download(location / file, folder / file, sizes[file])
-        yield folder, name
+        name, weights = _check_folder(path, folder, set(sizes))
+        if with_weights:
+            storage.download(location / weights, folder / weights, sizes[weights])
+        yield folder, name, weights
 
 
-def _check_folder(path: str, folder: Path, names: set[str]) -> str:
-    """Return the class of the model; ValueError if its folder, with these files, is refused."""
+def _check_folder(path: str, folder: Path, names: set[str]) -> tuple[str, str]:
+    """Return class and weights of the model; ValueError if a folder with these files is refused."""
     if CONFIG not in names:
         hint = f"; did you mean diffusers:{path}/vae?" if f"vae/{CONFIG}" in names else ""
+        if single := sorted(name for name in names if name.endswith(".safetensors")):
+            hint = f", beside {single[0]}: {_explain_single(single[0])}"
         raise ValueError(f"diffusers:{path}: no {CONFIG} in it{hint}")
     try:
         name = str(json.loads((folder / CONFIG).read_text()).get("_class_name"))
@@ -269,16 +277,33 @@ def _check_folder(path: str, folder: Path, names: set[str]) -> str:
             f"diffusers:{path}: {CONFIG} describes the class {name}; use one of"
             f" {', '.join(_LATENT_OF)}"
         )
-    if WEIGHTS not in names:
-        others = ", ".join(sorted(names - {CONFIG})) or "nothing"
-        raise ValueError(
-            f"diffusers:{path}: no {WEIGHTS} in it (found: {others}); other formats are pickles"
-            " that can run code, so convert them where you trust them"
-        )
-    return name
+    if WEIGHTS in names:
+        return name, WEIGHTS
+    variants = sorted(filter(_VARIANT.fullmatch, names))
+    if len(variants) == 1:
+        return name, variants[0]
+    others = sorted(names - {CONFIG})
+    if variants:
+        reason = f"rename one of them to {WEIGHTS}"
+    elif single := [other for other in others if other.endswith(".safetensors")]:
+        reason = _explain_single(single[0])
+    else:
+        reason = "other formats are pickles that can run code, so convert them where you trust them"
+    raise ValueError(
+        f"diffusers:{path}: no {WEIGHTS} in it (found: {', '.join(others) or 'nothing'}); {reason}"
+    )
 
 
-def _load(path: str, folder: Path, name: str, group: Group) -> DiffusersTokenizer:
+def _explain_single(name: str) -> str:
+    """Return what to do with a file of weights that is not named as diffusers names it."""
+    return (
+        f"weights in several files, or in the format of one file, are not read: where you trust"
+        f" them, load them in diffusers (from_single_file({name!r}) for one file), call"
+        f" save_pretrained(FOLDER), and give that folder, with {CONFIG} and {WEIGHTS}"
+    )
+
+
+def _load(path: str, folder: Path, name: str, weights: str, group: Group) -> DiffusersTokenizer:
     try:
         diffusers = importlib.import_module("diffusers")
     except ImportError as error:
@@ -288,6 +313,7 @@ def _load(path: str, folder: Path, name: str, group: Group) -> DiffusersTokenize
     try:
         loaded, report = getattr(diffusers, name).from_pretrained(
             folder,
+            variant=variant[1] if (variant := _VARIANT.fullmatch(weights)) else None,
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
@@ -306,10 +332,10 @@ def _load(path: str, folder: Path, name: str, group: Group) -> DiffusersTokenize
     ) as error:
         raise ValueError(f"diffusers:{path}: cannot be loaded: {error}") from error
     if report["missing_keys"]:  # diffusers draws them at random, and warns
-        raise ValueError(f"diffusers:{path}: {WEIGHTS} lacks {', '.join(report['missing_keys'])}")
+        raise ValueError(f"diffusers:{path}: {weights} lacks {', '.join(report['missing_keys'])}")
     for tensor, values in loaded.state_dict().items():
         if not values.isfinite().all():
             raise ValueError(
-                f"diffusers:{path}: {WEIGHTS} has NaN or infinity in {tensor}: use another copy"
+                f"diffusers:{path}: {weights} has NaN or infinity in {tensor}: use another copy"
             )
     return DiffusersTokenizer(loaded, group).eval().requires_grad_(False)

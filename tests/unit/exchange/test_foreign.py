@@ -271,6 +271,28 @@ def test_weights_that_are_pickles_are_refused(tmp_path, random_folder):
     refuse(tmp_path, WEIGHTS, "diffusion_pytorch_model.bin", "pickles")
 
 
+def test_one_variant_of_the_weights_is_read(tmp_path, random_folder, digits):
+    network = build_network().half()
+    network.save_pretrained(tmp_path, variant="fp16")
+    assert not (tmp_path / WEIGHTS).exists()
+    image = to_float(digits[:2])
+    found, whole = (load_diffusers(str(each)) for each in (tmp_path, random_folder))
+    torch.testing.assert_close(found.encode(image), whole.encode(image), atol=1e-3, rtol=0)
+    assert next(found.parameters()).dtype == torch.float32
+    (tmp_path / "diffusion_pytorch_model.ema.safetensors").write_bytes(b"")
+    refuse(tmp_path, "diffusion_pytorch_model.ema.safetensors", f"rename one of them to {WEIGHTS}")
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_a_single_file_is_told_how_to_become_a_folder(tmp_path, random_folder, described):
+    single = tmp_path / "sdxl_vae.safetensors"
+    single.write_bytes(b"")
+    if described:
+        (tmp_path / "config.json").write_text((random_folder / "config.json").read_text())
+    refuse(tmp_path, "from_single_file('sdxl_vae.safetensors')", "save_pretrained(FOLDER)")
+    refuse(single, "is a file", "from_single_file('sdxl_vae.safetensors')")
+
+
 def test_damaged_weights_are_named(tmp_path, random_folder):
     (tmp_path / "config.json").write_text((random_folder / "config.json").read_text())
     (tmp_path / WEIGHTS).write_bytes(b"not tensors")
