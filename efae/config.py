@@ -610,6 +610,14 @@ class Config:
             " model.level=regularized",
         )
         require(
+            model.kind == "diffusers"
+            or start.train == "both"
+            or (given and start.train == "decoder"),
+            f"start.train={start.train} with model.kind={model.kind} and"
+            f" start.model={start.model!r}: the other network would keep its random weights; set"
+            " both, or decoder for the encoder of a start.model",
+        )
+        require(
             given or not start.symmetrize,
             "start.symmetrize=True without an autoencoder of diffusers as start.model: use"
             " model.level=exact",

@@ -57,7 +57,7 @@ class FineTuning(nn.Module):
         if draws.element is not None:
             latent, acted = model.act(draws.element, latent), model.act(draws.element, mean)
             image = act_on_grid(model.group, draws.element, image)
-        if model.config.model.level == "regularized":
+        if model.config.model.level == "regularized" and not model.config.freezes_latent:
             pair = pair_error(model.bounded(image), acted, bottleneck.mean_power())
             terms = terms + weights.pair_weight * pair
         if model.training and not model.config.freezes_latent:

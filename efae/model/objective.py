@@ -206,7 +206,7 @@ class Objective(nn.Module):
             terms = terms + config.loss.kl_weight * nats_per_value
         if bottleneck.kind == "running":
             terms = terms + bottleneck.scale_penalty(encoded)
-        if config.model.level == "regularized":
+        if config.model.level == "regularized" and not config.freezes_latent:
             pair = pair_error(model.bounded(image), acted, bottleneck.mean_power())
             terms = terms + config.loss.pair_weight * pair
         return terms

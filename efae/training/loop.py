@@ -40,8 +40,8 @@ class Start:
         rate_factor: Factor on every learning rate; below 1 after training has diverged.
         micro_batch_size: Maximum number of images per forward pass; 0 leaves it to the
             configuration.
-        source: Model that flow.distill_from or start.model names, frozen, on the device; None if
-            they name none, or if the run resumes and no step needs it.
+        source: Model that flow.distill_from or start.model names, frozen; on the device, as far as
+            steps need it. None if they name none, or if the run resumes and no step needs it.
     """
 
     checkpoint: Checkpoint | None = None

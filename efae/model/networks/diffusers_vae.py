@@ -144,6 +144,11 @@ def describe(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
         read_factors(architecture)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"describes no {name}: {error!r}") from error
+    if architecture.get("out_channels", colours) != colours:
+        raise ValueError(
+            f"describes {name} from {colours} to {architecture['out_channels']} colours, which"
+            " reconstructs no image"
+        )
     return colours, channels, 2 ** (len(blocks) - 1)
 
 

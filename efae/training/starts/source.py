@@ -83,6 +83,13 @@ def adopt_pretrained(config: Config) -> Config:
         faults.append(f"data.channels={config.data.channels}: its images have {colours} colours")
     if counts is not None and sum(counts) + counts[-1] != channels:
         faults.append(f"representation.multiplicities={counts}: its latents have {channels}")
+    precisions = (config.training.precision, config.training.evaluation_precision)
+    if "fp16" in precisions and architecture.get("force_upcast"):
+        faults.append(
+            "fp16 as training.precision or training.evaluation_precision: its config.json has"
+            " force_upcast, because its activations overflow there; use bf16, or set force_upcast"
+            " to false if they do not"
+        )
     if any(side % f for side in config.data.image_size):
         faults.append(f"data.resolution={config.data.resolution}: must be a multiple of {f}")
     if faults:
@@ -241,12 +248,18 @@ def describe_source(config: Config) -> dict[str, str]:
 def load_source(config: Config, process: Process) -> Autoencoder:
     """Load the model that a run started from, out of the run's folder.
 
+    What steps need is on the device: a teacher, or the encoder of an anchor.
+
     Raises:
         CheckpointError: It is missing or damaged.
         StorageError: The storage refuses or does not answer.
     """
-    stored = read_model(locate_copy(config).uri)
-    return Autoencoder.restore(stored, str(process.device)).float()
+    source = Autoencoder.restore(read_model(locate_copy(config).uri)).float()
+    if config.flow.distill_from:
+        return source.to(process.device)
+    if config.start.anchor_weight:  # needs no more than this network in every step
+        source.encoder.to(process.device)
+    return source
 
 
 def start_from(state: TrainState, source: Autoencoder) -> None:

@@ -215,6 +215,38 @@ def test_the_loss_is_that_of_its_terms(folders):
     torch.testing.assert_close(measure(anchored, restore(config)), plain)
 
 
+def test_a_frozen_encoder_encodes_once_per_step(folders):
+    """The pair term would have no gradient."""
+    frozen = {"start.train": "decoder"}
+    losses = [
+        measure(configure(folders / "AutoencoderKL", **frozen, **{"model.level": level}))
+        for level in ("regularized", "objective")
+    ]
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
+
+
+def test_only_the_encoder_of_an_anchor_takes_memory_of_the_device(folders, tmp_path):
+    where = {"ray.storage_uri": str(tmp_path / "runs"), "start.anchor_weight": 0.1}
+    config = configure(folders / "AutoencoderKL", **where)
+    copy_source(config, NOWHERE)
+    source = load_source(config, Process(torch.device("meta")))
+    assert {p.device.type for p in source.encoder.parameters()} == {"meta"}
+    assert {p.device.type for p in source.decoder.parameters()} == {"cpu"}
+
+
+def test_combinations_without_sense_are_refused(folders):
+    unet = {"model.kind": "unet", "model.level": "exact"}
+    for match, overrides in (
+        ("start.train=encoder with model.kind=unet", {**unet, "start.train": "encoder"}),
+        ("use bf16", {"training.precision": "fp16"}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            configure(folders / "AutoencoderKL", **overrides)
+    configure(folders / "AutoencoderTiny", **{"training.precision": "fp16"})
+    with pytest.raises(ValueError, match=r"start\.train=decoder with"):
+        with_overrides(Config(), {"start.train": "decoder"})
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -457,6 +489,7 @@ def test_bad_folders_are_refused_with_the_reason(folders, tmp_path):
     )
     refuse("need finite numbers", describe(latents_mean=[0.0], latents_std=[1.0] * 4))
     refuse("need finite numbers", describe(scaling_factor=-1.0))
+    refuse("from 3 to 1 colours", describe(out_channels=1))
     refuse("its latents have 4", nothing, **{"representation.multiplicities": (3, 0, 0, 0, 1)})
     refuse("its images have 3 colours", nothing, **{"data.channels": 1})
     with pytest.raises(ValueError, match="no such folder; models are not downloaded"):
