@@ -1,7 +1,7 @@
 """Our autoencoder as a diffusers model, with the calling convention of AutoencoderKL.
 
 Code for latent diffusion trains and samples on it unchanged, and pipelines save and load it.
-Latents have unit scale: scaling_factor is 1, shift_factor 0.
+Latents are those of `Autoencoder.encode`, scaled already: scaling_factor is 1, shift_factor 0.
 A saved pipeline names this module, and diffusers loads it only where the caller has imported it.
 
 The decoder is a flow, so an image also depends on noise. `decode` draws it from the generator that
@@ -115,22 +115,22 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Encode images in [-1, 1] to the distribution of their latents.
 
-        With bottleneck "rms" it is a point: `sample` returns the mode. Images of any size are
-        taken and padded as in `Autoencoder.encode`.
+        With bottleneck "rms" it is a point: `sample` returns the mode. A fine-tuned AutoencoderKL
+        has its own posterior. Images of any size are taken and padded as in `Autoencoder.encode`.
 
         Raises:
             ValueError: The images have another number of channels than the model.
         """
         with self._precision():
             parts = [
-                self.autoencoder.encode(part.to(self.dtype), tile=self._tile)
+                self.autoencoder.encode_posterior(part.to(self.dtype), tile=self._tile)
                 for part in self._slices(x)
             ]
-        mean = torch.cat(parts).to(self.dtype)
-        spread = self.autoencoder.spread().to(mean).expand_as(mean)
+        mean = torch.cat([latent for latent, _ in parts]).to(self.dtype)
+        spreads = [spread for _, spread in parts if spread is not None]
+        spread = torch.cat(spreads).to(mean) if spreads else torch.zeros_like(mean)
         posterior = DiagonalGaussianDistribution(
-            torch.cat([mean, 2 * spread.log()], 1),
-            deterministic=self.autoencoder.config.model.bottleneck != "kl",
+            torch.cat([mean, 2 * spread.log()], 1), deterministic=not spreads
         )
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 

@@ -247,6 +247,45 @@ class Autoencoder(Compilable):
                 dtype, or another number of channels than the model; or the tile is no multiple of
                 f, or too small.
         """
+        padded = self._pad(image)
+
+        def bounded(image: Tensor) -> Tensor:
+            return self.bounded(image, tile)
+
+        return self.normalize(self.call_filled(bounded, padded))
+
+    def encode_posterior(
+        self, image: Float[Tensor, "b c h w"], *, tile: int | None = None
+    ) -> tuple[Float[Tensor, "b dim lh lw"], Float[Tensor, "b dim lh lw"] | None]:
+        """Encode images to latents and the standard deviations of the posteriors around them.
+
+        Args:
+            image: Images.
+            tile: Side of a tile in pixels, as `encode` takes it.
+
+        Returns:
+            What `encode` returns, and deviations; None for points. Those of a pretrained encoder
+            are its own for each image as it is and, in a learned basis, for each channel alone.
+
+        Raises:
+            ValueError: As that of `encode`.
+        """
+        bottleneck = self.bottleneck
+        if bottleneck.kind == "posterior" and tile is None and self.tile is None:
+            padded = self._pad(image)
+            with self._at_precision(padded.device):
+                bounded, spread = self.posterior(padded)
+            if spread is not None:
+                spread = bottleneck.normalize_spread(spread, self.basis)
+            return self.normalize(bounded), spread
+        latent = self.encode(image, tile=tile)
+        if bottleneck.kind != "kl":
+            return latent, None
+        spread = (bottleneck.log_variance / 2).exp()[bottleneck.copy_of_channel, None, None]
+        return latent, bottleneck.normalize(spread).expand_as(latent)
+
+    def _pad(self, image: Tensor) -> Tensor:
+        """Check images, and pad them to whole cells; the first time with a warning."""
         _require_floats(
             "image",
             image,
@@ -262,27 +301,15 @@ class Autoencoder(Compilable):
                 f"images of {h} x {w} pixels are padded to {height} x {width}: model.downsampling="
                 f"{f} does not divide them; decode(..., size=({h}, {w})) crops the padding off"
                 " (this warning is shown once per model)",
-                stacklevel=2,
+                stacklevel=3,
             )
-
-        def bounded(image: Tensor) -> Tensor:
-            return self.bounded(image, tile)
-
-        return self.normalize(self.call_filled(bounded, padded))
+        return padded
 
     def act(
         self, element: Element | Sequence[Element] | Tensor, latent: Float[Tensor, "b dim lh lw"]
     ) -> Float[Tensor, "b dim lh lw"]:
         """Act on channels and grid of a latent by one element, or by one element per example."""
         return self.representation.act(element, latent)
-
-    def spread(self) -> Float[Tensor, "dim 1 1"]:
-        """Return the posterior's standard deviation around `encode`; 0 but for bottleneck "kl"."""
-        bottleneck = self.bottleneck
-        if bottleneck.kind != "kl":
-            return bottleneck.power.new_zeros(self.representation.dim, 1, 1)
-        spread = (bottleneck.log_variance / 2).exp()[bottleneck.copy_of_channel, None, None]
-        return bottleneck.normalize(spread)
 
     def velocity(
         self,

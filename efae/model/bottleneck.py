@@ -152,6 +152,25 @@ class Bottleneck(nn.Module):
         moved = basis.to_irreps(basis.from_irreps(latent) / scale) if basis else latent / scale
         return moved + self._shift(latent, basis)
 
+    def normalize_spread(
+        self, spread: Float[Tensor, "b dim h w"], basis: Basis | None = None
+    ) -> Float[Tensor, "b dim h w"]:
+        """Scale deviations of an encoder's own posterior as `normalize` scales its means.
+
+        Args:
+            spread: Standard deviations, in the basis of the networks.
+            basis: Basis of the irreps, in which the result is, channel by channel, without the
+                correlations between channels; None for that of the networks.
+        """
+        if self._factors is None:
+            scaled = spread / self._scale(spread.dtype)
+        else:
+            scaled = spread * like(spread, self._factors.scale)
+        if basis is None:
+            return scaled
+        squares = basis.matrix().square().to(scaled.dtype)
+        return torch.einsum("ji,bjhw->bihw", squares, scaled.square()).sqrt()
+
     def _shift(self, latent: Tensor, basis: Basis | None) -> Tensor:
         """Return the invariant part of the factors' shift, in the basis of the irreps."""
         assert self._factors is not None

@@ -17,6 +17,7 @@ from efae.config_forms import with_overrides
 from efae.evaluation.evaluate import measure_drift
 from efae.evaluation.fitted_action import FittedAction
 from efae.evaluation.measures import to_float
+from efae.exchange.diffusers_adapter import AutoencoderEFAE
 from efae.exchange.diffusers_tokenizer import load_diffusers, read_pretrained
 from efae.model.autoencoder import Autoencoder
 from efae.model.fine_tuning import FineTuning
@@ -388,6 +389,33 @@ def test_an_encoder_that_did_not_move_has_no_drift(folders, tmp_path, name):
             parameter.add_(0.5)  # the bias of all channels
     if name == "AutoencoderKL":
         assert measure_drift(model, original, images) == pytest.approx(0.25 / variance)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_adapter_has_the_posterior_of_the_autoencoder(folders, tmp_path, name):
+    model = restore(configure(folders / name, **{"start.anchor_weight": 0.1}))
+    model.save_pretrained(tmp_path)
+    vae = AutoencoderEFAE.from_pretrained(tmp_path)
+    found = vae.encode(IMAGE).latent_dist
+    assert torch.equal(found.mean, model.encode(IMAGE))
+    network = getattr(diffusers, name).from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    with torch.no_grad():
+        if name != "AutoencoderKL":
+            assert found.deterministic
+            return
+        own = network.encode(IMAGE).latent_dist
+        torch.testing.assert_close(found.std, own.std * 0.5)
+        sample = found.sample(torch.Generator().manual_seed(0))
+        expected = own.sample(torch.Generator().manual_seed(0)) * 0.5
+        torch.testing.assert_close(sample, expected)
+        turned = vae.decode(vae.act(D4["rot90"], sample)).sample
+        torch.testing.assert_close(turned, network.decode(vae.act(D4["rot90"], expected) / 0.5)[0])
+    based = restore(configure(folders / name, **{"representation.learned_basis": True}))
+    with torch.no_grad():
+        _, spread = based.encode_posterior(IMAGE)
+        basis, deviation = based.basis.matrix().float(), own.std.movedim(1, -1) * 0.5
+        whole = basis.T @ torch.diag_embed(deviation**2) @ basis
+    torch.testing.assert_close(spread.movedim(1, -1) ** 2, whole.diagonal(dim1=-2, dim2=-1))
 
 
 def test_channels_that_change_keep_no_shift_and_share_a_scale(folders, tmp_path):
