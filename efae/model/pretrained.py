@@ -326,7 +326,7 @@ def check_weights(stored: StoredModel, expected: Mapping[str, Tensor]) -> None:
 def describe_latent(config: Config, representation: Representation) -> dict[str, Any]:
     """Return the settings that latent-diffusion code reads, in diffusers' names, and the action.
 
-    Latents have unit scale, so the scaling factor is 1 and the shift 0. Pipelines compute the
+    Latents are scaled already, so the scaling factor is 1 and the shift 0. Pipelines compute the
     pixels per latent cell as 2 ** (len(block_out_channels) - 1); block_out_channels is left out if
     they are no power of two.
     """
