@@ -612,7 +612,7 @@ class Config:
         require(
             model.kind == "diffusers"
             or start.train == "both"
-            or (given and start.train == "decoder"),
+            or (bool(start.model) and not (given and start.train == "encoder")),
             f"start.train={start.train} with model.kind={model.kind} and"
             f" start.model={start.model!r}: the other network would keep its random weights; set"
             " both, or decoder for the encoder of a start.model",
@@ -726,7 +726,7 @@ class Config:
         They then keep its factors: shift and scale are not measured anew.
         """
         start = self.start
-        return bool(start.model) and (start.train == "decoder" or start.anchor_weight > 0)
+        return start.is_diffusers and (start.train == "decoder" or start.anchor_weight > 0)
 
     def choose_compilation(self, device_type: str) -> Literal["none", "blocks", "step"]:
         """Return training.compile with "auto" resolved: blocks on "cuda" if shapes are few."""
