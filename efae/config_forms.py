@@ -95,13 +95,18 @@ def list_changes(before: AnyConfig, now: AnyConfig) -> list[tuple[str, str]]:
 
 
 def write_option(key: str, value: Any) -> str:
-    """Return a setting as an option of the command line."""
+    """Return a setting as an option of the command line, quoted for a shell."""
     section, _, last = key.replace("_", "-").rpartition(".")
     prefix = f"--{section}." if section else "--"
     if isinstance(value, bool):
         return f"{prefix}{'' if value else 'no-'}{last}"
-    values = cast(Sequence[Any], value) if isinstance(value, list | tuple) else [value]
-    return f"{prefix}{last} " + " ".join(shlex.quote(str(entry)) for entry in values)
+    return " ".join([f"{prefix}{last}", *map(shlex.quote, _list_words(value))])
+
+
+def _list_words(value: Any) -> list[str]:
+    if isinstance(value, list | tuple):
+        return [word for entry in cast(Sequence[Any], value) for word in _list_words(entry)]
+    return [str(value)]
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:

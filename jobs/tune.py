@@ -24,7 +24,7 @@ from pydantic.dataclasses import dataclass
 
 from data_pipelines.commands import run_command
 from efae.config import Config
-from efae.config_forms import rename_options
+from efae.config_forms import flatten, rename_options, write_option
 from efae.presets import PRESETS
 from efae.sweep.config import SweepConfig
 from efae.tracking.server import Server
@@ -34,6 +34,8 @@ LOG_LEVELS = {
     "ray.tune": logging.WARNING,
     "ray.tune.tune": logging.ERROR,  # it recommends Tuner.restore
 }
+OF_THE_SWEEP = ("tracking.run_name", "resume")
+"""Settings that a sweep chooses for its trials."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,28 @@ def main(arguments: list[str]) -> int:
     except (Interrupted, KeyboardInterrupt):
         print(f"stopped; {again}", file=sys.stderr)
         return 130
-    print_summary(found, preset, config.tracking.report_folder)
+    print_summary(found, preset, config)
     return 0
 
 
-def print_summary(found: Mapping[str, Any], preset: str, report_folder: str) -> None:
+def write_command(found: Mapping[str, Any], preset: str, config: Config) -> str:
+    """Return the command that trains the best trial's configuration.
+
+    Args:
+        found: Content of sweep.json.
+        preset: Name of the preset.
+        config: The preset with the overrides of the command line.
+    """
+    from efae.sweep.space import list_overrides
+
+    usual = flatten(PRESETS[preset][1])
+    changed = {key: value for key, value in flatten(config).items() if value != usual[key]}
+    changed |= list_overrides(found["best"]["config"], found["dim"])
+    options = [write_option(k, v) for k, v in changed.items() if k not in OF_THE_SWEEP]
+    return " ".join(["python jobs/train.py", preset, *options])
+
+
+def print_summary(found: Mapping[str, Any], preset: str, config: Config) -> None:
     """Print what was found, and what to do next."""
     from efae.report.html import write_split
 
@@ -105,7 +124,7 @@ def print_summary(found: Mapping[str, Any], preset: str, report_folder: str) -> 
     states = [trial["state"] for trial in found["trials"]]
     counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
     report = "report/report.html among the artifacts of the sweep's run in MLflow"
-    if report_folder:
+    if report_folder := config.tracking.report_folder:
         report = f"{report_folder}/{found['sweep_name']}/report.html"
     values = ", ".join(f"{value:.2f}" for value in best["values"])
     split = "not measured"
@@ -113,7 +132,6 @@ def print_summary(found: Mapping[str, Any], preset: str, report_folder: str) -> 
         split = f"{write_split(linear['multiplicities'])} (A1+A2+B1+B2+E)"
         split += f", {linear['linear_psnr']:.2f} dB"
     combination = "".join(f"\n    {key} = {value}" for key, value in best["config"].items())
-    options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in best["config"].items())
     print(
         f"""
 {found["sweep_name"]}: {len(states)} trials ({counts}) in {cost["wall_seconds"] / 60:.1f} minutes,\
@@ -125,7 +143,7 @@ def print_summary(found: Mapping[str, Any], preset: str, report_folder: str) -> 
 
 next:
   report     {report}
-  train it   python jobs/train.py {preset} {options}
+  train it   {write_command(found, preset, config)}
   promote    python jobs/promote.py --model {best["model_uri"]}
 """,
         flush=True,

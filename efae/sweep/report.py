@@ -23,6 +23,7 @@ from efae.sweep.reported_trials import (
     describe,
     read_trials,
 )
+from efae.sweep.space import list_overrides
 from efae.sweep.study import FEWEST_TRIALS, rate_knobs
 from efae.sweep.surface import (
     FEWEST_FINISHED,
@@ -85,7 +86,7 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
     stars = [trial.key for trial in chosen]
     if pairs:
         draw_pareto(trials, pairs, stars, folder / "pareto.png")
-    importances = rate_knobs(trials, metric, _knobs(sweep["space"]))
+    importances = rate_knobs(trials, metric, list(sweep["space"]))
     if importances:
         draw_importance(importances, folder / "importance.png")
     # The latent's size is known before training and has no curve.
@@ -109,7 +110,9 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
         best=best,
         best_trial=chosen[0] if chosen else None,
         best_numbers={trial.number for trial in chosen},
-        about_channels=any(name in sweep["space"] for name in (ROTATION, SPLIT, MULTIPLICITIES)),
+        about_channels=any(
+            name.startswith((ROTATION, SPLIT, MULTIPLICITIES)) for name in sweep["space"]
+        ),
         theory=_compare(trials, surface, sweep, prediction) if best and prediction else None,
         closed_form=closed_form,
         linear=_compare(trials, surface, sweep, linear) if best and linear else None,
@@ -130,7 +133,7 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
         no_importance=_why_no_importance(trials, metric, sweep["space"]),
         learned=learned,
         metrics=_shown_metrics(trials, sweep["objectives"]),
-        other_knobs=[k for k in sweep["space"] if k not in (ROTATION, SPLIT, MULTIPLICITIES)],
+        other_knobs=[k for k in sweep["space"] if k not in (ROTATION, SPLIT)],
         space={name: _write_range(choices) for name, choices in sweep["space"].items()},
         saved=_saved(sweep["cost"]),
         duration=write_duration,
@@ -243,14 +246,6 @@ def _shown_metrics(trials: Sequence[Trial], objectives: Sequence[Mapping[str, st
     return [name for name in names if any(name in trial.metrics for trial in trials)]
 
 
-def _knobs(space: Mapping[str, Any]) -> list[str]:
-    """Return the knobs to rate; the multiplicities count as the two knobs of a split."""
-    knobs = [name for name in space if name != MULTIPLICITIES]
-    if MULTIPLICITIES in space:
-        knobs += [name for name in (ROTATION, SPLIT) if name not in knobs]
-    return knobs
-
-
 def _why_no_surface(ends: Sequence[End]) -> str:
     places = {end.position for end in ends}
     if len(places) < FEWEST_POSITIONS:
@@ -266,7 +261,7 @@ def _why_no_surface(ends: Sequence[End]) -> str:
 
 def _why_no_importance(trials: Sequence[Trial], metric: str, space: Mapping[str, Any]) -> str:
     count = sum(trial.finished and metric in trial.metrics for trial in trials)
-    if len(_knobs(space)) < 2:
+    if len(space) < 2:
         return "the sweep had only one knob"
     if count < FEWEST_TRIALS:
         return f"finished trials: {count}, and it needs {FEWEST_TRIALS}"
@@ -275,12 +270,11 @@ def _why_no_importance(trials: Sequence[Trial], metric: str, space: Mapping[str,
 
 def _command(sweep: Mapping[str, Any]) -> str:
     """Return a command that trains the best configuration for longer."""
-    config: Mapping[str, Any] = sweep["best"]["config"]
-    flags = [write_option(name, config[name]) for name in sweep["space"] if name in config]
-    if "representation.dim" not in sweep["space"]:
-        flags.insert(0, write_option("representation.dim", sweep["dim"]))
-    flags.append(f"--training.steps {10 * sweep['steps']}")
-    return " \\\n    ".join(["python jobs/train.py PRESET", *flags])
+    searched = {k: v for k, v in sweep["best"]["config"].items() if k in sweep["space"]}
+    settings = {"representation.dim": sweep["dim"], **list_overrides(searched, sweep["dim"])}
+    settings["training.steps"] = 10 * sweep["steps"]
+    options = [write_option(key, value) for key, value in settings.items()]
+    return " \\\n    ".join(["python jobs/train.py PRESET", *options])
 
 
 def _write_range(choices: Mapping[str, Any]) -> str:

@@ -189,6 +189,19 @@ def apply_combination(config: Config, combination: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: A value is not allowed.
     """
+    return with_overrides(config, list_overrides(combination, config.representation.dim))
+
+
+def list_overrides(combination: Mapping[str, Any], dim: int) -> dict[str, Any]:
+    """Return a combination as values by key of the configuration.
+
+    Args:
+        combination: Values by key of the space.
+        dim: Number of latent channels.
+
+    Raises:
+        ValueError: The multiplicities exceed the channels.
+    """
     overrides = {k: v for k, v in combination.items() if not k.startswith(f"{_MULTIPLICITIES}.")}
     counts = {
         k.rpartition(".")[2]: v
@@ -199,12 +212,12 @@ def apply_combination(config: Config, combination: Mapping[str, Any]) -> Config:
         missing = [irrep for irrep in IRREPS if irrep not in counts]
         taken = sum(count * (2 if irrep == "e" else 1) for irrep, count in counts.items())
         if missing:
-            counts[missing[0]] = config.representation.dim - taken
+            counts[missing[0]] = dim - taken
         chosen = tuple(counts[irrep] for irrep in IRREPS)
         if min(chosen) < 0:
-            raise ValueError(f"more than representation.dim={config.representation.dim}: {counts}")
+            raise ValueError(f"more than representation.dim={dim}: {counts}")
         overrides[_MULTIPLICITIES] = chosen
-    return with_overrides(config, overrides)
+    return overrides
 
 
 def count_latent(config: Config) -> int:

@@ -24,10 +24,13 @@ from made_sweeps import (
     make_trial,
 )
 
+from efae.config_forms import with_overrides
 from efae.sweep.report import write_sweep_report
 from efae.sweep.reported_trials import choose_pairs, read_trials
+from efae.sweep.space import apply_combination
 from efae.sweep.study import find_front
 from efae.sweep.surface import find_ends, find_optimum, fit_surface
+from jobs import tune
 from jobs.train import parse_arguments
 from tests.unit.report.test_report import Page
 
@@ -116,6 +119,38 @@ def test_the_command_is_one_that_train_takes(page):
     config = parse_arguments(["quickstart", *flags])
     assert (config.representation.rotation_dims, config.representation.chirality_split) == (16, 0.5)
     assert (config.representation.dim, config.training.steps) == (DIM, 10 * STEPS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "combination"),
+    [
+        (
+            "quickstart_trial --sweep.trials 3 --training.steps 70",
+            {ROTATION: 8, SPLIT: 0.25, RATE: 0.0123456789},
+        ),
+        (
+            'fine_tune --start.model "diffusers:/models/my vae" --start.action split --output "a b"'
+            " --ray.no-use-gpu --data.resolution 64 96 --data.buckets 64 64 64 96 --resume never"
+            " --representation.group mirror --ray.num-workers 1 2 --data.cache-dir /cache"
+            " --sweep.objectives psnr worst_gap_db",
+            {f"{MULTIPLICITIES}.{k}": n for k, n in {"a2": 0, "b1": 1, "b2": 0, "e": 0}.items()},
+        ),
+        (
+            "photographs_64 --tracking.run-name named",
+            {"representation.learned_basis": True, "model.level": "objective"},
+        ),
+    ],
+)
+def test_the_job_ends_with_a_command_that_trains_the_best_trial(sweep, arguments, combination):
+    preset, config, _ = tune.parse_arguments(shlex.split(arguments))
+    best = sweep["best"] | {"config": combination}
+    command = tune.write_command(sweep | {"best": best, "dim": 4}, preset, config)
+    _, script, *options = shlex.split(command)
+    assert script == "jobs/train.py"
+    trial = apply_combination(with_overrides(config, {"representation.dim": 4}), combination)
+    # The sweep names its runs, and `adopt_pretrained` reads the channels of an autoencoder.
+    free = {"tracking.run_name": "", "resume": "auto", "representation.dim": 4}
+    assert with_overrides(parse_arguments(options), free) == with_overrides(trial, free)
 
 
 def test_every_trial_stands_in_the_table_in_its_state(page, sweep):
@@ -220,19 +255,20 @@ def test_several_objectives_have_a_front(tmp_path, sweep):
     assert "no best one was chosen" in text
 
 
-def test_five_multiplicities_are_two_knobs_too(tmp_path, sweep):
+def test_a_sweep_of_multiplicities_is_about_channels_too(tmp_path, sweep):
     def renamed(trial: dict[str, Any]) -> dict[str, Any]:
-        counts = list(trial["multiplicities"].values())
-        return trial | {"config": {MULTIPLICITIES: counts}}
+        counts = trial["multiplicities"].items()
+        return trial | {"config": {f"{MULTIPLICITIES}.{k}": n for k, n in counts if k != "a1"}}
 
     trials = [renamed(trial) for trial in sweep["trials"]]
-    choices = [trial["config"][MULTIPLICITIES] for trial in trials]
-    best = sweep["best"] | {"config": {MULTIPLICITIES: choices[13]}}
-    space = {MULTIPLICITIES: {"choices": choices}}
+    best = sweep["best"] | {"config": trials[13]["config"]}
+    choices = {"low": 0, "high": 8, "log": False, "step": 1}
+    space = dict.fromkeys(trials[13]["config"], choices)
     page = write(tmp_path, sweep | {"trials": trials, "space": space, "best": best})
     assert {path.stem for path in tmp_path.glob("*.png")} == {"surface", "importance", "curves"}
-    flag = f"--{MULTIPLICITIES} {' '.join(str(count) for count in choices[13])}"
-    assert flag in page.text
+    counts = trials[13]["multiplicities"].values()
+    assert f"--{MULTIPLICITIES} {' '.join(map(str, counts))} " in page.text
+    assert f"{trials[13]['multiplicities']['a1']} channels invariant" in words(page)
 
 
 def test_theory_may_be_the_best_or_known_by_the_surface_alone(tmp_path, sweep):
