@@ -24,7 +24,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from efae.evaluation.measures import gather_json, to_uint8
 from efae.evaluation.set_distances import Features
 
-_LPIPS_SMALLEST = 32
+LPIPS_SMALLEST = 32
 _SPATIAL_CHANNELS = 7
 _LPIPS_FILE = (
     "LPIPS needs torchvision's AlexNet weights, alexnet-owt-7be5be79.pth: run"
@@ -95,10 +95,10 @@ class Lpips(nn.Module):
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError for images that are too small for AlexNet."""
-        if min(height, width) < _LPIPS_SMALLEST:
+        if min(height, width) < LPIPS_SMALLEST:
             raise ValueError(
                 f"images of {height} x {width} pixels: LPIPS needs"
-                f" {_LPIPS_SMALLEST} at least; evaluate without its weights"
+                f" {LPIPS_SMALLEST} at least; evaluate without its weights"
             )
 
     def forward(

@@ -124,8 +124,24 @@ def draw_cells(
         return None
     height, width = cells
     whole = gcd(height, width)
-    part = drawn.randrange(max(1, whole // 4), whole)
+    part = drawn.randrange(_least_part(whole), whole)
     return height * part // whole, width * part // whole
+
+
+def _least_part(whole: int) -> int:
+    return max(1, whole // 4)
+
+
+def find_smallest_side(config: Config) -> int:
+    """Return the shorter side, in pixels, of the smallest images that the loss can see."""
+    f = config.model.downsampling
+    smallest: list[int] = []
+    for size in config.data.buckets or (config.data.image_size,):
+        side, whole = min(size), gcd(size[0] // f, size[1] // f)
+        if config.loss.scaling_probability:
+            side = side // f * _least_part(whole) // whole * f
+        smallest.append(side)
+    return min(smallest)
 
 
 class Objective(nn.Module):

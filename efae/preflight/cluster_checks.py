@@ -21,7 +21,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from data_pipelines import storage
 from data_pipelines.storage import Location
+from efae.config import Config
 from efae.generator_config import AnyConfig
+from efae.model.objective import find_smallest_side
 from efae.preflight import node_checks
 from efae.preflight.checks import Check, Outcome, merge_outcomes, run_check, run_checks
 from efae.preflight.driver_checks import RunData, list_checks, measure_data
@@ -245,8 +247,12 @@ def list_node_checks(
         yield "GPUs", partial(node_checks.check_gpus, gpus, precision, several)
     on_gpu = config.ray.use_gpu
     mode = config.choose_compilation("cuda" if on_gpu else "cpu")
-    if node.resources.get("GPU", 0) if on_gpu else trains and mode != "none":
+    has_workers = bool(node.resources.get("GPU", 0)) if on_gpu else trains
+    if has_workers and (on_gpu or mode != "none"):
         yield "compiler", partial(node_checks.check_compiler, mode, on_gpu)
+    if has_workers and isinstance(config, Config) and config.loss.lpips_weights:
+        side = find_smallest_side(config)
+        yield "LPIPS", partial(node_checks.check_lpips, config.loss.lpips_weights, side)
 
 
 def ask_nodes(

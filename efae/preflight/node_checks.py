@@ -267,5 +267,30 @@ def check_compiler(mode: str, on_gpu: bool) -> str:
         ) from error
 
 
+def check_lpips(weights: str, side: int) -> str:
+    """Check that LPIPS has its weights on this machine, and images that are large enough.
+
+    Args:
+        weights: Setting loss.lpips_weights.
+        side: Shorter side, in pixels, of the smallest images that the loss sees.
+
+    Raises:
+        ValueError: The file is missing or holds something else, or the images are too small.
+    """
+    from efae.evaluation.lpips_fid import LPIPS_SMALLEST, Lpips  # torch takes seconds
+
+    if side < LPIPS_SMALLEST:
+        raise ValueError(
+            f"loss.lpips_weights: a side of the smallest images in training has {side} pixels, and"
+            f" LPIPS needs {LPIPS_SMALLEST}: raise data.resolution, or set"
+            " loss.scaling_probability=0"
+        )
+    try:
+        Lpips(Path(weights))
+    except ValueError as error:
+        raise ValueError(f"loss.lpips_weights={error}") from error
+    return f"AlexNet in {weights}"
+
+
 def _gib(size: int) -> str:
     return f"{size / 2**30:.1f}"

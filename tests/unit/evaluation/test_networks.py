@@ -12,6 +12,8 @@ from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.evaluation import lpips_fid
 from efae.evaluation.lpips_fid import Inception, Lpips, load_fid, load_inception
+from efae.preflight.cluster_checks import Node, list_node_checks
+from efae.tracking.server import Server
 from efae.training.tasks.tokenizer import choose_perceptual
 from tests.unit.evaluation.test_evaluation import colour_fid
 
@@ -82,6 +84,22 @@ def test_lpips_refuses_small_images(lpips):
     lpips.check_size(32, 40)
     with pytest.raises(ValueError, match="31 x 40 pixels: LPIPS needs 32"):
         lpips.check_size(31, 40)
+
+
+def test_lpips_is_checked_on_every_node_that_trains_before_a_run(lpips):
+    node, overrides = Node("id", "name", {"CPU": 2.0}), {"loss.lpips_weights": str(lpips.path)}
+
+    def check(**more: object) -> str:
+        config = with_overrides(Config(), overrides | more)
+        server = Server("http://127.0.0.1:1")
+        checks = dict(list_node_checks(node, config, server, set(), None, 0))
+        return checks["LPIPS"]()
+
+    assert str(lpips.path) in check()
+    with pytest.raises(ValueError, match="has 8 pixels, and LPIPS needs 32: raise"):
+        check(**{"loss.scaling_probability": 0.5})
+    with pytest.raises(ValueError, match=r"loss\.lpips_weights=/no/such\.pth: no such file"):
+        check(**{"loss.lpips_weights": "/no/such.pth"})
 
 
 class Trap:

@@ -162,6 +162,12 @@ def test_scaling_shrinks_image_and_latent_together_by_whole_cells():
             assert (image.shape[-1], small.shape[-1]) == (4 * side, side)
         sizes.add(side)
     assert sizes == {1, 2, 3, 4}
+    assert objective.find_smallest_side(config) == 4 * min(sizes)
+    wide = {"data.buckets": [(64, 32), (48, 96)], "representation.group": "flips"}
+    wide = with_overrides(config, wide)  # 16 x 8 cells shrink to 4 x 2
+    assert objective.find_smallest_side(wide) == 8
+    unscaled = with_overrides(wide, {"loss.scaling_probability": 0.0})
+    assert objective.find_smallest_side(unscaled) == 32
 
 
 def test_scaling_commutes_with_the_group():
