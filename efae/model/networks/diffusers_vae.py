@@ -10,11 +10,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 """Classes of diffusers that can be fine-tuned."""
@@ -204,14 +205,38 @@ def build(architecture: str, recomputes: bool = False) -> Any:
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"start.architecture: refused by diffusers: {error}") from error
     if recomputes:
-        # In diffusers 0.42, an AutoencoderTiny that does encodes another range of pixels.
-        if settings["_class_name"] != "AutoencoderKL":
-            raise ValueError(
-                f"training.activation_memory: an {settings['_class_name']} cannot compute its"
-                " activations again; set 1"
-            )
-        network.enable_gradient_checkpointing()
+        _recompute(network, settings["_class_name"])
     return network
+
+
+def _recompute(network: Any, name: str) -> None:
+    """Have an autoencoder of the class compute activations again in the backward pass."""
+    if name == "AutoencoderKL":
+        network.enable_gradient_checkpointing()
+    elif name == "AutoencoderTiny":
+        # In diffusers 0.42, its own way encodes another range of pixels.
+        for half in (network.encoder, network.decoder):
+            half.layers = _Recomputed(*half.layers)
+    else:
+        for stages in (network.encoder.down_blocks, network.decoder.up_blocks):
+            for place, stage in enumerate(stages):
+                stages[place] = _Recomputed(*stage)
+
+
+class _Recomputed(nn.Sequential):
+    """Layers in sequence, whose blocks keep their input alone for the backward pass."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layers."""
+        for layer in self:
+            parts = list(layer.modules())
+            # A second pass would update the statistics of a batch normalisation again.
+            kept = len(parts) == 1 or any(isinstance(part, nn.BatchNorm2d) for part in parts)
+            if kept or not torch.is_grad_enabled():
+                input = layer(input)
+            else:
+                input = cast(Tensor, checkpoint(layer, input, use_reentrant=False))
+        return input
 
 
 def name_in_diffusers(name: str) -> str | None:

@@ -1,5 +1,6 @@
 """Fine-tuning of autoencoders of diffusers: the start, the loss, the result, and bad input."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -243,6 +244,39 @@ def test_combinations_without_sense_are_refused(folders):
     configure(folders / "AutoencoderTiny", **{"training.precision": "fp16"})
     with pytest.raises(ValueError, match=r"start\.train=decoder with"):
         with_overrides(Config(), {"start.train": "decoder"})
+
+
+@pytest.mark.parametrize("name", [*CLASSES, "with batch normalisation"])
+def test_recomputed_activations_give_the_same_bits_for_less_memory(folders, tmp_path, name):
+    folder = folders / name
+    if name not in CLASSES:
+        norms = ["batch_norm", "rms_norm", "rms_norm"]
+        settings = diffusers.AutoencoderDC.load_config(folders / "AutoencoderDC")
+        network = diffusers.AutoencoderDC.from_config(settings | {"decoder_norm_types": norms})
+        network.save_pretrained(folder := tmp_path / "batch")
+
+    def step(share: float) -> tuple[int, list[torch.Tensor]]:
+        config = configure(folder, **{"training.activation_memory": share})
+        model = copy.deepcopy(restore(config))
+        model.requires_grad_(True).train()
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        draws = draw(config, tuple(IMAGE.shape), torch.Generator().manual_seed(0))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = FineTuning(model)(IMAGE, draws)[0]
+        loss.sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        return sum(kept.values()), [loss, *model.buffers(), *gradients]
+
+    most, wanted = step(1.0)
+    least, got = step(0.0)
+    assert least < 0.9 * most, (least, most)
+    assert len(got) == len(wanted)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 @pytest.mark.parametrize(
