@@ -397,6 +397,7 @@ def publish(
     lineage = {  # for the gates of promotion, and for readers of the registry
         "run_name": config.tracking.run_name,
         "commit": config.tracking.commit,
+        "kind": config.model.kind,
         "level": config.model.level,
         "group": config.representation.group,
         "train_data": data.train.id,

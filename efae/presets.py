@@ -11,6 +11,7 @@ from efae.config import (
     OptimizerConfig,
     RayConfig,
     RepresentationConfig,
+    TrackingConfig,
     TrainingConfig,
 )
 from efae.generator_config import GeneratorConfig, LatentsConfig, NetworkConfig
@@ -133,6 +134,8 @@ FINE_TUNE = Config(
         held_out_images=512,
     ),
     ray=RayConfig(num_workers=1, use_gpu=True, cpus_per_worker=8, max_failures=20),
+    # Not "efae", whose champion has another latent and other weights.
+    tracking=TrackingConfig(registered_model="efae-vae"),
 )
 
 

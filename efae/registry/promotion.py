@@ -323,7 +323,9 @@ def _find_fault_of_gap(candidate: Contender, present: Contender | None, terms: T
         return f"unknown; {_measure_again(candidate, present)}"
     if mine - other <= Decimal(str(terms.gap_tolerance_db)):
         return None
-    return "not so; train with --model.level exact, or say with --gap-tolerance what you accept"
+    pretrained = candidate.tags.get("kind") == "diffusers"
+    exact = "--start.symmetrize --model.level exact" if pretrained else "--model.level exact"
+    return f"not so; train with {exact}, or say with --gap-tolerance what you accept"
 
 
 def _show(contender: Contender | None, keys: tuple[str, ...]) -> str:

@@ -80,6 +80,11 @@ def test_a_gap_may_be_larger_by_rounding_only(gap, fails):
     candidate = contender(2, metric_psnr="30", metric_worst_gap_db=gap)
     assert failing(candidate, CHAMPION) == (["gap"] if fails else [])
     assert failing(candidate, CHAMPION, gap_tolerance_db=20.0) == []
+    if fails:
+        assert "train with --model.level exact" in remark("gap", candidate, CHAMPION)
+        tuned = contender(3, metric_psnr="30", metric_worst_gap_db=gap, kind="diffusers")
+        said = remark("gap", tuned, CHAMPION)
+        assert "train with --start.symmetrize --model.level exact" in said
     assert failing(candidate, CHAMPION, gap_tolerance_db=0.0) == ["gap"]
 
 
