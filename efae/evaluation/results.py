@@ -310,6 +310,9 @@ def describe_protocol(
         "precision": _name_precision(model),
         "tile": model.tile if isinstance(model, Autoencoder) else None,
         "symmetrize": getattr(model, "symmetrize", None),
+        "passes": f"{len(model.group)} per encode and decode, averaged over {model.group.name}"
+        if getattr(model, "symmetrize", False)
+        else "1 per encode and decode",
         "lpips": None if lpips is None else lpips.protocol,
         "fid": None if fid is None else fid.protocol,
         "versions": {name: version(name) for name in ("torch", "torchmetrics")},

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -182,15 +182,9 @@ def write_comparison(directory: Path, cards: Mapping[str, Card], facts: Mapping[
         directory / "summary.json",
         {"models": {name: summarize(card.numbers, card.facts) for name, card in cards.items()}},
     )
-    # Models may have different groups: draw the elements that all of them share.
-    shared = [
-        g
-        for g in next(iter(cards.values())).numbers["gap_db"]
-        if all(g in card.numbers["gap_db"] for card in cards.values())
-    ]
+    cards, groups_differ = _share_elements(cards)
     draw_gaps(
-        {name: {g: card.numbers["gap_db"][g] for g in shared} for name, card in cards.items()},
-        directory / "gaps.png",
+        {name: card.numbers["gap_db"] for name, card in cards.items()}, directory / "gaps.png"
     )
     rotations = {
         name: card.numbers["rotations"] for name, card in cards.items() if card.numbers["rotations"]
@@ -203,6 +197,7 @@ def write_comparison(directory: Path, cards: Mapping[str, Card], facts: Mapping[
         title=" and ".join(cards),
         cards=cards,
         folders=folders,
+        groups_differ=groups_differ,
         rotations=rotations,
         drifts={
             name: drift
@@ -211,10 +206,48 @@ def write_comparison(directory: Path, cards: Mapping[str, Card], facts: Mapping[
         },
         exact={name: _is_exact(card.numbers) for name, card in cards.items()},
         facts={name: value for name, value in facts.items() if name != "credits"},
+        protocols=_list_protocols(cards),
         credits=_listed(facts.get("credits")),
         images=next(iter(cards.values())).numbers["images"],
         examples=len(next(iter(cards.values())).pictures.original),
     )
+
+
+def _share_elements(cards: Mapping[str, Card]) -> tuple[Mapping[str, Card], bool]:
+    """Return the cards with the elements that all models have, and whether some have others."""
+    found = [card.numbers["gap_db"] for card in cards.values()]
+    shared = [g for g in found[0] if all(g in gaps for gaps in found)]
+    if all(list(gaps) == shared for gaps in found):
+        return cards, False
+
+    def keep(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {g: values[g] for g in shared}
+
+    def restrict(numbers: Mapping[str, Any]) -> dict[str, Any]:
+        by_element = ("gap_db", "psnr_by_element", "encoder_error", "decoder_error_db")
+        kept = {**numbers, **{name: keep(numbers[name]) for name in by_element}}
+        kept["worst_gap_db"] = max(map(abs, kept["gap_db"].values()))
+        if fitted := numbers.get("fitted_action"):
+            errors = {name: keep(fitted[name]) for name in fitted if name.endswith("_error")}
+            kept["fitted_action"] = {**fitted, **errors}
+        return kept
+
+    return {
+        name: replace(card, numbers=restrict(card.numbers)) for name, card in cards.items()
+    }, True
+
+
+def _list_protocols(cards: Mapping[str, Card]) -> dict[str, dict[str, Any]]:
+    """Return what each model was measured with, by setting; a value for all has the key ""."""
+    listed: dict[str, dict[str, Any]] = {}
+    settings = {name: None for card in cards.values() for name in card.numbers["protocol"]}
+    for setting in settings:
+        values = {name: card.numbers["protocol"].get(setting) for name, card in cards.items()}
+        first = next(iter(values.values()))
+        same = all(value == first for value in values.values())
+        if not (same and first is None):
+            listed[setting] = {"": first} if same else values
+    return listed
 
 
 def _render(directory: Path, template: str, **context: Any) -> Path:

@@ -3,9 +3,11 @@
 import base64
 import io
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -284,7 +286,19 @@ def test_a_deterministic_tokenizer_has_no_empty_boxes(tmp_path, deterministic):
 
 def test_several_models_stand_side_by_side(tmp_path, evaluation, deterministic, config):
     numbers, pictures = deterministic
-    first = Card(evaluation.numbers(), evaluation.pictures, config, {"model_uri": "models:/a/1"})
+    mirror = ("identity", "flip_h")  # the second model's group; the first has all eight
+    names = ("gap_db", "psnr_by_element", "ssim_by_element", "encoder_error", "decoder_error_db")
+    numbers = numbers | {name: {g: numbers[name][g] for g in mirror} for name in names}
+    numbers["gap_db"]["flip_h"] = 7.25
+    pictures = SimpleNamespace(**vars(pictures) | {"acted": {g: pictures.acted[g] for g in mirror}})
+    errors = dict.fromkeys(evaluation.gap_db, 0.75) | {"identity": 0.0, "flip_h": 0.0625}
+    fitted: dict[str, Any] = {f"{k}_error": errors for k in ("spatial", "own", "fitted")}
+    fitted["representation_error"] = errors | {"rot90": 0.5, "flip_h": 0.03125}
+    fitted |= {"multiplicities": evaluation.multiplicities, "images": 4}
+    fitted["variance_by_irrep"] = evaluation.energy_by_irrep
+    measured = evaluation.numbers() | {"fitted_action": fitted}
+    measured["encoder_error"] = measured["encoder_error"] | {"flip_h": 0.1797, "rot90": 0.2891}
+    first = Card(measured, evaluation.pictures, config, {"model_uri": "models:/a/1"})
     second = Card(numbers, pictures, None, {"model_uri": "/models/vae"})
     cards = {"models:/a/1": first, "diffusers:<vae>": second}
     page = write_comparison(tmp_path, cards, {"data": "s3://set", "credits": FACTS["credits"]})
@@ -294,6 +308,17 @@ def test_several_models_stand_side_by_side(tmp_path, evaluation, deterministic, 
     assert "<vae>" not in html
     assert "7.25" in read.text
     assert "deterministic" in read.text
+    text = " ".join(read.text.split())
+    assert "over the elements that all of them have, identity, flip_h;" in text
+    # What the worst element is depends on those.
+    for one, other in (("0.1797", "0.2891"), ("0.03125; 0.0625", "0.75")):
+        assert one in text
+        assert other not in text
+    split = r"\+".join(str(count) for count in evaluation.multiplicities.values())
+    assert re.search(rf"explains encode\(g·x\) best\s*{split}\s*not fitted", text)
+    assert re.search(r"passes\s*1 per encode and decode", text)
+    assert f"models:/a/1: {evaluation.protocol['sampler']}" in text
+    assert "diffusers:<vae>: none" in text
     assert f"{min(found['psnr'] for found in first.numbers['rotations'].values()):.2f}" in read.text
     # The other one's angles, linear map, and three measures of a grid.
     assert read.text.count("not measured") == 6
