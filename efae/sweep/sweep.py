@@ -6,7 +6,7 @@ As for a single run, storage and MLflow hold all that a later driver needs to re
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def run_sweep(
     config = adopt_pretrained(config)
     chooser = Chooser(config, read_space(settings.space, config))
     check_settings(config, settings, chooser.space)
-    chooser.list_possible()
+    say(f"    {describe_size(chooser.list_possible(), settings.trials)}")
     data = RunData(config.data)
     run_preflight(config, data, server, say)
     closed_form = find_closed_form_split(config)
@@ -170,6 +170,24 @@ def check_settings(config: Config, settings: SweepConfig, space: Space) -> None:
                 f"sweep.objectives: {spatial[0]} needs latents of {FEWEST_CELLS} cells or more, but"
                 f" model.downsampling={factor} leaves {height // factor} x {width // factor}"
             )
+
+
+def describe_size(possible: Sequence[Any] | None, trials: int) -> str:
+    """Return how many models a space has, and how many of them the sweep leaves out.
+
+    Args:
+        possible: One combination for each model, from `Chooser.list_possible`.
+        trials: Setting sweep.trials.
+    """
+    if possible is None:
+        return f"the space is infinite or very large; sweep.trials={trials} of it are tried"
+    left = len(possible) - trials
+    if left <= 0:
+        return f"the space has {len(possible)} different models; all of them are tried"
+    return (
+        f"the space has {len(possible)} different models; sweep.trials={trials} leaves out {left}"
+        " of them"
+    )
 
 
 def _begin(

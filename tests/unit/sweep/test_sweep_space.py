@@ -12,7 +12,7 @@ from efae.model.autoencoder import build_representation
 from efae.presets import PRESETS
 from efae.sweep.config import OF_GRIDS, SweepConfig
 from efae.sweep.space import NAMED_SPACES, Chooser, apply_combination, count_latent, read_space
-from efae.sweep.sweep import check_settings
+from efae.sweep.sweep import check_settings, describe_size
 from efae.symmetry.representation import IRREPS
 
 QUICKSTART = PRESETS["quickstart"][1]
@@ -33,6 +33,23 @@ def test_a_named_space_holds_different_models_of_one_size(name, preset):
     splits = {tuple(model.multiplicities.values()) for model in models}
     assert len(splits) == len(models) > 12
     assert all(model.multiplicities["a1"] >= config.data.channels for model in models)
+
+
+def test_all_splits_of_an_autoencoders_channels_are_tried_or_counted():
+    counted: dict[int, str] = {}
+    for dim in (4, 8):
+        overrides = {"representation.dim": dim, "start.action": "split"}
+        config = with_overrides(PRESETS["fine_tune"][1], overrides)
+        chooser = Chooser(config, read_space("multiplicities", config))
+        possible = chooser.list_possible()
+        counted[dim] = describe_size(possible, SweepConfig().trials)
+        if dim == 4:  # three invariant channels, one for each colour, and one of any kind
+            models = [build_representation(apply_combination(config, c)) for c in possible]
+            splits = {tuple(model.multiplicities.values()) for model in models}
+            assert splits == {(4, 0, 0, 0, 0), (3, 1, 0, 0, 0), (3, 0, 1, 0, 0), (3, 0, 0, 1, 0)}
+    assert "has 4 different models; all of them are tried" in counted[4]
+    assert "has 47 different models; sweep.trials=16 leaves out 31" in counted[8]
+    assert "infinite" in describe_size(None, 16)
 
 
 def test_what_cannot_work_or_was_there_is_refused():
