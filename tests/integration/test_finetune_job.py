@@ -1,6 +1,8 @@
 """Fine-tuning on real servers: a lost worker, the folder it makes, and one copy of latents."""
 
 import signal
+import subprocess
+import sys
 
 import diffusers
 import pytest
@@ -40,6 +42,28 @@ def options(tmp_path_factory, whole_run) -> list[str]:
     ]
 
 
+STOCK_PIPELINE = """
+import sys
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+vae = AutoencoderKL.from_pretrained(sys.argv[1], low_cpu_mem_usage=False)
+channels, side = vae.config.latent_channels, 8
+transformer = DiTTransformer2DModel(
+    num_attention_heads=2, attention_head_dim=8, in_channels=channels, out_channels=2 * channels,
+    num_layers=1, sample_size=side,
+)
+pipeline = DiTPipeline(transformer, vae, DDIMScheduler())
+pipeline.set_progress_bar_config(disable=True)
+generator = torch.Generator().manual_seed(0)
+images = pipeline([1], generator=generator, num_inference_steps=2, output_type="np").images
+cell = 2 ** (len(vae.config.block_out_channels) - 1)
+assert images.shape == (1, cell * side, cell * side, vae.config.out_channels), images.shape
+assert not [name for name in sys.modules if name.split(".")[0] == "efae"]
+"""
+"""A pipeline of diffusers with an autoencoder from a folder, in a process without this package."""
+
+
 def test_a_lost_worker_changes_nothing_and_the_folder_is_of_its_class(
     options, local_stack, tmp_path, monkeypatch
 ):
@@ -53,6 +77,7 @@ def test_a_lost_worker_changes_nothing_and_the_folder_is_of_its_class(
     versions = [find_version(find_run(name)) for name in ("tuned", "tuned-killed")]
     assert versions[0].tags["digest"] == versions[1].tags["digest"]
 
+    subprocess.run([sys.executable, "-c", STOCK_PIPELINE, str(tmp_path / "vae")], check=True)
     vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae", low_cpu_mem_usage=False)
     model = efae.load(tmp_path / "vae")
     config = model.config
