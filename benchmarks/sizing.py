@@ -1,12 +1,23 @@
 """Requirements of a run by its size: the tables of docs/sizing.md.
 
     python -m benchmarks.sizing
+    python -m benchmarks.sizing --fine-tuning --batch 16
 
-Each formula follows from the code. For your own run, make another `Job`.
+Each formula follows from the code. For your own run, make another `Job`. With --fine-tuning,
+training steps of the preset fine_tune with SDXL's architecture are measured instead, on a GPU if
+there is one.
 """
 
+import json
+import resource
+import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from math import ceil, log
+from multiprocessing import get_context
+from typing import Any
+
+import tyro
 
 from data_pipelines.loading.epoch_plan import MOST_LANES, WINDOW_CHUNKS
 from data_pipelines.shards.chunks import LARGEST_BYTES
@@ -18,6 +29,19 @@ FETCH_THREADS, FETCH_SECONDS = 16, 30  # concurrent requests for chunks, and the
 FILE_SECONDS = 94  # timeout of one file of a checkpoint
 SEND_SECONDS, SYSTEM_SECONDS = 2, 10  # intervals of the tracker's requests and system metrics
 HEAD_BYTES, HEAD_BYTES_PER_WORKER = 4 * 2**30, 32 * 2**20  # the second is an assumption
+
+SDXL: dict[str, Any] = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+}
+"""Architecture of SDXL's autoencoder."""
 
 
 @dataclass(frozen=True)
@@ -169,5 +193,91 @@ def make_table(job: Job) -> str:
 IMAGENET = Job(gpus=8, images=1_281_167, image_bytes=30_000, parameters=72_509_060)
 LARGE = replace(IMAGENET, images=10_000_000, image_bytes=100_000)
 
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options."""
+
+    fine_tuning: bool = False
+    """Measure steps of fine-tuning instead of printing the tables."""
+    batch: int = 1
+    """Images per step."""
+    resolution: int = 256
+    """Side of the images, in pixels."""
+
+
+def measure_fine_tuning(
+    architecture: dict[str, Any], batch: int, resolution: int, activation_memory: float
+) -> dict[str, Any]:
+    """Take steps of fine-tuning with random weights, on a GPU if there is one.
+
+    Args:
+        architecture: Configuration of the autoencoder of diffusers.
+        batch: Images per step.
+        resolution: Side of the images, in pixels.
+        activation_memory: Setting training.activation_memory.
+
+    Returns:
+        Device, precision, images per second, and the peak of the memory in GiB: on a GPU that of
+        the tensors, else that of this process.
+    """
+    import torch
+
+    from benchmarks.gpu.models import TrainingStep
+    from efae.config_forms import with_overrides
+    from efae.model.networks.diffusers_vae import describe
+    from efae.presets import FINE_TUNE
+
+    on_gpu = torch.cuda.is_available()
+    device, precision = torch.device("cuda" if on_gpu else "cpu"), "bf16" if on_gpu else "fp32"
+    _, channels, cell = describe(architecture)
+    settings: dict[str, Any] = {
+        "data.resolution": resolution,
+        "start.model": "diffusers:random",
+        "start.architecture": json.dumps(architecture),
+        "representation.dim": channels,
+        "representation.multiplicities": (channels, 0, 0, 0, 0),
+        "model.downsampling": cell,
+        "model.patch_size": cell,
+        "training.global_batch_size": batch,
+        "training.precision": precision,
+        "training.activation_memory": activation_memory,
+    }
+    step = TrainingStep(with_overrides(FINE_TUNE, settings), device)
+    step()  # the optimizer makes its moments
+    began, count = time.monotonic(), 5 if on_gpu else 1
+    for _ in range(count):
+        step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if on_gpu:
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    seconds = time.monotonic() - began
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "precision": precision,
+        "images_per_second": count * batch / seconds,
+        "peak_gib": peak / 2**30,
+    }
+
+
+def main() -> None:
+    """Print the tables, or measure."""
+    chosen = tyro.cli(Arguments, description=__doc__)
+    if not chosen.fine_tuning:
+        print(make_table(IMAGENET), make_table(LARGE), sep="\n\n")
+        return
+    for share in (0.0, 1.0):  # each in a process of its own, whose peak is its own
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            run = process.submit(measure_fine_tuning, SDXL, chosen.batch, chosen.resolution, share)
+            row = run.result()
+        print(
+            f"SDXL's architecture, {chosen.batch} x {chosen.resolution} px,"
+            f" training.activation_memory={share:g}, {row['precision']} on {row['device']}:"
+            f" {row['images_per_second']:.3g} images/s, {row['peak_gib']:.1f} GiB",
+            flush=True,
+        )
+
+
 if __name__ == "__main__":
-    print(make_table(IMAGENET), make_table(LARGE), sep="\n\n")
+    main()

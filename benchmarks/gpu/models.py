@@ -8,6 +8,7 @@ from efae.config import Config
 from efae.config_forms import with_overrides
 from efae.evaluation.measures import to_float
 from efae.model.autoencoder import Autoencoder
+from efae.model.fine_tuning import FineTuning
 from efae.model.objective import Objective, draw
 from efae.model.precision import float32_arithmetic
 from efae.presets import PRESETS
@@ -76,7 +77,8 @@ class TrainingStep:
         self.config, self.device = config, device
         self.state = TrainState.create(config, device)
         wake(self.state.model).train()
-        objective = Objective(self.state.model)
+        has_flow = self.state.model.has_flow
+        objective = (Objective if has_flow else FineTuning)(self.state.model)
         size = config.training.micro_batch_size
         prepare(objective, config, device, one_pass=size == 0)
         self._accumulate = Accumulation(objective, self.state, config, size)

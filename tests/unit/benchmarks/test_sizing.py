@@ -38,3 +38,10 @@ def test_the_formulas_have_the_numbers_of_the_code():
     with torch.random.fork_rng(devices=[]):
         parameters = sum(weight.numel() for weight in Autoencoder(IMAGENET_256).parameters())
     assert parameters == sizing.IMAGENET.parameters
+
+
+def test_steps_of_fine_tuning_are_measured():
+    small = sizing.SDXL | {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4}
+    found = sizing.measure_fine_tuning(small, batch=2, resolution=16, activation_memory=0.0)
+    assert found["images_per_second"] > 0
+    assert 0.01 < found["peak_gib"] < 64
