@@ -226,7 +226,7 @@ def _share_elements(cards: Mapping[str, Card]) -> tuple[Mapping[str, Card], bool
     def restrict(numbers: Mapping[str, Any]) -> dict[str, Any]:
         by_element = ("gap_db", "psnr_by_element", "encoder_error", "decoder_error_db")
         kept = {**numbers, **{name: keep(numbers[name]) for name in by_element}}
-        kept["worst_gap_db"] = max(map(abs, kept["gap_db"].values()))
+        kept["worst_gap_db"] = max(abs(float(gap)) for gap in kept["gap_db"].values())
         if fitted := numbers.get("fitted_action"):
             errors = {name: keep(fitted[name]) for name in fitted if name.endswith("_error")}
             kept["fitted_action"] = {**fitted, **errors}

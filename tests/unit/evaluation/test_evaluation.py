@@ -1,10 +1,13 @@
 """The measures: against closed forms, an exact model, models that are not, and each other."""
 
+import copy
 import json
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +28,7 @@ from efae.evaluation.measures import (
     to_float,
 )
 from efae.evaluation.protocol import FlowTokenizer
-from efae.evaluation.results import CHOSEN
+from efae.evaluation.results import CHOSEN, describe_protocol
 from efae.model.autoencoder import Autoencoder
 from efae.model.closed_form import Moments, fit_linear_map, set_linear_paths
 from efae.symmetry import D4, FLIPS, Representation
@@ -251,12 +254,19 @@ def test_cells_too_large_to_fit_have_no_linear_map():
     assert "48 x 48 pixels has 6912 values" in result.protocol["linear_psnr"]
 
 
-def test_the_protocol_says_how(measured):
+def test_the_protocol_says_how(measured, models):
     protocol = measured["exact"].protocol
     assert (protocol["images"], protocol["chosen_images"], protocol["seed"]) == (12, 12, 0)
     assert (protocol["sampler"], protocol["sampler_steps"]) == ("euler", 2)
     assert protocol["data_range"] == 2
     assert set(protocol["versions"]) == {"torch", "torchmetrics"}
+    assert protocol["passes"] == "1 per encode and decode"
+    averaged = copy.copy(models["exact"])
+    averaged.symmetrize = True
+    totals = SimpleNamespace(count=lambda name: 1)
+    part: Any = SimpleNamespace(totals=totals, closed_form_split={"a1": 12})
+    passes = describe_protocol(averaged, part, (), 0, None, None)["passes"]
+    assert passes == "8 per encode and decode, averaged over D4"
 
 
 def assert_same_numbers(one: dict, other: dict) -> None:

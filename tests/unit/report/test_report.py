@@ -320,8 +320,8 @@ def test_several_models_stand_side_by_side(tmp_path, evaluation, deterministic, 
     assert f"models:/a/1: {evaluation.protocol['sampler']}" in text
     assert "diffusers:<vae>: none" in text
     assert f"{min(found['psnr'] for found in first.numbers['rotations'].values()):.2f}" in read.text
-    # The other one's angles, linear map, and three measures of a grid.
-    assert read.text.count("not measured") == 6
+    # The other one's angles, linear map, its protocol, and three measures of a grid.
+    assert read.text.count("not measured") == 7
     assert f"{evaluation.diffusability.local_distant_similarity:.3f}" in read.text
     assert f"{evaluation.linear_psnr:.2f}" in read.text
     assert FACTS["credits"][0] in read.text
