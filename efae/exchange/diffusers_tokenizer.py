@@ -262,8 +262,10 @@ def _fetched(path: str, with_weights: bool = False) -> Generator[tuple[Path, str
 def _check_folder(path: str, folder: Path, names: set[str]) -> tuple[str, str]:
     """Return class and weights of the model; ValueError if a folder with these files is refused."""
     if CONFIG not in names:
-        hint = f"; did you mean diffusers:{path}/vae?" if f"vae/{CONFIG}" in names else ""
-        if single := sorted(name for name in names if name.endswith(".safetensors")):
+        hint = ""
+        if f"vae/{CONFIG}" in names:
+            hint = f"; did you mean diffusers:{path}/vae?"
+        elif single := sorted(filter(re.compile(r"[^/]+\.safetensors").fullmatch, names)):
             hint = f", beside {single[0]}: {_explain_single(single[0])}"
         raise ValueError(f"diffusers:{path}: no {CONFIG} in it{hint}")
     try:
