@@ -41,7 +41,8 @@ bench-check: $(STAMP) ## measure the GPU and compare with benchmarks/results (AR
 # variables would send their work to its Ray.
 QUICK := not gpu and not browser and not slow
 SECOND := $(addprefix tests/integration/, test_storage_faults.py test_shards_s3.py \
-    test_portable.py test_audit.py test_registry.py test_promote.py test_loader_faults.py)
+    test_portable.py test_audit.py test_registry.py test_promote.py test_loader_faults.py \
+    test_pull.py)
 test: $(STAMP) ## run all tests but the slow ones (ARGS="tests/unit -k latent")
 ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)

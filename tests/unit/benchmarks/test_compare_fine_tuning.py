@@ -65,6 +65,7 @@ def test_the_best_rate_is_that_of_the_first_seed():
     assert best_rate(entry) == 5e-4
 
 
+@pytest.mark.slow
 def test_finished_runs_are_kept_as_long_as_the_autoencoder_is(arguments, tmp_path, capsys):
     said: list[str] = []
     results = compare(arguments, said.append)
