@@ -245,14 +245,17 @@ def measure_fine_tuning(
     }
     step = TrainingStep(with_overrides(FINE_TUNE, settings), device)
     step()  # the optimizer makes its moments
+    if on_gpu:
+        torch.cuda.synchronize()
     began, count = time.monotonic(), 5 if on_gpu else 1
     for _ in range(count):
         step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if on_gpu:
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
     seconds = time.monotonic() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated()
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "precision": precision,

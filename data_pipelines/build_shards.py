@@ -167,7 +167,7 @@ def _build(
         faults += unlabelled
         if unlabelled:
             left_out.add("image in no folder", unlabelled[0], len(unlabelled))
-            if len(faults) > most_bad_images:
+            if not entries:
                 raise SourceFaults(fingerprint["source"], faults)
     if faults and most_bad_images == 0:
         print(  # reading the images may take hours

@@ -211,7 +211,10 @@ def find_start(config: AnyConfig) -> int:
     if changed:
         remedy = "use the same settings"
         free = ("data.uri", "data.buckets", "training.")
-        if isinstance(config, Config) and all(key.startswith(free) for key in changed):
+        ours = isinstance(config, Config) and not (
+            config.start.is_diffusers or config.flow.distill_from
+        )
+        if ours and all(key.startswith(free) for key in changed):
             remedy += f", or begin with its weights alone: --start.model {config.resume}"
         raise ValueError(
             f"resume={config.resume!r}: that checkpoint was trained with other settings"

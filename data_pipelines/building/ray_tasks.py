@@ -131,10 +131,14 @@ def _count_slots(resource: str) -> int:
 def _has_room(needs: Mapping[str, float]) -> bool:
     """Return whether a node has these resources free."""
     from ray._private.state import available_resources_per_node
+    from ray.exceptions import RaySystemError
 
     give_up_at = time.monotonic() + _LAG_SECONDS
     while True:
-        nodes = cast(dict[str, dict[str, float]], available_resources_per_node())
+        try:
+            nodes = cast(dict[str, dict[str, float]], available_resources_per_node())
+        except RaySystemError:  # a Ray client cannot ask
+            return True
         if any(all(free.get(n, 0) >= v for n, v in needs.items()) for free in nodes.values()):
             return True
         if time.monotonic() > give_up_at:
@@ -146,8 +150,8 @@ def _say_waiting(needs: Mapping[str, float]) -> None:
     what = " and ".join(f"{count:g} {name}" for name, count in needs.items())
     without = ", leave out --use-gpu" if "GPU" in needs else ""
     print(
-        f"waiting for a node with {what} free: the cluster is busy or grows; if it has no such"
-        f" node, add one{without}, or use --on here",
+        f"waiting for a node with {what} free: the cluster is busy or scaling up; if no node is"
+        f" large enough, add one{without}, or use --on here",
         file=sys.stderr,
         flush=True,
     )

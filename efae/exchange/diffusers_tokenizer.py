@@ -20,7 +20,7 @@ from data_pipelines import storage
 from data_pipelines.storage import Location
 from efae.config import Config
 from efae.config_forms import with_overrides
-from efae.model.autoencoder import Autoencoder
+from efae.model.autoencoder import Autoencoder, build_representation
 from efae.model.networks.diffusers_vae import (
     describe,
     name_in_diffusers,
@@ -90,7 +90,7 @@ class DiffusersTokenizer(nn.Module):
         if height % self.downsampling or width % self.downsampling:
             raise ValueError(
                 f"images of {height} x {width} pixels: this {self._class} needs multiples of"
-                f" {self.downsampling}; build the shards with such a --resolution"
+                f" {self.downsampling}; set such a --resolution"
             )
 
     def encode(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
@@ -229,7 +229,12 @@ def read_diffusers(uri: str) -> StoredModel:
         "start.train": "decoder",  # an encoder that stays, and so its factors
         "start.architecture": json.dumps(architecture, sort_keys=True),
     }
-    return read_pretrained(with_overrides(Config(), settings))
+    stored = read_pretrained(with_overrides(Config(), settings))
+    # Latent sets record the settings, and the place of the folder does not decide the latents.
+    named = {"start.model": f"{PREFIX}{architecture['_class_name']}"}
+    config = with_overrides(stored.config, named)
+    packed = pack_model(stored.weights, config, build_representation(config))
+    return dataclasses.replace(packed, uri=uri)
 
 
 @contextmanager

@@ -398,7 +398,8 @@ def _run(
     reference = ray.remote(max_retries=3, **_list_resources(request))(function).remote(*arguments)
     if not cast(list[Any], ray.wait([reference], timeout=_PATIENCE_SECONDS)[0]):
         say(
-            f"waiting for a node with {_list_resources(request)} free: the cluster is busy or grows"
+            f"waiting for a node with {_list_resources(request)} free: the cluster is busy or"
+            " scaling up"
         )
     with _unwrapped_errors():
         return ray.get(reference)

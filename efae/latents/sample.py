@@ -136,7 +136,8 @@ def _choose_shards(request: SampleRequest, made: Mapping[str, Any]) -> SampleReq
     if request.samples_per_shard:
         return request
     whole_batches = -(-request.count // (_SHARDS * request.batch_size)) * request.batch_size
-    chosen = made.get("samples_per_shard") or min(whole_batches, _LARGEST_SHARD)
+    largest = max(1, _LARGEST_SHARD // request.batch_size) * request.batch_size
+    chosen = made.get("samples_per_shard") or min(whole_batches, largest)
     return replace(request, samples_per_shard=chosen)
 
 

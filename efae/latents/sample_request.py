@@ -38,8 +38,8 @@ class SampleRequest:
     """URI of the tokenizer, if it is no longer where the latents were made; it is recognised by its
     digest."""
     samples_per_shard: int = 0
-    """Images per shard; one task draws one shard. 0 keeps those of a set that is there, and makes
-    32 shards of a new one, each of whole batches and at most 1000 images."""
+    """Images per shard; one task draws one shard. 0 keeps the number of an existing set; a new set
+    gets up to 32 shards of whole batches, or more of about 1000 images each."""
     batch_size: int = 64
     """Images per batch; another size changes images by rounding."""
     use_gpu: bool = False

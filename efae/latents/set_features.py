@@ -86,7 +86,12 @@ def build_network(reference: ImageSet, say: Callable[[str], None]) -> SmallNetwo
 
     A tenth of the images tests it only.
     """
-    network = _build_network(reference, say)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would round sums in another order
+    try:
+        network = _build_network(reference, say)
+    finally:
+        torch.set_num_threads(threads)
     network.protocol["weights_sha256"] = hash_tensors(network.state_dict())
     return network
 

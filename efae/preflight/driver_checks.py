@@ -173,7 +173,7 @@ def check_storage(uri: str) -> str:
 
 
 def check_configuration(config: AnyConfig) -> None:
-    """Check what the configuration cannot check itself, or what a stored one may say.
+    """Check what the configuration cannot check itself, or what an older stored one may hold.
 
     These are addresses, names, the model's sizes, and whether the run is long enough to profile.
 

@@ -282,8 +282,8 @@ def check_lpips(weights: str, side: int) -> str:
     if side < LPIPS_SMALLEST:
         raise ValueError(
             f"loss.lpips_weights: a side of the smallest images in training has {side} pixels, and"
-            f" LPIPS needs {LPIPS_SMALLEST}: raise data.resolution, or set"
-            " loss.scaling_probability=0"
+            f" LPIPS needs {LPIPS_SMALLEST}: raise data.resolution (or the sides in data.buckets),"
+            " or set loss.scaling_probability=0 if it is not"
         )
     try:
         Lpips(Path(weights))

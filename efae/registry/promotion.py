@@ -255,7 +255,7 @@ def _apply_gates(
         _find_fault_of_metric(candidate, present, metric, terms.margin),
     )
     if candidate.is_generator:
-        asked = "both sampled and compared alike"
+        asked = "samples drawn and compared with the same options"
         fault = _find_fault_of_images(candidate, present, _SAMPLED)
         return {"images": (_SAMPLED, asked, fault), "metric": measured}
     return {
@@ -296,8 +296,8 @@ def _find_fault_of_images(
     if not all(map(all, sets)):
         return f"unknown; {_measure_again(candidate, present)}"
     if sets[0] != sets[-1]:
-        what = "not so" if candidate.is_generator else "other images"
-        return f"{what}, so no number compares; {_measure_again(candidate, present)}"
+        what = "they were not" if candidate.is_generator else "other images"
+        return f"{what}, so the numbers cannot be compared; {_measure_again(candidate, present)}"
     return None
 
 

@@ -21,7 +21,7 @@ from efae.generator_config import AnyConfig
 from efae.model.autoencoder import Autoencoder
 from efae.model.networks import diffusers_vae
 from efae.model.pretrained import StoredModel, pack_model, parse_config
-from efae.model.stored_files import EMA, MANIFEST, OWN_CONFIG, WEIGHTS
+from efae.model.stored_files import EMA, MANIFEST, MODEL, OWN_CONFIG, WEIGHTS
 from efae.tracking.redaction import redact
 from efae.tracking.server import Server
 from efae.training.process import Process
@@ -240,7 +240,7 @@ def describe_source(config: Config) -> dict[str, str]:
     if not has_source(config):
         return {}
     files = read_manifest(locate_copy(config).uri)["files"]
-    weights = next(name for name in (WEIGHTS, EMA) if name in files)
+    weights = next(name for name in (WEIGHTS, EMA, MODEL) if name in files)
     uri = config.flow.distill_from or config.start.model
     return {"source": redact(uri), "source_digest": files[weights]["sha256"]}
 

@@ -47,12 +47,20 @@ def adopt_latents(config: GeneratorConfig) -> GeneratorConfig:
 
     Raises:
         ValueError: A set does not exist, or holds images; or has no labels, though data.classes
-            asks for them, or labels of more classes; or the held-out latents are of another model.
+            asks for them, or labels of more classes; or the held-out latents are of another model,
+            or have other classes.
         StorageError: The storage refuses or does not answer.
     """
     found = [_open(uri, config.data) for uri in (config.data.uri, config.data.held_out_uri) if uri]
     latents = found[0]
     for other in found[1:]:
+        names = [each.index.provenance.get(CLASSES) for each in (latents, other)]
+        if config.data.classes and all(names) and names[0] != names[1]:
+            raise ValueError(
+                f"data.held_out_uri={config.data.held_out_uri}: its classes are not those of"
+                f" {latents.uri}, so that their numbers differ: build both with one build_shards"
+                " --held-out, or from folders of the same names"
+            )
         mine, theirs = (
             (form.model_digest, form.shape, form.dtype) for form in (latents.format, other.format)
         )
@@ -75,9 +83,10 @@ def _open(uri: str, data: LatentsConfig) -> LatentSet:
         try:
             latents.columns(LABEL)
         except ValueError as error:
-            fault = f"data.classes={data.classes}: {error}; train without labels, or"
-            " encode images that have them, such as of build_shards --labels folders"
-            raise ValueError(fault) from error
+            raise ValueError(
+                f"data.classes={data.classes}: {error}; train without labels, or encode images"
+                " that have them, as build_shards --labels folders makes them"
+            ) from error
         names = latents.index.provenance.get(CLASSES, [])
         if len(names) > data.classes:
             raise ValueError(

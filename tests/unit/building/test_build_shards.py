@@ -250,10 +250,14 @@ class TestBuild:
             assert len(batch.key) == count
         for name in ("x", "y"):
             shutil.copy(folder / "n00.png", source / f"{name}.png")
+        damaged = source / "a/0/damaged.png"
+        damaged.write_bytes(b"no image")
         with pytest.raises(SourceFaults) as error:
             build("other", encoding=labels)
-        assert [re.search(r"\b[xy]\b", fault)[0] for fault in error.value.faults] == ["x", "y"]
-        assert len((tmp_path / "other/faults.txt").read_text().splitlines()) == 2
+        named = [re.search(r"\b([xy]|damaged)\b", fault)[0] for fault in error.value.faults]
+        assert sorted(named) == ["damaged", "x", "y"]
+        assert len((tmp_path / "other/faults.txt").read_text().splitlines()) == 3
+        damaged.unlink()
         build("skips", encoding=labels, tolerance=Tolerance(2))
         assert len(ShardDataset.open(tmp_path / "skips")) == 23
         (source / f"{places['n00']}.cls").write_text("7")

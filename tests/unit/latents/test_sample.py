@@ -166,6 +166,8 @@ def test_an_autoencoder_of_diffusers_decodes_its_own_latents(latents, tmp_path):
     state = train(config, encoded, ALONE)
     pack_generator(state.average.weights, config).write(tmp_path / "generator")
     (tmp_path / "vae").rename(tmp_path / "moved")
+    moved = pull.read(f"diffusers:{tmp_path / 'moved'}")
+    assert (moved.digest, moved.config) == (stored.digest, stored.config)
     moved = {"count": 3, "tokenizer": f"diffusers:{tmp_path / 'moved'}"}
     assert sample_set(ask(tmp_path / "generator", tmp_path / "set", **moved), be_quiet)[1] == 3
 

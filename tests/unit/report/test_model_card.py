@@ -213,7 +213,7 @@ def test_the_scale_of_a_fine_tuned_latent_is_told(config):
         for card in cards:
             assert "shifted and scaled by the factors of the pretrained" in card
             assert "unit" not in card
-        assert ["those have no shift" in card for card in cards] == [False, True]
+        assert ["these have no shift" in card for card in cards] == [False, True]
 
 
 def test_pixels_that_diffusers_cannot_have_are_told(config, evaluation):

@@ -358,7 +358,7 @@ def test_the_card_shows_diffusability(folder, evaluation):
         assert f"{shown[name]:.3f}" in text, name
     assert f"{shown['slope']:.2f}" in text
     assert "0.30 of the interpolated FID" in text
-    assert "we have not measured" in text
+    assert "We have not measured" in text
 
 
 @pytest.mark.parametrize(

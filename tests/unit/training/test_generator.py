@@ -242,6 +242,11 @@ def test_sets_that_cannot_work_are_refused(latents, tmp_path):
     assert configure(str(tmp_path), **{"data.classes": 2}).data.classes == 2
     with pytest.raises(ValueError, match="has 2 classes, of which 'dog' is the last: set it to 2"):
         configure(str(tmp_path), **{"data.classes": 1})
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path, other)
+    write_index(other, replace(named, provenance={**named.provenance, "classes": ["cat", "owl"]}))
+    with pytest.raises(ValueError, match="its classes are not those of"):
+        configure(str(tmp_path), **{"data.classes": 2, "data.held_out_uri": str(other)})
     form = ShardDataset.open(latents).format
     other = form.model_copy(update={"model_uri": "builtin:openmoji-32"})
     config = configure(latents, **{"ray.storage_uri": str(tmp_path), "tracking.run_name": "run"})
