@@ -10,6 +10,7 @@ import numpy as np
 
 from data_pipelines.building.fingerprint import digest, find_version
 from data_pipelines.building.sample_encoding import EncodedImage, Encoding, Entry, fit, make_key
+from data_pipelines.shards.index import LABEL
 from data_pipelines.shards.intake import LeftOut
 
 
@@ -33,7 +34,7 @@ class _Arrays:
         pixels = _pad_or_fit(self._images[entry.place], resolution)
         if self._labels is None:
             return self._encoding.encode(pixels)
-        return self._encoding.encode(pixels, {"cls": str(self._labels[entry.place]).encode()})
+        return self._encoding.encode(pixels, {LABEL: str(self._labels[entry.place]).encode()})
 
     def _read(self) -> tuple[np.ndarray, np.ndarray | None]:
         raise NotImplementedError

@@ -18,14 +18,12 @@ from data_pipelines.building import unfinished
 from data_pipelines.building.sample_encoding import EncodedImage, Entry
 from data_pipelines.building.sources import SampleSource
 from data_pipelines.images.codec import image_extensions
-from data_pipelines.shards.index import Shape, Shard, ShardIndex, index_images, index_tar
+from data_pipelines.shards.index import LABEL, Shape, Shard, ShardIndex, index_images, index_tar
 from data_pipelines.shards.intake import FAULTS, LEFT_OUT, LeftOut
 from data_pipelines.storage import Location
 from data_pipelines.storage.files import FULL_DISK
 from data_pipelines.storage.retries import StorageError
 
-LABEL = "cls"
-"""Extension of the member that holds an image's class."""
 _JOB = "job"
 
 

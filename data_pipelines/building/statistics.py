@@ -14,7 +14,7 @@ import numpy as np
 from data_pipelines import storage
 from data_pipelines.images.codec import decode_image, read_shape
 from data_pipelines.images.headers import JPEG, NPY, PNG
-from data_pipelines.shards.index import ShardIndex
+from data_pipelines.shards.index import LABEL, ShardIndex
 from data_pipelines.shards.intake import LEFT_OUT, SourceFaults
 from data_pipelines.storage import Location, LocationLike
 
@@ -187,7 +187,7 @@ def _count_labels(uri: LocationLike, index: ShardIndex) -> dict[str, Any]:
     """Count each content of ``.cls``; equal checksums and sizes count as equal labels."""
     counts, places = Counter[tuple[int, int]](), dict[tuple[int, int], tuple[str, int]]()
     for shard in index.shards:
-        members = shard.members.get("cls")
+        members = shard.members.get(LABEL)
         if members is None:
             continue
         there = members.offset >= 0

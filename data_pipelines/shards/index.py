@@ -26,6 +26,8 @@ from data_pipelines.storage import Location, LocationLike
 INDEX_NAME = "index.json"
 SHEET_NAME, STATISTICS_NAME = "contact_sheet.png", "statistics.json"
 """Files that `describe_set` writes beside the index."""
+LABEL = "cls"
+"""Extension of the member that holds an image's class."""
 CLASSES = "classes"
 """Key of an index's provenance: names of the classes, in order of their labels."""
 VERSION = 1

@@ -21,6 +21,7 @@ from data_pipelines.contact_sheet import describe_set
 from data_pipelines.loading.dataset import ImageSet
 from data_pipelines.shards.index import (
     INDEX_NAME,
+    LABEL,
     SHEET_NAME,
     ShardIndex,
     index_images,
@@ -234,7 +235,7 @@ def _write_shard(source: _Source, number: int) -> ShardIndex:
         images = to_uint8(drawn).cpu().permute(0, 2, 3, 1).numpy()
         for row, i in enumerate(batch):
             pixels = images[row, ..., 0] if images.shape[-1] == 1 else images[row]
-            others = {"cls": str(classes[row]).encode()} if classes else {}
+            others = {LABEL: str(classes[row]).encode()} if classes else {}
             entry = Entry(key=f"{i:08d}", family="", place=i)
             samples.append((entry, Encoding().encode(pixels, others)))
     with tempfile.TemporaryDirectory() as folder:

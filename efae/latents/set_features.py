@@ -13,12 +13,11 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from data_pipelines.loading.dataset import ImageSet
+from data_pipelines.shards.index import LABEL
 from efae.evaluation.measures import to_float
 from efae.evaluation.set_distances import Features
 from efae.model.pretrained import hash_tensors
 
-LABEL = "cls"
-"""Extension of the member that holds an image's class."""
 FEATURES = 64
 _GRID, _SPATIAL_CHANNELS = 4, 7
 _LARGEST = 64

@@ -14,7 +14,7 @@ from data_pipelines import ShardDataset, storage
 from data_pipelines.images.tiles import draw_rows, draw_tile
 from data_pipelines.loading.batch import Batch
 from data_pipelines.loading.dataset import LatentSet
-from data_pipelines.shards.index import CLASSES
+from data_pipelines.shards.index import CLASSES, LABEL
 from data_pipelines.shards.latent_format import LatentFormat
 from efae.checkpoints.checkpoint import read_model
 from efae.checkpoints.run_folder import find_newest_checkpoint, locate_run
@@ -35,8 +35,6 @@ from efae.training.process import Process
 from efae.training.starts.source import locate_copy, write_copy
 from efae.training.state import TrainState
 
-LABEL = "cls"
-"""Extension of the member that holds a sample's class."""
 _FITTED_LATENTS = 4096
 _PICTURED, _COLUMNS = 24, 8
 _BATCH_SIZE = 64
