@@ -31,7 +31,7 @@ from benchmarks.original_sketch import OriginalSketch
 from benchmarks.original_sketch import build_optimizer as build_sketch_optimizer
 from data_pipelines import ShardDataset
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.held_out import read_held_out
 from efae.evaluation.measures import gradient_energy, psnr, ssim, to_float
 from efae.model.autoencoder import build_representation

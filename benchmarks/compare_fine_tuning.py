@@ -34,7 +34,7 @@ from torch import Tensor
 from benchmarks.ablate import RESULTS
 from data_pipelines import ShardDataset
 from efae.config import Config, DataConfig
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.evaluate import evaluate, measure_drift
 from efae.evaluation.fitted_action import FittedAction, fit_action
 from efae.evaluation.held_out import read_held_out, read_images

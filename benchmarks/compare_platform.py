@@ -27,7 +27,7 @@ import tyro
 
 from data_pipelines import ShardDataset
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.presets import PRESETS
 from efae.training.loop import train
 from efae.training.process import Process

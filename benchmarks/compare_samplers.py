@@ -17,7 +17,7 @@ import torch
 import tyro
 
 from benchmarks.ablate import RESULTS, Experiment, choose_experiment, read_all, train
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.held_out import read_held_out
 from efae.evaluation.measures import gradient_energy, psnr, ssim, to_float
 from efae.model.sampler import EVALUATIONS

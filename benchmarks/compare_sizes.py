@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.ablate import RESULTS, list_variants
 from data_pipelines import ShardDataset
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.flow_measures import measure_steps
 from efae.evaluation.held_out import read_held_out
 from efae.evaluation.measures import Totals, draw_noise, psnr, to_float

@@ -23,7 +23,7 @@ import tyro
 from benchmarks.ablate import RESULTS, Trained
 from benchmarks.original_sketch import OriginalSketch, build_optimizer
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 
 DEPTH, HEADS, SIDE = 4, 4, 32
 

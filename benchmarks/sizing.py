@@ -224,7 +224,7 @@ def measure_fine_tuning(
     import torch
 
     from benchmarks.gpu.models import TrainingStep
-    from efae.config_forms import with_overrides
+    from efae.config.forms import with_overrides
     from efae.model.networks.diffusers_vae import describe
     from efae.presets import FINE_TUNE
 

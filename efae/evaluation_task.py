@@ -12,9 +12,9 @@ import ray
 import torch
 
 from data_pipelines.images.logs import ignore_metadata
-from efae import config_forms as configuration
 from efae.checkpoints.checkpoint import read_model
 from efae.config import Config
+from efae.config import forms as configuration
 from efae.evaluation.any_angle import choose_angles
 from efae.evaluation.evaluate import Measurement
 from efae.evaluation.fitted_action import FittedAction, fit_action

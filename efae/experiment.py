@@ -17,13 +17,12 @@ from typing import Any
 
 from data_pipelines import storage
 from data_pipelines.storage import Location
-from efae import config_forms as configuration
 from efae.checkpoints import checkpoint, run_folder
 from efae.checkpoints.events import read_events
-from efae.config import Config
+from efae.config import AnyConfig, Config, GeneratorConfig
+from efae.config import forms as configuration
 from efae.evaluation.results import Evaluation
 from efae.evaluation_task import fit_on_cluster, start_evaluation
-from efae.generator_config import AnyConfig, GeneratorConfig
 from efae.model.autoencoder import Autoencoder, build_representation
 from efae.model.pretrained import StoredModel, hash_tensors, pack_model
 from efae.preflight.cluster_checks import run_preflight

@@ -9,9 +9,9 @@ from typing import Any
 from data_pipelines import storage
 from data_pipelines.storage import Location
 from efae.checkpoints.checkpoint import read_model
+from efae.config import GeneratorConfig
 from efae.experiment import describe_run, import_publishing, train_in_run, wait_for_mlflow
 from efae.generation.network import read_format
-from efae.generator_config import GeneratorConfig
 from efae.model.pretrained import pack_generator
 from efae.preflight.cluster_checks import run_preflight
 from efae.preflight.driver_checks import RunData

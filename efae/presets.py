@@ -6,15 +6,17 @@ from efae.config import (
     Config,
     DataConfig,
     FlowConfig,
+    GeneratorConfig,
+    LatentsConfig,
     LossConfig,
     ModelConfig,
+    NetworkConfig,
     OptimizerConfig,
     RayConfig,
     RepresentationConfig,
     TrackingConfig,
     TrainingConfig,
 )
-from efae.generator_config import GeneratorConfig, LatentsConfig, NetworkConfig
 
 QUICKSTART = Config(
     model=ModelConfig(

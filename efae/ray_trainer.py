@@ -36,11 +36,11 @@ from data_pipelines.images.logs import ignore_metadata
 from data_pipelines.loading.shard_cache import ShardError
 from data_pipelines.storage import Location, LocationLike
 from data_pipelines.storage.retries import StorageError
-from efae import config_forms as configuration
 from efae.checkpoints.checkpoint import CheckpointError
 from efae.checkpoints.events import read_events, record_event
 from efae.checkpoints.run_folder import locate_run
-from efae.generator_config import AnyConfig
+from efae.config import AnyConfig
+from efae.config import forms as configuration
 from efae.names import make_ascii
 from efae.tracking.redaction import first_cause
 from efae.tracking.runs import Run

@@ -25,7 +25,7 @@ from typing import Any
 import tyro
 
 from data_pipelines.commands import run_command
-from efae.generator_config import GeneratorConfig
+from efae.config import GeneratorConfig
 from efae.latents.sample_request import CompareRequest, SampleRequest
 from efae.presets import GENERATORS
 from efae.tracking.redaction import redact

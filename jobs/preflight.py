@@ -16,8 +16,8 @@ import sys
 import tyro
 
 from data_pipelines.commands import run_command
-from efae.config_forms import rename_options
-from efae.generator_config import AnyConfig, GeneratorConfig
+from efae.config import AnyConfig, GeneratorConfig
+from efae.config.forms import rename_options
 from efae.presets import GENERATORS, PRESETS
 from efae.tracking.server import Server
 

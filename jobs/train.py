@@ -21,7 +21,7 @@ import tyro
 
 from data_pipelines.commands import run_command
 from efae.config import Config
-from efae.config_forms import rename_options
+from efae.config.forms import rename_options
 from efae.presets import PRESETS
 from efae.tracking.server import Server
 

@@ -24,7 +24,7 @@ from pydantic.dataclasses import dataclass
 
 from data_pipelines.commands import run_command
 from efae.config import Config
-from efae.config_forms import flatten, rename_options, write_option
+from efae.config.forms import flatten, rename_options, write_option
 from efae.presets import PRESETS
 from efae.sweep.config import SweepConfig
 from efae.tracking.server import Server

@@ -10,12 +10,12 @@ from torch import Tensor
 from benchmarks.downstream.images import CLASSES, tell_class
 from benchmarks.downstream.study import CPU
 from data_pipelines.loading.dataset import LatentSet
-from efae.config_forms import with_overrides
+from efae.config import GeneratorConfig
+from efae.config.forms import with_overrides
 from efae.evaluation.measures import to_uint8
 from efae.evaluation.samples import ImageSampler
 from efae.generation.network import Generator
 from efae.generation.sampling import Guidance
-from efae.generator_config import GeneratorConfig
 from efae.model.autoencoder import Autoencoder
 from efae.presets import GENERATORS
 from efae.symmetry import D4

@@ -11,7 +11,7 @@ from benchmarks.downstream.generators import draw_images, train_generator
 from benchmarks.downstream.study import Study
 from benchmarks.downstream.tokenizers import decode_latents, encode_images, train_tokenizer
 from efae.config import DataConfig
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.evaluate import evaluate
 from efae.evaluation.held_out import read_held_out
 from efae.model.autoencoder import Autoencoder

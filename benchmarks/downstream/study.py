@@ -19,8 +19,8 @@ from benchmarks.downstream.images import Pose, build_images, read_images, write_
 from benchmarks.downstream.judge import Judge
 from data_pipelines import ShardDataset
 from data_pipelines.loading.dataset import ImageSet
-from efae.config_forms import with_overrides
-from efae.generator_config import AnyConfig
+from efae.config import AnyConfig
+from efae.config.forms import with_overrides
 from efae.training.loop import train
 from efae.training.observer import Observer
 from efae.training.process import Process

@@ -11,8 +11,8 @@ from benchmarks.downstream.images import Pose, turn
 from benchmarks.downstream.study import Study, show
 from benchmarks.downstream.tokenizers import encode_images, select_shards, train_tokenizer
 from data_pipelines.loading.dataset import LatentSet
-from efae.config_forms import with_overrides
-from efae.generator_config import GeneratorConfig
+from efae.config import GeneratorConfig
+from efae.config.forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.symmetry import D4, Representation
 from efae.training.monitoring.flops import count_flops

@@ -20,7 +20,7 @@ from data_pipelines.shards.index import INDEX_NAME, ShardIndex, load_index, writ
 from data_pipelines.shards.latent_format import FORMAT, LatentFormat
 from data_pipelines.storage import Location
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.diffusability import interpolate_with_nearest
 from efae.evaluation.measures import draw_noise, to_uint8
 from efae.latents.shard_encoder import ShardEncoder, Source

@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.gpu.models import imagenet, photographs, quickstart, wake
 from benchmarks.gpu.rows import Rows
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective
 from efae.model.precision import Precision, at_precision

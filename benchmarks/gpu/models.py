@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from benchmarks.original_sketch import OriginalSketch, build_optimizer
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.measures import to_float
 from efae.model.autoencoder import Autoencoder
 from efae.model.fine_tuning import FineTuning

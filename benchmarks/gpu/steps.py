@@ -17,7 +17,7 @@ from benchmarks.gpu.models import (
 from benchmarks.gpu.rows import Rows
 from benchmarks.gpu.timing import count_waits, host_ms, list_kernels, median_ms, wait_for
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.training.monitoring.flops import Flops, count_flops, find_peak
 
 _SKETCHES = {

@@ -11,7 +11,7 @@ from benchmarks.gpu.models import imagenet, make_pixels, quickstart
 from benchmarks.gpu.rows import Rows
 from benchmarks.gpu.timing import wait_for
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.training.loop import train
 from efae.training.observer import Observer
 from efae.training.process import Process

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from data_pipelines import storage
 from data_pipelines.storage import Location
-from efae import config_forms as configuration
-from efae.generator_config import AnyConfig
+from efae.config import AnyConfig
+from efae.config import forms as configuration
 from efae.model.pretrained import StoredModel, parse_model, parse_settings
 from efae.model.stored_files import (
     CHECKPOINT_FILES,

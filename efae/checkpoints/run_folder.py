@@ -21,7 +21,7 @@ from efae.checkpoints.checkpoint import (
     read_manifest,
     read_origin,
 )
-from efae.generator_config import AnyConfig
+from efae.config import AnyConfig
 
 logger = logging.getLogger(__name__)
 

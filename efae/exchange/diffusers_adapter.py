@@ -29,7 +29,7 @@ from diffusers.utils import accelerate_utils, torch_utils
 from jaxtyping import Float
 from torch import Tensor
 
-from efae import config_forms as configuration
+from efae.config import forms as configuration
 from efae.model import pretrained
 from efae.model.autoencoder import Autoencoder
 from efae.model.stored_files import CONFIG

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from data_pipelines import storage
 from data_pipelines.storage import Location
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.model.autoencoder import Autoencoder, build_representation
 from efae.model.networks.diffusers_vae import (
     describe,

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from data_pipelines.shards.latent_format import LatentFormat
+from efae.config import GeneratorConfig
 from efae.generation.normalization import Normalization
-from efae.generator_config import GeneratorConfig
 from efae.model.compilation import Compilable
 from efae.model.networks.conditioning import embed_time
 from efae.model.networks.linear_path import patchify, unpatchify

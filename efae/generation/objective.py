@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from efae.config import GeneratorConfig
 from efae.generation.network import Generator
-from efae.generator_config import GeneratorConfig
 from efae.model import flow
 from efae.model.objective import BatchDraws
 from efae.symmetry import GROUPS

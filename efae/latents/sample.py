@@ -30,12 +30,12 @@ from data_pipelines.shards.index import (
     write_index,
 )
 from data_pipelines.storage import Location
-from efae import config_forms as configuration
+from efae.config import GeneratorConfig
+from efae.config import forms as configuration
 from efae.evaluation.measures import to_uint8
 from efae.evaluation.samples import ImageSampler
 from efae.generation.network import Generator, read_format
 from efae.generation.sampling import Guidance, check_guidance
-from efae.generator_config import GeneratorConfig
 from efae.latents.sample_request import SampleRequest
 from efae.model.autoencoder import Autoencoder
 from efae.model.precision import check_device

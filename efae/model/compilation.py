@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from efae.config import RECOMPILE_LIMIT
+from efae.config.model import RECOMPILE_LIMIT
 from efae.model.octic.layers import Recomputing
 from efae.model.octic.on_gpu import find_compiler
 

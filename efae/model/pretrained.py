@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from efae import __version__
-from efae import config_forms as configuration
-from efae.config import Config
-from efae.generator_config import AnyConfig, GeneratorConfig
+from efae.config import AnyConfig, Config, GeneratorConfig
+from efae.config import forms as configuration
 from efae.model.networks.diffusers_vae import CLASSES, name_in_diffusers, name_in_efae
 from efae.model.stored_files import (
     CONFIG,

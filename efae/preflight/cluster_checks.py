@@ -21,8 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from data_pipelines import storage
 from data_pipelines.storage import Location
-from efae.config import Config
-from efae.generator_config import AnyConfig
+from efae.config import AnyConfig, Config
 from efae.model.objective import find_smallest_side
 from efae.preflight import node_checks
 from efae.preflight.checks import Check, Outcome, merge_outcomes, run_check, run_checks

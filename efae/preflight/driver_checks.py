@@ -12,9 +12,9 @@ from data_pipelines.loading.buckets import explain_missing_sizes
 from data_pipelines.storage import Location, LocationLike
 from efae.checkpoints.checkpoint import checkpoint_name
 from efae.checkpoints.run_folder import locate_run
-from efae.config import STEPS_BEFORE_PROFILE, Config, DataConfig
+from efae.config import AnyConfig, Config, DataConfig, GeneratorConfig, LatentsConfig
+from efae.config.run import STEPS_BEFORE_PROFILE
 from efae.generation.network import read_format
-from efae.generator_config import AnyConfig, GeneratorConfig, LatentsConfig
 from efae.model.closed_form import LARGEST_PATCH
 from efae.model.objective import load_perceptual
 from efae.preflight.checks import Check

@@ -23,7 +23,7 @@ from data_pipelines.storage import Location
 from data_pipelines.storage.location import endpoint
 from data_pipelines.storage.retries import StorageError
 from efae.checkpoints.run_folder import find_newest_checkpoint
-from efae.generator_config import GeneratorConfig
+from efae.config import GeneratorConfig
 from efae.model import pretrained
 from efae.model.pretrained import StoredModel
 from efae.model.stored_files import MANIFEST, WEIGHTS, CheckpointError, sha256

@@ -10,7 +10,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
-from efae import config_forms as configuration
+from efae.config import forms as configuration
 from efae.model.pretrained import CARD, StoredModel
 from efae.model.stored_files import CONFIG, MANIFEST, sha256
 from efae.registry import model_uris

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from efae import config_forms as configuration
 from efae.config import Config
+from efae.config import forms as configuration
 from efae.report.charts import (
     SAME_DB,
     draw_curves,

@@ -6,7 +6,7 @@ import torch
 
 from data_pipelines import ShardDataset
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.held_out import read_held_out
 from efae.evaluation.measures import psnr, to_float
 from efae.model.autoencoder import build_representation

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from efae.config import require, require_name, require_positive
+from efae.config.rules import require, require_name, require_positive
 from efae.names import LONGEST_BYTES
 
 Objective = Literal[

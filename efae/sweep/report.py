@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from efae.config_forms import write_option
+from efae.config.forms import write_option
 from efae.report.html import finite, plain, render_page, write_json, write_split
 from efae.sweep.report_charts import draw_curves, draw_importance, draw_pareto, draw_surface
 from efae.sweep.reported_trials import (

@@ -21,9 +21,9 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from efae import config_forms as configuration
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config import forms as configuration
+from efae.config.forms import with_overrides
 from efae.model.autoencoder import check_model
 from efae.symmetry.representation import IRREPS
 

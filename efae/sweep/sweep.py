@@ -13,10 +13,10 @@ from typing import Any
 
 from data_pipelines import storage
 from data_pipelines.storage import Location
-from efae import config_forms as configuration
 from efae.checkpoints import run_folder
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config import forms as configuration
+from efae.config.forms import with_overrides
 from efae.evaluation.diffusability import FEWEST_CELLS
 from efae.experiment import (
     describe_data,

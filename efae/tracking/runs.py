@@ -11,8 +11,8 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from efae import config_forms as configuration
-from efae.generator_config import AnyConfig
+from efae.config import AnyConfig
+from efae.config import forms as configuration
 from efae.names import is_named
 from efae.tracking.redaction import first_cause, redact
 from efae.tracking.server import Server

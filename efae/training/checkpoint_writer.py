@@ -9,7 +9,7 @@ from data_pipelines.storage import Location, LocationLike
 from efae.checkpoints.checkpoint import checkpoint_name, write_checkpoint
 from efae.checkpoints.events import record_event
 from efae.checkpoints.run_folder import prune_checkpoints
-from efae.generator_config import AnyConfig
+from efae.config import AnyConfig
 from efae.training.state import TrainState
 
 _SLOW_SECONDS = 30

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from efae.config import RECOMPILE_LIMIT
-from efae.generator_config import AnyConfig
+from efae.config import AnyConfig
+from efae.config.model import RECOMPILE_LIMIT
 from efae.model.compilation import compile_blocks
 from efae.model.octic.layers import Recomputing
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from data_pipelines import ShardDataset
 from efae.checkpoints.checkpoint import Checkpoint
-from efae.generator_config import AnyConfig
+from efae.config import AnyConfig
 from efae.model.autoencoder import Autoencoder
 from efae.model.precision import float32_arithmetic
 from efae.training.compilation import compiler_options, prepare

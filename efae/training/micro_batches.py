@@ -15,9 +15,8 @@ import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from efae.config import Config
+from efae.config import AnyConfig, Config
 from efae.evaluation.measures import to_float
-from efae.generator_config import AnyConfig
 from efae.model.objective import BatchDraws
 from efae.model.precision import autocast
 from efae.training.state import TrainState

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from efae.generator_config import AnyConfig
+from efae.config import AnyConfig
 from efae.training.checkpoint_writer import CheckpointWriter
 from efae.training.monitoring.flops import Utilization
 from efae.training.monitoring.profiling import StepProfiler

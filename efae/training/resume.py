@@ -14,7 +14,7 @@ from efae.checkpoints.run_folder import (
     read_newest_checkpoint,
     warn_of_damage,
 )
-from efae.generator_config import AnyConfig
+from efae.config import AnyConfig
 from efae.tracking.runs import Run
 from efae.tracking.sender import Tracker, default_spill_folder
 from efae.training.checkpoint_writer import CheckpointWriter

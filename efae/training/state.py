@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from efae.checkpoints.checkpoint import Checkpoint
+from efae.config import AnyConfig, GeneratorConfig
 from efae.generation.network import Generator
-from efae.generator_config import AnyConfig, GeneratorConfig
 from efae.model.autoencoder import Autoencoder
 from efae.training.ema import MovingAverage
 from efae.training.optimizer import build_optimizer

@@ -12,7 +12,7 @@ from benchmarks.gpu.models import TrainingStep, wake
 from data_pipelines.shards.index import load_index
 from efae.checkpoints.checkpoint import Checkpoint
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.latents.shard_encoder import ShardEncoder, Source
 from efae.model.autoencoder import Autoencoder
 from efae.model.octic.layers import Block

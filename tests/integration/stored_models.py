@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from mlflow import MlflowClient
 
-from efae import config_forms as configuration
 from efae.checkpoints import checkpoint
 from efae.config import Config
+from efae.config import forms as configuration
 from efae.model.autoencoder import Autoencoder
 
 TINY = configuration.with_overrides(

@@ -18,7 +18,7 @@ from data_pipelines.build_shards import build_shards
 from data_pipelines.building.sample_encoding import Encoding
 from data_pipelines.verify_shards import find_faults
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.symmetry import D4
 from jobs.encode import main

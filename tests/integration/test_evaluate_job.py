@@ -12,7 +12,7 @@ import efae
 from data_pipelines import storage
 from data_pipelines.build_shards import build_shards
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.any_angle import ANGLES
 from efae.exchange.diffusers_tokenizer import WEIGHTS, load_diffusers, read_pretrained
 from efae.model.autoencoder import Autoencoder

@@ -10,8 +10,8 @@ import torch
 from huggingface_hub import ModelCard, constants, snapshot_download
 
 import efae
-from efae import config_forms as configuration
 from efae.config import Config
+from efae.config import forms as configuration
 from efae.exchange.hub import HubFolder, push_folders
 from efae.model.autoencoder import Autoencoder
 from efae.web_page import publication

@@ -8,8 +8,8 @@ import onnxruntime
 import pytest
 import torch
 
-from efae import config_forms as configuration
 from efae.config import Config
+from efae.config import forms as configuration
 from efae.exchange import onnx_export
 from efae.exchange.diffusers_tokenizer import load_diffusers
 from efae.model.autoencoder import Autoencoder

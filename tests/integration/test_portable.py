@@ -10,7 +10,7 @@ import torch
 from mlflow import MlflowClient
 
 import efae
-from efae import config_forms as configuration
+from efae.config import forms as configuration
 from efae.exchange.diffusers_adapter import AutoencoderEFAE
 from efae.exchange.torch_export import PORTABLE_FILES
 from efae.model.autoencoder import Autoencoder

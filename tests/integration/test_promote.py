@@ -17,9 +17,9 @@ from PIL import Image
 
 from data_pipelines import ShardDataset, storage
 from data_pipelines.build_shards import build_shards
-from efae import config_forms as configuration
 from efae.checkpoints import checkpoint
 from efae.config import Config
+from efae.config import forms as configuration
 from efae.evaluation.evaluate import evaluate
 from efae.evaluation.held_out import read_held_out
 from efae.experiment import Product, publish

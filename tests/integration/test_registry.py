@@ -12,8 +12,8 @@ from mlflow.models import Model
 
 import efae
 from data_pipelines import storage
-from efae import config_forms as configuration
 from efae.checkpoints import run_folder
+from efae.config import forms as configuration
 from efae.model.pretrained import read_folder
 from efae.model.stored_files import MODEL_FILES, CheckpointError
 from efae.registry import pull, registration

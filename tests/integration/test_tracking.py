@@ -19,8 +19,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from cluster import ports
-from efae import config_forms as configuration
 from efae.config import Config, DataConfig
+from efae.config import forms as configuration
 from efae.registry.model_uris import find_version, search_versions
 from efae.tracking import runs
 from efae.tracking.runs import Run

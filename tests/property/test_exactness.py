@@ -17,7 +17,7 @@ from torch import nn
 from data_pipelines.building.sources import open_source
 from data_pipelines.images.codec import decode_image
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.measures import psnr, symmetric_images, to_float
 from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective

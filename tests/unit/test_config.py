@@ -5,9 +5,9 @@ import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
-from efae import config_forms as configuration
 from efae.config import Config
-from efae.config_forms import from_json, rename_options, to_json, with_overrides
+from efae.config import forms as configuration
+from efae.config.forms import from_json, rename_options, to_json, with_overrides
 from efae.presets import PRESETS
 
 

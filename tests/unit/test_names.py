@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from efae.checkpoints.run_folder import locate_run
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.names import LONGEST_BYTES, find_fault, make_ascii
 from efae.preflight.driver_checks import check_configuration
 from efae.presets import PRESETS

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config import AnyConfig, Config, GeneratorConfig
+from efae.config.forms import with_overrides
 from efae.generation.network import Generator
 from efae.generation.objective import GeneratorObjective, LatentDraws
-from efae.generator_config import AnyConfig, GeneratorConfig
 from efae.model.autoencoder import Autoencoder
 from efae.model.fine_tuning import FineTuning
 from efae.model.objective import BatchDraws, Draws, Objective

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import profiler
 
-from efae.config import STEPS_BEFORE_PROFILE
+from efae.config.run import STEPS_BEFORE_PROFILE
 
 _memory = cast(Any, torch.cuda.memory)  # documented, though the names are private
 _MEMORY_EVENTS = 100_000

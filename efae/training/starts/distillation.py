@@ -14,8 +14,8 @@ loss, and none has to be drawn. At the other levels views are drawn, as without 
 
 from torch import Tensor
 
-from efae import config_forms as configuration
 from efae.config import Config
+from efae.config import forms as configuration
 from efae.model.autoencoder import Autoencoder
 from efae.model.compilation import compile_blocks
 from efae.model.objective import Teacher

@@ -13,11 +13,10 @@ from data_pipelines import storage
 from data_pipelines.storage import Location
 from efae.checkpoints.checkpoint import read_manifest, read_model
 from efae.checkpoints.run_folder import find_newest_checkpoint, locate_run
-from efae.config import Config
-from efae.config_forms import flatten, list_changes, with_overrides, write_option
+from efae.config import AnyConfig, Config
+from efae.config.forms import flatten, list_changes, with_overrides, write_option
 from efae.evaluation.fitted_action import FittedAction
 from efae.exchange.diffusers_tokenizer import PREFIX, read_architecture, read_pretrained
-from efae.generator_config import AnyConfig
 from efae.model.autoencoder import Autoencoder
 from efae.model.networks import diffusers_vae
 from efae.model.pretrained import StoredModel, pack_model, parse_config

@@ -1,6 +1,6 @@
 """The kinds of models that a run can train."""
 
-from efae.generator_config import AnyConfig, GeneratorConfig
+from efae.config import AnyConfig, GeneratorConfig
 from efae.training.tasks.task import Task
 from efae.training.tasks.tokenizer import TokenizerTask
 

@@ -18,6 +18,7 @@ from data_pipelines.shards.index import CLASSES, LABEL
 from data_pipelines.shards.latent_format import LatentFormat
 from efae.checkpoints.checkpoint import read_model
 from efae.checkpoints.run_folder import find_newest_checkpoint, locate_run
+from efae.config import GeneratorConfig, LatentsConfig
 from efae.evaluation.flow_measures import TIME_BINS
 from efae.evaluation.measures import Totals, draw_noise, to_uint8
 from efae.evaluation.samples import ImageSampler
@@ -25,7 +26,6 @@ from efae.generation.network import Generator, read_format
 from efae.generation.normalization import Normalization
 from efae.generation.objective import GeneratorObjective, LatentDraws, draw
 from efae.generation.sampling import Guidance
-from efae.generator_config import GeneratorConfig, LatentsConfig
 from efae.model.autoencoder import Autoencoder
 from efae.model.precision import at_precision
 from efae.model.stored_files import MANIFEST

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.ablate import list_variants, train
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.presets import PRESETS
 
 

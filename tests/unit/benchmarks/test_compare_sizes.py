@@ -9,7 +9,7 @@ from PIL import Image
 from benchmarks import compare_sizes
 from benchmarks.compare_sizes import Arguments, Stopwatch, choose_data, compare, print_tables
 from data_pipelines.build_shards import build_shards
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.presets import PRESETS
 
 BASE = with_overrides(

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.large_images import LEVELS, compare, print_table
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 
 SIZES = {

@@ -31,7 +31,7 @@ def test_tests_that_are_named_exist(named):
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`([a-z]+\.[a-z_]+)(?:=\S+)?`", TEXT))))
 def test_settings_that_are_named_exist(name):
     from efae.config import Config
-    from efae.config_forms import flatten
+    from efae.config.forms import flatten
 
     sections = {key.partition(".")[0] for key in flatten(Config())}
     if name.partition(".")[0] in sections:

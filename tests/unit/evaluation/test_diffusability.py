@@ -8,7 +8,7 @@ import scipy.fft
 import torch
 
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.diffusability import (
     Diffusability,
     interpolate_with_nearest,

@@ -14,7 +14,7 @@ import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.evaluate import Measurement, evaluate
 from efae.evaluation.flow_measures import STEP_COUNTS, TIME_BINS
 from efae.evaluation.linear_reference import fit_linear_reference

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import efae
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.fitted_action import fit_action
 from efae.evaluation.measures import to_float
 from efae.model.autoencoder import Autoencoder

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation import lpips_fid
 from efae.evaluation.lpips_fid import Inception, Lpips, load_fid, load_inception
 from efae.preflight.cluster_checks import Node, list_node_checks

@@ -17,7 +17,7 @@ from diffusers import (
 from diffusers.image_processor import VaeImageProcessor
 
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.exchange.diffusers_adapter import AutoencoderEFAE
 from efae.model.autoencoder import Autoencoder
 from efae.model.octic.layers import Recomputing

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import efae
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.evaluate import evaluate
 from efae.evaluation.measures import psnr, to_float
 from efae.evaluation.protocol import FlowTokenizer

@@ -14,8 +14,8 @@ import torch
 from mlflow.models import Model
 from mlflow.pyfunc import PyFuncModel
 
-from efae import config_forms as configuration
 from efae.config import Config
+from efae.config import forms as configuration
 from efae.exchange import torch_export
 from efae.model.autoencoder import Autoencoder
 from efae.model.pretrained import pack_model

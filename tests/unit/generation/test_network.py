@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from data_pipelines.shards.latent_format import LatentFormat
-from efae.config_forms import with_overrides
+from efae.config import GeneratorConfig
+from efae.config.forms import with_overrides
 from efae.generation.network import Generator
 from efae.generation.normalization import Normalization
 from efae.generation.objective import GeneratorObjective, draw
 from efae.generation.sampling import Guidance, sample_latents
-from efae.generator_config import GeneratorConfig
 from efae.symmetry import D4, GROUPS, TRIVIAL, Representation
 
 COUNT, CLASSES = 3, 5

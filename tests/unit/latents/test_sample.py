@@ -12,7 +12,7 @@ from data_pipelines.shards.index import SHEET_NAME, load_index
 from data_pipelines.shards.latent_format import LatentFormat
 from data_pipelines.storage import Location
 from data_pipelines.verify_shards import find_faults
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.exchange.diffusers_tokenizer import load_diffusers
 from efae.generation.network import Generator
 from efae.generation.sampling import Guidance

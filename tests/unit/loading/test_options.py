@@ -7,7 +7,7 @@ import pytest
 from data_pipelines import ShardDataset
 from data_pipelines.loading.options import LoaderOptions, ReadOptions, choose_options
 from efae.config import Config, DataConfig
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 
 
 def test_changes_replace_options_of_any_kind():

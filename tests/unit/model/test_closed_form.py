@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.measures import to_float
 from efae.model.autoencoder import Autoencoder
 from efae.model.closed_form import (

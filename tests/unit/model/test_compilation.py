@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.evaluate import evaluate
 from efae.generation.sampling import Guidance, sample_latents
 from efae.latents.certificate import certify

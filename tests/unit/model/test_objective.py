@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.model import objective
 from efae.model.autoencoder import Autoencoder
 from efae.model.objective import load_perceptual

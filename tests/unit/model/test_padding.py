@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.model.padding import crop, pad_to_cells
 from efae.symmetry import D4

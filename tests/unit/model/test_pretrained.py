@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.model.pretrained import CARD, StoredModel, pack_model
 from efae.model.stored_files import (

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.model import tiling
 from efae.model.autoencoder import Autoencoder
 from efae.model.tiling import BLENDED_CELLS, place_windows, weigh_windows

@@ -13,7 +13,7 @@ import torch
 import efae
 from efae.checkpoints import checkpoint
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.model import pretrained
 from efae.model.stored_files import CONFIG, WEIGHTS, read_from
 from efae.registry import pull

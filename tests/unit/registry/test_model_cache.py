@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import efae
-from efae import config_forms as configuration
 from efae.config import Config
+from efae.config import forms as configuration
 from efae.model.autoencoder import Autoencoder, build_representation
 from efae.model.pretrained import pack_model
 from efae.model.stored_files import MANIFEST, MODEL_FILES, WEIGHTS, CheckpointError, sha256

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.evaluate import evaluate
 from efae.evaluation.results import Evaluation
 from efae.experiment import describe_preset

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.evaluate import evaluate
 from efae.model.autoencoder import Autoencoder
 from efae.report.card import (

@@ -24,7 +24,7 @@ from data_pipelines.shards.latent_format import EXTENSION, FORMAT, LatentFormat,
 from data_pipelines.storage import Location
 from data_pipelines.verify_shards import find_faults
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.latents.shard_encoder import ShardEncoder, Source
 from efae.model.autoencoder import Autoencoder
 from efae.symmetry import D4, GROUPS, Representation

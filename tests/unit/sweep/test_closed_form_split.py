@@ -7,7 +7,7 @@ from PIL import Image
 
 from data_pipelines.build_shards import build_shards
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.held_out import read_held_out
 from efae.evaluation.measures import psnr, to_float
 from efae.model.closed_form import Moments, fit_linear_map

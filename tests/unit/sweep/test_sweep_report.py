@@ -24,7 +24,7 @@ from made_sweeps import (
     make_trial,
 )
 
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.sweep.report import write_sweep_report
 from efae.sweep.reported_trials import choose_pairs, read_trials
 from efae.sweep.space import apply_combination

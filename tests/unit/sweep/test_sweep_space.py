@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.model.autoencoder import build_representation
 from efae.presets import PRESETS
 from efae.sweep.config import OF_GRIDS, SweepConfig

@@ -14,7 +14,7 @@ import efae
 from data_pipelines import ShardDataset
 from efae.checkpoints.checkpoint import read_checkpoint
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.fitted_action import FittedAction
 from efae.exchange.diffusers_tokenizer import load_diffusers, read_pretrained
 from efae.model.autoencoder import Autoencoder

@@ -10,14 +10,13 @@ import torch
 from data_pipelines import ShardDataset
 from data_pipelines.shards.index import load_index, write_index
 from efae.checkpoints.checkpoint import read_checkpoint
-from efae.config import Config
-from efae.config_forms import digest, with_overrides
+from efae.config import Config, GeneratorConfig
+from efae.config.forms import digest, with_overrides
 from efae.evaluation.measures import to_uint8
 from efae.evaluation.samples import ImageSampler
 from efae.experiment import find_start
 from efae.generation.network import Generator
 from efae.generation.sampling import Guidance
-from efae.generator_config import GeneratorConfig
 from efae.model.autoencoder import Autoencoder
 from efae.model.pretrained import pack_generator, read_folder
 from efae.model.stored_files import CheckpointError

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.ports import pick_free
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective, draw
 from efae.model.octic.layers import Block

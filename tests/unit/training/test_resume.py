@@ -5,7 +5,7 @@ import pytest
 from efae.checkpoints.checkpoint import CheckpointError, checkpoint_name, write_checkpoint
 from efae.checkpoints.events import read_events, record_event
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.experiment import describe_run, find_start
 from tests.unit.checkpoints.test_checkpoint import damage, make_state
 

@@ -14,7 +14,7 @@ from data_pipelines import ShardDataset
 from data_pipelines.build_shards import build_shards
 from efae.checkpoints.checkpoint import read_checkpoint
 from efae.config import Config, OptimizerConfig
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.evaluation.measures import psnr, to_float
 from efae.model.closed_form import Moments, fit_linear_map
 from efae.training.checkpoint_writer import CheckpointWriter

@@ -14,7 +14,7 @@ from ray.train.v2._internal.execution.controller.state import ReschedulingState,
 from efae import evaluation_task
 from efae.checkpoints.events import read_events, record_event
 from efae.config import Config, RayConfig
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.ray_trainer import TrainingFailed, WorkerFailures, find_root_cause, is_final
 from efae.training.micro_batches import OutOfMemory
 from efae.worker_groups import GroupStarts

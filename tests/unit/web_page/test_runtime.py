@@ -8,7 +8,7 @@ import tarfile
 import pytest
 
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.experiment import send_report_page
 from efae.model.autoencoder import Autoencoder
 from efae.model.pretrained import pack_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.presets import PRESETS
 from efae.training.monitoring.flops import Utilization, count_flops, find_peak
 from efae.training.monitoring.profiling import StepProfiler

@@ -13,7 +13,7 @@ from data_pipelines.build_shards import build_shards
 from efae.checkpoints.checkpoint import CheckpointError, read_checkpoint
 from efae.checkpoints.run_folder import locate_run
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.model.objective import Objective, draw
 from efae.preflight.driver_checks import RunData, check_source, list_checks

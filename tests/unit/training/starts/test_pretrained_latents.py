@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import efae
-from efae import config_forms
+from efae.config import forms
 from efae.evaluation.evaluate import measure_drift
 from efae.evaluation.measures import to_float
 from efae.evaluation_task import _fit
@@ -160,5 +160,5 @@ def test_an_action_is_fitted_to_what_the_encoder_returns(folders, shards, tmp_pa
         where = {"ray.storage_uri": f"{tmp_path}/{weight}", "start.action": "fitted"}
         config = configure(folder, **where, **{"data.uri": shards, "start.anchor_weight": weight})
         copy_source(config, NOWHERE)
-        found.append(_fit(config_forms.to_json(config)))
+        found.append(_fit(forms.to_json(config)))
     assert torch.equal(*(each.matrices for each in found))

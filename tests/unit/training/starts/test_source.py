@@ -10,7 +10,7 @@ from data_pipelines.build_shards import build_shards
 from efae.checkpoints.checkpoint import read_checkpoint, read_model
 from efae.checkpoints.run_folder import locate_run
 from efae.config import Config
-from efae.config_forms import with_overrides
+from efae.config.forms import with_overrides
 from efae.model.autoencoder import Autoencoder
 from efae.preflight.driver_checks import RunData, check_source, list_checks
 from efae.training.loop import Start, train

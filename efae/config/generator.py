@@ -10,17 +10,10 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from data_pipelines.loading.options import CacheOptions
-from efae.config import (
-    STRICT,
-    Config,
-    FlowConfig,
-    OptimizerConfig,
-    RayConfig,
-    TrackingConfig,
-    TrainingConfig,
-    require,
-    require_positive,
-)
+from efae.config.objective import FlowConfig
+from efae.config.rules import STRICT, require, require_positive
+from efae.config.run import OptimizerConfig, RayConfig, TrackingConfig, TrainingConfig
+from efae.config.tokenizer import Config
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -11,8 +11,7 @@ from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter
 
-from efae.config import Config
-from efae.generator_config import AnyConfig, GeneratorConfig
+from efae.config import AnyConfig, Config, GeneratorConfig
 
 _Kind = TypeVar("_Kind", Config, GeneratorConfig)
 
