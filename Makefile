@@ -36,13 +36,10 @@ bench: up ## compare level exact with dense twins at one budget (ARGS="--cpu-sec
 bench-check: $(STAMP) ## measure the GPU and compare with benchmarks/results (ARGS="--only steps")
 	@$(BIN)/python -m benchmarks.gpu --check --output "$(LOCAL)/gpu.json" $(ARGS)
 
-# Two lanes at once, of equal length: tests on Ray, which mostly wait for its processes, then some
-# of those on S3; and all others. Tests without servers have a process of their own: the stack's
-# variables would send their work to its Ray.
+# Two lanes at once: tests on the servers, which mostly wait for their processes, and all others.
+# Those have a process of their own: the stack's variables would send their work to its Ray.
 QUICK := not gpu and not browser and not slow
-SECOND := $(addprefix tests/integration/, test_storage_faults.py test_shards_s3.py \
-    test_portable.py test_audit.py test_registry.py test_promote.py test_loader_faults.py \
-    test_pull.py)
+SERVERS = $(shell grep -rlE 'mark\.(s3|ray)\b' tests --include='test_*.py' | sort)
 test: $(STAMP) ## run all tests but the slow ones (ARGS="tests/unit -k latent")
 ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
@@ -50,13 +47,9 @@ else
 	@log=$$(mktemp); failed=0; lane=; \
 	trap '[ -z "$$lane" ] || kill -- -$$lane 2>/dev/null || true; rm -f "$$log"' EXIT; \
 	set -m; \
-	{ $(BIN)/python -m pytest -m "not s3 and not ray and $(QUICK)" || failed=$$?; \
-	  $(BIN)/python -m pytest -m "s3 and not ray and $(QUICK)" $(SECOND:%=--ignore=%) \
-	    || failed=$$?; \
-	  exit $$failed; } >"$$log" 2>&1 & \
+	$(BIN)/python -m pytest -m "not s3 and not ray and $(QUICK)" >"$$log" 2>&1 & \
 	lane=$$!; set +m; \
-	$(BIN)/python -m pytest -m "ray and $(QUICK)" || failed=$$?; \
-	$(BIN)/python -m pytest -m "s3 and not ray and $(QUICK)" $(SECOND) || failed=$$?; \
+	$(BIN)/python -m pytest -m "(s3 or ray) and $(QUICK)" $(SERVERS) || failed=$$?; \
 	wait $$lane || failed=$$?; \
 	lane=; cat "$$log"; exit $$failed
 endif
