@@ -276,7 +276,7 @@ def describe_protocol(
     fid: "Fid | None",
 ) -> dict[str, Any]:
     totals = part.totals
-    knobs = model.config.flow if isinstance(model, Autoencoder) and model.has_flow else None
+    flow = model.config.flow if isinstance(model, Autoencoder) and model.has_flow else None
     chosen = (
         "group_law_error, noise_floor_db, symmetric_gap_db, half_scale_psnr, rotations, *_by_steps,"
         " velocity_error_by_time"
@@ -300,11 +300,11 @@ def describe_protocol(
         if not angles
         else "decode(act(R, encode(x)), noise) against R x inside the"
         " inscribed disk, from the same noise at all angles; resampling: band-limited, bicubic",
-        "sampler": None if knobs is None else knobs.sampler,
-        "sampler_steps": None if knobs is None else knobs.default_steps,
-        "sampler_power": None if knobs is None else knobs.sampler_power,
-        "sampler_shift": None if knobs is None else knobs.sampler_shift,
-        "guidance_scale": None if knobs is None else knobs.guidance_scale,
+        "sampler": None if flow is None else flow.sampler,
+        "sampler_steps": None if flow is None else flow.default_steps,
+        "sampler_power": None if flow is None else flow.sampler_power,
+        "sampler_shift": None if flow is None else flow.sampler_shift,
+        "guidance_scale": None if flow is None else flow.guidance_scale,
         "seed": seed,
         "noise": "image i's from (seed, i)",
         "precision": _name_precision(model),

@@ -41,23 +41,23 @@ def build_representation(config: Config) -> Representation:
         ValueError: No such representation exists, or it has fewer invariant channels than the
             image has colours.
     """
-    knobs, colours = config.representation, config.data.channels
-    group = GROUPS[knobs.group]
-    if knobs.multiplicities is not None:
+    asked, colours = config.representation, config.data.channels
+    group = GROUPS[asked.group]
+    if asked.multiplicities is not None:
         representation = Representation(
-            group, **dict(zip(("a1", "a2", "b1", "b2", "e"), knobs.multiplicities, strict=True))
+            group, **dict(zip(("a1", "a2", "b1", "b2", "e"), asked.multiplicities, strict=True))
         )
-        if representation.dim != knobs.dim:
+        if representation.dim != asked.dim:
             raise ValueError(
-                f"representation.multiplicities={knobs.multiplicities} has"
-                f" {representation.dim} channels, but representation.dim={knobs.dim}"
+                f"representation.multiplicities={asked.multiplicities} has"
+                f" {representation.dim} channels, but representation.dim={asked.dim}"
             )
     else:
         representation = Representation.from_split(
             group=group,
-            dim=knobs.dim,
-            rotation_dims=knobs.rotation_dims,
-            chirality_split=knobs.chirality_split,
+            dim=asked.dim,
+            rotation_dims=asked.rotation_dims,
+            chirality_split=asked.chirality_split,
             invariant=colours,
         )
     invariant = representation.multiplicities["a1"]
@@ -65,8 +65,8 @@ def build_representation(config: Config) -> Representation:
         raise ValueError(
             f"{representation} has {invariant} invariant channels (A1) for {colours} colours: a"
             " flat patch is symmetric, so only A1 can carry its colour; raise representation.dim"
-            f" ({knobs.dim}), or lower representation.rotation_dims ({knobs.rotation_dims}) or"
-            f" representation.chirality_split ({knobs.chirality_split})"
+            f" ({asked.dim}), or lower representation.rotation_dims ({asked.rotation_dims}) or"
+            f" representation.chirality_split ({asked.chirality_split})"
         )
     return representation
 
@@ -441,23 +441,23 @@ class Autoencoder(Compilable):
                 f"noise of shape {tuple(noise.shape)}: a latent of shape {tuple(latent.shape)}"
                 f" starts from noise of {shape}"
             )
-        knobs = self.config.flow
+        defaults = self.config.flow
         if times is None:
             times = time_grid(
-                knobs.default_steps if steps is None else steps,
-                power=knobs.sampler_power,
-                shift=knobs.sampler_shift,
+                defaults.default_steps if steps is None else steps,
+                power=defaults.sampler_power,
+                shift=defaults.sampler_shift,
             )
 
         def given(latent: Tensor | None) -> Field:
             # x.shape[0], unlike len(x), does not fix the batch size when torch.export traces this.
             return lambda x, t: self.velocity(x, x.new_full(x.shape[:1], t), latent, tile)
 
-        scale = knobs.guidance_scale if guidance_scale is None else guidance_scale
-        field = guide(given(latent), given(None), scale, knobs.guidance_interval)
+        scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        field = guide(given(latent), given(None), scale, defaults.guidance_interval)
         # A compiled block expands its weights in the same pass that multiplies by them.
         with nullcontext() if self.compiled else expanded_once(self.decoder):
-            sample = integrate(field, noise, times, sampler or knobs.sampler, visit)
+            sample = integrate(field, noise, times, sampler or defaults.sampler, visit)
         return sample if size is None else crop(sample, size)
 
     def _decode_at_once(self, latent: Tensor, shape: tuple[int, ...], tile: int | None) -> Tensor:

@@ -24,7 +24,7 @@ from efae.sweep.reported_trials import (
     read_trials,
 )
 from efae.sweep.space import list_overrides
-from efae.sweep.study import FEWEST_TRIALS, rate_knobs
+from efae.sweep.study import FEWEST_TRIALS, rate_hyperparameters
 from efae.sweep.surface import (
     FEWEST_FINISHED,
     FEWEST_POSITIONS,
@@ -86,7 +86,7 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
     stars = [trial.key for trial in chosen]
     if pairs:
         draw_pareto(trials, pairs, stars, folder / "pareto.png")
-    importances = rate_knobs(trials, metric, list(sweep["space"]))
+    importances = rate_hyperparameters(trials, metric, list(sweep["space"]))
     if importances:
         draw_importance(importances, folder / "importance.png")
     # The latent's size is known before training and has no curve.
@@ -133,7 +133,7 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
         no_importance=_why_no_importance(trials, metric, sweep["space"]),
         learned=learned,
         metrics=_shown_metrics(trials, sweep["objectives"]),
-        other_knobs=[k for k in sweep["space"] if k not in (ROTATION, SPLIT)],
+        other_hyperparameters=[k for k in sweep["space"] if k not in (ROTATION, SPLIT)],
         space={name: _write_range(choices) for name, choices in sweep["space"].items()},
         saved=_saved(sweep["cost"]),
         duration=write_duration,
@@ -213,15 +213,15 @@ def _compare(
 def _best_trials(
     trials: Sequence[Trial], best: Mapping[str, Any] | None, space: Mapping[str, Any]
 ) -> list[Trial]:
-    """Return all trials with the best's knobs, whatever their seed; the best itself first."""
+    """Return all trials with the best one's hyperparameters, of any seed; the best one first."""
     if not best:
         return []
-    knobs = {name: best["config"].get(name) for name in space}
+    hyperparameters = {name: best["config"].get(name) for name in space}
     found = [
         trial
         for trial in trials
         if trial.key == best["key"]
-        or (knobs and {name: trial.config.get(name) for name in space} == knobs)
+        or (hyperparameters and {name: trial.config.get(name) for name in space} == hyperparameters)
     ]
     return sorted(found, key=lambda trial: (not trial.finished, trial.key != best["key"]))
 
@@ -255,17 +255,17 @@ def _why_no_surface(ends: Sequence[End]) -> str:
             f" {FEWEST_FINISHED} have finished)"
         )
     if len({place[0] for place in places}) < 2 or len({place[1] for place in places}) < 2:
-        return "its two knobs did not both vary among the trials"
+        return "its two hyperparameters did not both vary among the trials"
     return "all trials have the same value"
 
 
 def _why_no_importance(trials: Sequence[Trial], metric: str, space: Mapping[str, Any]) -> str:
     count = sum(trial.finished and metric in trial.metrics for trial in trials)
     if len(space) < 2:
-        return "the sweep had only one knob"
+        return "the sweep had only one hyperparameter"
     if count < FEWEST_TRIALS:
         return f"finished trials: {count}, and it needs {FEWEST_TRIALS}"
-    return "no two knobs differ among the finished trials, or their values do not"
+    return "no two hyperparameters differ among the finished trials, or their values do not"
 
 
 def _command(sweep: Mapping[str, Any]) -> str:

@@ -35,7 +35,7 @@ def draw_surface(
     best: tuple[float, float] | None,
     predicted: Mapping[str, tuple[float, float]],
 ) -> None:
-    """Draw the fitted metric over the two knobs, and beside it the fit's standard deviation.
+    """Draw the fitted metric over two hyperparameters, and the fit's standard deviation beside it.
 
     Args:
         trials: Trials; all with a position are drawn, by state.
@@ -130,7 +130,7 @@ def draw_pareto(
 
 
 def draw_importance(importances: Mapping[str, float], path: Path) -> None:
-    """Draw one bar per knob."""
+    """Draw one bar per hyperparameter."""
     count = len(importances)
     figure, (axes,) = begin_charts(9.4, 0.7 + 0.32 * count, 1)
     rows = range(count)
@@ -142,7 +142,7 @@ def draw_importance(importances: Mapping[str, float], path: Path) -> None:
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.invert_yaxis()
-    name_chart(axes, "share of what the knobs explain")
+    name_chart(axes, "share of what the hyperparameters explain")
     save(figure, path)
 
 

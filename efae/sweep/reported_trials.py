@@ -96,7 +96,7 @@ class Trial:
         """Return (step, metric) of the validations that have it."""
         return [(v["step"], v[metric]) for v in self.validations if v.get(metric) is not None]
 
-    def knob(self, name: str) -> Any:
+    def hyperparameter(self, name: str) -> Any:
         """Return a searched key's value; the two of a split after rounding to channels."""
         if name in (ROTATION, SPLIT) and self.position:
             return self.position[name == SPLIT]

@@ -1,4 +1,4 @@
-"""Optuna's view of a sweep's finished trials: Pareto fronts, and importances of the knobs."""
+"""Optuna's view of a sweep's finished trials: Pareto fronts, and importances."""
 
 # pyright: reportMissingTypeStubs=false
 from collections.abc import Mapping, Sequence
@@ -38,23 +38,25 @@ def find_front(trials: Sequence[Trial], objectives: Sequence[Mapping[str, str]])
     return [found[best.number][0] for best in study.best_trials]
 
 
-def rate_knobs(trials: Sequence[Trial], metric: str, knobs: Sequence[str]) -> dict[str, float]:
-    """Return the importance (fANOVA) of each knob, largest first.
+def rate_hyperparameters(
+    trials: Sequence[Trial], metric: str, names: Sequence[str]
+) -> dict[str, float]:
+    """Return the importance (fANOVA) of each hyperparameter, largest first.
 
-    Empty if there are fewer than `FEWEST_TRIALS` finished trials, fewer than two knobs that differ
-    between them, or nothing to explain.
+    Empty if there are fewer than `FEWEST_TRIALS` finished trials, fewer than two hyperparameters
+    that differ between them, or nothing to explain.
 
     Args:
         trials: Trials in any state; only finished ones count.
         metric: Metric to explain.
-        knobs: Dotted names of the knobs.
+        names: Dotted names of the hyperparameters.
     """
     found = [t for t in trials if t.finished and t.measure(metric) is not None]
     values = np.array([t.measure(metric) for t in found], dtype=float)
-    columns = {knob: [t.knob(knob) for t in found] for knob in knobs}
+    columns = {name: [t.hyperparameter(name) for t in found] for name in names}
     distributions = {
-        knob: _distribution(column)
-        for knob, column in columns.items()
+        name: _distribution(column)
+        for name, column in columns.items()
         if len(set(map(str, column))) > 1
     }
     if len(found) < FEWEST_TRIALS or len(distributions) < 2 or not np.ptp(values):
@@ -62,10 +64,10 @@ def rate_knobs(trials: Sequence[Trial], metric: str, knobs: Sequence[str]) -> di
     study = optuna.create_study(directions=[StudyDirection.MINIMIZE])
     for i, value in enumerate(values.tolist()):
         params = {
-            knob: float(columns[knob][i])
+            name: float(columns[name][i])
             if isinstance(kind, FloatDistribution)
-            else str(columns[knob][i])
-            for knob, kind in distributions.items()
+            else str(columns[name][i])
+            for name, kind in distributions.items()
         }
         study.add_trial(
             optuna.create_trial(params=params, distributions=distributions, value=value)

@@ -1,4 +1,4 @@
-"""Fit of a sweep's metric as a surface over its two knobs.
+"""Fit of a sweep's metric as a surface over its two hyperparameters.
 
 A stopped trial was measured at an earlier step, where all trials are worse: its raw value would
 pull the surface down wherever trials were stopped. It counts by an estimate of its end instead: its
@@ -26,7 +26,7 @@ FEWEST_FINISHED = 3
 # the default space (`benchmarks/compare_sweeps.py`), 0.13 from the first rung, 0.05 from
 # the second.
 _DRIFT = 0.15
-# Lengths in units of a knob's whole range; variances in units of the values' variance.
+# Lengths in units of a hyperparameter's whole range; variances in units of the values' variance.
 _LENGTHS, _AMPLITUDES, _NOISES = (0.2, 0.35, 0.6, 1.0, 1.7), (0.7, 2.0, 6.0), (0.003, 0.03, 0.3)
 
 
@@ -142,8 +142,8 @@ def find_optimum(surface: Surface, ends: Sequence[End], mode: str, colours: int)
 def fit_surface(ends: Sequence[End], dim: int) -> Surface | None:
     """Fit the metric over (rotation_dims, chirality_split).
 
-    Return None for fewer than `FEWEST_POSITIONS` representations, if a knob is the same in
-    all of them, or if all values are equal.
+    Return None for fewer than `FEWEST_POSITIONS` representations, if a hyperparameter is the same
+    in all of them, or if all values are equal.
 
     Args:
         ends: Ends of trials, with a larger error for those that were stopped early.

@@ -249,7 +249,9 @@ def test_several_objectives_have_a_front(tmp_path, sweep):
     page = write(tmp_path, more)
     assert (tmp_path / "pareto.png").is_file()
     text = words(page)
-    front = text.partition("On the front of all objectives together")[2].partition("Which knob")[0]
+    front = text.partition("On the front of all objectives together")[2].partition(
+        "Which hyperparameter"
+    )[0]
     assert {word for word in front.split() if word.startswith("#")} == {"#0", "#12"}
     assert "1.0e-4 to 0.01, on a log scale" in text
     assert "no best one was chosen" in text
@@ -309,7 +311,7 @@ def make_small(kind: str) -> dict[str, Any]:
         (
             "learning rate alone",
             {"curves"},
-            ["optimizer.learning_rate = 0.001", "had only one knob"],
+            ["optimizer.learning_rate = 0.001", "had only one hyperparameter"],
         ),
     ],
 )

@@ -18,7 +18,7 @@ from made_sweeps import (
 )
 
 from efae.sweep.reported_trials import read_trials
-from efae.sweep.study import rate_knobs
+from efae.sweep.study import rate_hyperparameters
 from efae.sweep.surface import FEWEST_FINISHED, find_ends, find_optimum, fit_surface
 
 
@@ -110,16 +110,16 @@ def test_what_would_have_been_gained_is_unknown_while_too_few_have_finished():
     ]
 
 
-def test_the_knob_that_matters_is_rated_first(capfd):
+def test_the_hyperparameter_that_matters_is_rated_first(capfd):
     generator = np.random.default_rng(3)
     trials = [
         make_trial(i, int(generator.choice([12, 16])), 0.5, rate=10 ** generator.uniform(-4, -2))
         for i in range(16)
     ]
-    rated = rate_knobs(read_trials(trials), "psnr", [ROTATION, SPLIT, RATE])
+    rated = rate_hyperparameters(read_trials(trials), "psnr", [ROTATION, SPLIT, RATE])
     assert list(rated) == [RATE, ROTATION]  # the split is the same in all
     assert rated[RATE] > 0.8
     assert rated[RATE] + rated[ROTATION] == pytest.approx(1)
-    assert rate_knobs(read_trials(trials[:3]), "psnr", [ROTATION, RATE]) == {}
-    assert rate_knobs(read_trials(trials), "latent_size", [ROTATION, RATE]) == {}
+    assert rate_hyperparameters(read_trials(trials[:3]), "psnr", [ROTATION, RATE]) == {}
+    assert rate_hyperparameters(read_trials(trials), "latent_size", [ROTATION, RATE]) == {}
     assert "study" not in "".join(capfd.readouterr())  # optuna announces each
