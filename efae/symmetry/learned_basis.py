@@ -33,13 +33,22 @@ class Basis(nn.Module):
         self.dim = dim
         # Entries of A below the diagonal, row by row; |A| is about 0.2 radians.
         self.angles = nn.Parameter(0.1 / math.sqrt(dim) * torch.randn(dim * (dim - 1) // 2))
+        self._constant: Tensor | None
+        self.register_buffer("_constant", None, persistent=False)
 
     def matrix(self) -> Float[Tensor, "dim dim"]:
         """Compute Q, float64; its columns are the basis of the irreps. A matrix exponential."""
+        if self._constant is not None:
+            return self._constant
         rows, columns = torch.tril_indices(self.dim, self.dim, -1, device=self.angles.device)
         lower = self.angles.new_zeros((self.dim, self.dim), dtype=torch.float64)
         lower = lower.index_put((rows, columns), self.angles.double())
         return torch.matrix_exp(lower - lower.T)
+
+    @torch.no_grad()
+    def make_constant(self) -> None:
+        """Compute Q for the last time: formats such as ONNX have no matrix exponential."""
+        self._constant = self.matrix()
 
     @torch.no_grad()
     def set_matrix(self, matrix: Float[Tensor, "dim dim"]) -> None:

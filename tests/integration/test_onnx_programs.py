@@ -74,10 +74,11 @@ print(json.dumps({"elements": len(manifest["elements"]), "worst": float(worst),
 """
 
 
-def make_unet() -> Autoencoder:
+def make(overrides) -> Autoencoder:
     """A model with weights everywhere: a new one's decoder gives zeros."""
     torch.manual_seed(0)
-    model = Autoencoder(configuration.with_overrides(Config(), UNET)).eval().requires_grad_(False)
+    config = configuration.with_overrides(Config(), overrides)
+    model = Autoencoder(config).eval().requires_grad_(False)
     for weight in model.parameters():
         weight += 0.05 * torch.rand_like(weight)
     return model
@@ -86,7 +87,7 @@ def make_unet() -> Autoencoder:
 @pytest.fixture(scope="module")
 def unet(tmp_path_factory):
     """Model, and the folder of its programs."""
-    model, folder = make_unet(), tmp_path_factory.mktemp("unet")
+    model, folder = make(UNET), tmp_path_factory.mktemp("unet")
     model.save_pretrained(folder / "model")
     arguments = ["--model", str(folder / "model"), "--output", str(folder / "onnx")]
     assert export.main(arguments) == 0
@@ -156,6 +157,19 @@ def test_programs_are_the_model_and_the_manifest_says_so(unet):
         assert b"torch_export.py" not in data
         graph = onnx.load_from_string(data).graph
         assert "CastLike" not in str(graph), name
+
+
+def test_a_learned_basis_is_a_constant_of_the_programs_alone(tmp_path):
+    based = {"model.level": "objective", "representation.learned_basis": True}
+    fewer = {"flow.sampler_steps": 1, "flow.guidance_scale": 1.0, "data.resolution": 16}
+    model = make(UNET | based | fewer)
+    onnx_export.export_onnx(model, tmp_path)
+    image = torch.rand(2, 1, 16, 16) * 2 - 1
+    found = run(tmp_path, "encode", image=image)
+    torch.testing.assert_close(found, model.encode(image), atol=1e-5, rtol=0)
+    with torch.no_grad():
+        model.basis.angles.mul_(2)
+    assert (found - model.encode(image)).abs().max() > 0.1
 
 
 def test_an_autoencoder_without_flow_decodes_from_its_latent_alone(vae, tmp_path):
