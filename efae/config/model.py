@@ -169,6 +169,11 @@ class StartConfig:
         require(self.model != "diffusers:", f"start.model={self.model!r}: must read diffusers:PATH")
         require(self.anchor_weight >= 0, f"start.anchor_weight={self.anchor_weight}: must be >= 0")
         require(
+            not (self.anchor_weight and self.train == "decoder"),
+            f"start.anchor_weight={self.anchor_weight} with start.train=decoder: a frozen encoder"
+            " does not move; set 0",
+        )
+        require(
             not self.model or self.is_diffusers or self.action == "spatial",
             f"start.action={self.action} with start.model={self.model!r}: only an autoencoder of"
             " diffusers has no action of its own; leave it at spatial",

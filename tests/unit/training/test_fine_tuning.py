@@ -237,6 +237,7 @@ def test_combinations_without_sense_are_refused(folders):
     unet = {"model.kind": "unet", "model.level": "exact"}
     for match, overrides in (
         ("start.train=encoder with model.kind=unet", {**unet, "start.train": "encoder"}),
+        ("a frozen encoder does not", {"start.train": "decoder", "start.anchor_weight": 0.1}),
         ("use bf16", {"training.precision": "fp16"}),
     ):
         with pytest.raises(ValueError, match=match):
