@@ -51,7 +51,7 @@ from efae.training.validation import Validation
 
 CPU = torch.device("cpu")
 ARMS: dict[str, dict[str, Any]] = {
-    "control": {"model.level": "none"},
+    "control": {"model.level": "none", "start.action": "spatial"},
     "spatial": {"start.action": "spatial"},
     "fitted": {"start.action": "fitted"},
     "split": {"start.action": "split"},
@@ -75,7 +75,7 @@ SETTINGS: dict[str, Any] = {
     "ray.use_gpu": False,
 }
 FROM_SCRATCH: dict[str, Any] = {
-    "model.level": "none",
+    **ARMS["control"],
     "optimizer.learning_rate": 1e-3,
     "optimizer.warmup_steps": 50,
 }

@@ -14,6 +14,7 @@ from efae.config import (
     OptimizerConfig,
     RayConfig,
     RepresentationConfig,
+    StartConfig,
     TrackingConfig,
     TrainingConfig,
 )
@@ -124,6 +125,7 @@ IMAGENET_256 = Config(
 FINE_TUNE = Config(
     data=IMAGENET_256.data,
     model=ModelConfig(kind="diffusers", level="regularized", bottleneck="posterior"),
+    start=StartConfig(action="fitted"),
     loss=LossConfig(reconstruction="l1", kl_weight=1e-6),
     optimizer=OptimizerConfig(learning_rate=1e-4, ema_decay=0.999),
     training=TrainingConfig(

@@ -145,7 +145,8 @@ class Config:
             or model.level in ("objective", "regularized")
             or self.representation.multiplicities is not None,
             f"start.action=fitted at model.level={model.level}: its basis needs a decoder that is"
-            " trained on act(g, latent); use level regularized or objective, or another action",
+            " trained on act(g, latent); set start.action=spatial, or use level regularized or"
+            " objective",
         )
         require(
             model.kind == "diffusers" or not start.anchor_weight,
