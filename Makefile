@@ -37,7 +37,7 @@ bench-check: $(STAMP) ## measure the GPU and compare with benchmarks/results (AR
 	@$(BIN)/python -m benchmarks.gpu --check --output "$(LOCAL)/gpu.json" $(ARGS)
 
 # Two lanes at once: tests on the servers, which mostly wait for their processes, and all others.
-# Those have a process of their own: the stack's variables would send their work to its Ray.
+# The others have a process of their own: the stack's variables would send their work to its Ray.
 QUICK := not gpu and not browser and not slow
 SERVERS = $(shell grep -rlE 'mark\.(s3|ray)\b' tests --include='test_*.py' | sort)
 test: $(STAMP) ## run all tests but the slow ones (ARGS="tests/unit -k latent")
