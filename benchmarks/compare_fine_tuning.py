@@ -6,9 +6,10 @@
 First, a small AutoencoderKL is trained without equivariance, in the place of one that was
 downloaded, and measured. From there every arm trains for a fifth of its FLOPs: the control, which
 continues without equivariance; the spatial action, the fitted one and the default split, over all
-flips and quarter turns; and the spatial action over the mirror alone. All train with
-`efae.training.loop`, on one thread: at every learning rate with the first seed, then at the arm's
-best one with the other seeds. The fitted arm is not trained where the fit finds the spatial action.
+flips and quarter turns; and the spatial action and the fitted one over the mirror alone. All train
+with `efae.training.loop`, on one thread: at every learning rate with the first seed, then at the
+arm's best one with the other seeds. A fitted arm is not trained where the fit finds the spatial
+action.
 Finished runs are kept in benchmarks/results/fine_tuning-NAME-CHANNELS.json, and the autoencoder in
 --models, so an interrupted comparison resumes. Prints a table at the end.
 """
@@ -56,6 +57,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "fitted": {"start.action": "fitted"},
     "split": {"start.action": "split"},
     "mirror": {"start.action": "spatial", "representation.group": "mirror"},
+    "fitted_mirror": {"start.action": "fitted", "representation.group": "mirror"},
 }
 SYMMETRIZED = "spatial"
 """Arm whose first run is also measured as an average over the group."""
@@ -108,7 +110,9 @@ class Arguments:
     """Learning rates tried with the first seed."""
     seeds: int = 3
     """Seeds at each arm's best learning rate; they all start from the same autoencoder."""
-    arms: tuple[Literal["control", "spatial", "fitted", "split", "mirror"], ...] = ()
+    arms: tuple[
+        Literal["control", "spatial", "fitted", "split", "mirror", "fitted_mirror"], ...
+    ] = ()
     """Arms to run; all when empty."""
 
 
@@ -175,11 +179,11 @@ def train_from_scratch(
     return {"steps": arguments.steps, "cpu_seconds": spent, "psnr_by_step": curve}
 
 
-def fine_tune(config: Config, action: FittedAction) -> tuple[Autoencoder, float]:
+def fine_tune(config: Config, actions: dict[str, FittedAction]) -> tuple[Autoencoder, float]:
     """Train an arm; return its model with the CPU seconds spent."""
     process = Process(CPU)
     if config.start.action == "fitted":
-        config = adopt_action(config, action)
+        config = adopt_action(config, actions[config.representation.group])
         source = load_source(config, process)
     else:
         source = Autoencoder.restore(read_pretrained(config))
@@ -233,11 +237,18 @@ def compare(arguments: Arguments, say: Callable[[str], None]) -> dict[str, Any]:
         save()
         say(f"before: {describe(results['before'])}")
     train_images = read_images(control.data, control.data.uri, FITTED_IMAGES)
-    action = fit_action(before, train_images, arguments.batch_size, invariant=3)
-    numbers = action.numbers()
+    actions: dict[str, FittedAction] = {}
+    for arm in ("spatial", "mirror"):
+        config = configure(arguments, ARMS[arm], folder)
+        model = Autoencoder.restore(read_pretrained(config))
+        action = fit_action(model, train_images, arguments.batch_size, invariant=3)
+        actions[config.representation.group] = action
     kept = ("representation", "variance_by_irrep", "spatial_error", "representation_error")
-    results["fitted_action"] = {key: numbers[key] for key in kept}
-    arms = list_arms(arguments, action.representation)
+    results["fitted_actions"] = {
+        group: {key: action.numbers()[key] for key in kept} for group, action in actions.items()
+    }
+    fitted = {group: action.representation for group, action in actions.items()}
+    arms = list_arms(arguments, fitted)
 
     def run_arm(arm: str, rate: float, seed: int) -> None:
         settings = {"optimizer.learning_rate": rate, "training.seed": seed}
@@ -249,7 +260,7 @@ def compare(arguments: Arguments, say: Callable[[str], None]) -> dict[str, Any]:
         if any(row["learning_rate"] == rate and row["seed"] == seed for row in entry["runs"]):
             return
         config = with_overrides(config, {"training.steps": entry["steps"]})
-        model, spent = fine_tune(config, action)
+        model, spent = fine_tune(config, actions)
         row: dict[str, Any] = {"learning_rate": rate, "seed": seed, "cpu_seconds": spent}
         row |= measure(model, before, images)
         if arm == SYMMETRIZED and seed == 0:
@@ -272,10 +283,19 @@ def compare(arguments: Arguments, say: Callable[[str], None]) -> dict[str, Any]:
     return results
 
 
-def list_arms(arguments: Arguments, fitted: Representation) -> list[str]:
-    """Return the arms to train: not the fitted one, if what was fitted is the spatial action."""
-    same = fitted.multiplicities["a1"] == fitted.dim
-    return [arm for arm in arguments.arms or ARMS if not (arm == "fitted" and same)]
+def list_arms(arguments: Arguments, fitted: dict[str, Representation]) -> list[str]:
+    """Return the arms to train: not a fitted one, if what was fitted is the spatial action.
+
+    Args:
+        arguments: Options of the comparison.
+        fitted: Representation that the fit finds, by group.
+    """
+
+    def repeats_spatial(arm: str) -> bool:
+        found = fitted[ARMS[arm].get("representation.group", "D4")]
+        return ARMS[arm]["start.action"] == "fitted" and found.multiplicities["a1"] == found.dim
+
+    return [arm for arm in arguments.arms or ARMS if not repeats_spatial(arm)]
 
 
 def best_rate(entry: dict[str, Any]) -> float:
@@ -299,7 +319,8 @@ def describe(row: dict[str, Any]) -> str:
 
 def print_table(results: dict[str, Any]) -> None:
     """Print, in Markdown, mean and deviation over seeds at each arm's best learning rate."""
-    print(f"The fit finds {results['fitted_action']['representation']}.")
+    for group, action in results["fitted_actions"].items():
+        print(f"Over {group}, the fit finds {action['representation']}.")
     print("| trained with | lr | steps | PSNR | worst gap | encoder error | half scale | drift |")
     print("|---|---|---|---|---|---|---|---|")
     rows: dict[str, tuple[str, list[dict[str, Any]]]] = {"before": (" | ", [results["before"]])}

@@ -16,7 +16,7 @@ from benchmarks.compare_fine_tuning import (
     print_table,
 )
 from data_pipelines.build_shards import build_shards
-from efae.symmetry import D4, Representation
+from efae.symmetry import D4, MIRROR, Representation
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,13 @@ def arguments(images, tmp_path, monkeypatch):
 
 def test_a_fit_that_finds_the_spatial_action_is_not_trained(arguments):
     arguments.arms = ()
-    assert list_arms(arguments, Representation(D4, a1=3, b1=1)) == list(ARMS)
-    others = ["control", "spatial", "split", "mirror"]
-    assert list_arms(arguments, Representation(D4, a1=4)) == others
+    spatial, turning = Representation(D4, a1=4), Representation(D4, a1=3, b1=1)
+    mirror, flipping = Representation(MIRROR, a1=4), Representation(MIRROR, a1=3, a2=1)
+    assert list_arms(arguments, {"D4": turning, "mirror": flipping}) == list(ARMS)
+    one = list_arms(arguments, {"D4": spatial, "mirror": flipping})
+    assert one == ["control", "spatial", "split", "mirror", "fitted_mirror"]
+    none = list_arms(arguments, {"D4": spatial, "mirror": mirror})
+    assert none == ["control", "spatial", "split", "mirror"]
 
 
 def test_the_best_rate_is_that_of_the_first_seed():
