@@ -191,6 +191,7 @@ def read_digits() -> torch.Tensor:
     return digits[order] / 127.5 - 1
 
 
+@pytest.mark.slow
 def test_training_on_angles_helps_at_angles():
     digits, found = read_digits(), {}
     for probability in (0.0, 0.7):

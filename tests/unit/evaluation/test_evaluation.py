@@ -420,6 +420,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_numbers_of_one(measured_with_fid):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

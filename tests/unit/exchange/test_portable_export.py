@@ -66,7 +66,12 @@ CASES["grids"] = CASES["oblong"] | {"model.patch_size": 4}  # half a minute
 
 
 @pytest.fixture(
-    scope="module", params=["oblong", "vector", pytest.param("grids", marks=pytest.mark.slow)]
+    scope="module",
+    params=[
+        "oblong",
+        pytest.param("vector", marks=pytest.mark.slow),
+        pytest.param("grids", marks=pytest.mark.slow),
+    ],
 )
 def exported(request, tmp_path_factory) -> tuple[Autoencoder, Path]:
     """A model with weights everywhere, and the folder that holds it and its portable files."""
