@@ -237,16 +237,16 @@ def compare(arguments: Arguments, say: Callable[[str], None]) -> dict[str, Any]:
         save()
         say(f"before: {describe(results['before'])}")
     train_images = read_images(control.data, control.data.uri, FITTED_IMAGES)
+    kept = ("representation", "variance_by_irrep", "spatial_error", "representation_error")
     actions: dict[str, FittedAction] = {}
+    results["fitted_actions"] = {}
     for arm in ("spatial", "mirror"):
         config = configure(arguments, ARMS[arm], folder)
         model = Autoencoder.restore(read_pretrained(config))
         action = fit_action(model, train_images, arguments.batch_size, invariant=3)
-        actions[config.representation.group] = action
-    kept = ("representation", "variance_by_irrep", "spatial_error", "representation_error")
-    results["fitted_actions"] = {
-        group: {key: action.numbers()[key] for key in kept} for group, action in actions.items()
-    }
+        group, numbers = config.representation.group, action.numbers()
+        actions[group] = action
+        results["fitted_actions"][group] = {key: numbers[key] for key in kept}
     fitted = {group: action.representation for group, action in actions.items()}
     arms = list_arms(arguments, fitted)
 

@@ -49,7 +49,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
         )
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config):
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     """Names the tests that took too long. They do not fail: machines differ by a factor of two."""
     if long := config.stash.get(LONG_TESTS, []):
         terminalreporter.section(f"over {LIMIT_SECONDS:.0f} s, but not marked `slow`")

@@ -48,7 +48,7 @@ def arguments(images, tmp_path, monkeypatch):
         images=2,
         learning_rates=(1e-3,),
         seeds=1,
-        arms=("control", "spatial"),
+        arms=("control", "spatial", "fitted_mirror"),
     )
 
 
@@ -75,7 +75,13 @@ def test_finished_runs_are_kept_as_long_as_the_autoencoder_is(arguments, tmp_pat
     results = compare(arguments, said.append)
     arms = results["arms"]
     # The pair term encodes once more, which costs less than half of a step.
-    assert {arm: entry["steps"] for arm, entry in arms.items()} == {"control": 3, "spatial": 2}
+    assert {arm: entry["steps"] for arm, entry in arms.items()} == {
+        "control": 3,
+        "spatial": 2,
+        "fitted_mirror": 2,
+    }
+    (fitted,) = arms["fitted_mirror"]["runs"]
+    assert fitted["representation"] == results["fitted_actions"]["mirror"]["representation"]
     (spatial,) = arms["spatial"]["runs"]
     assert list(results["from_scratch"]["psnr_by_step"]) == list(range(2, 17, 2))
     assert results["before"]["drift"] == 0 < spatial["drift"]
