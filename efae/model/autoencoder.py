@@ -136,8 +136,7 @@ class Autoencoder(Compilable):
                 self.encoder = diffusers_vae.Encoder(architecture, recomputes)
             else:
                 self.encoder = networks.Encoder(*sizes)
-            dropped = config.flow.condition_drop > 0
-            self.decoder = networks.Decoder(*sizes, null_condition=dropped)
+            self.decoder = networks.Decoder(*sizes, config.flow)
         self.bottleneck = Bottleneck(
             self.representation,
             config.model.bottleneck,

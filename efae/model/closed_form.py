@@ -178,7 +178,7 @@ def choose_multiplicities(
 
 @torch.no_grad()
 def set_linear_paths(model: Autoencoder, fitted: LinearMap) -> None:
-    """Set the linear paths of a model whose networks correct them, and its latent statistics.
+    """Set the linear paths of a model whose networks correct them, and its statistics.
 
     A latent channel of standard deviation s is divided by sqrt(s) and multiplied by it on the way
     back: of all scales, equal noise on every channel then costs least in the pixels. The mean
@@ -194,6 +194,9 @@ def set_linear_paths(model: Autoencoder, fitted: LinearMap) -> None:
     assert decoder is not None
     for path, rows in ((encoder, fitted.rows / scale), (decoder, fitted.rows * scale)):
         path.free.copy_(model.from_irreps(rows[None, :, :, None])[0, :, :, 0])
+    model.decoder.residual_power.copy_(
+        torch.tensor([fitted.error, fitted.total / fitted.rows.shape[1]])
+    )
     statistics = model.bottleneck.power
     means = [power[block].mean() for block in model.bottleneck.blocks]
     statistics.copy_(torch.stack(means))

@@ -130,7 +130,8 @@ def fit(model, steps=30):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0] / 3  # else this says nothing about trained weights
+    # Else this says nothing about trained weights. An estimate from x_t has less to learn.
+    assert losses[-1] < losses[0] / (1.5 if model.config.model.has_linear_start else 3)
 
 
 def relative_errors(found, expected, parts=1):

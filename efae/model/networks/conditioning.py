@@ -1,18 +1,20 @@
-"""What both decoders share: the condition of adaLN, and a linear path from latent to pixels.
+"""What both decoders share: the condition of adaLN, and what their networks correct.
 
-The condition is made of t and of the latent's invariants.
+The condition is made of t and of the latent's invariants. A network beside a linear path corrects
+the best linear estimate of the image from the latent and x_t.
 
 The null condition (Ho & Salimans 2022, arXiv:2207.12598) is learned, since a latent of zeros is the
 code of a symmetric image. It is invariant, so that dropping the latent keeps the symmetry.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from efae.config import DataConfig, ModelConfig
+from efae.config import DataConfig, FlowConfig, ModelConfig
 from efae.model.networks.linear_path import DECODER_DAMPING, build_linear_path, unpatchify
 from efae.model.octic.layers import (
     Lift,
@@ -25,6 +27,10 @@ from efae.model.octic.layout import embed_invariant, layout_of, spread_gains, ta
 from efae.symmetry.group import Group
 from efae.symmetry.representation import Representation
 
+SMALLEST_RESIDUAL = 1e-6
+"""Least mean square that the residual of a linear path is taken to have, of values in [-1, 1]: an
+eighth of a level of 255. A path that loses nothing leaves rounding errors only."""
+
 
 def embed_time(t: Float[Tensor, "b"], size: int) -> Float[Tensor, "b size"]:
     """Embed t as sinusoids of 1000 t with periods from 2 pi to 2 pi * 10^4."""
@@ -35,23 +41,42 @@ def embed_time(t: Float[Tensor, "b"], size: int) -> Float[Tensor, "b size"]:
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
-class ConditionedDecoder(nn.Module):
-    """A decoder whose blocks are modulated by t and by the invariants of the mean latent."""
+class Estimate(NamedTuple):
+    """What a network sees and corrects.
 
-    def __init__(self, group: Group):
+    Attributes:
+        seen: Images (b, c, h, w) that the network sees.
+        image: Images (b, c, h, w) that it corrects; None: its output is the prediction.
+        gain: Factor (b, 1, 1, 1) of its correction.
+    """
+
+    seen: Tensor
+    image: Tensor | None = None
+    gain: Tensor | None = None
+
+
+class ConditionedDecoder(nn.Module):
+    """A decoder whose blocks are modulated by t and by the invariants of the mean latent.
+
+    Attributes:
+        residual_power: Mean square of a pixel value of the residual that the linear path leaves,
+            and of one of the images themselves, the residual without a latent.
+    """
+
+    def __init__(self, group: Group, flow: FlowConfig):
         super().__init__()
         self.layout = layout_of(group)
+        self.has_null_condition = flow.condition_drop > 0
+        self.draws_in_one_step = bool(flow.distill_from)
 
-    def add_conditioning(
-        self, representation: Representation, m: int, hidden_size: int, null_condition: bool
-    ) -> None:
+    def add_conditioning(self, representation: Representation, m: int, hidden_size: int) -> None:
         """Add the layers of the condition, `hidden_size` wide, for tokens of `m` channels."""
         group = self.layout.group
         rho = latent_action(group, representation)
         self.pooled = Lift(group, *rho, m, fan_in=representation.dim)
         self.pooled_condition = nn.Linear(m, hidden_size)
-        self.null_tokens = nn.Parameter(torch.zeros(m)) if null_condition else None
-        self.null_pooled = nn.Parameter(torch.zeros(m)) if null_condition else None
+        self.null_tokens = nn.Parameter(torch.zeros(m)) if self.has_null_condition else None
+        self.null_pooled = nn.Parameter(torch.zeros(m)) if self.has_null_condition else None
         self.time_condition = nn.Sequential(
             nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
@@ -71,6 +96,42 @@ class ConditionedDecoder(nn.Module):
         self.linear_path = None
         if model.has_linear_start:
             self.linear_path = build_linear_path(group, representation, data, model)
+            # A statistic, not a weight; as a parameter it is saved with the averaged weights.
+            self.residual_power = nn.Parameter(torch.ones(2), requires_grad=False)
+
+    def estimate(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        t: Float[Tensor, "b"],
+        latent: Float[Tensor, "b dim latent_h latent_w"],
+        keep: Bool[Tensor, "b"] | None,
+    ) -> Estimate:
+        """Return what the network corrects: nothing, or the best linear estimate of the image.
+
+        The linear path maps the latent to an image l, and leaves a residual r = image - l of mean
+        square v. Of r, x_t shows y = x_t - (1 - t) l = (1 - t) r + t noise, of mean square
+        p = (1 - t)^2 v + t^2. The estimate is l + (1 - t) v / p y (Wiener 1949). Its error has the
+        mean square v t^2 / p, and the network's correction has the scale of that error (as in
+        Karras et al. 2022, arXiv:2206.00364, eq. 7). The network sees the estimate, too. From x_t
+        itself, it would first learn to take details from x_t at all t alike, and fall behind the
+        linear path, because near t = 1 they are noise.
+
+        In one step, the noise at t = 1 chooses the sample: a student sees l + sqrt(v / p) y, which
+        shows y at the scale of r.
+        """
+        if self.linear_path is None:
+            return Estimate(x_t)
+        t = t.to(torch.promote_types(x_t.dtype, torch.float32))[:, None, None, None]
+        power, whole = self.residual_power.to(t.dtype).clamp(min=SMALLEST_RESIDUAL)
+        if keep is not None:
+            keep = keep[:, None, None, None]
+            latent, power = latent * keep, torch.where(keep, power, whole)
+        linear = self.linear_path.back(latent)
+        root = ((1 - t) ** 2 * power + t**2).sqrt()
+        shown = (power.sqrt() / root).to(x_t.dtype) * (x_t - (1 - t).to(x_t.dtype) * linear)
+        image = linear + ((1 - t) * power.sqrt() / root).to(x_t.dtype) * shown
+        seen = linear + shown if self.draws_in_one_step else image
+        return Estimate(seen, image, (DECODER_DAMPING * t / root).to(x_t.dtype))
 
     def condition(
         self,
@@ -111,25 +172,14 @@ class ConditionedDecoder(nn.Module):
         self,
         x: Float[Tensor, "slot b token coset*m"],
         condition: Float[Tensor, "b hidden_size"],
-        latent: Float[Tensor, "b dim latent_h latent_w"],
-        keep: Bool[Tensor, "b"] | None,
-        size: tuple[int, int],
+        estimate: Estimate,
     ) -> Float[Tensor, "b c h w"]:
-        """Map the last tokens to pixels, as a correction of the linear path's if there is one.
-
-        Args:
-            x: Tokens.
-            condition: Condition that modulates them.
-            latent: Latents.
-            keep: Whether to use the latent, per example; None: in all.
-            size: Height and width in pixels.
-        """
+        """Map the last tokens, modulated by the condition, to pixels that correct an estimate."""
         scale, shift = self.modulation(condition).split(self.sizes, -1)
         x = normalize(x) * (1 + spread_gains(self.layout, scale))
         x = x + embed_invariant(self.layout, shift)[:, :, None]
-        pixels = unpatchify(self.output.back(x), self.patch_size, *size)
-        if self.linear_path is None:
+        height, width = estimate.seen.shape[-2:]
+        pixels = unpatchify(self.output.back(x), self.patch_size, height, width)
+        if estimate.image is None or estimate.gain is None:
             return pixels
-        if keep is not None:
-            latent = latent * keep[:, None, None, None]
-        return DECODER_DAMPING * pixels + self.linear_path.back(latent)
+        return estimate.image + estimate.gain * pixels

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from efae.config import DataConfig, ModelConfig
+from efae.config import DataConfig, FlowConfig, ModelConfig
 from efae.model.networks.conditioning import ConditionedDecoder
 from efae.model.networks.linear_path import (
     ENCODER_DAMPING,
@@ -122,10 +122,9 @@ class Decoder(ConditionedDecoder):
         representation: Representation,
         data: DataConfig,
         model: ModelConfig,
-        *,
-        null_condition: bool,
+        flow: FlowConfig,
     ):
-        super().__init__(group)
+        super().__init__(group, flow)
         self.patch_size, hidden_size = model.patch_size, model.hidden_size
         m = hidden_size // len(group)
         ratio = model.downsampling // model.patch_size
@@ -136,7 +135,7 @@ class Decoder(ConditionedDecoder):
         self.positions = Positions(group, height, width, m)
         self.latent = Lift(group, *rho, m * ratio**2, fan_in=representation.dim)
         self.resample = Resample(group, ratio)
-        self.add_conditioning(representation, m, hidden_size, null_condition)
+        self.add_conditioning(representation, m, hidden_size)
         shared = model.modulation == "shared"
         self.shared_modulation = None
         if shared:
@@ -168,7 +167,8 @@ class Decoder(ConditionedDecoder):
         cells = self.latent(latent.flatten(2).mT)  # (slot, b, cell, ratio^2 coset m)
         tokens = self.resample.split(cells, *grid)  # (slot, b, token, coset m)
         tokens = self.drop(tokens, keep)
-        x = self.patches(patchify(x_t, self.patch_size)) + tokens
+        estimate = self.estimate(x_t, t, latent, keep)
+        x = self.patches(patchify(estimate.seen, self.patch_size)) + tokens
         x = x + self.positions(*grid).to(x.dtype)
         condition = self.condition(t, latent, keep, mean)
         modulation = condition
@@ -176,4 +176,4 @@ class Decoder(ConditionedDecoder):
             modulation = self.shared_modulation(condition)
         for block in self.blocks:
             x = block(x, modulation)
-        return self.predict(x, condition, latent, keep, (height, width))
+        return self.predict(x, condition, estimate)

@@ -15,7 +15,7 @@ from typing import cast
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from efae.config import DataConfig, ModelConfig
+from efae.config import DataConfig, FlowConfig, ModelConfig
 from efae.model.networks.conditioning import ConditionedDecoder
 from efae.model.networks.linear_path import (
     ENCODER_DAMPING,
@@ -118,10 +118,9 @@ class Decoder(ConditionedDecoder):
         representation: Representation,
         data: DataConfig,
         model: ModelConfig,
-        *,
-        null_condition: bool,
+        flow: FlowConfig,
     ):
-        super().__init__(group)
+        super().__init__(group, flow)
         self.patch_size, size = model.patch_size, model.hidden_size
         channels = [width // len(group) for width in list_widths(model, size)]
         *fine, m = channels
@@ -129,7 +128,7 @@ class Decoder(ConditionedDecoder):
         self.patches = Lift(group, *patch, channels[0], fan_in=patch[0].shape[1])
         rho = latent_action(group, representation)
         self.latent = Lift(group, *rho, m, fan_in=representation.dim)
-        self.add_conditioning(representation, m, size, null_condition)
+        self.add_conditioning(representation, m, size)
         shared = model.modulation == "shared"
         self.shared_sizes: list[list[int]] = []
         if shared:
@@ -186,7 +185,8 @@ class Decoder(ConditionedDecoder):
         """
         height, width = (side // self.patch_size for side in x_t.shape[-2:])
         condition = self.condition(t, latent, keep, mean)
-        x = self.patches(patchify(x_t, self.patch_size))
+        estimate = self.estimate(x_t, t, latent, keep)
+        x = self.patches(patchify(estimate.seen, self.patch_size))
         skips: list[Tensor] = []
         for i, blocks in enumerate(self.down):
             x = self._apply_stage(blocks, i, x, condition, (height, width))
@@ -200,7 +200,7 @@ class Decoder(ConditionedDecoder):
             height, width = 2 * height, 2 * width
             x = self.resample.split(self.splits[i](x), height, width) + skips.pop()
             x = self._apply_stage(self.up[i], i, x, condition, (height, width))
-        return self.predict(x, condition, latent, keep, (x_t.shape[-2], x_t.shape[-1]))
+        return self.predict(x, condition, estimate)
 
     def _apply_stage(
         self, stage: nn.Module, grid: int, x: Tensor, condition: Tensor, sizes: tuple[int, int]

@@ -264,13 +264,14 @@ def load_source(config: Config, process: Process) -> Autoencoder:
 def start_from(state: TrainState, source: Autoencoder) -> None:
     """Set the weights of a state before its first step to those of another model.
 
-    A student's decoder of other sizes begins with random weights, beside the teacher's linear path,
-    if any.
+    A student's decoder of other sizes begins with random weights, beside the teacher's linear
+    estimate, if any.
     """
     found, model = source.state_dict(), state.model
     weights = model.state_dict()
     same = all(name in found and found[name].shape == w.shape for name, w in weights.items())
-    kept = ("encoder.", "bottleneck.", "basis.", "decoder." if same else "decoder.linear_path.")
+    decoder = ("decoder.",) if same else ("decoder.linear_path.", "decoder.residual_power")
+    kept = ("encoder.", "bottleneck.", "basis.", *decoder)
     weights |= {name: w for name, w in found.items() if name in weights and name.startswith(kept)}
     model.load_state_dict(weights)
     state.average.load({name: p.detach() for name, p in model.named_parameters()})

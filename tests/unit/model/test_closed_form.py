@@ -15,7 +15,7 @@ from efae.model.closed_form import (
     fit_linear_map,
     set_linear_paths,
 )
-from efae.model.networks.linear_path import patchify
+from efae.model.networks.linear_path import DECODER_DAMPING, patchify
 from efae.model.octic.layers import patch_action
 from efae.symmetry import D4, GROUPS, Representation
 
@@ -142,3 +142,49 @@ def test_the_first_prediction_is_that_of_the_linear_map(group, kind, level):
     assert torch.allclose(decoded, fitted.reconstruct(image, 4), atol=1e-5)
     for block in model.bottleneck.blocks:
         assert float(latent[:, block].square().mean()) == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flow", "has_latent"),
+    [
+        ("transformer", {"flow.condition_drop": 0.1}, True),
+        ("unet", {"flow.condition_drop": 0.1}, False),
+        ("unet", {"flow.distill_from": "teacher"}, True),
+    ],
+)
+@pytest.mark.parametrize("t", [1e-4, 0.03, 0.3, 0.7, 1.0])
+def test_the_first_prediction_is_the_best_linear_estimate_at_every_t(kind, flow, has_latent, t):
+    """If residuals are like noise: no other share of what x_t shows has less error."""
+    spread = 0.1 if has_latent else 0.5
+    overrides = {
+        "data.resolution": 32,
+        "model.kind": kind,
+        "model.start": "closed_form",
+        "model.bottleneck": "running",
+    }
+    decoder = (
+        Autoencoder(with_overrides(Config(), overrides | flow)).decoder.eval().requires_grad_(False)
+    )
+    decoder.residual_power.copy_(torch.tensor([0.1**2, 0.5**2]))
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(64, 32, 4, 4, generator=generator)
+    keep = torch.full((64,), has_latent) if "flow.condition_drop" in flow else None
+    linear = decoder.linear_path.back(latent) * has_latent
+    image = linear + spread * torch.randn(64, 3, 32, 32, generator=generator)
+    noise = torch.randn(image.shape, generator=generator)
+    x_t, times = (1 - t) * image + t * noise, torch.full((64,), t)
+    estimate = decoder.estimate(x_t, times, latent, keep)
+    predicted = decoder(x_t, times, latent, keep)
+    assert torch.equal(predicted, estimate.image)
+    shown, rest = x_t - (1 - t) * linear, image - linear
+    best = float((shown * rest).mean() / shown.square().mean())
+    assert torch.allclose(predicted, linear + best * shown, atol=0.02 * spread)
+    if "flow.distill_from" in flow:  # sees the noise that chooses its sample, at the same scale
+        assert float((estimate.seen - linear).std()) == pytest.approx(spread, rel=0.02)
+    else:
+        assert torch.equal(estimate.seen, estimate.image)
+    if t > 0.01:  # below, what is left is rounding
+        error = float((image - predicted).std())
+        assert float(estimate.gain[0]) == pytest.approx(DECODER_DAMPING * error / spread, rel=0.02)
+    if t == 1:
+        assert torch.equal(predicted, linear)

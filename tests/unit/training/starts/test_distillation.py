@@ -58,6 +58,11 @@ def make_objective(teacher, **overrides):
     return Objective(state.model.train(), None, make_sampler(teacher, config, ALONE))
 
 
+def is_learned(name):
+    """Whether a parameter is one of the decoder's weights, not a statistic of the images."""
+    return name.startswith("decoder.") and name != "decoder.residual_power"
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -70,7 +75,7 @@ def make_objective(teacher, **overrides):
             "representation.multiplicities": (4, 1, 1, 1, 2),
             "loss.rotation_probability": 0.5,
         },
-        UNET | {"loss.scaling_probability": 1.0},
+        UNET | {"model.start": "random", "loss.scaling_probability": 1.0},
     ],
     ids=str,
 )
@@ -85,7 +90,19 @@ def test_a_copy_of_a_teacher_of_one_step_has_nothing_to_learn(overrides):
     assert loss.min() > 1e-6
     loss.mean().backward()
     for name, parameter in objective.model.named_parameters():
-        assert (parameter.grad is not None) == name.startswith("decoder."), name
+        assert (parameter.grad is not None) == is_learned(name), name
+
+
+@pytest.mark.parametrize("kind", ["transformer", "unet"])
+def test_noise_chooses_the_sample_of_a_student_alone(kind):
+    """From the closed form, one step of a flow shows the mean, whatever the noise."""
+    overrides = UNET | {"model.kind": kind}
+    teacher = make_teacher(**overrides)
+    student = make_objective(teacher, **overrides).model
+    latent = teacher.encode(IMAGE)
+    for model in (teacher, student):
+        first, second = (model.decode(latent, steps=1, seed=seed) for seed in (0, 1))
+        assert torch.allclose(first, second, atol=1e-6) == (model is teacher)
 
 
 def test_all_views_of_an_image_have_one_loss():
@@ -129,7 +146,7 @@ def test_the_latent_stays_the_teachers_and_a_resumed_run_is_the_uninterrupted_on
     dataset = ShardDataset.open(shards)
     whole = train(config, dataset, ALONE, Start(source=teacher), Keeper(config, tmp_path))
     for name, parameter in whole.model.named_parameters():
-        learned = name.startswith("decoder.")
+        learned = is_learned(name)
         assert torch.equal(before[name], teacher.state_dict()[name]), name
         assert torch.equal(before[name], parameter) != learned, name
         assert torch.equal(before[name], whole.average.weights[name]) != learned, name
@@ -140,17 +157,19 @@ def test_the_latent_stays_the_teachers_and_a_resumed_run_is_the_uninterrupted_on
         train(config, dataset, ALONE)
 
 
-def test_a_decoder_of_another_size_begins_with_the_linear_path_alone():
+def test_a_decoder_of_another_size_begins_with_the_linear_estimate_alone():
     teacher = make_teacher(**UNET)
+    with torch.no_grad():
+        teacher.decoder.residual_power.copy_(torch.tensor([0.1, 0.2]))
     state = TrainState.create(configure(**UNET, **{"model.hidden_size": 64}), CPU)
     fresh = state.model.decoder.output.coefficient.clone()
     start_from(state, teacher)
     assert torch.equal(state.model.encode(IMAGE), teacher.encode(IMAGE))
-    for name in ("linear_path.free", "output.coefficient"):
+    for name in ("linear_path.free", "residual_power", "output.coefficient"):
         same = torch.equal(
             state.model.decoder.get_parameter(name), teacher.decoder.get_parameter(name)
         )
-        assert same == (name == "linear_path.free")
+        assert same == (name != "output.coefficient")
     assert torch.equal(state.model.decoder.output.coefficient, fresh)
     assert torch.equal(
         state.average.weights["decoder.linear_path.free"], teacher.decoder.linear_path.free
