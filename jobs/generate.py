@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
 def train(config: GeneratorConfig) -> int:
     """Train a generator; return 0 only if it was registered."""
     # Importing the platform takes seconds; a mistyped option should not.
-    from efae.generator_experiment import run_generator
+    from efae.experiment.generator import run_generator
     from efae.ray_trainer import TrainingFailed
 
     try:

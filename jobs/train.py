@@ -56,7 +56,7 @@ def run(config: Config) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Importing the platform takes seconds; a mistyped option should not.
     from efae.checkpoints.checkpoint import CheckpointError
-    from efae.experiment import run_experiment
+    from efae.experiment.tokenizer import run_experiment
     from efae.ray_trainer import TrainingFailed
 
     try:

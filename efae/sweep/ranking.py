@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from efae.config import Config
-from efae.experiment import describe_data
+from efae.experiment.facts import describe_data
 from efae.model.autoencoder import build_representation
 from efae.preflight.driver_checks import RunData
 from efae.sweep.config import OBJECTIVES, SweepConfig

@@ -18,14 +18,9 @@ from efae.config import Config
 from efae.config import forms as configuration
 from efae.config.forms import with_overrides
 from efae.evaluation.diffusability import FEWEST_CELLS
-from efae.experiment import (
-    describe_data,
-    describe_run,
-    evaluate_and_export,
-    find_final,
-    publish,
-    wait_for_mlflow,
-)
+from efae.experiment.facts import describe_data, describe_run
+from efae.experiment.publication import evaluate_and_export, publish
+from efae.experiment.training_run import find_final, wait_for_mlflow
 from efae.model.closed_form import LARGEST_PATCH
 from efae.preflight.cluster_checks import run_preflight
 from efae.preflight.driver_checks import RunData

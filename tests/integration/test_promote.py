@@ -22,7 +22,7 @@ from efae.config import Config
 from efae.config import forms as configuration
 from efae.evaluation.evaluate import evaluate
 from efae.evaluation.held_out import read_held_out
-from efae.experiment import Product, publish
+from efae.experiment.publication import Product, publish
 from efae.generation.network import Generator
 from efae.model.autoencoder import Autoencoder, build_representation
 from efae.model.pretrained import hash_tensors, pack_generator, pack_model

@@ -56,7 +56,7 @@ def test_dir_lists_what_is_public_and_each_name_is_the_class_itself():
         ("efae.evaluation_task", {"ray.train", "mlflow", "pandas", "matplotlib", "torch._dynamo"}),
         ("efae.preflight.node_checks", {"ray", "mlflow", "torch", "pandas"}),
         ("efae.ray_trainer", {"mlflow", "matplotlib", "torch._dynamo"}),
-        ("efae.experiment", {"mlflow", "matplotlib", "torch._dynamo"}),
+        ("efae.experiment.tokenizer", {"mlflow", "matplotlib", "torch._dynamo"}),
     ],
 )
 def test_a_process_of_a_run_imports_only_what_it_needs(module, absent):

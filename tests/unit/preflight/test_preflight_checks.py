@@ -22,7 +22,7 @@ from data_pipelines.storage import Location
 from data_pipelines.storage.retries import StorageError
 from efae.config import Config
 from efae.config.forms import with_overrides
-from efae.experiment import describe_data
+from efae.experiment.facts import describe_data
 from efae.preflight import node_checks
 from efae.preflight.checks import Note, Outcome, merge_outcomes, run_check, run_checks
 from efae.preflight.cluster_checks import join_cluster, run_preflight

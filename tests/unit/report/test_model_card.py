@@ -13,7 +13,7 @@ from efae.config import Config
 from efae.config.forms import with_overrides
 from efae.evaluation.evaluate import evaluate
 from efae.evaluation.results import Evaluation
-from efae.experiment import describe_preset
+from efae.experiment.facts import describe_preset
 from efae.model.autoencoder import Autoencoder
 from efae.presets import PRESETS
 from efae.report.model_card import render_model_card

@@ -14,7 +14,7 @@ from efae.config import Config, GeneratorConfig
 from efae.config.forms import digest, with_overrides
 from efae.evaluation.measures import to_uint8
 from efae.evaluation.samples import ImageSampler
-from efae.experiment import find_start
+from efae.experiment.resumption import find_start
 from efae.generation.network import Generator
 from efae.generation.sampling import Guidance
 from efae.model.autoencoder import Autoencoder

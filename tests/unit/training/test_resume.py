@@ -6,7 +6,8 @@ from efae.checkpoints.checkpoint import CheckpointError, checkpoint_name, write_
 from efae.checkpoints.events import read_events, record_event
 from efae.config import Config
 from efae.config.forms import with_overrides
-from efae.experiment import describe_run, find_start
+from efae.experiment.facts import describe_run
+from efae.experiment.resumption import find_start
 from tests.unit.checkpoints.test_checkpoint import damage, make_state
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from efae.config import Config
 from efae.config.forms import with_overrides
-from efae.experiment import send_report_page
+from efae.experiment.publication import send_report_page
 from efae.model.autoencoder import Autoencoder
 from efae.model.pretrained import pack_model
 from efae.preflight.driver_checks import RunData, list_checks

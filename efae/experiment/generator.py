@@ -1,4 +1,4 @@
-"""The driver's part of one generator, from a latent set to a registered model; see `experiment`."""
+"""The run of a generator, from a latent set to a registered model."""
 
 import tempfile
 import time
@@ -10,7 +10,8 @@ from data_pipelines import storage
 from data_pipelines.storage import Location
 from efae.checkpoints.checkpoint import read_model
 from efae.config import GeneratorConfig
-from efae.experiment import describe_run, import_publishing, train_in_run, wait_for_mlflow
+from efae.experiment.facts import describe_run
+from efae.experiment.training_run import import_publishing, train_in_run, wait_for_mlflow
 from efae.generation.network import read_format
 from efae.model.pretrained import pack_generator
 from efae.preflight.cluster_checks import run_preflight
