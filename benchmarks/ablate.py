@@ -34,9 +34,9 @@ from efae.config import Config
 from efae.config.forms import with_overrides
 from efae.evaluation.held_out import read_held_out
 from efae.evaluation.measures import gradient_energy, psnr, ssim, to_float
-from efae.model.autoencoder import build_representation
 from efae.model.closed_form import Moments, fit_linear_map, set_linear_paths
 from efae.model.objective import Objective
+from efae.model.representation import build_representation
 from efae.presets import PRESETS
 from efae.symmetry import Element, Representation
 from efae.symmetry.representation import irrep_matrix

@@ -20,7 +20,7 @@ from data_pipelines import storage
 from data_pipelines.storage import Location
 from efae.config import Config
 from efae.config.forms import with_overrides
-from efae.model.autoencoder import Autoencoder, build_representation
+from efae.model.autoencoder import Autoencoder
 from efae.model.networks.diffusers_vae import (
     describe,
     name_in_diffusers,
@@ -28,6 +28,7 @@ from efae.model.networks.diffusers_vae import (
     read_factors,
 )
 from efae.model.pretrained import StoredModel, check_weights, pack_model
+from efae.model.representation import build_representation
 from efae.symmetry import D4, Element, Group, Representation
 
 PREFIX = "diffusers:"

@@ -16,8 +16,9 @@ from efae.checkpoints import checkpoint
 from efae.config import Config
 from efae.evaluation.results import Evaluation
 from efae.evaluation_task import start_evaluation
-from efae.model.autoencoder import Autoencoder, build_representation
+from efae.model.autoencoder import Autoencoder
 from efae.model.pretrained import StoredModel, hash_tensors, pack_model
+from efae.model.representation import build_representation
 from efae.preflight.driver_checks import RunData
 from efae.tracking.redaction import redact
 from efae.tracking.runs import Run

@@ -9,7 +9,7 @@ from efae.evaluation_task import fit_on_cluster
 from efae.experiment.facts import describe_data, describe_run
 from efae.experiment.publication import evaluate_and_export, publish
 from efae.experiment.training_run import import_publishing, train_in_run, wait_for_mlflow
-from efae.model.autoencoder import build_representation
+from efae.model.representation import build_representation
 from efae.preflight.cluster_checks import run_preflight
 from efae.preflight.driver_checks import RunData
 from efae.tracking.sender import deliver_points

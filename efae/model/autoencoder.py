@@ -5,7 +5,6 @@ in the basis of the irreps and at unit scale per irrep, whatever basis and scale
 or, if they stay those of a pretrained encoder, at the scale that its diffusion models know.
 """
 
-import operator
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,74 +21,16 @@ from efae.model.bottleneck import Bottleneck
 from efae.model.compilation import Compilable
 from efae.model.networks import diffusers_vae, transformer, unet
 from efae.model.octic.layers import expanded_once
-from efae.model.padding import crop, pad_to_cells
+from efae.model.padding import check_size, crop, pad_to_cells
 from efae.model.precision import Precision, at_precision
+from efae.model.representation import check_model
 from efae.model.sampler import Field, Method, guide, integrate, time_grid
 from efae.model.tiling import decode_in_tiles, encode_in_tiles
-from efae.symmetry import GROUPS, TRIVIAL, Element, Representation
-from efae.symmetry.any_angle import check_turns_by_any_angle
+from efae.symmetry import TRIVIAL, Element
 from efae.symmetry.learned_basis import Basis
 
 if TYPE_CHECKING:
     from efae.exchange.hub import HubFile
-
-
-def build_representation(config: Config) -> Representation:
-    """Build the representation that a configuration describes.
-
-    Raises:
-        ValueError: No such representation exists, or it has fewer invariant channels than the
-            image has colours.
-    """
-    asked, colours = config.representation, config.data.channels
-    group = GROUPS[asked.group]
-    if asked.multiplicities is not None:
-        representation = Representation(
-            group, **dict(zip(("a1", "a2", "b1", "b2", "e"), asked.multiplicities, strict=True))
-        )
-        if representation.dim != asked.dim:
-            raise ValueError(
-                f"representation.multiplicities={asked.multiplicities} has"
-                f" {representation.dim} channels, but representation.dim={asked.dim}"
-            )
-    else:
-        representation = Representation.from_split(
-            group=group,
-            dim=asked.dim,
-            rotation_dims=asked.rotation_dims,
-            chirality_split=asked.chirality_split,
-            invariant=colours,
-        )
-    invariant = representation.multiplicities["a1"]
-    if invariant < colours:
-        raise ValueError(
-            f"{representation} has {invariant} invariant channels (A1) for {colours} colours: a"
-            " flat patch is symmetric, so only A1 can carry its colour; raise representation.dim"
-            f" ({asked.dim}), or lower representation.rotation_dims ({asked.rotation_dims}) or"
-            f" representation.chirality_split ({asked.chirality_split})"
-        )
-    return representation
-
-
-def check_model(config: Config) -> Representation:
-    """Check that a model can be built, without allocating weights, and return its representation.
-
-    Raises:
-        ValueError: The model cannot be built.
-    """
-    representation = build_representation(config)
-    height, width = config.data.image_size
-    # The other levels act by different elements within one batch.
-    free = config.model.kind == "unet" and config.model.level in ("exact", "none")
-    if height != width and representation.group.swaps_sides and not free:
-        raise ValueError(
-            f"data.resolution={height, width}: not square, but representation.group="
-            f"{representation.group} has quarter turns; use square images, model.kind=unet at"
-            " model.level=exact, or group flips or mirror"
-        )
-    if config.loss.rotation_probability:
-        check_turns_by_any_angle(representation)
-    return representation
 
 
 class Autoencoder(Compilable):
@@ -421,13 +362,8 @@ class Autoencoder(Compilable):
         latent = latent.to(torch.promote_types(latent.dtype, next(self.parameters()).dtype))
         f, (rows, columns) = self.config.model.downsampling, latent.shape[-2:]
         shape = (latent.shape[0], self.config.data.channels, rows * f, columns * f)
-        if size is not None and [-(-side // f) for side in _read_size(size)] != [rows, columns]:
-            raise ValueError(
-                f"size={tuple(size)}: a latent of {rows} x {columns} cells of {f} pixels decodes to"
-                f" {shape[2]} x {shape[3]} pixels, less at most {f - 1} of padding per side; give"
-                " the size of the image that was encoded, with height and width exchanged if a"
-                " quarter turn acted on its latent"
-            )
+        if size is not None:
+            check_size(size, (rows, columns), f)
         if not self.has_flow:
             sample = self._decode_at_once(latent, shape, tile)
             return sample if size is None else crop(sample, size)
@@ -536,11 +472,3 @@ def _require_batch(name: str, value: Tensor, channels: int) -> None:
             f"{name} of shape {tuple(value.shape)}: this model takes (batch, {channels}, height,"
             " width), one or more of any height and width"
         )
-
-
-def _read_size(size: Any) -> tuple[int, int]:
-    try:
-        height, width = map(operator.index, size)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"size={size!r}: give height and width, two whole numbers") from error
-    return height, width

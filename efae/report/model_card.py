@@ -14,8 +14,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from efae.config import Config
-from efae.model.autoencoder import build_representation
 from efae.model.networks.diffusers_vae import read_factors
+from efae.model.representation import build_representation
 from efae.report.html import finite, plain
 from efae.symmetry import GROUPS, Group, Representation
 from efae.symmetry.representation import irrep_matrix

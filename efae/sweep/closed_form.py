@@ -9,8 +9,8 @@ from efae.config import Config
 from efae.config.forms import with_overrides
 from efae.evaluation.held_out import read_held_out
 from efae.evaluation.measures import psnr, to_float
-from efae.model.autoencoder import build_representation
 from efae.model.closed_form import LARGEST_PATCH, choose_multiplicities, fit_linear_map
+from efae.model.representation import build_representation
 from efae.symmetry import Representation
 from efae.training.process import Process
 from efae.training.starts.linear import measure_moments

@@ -8,7 +8,7 @@ from typing import Any
 
 from efae.config import Config
 from efae.experiment.facts import describe_data
-from efae.model.autoencoder import build_representation
+from efae.model.representation import build_representation
 from efae.preflight.driver_checks import RunData
 from efae.sweep.config import OBJECTIVES, SweepConfig
 from efae.sweep.phase import REDUCTION, find_first_rung

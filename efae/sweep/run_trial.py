@@ -16,7 +16,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from efae.config import Config
 from efae.config import forms as configuration
 from efae.config.forms import with_overrides
-from efae.model.autoencoder import build_representation
+from efae.model.representation import build_representation
 from efae.ray_trainer import TrainingFailed, is_final, run_training, set_up_worker
 from efae.sweep.config import VALIDATED
 from efae.sweep.records import TrialRecord

@@ -24,7 +24,7 @@ from optuna.distributions import (
 from efae.config import Config
 from efae.config import forms as configuration
 from efae.config.forms import with_overrides
-from efae.model.autoencoder import check_model
+from efae.model.representation import check_model
 from efae.symmetry.representation import IRREPS
 
 _MULTIPLICITIES = "representation.multiplicities"

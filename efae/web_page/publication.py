@@ -21,8 +21,9 @@ from efae.exchange.hub import (
     push_folders,
 )
 from efae.exchange.onnx_export import export_onnx
-from efae.model.autoencoder import Autoencoder, build_representation
+from efae.model.autoencoder import Autoencoder
 from efae.model.pretrained import CARD, StoredModel, hash_tensors
+from efae.model.representation import build_representation
 from efae.report.html import write_split
 from efae.report.model_card import list_training_credits, render_model_card
 from efae.web_page.page import ShownModel, write_page

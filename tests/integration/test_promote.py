@@ -24,8 +24,9 @@ from efae.evaluation.evaluate import evaluate
 from efae.evaluation.held_out import read_held_out
 from efae.experiment.publication import Product, publish
 from efae.generation.network import Generator
-from efae.model.autoencoder import Autoencoder, build_representation
+from efae.model.autoencoder import Autoencoder
 from efae.model.pretrained import hash_tensors, pack_generator, pack_model
+from efae.model.representation import build_representation
 from efae.model.stored_files import WEIGHTS
 from efae.preflight.driver_checks import RunData
 from efae.registry import pull, registration, versions

@@ -13,7 +13,7 @@ from benchmarks.downstream.images import CLASSES, build_images, read_images, tel
 from benchmarks.downstream.study import Settings, Study
 from benchmarks.downstream.tokenizers import configure, select_shards
 from data_pipelines import ShardDataset
-from efae.model.autoencoder import check_model
+from efae.model.representation import check_model
 from efae.symmetry import D4
 from efae.training.tasks.generator import read_labels
 

@@ -11,8 +11,9 @@ import torch
 import efae
 from efae.config import Config
 from efae.config import forms as configuration
-from efae.model.autoencoder import Autoencoder, build_representation
+from efae.model.autoencoder import Autoencoder
 from efae.model.pretrained import pack_model
+from efae.model.representation import build_representation
 from efae.model.stored_files import MANIFEST, MODEL_FILES, WEIGHTS, CheckpointError, sha256
 from efae.registry.cache import fetch_model, read_copy
 from efae.registry.offline_names import mention_copy, recall, remember

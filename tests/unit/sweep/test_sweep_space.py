@@ -8,7 +8,7 @@ import pytest
 
 from efae.config import Config
 from efae.config.forms import with_overrides
-from efae.model.autoencoder import build_representation
+from efae.model.representation import build_representation
 from efae.presets import PRESETS
 from efae.sweep.config import OF_GRIDS, SweepConfig
 from efae.sweep.space import NAMED_SPACES, Chooser, apply_combination, count_latent, read_space
