@@ -47,8 +47,7 @@ class ModelConfig:
     = those of start.model, whose decoder needs no noise."""
     start: Literal["random", "closed_form"] = "random"
     """Weights before training: closed_form = linear paths from pixels to latent and back are set to
-    the best equivariant linear map of the training images. The networks then correct the latent,
-    and the best linear estimate of the image from latent and x_t."""
+    the best equivariant linear map of the training images. The networks then correct both."""
     hidden_size: int = 128
     """Width of the decoder's tokens, of a unet's at the latent's grid; a multiple of
     8 * num_heads."""

@@ -1,14 +1,13 @@
-"""What both decoders share: the condition of adaLN, and what their networks correct.
+"""What both decoders share: the condition of adaLN, and what their networks see and correct.
 
-The condition is made of t and of the latent's invariants. A network beside a linear path corrects
-the best linear estimate of the image from the latent and x_t.
+The condition is made of t and of the latent's invariants. A network beside a linear path sees the
+best linear estimate of the image from the latent and x_t, and corrects the path's image.
 
 The null condition (Ho & Salimans 2022, arXiv:2207.12598) is learned, since a latent of zeros is the
 code of a symmetric image. It is invariant, so that dropping the latent keeps the symmetry.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -39,20 +38,6 @@ def embed_time(t: Float[Tensor, "b"], size: int) -> Float[Tensor, "b size"]:
     )
     angles = 1000 * t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], -1)
-
-
-class Estimate(NamedTuple):
-    """What a network sees and corrects.
-
-    Attributes:
-        seen: Images (b, c, h, w) that the network sees.
-        image: Images (b, c, h, w) that it corrects; None: its output is the prediction.
-        gain: Factor (b, 1, 1, 1) of its correction.
-    """
-
-    seen: Tensor
-    image: Tensor | None = None
-    gain: Tensor | None = None
 
 
 class ConditionedDecoder(nn.Module):
@@ -99,39 +84,40 @@ class ConditionedDecoder(nn.Module):
             # A statistic, not a weight; as a parameter it is saved with the averaged weights.
             self.residual_power = nn.Parameter(torch.ones(2), requires_grad=False)
 
-    def estimate(
+    def see(
         self,
         x_t: Float[Tensor, "b c h w"],
         t: Float[Tensor, "b"],
         latent: Float[Tensor, "b dim latent_h latent_w"],
         keep: Bool[Tensor, "b"] | None,
-    ) -> Estimate:
-        """Return what the network corrects: nothing, or the best linear estimate of the image.
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"] | None]:
+        """Return what the network sees, and the linear path's image; (x_t, None) without a path.
 
         The linear path maps the latent to an image l, and leaves a residual r = image - l of mean
         square v. Of r, x_t shows y = x_t - (1 - t) l = (1 - t) r + t noise, of mean square
-        p = (1 - t)^2 v + t^2. The estimate is l + (1 - t) v / p y (Wiener 1949). Its error has the
-        mean square v t^2 / p, and the network's correction has the scale of that error (as in
-        Karras et al. 2022, arXiv:2206.00364, eq. 7). The network sees the estimate, too. From x_t
-        itself, it would first learn to take details from x_t at all t alike, and fall behind the
-        linear path, because near t = 1 they are noise.
+        p = (1 - t)^2 v + t^2. The network sees the best linear estimate of the image, which is
+        l + (1 - t) v / p y (Wiener 1949): l at t = 1, and x_t at t = 0. From x_t itself, it would
+        first learn to take details at all t alike, and fall behind the linear path, because near
+        t = 1 they are noise.
+
+        It corrects l, not this estimate: the estimate holds some noise, of which the network would
+        leave a part in the image, more with each step of a sampler.
 
         In one step, the noise at t = 1 chooses the sample: a student sees l + sqrt(v / p) y, which
         shows y at the scale of r.
         """
         if self.linear_path is None:
-            return Estimate(x_t)
+            return x_t, None
         t = t.to(torch.promote_types(x_t.dtype, torch.float32))[:, None, None, None]
         power, whole = self.residual_power.to(t.dtype).clamp(min=SMALLEST_RESIDUAL)
         if keep is not None:
             keep = keep[:, None, None, None]
             latent, power = latent * keep, torch.where(keep, power, whole)
         linear = self.linear_path.back(latent)
-        root = ((1 - t) ** 2 * power + t**2).sqrt()
-        shown = (power.sqrt() / root).to(x_t.dtype) * (x_t - (1 - t).to(x_t.dtype) * linear)
-        image = linear + ((1 - t) * power.sqrt() / root).to(x_t.dtype) * shown
-        seen = linear + shown if self.draws_in_one_step else image
-        return Estimate(seen, image, (DECODER_DAMPING * t / root).to(x_t.dtype))
+        share = (power / ((1 - t) ** 2 * power + t**2)).sqrt()  # the root of v / p
+        if not self.draws_in_one_step:
+            share = (1 - t) * share**2
+        return linear + share.to(x_t.dtype) * (x_t - (1 - t).to(x_t.dtype) * linear), linear
 
     def condition(
         self,
@@ -172,14 +158,21 @@ class ConditionedDecoder(nn.Module):
         self,
         x: Float[Tensor, "slot b token coset*m"],
         condition: Float[Tensor, "b hidden_size"],
-        estimate: Estimate,
+        linear: Float[Tensor, "b c h w"] | None,
+        height: int,
+        width: int,
     ) -> Float[Tensor, "b c h w"]:
-        """Map the last tokens, modulated by the condition, to pixels that correct an estimate."""
+        """Map the last tokens, modulated by the condition, to pixels.
+
+        Args:
+            x: Tokens.
+            condition: Condition.
+            linear: Image that they correct; None: they are the prediction.
+            height: Height of the image in pixels.
+            width: Width.
+        """
         scale, shift = self.modulation(condition).split(self.sizes, -1)
         x = normalize(x) * (1 + spread_gains(self.layout, scale))
         x = x + embed_invariant(self.layout, shift)[:, :, None]
-        height, width = estimate.seen.shape[-2:]
         pixels = unpatchify(self.output.back(x), self.patch_size, height, width)
-        if estimate.image is None or estimate.gain is None:
-            return pixels
-        return estimate.image + estimate.gain * pixels
+        return pixels if linear is None else linear + DECODER_DAMPING * pixels

@@ -167,8 +167,8 @@ class Decoder(ConditionedDecoder):
         cells = self.latent(latent.flatten(2).mT)  # (slot, b, cell, ratio^2 coset m)
         tokens = self.resample.split(cells, *grid)  # (slot, b, token, coset m)
         tokens = self.drop(tokens, keep)
-        estimate = self.estimate(x_t, t, latent, keep)
-        x = self.patches(patchify(estimate.seen, self.patch_size)) + tokens
+        seen, linear = self.see(x_t, t, latent, keep)
+        x = self.patches(patchify(seen, self.patch_size)) + tokens
         x = x + self.positions(*grid).to(x.dtype)
         condition = self.condition(t, latent, keep, mean)
         modulation = condition
@@ -176,4 +176,4 @@ class Decoder(ConditionedDecoder):
             modulation = self.shared_modulation(condition)
         for block in self.blocks:
             x = block(x, modulation)
-        return self.predict(x, condition, estimate)
+        return self.predict(x, condition, linear, *x_t.shape[-2:])

@@ -185,8 +185,8 @@ class Decoder(ConditionedDecoder):
         """
         height, width = (side // self.patch_size for side in x_t.shape[-2:])
         condition = self.condition(t, latent, keep, mean)
-        estimate = self.estimate(x_t, t, latent, keep)
-        x = self.patches(patchify(estimate.seen, self.patch_size))
+        seen, linear = self.see(x_t, t, latent, keep)
+        x = self.patches(patchify(seen, self.patch_size))
         skips: list[Tensor] = []
         for i, blocks in enumerate(self.down):
             x = self._apply_stage(blocks, i, x, condition, (height, width))
@@ -200,7 +200,7 @@ class Decoder(ConditionedDecoder):
             height, width = 2 * height, 2 * width
             x = self.resample.split(self.splits[i](x), height, width) + skips.pop()
             x = self._apply_stage(self.up[i], i, x, condition, (height, width))
-        return self.predict(x, condition, estimate)
+        return self.predict(x, condition, linear, *x_t.shape[-2:])
 
     def _apply_stage(
         self, stage: nn.Module, grid: int, x: Tensor, condition: Tensor, sizes: tuple[int, int]
