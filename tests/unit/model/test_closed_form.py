@@ -178,9 +178,7 @@ def test_a_network_sees_the_best_linear_estimate_and_corrects_the_path(kind, flo
     assert torch.equal(decoder(x_t, times, latent, keep), linear)  # before training
     shown, rest = x_t - (1 - t) * linear, image - linear
     best = float((shown * rest).mean() / shown.square().mean())
-    if (
-        "flow.distill_from" in flow
-    ):  # sees the noise that chooses its sample, at the residual's scale
+    if "flow.distill_from" in flow:  # the noise that chooses its sample, at the residual's scale
         assert float((seen - linear).std()) == pytest.approx(spread, rel=0.02)
         assert torch.allclose(seen - linear, shown * (spread / shown.std()), atol=0.02 * spread)
     else:

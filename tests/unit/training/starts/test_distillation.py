@@ -157,7 +157,7 @@ def test_the_latent_stays_the_teachers_and_a_resumed_run_is_the_uninterrupted_on
         train(config, dataset, ALONE)
 
 
-def test_a_decoder_of_another_size_begins_with_the_linear_estimate_alone():
+def test_a_decoder_of_another_size_begins_with_the_linear_path_alone():
     teacher = make_teacher(**UNET)
     with torch.no_grad():
         teacher.decoder.residual_power.copy_(torch.tensor([0.1, 0.2]))
