@@ -264,8 +264,8 @@ def load_source(config: Config, process: Process) -> Autoencoder:
 def start_from(state: TrainState, source: Autoencoder) -> None:
     """Set the weights of a state before its first step to those of another model.
 
-    A student's decoder of other sizes begins with random weights, beside the teacher's linear
-    path, if any.
+    A student's decoder of other sizes begins with random weights, beside the teacher's linear path,
+    if any.
     """
     found, model = source.state_dict(), state.model
     weights = model.state_dict()

@@ -218,8 +218,7 @@ def test_the_linear_map_is_measured_like_the_model(models, measured):
     assert result.linear_ssim == pytest.approx(float(ssim(decoded, to_float(images)).mean()))
     start = {"model.start": "closed_form", "model.bottleneck": "running"}
     torch.manual_seed(0)
-    one_step = {"flow.sampler_steps": 1}  # more draw what the map leaves, and err by it
-    model = Autoencoder(with_overrides(Config(), SIZES | start | one_step)).eval()
+    model = Autoencoder(with_overrides(Config(), SIZES | start)).eval()
     set_linear_paths(model, fitted)
     found = evaluate(model, images)
     assert found.linear_psnr == result.linear_psnr
