@@ -22,7 +22,7 @@ from efae.evaluation.held_out import read_held_out, read_images
 from efae.evaluation.linear_reference import fit_linear_reference
 from efae.evaluation.results import Evaluation, Part
 from efae.model.autoencoder import Autoencoder
-from efae.model.compilation import compile_blocks
+from efae.model.execution.compilation import compile_blocks
 from efae.training.micro_batches import fit_batches
 
 _BATCH_SIZE = 64

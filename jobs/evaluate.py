@@ -259,7 +259,7 @@ def _load(
     """
     import efae
     from efae.exchange.diffusers_tokenizer import load_diffusers
-    from efae.model.tiling import plan_windows
+    from efae.model.execution.tiling import plan_windows
 
     height, width = size
     if uri.startswith("diffusers:"):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from data_pipelines.shards.latent_format import LatentFormat
 from efae.config import GeneratorConfig
 from efae.generation.normalization import Normalization
-from efae.model.compilation import Compilable
+from efae.model.execution.compilation import Compilable
 from efae.model.networks.conditioning import embed_time
 from efae.model.networks.linear_path import patchify, unpatchify
 from efae.model.networks.transformer import Positions

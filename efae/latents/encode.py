@@ -32,9 +32,9 @@ from data_pipelines.storage import Location
 from efae.latents.request import Request
 from efae.latents.shard_encoder import ShardEncoder, Source
 from efae.model.autoencoder import Autoencoder
+from efae.model.execution.tiling import plan_windows
 from efae.model.representation import check_model
 from efae.model.stored_files import CONFIG, OWN_CONFIG, sha256
-from efae.model.tiling import plan_windows
 from efae.preflight.cluster_checks import reach_cluster
 from efae.preflight.driver_checks import SetFacts, list_facts, read_facts
 from efae.registry import pull

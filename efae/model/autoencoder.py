@@ -18,14 +18,14 @@ from torch import Tensor
 from efae.config import Config
 from efae.model import flow, pretrained
 from efae.model.bottleneck import Bottleneck
-from efae.model.compilation import Compilable
+from efae.model.execution.compilation import Compilable
+from efae.model.execution.padding import check_size, crop, pad_to_cells
+from efae.model.execution.tiling import decode_in_tiles, encode_in_tiles
 from efae.model.networks import diffusers_vae, transformer, unet
 from efae.model.octic.layers import expanded_once
-from efae.model.padding import check_size, crop, pad_to_cells
 from efae.model.precision import Precision, at_precision
 from efae.model.representation import check_model
 from efae.model.sampler import Field, Method, guide, integrate, time_grid
-from efae.model.tiling import decode_in_tiles, encode_in_tiles
 from efae.symmetry import TRIVIAL, Element
 from efae.symmetry.learned_basis import Basis
 
@@ -180,7 +180,7 @@ class Autoencoder(Compilable):
                 at a time, to bound memory; a multiple of f. None: `self.tile`, or, if that is
                 None too, the whole image at once. The result is the same to rounding if
                 `config.model.kind` is "unet", and an approximation without visible seams if it is
-                "transformer", see `efae.model.tiling`.
+                "transformer", see `efae.model.execution.tiling`.
 
         Raises:
             ValueError: The image is no batch of one image or more, has no pixels, no floating-point

@@ -8,7 +8,7 @@ from torch import nn
 
 from efae.config import AnyConfig
 from efae.config.model import RECOMPILE_LIMIT
-from efae.model.compilation import compile_blocks
+from efae.model.execution.compilation import compile_blocks
 from efae.model.octic.layers import Recomputing
 
 

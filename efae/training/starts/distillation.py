@@ -17,7 +17,7 @@ from torch import Tensor
 from efae.config import Config
 from efae.config import forms as configuration
 from efae.model.autoencoder import Autoencoder
-from efae.model.compilation import compile_blocks
+from efae.model.execution.compilation import compile_blocks
 from efae.model.objective import Teacher
 from efae.model.pretrained import StoredModel
 from efae.tracking.server import Server

@@ -9,7 +9,7 @@ import torch
 from efae.config import Config
 from efae.config.forms import with_overrides
 from efae.model.autoencoder import Autoencoder
-from efae.model.padding import crop, pad_to_cells
+from efae.model.execution.padding import crop, pad_to_cells
 from efae.symmetry import D4
 
 SIZES = {

@@ -10,9 +10,9 @@ from torch import nn
 
 from efae.config import Config
 from efae.config.forms import with_overrides
-from efae.model import tiling
 from efae.model.autoencoder import Autoencoder
-from efae.model.tiling import BLENDED_CELLS, place_windows, weigh_windows
+from efae.model.execution import tiling
+from efae.model.execution.tiling import BLENDED_CELLS, place_windows, weigh_windows
 from efae.symmetry import D4
 
 SIZES = {
