@@ -13,9 +13,9 @@ from efae.preflight.driver_checks import RunData
 from efae.sweep.config import OBJECTIVES, SweepConfig
 from efae.sweep.phase import REDUCTION, find_first_rung
 from efae.sweep.records import Records, TrialRecord
-from efae.sweep.reported_trials import read_trials
+from efae.sweep.report.study import find_front
+from efae.sweep.report.trials import read_trials
 from efae.sweep.space import Chooser, apply_combination
-from efae.sweep.study import find_front
 from efae.symmetry.representation import split_pixels
 
 

@@ -37,7 +37,7 @@ from efae.sweep.ranking import (
     rank,
 )
 from efae.sweep.records import Records, TrialRecord
-from efae.sweep.report import write_sweep_report
+from efae.sweep.report.page import write_sweep_report
 from efae.sweep.run_trial import Sweep, configure_trial, name_run
 from efae.sweep.searcher import Proposals
 from efae.sweep.space import Chooser, Space, read_space

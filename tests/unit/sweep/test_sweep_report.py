@@ -25,11 +25,11 @@ from made_sweeps import (
 )
 
 from efae.config.forms import with_overrides
-from efae.sweep.report import write_sweep_report
-from efae.sweep.reported_trials import choose_pairs, read_trials
+from efae.sweep.report.page import write_sweep_report
+from efae.sweep.report.study import find_front
+from efae.sweep.report.surface import find_ends, find_optimum, fit_surface
+from efae.sweep.report.trials import choose_pairs, read_trials
 from efae.sweep.space import apply_combination
-from efae.sweep.study import find_front
-from efae.sweep.surface import find_ends, find_optimum, fit_surface
 from jobs import tune
 from jobs.train import parse_arguments
 from tests.unit.report.test_report import Page

@@ -10,10 +10,10 @@ from efae.sweep.config import VALIDATED, SweepConfig
 from efae.sweep.phase import find_first_rung, make_scheduler, replay
 from efae.sweep.ranking import choose_finalists, describe_trials, find_best, predict, rank
 from efae.sweep.records import Records, TrialRecord
-from efae.sweep.reported_trials import read_trials
+from efae.sweep.report.study import find_front
+from efae.sweep.report.trials import read_trials
 from efae.sweep.searcher import Proposals
 from efae.sweep.space import Chooser, read_space
-from efae.sweep.study import find_front
 
 CONFIG = PRESETS["quickstart_trial"][1]
 STEPS = CONFIG.training.steps

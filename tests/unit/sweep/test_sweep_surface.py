@@ -17,9 +17,9 @@ from made_sweeps import (
     psnr_at,
 )
 
-from efae.sweep.reported_trials import read_trials
-from efae.sweep.study import rate_hyperparameters
-from efae.sweep.surface import FEWEST_FINISHED, find_ends, find_optimum, fit_surface
+from efae.sweep.report.study import rate_hyperparameters
+from efae.sweep.report.surface import FEWEST_FINISHED, find_ends, find_optimum, fit_surface
+from efae.sweep.report.trials import read_trials
 
 
 @pytest.fixture(scope="module")

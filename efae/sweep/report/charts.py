@@ -13,9 +13,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from efae.report.charts import BLUE, ORANGE, begin_charts, name_chart
 from efae.report.image_grids import GREY, save
-from efae.sweep.reported_trials import Trial, describe
-from efae.sweep.study import find_front
-from efae.sweep.surface import Surface
+from efae.sweep.report.study import find_front
+from efae.sweep.report.surface import Surface
+from efae.sweep.report.trials import Trial, describe
 
 Axes = Any
 _PALE, _PLAIN = "#b9c2cc", "#7d8894"

@@ -15,7 +15,7 @@ import numpy as np
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
-from efae.sweep.reported_trials import Trial
+from efae.sweep.report.trials import Trial
 
 FEWEST_POSITIONS = 5
 """Minimum number of different representations for a surface."""

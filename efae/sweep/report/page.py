@@ -13,8 +13,18 @@ from typing import Any
 
 from efae.config.forms import write_option
 from efae.report.html import finite, plain, render_page, write_json, write_split
-from efae.sweep.report_charts import draw_curves, draw_importance, draw_pareto, draw_surface
-from efae.sweep.reported_trials import (
+from efae.sweep.report.charts import draw_curves, draw_importance, draw_pareto, draw_surface
+from efae.sweep.report.study import FEWEST_TRIALS, rate_hyperparameters
+from efae.sweep.report.surface import (
+    FEWEST_FINISHED,
+    FEWEST_POSITIONS,
+    End,
+    Surface,
+    find_ends,
+    find_optimum,
+    fit_surface,
+)
+from efae.sweep.report.trials import (
     MULTIPLICITIES,
     ROTATION,
     SPLIT,
@@ -24,16 +34,6 @@ from efae.sweep.reported_trials import (
     read_trials,
 )
 from efae.sweep.space import list_overrides
-from efae.sweep.study import FEWEST_TRIALS, rate_hyperparameters
-from efae.sweep.surface import (
-    FEWEST_FINISHED,
-    FEWEST_POSITIONS,
-    End,
-    Surface,
-    find_ends,
-    find_optimum,
-    fit_surface,
-)
 
 FIGURES = ("surface.png", "pareto.png", "importance.png", "curves.png")
 _STATE_ORDER = ("finished", "stopped", "running", "failed")
@@ -99,7 +99,7 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
     counts = Counter(trial.state for trial in trials)
     render_page(
         folder,
-        Path(__file__).with_name("report.html.jinja"),
+        Path(__file__).with_name("sweep.html.jinja"),
         title=f"sweep {sweep['sweep_name']}",
         sweep=sweep,
         credits=sweep["credits"],

@@ -10,7 +10,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.study import StudyDirection
 
-from efae.sweep.reported_trials import Trial
+from efae.sweep.report.trials import Trial
 
 FEWEST_TRIALS = 4
 """Finished trials that importances need."""
