@@ -40,7 +40,7 @@ bench-check: $(STAMP) ## measure the GPU and compare with benchmarks/results (AR
 # The others have a process of their own: the stack's variables would send their work to its Ray.
 QUICK := not gpu and not browser and not slow
 SERVERS = $(shell grep -rlE 'mark\.(s3|ray)\b' tests --include='test_*.py' | sort)
-test: $(STAMP) ## run all tests but the slow ones (ARGS="tests/unit -k latent")
+test: $(STAMP) ## run the tests but the slow ones (ARGS="tests/unit -k latent")
 ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
 else
@@ -60,7 +60,7 @@ demo: $(STAMP) ## build the page that flips latents in a browser, and serve it (
 	@echo "the page; Ctrl-C ends its server:"
 	@$(BIN)/python -u -m http.server 0 --bind 127.0.0.1 --directory "$(LOCAL)/demo"
 
-test-all: $(STAMP) ## run every test that needs no GPU (ARGS="tests/integration/test_chaos.py")
+test-all: $(STAMP) ## run the slow tests, too (ARGS="tests/integration/test_chaos.py")
 ifdef ARGS
 	@$(BIN)/python -m pytest -m "not gpu and not browser" $(ARGS)
 else

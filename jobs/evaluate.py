@@ -39,7 +39,7 @@ class Arguments:
     """One or more models: models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint or a model folder,
     local or remote; or diffusers:PATH, a folder, local or remote, with an AutoencoderKL,
     AutoencoderTiny or AutoencoderDC of diffusers (config.json and
-    diffusion_pytorch_model.safetensors; needs the package diffusers)."""
+    diffusion_pytorch_model.safetensors)."""
     data: str
     """URI of a shard set that no model was trained on."""
     output: Path = Path("report")

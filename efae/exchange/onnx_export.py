@@ -240,7 +240,8 @@ def require_packages() -> None:
             import_module(name)
         except ImportError as error:
             raise ValueError(
-                f"the export of ONNX programs needs the package {name}: pip install 'efae[onnx]'"
+                f"the export of ONNX programs needs the package {name}: in the checkout of efae,"
+                " pip install '.[onnx]'"
             ) from error
 
 
