@@ -206,7 +206,7 @@ class Config:
         )
 
     def _check_scaling_and_turns(self) -> None:
-        f, loss = self.model.downsampling, self.loss
+        f, loss = 1 if self._follows_start else self.model.downsampling, self.loss
         size = self.data.image_size
         require(
             loss.scaling_probability == 0 or max(size) > f,

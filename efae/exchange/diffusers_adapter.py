@@ -243,9 +243,12 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         _refuse_unknown(
             {name: value for name, value in kwargs.items() if name not in _CHANGE_NOTHING}
         )
-        device = str(devices.get("") if hasattr(devices, "get") else devices or "cpu")
-        loaded = Autoencoder.from_pretrained(folder, device)
-        return cls(loaded.to(dtype=dtypes[1] or dtypes[0])).eval()
+        found = devices.get("") if hasattr(devices, "get") else devices
+        device = "cpu" if found is None else str(torch.device(found))
+        stored = pretrained.read_folder(folder)
+        saved = next(iter(stored.weights.values())).dtype
+        loaded = Autoencoder.restore(stored, device)
+        return cls(loaded.to(dtype=dtypes[1] or dtypes[0] or saved)).eval()
 
     @property
     def _tile(self) -> int | None:

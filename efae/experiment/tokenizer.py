@@ -4,10 +4,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from efae.checkpoints.run_folder import find_newest_checkpoint, locate_run
 from efae.config import Config
 from efae.evaluation_task import fit_on_cluster
 from efae.experiment.facts import describe_data, describe_run
 from efae.experiment.publication import evaluate_and_export, publish
+from efae.experiment.resumption import find_start
 from efae.experiment.training_run import import_publishing, train_in_run, wait_for_mlflow
 from efae.model.representation import build_representation
 from efae.preflight.cluster_checks import run_preflight
@@ -43,6 +45,8 @@ def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -
     data = RunData(config.data)
     run_preflight(config, data, server, say, meanwhile=import_publishing)
     if needs_fit(config):
+        if find_newest_checkpoint(locate_run(config)):
+            find_start(config)  # refuses what was changed; another fit would spoil the run's copy
         say("fitting the action on the channels of the pretrained latents ...")
         copy_source(config, server)
         config = adopt_action(config, fit_on_cluster(config))

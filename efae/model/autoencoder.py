@@ -5,11 +5,12 @@ in the basis of the irreps and at unit scale per irrep, whatever basis and scale
 or, if they stay those of a pretrained encoder, at the scale that its diffusion models know.
 """
 
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -148,7 +149,8 @@ class Autoencoder(Compilable):
         """The model that was read from a folder, for inference: evaluation mode, no gradients.
 
         Args:
-            stored: Model as its folder holds it; its weights become the model's own.
+            stored: Model as its folder holds it; its weights become the model's own, those in
+                half precision in float32.
             device: Device, as torch names them.
 
         Raises:
@@ -157,8 +159,8 @@ class Autoencoder(Compilable):
         """
         model = cls(stored.config)
         pretrained.check_weights(stored, model.state_dict())
-        model.load_state_dict(stored.weights, assign=True)  # keeps half precision as it was saved
-        return model.to(device).eval().requires_grad_(False)
+        model.load_state_dict(stored.weights, assign=True)
+        return model.to(device, model._dtype).eval().requires_grad_(False)
 
     def encode(
         self, image: Float[Tensor, "b c h w"], *, tile: int | None = None
@@ -224,6 +226,11 @@ class Autoencoder(Compilable):
         spread = (bottleneck.log_variance / 2).exp()[bottleneck.copy_of_channel, None, None]
         return latent, bottleneck.normalize(spread).expand_as(latent)
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Dtype of latents and images: float32, or that of wider weights."""
+        return torch.promote_types(next(self.parameters()).dtype, torch.float32)
+
     def _pad(self, image: Tensor) -> Tensor:
         """Check images, and pad them to whole cells; the first time with a warning."""
         _require_floats(
@@ -232,7 +239,7 @@ class Autoencoder(Compilable):
             "encode takes a tensor of floats in [-1, 1]; for bytes, image / 127.5 - 1",
         )
         _require_batch("image", image, self.config.data.channels)
-        f = self.config.model.downsampling
+        image, f = image.to(self._dtype), self.config.model.downsampling
         padded = pad_to_cells(image, f)
         if padded is not image and not self._warned_of_padding:
             self._warned_of_padding = True
@@ -335,8 +342,8 @@ class Autoencoder(Compilable):
         """Draw a sample of p(image | latent); None takes a value from the configuration's flow.
 
         Args:
-            latent: Latent from `encode`, acted on or not, or any grid (b, dim, h / f, w / f); half
-                precision is widened to that of the weights.
+            latent: Latent from `encode`, acted on or not, or any grid (b, dim, h / f, w / f), of
+                any floating-point dtype.
             steps: Number of sampler steps.
             noise: Standard normal noise that the flow starts from, f pixels per cell and side.
             seed: Seed of the noise, instead of `noise`, which is drawn on the CPU and so the same
@@ -359,7 +366,7 @@ class Autoencoder(Compilable):
             raise ValueError("decode needs either noise or seed, so that it can be repeated")
         _require_floats("latent", latent, "decode takes the tensor of floats that encode returns")
         _require_batch("latent", latent, self.representation.dim)
-        latent = latent.to(torch.promote_types(latent.dtype, next(self.parameters()).dtype))
+        latent = latent.to(self._dtype)
         f, (rows, columns) = self.config.model.downsampling, latent.shape[-2:]
         shape = (latent.shape[0], self.config.data.channels, rows * f, columns * f)
         if size is not None:
@@ -369,7 +376,7 @@ class Autoencoder(Compilable):
             return sample if size is None else crop(sample, size)
         if noise is None:
             if not isinstance(seed, torch.Generator):
-                seed = torch.Generator().manual_seed(seed)  # type: ignore[arg-type]
+                seed = torch.Generator().manual_seed(operator.index(cast(int, seed)))
             noise = torch.randn(shape, generator=seed, device=seed.device).to(latent.device)
         elif noise.shape != shape:
             raise ValueError(

@@ -193,7 +193,8 @@ def set_linear_paths(model: Autoencoder, fitted: LinearMap) -> None:
     encoder, decoder = model.encoder.linear_path, model.decoder.linear_path
     assert decoder is not None
     for path, rows in ((encoder, fitted.rows / scale), (decoder, fitted.rows * scale)):
-        path.free.copy_(model.from_irreps(rows[None, :, :, None])[0, :, :, 0])
+        rows = rows[None, :, :, None].to(path.free.device)
+        path.free.copy_(model.from_irreps(rows)[0, :, :, 0])
     model.decoder.residual_power.copy_(
         torch.tensor([fitted.error, fitted.total / fitted.rows.shape[1]])
     )

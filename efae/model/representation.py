@@ -51,7 +51,7 @@ def check_model(config: Config) -> Representation:
     representation = build_representation(config)
     height, width = config.data.image_size
     # The other levels act by different elements within one batch.
-    free = config.model.kind == "unet" and config.model.level in ("exact", "none")
+    free = config.model.kind != "transformer" and config.model.level in ("exact", "none")
     if height != width and representation.group.swaps_sides and not free:
         raise ValueError(
             f"data.resolution={height, width}: not square, but representation.group="

@@ -119,6 +119,7 @@ def rotate_image(
 
 
 @functools.cache
+@torch.inference_mode(False)
 def disk_mask(
     height: int, width: int, edge: float = 0.0, device: torch.device | str = "cpu"
 ) -> Float[Tensor, "height width"]:
@@ -171,6 +172,7 @@ def _turn_channels(representation: Representation, angles: Tensor, latent: Tenso
 
 
 @functools.cache
+@torch.inference_mode(False)
 def _cosine_transforms(side: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Return the DCT-II (frequency, pixel) and its inverse (point, frequency) on the fine grid."""
     frequency = torch.arange(side, dtype=torch.float64)

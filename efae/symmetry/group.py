@@ -240,7 +240,8 @@ def _find_sources(group: Group, height: int, width: int, device: torch.device | 
     return torch.stack([element.act_on_image(cells).flatten() for element in group]).to(device)
 
 
-_find_sources_once = functools.cache(_find_sources)
+# For training, too, wherever they are found first.
+_find_sources_once = functools.cache(torch.inference_mode(False)(_find_sources))
 
 
 def act_on_grid(

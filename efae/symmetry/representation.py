@@ -78,9 +78,10 @@ class Representation:
                 raise ValueError(f"{irrep}={count!r}: a multiplicity is an integer >= 0")
         if self.dim == 0:
             raise ValueError("a representation needs at least one channel")
-        matrices = torch.stack([self.matrix(g) for g in group])  # (element, dim, dim)
-        source = matrices.abs().argmax(-1)
-        sign = matrices.gather(-1, source[..., None])[..., 0].float()
+        with torch.inference_mode(False):  # for training, too
+            matrices = torch.stack([self.matrix(g) for g in group])  # (element, dim, dim)
+            source = matrices.abs().argmax(-1)
+            sign = matrices.gather(-1, source[..., None])[..., 0].float()
         self._tables = {source.device: (source, sign)}
 
     @classmethod
@@ -176,7 +177,8 @@ class Representation:
         """
         if device not in self._tables:
             source, sign = self._tables[torch.device("cpu")]
-            self._tables[device] = (source.to(device), sign.to(device))
+            with torch.inference_mode(False):
+                self._tables[device] = (source.to(device), sign.to(device))
         return self._tables[device]
 
     def act(

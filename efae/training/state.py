@@ -61,16 +61,18 @@ class TrainState:
             optimizer is named PARAMETER.KEY, KEY being "exp_avg", "exp_avg_sq" or "step"; and
             {"step": int, "scaler": dict}.
         """
-        names = [name for name, _ in self.model.named_parameters()]
+        parameters = {name: p.detach() for name, p in self.model.named_parameters()}
+        # A pretrained batch normalisation has statistics, which no step changes.
+        buffers = {n: b for n, b in self.model.state_dict().items() if n not in parameters}
         states = self.optimizer.state
         optimizer = {
             f"{name}.{key}": value
-            for name, parameter in zip(names, self.model.parameters(), strict=True)
+            for name, parameter in zip(parameters, self.model.parameters(), strict=True)
             for key, value in states[parameter].items()
         }
         tensors = {
-            "model": {name: p.detach() for name, p in self.model.named_parameters()},
-            "ema": self.average.weights,
+            "model": parameters | buffers,
+            "ema": self.average.weights | buffers,
             "optimizer": optimizer,
         }
         host = {

@@ -11,7 +11,7 @@ import torch
 import efae
 from data_pipelines import ShardDataset
 from tests.conftest import find_workers
-from tests.integration.train_jobs import SHARDS, find_run, find_version, run_job, submitted
+from tests.integration.train_jobs import OPTIONS, SHARDS, find_run, find_version, run_job, submitted
 
 pytestmark = [pytest.mark.s3, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -76,6 +76,12 @@ def test_a_lost_worker_changes_nothing_and_the_folder_is_of_its_class(
         job.wait()
     versions = [find_version(find_run(name)) for name in ("tuned", "tuned-killed")]
     assert versions[0].tags["digest"] == versions[1].tags["digest"]
+
+    group = ("--representation.group=C4", "--tracking.run-name=tuned")
+    refused = run_job("train", *OPTIONS, *options, *group)
+    assert refused.returncode == 1
+    assert "representation.group: 'D4' -> 'C4'" in refused.stdout + refused.stderr
+    assert "fitting the action" not in refused.stdout  # which would replace the basis of the run
 
     subprocess.run([sys.executable, "-c", STOCK_PIPELINE, str(tmp_path / "vae")], check=True)
     vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae", low_cpu_mem_usage=False)

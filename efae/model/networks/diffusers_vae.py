@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -52,7 +52,29 @@ def like(latent: Tensor, values: tuple[float, ...]) -> Float[Tensor, "dim 1 1"]:
     return torch.tensor(values, dtype=latent.dtype, device=latent.device)[:, None, None]
 
 
-class Encoder(nn.Module):
+class _Half(nn.Module):
+    """Encoder or decoder of an autoencoder of diffusers."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; batch normalisation keeps the statistics that it was pretrained with.
+
+        The loss of an example then depends on no other, and a frozen half stays as it is.
+        """
+        super().train(mode)
+        for part in self.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.eval()
+        return self
+
+    def receptive_radius(self) -> int:
+        """Raise ValueError: tiles are not known to be seamless here."""
+        raise ValueError(
+            "tile: the networks of diffusers have attention and normalisation over the whole image;"
+            " load the folder in diffusers and call enable_tiling()"
+        )
+
+
+class Encoder(_Half):
     """Maps images (b, c, h, w) in [-1, 1] to the means (b, dim, h / f, w / f) of their posteriors.
 
     Args:
@@ -71,6 +93,7 @@ class Encoder(nn.Module):
         self.factors = read_factors(network.config)  # with the defaults of its class
         self.encoder: nn.Module = network.encoder
         self.quant_conv: nn.Module | None = getattr(network, "quant_conv", None)
+        self.train()
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
         """Return the means."""
@@ -86,12 +109,8 @@ class Encoder(nn.Module):
         mean, log_variance = encoded.chunk(2, 1)
         return mean, log_variance.clamp(-30, 20)  # the bounds of diffusers
 
-    def receptive_radius(self) -> int:
-        """Raise ValueError: tiles are not known to be seamless here."""
-        raise ValueError(_NO_TILES)
 
-
-class Decoder(nn.Module):
+class Decoder(_Half):
     """Maps latents to images; takes what a flow decoder takes, and ignores all but the latent."""
 
     def __init__(self, architecture: str, recomputes: bool = False):
@@ -99,6 +118,7 @@ class Decoder(nn.Module):
         network = build(architecture, recomputes)
         self.decoder: nn.Module = network.decoder
         self.post_quant_conv: nn.Module | None = getattr(network, "post_quant_conv", None)
+        self.train()
 
     def forward(
         self,
@@ -114,16 +134,6 @@ class Decoder(nn.Module):
             latent = self.post_quant_conv(latent)
         image: Tensor = self.decoder(latent)
         return image
-
-    def receptive_radius(self) -> int:
-        """Raise ValueError: tiles are not known to be seamless here."""
-        raise ValueError(_NO_TILES)
-
-
-_NO_TILES = (
-    "tile: the networks of diffusers have attention and normalisation over the whole image; load"
-    " the folder in diffusers and call enable_tiling()"
-)
 
 
 def describe(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -229,10 +239,8 @@ class _Recomputed(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layers."""
         for layer in self:
-            parts = list(layer.modules())
-            # A second pass would update the statistics of a batch normalisation again.
-            kept = len(parts) == 1 or any(isinstance(part, nn.BatchNorm2d) for part in parts)
-            if kept or not torch.is_grad_enabled():
+            is_leaf = next(layer.children(), None) is None
+            if is_leaf or not torch.is_grad_enabled():
                 input = layer(input)
             else:
                 input = cast(Tensor, checkpoint(layer, input, use_reentrant=False))

@@ -58,8 +58,10 @@ class Positions(nn.Module):
         weight = self.lift.weight()
         if (height, width) != self.size:
             grid = torch.unflatten(weight.mT, -1, self.size)
+            # In half precision, torch resamples with antialiasing on GPUs alone.
+            grid = grid.to(torch.promote_types(weight.dtype, torch.float32))
             resized = F.interpolate(grid, (height, width), mode="bilinear", antialias=True)
-            weight = resized.flatten(-2).mT
+            weight = resized.flatten(-2).mT.to(weight.dtype)
         return weight[:, None]
 
 

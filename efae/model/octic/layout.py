@@ -62,6 +62,7 @@ class Layout:
 
 
 @functools.cache
+@torch.inference_mode(False)  # for training, too, wherever it is computed first
 def layout_of(group: Group) -> Layout:
     """Compute the layout of a group; averaging over the group finds the maps that commute with it.
 

@@ -14,7 +14,7 @@ from data_pipelines.storage import Location
 from efae.checkpoints.checkpoint import read_manifest, read_model
 from efae.checkpoints.run_folder import find_newest_checkpoint, locate_run
 from efae.config import AnyConfig, Config
-from efae.config.forms import flatten, list_changes, with_overrides, write_option
+from efae.config.forms import decides_weights, flatten, list_changes, with_overrides, write_option
 from efae.evaluation.fitted_action import FittedAction
 from efae.exchange.diffusers_tokenizer import PREFIX, read_architecture, read_pretrained
 from efae.model.autoencoder import Autoencoder
@@ -65,11 +65,12 @@ def adopt_pretrained(config: Config) -> Config:
         return config
     copied = _read_copied_config(config)
     counts, basis = config.representation.multiplicities, config.representation.learned_basis
-    if copied and find_newest_checkpoint(locate_run(config)):
+    begun = copied is not None and find_newest_checkpoint(locate_run(config)) is not None
+    if copied and begun:
         architecture = json.loads(copied.start.architecture)
     else:
         architecture = read_architecture(uri.removeprefix(PREFIX))
-    if copied and needs_fit(config) and _has_same_fit(copied, config):
+    if copied and needs_fit(config) and _has_same_fit(copied, config, begun):
         counts, basis = copied.representation.multiplicities, True
     try:
         colours, channels, f = diffusers_vae.describe(architecture)
@@ -106,10 +107,14 @@ def adopt_pretrained(config: Config) -> Config:
     return with_overrides(config, settings)
 
 
-def _has_same_fit(copied: Config, config: Config) -> bool:
-    """Return whether a run's copy has the basis that would be fitted again."""
-    same = (copied.representation.group, copied.data) == (config.representation.group, config.data)
-    return same and copied.start.action == "fitted" and copied.representation.learned_basis
+def _has_same_fit(copied: Config, config: Config, begun: bool) -> bool:
+    """Return whether a run's copy has its basis: if it has begun, or that of these images."""
+    if copied.start.action != "fitted" or not copied.representation.learned_basis:
+        return False
+    changed = [key for key, _ in list_changes(copied, config) if decides_weights(key)]
+    if any(key.startswith("data.") for key in changed) and not begun:
+        return False
+    return copied.representation.group == config.representation.group
 
 
 def read_source(config: Config, server: Server) -> StoredModel:

@@ -16,6 +16,7 @@ from diffusers import (
 )
 from diffusers.image_processor import VaeImageProcessor
 
+import efae
 from efae.config import Config
 from efae.config.forms import with_overrides
 from efae.exchange.diffusers_adapter import AutoencoderEFAE
@@ -258,7 +259,7 @@ def test_tiles_of_a_convolutional_model_change_nothing_but_memory():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_near(vae, image, dtype):
+def test_half_precision_is_near(vae, image, dtype, tmp_path):
     half = build().to(dtype=dtype)
     z = half.encode(image.to(dtype)).latent_dist.mode()
     sample = half.decode(z).sample
@@ -266,6 +267,13 @@ def test_half_precision_is_near(vae, image, dtype):
     exact = vae.encode(image).latent_dist.mode()
     assert (z.float() - exact).abs().max() < 0.1
     assert (sample.float() - vae.decode(exact).sample).abs().max() < 0.2
+    larger = torch.rand(1, 3, 24, 32, generator=seeded()) * 2 - 1
+    assert (half(larger.to(dtype)).sample.float() - vae(larger).sample).abs().max() < 0.5
+    half.save_pretrained(tmp_path)
+    assert AutoencoderEFAE.from_pretrained(tmp_path).dtype == dtype
+    model = efae.load(tmp_path)  # computes in float32
+    assert (model.encode(image) - exact).abs().max() < 0.1
+    assert model.decode(exact, seed=0).dtype == torch.float32
     for g in D4:  # rho(g) is a signed permutation: nothing is rounded
         assert torch.equal(vae.act(g.inverse, half.act(g, z)), z)
 
@@ -349,8 +357,13 @@ def test_options_that_there_are_not_are_refused(vae, tmp_path):
     vae.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"variant: no such option"):
         AutoencoderEFAE.from_pretrained(tmp_path, variant="fp16")
-    placed = AutoencoderEFAE.from_pretrained(tmp_path, device_map={"": "cpu"}, variant=None)
-    assert placed.device == torch.device("cpu")
+    for place in ("cpu", torch.device("cpu"), {"": "cpu"}, {}, None):
+        placed = AutoencoderEFAE.from_pretrained(tmp_path, device_map=place, variant=None)
+        assert placed.device == torch.device("cpu")
+    if not torch.cuda.is_available():
+        for first_gpu in (0, {"": 0}):
+            with pytest.raises((RuntimeError, AssertionError), match=r"accelerator|CUDA"):
+                AutoencoderEFAE.from_pretrained(tmp_path, device_map=first_gpu)
 
 
 def train_step(vae, images: torch.Tensor) -> float:

@@ -2,11 +2,13 @@
 
 import operator
 
+import numpy as np
 import pytest
 import torch
 
 import efae
 from efae.evaluation.evaluate import evaluate
+from efae.model.octic.layout import layout_of
 from efae.model.precision import at_precision, float32_arithmetic
 
 IMAGES = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0))
@@ -39,6 +41,28 @@ def test_an_evaluation_says_at_which_precision_the_model_ran():
     assert exact.worst_gap_db < 1e-4
     assert abs(rounded.psnr - exact.psnr) < 0.2
     assert rounded.psnr != exact.psnr
+
+
+def test_images_latents_and_seeds_of_any_kind_are_taken():
+    model = efae.load("builtin:openmoji-32")
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        image = (IMAGES / 127.5 - 1).to(dtype)
+        latent = model.encode(image)
+        torch.testing.assert_close(latent, model.encode(image.float()))
+        sample = model.decode(latent.to(dtype), seed=np.int64(3))
+        assert sample.dtype == torch.float32
+    assert torch.equal(sample, model.decode(latent.double(), seed=3))
+
+
+def test_inference_mode_leaves_later_training_alone():
+    layout_of.cache_clear()
+    with torch.inference_mode():
+        model = efae.load("builtin:openmoji-32")
+        model.act(efae.D4["rot90"], model.encode(IMAGES / 127.5 - 1))
+    trained = efae.Autoencoder(model.config)
+    loss, _ = efae.Objective(trained)(IMAGES / 127.5 - 1, torch.Generator().manual_seed(0))
+    latent = torch.zeros(1, 32, 4, 4, requires_grad=True)
+    (loss.sum() + trained.act(efae.D4["rot90"], latent).sum()).backward()
 
 
 def read_arithmetic():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import efae
 from data_pipelines import ShardDataset
-from efae.checkpoints.checkpoint import read_checkpoint
+from efae.checkpoints.checkpoint import read_checkpoint, read_model
 from efae.config import Config
 from efae.config.forms import with_overrides
 from efae.evaluation.fitted_action import FittedAction
@@ -52,6 +52,7 @@ TINY = {
     "training.checkpoint_interval": 3,
     "optimizer.learning_rate": 1e-3,
 }
+NORMALIZED = "AutoencoderDC with batch normalisation"
 IMAGE = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
@@ -72,8 +73,10 @@ def build(name: str) -> torch.nn.Module:
             num_encoder_blocks=(1, 1, 1),
             num_decoder_blocks=(1, 1, 1),
         )
-    return diffusers.AutoencoderDC(
+    norms = ("batch_norm" if name == NORMALIZED else "rms_norm", "rms_norm", "rms_norm")
+    network = diffusers.AutoencoderDC(
         latent_channels=8,
+        decoder_norm_types=norms,
         encoder_block_out_channels=(8, 8, 16),
         decoder_block_out_channels=(8, 8, 16),
         encoder_layers_per_block=(1, 1, 1),
@@ -81,12 +84,16 @@ def build(name: str) -> torch.nn.Module:
         encoder_qkv_multiscales=((), (), ()),
         decoder_qkv_multiscales=((), (), ()),
     )
+    for statistics in network.buffers():
+        if statistics.is_floating_point():
+            statistics.uniform_(0.5, 2)
+    return network
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pretrained")
-    for name in CLASSES:
+    for name in (*CLASSES, NORMALIZED):
         build(name).save_pretrained(folder / name)
     return folder
 
@@ -243,21 +250,16 @@ def test_combinations_without_sense_are_refused(folders):
         with pytest.raises(ValueError, match=match):
             configure(folders / "AutoencoderKL", **overrides)
     configure(folders / "AutoencoderTiny", **{"training.precision": "fp16"})
+    shrunk = {"loss.scaling_probability": 0.5, "representation.group": "flips"}
+    configure(folders / "AutoencoderKL", **shrunk, **{"data.resolution": (40, 56)})  # 10 x 14 cells
     with pytest.raises(ValueError, match=r"start\.train=decoder with"):
         with_overrides(Config(), {"start.train": "decoder"})
 
 
-@pytest.mark.parametrize("name", [*CLASSES, "with batch normalisation"])
-def test_recomputed_activations_give_the_same_bits_for_less_memory(folders, tmp_path, name):
-    folder = folders / name
-    if name not in CLASSES:
-        norms = ["batch_norm", "rms_norm", "rms_norm"]
-        settings = diffusers.AutoencoderDC.load_config(folders / "AutoencoderDC")
-        network = diffusers.AutoencoderDC.from_config(settings | {"decoder_norm_types": norms})
-        network.save_pretrained(folder := tmp_path / "batch")
-
+@pytest.mark.parametrize("name", [*CLASSES, NORMALIZED])
+def test_recomputed_activations_give_the_same_bits_for_less_memory(folders, name):
     def step(share: float) -> tuple[int, list[torch.Tensor]]:
-        config = configure(folder, **{"training.activation_memory": share})
+        config = configure(folders / name, **{"training.activation_memory": share})
         model = copy.deepcopy(restore(config))
         model.requires_grad_(True).train()
         kept: dict[int, int] = {}
@@ -325,6 +327,52 @@ def test_a_resumed_run_is_the_uninterrupted_one(folders, shards, tmp_path, overr
             torch.testing.assert_close(turned, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("trained", ["both", "encoder"])
+def test_batch_normalisation_keeps_its_statistics(folders, shards, tmp_path, trained):
+    where = {"ray.storage_uri": str(tmp_path / "runs"), "start.train": trained}
+    config = configure(folders / NORMALIZED, **where)
+    copy_source(config, NOWHERE)
+    source = load_source(config, ALONE)
+    dataset = ShardDataset.open(shards)
+    keeper = Keeper(config, tmp_path / "whole")
+    whole = train(config, dataset, ALONE, Start(source=source), keeper)
+    assert_same_state(
+        train(config, dataset, ALONE, Start(read_checkpoint(tmp_path / "whole/step-00000003"))),
+        whole,
+    )
+    model = Autoencoder.restore(read_model(str(tmp_path / "whole/step-00000006")))
+    statistics = dict(source.named_buffers())
+    assert statistics
+    for name, kept in model.named_buffers():
+        assert torch.equal(kept, statistics[name])
+    draws = draw(config, tuple(IMAGE.shape), torch.Generator().manual_seed(0))
+    objective = FineTuning(whole.model.eval())
+    whole.model.decoder.train()
+    with torch.no_grad():
+        examples = zip(IMAGE.split(1), draws.split(1), strict=True)
+        parts = [objective(image, part)[0] for image, part in examples]
+        torch.testing.assert_close(torch.cat(parts), objective(IMAGE, draws)[0])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_images_and_latents_of_any_floating_dtype_are_taken(folders, name):
+    model = restore(configure(folders / name))
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        image = IMAGE.to(dtype)
+        latent = model.encode(image)
+        torch.testing.assert_close(latent, model.encode(image.float()))
+        assert model.decode(latent.to(dtype)).dtype == torch.float32
+
+
+def test_a_flow_decoder_learns_rectangles_over_all_eight_elements(folders):
+    config = configure(
+        folders / "AutoencoderKL",
+        **{"model.kind": "unet", "model.level": "exact", "data.resolution": (16, 24)},
+        **{"start.train": "decoder", "start.action": "spatial"},
+    )
+    assert restore(config).group == D4
+
+
 def test_a_run_that_began_needs_its_copy_alone(folders, shards, tmp_path):
     moved = tmp_path / "vae"
     build("AutoencoderKL").save_pretrained(moved)
@@ -354,7 +402,7 @@ def test_a_copy_that_was_half_written_is_written_again(folders, tmp_path):
     assert all(torch.equal(again[name], weight) for name, weight in whole.items())  # and its basis
 
 
-def test_a_run_starts_in_the_basis_of_its_fitted_action(folders, tmp_path):
+def test_a_run_starts_in_the_basis_of_its_fitted_action(folders, shards, tmp_path):
     where = {"ray.storage_uri": str(tmp_path / "runs"), "start.action": "fitted"}
     config = configure(folders / "AutoencoderKL", **where)
     assert needs_fit(config)
@@ -383,6 +431,18 @@ def test_a_run_starts_in_the_basis_of_its_fitted_action(folders, tmp_path):
     again = configure(folders / "AutoencoderKL", **where)
     assert again == config  # a resubmitted run fits nothing anew
     assert not needs_fit(again)
+    for key, value, fits in (
+        ("data.decode_threads", 2, False),
+        ("data.resolution", 32, True),
+        ("representation.group", "mirror", True),
+    ):
+        changed = configure(folders / "AutoencoderKL", **where, **{key: value})
+        assert needs_fit(changed) == fits, key
+    dataset = ShardDataset.open(shards)
+    start = Start(source=load_source(config, ALONE))
+    train(config, dataset, ALONE, start, Keeper(config, tmp_path / "runs" / "mine"))
+    begun = configure(folders / "AutoencoderKL", **where, **{"data.resolution": 32})
+    assert begun.representation == config.representation
 
 
 def test_bad_folders_are_refused_with_the_reason(folders, tmp_path):
