@@ -14,10 +14,12 @@ import itertools
 import json
 import logging
 import os
+import signal
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import ray
@@ -203,7 +205,8 @@ def _fit(config: AnyConfig, run: Run, on_validation: UserCallback | None) -> Non
         same_id = hashlib.sha256(str(locate_run(config)).encode()).hexdigest()[:32]
         object.__setattr__(trainer.train_run_context, "run_id", same_id)
         try:
-            trainer.fit()
+            with _interruptible():
+                trainer.fit()
         except ray.train.ControllerError as error:
             if isinstance(error.controller_failure, TrainingFailed):
                 raise error.controller_failure from error
@@ -215,6 +218,24 @@ def _fit(config: AnyConfig, run: Run, on_validation: UserCallback | None) -> Non
                 f"training failed after ray.max_failures={config.ray.max_failures} losses of"
                 f" workers, this time on rank {rank}: {cause}"
             ) from error
+
+
+@contextmanager
+def _interruptible() -> Generator[None]:
+    """Have Ctrl-C raise KeyboardInterrupt, as before.
+
+    Ray's handler exits with status 0, and would outlive `fit`, to ignore Ctrl-C from then on.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Ray installs none here
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 class WorkerFailures(UserCallback):

@@ -68,6 +68,10 @@ def run(config: Config) -> int:
     except (ValueError, OSError, CheckpointError, TrainingFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        again = f"--tracking.run-name {config.tracking.run_name}"
+        print(f"stopped; the same command with {again} resumes", file=sys.stderr)
+        return 130
     print_summary(summary, config)
     return 0
 
@@ -104,7 +108,7 @@ def print_summary(summary: Mapping[str, Any], config: Config) -> None:
  training{busy} (data wait {summary["data_wait_fraction"]:.1%}), recoveries:\
  {summary["recoveries"]}{bad_samples}{events}
   held-out PSNR      {summary["psnr"]:.2f} dB{linear}
-  worst gap          {summary["worst_gap_db"]:.1e} dB over the eight flips and quarter turns
+  worst gap          {summary["worst_gap_db"]:.1e} dB over {config.representation.group}
   group-law error    {summary["group_law_error"]:.1e}
   registered         {summary["model_uri"]}{copy}
 {warning}

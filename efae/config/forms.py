@@ -24,6 +24,8 @@ _MACHINE_KEYS = (
     # They change rounding, or measurements, alone.
     *("training.micro_batch_size", "training.activation_memory", "training.compile"),
     *("training.evaluation_precision", "training.profile_steps", "flow.sampler_steps"),
+    # They change what is written, and how often.
+    *("training.checkpoint_interval", "training.log_interval", "training.held_out_images"),
 )
 
 

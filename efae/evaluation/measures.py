@@ -19,6 +19,8 @@ from torch import Tensor
 
 from efae.symmetry import D4, Element
 
+SMALLEST_SIDE = 6
+"""Pixels that SSIM needs, which mirrors five beyond each border."""
 LARGEST_PSNR = 126.02
 """Largest PSNR, dB: images are equal up to rounding, with a mean squared error of 1e-12."""
 _SYMMETRIC_UNDER = {
@@ -64,7 +66,7 @@ def masked_psnr(
 def ssim(image: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
     """Return the structural similarity per image (Wang et al. 2004), Gaussian window 11, sigma 1.5.
 
-    torchmetrics reflects the borders, so images may be as small as 6 pixels.
+    torchmetrics reflects the borders, so images may be as small as SMALLEST_SIDE.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 

@@ -166,8 +166,9 @@ def summarize(
 
     count = totals.count("latent")
     squared = totals.mean("latent squared")
-    # Variance over images at each cell: the mean latent carries no information.
+    # Variance over images at each cell: the mean latent carries no information. One image has none.
     variance = (squared - totals.mean("latent").square()) * count / max(count - 1, 1)
+    variance = variance if count > 1 else squared
 
     def encoder_error(g: str, channels: slice) -> float:
         spread = max(float(variance[channels].mean()), 1e-12)

@@ -111,10 +111,11 @@ def publish(
         MlflowException: The server refuses or does not answer.
     """
     from efae.registry.registration import register_model
-    from efae.report.card import write_report
+    from efae.report.card import require_finite, write_report
     from efae.report.model_card import render_model_card
 
     evaluation, model = product.evaluation, product.model
+    require_finite(evaluation.numbers())  # before a version of the registry says otherwise
     facts = facts | {"mlflow_run_id": run.id, "tensors_sha256": hash_tensors(model.weights)}
     measured = {
         "psnr": evaluation.psnr,

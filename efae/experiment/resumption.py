@@ -47,6 +47,8 @@ def find_start(config: AnyConfig) -> int:
     fixed += ("flow.distill_from", "start.", "generator.", "data.classes", "data.format")
     if isinstance(config, Config) and config.model.kind == "transformer":
         fixed += ("data.resolution",)  # its positions are those of one size
+    if (config.flow.condition_drop > 0) != (found.flow.condition_drop > 0):
+        fixed += ("flow.condition_drop",)  # a null condition has weights
     if 0 in [kind.data.views for kind in (config, found) if isinstance(kind, GeneratorConfig)]:
         fixed += ("data.views",)  # only with views does the network have weights for elements
     changes = configuration.list_changes(found, config)

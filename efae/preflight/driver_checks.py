@@ -14,6 +14,7 @@ from efae.checkpoints.checkpoint import checkpoint_name
 from efae.checkpoints.run_folder import locate_run
 from efae.config import AnyConfig, Config, DataConfig, GeneratorConfig, LatentsConfig
 from efae.config.run import STEPS_BEFORE_PROFILE
+from efae.evaluation.measures import SMALLEST_SIDE
 from efae.generation.network import read_format
 from efae.model.closed_form import LARGEST_PATCH
 from efae.model.objective import load_perceptual
@@ -196,6 +197,11 @@ def check_configuration(config: AnyConfig) -> None:
     _ = locate_run(config) / checkpoint_name(0) / "optimizer.safetensors"
     build_model(config)  # raises if the sizes do not fit together
     if isinstance(config, Config):
+        if min(config.data.image_size) < SMALLEST_SIDE:
+            raise ValueError(
+                f"data.resolution={config.data.resolution}: SSIM needs sides of {SMALLEST_SIDE}"
+                " pixels at least; use larger images"
+            )
         _check_linear_start(config)
     if isinstance(config, Config) and config.loss.perceptual:
         load_perceptual(config.loss.perceptual, torch.device("cpu"))

@@ -116,12 +116,7 @@ def write_report(
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "summary.json", summarize(numbers, facts))
-    broken = [name for name, value in numbers.items() if finite(value) != value]
-    if broken:
-        raise ValueError(
-            f"the evaluation has values that are not finite in {', '.join(broken)}: no report can"
-            " be drawn; evaluate an earlier checkpoint"
-        )
+    require_finite(numbers)
     write_json(directory / "evaluation.json", numbers)
     if config is not None:
         card = model_card or render_model_card(numbers, config, facts)
@@ -265,6 +260,16 @@ def _render(directory: Path, template: str, **context: Any) -> Path:
 
 def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[-40:]
+
+
+def require_finite(numbers: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names the numbers of an evaluation that are not finite, if any."""
+    broken = [name for name, value in numbers.items() if finite(value) != value]
+    if broken:
+        raise ValueError(
+            f"the evaluation has values that are not finite in {', '.join(broken)}: no report can"
+            " be drawn; evaluate an earlier checkpoint"
+        )
 
 
 def summarize(numbers: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:

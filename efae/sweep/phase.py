@@ -53,8 +53,11 @@ class Phases:
         Raises:
             Interrupted: The driver was told to stop; unfinished trials are still "running".
         """
-        ended = [r for r in self.records.in_phase("search") if r.state != "running"]
-        if len(ended) >= self.settings.trials:
+        found = self.records.in_phase("search")
+        ended = [r for r in found if r.state != "running"]
+        # Those that run end first, even where fewer trials are asked for than before.
+        left = max(self.settings.trials, len(found)) - len(ended)
+        if not left:
             return
         scheduler = FIFOScheduler()
         if self.settings.early_stopping:
@@ -65,7 +68,7 @@ class Phases:
             "search",
             search_alg=proposals,
             scheduler=scheduler,
-            num_samples=self.settings.trials - len(ended),
+            num_samples=left,
         )
 
     def repeat(self, chosen: Sequence[TrialRecord]) -> None:

@@ -5,7 +5,7 @@ import re
 
 def redact(text: str) -> str:
     """Return `text` without the passwords and keys that URIs can carry."""
-    text = re.sub(r"(?<=://)[^/\s\"'@]+@", "***@", text)
+    text = re.sub(r"(?<=://)[^/\s\"']+@", "***@", text)
     pattern = r"(?i)([?&][^=&\s\"']*(?:key|secret|token|password|signature)[^=&\s\"']*=)[^&\s\"']+"
     return re.sub(pattern, r"\1***", text)
 
@@ -14,4 +14,4 @@ def first_cause(error: BaseException) -> str:
     """Return the first line of the root cause; MLflow wraps a refused connection four times."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__ or error
-    return redact(str(error).splitlines()[0][:200]) if str(error) else type(error).__name__
+    return redact(str(error).splitlines()[0])[:200] if str(error) else type(error).__name__

@@ -140,9 +140,12 @@ class Tracker:
         return [point for point in points if not point.name.startswith("system/")]
 
     def resend(self, points: Iterable[Sequence[Any]]) -> None:
-        """Queue the `unsent` points of another tracker of the run; points sent are skipped."""
+        """Queue the `unsent` points of another tracker of the run; points sent are skipped.
+
+        A value may be text, such as "nan" or "inf", which JSON has no number for.
+        """
         for name, step, time_ms, value in points:
-            self._queue.append((step, time_ms, {name: value}))
+            self._queue.append((step, time_ms, {name: float(value)}))
 
     def log_figure(self, path: Path, name: str) -> None:
         """Queue a copy of the file `path` as the artifact `name`, such as figures/step-100.png."""

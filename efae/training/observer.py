@@ -1,5 +1,6 @@
 """Observers of training: on rank 0, curves, validation, progress and checkpoints."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -112,7 +113,11 @@ class RunObserver(Observer):
             "checkpoints": self._writer.saved,
             "checkpoint_stall_seconds": self._writer.stall_seconds,
         }
-        unsent = self._tracker.unsent()
+        # As text where JSON has no number: fp16 skips a step whose gradient is infinite.
+        unsent = [
+            point if math.isfinite(point.value) else (*point[:3], str(point.value))
+            for point in self._tracker.unsent()
+        ]
         self._writer.save(state, {**metadata, "totals": totals, "unsent_metrics": unsent})
 
     def wait(self) -> None:

@@ -98,7 +98,8 @@ class TrainState:
                 key: value.to(parameter.device, copy=True)
                 for key, value in _strip_prefix(checkpoint.optimizer, f"{name}.").items()
             }
-        self.scaler.load_state_dict(checkpoint.metadata["scaler"])
+        if checkpoint.metadata["scaler"]:  # written at fp16
+            self.scaler.load_state_dict(checkpoint.metadata["scaler"])
         self.step = checkpoint.metadata["step"]
 
 

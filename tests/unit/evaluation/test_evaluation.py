@@ -170,6 +170,11 @@ def test_exact_model_has_no_gap(measured):
         assert score == pytest.approx(result.ssim, abs=1e-5)
 
 
+def test_one_image_does_not_make_an_exact_model_inexact(models):
+    result = evaluate(models["exact"], draw_images(1))
+    assert max(result.encoder_error.values()) < 1e-9
+
+
 def test_dense_model_fails_the_same_measures(measured):
     result = measured["objective"]
     others = [g.name for g in D4 if g != D4.identity]

@@ -363,6 +363,13 @@ def test_a_linear_start_from_cells_too_large_to_fit_is_refused():
         check_configuration(configure(48))
 
 
+def test_images_too_small_for_ssim_are_refused():
+    sizes = {"model.downsampling": 4, "model.patch_size": 2, "tracking.run_name": "x"}
+    check_configuration(with_overrides(Config(), {**sizes, "data.resolution": 8}))
+    with pytest.raises(ValueError, match=r"data\.resolution=4: SSIM needs sides of 6"):
+        check_configuration(with_overrides(Config(), {**sizes, "data.resolution": 4}))
+
+
 def test_a_wrong_configuration_is_not_asked_about():
     said = []
     config = with_overrides(Config(), {"data.uri": "pipe:ls", "tracking.run_name": "x"})

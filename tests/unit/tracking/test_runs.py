@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from efae.tracking.redaction import first_cause, redact
 from efae.tracking.runs import Run
 from efae.tracking.server import Server
 from efae.tracking.timeouts import notice_outages_soon
@@ -22,6 +23,12 @@ def test_a_run_travels_as_two_short_texts():
 def test_neither_shows_a_password():
     assert str(RUN.server) == "http://***@mlflow:5000/"
     assert "hunter2" not in f"{RUN} {RUN!r} {RUN.server!r}"
+
+
+def test_no_part_of_a_password_is_shown():
+    address = "http://someone:hunt@er2@mlflow:5000/"
+    assert redact(f"no answer from {address}") == "no answer from http://***@mlflow:5000/"
+    assert "hunt" not in first_cause(OSError(f"{'x' * 170} {address}"))
 
 
 def test_a_worker_that_receives_a_run_imports_no_mlflow():

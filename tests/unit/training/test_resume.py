@@ -35,6 +35,8 @@ def test_the_same_name_goes_on_unless_told_never(tmp_path, config):
     other_cluster = {"ray.num_workers": (1, 8), "ray.max_failures": 9, "tracking.commit": "abc"}
     other_cluster |= {"data.cache_dir": "/other", "data.cache_bytes": 1, "data.decode_threads": 7}
     other_cluster |= {"data.pixel_cache_bytes": 1, "flow.sampler_steps": 2}
+    other_cluster |= {"training.checkpoint_interval": 7, "training.log_interval": 3}
+    other_cluster |= {"training.held_out_images": 9}
     assert find_start(with_overrides(config, other_cluster)) == 80
     with pytest.raises(ValueError, match=rf"'mine' exists, at step 80 \({uri}\).*--resume auto"):
         find_start(with_overrides(config, {"resume": "never"}))
@@ -80,6 +82,7 @@ def test_a_uri_begins_a_new_run_from_another(tmp_path, config):
         ),
         ({"data.resolution": 64}, "data.resolution: 32 -> 64.*would be meaningless"),
         ({"training.global_batch_size": 64}, "global_batch_size: 128 -> 64"),
+        ({"flow.condition_drop": 0.1}, "condition_drop: 0.0 -> 0.1"),
         ({"flow.distill_from": "a/model"}, "flow.distill_from: '' -> 'a/model'"),
     ],
 )

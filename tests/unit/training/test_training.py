@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import pickle
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cluster.ports import pick_free
 from data_pipelines import ShardDataset
 from data_pipelines.build_shards import build_shards
 from efae.checkpoints.checkpoint import read_checkpoint
@@ -17,12 +19,15 @@ from efae.config import Config, OptimizerConfig
 from efae.config.forms import with_overrides
 from efae.evaluation.measures import psnr, to_float
 from efae.model.closed_form import Moments, fit_linear_map
+from efae.tracking.runs import Run
+from efae.tracking.sender import Tracker
+from efae.tracking.server import Server
 from efae.training.checkpoint_writer import CheckpointWriter
 from efae.training.divergence import DivergenceGuard, TrainingDiverged
 from efae.training.ema import MovingAverage
 from efae.training.loop import Start, seed_of, train
 from efae.training.monitoring import meter
-from efae.training.observer import Observer, Progress
+from efae.training.observer import Observer, Progress, RunObserver
 from efae.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from efae.training.process import Process
 from efae.training.starts import linear
@@ -225,6 +230,35 @@ def test_every_kind_of_model_trains(shards, overrides):
     state = run(shards, **{"training.steps": 3} | overrides)
     assert state.step == 3
     assert all(torch.isfinite(p).all() for p in state.model.parameters())
+
+
+def test_a_checkpoint_starts_a_run_at_any_precision(shards, tmp_path):
+    run(shards, tmp_path)
+    checkpoint = read_checkpoint(tmp_path / "step-00000004")
+    for precision in ("fp16", "bf16", "tf32"):
+        state = run(shards, checkpoint=checkpoint, **{"training.precision": precision})
+        assert state.step == 8
+
+
+def test_points_that_are_not_finite_wait_in_a_checkpoint(shards, tmp_path):
+    """An fp16 step with an infinite gradient is skipped, and logged."""
+    config = with_overrides(Config(), TINY | {"data.uri": shards})
+    nobody = Run(Server(f"http://localhost:{pick_free(1)[0]}"), "0" * 32)
+
+    def make(name):
+        writer = CheckpointWriter(str(tmp_path), config)
+        tracker = Tracker(nobody, tmp_path / name)
+        return RunObserver(config, ALONE, writer, tracker, None, print), tracker
+
+    (first, _), (second, tracker) = make("one"), make("two")
+    totals = {"totals": {"images_per_second": 1.0}, "scores": {}}
+    first.log(1, {"loss": 0.5, "gradient_norm": math.inf, "images_per_second": 1.0})
+    first.save(TrainState.create(config, CPU), totals)
+    first.wait()
+    second.resume(read_checkpoint(tmp_path / "step-00000000").metadata)
+    found = {point.name: point.value for point in tracker.unsent()}
+    assert found["gradient_norm"] == math.inf
+    assert found["loss"] == 0.5
 
 
 def test_global_random_state_changes_nothing(shards):

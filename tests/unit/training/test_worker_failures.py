@@ -1,5 +1,7 @@
 """What is said of workers that were lost, whether the run is tried again, and who evaluates it."""
 
+import signal
+import sys
 import time
 
 import pytest
@@ -15,7 +17,13 @@ from efae import evaluation_task
 from efae.checkpoints.events import read_events, record_event
 from efae.config import Config, RayConfig
 from efae.config.forms import with_overrides
-from efae.ray_trainer import TrainingFailed, WorkerFailures, find_root_cause, is_final
+from efae.ray_trainer import (
+    TrainingFailed,
+    WorkerFailures,
+    _interruptible,
+    find_root_cause,
+    is_final,
+)
 from efae.training.micro_batches import OutOfMemory
 from efae.worker_groups import GroupStarts
 
@@ -23,6 +31,19 @@ GONE = WorkerHealthCheckFailedError(
     "A worker health check failed.\nIts process is gone.", OSError()
 )
 ALONE = RuntimeError("Connection closed by peer")
+
+
+def test_ctrl_c_is_an_interruption_during_and_after_training():
+    before = signal.getsignal(signal.SIGINT)
+
+    def fit():
+        with _interruptible():
+            signal.signal(signal.SIGINT, lambda *_: sys.exit(0))  # as Ray does
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_run_without_memory_is_not_tried_again():
