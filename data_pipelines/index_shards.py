@@ -1,13 +1,15 @@
 """Index existing WebDataset tars in place, which makes them a shard set.
 
 Each tar is read once. Its record is kept until the index is written, so that an interrupted run
-resumes. The index is written only if there is no fault beyond the tolerated ones. An index that an
-earlier release wrote, here or in `build_shards`, gets the images' sizes that it lacks.
+resumes; a tar that has changed since is read again. The index is written only if there is no fault
+beyond the tolerated ones. An index that an earlier release wrote, here or in `build_shards`, gets
+the images' sizes that it lacks.
 """
 
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
@@ -179,7 +181,7 @@ def _check_places(base: Location, output: Location) -> None:
 def _read_tars(
     checks: TarChecks, sizes: Mapping[str, int], there: Mapping[str, int], on: str
 ) -> list[ShardIndex]:
-    """Return a record of each tar; tars with a record in the output are not read again.
+    """Return a record of each tar; unchanged tars with one in the output are not read again.
 
     Raises:
         SourceFaults: Tars have faults; lists those of all tars.
@@ -187,11 +189,10 @@ def _read_tars(
     from tqdm import tqdm
 
     kept = unfinished.read_records(checks.output, sizes, there) if checks.output else {}
-    records = {
-        name: record
-        for name, record in kept.items()
-        if checks.accept(record) and sizes[name] in (0, record.shards[0].bytes)  # 0: unknown
-    }
+    kept = {name: record for name, record in kept.items() if checks.accept(record)}
+    with ThreadPoolExecutor(_THREADS) as threads:
+        current = threads.map(checks.is_of_current_tar, kept.values())
+        records = {name: kept[name] for name, valid in zip(kept, current, strict=True) if valid}
     missing = [name for name in sizes if name not in records]
     faults: dict[str, list[str]] = {}
     total, done = len(sizes), len(records)

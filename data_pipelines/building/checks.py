@@ -46,6 +46,8 @@ _COMPRESSED = "(gz|bz2|xz|zst|lz4|lz|lzma|br|z)"
 _COMPRESSED_TAR = re.compile(rf"\.(tar\.{_COMPRESSED}|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _COMPRESSED_MEMBER = re.compile(rf"\.{_COMPRESSED}$")
 _UNNAMED = (NOT_UTF8, "")  # may be a folder of tars
+_TAR_VERSION = "tar_version"
+"""Key of a record's provenance."""
 _OUR_FILES = (INDEX_NAME, STATISTICS_NAME, SHEET_NAME, FAULTS_NAME)
 
 
@@ -80,6 +82,16 @@ class TarChecks:
             and (self.skips_bad_images or not record.shards[0].left_out)
             and record.has_sizes
         )
+
+    def is_of_current_tar(self, record: ShardIndex) -> bool:
+        """Return whether the tar is still the one that the record describes."""
+        version = record.provenance.get(_TAR_VERSION)
+        try:
+            return bool(version) and version == storage.read_version(
+                self.base / record.shards[0].name
+            )
+        except FileNotFoundError:
+            return False
 
 
 def select_tars(
@@ -136,6 +148,8 @@ def check_tar(checks: TarChecks, name: str) -> tuple[ShardIndex | None, list[str
     """
     location = checks.base / name
     try:
+        # Before it is read: if the tar changes meanwhile, the record is not used.
+        version = "" if checks.output is None else storage.read_version(location)
         with open_copy(location) as path:
             record, faults = _read_tar(path, location.uri, name, checks)
     except FileNotFoundError as error:
@@ -143,6 +157,7 @@ def check_tar(checks: TarChecks, name: str) -> tuple[ShardIndex | None, list[str
             raise  # it was listed: this is another machine
         return None, [str(error)]
     if record is not None and checks.output is not None:
+        record.provenance[_TAR_VERSION] = version
         unfinished.keep_record(checks.output, name, record)
     return record, faults
 

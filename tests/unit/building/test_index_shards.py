@@ -1,6 +1,7 @@
 import gzip
 import io
 import json
+import os
 import tarfile
 import threading
 from functools import partial
@@ -20,6 +21,7 @@ from data_pipelines.shards.index import load_index
 from data_pipelines.shards.intake import SourceFaults
 from data_pipelines.storage.retries import StorageError
 from data_pipelines.verify_shards import find_faults
+from tests.opened_files import watch_opens
 
 
 def draw(seed: int, *shape: int) -> np.ndarray:
@@ -197,10 +199,10 @@ def test_all_faults_are_listed_and_repaired_tars_alone_are_read_again(tars, caps
     assert records == ["build.json", "part-0.tar.json", "part-2.tar.json"]
     (tars / "part-1.tar").write_bytes(good)
     (tars / "part-3.tar").unlink()
-    with (tars / "part-0.tar").open("r+b") as file:  # would be found if it were read again
-        file.seek(200)
-        file.write(b"?")
+    record = tars / ".unfinished/part-0.tar.json"
+    record.write_text(record.read_text().replace('"s00"', '"t00"'))  # lost if it were read again
     assert "9 images in 3 tars" in index_shards(str(tars))
+    assert load_index(str(tars)).shards[0].keys == ["t00", "s01", "s02"]
     assert not (tars / "faults.txt").exists()
     assert not (tars / ".unfinished").exists()
 
@@ -219,12 +221,31 @@ def test_a_record_spares_reading_its_tar(tars, monkeypatch):
     FAULTS["empty"](tars / "part-3.tar")
     with pytest.raises(SourceFaults):
         index_shards(str(tars))
-    with (tars / "part-0.tar").open("r+b") as file:  # would be found if it were read again
-        file.seek(600)
-        file.write(b"?")
-    with pytest.raises(SourceFaults) as error:
+    with watch_opens() as opened, pytest.raises(SourceFaults) as error:
         index_shards(str(tars))
     assert ["part-3.tar" in fault for fault in error.value.faults] == [True]
+    assert {path for path in opened if path.endswith(".tar")} == {f"{tars}/part-3.tar"}
+
+
+@pytest.mark.parametrize("place", ["here", "http"])
+def test_a_tar_that_was_replaced_at_equal_size_is_read_again(place, server, tars, tmp_path):
+    """Even if its time of modification is the old one, as after a backup is restored."""
+    uri = str(tars) if place == "here" else f"{server}/part-{{0..3}}.tar"
+    path, output = tars / "part-0.tar", f"{tmp_path}/index"
+    last = tars / "part-3.tar"
+    whole = last.read_bytes()
+    add_member(last, "b.txt", PNG)
+    with pytest.raises(SourceFaults):
+        index_shards(uri, output)
+    last.write_bytes(whole)
+    before = path.stat()
+    write_tar(path, {n: {"png": encode_png(draw(7)), "cls": b"0"} for n in ("t00", "s01", "s02")})
+    assert path.stat().st_size == before.st_size
+    shift = 0 if place == "here" else 10
+    os.utime(path, (before.st_atime, before.st_mtime + shift))
+    index_shards(uri, output)
+    assert list(find_faults(output)) == []
+    assert load_index(output).shards[0].keys == ["t00", "s01", "s02"]
 
 
 class TestDescription:
