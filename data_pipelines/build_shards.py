@@ -309,6 +309,9 @@ def _write_missing(
     from tqdm import tqdm
 
     found = unfinished.read_records(folder, [job.name for job in jobs], there)
+    if INDEX_NAME not in there:  # what an index describes stays as it is
+        # A faulty file may have been repaired, even at equal size.
+        found = {name: kept for name, kept in found.items() if not kept.provenance.get(FAULTS)}
     records = {
         job.name: found[job.name]
         for job in jobs

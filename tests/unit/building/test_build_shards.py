@@ -151,6 +151,20 @@ class TestBuild:
         (output / "mine.txt").unlink()
         assert contents(output) == contents(tmp_path / "afresh")
 
+    def test_a_file_that_was_mended_at_equal_size_is_read_again(self, folder, tmp_path):
+        source, output = tmp_path / "source", tmp_path / "set"
+        shutil.copytree(folder, source)
+        good = {name: (source / name).read_bytes() for name in ("n03.png", "n07.png")}
+        for name, data in good.items():
+            (source / name).write_bytes(bytes(len(data)))
+        with pytest.raises(SourceFaults, match="2 faults"):
+            build_shards(f"folder:{source}", str(output), None, 4, tolerance=Tolerance(1))
+        (source / "n03.png").write_bytes(good["n03.png"])
+        text = build_shards(f"folder:{source}", str(output), None, 4, tolerance=Tolerance(1))
+        assert "1 bad images left out" in text
+        assert "n07.png" in (output / "faults.txt").read_text()
+        assert len(ShardDataset.open(str(output))) == 22
+
     def test_a_restart_between_the_sets_keeps_the_report(self, folder, tmp_path, monkeypatch):
         source, output = tmp_path / "source", tmp_path / "set"
         shutil.copytree(folder, source)
