@@ -40,12 +40,13 @@ from data_pipelines.shards.intake import (
 )
 from data_pipelines.shards.tar_members import Fault, TarContent, list_reasons, read_members
 from data_pipelines.storage import Location
-from data_pipelines.storage.tree import NOT_UTF8, UNLISTABLE, Tree
+from data_pipelines.storage.tree import FOLDER_NOT_UTF8, NOT_UTF8, UNLISTABLE, Tree
 
 _COMPRESSED = "(gz|bz2|xz|zst|lz4|lz|lzma|br|z)"
 _COMPRESSED_TAR = re.compile(rf"\.(tar\.{_COMPRESSED}|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _COMPRESSED_MEMBER = re.compile(rf"\.{_COMPRESSED}$")
-_UNNAMED = (NOT_UTF8, "")  # may be a folder of tars
+_HIDES_TARS = (UNLISTABLE, FOLDER_NOT_UTF8)
+_UNNAMED = (NOT_UTF8, "")  # may be a tar
 _TAR_VERSION = "tar_version"
 """Key of a record's provenance."""
 _OUR_FILES = (INDEX_NAME, STATISTICS_NAME, SHEET_NAME, FAULTS_NAME)
@@ -119,7 +120,7 @@ def select_tars(
             continue
         if litter := find_litter(name):
             left_out.add(litter, name)
-        elif reason and (suffix == ".tar" or reason == UNLISTABLE or (reason, suffix) == _UNNAMED):
+        elif reason and (suffix == ".tar" or reason in _HIDES_TARS or (reason, suffix) == _UNNAMED):
             faults.append(f"{folder.uri_of(name)}: {reason}")
         elif _COMPRESSED_TAR.search(name):
             faults.append(f"{folder.uri_of(name)} is compressed: unpack it to a plain tar")

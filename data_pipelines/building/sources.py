@@ -32,7 +32,7 @@ from data_pipelines.images.codec import UNREAD_EXTENSIONS, is_image
 from data_pipelines.shards.index import SHEET_NAME, STATISTICS_NAME
 from data_pipelines.shards.intake import LeftOut, SourceFaults, find_litter
 from data_pipelines.storage import Location
-from data_pipelines.storage.tree import NOT_UTF8, UNLISTABLE
+from data_pipelines.storage.tree import FOLDER_NOT_UTF8, NOT_UTF8, UNLISTABLE
 
 SOURCES = "folder:PATH, idx:PATH, wds:URI, openmoji, mnist"
 _SKIN_TONE = re.compile(r"-1F3F[B-F]")
@@ -145,7 +145,7 @@ class ImageFolder:
                 self.left_out.add(litter, name)
             elif (
                 is_image(extension)
-                or reason == UNLISTABLE
+                or reason in (UNLISTABLE, FOLDER_NOT_UTF8)
                 or (reason == NOT_UTF8 and not extension)
             ):
                 self._refuse(name, reason, reason)
