@@ -1,9 +1,12 @@
+import errno
 import json
+import os
 import re
 import resource
 import shutil
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -150,6 +153,22 @@ class TestBuild:
         build_shards(f"folder:{source}", f"{tmp_path}/afresh", samples_per_shard=4)
         (output / "mine.txt").unlink()
         assert contents(output) == contents(tmp_path / "afresh")
+
+    def test_a_file_on_a_damaged_disk_is_a_fault_of_that_file(self, folder, tmp_path, monkeypatch):
+        pread, fault = os.pread, {"number": errno.EIO}
+
+        def read_from_damaged_disk(file, *place):
+            if Path(f"/proc/self/fd/{file}").readlink() == folder / "n03.png":
+                raise OSError(fault["number"], os.strerror(fault["number"]))
+            return pread(file, *place)
+
+        monkeypatch.setattr(os, "pread", read_from_damaged_disk)
+        with pytest.raises(SourceFaults) as error:
+            build_shards(f"folder:{folder}", f"{tmp_path}/set")
+        assert error.value.faults == [f"{folder}/n03.png: cannot be read (Input/output error)"]
+        fault["number"] = errno.EMFILE  # not the file's
+        with pytest.raises(OSError, match=r"Too many open files: .*n03\.png"):
+            build_shards(f"folder:{folder}", f"{tmp_path}/set", tolerance=Tolerance(9))
 
     def test_a_file_that_was_mended_at_equal_size_is_read_again(self, folder, tmp_path):
         source, output = tmp_path / "source", tmp_path / "set"
