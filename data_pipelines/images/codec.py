@@ -284,6 +284,7 @@ def _decode_jpeg_xl(data: Buffer) -> np.ndarray:
         pixels = imagecodecs.jpegxl_decode(bytes(data), index=0)
     except (imagecodecs.JpegxlError, RuntimeError, ValueError) as error:
         raise ValueError(f"damaged JPEG XL ({error})") from error
+    check_size(*pixels.shape[:2])  # no library at hand reads the header alone
     if pixels.dtype != np.uint8:
         raise ValueError(f"JPEG XL of {pixels.dtype}: convert it to 8 bits per channel first")
     return pixels[..., None] if pixels.ndim == 2 else pixels
