@@ -207,6 +207,37 @@ def test_all_faults_are_listed_and_repaired_tars_alone_are_read_again(tars, caps
     assert not (tars / ".unfinished").exists()
 
 
+def write_members(path, names, size):
+    """A tar of images of `size` bytes, at least, and of labels."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            data = b"1" if name.endswith("cls") else PNG + bytes(size)
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize(
+    ("order", "size"), [("pngs first", 20_000), ("labels first", 200_000), ("by sample", 200_000)]
+)
+def test_a_tar_whose_samples_are_not_compact_is_a_fault(tmp_path, order, size):
+    ends = ("png", "cls") if order == "pngs first" else ("cls", "png")
+    names = [f"s{n:02d}.{end}" for end in ends for n in range(60)]
+    write_members(tmp_path / "set/a.tar", sorted(names) if order == "by sample" else names, size)
+    # Interleaving within a chunk does no harm.
+    write_members(tmp_path / "set/b.tar", [f"t{n}.{end}" for end in ends for n in range(5)], size)
+    if order == "by sample":
+        assert "65 images in 2 tars" in index_shards(f"{tmp_path}/set")
+        return
+    with pytest.raises(SourceFaults) as error:
+        index_shards(f"{tmp_path}/set")
+    (fault,) = error.value.faults
+    assert fault.startswith(f"{tmp_path}/set/a.tar: members of a sample are not adjacent")
+    build_shards.build_shards(f"wds:{tmp_path}/set", f"{tmp_path}/built")  # the remedy
+    assert "65 images" in index_shards(f"{tmp_path}/built", f"{tmp_path}/index")
+
+
 def test_all_tars_that_are_not_there_are_named(tars):
     with pytest.raises(SourceFaults) as error:
         index_shards(f"{tars}/part-{{3..5}}.tar")
