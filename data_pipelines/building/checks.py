@@ -109,7 +109,7 @@ def select_tars(
         SourceFaults: Tars are compressed or cannot be read; lists all of them.
         ValueError: There is no tar.
     """
-    own = f"{output}/".removeprefix(f"{folder}/") if output and output != folder else "/"
+    own = f"{output}/".removeprefix(f"{folder}/") if output and output != folder else ()
     tars: dict[str, int] = {}
     faults: list[str] = []
     left_out = LeftOut()
@@ -122,6 +122,8 @@ def select_tars(
             left_out.add(litter, name)
         elif reason and (suffix == ".tar" or reason in _HIDES_TARS or (reason, suffix) == _UNNAMED):
             faults.append(f"{folder.uri_of(name)}: {reason}")
+        elif name.startswith("/") and suffix == ".tar":  # in an object store
+            faults.append(f"{folder.uri_of(name)}: two slashes lead to it: rename it")
         elif _COMPRESSED_TAR.search(name):
             faults.append(f"{folder.uri_of(name)} is compressed: unpack it to a plain tar")
         elif reason or suffix != ".tar":

@@ -134,7 +134,7 @@ class ImageFolder:
         tree = storage.list_tree(self._folder)
         # Files in the output are not part of the source, unless the output is the source itself.
         elsewhere = output is None or output == self._folder
-        own = "/" if elsewhere else f"{output}/".removeprefix(f"{self._folder}/")
+        own = () if elsewhere else f"{output}/".removeprefix(f"{self._folder}/")
         sizes: dict[str, int] = {}
         for name, size in tree.files.items():
             if not name.startswith(own) and self._is_taken(name, tree.files):

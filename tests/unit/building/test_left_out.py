@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from data_pipelines import ShardDataset, build_shards
+from data_pipelines import ShardDataset, build_shards, storage
+from data_pipelines.building.checks import select_tars
 from data_pipelines.building.sample_encoding import Encoding
 from data_pipelines.building.sources import open_source
 from data_pipelines.building.tar_source import ForeignTars
@@ -26,6 +27,7 @@ from data_pipelines.loading.dataset import ImageSet
 from data_pipelines.shards.index import load_index
 from data_pipelines.shards.intake import LeftOut, SourceFaults, Tolerance
 from data_pipelines.storage import Location
+from data_pipelines.storage.tree import Tree
 from data_pipelines.verify_shards import find_faults
 
 
@@ -221,6 +223,29 @@ def test_an_output_below_the_source_is_no_part_of_it(tmp_path: Path):
         write_tar(tmp_path / name, {f"{Path(name).stem}.png": PNG})
     source = ForeignTars(str(tmp_path), Encoding(), output=Location.parse(f"{tmp_path}/out"))
     assert [entry.key for entry in source.list_entries()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("output", [None, "s3://b/set", "s3://b/set/out"])
+def test_objects_below_an_empty_folder_name_are_not_lost(
+    output: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    """No local folder can have such names, so the listing of an object store is played here."""
+    folder, place = Location("s3://b/set"), output and Location(output)
+    tars = Tree({"a.tar": 1, "/lost.tar": 1, "/notes.txt": 1, "/x.tar.gz": 1}, {})
+    with pytest.raises(SourceFaults) as error:
+        select_tars(folder, tars, place)
+    assert [fault.partition(": two")[0].partition(" is")[0] for fault in error.value.faults] == [
+        "s3://b/set//lost.tar",
+        "s3://b/set//x.tar.gz",
+    ]
+    found, left_out = select_tars(folder, Tree({"a.tar": 1, "/notes.txt": 1}, {}), place)
+    assert (list(found), left_out.counts) == (["a.tar"], {"not a tar (.txt)": 1})
+    monkeypatch.setattr(storage, "check_readable", lambda uri: None)
+    listing = Tree({"a.png": 1, "/b.png": 1, "/notes.txt": 1}, {})
+    monkeypatch.setattr(storage, "list_tree", lambda uri: listing)
+    source = open_source(f"folder:{folder}", output=place)
+    assert [entry.key for entry in source.list_entries()] == ["a", "b"]
+    assert source.left_out.counts == {"not an image file (.txt)": 1}
 
 
 def test_a_later_fault_is_not_hidden_by_what_was_left_out(tars: Path):
