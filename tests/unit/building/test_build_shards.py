@@ -229,6 +229,23 @@ class TestBuild:
         assert "1 bad images left out" in text
         assert len(ShardDataset.open(str(output))) == 22
 
+    @pytest.mark.parametrize("damage", [b"", b'{"format": "efae', b"\xff", b"[]", b"{}"])
+    def test_a_shard_whose_record_a_power_cut_emptied_is_made_again(
+        self, folder, tmp_path, monkeypatch, damage
+    ):
+        options = {"samples_per_shard": 4}
+        build_shards(f"folder:{folder}", f"{tmp_path}/whole", **options)
+        monkeypatch.setattr(unfinished, "clear", lambda uri: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            build_shards(f"folder:{folder}", f"{tmp_path}/set", **options)
+        monkeypatch.undo()
+        (tmp_path / "set/index.json").unlink()
+        (tmp_path / "set/.unfinished/shard-000002.tar.json").write_bytes(damage)
+        kept = (tmp_path / "set/shard-000001.tar").stat()
+        build_shards(f"folder:{folder}", f"{tmp_path}/set", **options)
+        assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+        assert (tmp_path / "set/shard-000001.tar").stat() == kept
+
     def test_a_run_after_one_cut_off_at_its_very_end_clears_up(self, folder, tmp_path, monkeypatch):
         clear = unfinished.clear
         monkeypatch.setattr(unfinished, "clear", lambda uri: sys.exit("killed"))
