@@ -318,6 +318,48 @@ class TestBuild:
         with pytest.raises(ValueError, match=r"all images are in the folder 'a'"):
             build("one", tmp_path / "one_class", encoding=labels)
 
+    @pytest.mark.parametrize("refused", ["heic", "broken link", "unreadable", "damaged"])
+    def test_a_class_without_a_usable_image_does_not_shift_the_others(
+        self, folder, tmp_path, refused
+    ):
+        for name in "abc":
+            (tmp_path / "in" / name).mkdir(parents=True)
+            shutil.copy(folder / "n01.png", tmp_path / f"in/{name}/{name}.png")
+        image = tmp_path / "in/b/b.png"
+        if refused == "heic":
+            image.rename(image.with_suffix(".heic"))
+        elif refused == "broken link":
+            image.unlink()
+            image.symlink_to("nowhere")
+        elif refused == "unreadable":
+            shutil.rmtree(image.parent)
+            Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/b\xc9.")).mkdir()
+        else:
+            image.write_bytes(b"damaged")
+        source, options = f"folder:{tmp_path}/in", {"encoding": Encoding(labels="folders")}
+        build_shards(source, f"{tmp_path}/set", **options, tolerance=Tolerance(1))
+        images = ShardDataset.open(f"{tmp_path}/set")
+        first, *others = images.index.provenance["classes"]
+        assert (first, others[0][0], others[1]) == ("a", "b", "c")
+        (batch,) = images.loader(2, members=("cls",), shuffle=False)
+        labels = dict(zip(batch.key, batch.members["cls"], strict=True))
+        assert labels == {"a/a": b"0", "c/c": b"2"}
+        if refused != "damaged":  # that one is in the listing, with its size
+            shutil.rmtree(next((tmp_path / "in").glob("b*")))
+            with pytest.raises(ValueError, match=r"already holds shards with files"):
+                build_shards(source, f"{tmp_path}/set", **options, tolerance=Tolerance(1))
+
+    def test_a_class_of_faulty_samples_does_not_shift_the_others(self, folder, tmp_path):
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            for name in ("a/a.png", "b/b.heic", "c/c.png"):
+                tar.add(folder / "n01.png", name)
+        options = {"encoding": Encoding(labels="folders"), "tolerance": Tolerance(1)}
+        build_shards(f"wds:{tmp_path}", f"{tmp_path}/set", **options)
+        images = ShardDataset.open(f"{tmp_path}/set")
+        assert images.index.provenance["classes"] == ["a", "b", "c"]
+        (batch,) = images.loader(2, members=("cls",), shuffle=False)
+        assert sorted(batch.members["cls"]) == [b"0", b"2"]
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
