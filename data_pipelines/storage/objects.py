@@ -122,7 +122,7 @@ def exists(uri: LocationLike) -> bool:
 
 
 def read_version(uri: LocationLike) -> str:
-    """Return a text that changes with the object's content; "" if a web server tells none.
+    """Return a text that changes with the object's content; "" if the server tells none.
 
     Raises:
         FileNotFoundError: There is no such object.
@@ -136,7 +136,7 @@ def read_version(uri: LocationLike) -> str:
     if location.is_http:
         return retry(location, lambda: find_http(location, ATTEMPT_SECONDS))
     found: Any = retry(location, lambda: open_client(location).info(location.uri))
-    return f"{found['size']} {found.get('ETag') or found.get('etag')}"  # of S3, of Google
+    return str(found.get("ETag") or found.get("etag") or "")  # S3's, Google's
 
 
 def list_files(uri: LocationLike) -> dict[str, int]:
