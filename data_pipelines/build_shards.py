@@ -19,11 +19,13 @@ from data_pipelines.building.sample_encoding import ENCODINGS, FOLDERS, LABELS, 
 from data_pipelines.building.shard_writer import ShardJob, write_shard
 from data_pipelines.building.sources import (
     SOURCES,
+    ImageFolder,
     SampleSource,
     drop_repeated,
     label_by_folder,
     open_source,
 )
+from data_pipelines.building.tar_source import ForeignTars
 from data_pipelines.commands import run_command
 from data_pipelines.contact_sheet import describe_set
 from data_pipelines.shards.index import (
@@ -163,7 +165,8 @@ def _build(
         left_out.add("image of a repeated key", repeated[0], len(repeated))
     provenance = {"fingerprint": fingerprint, **origin.describe()}
     if fingerprint.get("labels") == FOLDERS:
-        entries, provenance[CLASSES], unlabelled = label_by_folder(entries)
+        assert isinstance(origin, ImageFolder | ForeignTars)  # `open_source` refuses others
+        entries, provenance[CLASSES], unlabelled = label_by_folder(entries, origin.folders)
         faults += unlabelled
         if unlabelled:
             left_out.add("image in no folder", unlabelled[0], len(unlabelled))
@@ -309,6 +312,9 @@ def _write_missing(
     from tqdm import tqdm
 
     found = unfinished.read_records(folder, [job.name for job in jobs], there)
+    if INDEX_NAME not in there:  # what an index describes stays as it is
+        # A faulty file may have been repaired, even at equal size.
+        found = {name: kept for name, kept in found.items() if not kept.provenance.get(FAULTS)}
     records = {
         job.name: found[job.name]
         for job in jobs

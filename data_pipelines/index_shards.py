@@ -1,13 +1,15 @@
 """Index existing WebDataset tars in place, which makes them a shard set.
 
 Each tar is read once. Its record is kept until the index is written, so that an interrupted run
-resumes. The index is written only if there is no fault beyond the tolerated ones. An index that an
-earlier release wrote, here or in `build_shards`, gets the images' sizes that it lacks.
+resumes; a tar that has changed since is read again. The index is written only if there is no fault
+beyond the tolerated ones. An index that an earlier release wrote, here or in `build_shards`, gets
+the images' sizes that it lacks.
 """
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
@@ -22,6 +24,7 @@ from data_pipelines.building.statistics import map_images
 from data_pipelines.commands import run_command
 from data_pipelines.contact_sheet import describe_set
 from data_pipelines.images.codec import read_shape
+from data_pipelines.shards.chunks import LARGEST_BYTES, cut_chunks
 from data_pipelines.shards.index import (
     INDEX_NAME,
     Shard,
@@ -47,6 +50,8 @@ from data_pipelines.shards.latent_format import FORMAT
 from data_pipelines.storage import Location, LocationLike
 
 _THREADS = 4
+_MOST_READ = 2
+"""Largest ratio of the bytes that are read for samples to those of compact ones."""
 
 
 def index_shards(
@@ -179,7 +184,7 @@ def _check_places(base: Location, output: Location) -> None:
 def _read_tars(
     checks: TarChecks, sizes: Mapping[str, int], there: Mapping[str, int], on: str
 ) -> list[ShardIndex]:
-    """Return a record of each tar; tars with a record in the output are not read again.
+    """Return a record of each tar; unchanged tars with one in the output are not read again.
 
     Raises:
         SourceFaults: Tars have faults; lists those of all tars.
@@ -187,11 +192,10 @@ def _read_tars(
     from tqdm import tqdm
 
     kept = unfinished.read_records(checks.output, sizes, there) if checks.output else {}
-    records = {
-        name: record
-        for name, record in kept.items()
-        if checks.accept(record) and sizes[name] in (0, record.shards[0].bytes)  # 0: unknown
-    }
+    kept = {name: record for name, record in kept.items() if checks.accept(record)}
+    with ThreadPoolExecutor(_THREADS) as threads:
+        current = threads.map(checks.is_of_current_tar, kept.values())
+        records = {name: kept[name] for name, valid in zip(kept, current, strict=True) if valid}
     missing = [name for name in sizes if name not in records]
     faults: dict[str, list[str]] = {}
     total, done = len(sizes), len(records)
@@ -247,7 +251,8 @@ def _join(
     """Return the index of all tars, and the faults of the samples that are left out.
 
     Raises:
-        SourceFaults: There are more than `most_bad_images` faults, or no sample remains.
+        SourceFaults: There are more than `most_bad_images` faults, no sample remains, or tars
+            cannot be read in chunks.
     """
     skipped = [fault for record in records for fault in record.provenance.get(FAULTS, [])]
     for record in records:
@@ -258,7 +263,28 @@ def _join(
         raise SourceFaults(str(checks.base), [*skipped, f"{checks.base}: the tars hold no sample"])
     counts = {LEFT_OUT: left_out.to_json()} if left_out.counts else {}
     base = str(checks.base) if checks.output not in (None, checks.base) else None
-    return join_indexes(records, {**provenance, **counts}, base), skipped
+    index = join_indexes(records, {**provenance, **counts}, base)
+    if scattered := list(_find_scattered(checks.base, index)):
+        raise SourceFaults(str(checks.base), [*skipped, *scattered])
+    return index, skipped
+
+
+def _find_scattered(base: Location, index: ShardIndex) -> Iterator[str]:
+    """Yield one sentence for each tar whose chunks overlap or are huge: its samples are apart."""
+    chunks = cut_chunks(index)
+    for number, shard in enumerate(index.shards):
+        if not shard.keys:
+            continue
+        read = (chunks.end - chunks.start)[chunks.shard == number]
+        payload = np.sum([np.maximum(m.size, 0) for m in shard.members.values()], axis=0)
+        most_each = _MOST_READ * (LARGEST_BYTES + int(payload.max()))
+        if read.sum() > _MOST_READ * shard.bytes or read.max() > most_each:
+            yield (
+                f"{base.uri_of(shard.name)}: members of a sample are not adjacent, so chunks of up"
+                f" to {read.max() / 1e6:.1f} MB, {read.sum() / 1e6:.1f} MB in all, would be read"
+                f" from {shard.bytes / 1e6:.1f} MB: pack the tar again, sample by sample, or use"
+                f" build_shards --source wds:{base}"
+            )
 
 
 def _summarize(index: ShardIndex, output: Location) -> str:

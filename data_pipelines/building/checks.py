@@ -40,12 +40,15 @@ from data_pipelines.shards.intake import (
 )
 from data_pipelines.shards.tar_members import Fault, TarContent, list_reasons, read_members
 from data_pipelines.storage import Location
-from data_pipelines.storage.tree import NOT_UTF8, UNLISTABLE, Tree
+from data_pipelines.storage.tree import FOLDER_NOT_UTF8, NOT_UTF8, UNLISTABLE, Tree
 
 _COMPRESSED = "(gz|bz2|xz|zst|lz4|lz|lzma|br|z)"
 _COMPRESSED_TAR = re.compile(rf"\.(tar\.{_COMPRESSED}|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _COMPRESSED_MEMBER = re.compile(rf"\.{_COMPRESSED}$")
-_UNNAMED = (NOT_UTF8, "")  # may be a folder of tars
+_HIDES_TARS = (UNLISTABLE, FOLDER_NOT_UTF8)
+_UNNAMED = (NOT_UTF8, "")  # may be a tar
+_TAR_VERSION = "tar_version"
+"""Key of a record's provenance."""
 _OUR_FILES = (INDEX_NAME, STATISTICS_NAME, SHEET_NAME, FAULTS_NAME)
 
 
@@ -81,6 +84,16 @@ class TarChecks:
             and record.has_sizes
         )
 
+    def is_of_current_tar(self, record: ShardIndex) -> bool:
+        """Return whether the tar is still the one that the record describes."""
+        version = record.provenance.get(_TAR_VERSION)
+        try:
+            return bool(version) and version == storage.read_version(
+                self.base / record.shards[0].name
+            )
+        except FileNotFoundError:
+            return False
+
 
 def select_tars(
     folder: Location, tree: Tree, output: Location | None = None
@@ -96,7 +109,7 @@ def select_tars(
         SourceFaults: Tars are compressed or cannot be read; lists all of them.
         ValueError: There is no tar.
     """
-    own = f"{output}/".removeprefix(f"{folder}/") if output and output != folder else "/"
+    own = f"{output}/".removeprefix(f"{folder}/") if output and output != folder else ()
     tars: dict[str, int] = {}
     faults: list[str] = []
     left_out = LeftOut()
@@ -107,8 +120,10 @@ def select_tars(
             continue
         if litter := find_litter(name):
             left_out.add(litter, name)
-        elif reason and (suffix == ".tar" or reason == UNLISTABLE or (reason, suffix) == _UNNAMED):
+        elif reason and (suffix == ".tar" or reason in _HIDES_TARS or (reason, suffix) == _UNNAMED):
             faults.append(f"{folder.uri_of(name)}: {reason}")
+        elif name.startswith("/") and suffix == ".tar":  # in an object store
+            faults.append(f"{folder.uri_of(name)}: two slashes lead to it: rename it")
         elif _COMPRESSED_TAR.search(name):
             faults.append(f"{folder.uri_of(name)} is compressed: unpack it to a plain tar")
         elif reason or suffix != ".tar":
@@ -136,6 +151,8 @@ def check_tar(checks: TarChecks, name: str) -> tuple[ShardIndex | None, list[str
     """
     location = checks.base / name
     try:
+        # Before it is read: if the tar changes meanwhile, the record is not used.
+        version = "" if checks.output is None else storage.read_version(location)
         with open_copy(location) as path:
             record, faults = _read_tar(path, location.uri, name, checks)
     except FileNotFoundError as error:
@@ -143,6 +160,7 @@ def check_tar(checks: TarChecks, name: str) -> tuple[ShardIndex | None, list[str
             raise  # it was listed: this is another machine
         return None, [str(error)]
     if record is not None and checks.output is not None:
+        record.provenance[_TAR_VERSION] = version
         unfinished.keep_record(checks.output, name, record)
     return record, faults
 

@@ -1,5 +1,6 @@
 """One shard: read its images, write the tar, upload it, keep its record. Runs on any node."""
 
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,8 @@ from data_pipelines.storage.files import FULL_DISK
 from data_pipelines.storage.retries import StorageError
 
 _JOB = "job"
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Error numbers of a machine, not of a file."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,12 @@ def write_shard(source: SampleSource, job: ShardJob) -> ShardIndex:
             image = source.load(entry, job.resolution)
         except PermissionError as error:
             return f"{error.filename or entry.place}: may not be read ({error.strerror or error})"
+        except (FileNotFoundError, StorageError):  # not of this file alone
+            raise
+        except OSError as error:
+            if error.errno in (*FULL_DISK, *_EXHAUSTED):
+                raise
+            return f"{error.filename or entry.place}: cannot be read ({error.strerror or error})"
         except ValueError as error:
             return str(error)
         if clash := _find_clash(entry, image):

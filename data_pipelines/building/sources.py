@@ -32,9 +32,10 @@ from data_pipelines.images.codec import UNREAD_EXTENSIONS, is_image
 from data_pipelines.shards.index import SHEET_NAME, STATISTICS_NAME
 from data_pipelines.shards.intake import LeftOut, SourceFaults, find_litter
 from data_pipelines.storage import Location
-from data_pipelines.storage.tree import NOT_UTF8, UNLISTABLE
+from data_pipelines.storage.tree import FOLDER_NOT_UTF8, NOT_UTF8, UNLISTABLE
 
 SOURCES = "folder:PATH, idx:PATH, wds:URI, openmoji, mnist"
+_HIDES_IMAGES = (UNLISTABLE, FOLDER_NOT_UTF8)
 _SKIN_TONE = re.compile(r"-1F3F[B-F]")
 
 
@@ -109,6 +110,9 @@ class ImageFolder:
 
     Links are followed. If two files would have one key, such as ``a.jpg`` and ``a.png``, both keys
     include the extension; the files stay one family.
+
+    Attributes:
+        folders: Top-level folders that hold image files, also of `faults`; "" for none.
     """
 
     def __init__(self, uri: str, encoding: Encoding, output: Location | None = None):
@@ -120,7 +124,10 @@ class ImageFolder:
         self._folder = make_absolute(location)
         self._encoding = encoding
         self.left_out, self.reasons, self.faults = LeftOut(), LeftOut(), list[str]()
+        self.folders = set[str]()
         self._sizes = self._select(output)
+        self._usable = set(map(find_folder, self._sizes))
+        self.folders |= self._usable
         if not self._sizes and self.faults:
             nothing = f"folder:{uri}: holds no other image files"
             raise SourceFaults(f"folder:{uri}", [*self.faults, nothing])
@@ -134,7 +141,7 @@ class ImageFolder:
         tree = storage.list_tree(self._folder)
         # Files in the output are not part of the source, unless the output is the source itself.
         elsewhere = output is None or output == self._folder
-        own = "/" if elsewhere else f"{output}/".removeprefix(f"{self._folder}/")
+        own = () if elsewhere else f"{output}/".removeprefix(f"{self._folder}/")
         sizes: dict[str, int] = {}
         for name, size in tree.files.items():
             if not name.startswith(own) and self._is_taken(name, tree.files):
@@ -145,7 +152,7 @@ class ImageFolder:
                 self.left_out.add(litter, name)
             elif (
                 is_image(extension)
-                or reason == UNLISTABLE
+                or reason in _HIDES_IMAGES
                 or (reason == NOT_UTF8 and not extension)
             ):
                 self._refuse(name, reason, reason)
@@ -172,9 +179,14 @@ class ImageFolder:
     def _refuse(self, name: str, reason: str, text: str) -> None:
         self.reasons.add(reason, name)
         self.faults.append(f"{self._folder.uri_of(name)}: {text}")
+        is_folder = reason in _HIDES_IMAGES
+        self.folders.add(find_folder(f"{name}/" if is_folder else name))
 
     def describe(self) -> dict[str, Any]:
-        return {"files": digest(self._sizes), "images": len(self._sizes)}
+        # A class without a usable image still counts in the labels of the others.
+        empty = self.folders - self._usable if self._encoding.labels == FOLDERS else set[str]()
+        listing = {**self._sizes, **{f"{name}/": 0 for name in empty}}
+        return {"files": digest(listing), "images": len(self._sizes)}
 
     def list_entries(self) -> list[Entry]:
         families = {
@@ -247,8 +259,14 @@ def drop_repeated(entries: Iterable[Entry]) -> tuple[list[Entry], list[str]]:
     return list(first.values()), faults
 
 
-def label_by_folder(entries: Sequence[Entry]) -> tuple[list[Entry], list[str], list[str]]:
+def label_by_folder(
+    entries: Sequence[Entry], folders: Iterable[str]
+) -> tuple[list[Entry], list[str], list[str]]:
     """Label entries by the rank of their folders, in order of name.
+
+    Args:
+        entries: Images that can be used.
+        folders: Folders that count, also those without such an image; "" is none.
 
     Returns:
         The entries that have a folder, the names of the folders, and a sentence per other entry.
@@ -256,7 +274,7 @@ def label_by_folder(entries: Sequence[Entry]) -> tuple[list[Entry], list[str], l
     Raises:
         ValueError: All entries have one folder.
     """
-    names = sorted({entry.folder for entry in entries} - {""})
+    names = sorted({*folders} - {""})
     if len(names) == 1:
         raise ValueError(
             f"--labels {FOLDERS}: all images are in the folder {names[0]!r}: name a --source whose"

@@ -50,6 +50,7 @@ class ForeignTars:
         left_out: Files and members that are left out; complete after `list_entries`.
         faults: Faults of samples, one sentence each; complete after `list_entries`.
         reasons: Counts of the samples of `faults` by reason, for when they are skipped.
+        folders: Top-level folders of all samples, also of `faults`; "" for none.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class ForeignTars:
             self._folder, storage.list_tree(self._folder), output
         )
         self.left_out, self.reasons, self.faults = LeftOut(), LeftOut(), list[str]()
+        self.folders = set[str]()
 
     def describe(self) -> dict[str, Any]:
         return {"files": digest(self._sizes), "tars": len(self._sizes), "members": "all"}
@@ -93,6 +95,7 @@ class ForeignTars:
                 faulty = list_reasons(content.faults)
                 for key, reason in faulty.items():
                     self.reasons.add(reason, f"{name}: {key}")
+                self.folders.update(map(find_folder, {**content.rows, **faulty}))
                 for sample in _list_samples(name, content, faulty):
                     key = make_key(sample.key)
                     entries.append(Entry(key, key, sample, find_folder(sample.key)))

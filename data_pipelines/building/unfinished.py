@@ -87,15 +87,22 @@ def keep_record(output: Location, name: str, record: ShardIndex) -> None:
 def read_records(
     output: Location, names: Iterable[str], there: Mapping[str, int]
 ) -> dict[str, ShardIndex]:
-    """Read {shard: its record} for those of `names` that an earlier run finished."""
+    """Read {shard: its record} for those of `names` that an earlier run finished.
 
-    def read(name: str) -> ShardIndex:
+    A record that cannot be parsed counts as missing: a power cut may have emptied it.
+    """
+
+    def read(name: str) -> ShardIndex | None:
         location = output / _record(name)
-        return parse_index(storage.read_bytes(location), location)
+        try:
+            return parse_index(storage.read_bytes(location), location)
+        except ValueError:
+            return None
 
     finished = [name for name in names if _record(name) in there]
     with ThreadPoolExecutor(_READING_THREADS) as threads:
-        return dict(zip(finished, threads.map(read, finished), strict=True))
+        found = zip(finished, threads.map(read, finished), strict=True)
+        return {name: record for name, record in found if record is not None}
 
 
 def require_shards(output: Location, records: Mapping[str, ShardIndex]) -> None:

@@ -30,6 +30,7 @@ from data_pipelines.images.headers import (
     PNG,
     Buffer,
     check_size,
+    find_scan,
     has_further_jpegs,
     is_jpeg_of_size,
     read_jpeg_header,
@@ -238,9 +239,10 @@ def _drop_filling(data: Buffer, warning: str) -> bytes | None:
     if found is None:
         return None
     data = bytes(data)
-    end = data.find(_JPEG_END, data.find(b"\xff\xda"))  # pixel data never contains 0xff 0xd9
+    scan = find_scan(data)
+    end = data.find(_JPEG_END, scan)  # pixel data never contains 0xff 0xd9
     start = end - int(found[1])
-    return data[:start] + data[end:] if end >= 0 and start > 0 else None
+    return data[:start] + data[end:] if 0 < scan < start else None
 
 
 def _decode_png(data: Buffer, channels: int) -> np.ndarray:
@@ -282,6 +284,7 @@ def _decode_jpeg_xl(data: Buffer) -> np.ndarray:
         pixels = imagecodecs.jpegxl_decode(bytes(data), index=0)
     except (imagecodecs.JpegxlError, RuntimeError, ValueError) as error:
         raise ValueError(f"damaged JPEG XL ({error})") from error
+    check_size(*pixels.shape[:2])  # no library at hand reads the header alone
     if pixels.dtype != np.uint8:
         raise ValueError(f"JPEG XL of {pixels.dtype}: convert it to 8 bits per channel first")
     return pixels[..., None] if pixels.ndim == 2 else pixels

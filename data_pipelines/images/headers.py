@@ -135,6 +135,24 @@ def has_further_jpegs(data: Buffer) -> bool:
         return False
 
 
+def find_scan(data: Buffer) -> int:
+    """Return where the first scan of a JPEG starts; -1 if the markers do not lead there.
+
+    A thumbnail in the metadata has a scan, too, but lies within a segment.
+    """
+    at = 2
+    try:
+        while True:
+            marker, length = _JPEG_SEGMENT.unpack_from(data, at)
+            if marker == _SCAN:
+                return at
+            if marker < 0xFF01:
+                return -1
+            at += 2 + length if marker < 0xFFFF else 1  # 0xFF: padding
+    except struct.error:  # past the end
+        return -1
+
+
 def _read_app1(data: Buffer, places: list[tuple[int, int]]) -> int:
     """Read the orientation from the APP1 segments, [start, end) each."""
     exif = xmp = b""

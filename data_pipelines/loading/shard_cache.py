@@ -3,7 +3,8 @@
 A file holds what one request fetched, a run of chunks: creating a file takes longer than writing a
 small chunk. Its name is its byte range in the shard, in a folder named by the shard's sha256, so
 shard sets never mix. Samples are checked when they are read; `refetch` replaces a file whose
-samples do not match the index. Shards that are local files are mapped in place.
+samples do not match the index. Shards that are local files are mapped in place, each as a whole.
+Each mapping keeps a file open, so a process drops those that it used least recently.
 
 Concurrency between processes:
 
@@ -21,9 +22,11 @@ import fcntl
 import mmap
 import os
 import re
+import resource
 import threading
 import time
 import zlib
+from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -39,10 +42,12 @@ from data_pipelines.storage import Location
 
 _ABANDONED_SECONDS = 3600.0
 _LOCK_FILES = 256
+_FEWEST_MAPS, _MOST_MAPS = 16, 16_384
+"""Bounds of a cache's mappings; the kernel allows a process 65,530."""
 _SHARD_FOLDER = re.compile(r"[0-9a-f]{32}")
 _CHUNK_FILE = re.compile(r"(\d+)-(\d+)\.chunk")
 _Mapped = tuple[Path, memoryview]
-"""A chunk's file and its bytes."""
+"""A file, and the bytes in it of a chunk or of a whole local shard."""
 
 
 class ShardError(OSError):
@@ -74,7 +79,9 @@ class ShardCache:
         """Whether the shards are local files, which need no download."""
         self._folder = folder
         self._capacity_bytes = capacity_bytes
-        self._maps: dict[int, _Mapped] = {}
+        self._maps: OrderedDict[int, _Mapped] = OrderedDict()
+        """Mapped bytes by chunk, or by shard if they are local; the least recently used first."""
+        self._most_maps = _count_maps()
         self._lock = threading.Lock()
         self._evictions = -1
         """The folder's count of evictions when this process last wrote there."""
@@ -85,8 +92,13 @@ class ShardCache:
         Raises:
             ShardError: The shard is missing, unreachable or too short.
         """
-        mapped = self._maps.get(chunk)
-        return mapped[1] if mapped is not None else self.fetch([chunk])[0]
+        number = self._number(chunk)
+        mapped = self._maps.get(number)
+        if mapped is None:
+            return self.fetch([chunk])[0]
+        with contextlib.suppress(KeyError):  # another thread dropped it meanwhile
+            self._maps.move_to_end(number)
+        return self._slice(chunk, mapped)
 
     def fetch(self, chunks: Sequence[int]) -> list[memoryview]:
         """Return the bytes of neighbouring chunks of one shard, fetching missing ones together.
@@ -95,7 +107,7 @@ class ShardCache:
             ShardError: As in `open`.
         """
         try:
-            found = self._map_local(chunks) if self.local else self._map_remote(chunks)
+            found = self._map_local(chunks[0]) if self.local else self._map_remote(chunks)
         except FileNotFoundError as error:
             reason = "the shard is missing: write it again, or an index of the shards there are"
             raise ShardError(self.uri(chunks[0]), None, reason) from error
@@ -104,40 +116,51 @@ class ShardCache:
             reason = str(error).removeprefix(f"{location.display}: ")
             raise ShardError(location.uri, None, reason) from error
         with self._lock:
-            self._maps.update(found)
-        return [found[chunk][1] for chunk in chunks]
+            for number, mapped in found.items():
+                self._maps[number] = mapped
+                self._maps.move_to_end(number)
+            while len(self._maps) > self._most_maps:
+                self._maps.popitem(last=False)
+        return [self._slice(chunk, found[self._number(chunk)]) for chunk in chunks]
 
     def refetch(self, chunk: int) -> memoryview:
         """Fetch the chunk, and others in its file, again; a local shard is only mapped again."""
+        if self.local:
+            return self.fetch([chunk])[0]
         with self._lock:
             path, _ = self._maps.get(chunk, (None, None))
             lost = sorted({chunk, *(other for other, at in self._maps.items() if at[0] == path)})
-        if self.local:
-            return self.fetch([chunk])[0]
         if path is not None:
             path.unlink(missing_ok=True)
         return self.fetch(lost)[lost.index(chunk)]
 
     def holds(self, chunk: int) -> bool:
         """Return whether this process has the chunk mapped."""
-        return chunk in self._maps
+        return self._number(chunk) in self._maps
 
     def uri(self, chunk: int) -> str:
         """Return the URI of the chunk's shard."""
         return self._location(chunk).uri
 
-    def _map_local(self, chunks: Sequence[int]) -> dict[int, _Mapped]:
-        path = self._location(chunks[0]).path
+    def _number(self, chunk: int) -> int:
+        """Return the key of the chunk's bytes in `_maps`."""
+        return int(self.chunks.shard[chunk]) if self.local else chunk
+
+    def _slice(self, chunk: int, mapped: _Mapped) -> memoryview:
+        """Return the chunk's bytes from those that `_maps` holds for it."""
+        data = mapped[1]
+        return data[self.chunks.start[chunk] : self.chunks.end[chunk]] if self.local else data
+
+    def _map_local(self, chunk: int) -> dict[int, _Mapped]:
+        path = self._location(chunk).path
         assert path is not None
-        expected, found = self._shard(chunks[0]).bytes, path.stat().st_size
+        expected, found = self._shard(chunk).bytes, path.stat().st_size
         if found != expected:
             raise ValueError(
                 f"{found} bytes, the index says {expected}: damaged, or the index belongs to other"
                 " shards; write it again"
             )
-        start, end = self._span(chunks)
-        start -= start % mmap.ALLOCATIONGRANULARITY
-        return self._cut(chunks, path, start, _map(path, start, end - start))
+        return {self._number(chunk): (path, _map(path))}
 
     def _map_remote(self, chunks: Sequence[int]) -> dict[int, _Mapped]:
         make_cache_folder(self._folder)
@@ -209,7 +232,7 @@ class ShardCache:
             if evictions != self._evictions:
                 # An evicted file keeps its disk space until all its mappings are dropped.
                 there = {path: path.exists() for path in {path for path, _ in self._maps.values()}}
-                self._maps = {k: m for k, m in self._maps.items() if there[m[0]]}
+                self._maps = OrderedDict((k, m) for k, m in self._maps.items() if there[m[0]])
             self._evictions = evictions
 
     def _location(self, chunk: int) -> Location:
@@ -226,6 +249,14 @@ class ShardCache:
         """Return their byte range in the shard, [start, end)."""
         rows = list(chunks)
         return int(self.chunks.start[rows].min()), int(self.chunks.end[rows].max())
+
+
+def _count_maps() -> int:
+    """Return how many mappings a cache may keep: a process has several caches, and other files."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most == resource.RLIM_INFINITY:
+        return _MOST_MAPS
+    return min(max(most // 4, _FEWEST_MAPS), _MOST_MAPS)
 
 
 def measure_cache(folder: Path) -> int:
@@ -290,10 +321,9 @@ def _write(path: Path, data: bytes) -> memoryview:
     return mapped
 
 
-def _map(path: Path, start: int = 0, size: int = 0) -> memoryview:
-    """Map `size` bytes (0: all) from `start`, a multiple of the page size."""
+def _map(path: Path) -> memoryview:
     with path.open("rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=start))
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _map_whole(path: Path, size: int) -> memoryview | None:

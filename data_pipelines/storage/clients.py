@@ -185,23 +185,31 @@ def _check_credentials() -> None:
         raise StorageError(f"{name} holds {fault}: set it again, to the key alone")
 
 
-def find_http(location: Location, timeout_seconds: float) -> None:
+def find_http(location: Location, timeout_seconds: float) -> str:
     """Request the first byte: fsspec's own check takes each failure for a missing object.
+
+    Returns:
+        The object's version; "" if the server tells none.
 
     Raises:
         FileNotFoundError: There is no such object.
         Exception: An error of aiohttp: the server refuses or does not answer.
     """
     client = open_client(location)
-    fsspec.asyn.sync(client.loop, _find_http, client, location.uri, timeout=timeout_seconds)
+    version: Any = fsspec.asyn.sync(
+        client.loop, _find_http, client, location.uri, timeout=timeout_seconds
+    )
+    return version
 
 
-async def _find_http(client: Any, uri: str) -> None:
+async def _find_http(client: Any, uri: str) -> str:
     session, options = await client.set_session(), client.kwargs
     headers = {**options.get("headers", {}), "Range": "bytes=0-0"}
     async with session.get(client.encode_url(uri), **{**options, "headers": headers}) as response:
         if response.status != 416:  # an empty object
             client._raise_not_found_for_status(response, uri)
+        tags = [response.headers.get(name) for name in ("ETag", "Last-Modified")]
+        return " ".join(filter(None, tags))
 
 
 def read_http_range(location: Location, start: int, end: int, timeout_seconds: float) -> bytes:

@@ -27,9 +27,13 @@ def read_file(path: Path, start: int = 0, end: int | None = None) -> bytes:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         end = facts.st_size if end is None else end
         blocks: list[bytes] = []
-        while start < end and (block := os.pread(descriptor, end - start, start)):
-            blocks.append(block)
-            start += len(block)
+        try:
+            while start < end and (block := os.pread(descriptor, end - start, start)):
+                blocks.append(block)
+                start += len(block)
+        except OSError as error:
+            error.filename = str(path)
+            raise
     finally:
         os.close(descriptor)
     return blocks[0] if len(blocks) == 1 else b"".join(blocks)

@@ -121,6 +121,24 @@ def exists(uri: LocationLike) -> bool:
     return found["type"] == "file" or bool(list_files(location))
 
 
+def read_version(uri: LocationLike) -> str:
+    """Return a text that changes with the object's content; "" if the server tells none.
+
+    Raises:
+        FileNotFoundError: There is no such object.
+        StorageError: Access is denied, or the server unreachable.
+    """
+    location = Location.parse(uri)
+    if location.path is not None:
+        facts = location.path.stat()
+        # Unlike the time of modification, this one is new after a backup is restored.
+        return f"{facts.st_size} {facts.st_ctime_ns}"
+    if location.is_http:
+        return retry(location, lambda: find_http(location, ATTEMPT_SECONDS))
+    found: Any = retry(location, lambda: open_client(location).info(location.uri))
+    return str(found.get("ETag") or found.get("etag") or "")  # S3's, Google's
+
+
 def list_files(uri: LocationLike) -> dict[str, int]:
     """List every file below `uri`, as {relative name: bytes}, sorted; {} if there is none.
 

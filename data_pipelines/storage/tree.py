@@ -7,6 +7,7 @@ from pathlib import Path
 
 UNLISTABLE = "folder that may not be listed"
 NOT_UTF8 = "name that is not UTF-8"
+FOLDER_NOT_UTF8 = "folder whose name is not UTF-8"
 
 # Path, relative name with a final slash, (device, inode) of the folder and of all its parents.
 _Folder = tuple[Path, str, tuple[tuple[int, int], ...]]
@@ -57,7 +58,8 @@ def walk(root: Path) -> Tree:
                 continue
             if not _is_utf8(entry.name):
                 printable = os.fsencode(name).decode(errors="backslashreplace")
-                others[printable] = NOT_UTF8
+                is_folder = not isinstance(facts, str) and stat.S_ISDIR(facts.st_mode)
+                others[printable] = FOLDER_NOT_UTF8 if is_folder else NOT_UTF8
             elif isinstance(facts, str):
                 others[name] = facts
             elif stat.S_ISREG(facts.st_mode):

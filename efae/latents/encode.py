@@ -21,13 +21,12 @@ from ray.exceptions import RayError
 from data_pipelines import ShardDataset, storage
 from data_pipelines.building import unfinished
 from data_pipelines.building.fingerprint import make_absolute
-from data_pipelines.images.codec import image_extensions
 from data_pipelines.images.logs import ignore_metadata
 from data_pipelines.loading.buckets import Size, explain_missing_sizes, split_by_bucket
 from data_pipelines.loading.dataset import LatentSet
 from data_pipelines.loading.shard_cache import ShardError
 from data_pipelines.shards.index import CLASSES, INDEX_NAME, ShardIndex, load_index, write_index
-from data_pipelines.shards.latent_format import FORMAT, LatentFormat
+from data_pipelines.shards.latent_format import EXTENSION, FORMAT, LatentFormat
 from data_pipelines.storage import Location
 from efae.latents.request import Request
 from efae.latents.shard_encoder import ShardEncoder, Source
@@ -193,7 +192,7 @@ def _plan_sets(
             part,
             stored.weights,
             config,
-            _list_common_members(part),
+            _list_common_members(part, str(data)),
             request.batch_size,
             "cuda" if request.use_gpu else "cpu",
             request.precision,
@@ -256,22 +255,35 @@ def _find_held_out(data: Location) -> Location:
     return held_out if storage.exists(held_out / INDEX_NAME) else data
 
 
-def _list_common_members(index: ShardIndex) -> tuple[str, ...]:
-    """Return the members other than images that every sample has: labels, captions."""
+def _list_common_members(index: ShardIndex, uri: str) -> tuple[str, ...]:
+    """Return the members that every sample has beside its image: labels, captions.
+
+    Raises:
+        ValueError: A shard of latents cannot hold one of them; `uri` names the set.
+    """
     shards = [shard for shard in index.shards if shard.keys]
-    names = {name for shard in shards for name in shard.members} - {
-        name for shard in shards for name in image_extensions(shard.members)
+    images = {
+        name
+        for shard in shards
+        for name, members in shard.members.items()
+        if bool((members.offset == shard.images().offset).any())
     }
-    return tuple(
-        sorted(
-            name
-            for name in names
-            if all(
-                name in shard.members and bool((shard.members[name].offset >= 0).all())
-                for shard in shards
-            )
+    common = sorted(
+        name
+        for name in {name for shard in shards for name in shard.members} - images
+        if all(
+            name in shard.members and bool((shard.members[name].offset >= 0).all())
+            for shard in shards
         )
     )
+    for name in common:
+        if name == EXTENSION or name.startswith("_"):  # TarWriter would drop _
+            why = "the latents get its name" if name == EXTENSION else "its name begins with _"
+            raise ValueError(
+                f"{uri}: the member .{name} of its samples cannot be kept, since {why}: rename it"
+                " in the tars"
+            )
+    return tuple(common)
 
 
 def _find_missing(index: ShardIndex, output: Location, there: dict[str, int]) -> list[int]:

@@ -1,9 +1,12 @@
+import errno
 import json
+import os
 import re
 import resource
 import shutil
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -151,6 +154,36 @@ class TestBuild:
         (output / "mine.txt").unlink()
         assert contents(output) == contents(tmp_path / "afresh")
 
+    def test_a_file_on_a_damaged_disk_is_a_fault_of_that_file(self, folder, tmp_path, monkeypatch):
+        pread, fault = os.pread, {"number": errno.EIO}
+
+        def read_from_damaged_disk(file, *place):
+            if Path(f"/proc/self/fd/{file}").readlink() == folder / "n03.png":
+                raise OSError(fault["number"], os.strerror(fault["number"]))
+            return pread(file, *place)
+
+        monkeypatch.setattr(os, "pread", read_from_damaged_disk)
+        with pytest.raises(SourceFaults) as error:
+            build_shards(f"folder:{folder}", f"{tmp_path}/set")
+        assert error.value.faults == [f"{folder}/n03.png: cannot be read (Input/output error)"]
+        fault["number"] = errno.EMFILE  # not the file's
+        with pytest.raises(OSError, match=r"Too many open files: .*n03\.png"):
+            build_shards(f"folder:{folder}", f"{tmp_path}/set", tolerance=Tolerance(9))
+
+    def test_a_file_that_was_mended_at_equal_size_is_read_again(self, folder, tmp_path):
+        source, output = tmp_path / "source", tmp_path / "set"
+        shutil.copytree(folder, source)
+        good = {name: (source / name).read_bytes() for name in ("n03.png", "n07.png")}
+        for name, data in good.items():
+            (source / name).write_bytes(bytes(len(data)))
+        with pytest.raises(SourceFaults, match="2 faults"):
+            build_shards(f"folder:{source}", str(output), None, 4, tolerance=Tolerance(1))
+        (source / "n03.png").write_bytes(good["n03.png"])
+        text = build_shards(f"folder:{source}", str(output), None, 4, tolerance=Tolerance(1))
+        assert "1 bad images left out" in text
+        assert "n07.png" in (output / "faults.txt").read_text()
+        assert len(ShardDataset.open(str(output))) == 22
+
     def test_a_restart_between_the_sets_keeps_the_report(self, folder, tmp_path, monkeypatch):
         source, output = tmp_path / "source", tmp_path / "set"
         shutil.copytree(folder, source)
@@ -195,6 +228,23 @@ class TestBuild:
         text = build_shards(f"folder:{source}", str(output), None, 4, tolerance=Tolerance(1))
         assert "1 bad images left out" in text
         assert len(ShardDataset.open(str(output))) == 22
+
+    @pytest.mark.parametrize("damage", [b"", b'{"format": "efae', b"\xff", b"[]", b"{}"])
+    def test_a_shard_whose_record_a_power_cut_emptied_is_made_again(
+        self, folder, tmp_path, monkeypatch, damage
+    ):
+        options = {"samples_per_shard": 4}
+        build_shards(f"folder:{folder}", f"{tmp_path}/whole", **options)
+        monkeypatch.setattr(unfinished, "clear", lambda uri: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            build_shards(f"folder:{folder}", f"{tmp_path}/set", **options)
+        monkeypatch.undo()
+        (tmp_path / "set/index.json").unlink()
+        (tmp_path / "set/.unfinished/shard-000002.tar.json").write_bytes(damage)
+        kept = (tmp_path / "set/shard-000001.tar").stat()
+        build_shards(f"folder:{folder}", f"{tmp_path}/set", **options)
+        assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+        assert (tmp_path / "set/shard-000001.tar").stat() == kept
 
     def test_a_run_after_one_cut_off_at_its_very_end_clears_up(self, folder, tmp_path, monkeypatch):
         clear = unfinished.clear
@@ -267,6 +317,48 @@ class TestBuild:
         shutil.copytree(source / "a", tmp_path / "one_class/a")
         with pytest.raises(ValueError, match=r"all images are in the folder 'a'"):
             build("one", tmp_path / "one_class", encoding=labels)
+
+    @pytest.mark.parametrize("refused", ["heic", "broken link", "unreadable", "damaged"])
+    def test_a_class_without_a_usable_image_does_not_shift_the_others(
+        self, folder, tmp_path, refused
+    ):
+        for name in "abc":
+            (tmp_path / "in" / name).mkdir(parents=True)
+            shutil.copy(folder / "n01.png", tmp_path / f"in/{name}/{name}.png")
+        image = tmp_path / "in/b/b.png"
+        if refused == "heic":
+            image.rename(image.with_suffix(".heic"))
+        elif refused == "broken link":
+            image.unlink()
+            image.symlink_to("nowhere")
+        elif refused == "unreadable":
+            shutil.rmtree(image.parent)
+            Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/b\xc9.")).mkdir()
+        else:
+            image.write_bytes(b"damaged")
+        source, options = f"folder:{tmp_path}/in", {"encoding": Encoding(labels="folders")}
+        build_shards(source, f"{tmp_path}/set", **options, tolerance=Tolerance(1))
+        images = ShardDataset.open(f"{tmp_path}/set")
+        first, *others = images.index.provenance["classes"]
+        assert (first, others[0][0], others[1]) == ("a", "b", "c")
+        (batch,) = images.loader(2, members=("cls",), shuffle=False)
+        labels = dict(zip(batch.key, batch.members["cls"], strict=True))
+        assert labels == {"a/a": b"0", "c/c": b"2"}
+        if refused != "damaged":  # that one is in the listing, with its size
+            shutil.rmtree(next((tmp_path / "in").glob("b*")))
+            with pytest.raises(ValueError, match=r"already holds shards with files"):
+                build_shards(source, f"{tmp_path}/set", **options, tolerance=Tolerance(1))
+
+    def test_a_class_of_faulty_samples_does_not_shift_the_others(self, folder, tmp_path):
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            for name in ("a/a.png", "b/b.heic", "c/c.png"):
+                tar.add(folder / "n01.png", name)
+        options = {"encoding": Encoding(labels="folders"), "tolerance": Tolerance(1)}
+        build_shards(f"wds:{tmp_path}", f"{tmp_path}/set", **options)
+        images = ShardDataset.open(f"{tmp_path}/set")
+        assert images.index.provenance["classes"] == ["a", "b", "c"]
+        (batch,) = images.loader(2, members=("cls",), shuffle=False)
+        assert sorted(batch.members["cls"]) == [b"0", b"2"]
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -1,6 +1,7 @@
 import gzip
 import io
 import json
+import os
 import tarfile
 import threading
 from functools import partial
@@ -20,6 +21,7 @@ from data_pipelines.shards.index import load_index
 from data_pipelines.shards.intake import SourceFaults
 from data_pipelines.storage.retries import StorageError
 from data_pipelines.verify_shards import find_faults
+from tests.opened_files import watch_opens
 
 
 def draw(seed: int, *shape: int) -> np.ndarray:
@@ -197,12 +199,43 @@ def test_all_faults_are_listed_and_repaired_tars_alone_are_read_again(tars, caps
     assert records == ["build.json", "part-0.tar.json", "part-2.tar.json"]
     (tars / "part-1.tar").write_bytes(good)
     (tars / "part-3.tar").unlink()
-    with (tars / "part-0.tar").open("r+b") as file:  # would be found if it were read again
-        file.seek(200)
-        file.write(b"?")
+    record = tars / ".unfinished/part-0.tar.json"
+    record.write_text(record.read_text().replace('"s00"', '"t00"'))  # lost if it were read again
     assert "9 images in 3 tars" in index_shards(str(tars))
+    assert load_index(str(tars)).shards[0].keys == ["t00", "s01", "s02"]
     assert not (tars / "faults.txt").exists()
     assert not (tars / ".unfinished").exists()
+
+
+def write_members(path, names, size):
+    """A tar of images of `size` bytes, at least, and of labels."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            data = b"1" if name.endswith("cls") else PNG + bytes(size)
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize(
+    ("order", "size"), [("pngs first", 20_000), ("labels first", 200_000), ("by sample", 200_000)]
+)
+def test_a_tar_whose_samples_are_not_compact_is_a_fault(tmp_path, order, size):
+    ends = ("png", "cls") if order == "pngs first" else ("cls", "png")
+    names = [f"s{n:02d}.{end}" for end in ends for n in range(60)]
+    write_members(tmp_path / "set/a.tar", sorted(names) if order == "by sample" else names, size)
+    # Interleaving within a chunk does no harm.
+    write_members(tmp_path / "set/b.tar", [f"t{n}.{end}" for end in ends for n in range(5)], size)
+    if order == "by sample":
+        assert "65 images in 2 tars" in index_shards(f"{tmp_path}/set")
+        return
+    with pytest.raises(SourceFaults) as error:
+        index_shards(f"{tmp_path}/set")
+    (fault,) = error.value.faults
+    assert fault.startswith(f"{tmp_path}/set/a.tar: members of a sample are not adjacent")
+    build_shards.build_shards(f"wds:{tmp_path}/set", f"{tmp_path}/built")  # the remedy
+    assert "65 images" in index_shards(f"{tmp_path}/built", f"{tmp_path}/index")
 
 
 def test_all_tars_that_are_not_there_are_named(tars):
@@ -219,12 +252,31 @@ def test_a_record_spares_reading_its_tar(tars, monkeypatch):
     FAULTS["empty"](tars / "part-3.tar")
     with pytest.raises(SourceFaults):
         index_shards(str(tars))
-    with (tars / "part-0.tar").open("r+b") as file:  # would be found if it were read again
-        file.seek(600)
-        file.write(b"?")
-    with pytest.raises(SourceFaults) as error:
+    with watch_opens() as opened, pytest.raises(SourceFaults) as error:
         index_shards(str(tars))
     assert ["part-3.tar" in fault for fault in error.value.faults] == [True]
+    assert {path for path in opened if path.endswith(".tar")} == {f"{tars}/part-3.tar"}
+
+
+@pytest.mark.parametrize("place", ["here", "http"])
+def test_a_tar_that_was_replaced_at_equal_size_is_read_again(place, server, tars, tmp_path):
+    """Even if its time of modification is the old one, as after a backup is restored."""
+    uri = str(tars) if place == "here" else f"{server}/part-{{0..3}}.tar"
+    path, output = tars / "part-0.tar", f"{tmp_path}/index"
+    last = tars / "part-3.tar"
+    whole = last.read_bytes()
+    add_member(last, "b.txt", PNG)
+    with pytest.raises(SourceFaults):
+        index_shards(uri, output)
+    last.write_bytes(whole)
+    before = path.stat()
+    write_tar(path, {n: {"png": encode_png(draw(7)), "cls": b"0"} for n in ("t00", "s01", "s02")})
+    assert path.stat().st_size == before.st_size
+    shift = 0 if place == "here" else 10
+    os.utime(path, (before.st_atime, before.st_mtime + shift))
+    index_shards(uri, output)
+    assert list(find_faults(output)) == []
+    assert load_index(output).shards[0].keys == ["t00", "s01", "s02"]
 
 
 class TestDescription:

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from data_pipelines import ShardDataset, build_shards
+from data_pipelines import ShardDataset, build_shards, storage
+from data_pipelines.building.checks import select_tars
 from data_pipelines.building.sample_encoding import Encoding
 from data_pipelines.building.sources import open_source
 from data_pipelines.building.tar_source import ForeignTars
@@ -26,6 +27,7 @@ from data_pipelines.loading.dataset import ImageSet
 from data_pipelines.shards.index import load_index
 from data_pipelines.shards.intake import LeftOut, SourceFaults, Tolerance
 from data_pipelines.storage import Location
+from data_pipelines.storage.tree import Tree
 from data_pipelines.verify_shards import find_faults
 
 
@@ -139,12 +141,13 @@ def test_too_many_fail_and_a_higher_limit_goes_on(tars: Path):
     arguments = [str(tars), "--bad-images", "skip", "--most-bad-images", "3", "--on", "here"]
     with pytest.raises(SystemExit, match=r"4 faults in .*, more than --most-bad-images 3"):
         main(arguments)
-    for tar in range(3):  # would be found if it were read again
-        data = bytearray((tars / f"{tar}.tar").read_bytes())
-        data[100] ^= 1
-        (tars / f"{tar}.tar").write_bytes(data)
+    for tar in range(3):  # lost if it were read again
+        record = tars / f".unfinished/{tar}.tar.json"
+        record.write_text(record.read_text().replace(f'"s{4 * tar}"', f'"t{4 * tar}"'))
     assert "hard link" in index_shards(str(tars), tolerance=Tolerance(4))
-    assert load_index(str(tars)).shards[0].left_out == ["s1"]
+    shards = load_index(str(tars)).shards
+    assert shards[0].left_out == ["s1"]
+    assert [shard.keys[0] for shard in shards] == ["t0", "t4", "t8"]
 
 
 def test_a_record_made_with_other_options_is_not_taken_over(tmp_path: Path):
@@ -220,6 +223,29 @@ def test_an_output_below_the_source_is_no_part_of_it(tmp_path: Path):
         write_tar(tmp_path / name, {f"{Path(name).stem}.png": PNG})
     source = ForeignTars(str(tmp_path), Encoding(), output=Location.parse(f"{tmp_path}/out"))
     assert [entry.key for entry in source.list_entries()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("output", [None, "s3://b/set", "s3://b/set/out"])
+def test_objects_below_an_empty_folder_name_are_not_lost(
+    output: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    """No local folder can have such names, so the listing of an object store is played here."""
+    folder, place = Location("s3://b/set"), output and Location(output)
+    tars = Tree({"a.tar": 1, "/lost.tar": 1, "/notes.txt": 1, "/x.tar.gz": 1}, {})
+    with pytest.raises(SourceFaults) as error:
+        select_tars(folder, tars, place)
+    assert [fault.partition(": two")[0].partition(" is")[0] for fault in error.value.faults] == [
+        "s3://b/set//lost.tar",
+        "s3://b/set//x.tar.gz",
+    ]
+    found, left_out = select_tars(folder, Tree({"a.tar": 1, "/notes.txt": 1}, {}), place)
+    assert (list(found), left_out.counts) == (["a.tar"], {"not a tar (.txt)": 1})
+    monkeypatch.setattr(storage, "check_readable", lambda uri: None)
+    listing = Tree({"a.png": 1, "/b.png": 1, "/notes.txt": 1}, {})
+    monkeypatch.setattr(storage, "list_tree", lambda uri: listing)
+    source = open_source(f"folder:{folder}", output=place)
+    assert [entry.key for entry in source.list_entries()] == ["a", "b"]
+    assert source.left_out.counts == {"not an image file (.txt)": 1}
 
 
 def test_a_later_fault_is_not_hidden_by_what_was_left_out(tars: Path):

@@ -5,10 +5,12 @@ import struct
 import zlib
 from collections.abc import Callable
 
+import imagecodecs
 import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.images import headers
 from data_pipelines.images.codec import decode_image, read_shape
 from tests.unit.images.image_files import (
     FILES,
@@ -117,6 +119,18 @@ def test_bombs_are_refused_before_memory_is_taken():
         for reader in (*READERS, read_shape):
             with pytest.raises(ValueError, match="refused"):
                 reader(data)
+
+
+@pytest.mark.parametrize("shape", [(40, 50), (40, 50, 3)])
+def test_a_jpeg_xl_that_no_index_may_hold_is_refused(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+):
+    data = imagecodecs.jpegxl_encode(np.zeros(shape, np.uint8))
+    assert read_shape(data)[1:] == (40, 50)
+    monkeypatch.setattr(headers, "MAX_PIXELS", 1999)  # the real limit takes 180 MB
+    for reader in (*READERS, read_shape):
+        with pytest.raises(ValueError, match="refused: 40 x 50 pixels"):
+            reader(data)
 
 
 @pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (6, 4)])

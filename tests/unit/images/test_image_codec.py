@@ -129,6 +129,17 @@ def test_a_turned_jpeg_is_scaled_and_cropped_upright(orientation: int):
     assert psnr(read(data, (32, 32, 3), crop_at=(0, 0)), expected) > 35
 
 
+@pytest.mark.parametrize("name", PLAIN_JPEGS)
+def test_filling_before_the_end_is_dropped_whatever_the_metadata_holds(name: str):
+    data = FILES[name]
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0" + encode(picture(12, 16))  # a thumbnail
+    app1 = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    shape = (37, 53, 3)
+    for before in (b"", app1, b"\xff\xff" + app1):
+        filled = data[:2] + before + data[2:-2] + bytes(300) + data[-2:]
+        np.testing.assert_array_equal(read(filled, shape), read(data, shape))
+
+
 def test_damaged_exif_is_no_damaged_image():
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -1,14 +1,19 @@
 """jobs/generate.py sample in this process: what it writes, resume, refusals."""
 
+import io
 import json
 import math
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from data_pipelines import ShardDataset, storage
-from data_pipelines.shards.index import SHEET_NAME, load_index
+from data_pipelines.images.codec import encode_png
+from data_pipelines.index_shards import make_index
+from data_pipelines.shards.index import SHEET_NAME, load_index, write_index
 from data_pipelines.shards.latent_format import LatentFormat
 from data_pipelines.storage import Location
 from data_pipelines.verify_shards import find_faults
@@ -16,7 +21,7 @@ from efae.config.forms import with_overrides
 from efae.exchange.diffusers_tokenizer import load_diffusers
 from efae.generation.network import Generator
 from efae.generation.sampling import Guidance
-from efae.latents import sample
+from efae.latents import encode, sample
 from efae.latents.certificate import certify
 from efae.latents.compare import FILE
 from efae.latents.encode import encode_sets
@@ -170,6 +175,36 @@ def test_an_autoencoder_of_diffusers_decodes_its_own_latents(latents, tmp_path):
     assert (moved.digest, moved.config) == (stored.digest, stored.config)
     moved = {"count": 3, "tokenizer": f"diffusers:{tmp_path / 'moved'}"}
     assert sample_set(ask(tmp_path / "generator", tmp_path / "set", **moved), be_quiet)[1] == 3
+
+
+def write_tar(folder: Path, *members: str) -> str:
+    """A set of samples that have these members beside their image, a png."""
+    folder.mkdir()
+    image = encode_png(np.zeros((16, 16, 3), np.uint8))
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for name in [f"{key}.{member}" for key in "ab" for member in ("png", *members)]:
+            data = image if name.endswith("png") else b"0"
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    write_index(str(folder), make_index(str(folder)))
+    return str(folder)
+
+
+def test_latents_keep_every_member_but_the_image(model, tmp_path):
+    images = write_tar(tmp_path / "images", "cls", "json", "npy", "seg.png")
+    request = Request(str(model[1]), images, str(tmp_path / "latents"))
+    (planned,) = encode._plan_sets(request, Location(images), Location(images), be_quiet)
+    assert planned.source.members == ("cls", "json", "npy", "seg.png")
+
+
+@pytest.mark.parametrize("name", ["latent.npy", "_score"])
+def test_a_member_that_latents_cannot_keep_is_refused(model, tmp_path, name):
+    images = write_tar(tmp_path / "images", "cls", name)
+    output = tmp_path / "latents"
+    with pytest.raises(ValueError, match=rf"images: the member \.{name} of its samples cannot"):
+        list(encode_sets(Request(str(model[1]), images, str(output)), be_quiet))
+    assert not list(output.iterdir())
 
 
 def test_a_generator_that_has_diverged_draws_nothing(generator, tmp_path):

@@ -1,10 +1,13 @@
 """Chunks and their cache, on local files and on a local HTTP server of them."""
 
+import contextlib
 import functools
 import os
+import resource
 import threading
 import time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,10 +112,14 @@ class QuietServer(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def tars(tmp_path, request):
-    """8 shards, of bytes that differ, in 2 chunks each, or in 7 where the parameter is 80."""
-    samples = getattr(request, "param", 20)
-    index = make_index([[9000] * samples] * 8)
-    assert len(cut_chunks(index).count) == (16 if samples == 20 else 56)
+    """8 shards, of bytes that differ, in 2 chunks each, or in 7 where the parameter is 80.
+
+    Where it is "many", 40 shards in 2 chunks each.
+    """
+    param = getattr(request, "param", 20)
+    samples, number = (20, 40) if param == "many" else (param, 8)
+    index = make_index([[9000] * samples] * number)
+    assert len(cut_chunks(index).count) == (7 if samples == 80 else 2) * number
     folder = tmp_path / "tars"
     folder.mkdir()
     for number, shard in enumerate(index.shards):
@@ -140,6 +147,26 @@ def open_cache(tars, tmp_path):
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@contextlib.contextmanager
+def few_open_files():
+    """The limit from which a cache that is made here derives its number of mappings, 16."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def count_open_files(folder):
+    """How many descriptors this process has of files below the folder; not the server's sockets."""
+    found = 0
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found += str(descriptor.readlink()).startswith(f"{folder}/")
+    return found
 
 
 def expected(tars, chunk):
@@ -291,6 +318,17 @@ class TestRemote:
         assert cache.refetch(3) == expected(tars, 3)
         assert cache.open(3) == expected(tars, 3)
 
+    @pytest.mark.parametrize("tars", [80], indirect=True)
+    def test_keeps_few_files_open(self, open_cache, tars, tmp_path):
+        with few_open_files():
+            cache = open_cache()
+        for chunk in [*range(56), *range(56)]:
+            assert cache.open(chunk) == expected(tars, chunk)
+            assert cache.open(0) == expected(tars, 0)
+            assert cache.holds(chunk)
+            assert cache.holds(0)  # the least recently used goes first
+            assert count_open_files(tmp_path / "cache") <= 16
+
     def test_leaves_few_lock_files(self, open_cache, tmp_path):
         cache = open_cache()
         for chunk in range(16):
@@ -340,6 +378,22 @@ class TestLocal:
         assert cache.open(0) == before
         assert cache.refetch(0) == bytes(len(before))
         assert path.exists()
+
+    def test_a_shard_is_one_open_file_whatever_its_chunks(self, tars):
+        folder, index = tars
+        cache = ShardCache(Location.parse(folder), index, cut_chunks(index), None, 0)
+        views = [cache.open(chunk) for chunk in range(16)]
+        assert count_open_files(folder) == 8
+        assert views == [expected(tars, chunk) for chunk in range(16)]
+
+    @pytest.mark.parametrize("tars", ["many"], indirect=True)
+    def test_keeps_few_shards_open(self, tars):
+        folder, index = tars
+        with few_open_files():
+            cache = ShardCache(Location.parse(folder), index, cut_chunks(index), None, 0)
+        for chunk in [*range(80), *range(80)]:
+            assert cache.open(chunk) == expected(tars, chunk)
+            assert count_open_files(folder) <= 16
 
     def test_a_shard_of_another_size_or_none_is_named(self, tars):
         folder, index = tars

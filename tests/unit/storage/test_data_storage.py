@@ -187,6 +187,51 @@ def flaky_server() -> Iterator[str]:
     server.server_close()
 
 
+class _Tagged(BaseHTTPRequestHandler):
+    """Answers every request for headers or bytes, of http or S3, with this tag."""
+
+    tag: ClassVar[str | None]
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "4")
+        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+        if self.tag:
+            self.send_header("ETag", self.tag)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(b"data")
+
+    do_HEAD = do_GET
+
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.mark.parametrize("scheme", ["http", "s3"])
+def test_the_version_of_an_object_is_its_servers_tag(scheme, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Tagged)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "key")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
+    found = []
+    try:
+        for _Tagged.tag in ('"one"', '"two"', '"one"', None):
+            uri = f"{address}/b/x.tar" if scheme == "http" else "s3://b/x.tar"
+            found.append(storage.read_version(uri))
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert "one" in found[0]
+    assert found[0] == found[2] != found[1]
+    assert "one" not in found[3]
+    assert bool(found[3]) == (scheme == "http")  # that one has the time of modification, too
+
+
 @pytest.mark.parametrize("name", ["busy", "cut"])
 def test_transient_errors_are_retried(flaky_server, tmp_path, name):
     storage.download(f"{flaky_server}/{name}", tmp_path / "x", expected_bytes=4)

@@ -9,6 +9,7 @@ import pytest
 
 from data_pipelines import storage
 from data_pipelines.build_shards import build_shards
+from data_pipelines.building.sources import open_source
 from data_pipelines.shards.intake import SourceFaults
 from data_pipelines.storage.retries import StorageError
 from data_pipelines.storage.tree import Tree
@@ -61,7 +62,7 @@ def test_files_and_what_is_none(tmp_path):
         "again": "link to a folder of the same tree",
         "caf\\xe9.jpg": "name that is not UTF-8",
         "cats/up": "link to a folder above it",
-        "d\\xe9": "name that is not UTF-8",
+        "d\\xe9": "folder whose name is not UTF-8",
         "dogs/round": "link to a folder above it",
         "gone": "broken link",
         "itself": "broken link",
@@ -116,6 +117,17 @@ def test_a_tar_or_an_image_that_may_not_be_read_is_a_fault(folder_of_nobody):
         with pytest.raises(SourceFaults) as error:
             build_shards(f"{source}:{folder_of_nobody}", f"{folder_of_nobody}/{source}")
         assert sorted(error.value.faults) == [f"{fault} (Permission denied)" for fault in faults]
+
+
+def test_a_folder_whose_name_is_not_utf8_is_a_fault_even_with_a_dot(tmp_path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/St. \xc9tienne")).mkdir()
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "a.tar").write_bytes(b"x")
+    listed = f"{tmp_path}/St. \\xc9tienne: folder whose name is not UTF-8"
+    assert open_source(f"folder:{tmp_path}").faults == [listed]
+    with pytest.raises(SourceFaults) as error:
+        open_source(f"wds:{tmp_path}")
+    assert error.value.faults == [listed]
 
 
 def test_a_named_pipe_is_refused_instead_of_waited_for(tmp_path):
