@@ -4,7 +4,7 @@ A file holds what one request fetched, a run of chunks: creating a file takes lo
 small chunk. Its name is its byte range in the shard, in a folder named by the shard's sha256, so
 shard sets never mix. Samples are checked when they are read; `refetch` replaces a file whose
 samples do not match the index. Shards that are local files are mapped in place, each as a whole.
-Each mapping keeps a file open, so a process drops those that it used least recently.
+Each mapping keeps a file open, so a process drops the oldest where there are many.
 
 Concurrency between processes:
 
@@ -26,7 +26,6 @@ import resource
 import threading
 import time
 import zlib
-from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -79,8 +78,8 @@ class ShardCache:
         """Whether the shards are local files, which need no download."""
         self._folder = folder
         self._capacity_bytes = capacity_bytes
-        self._maps: OrderedDict[int, _Mapped] = OrderedDict()
-        """Mapped bytes by chunk, or by shard if they are local; the least recently used first."""
+        self._maps: dict[int, _Mapped] = {}
+        """Mapped bytes by chunk, or by shard if they are local; those mapped first come first."""
         self._most_maps = _count_maps()
         self._lock = threading.Lock()
         self._evictions = -1
@@ -96,8 +95,6 @@ class ShardCache:
         mapped = self._maps.get(number)
         if mapped is None:
             return self.fetch([chunk])[0]
-        with contextlib.suppress(KeyError):  # another thread dropped it meanwhile
-            self._maps.move_to_end(number)
         return self._slice(chunk, mapped)
 
     def fetch(self, chunks: Sequence[int]) -> list[memoryview]:
@@ -116,11 +113,9 @@ class ShardCache:
             reason = str(error).removeprefix(f"{location.display}: ")
             raise ShardError(location.uri, None, reason) from error
         with self._lock:
-            for number, mapped in found.items():
-                self._maps[number] = mapped
-                self._maps.move_to_end(number)
+            self._maps.update(found)
             while len(self._maps) > self._most_maps:
-                self._maps.popitem(last=False)
+                del self._maps[next(iter(self._maps))]
         return [self._slice(chunk, found[self._number(chunk)]) for chunk in chunks]
 
     def refetch(self, chunk: int) -> memoryview:
@@ -232,7 +227,7 @@ class ShardCache:
             if evictions != self._evictions:
                 # An evicted file keeps its disk space until all its mappings are dropped.
                 there = {path: path.exists() for path in {path for path, _ in self._maps.values()}}
-                self._maps = OrderedDict((k, m) for k, m in self._maps.items() if there[m[0]])
+                self._maps = {k: m for k, m in self._maps.items() if there[m[0]]}
             self._evictions = evictions
 
     def _location(self, chunk: int) -> Location:
