@@ -325,7 +325,8 @@ def check_weights(stored: StoredModel, expected: Mapping[str, Tensor]) -> None:
 def describe_latent(config: Config, representation: Representation) -> dict[str, Any]:
     """Return the settings that latent-diffusion code reads, in diffusers' names, and the action.
 
-    Latents are scaled already, so the scaling factor is 1 and the shift 0. Pipelines compute the
+    Latents are scaled already, so the scaling factor is 1 and the shift 0. The pipelines of SDXL ask
+    whether half precision must be avoided. Pipelines compute the
     pixels per latent cell as 2 ** (len(block_out_channels) - 1); block_out_channels is left out if
     they are no power of two.
     """
@@ -338,6 +339,7 @@ def describe_latent(config: Config, representation: Representation) -> dict[str,
         "sample_size": height if height == width else [height, width],
         "scaling_factor": 1.0,
         "shift_factor": 0.0,
+        "force_upcast": False,
         "group": representation.group.name,
         "representation": dict(representation.multiplicities),
     }

@@ -88,6 +88,7 @@ def test_it_says_what_pipelines_ask(vae):
     settings = vae.config
     assert (settings.in_channels, settings.out_channels, settings.latent_channels) == (3, 3, 16)
     assert (settings.scaling_factor, settings.shift_factor, settings.sample_size) == (1, 0, 16)
+    assert settings.force_upcast is False  # of SDXL, where images are given
     assert 2 ** (len(settings.block_out_channels) - 1) == 8
     assert settings.group == vae.group.name
     assert settings.representation == vae.representation.multiplicities
