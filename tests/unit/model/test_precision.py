@@ -1,6 +1,7 @@
 """Precision of a model's arithmetic: what it changes, and what it leaves as it was."""
 
 import operator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -29,6 +30,12 @@ def test_a_loaded_model_runs_at_its_precision_and_returns_float32(precision, err
         difference = float((got - expected).square().mean().sqrt())
         assert difference <= error
         assert (difference > 0) == (error > 0)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", torch.bfloat16, ""])
+def test_an_unknown_precision_is_refused(precision):
+    with pytest.raises(ValueError, match=r"precision=.*unknown: use fp32, tf32, bf16, fp16 or No"):
+        efae.load("builtin:openmoji-32", precision=precision)
 
 
 def test_an_evaluation_says_at_which_precision_the_model_ran():
@@ -102,6 +109,18 @@ def test_the_settings_of_the_process_are_put_back(products, convolutions):
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_calls_that_overlap_in_two_threads_leave_nothing_behind():
+    before = read_arithmetic()
+    first, second = (float32_arithmetic(precision) for precision in ("tf32", "fp32"))
+    with ThreadPoolExecutor(1) as other:
+        other.submit(first.__enter__).result()
+        second.__enter__()
+        other.submit(first.__exit__, None, None, None).result()
+        assert read_arithmetic() == ["ieee"] * 4
+        second.__exit__(None, None, None)
+    assert read_arithmetic() == before
 
 
 @pytest.mark.parametrize("value", ["tf32", "ieee"])
