@@ -236,7 +236,7 @@ def _sources(group: Group, height: int, width: int, device: torch.device | str) 
 
 
 def _find_sources(group: Group, height: int, width: int, device: torch.device | str) -> Tensor:
-    cells = torch.arange(height * width).view(height, width)
+    cells = torch.arange(height * width, device="cpu").view(height, width)
     return torch.stack([element.act_on_image(cells).flatten() for element in group]).to(device)
 
 

@@ -78,7 +78,7 @@ class Representation:
                 raise ValueError(f"{irrep}={count!r}: a multiplicity is an integer >= 0")
         if self.dim == 0:
             raise ValueError("a representation needs at least one channel")
-        with torch.inference_mode(False):  # for training, too
+        with torch.inference_mode(False), torch.device("cpu"):  # for training and all devices, too
             matrices = torch.stack([self.matrix(g) for g in group])  # (element, dim, dim)
             source = matrices.abs().argmax(-1)
             sign = matrices.gather(-1, source[..., None])[..., 0].float()

@@ -108,7 +108,9 @@ class Linear(Expanding):
         super().__init__()
         self.layout = layout_of(group)
         self.m_in, self.m_out = m_in, m_out
-        self.register_buffer("ties", self.layout.ties, persistent=False)
+        # In torch's default dtype, as the coefficients that they are multiplied by.
+        ties = self.layout.ties.to(torch.get_default_dtype())
+        self.register_buffer("ties", ties, persistent=False)
         self.coefficient = nn.Parameter(torch.empty(len(self.ties), m_in, m_out))
         self.bias = nn.Parameter(torch.zeros(m_out)) if bias else None
         # An output sums over `cosets` copies of m_in channels, not over the whole token.

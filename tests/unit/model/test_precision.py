@@ -2,6 +2,7 @@
 
 import operator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -9,8 +10,11 @@ import torch
 
 import efae
 from efae.evaluation.evaluate import evaluate
+from efae.model.octic.layers import Linear
 from efae.model.octic.layout import layout_of
 from efae.model.precision import at_precision, float32_arithmetic
+from efae.symmetry.any_angle import _cosine_transforms, disk_mask
+from efae.symmetry.group import _find_sources_once, grid_sources
 
 IMAGES = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0))
 NOISE = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -70,6 +74,40 @@ def test_inference_mode_leaves_later_training_alone():
     loss, _ = efae.Objective(trained)(IMAGES / 127.5 - 1, torch.Generator().manual_seed(0))
     latent = torch.zeros(1, 32, 4, 4, requires_grad=True)
     (loss.sum() + trained.act(efae.D4["rot90"], latent).sum()).backward()
+
+
+def build_what_is_cached(side):
+    layout_of.cache_clear()
+    cpu, rho = torch.device("cpu"), efae.Representation(efae.D4, a1=1, e=1)
+    return [
+        layout_of(efae.D4).fourier,
+        layout_of(efae.D4).ties,
+        grid_sources(efae.D4, side, side),
+        disk_mask(side, side, edge=1.0),
+        *_cosine_transforms(side, cpu, torch.float32),
+        *rho.tables(cpu),
+    ]
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")], ids=str)
+def test_defaults_of_torch_do_not_reach_what_later_models_share(default):
+    for cached in (_find_sources_once, disk_mask, _cosine_transforms):
+        cached.cache_clear()
+    before = torch.get_default_dtype()
+    try:
+        if isinstance(default, torch.dtype):
+            torch.set_default_dtype(default)
+        with default if isinstance(default, torch.device) else nullcontext():
+            found = build_what_is_cached(5)
+            width, cosets = 4, layout_of(efae.D4).cosets
+            linear = Linear(efae.D4, width, width)
+            x = torch.ones(layout_of(efae.D4).slots, 1, cosets * width)
+    finally:
+        torch.set_default_dtype(before)
+    assert all(map(torch.equal, found, build_what_is_cached(5)))
+    assert {tensor.dtype for tensor in found} == {torch.float32, torch.int64}
+    if isinstance(default, torch.dtype):
+        assert linear(x).dtype == default
 
 
 def read_arithmetic():
