@@ -14,6 +14,7 @@ counter-clockwise quarter turn (``torch.rot90(x, 1, (-2, -1))``). It is a left a
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int, Shaped
@@ -126,6 +127,15 @@ class Group:
 
     def __repr__(self) -> str:
         return self.name
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Name a member of `GROUPS`, which copies and pickles then are, or how to build a group.
+
+        Groups are compared, and keys of caches, by identity.
+        """
+        if GROUPS.get(self.name) is self:
+            return self.name.upper()  # of the global variable below
+        return Group, (self.name, self.elements)
 
     def index(self, element: Element) -> int:
         """Return the position of an element in the group's order.
