@@ -23,7 +23,10 @@ class ProcessRecord(NamedTuple):
 
     pid: int
     started: float
-    """Start time according to the kernel, in seconds since the epoch."""
+    """Start time in seconds since the epoch; psutil moves it when the clock is set."""
+    mark: str = ""
+    """Boot of the machine, and clock ticks from it to the start, which setting the clock does not
+    move; "" on other systems than Linux, and in records of older versions."""
 
 
 def start(command: Sequence[str], environment: dict[str, str], log: Path) -> ProcessRecord:
@@ -39,7 +42,8 @@ def start(command: Sequence[str], environment: dict[str, str], log: Path) -> Pro
             start_new_session=True,
         )
     process.returncode = 0  # It outlives this process: Popen must not warn about it.
-    return ProcessRecord(process.pid, psutil.Process(process.pid).create_time())
+    started = psutil.Process(process.pid).create_time()
+    return ProcessRecord(process.pid, started, _read_mark(process.pid))
 
 
 def is_running(record: ProcessRecord) -> bool:
@@ -85,8 +89,21 @@ def _leader(record: ProcessRecord) -> psutil.Process | None:
         process = psutil.Process(record.pid)
     except psutil.NoSuchProcess:
         return None
-    ours = abs(process.create_time() - record.started) < _CLOCK_SLACK_SECONDS
+    if record.mark:
+        ours = _read_mark(record.pid) == record.mark
+    else:
+        ours = abs(process.create_time() - record.started) < _CLOCK_SLACK_SECONDS
     return process if ours and is_live(process) else None
+
+
+def _read_mark(pid: int) -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:  # not Linux, or no such process any more
+        return ""
+    # The fields after the name, which may hold spaces and brackets, begin with the third.
+    return f"{boot} {stat.rpartition(')')[2].split()[22 - 3]}"
 
 
 def _family(record: ProcessRecord) -> set[psutil.Process]:

@@ -5,7 +5,7 @@ each name below on first use.
 """
 
 from importlib import import_module as _import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,13 +59,19 @@ def load(
 
     Raises:
         ValueError: The name, alias, version, digest or folder does not exist, or is not in the
-            cache while offline; the message lists what exists.
+            cache while offline; or there is no such precision; the message lists what exists.
         CheckpointError: The files do not match their manifest, or differ from what was registered.
         ConnectionError: MLflow fails.
         StorageError: The storage refuses or does not answer.
     """
+    from efae.model.precision import Precision
     from efae.model.pretrained import find_folder
 
+    known = get_args(Precision)
+    if precision not in (None, *known):
+        raise ValueError(
+            f"efae.load: precision={precision!r} is unknown: use {', '.join(known)} or None"
+        )
     folder = find_folder(str(uri))
     if folder is not None:  # saves the seconds that importing MLflow takes
         from efae.model.autoencoder import Autoencoder

@@ -119,8 +119,10 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         has its own posterior. Images of any size are taken and padded as in `Autoencoder.encode`.
 
         Raises:
-            ValueError: The images have another number of channels than the model.
+            ValueError: The images have another number of channels than the model, or its layers
+                are offloaded one by one.
         """
+        self._check_offloading()
         with self._precision():
             parts = [
                 self.autoencoder.encode_posterior(part.to(self.dtype), tile=self._tile)
@@ -151,8 +153,10 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             size: Size to crop to, as in `Autoencoder.decode`.
 
         Raises:
-            ValueError: The size does not belong to the latents.
+            ValueError: The size does not belong to the latents, or the model's layers are offloaded
+                one by one.
         """
+        self._check_offloading()
         wide = torch.promote_types(self.dtype, torch.float32)
         f, colours = self.autoencoder.config.model.downsampling, self.config["in_channels"]
         shape = (len(z), colours, z.shape[-2] * f, z.shape[-1] * f)
@@ -249,6 +253,15 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         saved = next(iter(stored.weights.values())).dtype
         loaded = Autoencoder.restore(stored, device)
         return cls(loaded.to(dtype=dtypes[1] or dtypes[0] or saved)).eval()
+
+    def _check_offloading(self) -> None:
+        # Our modules use each other's weights, which hooks on each module alone do not bring back.
+        if any(parameter.device.type == "meta" for parameter in self.parameters()):
+            raise ValueError(
+                f"{pretrained.CLASS_NAME}: its weights are on device meta, as after"
+                " enable_sequential_cpu_offload, which it does not support: use"
+                " enable_model_cpu_offload"
+            )
 
     @property
     def _tile(self) -> int | None:

@@ -117,9 +117,10 @@ def draw_cells(
     """Draw the latent size of a downscaled batch; None, in most steps, leaves it as it is.
 
     The scale lies between 1/4 and 1, as in EQ-VAE (Kouzelis et al. 2025, arXiv:2502.09509), here
-    rounded to whole latent cells. It is drawn on the host, since it determines shapes.
+    rounded to whole latent cells. It is drawn on the host, since it determines shapes: from the
+    generator's state, which other draws move on, and which lies on the host for a GPU's, too.
     """
-    drawn = random.Random(generator.initial_seed())
+    drawn = random.Random(generator.get_state().numpy().tobytes())
     if drawn.random() >= config.loss.scaling_probability:
         return None
     height, width = cells

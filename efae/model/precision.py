@@ -3,8 +3,9 @@
 Weights, and all that must not lose bits (norms, bottleneck, loss), stay in fp32 throughout.
 """
 
+import threading
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -43,10 +44,37 @@ def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
 def float32_arithmetic(precision: Precision) -> Generator[None]:
     """Run fp32 matrix products and convolutions with TF32's ten bits of mantissa, or with all 23.
 
-    The setting is the process's, and is put back at the end. By default, cuDNN uses TF32 for
-    convolutions; and a caller may have allowed it for matrix products, by either API of torch.
+    The setting is the process's, and is put back when the last call in any thread ends; until then
+    the latest call that has not ended decides. By default, cuDNN uses TF32 for convolutions; and a
+    caller may have allowed it for matrix products, by either API of torch.
     """
-    backends, tf32 = torch.backends, precision == "tf32"
+    call = object()
+    with _lock:
+        if not _calls:
+            _found.callback(_save_arithmetic())
+        _calls[call] = precision
+        _set_arithmetic(precision)
+    try:
+        yield
+    finally:
+        with _lock:
+            del _calls[call]
+            if _calls:
+                _set_arithmetic(next(reversed(_calls.values())))
+            else:
+                _found.close()
+
+
+_lock = threading.Lock()
+_calls: dict[object, Precision] = {}
+"""Precisions of the calls of `float32_arithmetic` that have not ended, in all threads."""
+_found = ExitStack()
+"""Puts back the settings that the first of these calls found."""
+
+
+def _save_arithmetic() -> Callable[[], None]:
+    """Return a function that puts back the settings of now."""
+    backends: Any = torch.backends
     parts = [
         (backends.cuda.matmul, backends.cudnn),
         (backends.cudnn.conv, backends.cudnn),
@@ -60,17 +88,22 @@ def float32_arithmetic(precision: Precision) -> Generator[None]:
     # getters raise an error, in torch.compile too. Its setters also set the newer one.
     convolutions = _read(lambda: backends.cudnn.allow_tf32, default=True)
     products = _read(torch.get_float32_matmul_precision, default="highest")
-    backends.cudnn.allow_tf32 = tf32
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    if not tf32:  # these the older one leaves to inherit
-        backends.cudnn.conv.fp32_precision = backends.cudnn.rnn.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         backends.cudnn.allow_tf32 = convolutions
         torch.set_float32_matmul_precision(products)
         for (part, _), value, from_whole in zip(parts, found, inherited, strict=True):
             part.fp32_precision = "none" if value == from_whole else value
+
+    return put_back
+
+
+def _set_arithmetic(precision: Precision) -> None:
+    backends, tf32 = torch.backends, precision == "tf32"
+    backends.cudnn.allow_tf32 = tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    if not tf32:  # these the older one leaves to inherit
+        backends.cudnn.conv.fp32_precision = backends.cudnn.rnn.fp32_precision = "ieee"
 
 
 def _read(getter: Callable[[], _T], default: _T) -> _T:

@@ -325,9 +325,10 @@ def check_weights(stored: StoredModel, expected: Mapping[str, Tensor]) -> None:
 def describe_latent(config: Config, representation: Representation) -> dict[str, Any]:
     """Return the settings that latent-diffusion code reads, in diffusers' names, and the action.
 
-    Latents are scaled already, so the scaling factor is 1 and the shift 0. Pipelines compute the
-    pixels per latent cell as 2 ** (len(block_out_channels) - 1); block_out_channels is left out if
-    they are no power of two.
+    Latents are scaled already, so the scaling factor is 1 and the shift 0. `force_upcast`, without
+    which pipelines of SDXL fail, is off, since it is about layers of AutoencoderKL. Pipelines
+    compute the pixels per latent cell as 2 ** (len(block_out_channels) - 1); block_out_channels is
+    left out if they are no power of two.
     """
     height, width = config.data.image_size
     halvings = config.model.downsampling.bit_length() - 1
@@ -338,6 +339,7 @@ def describe_latent(config: Config, representation: Representation) -> dict[str,
         "sample_size": height if height == width else [height, width],
         "scaling_factor": 1.0,
         "shift_factor": 0.0,
+        "force_upcast": False,
         "group": representation.group.name,
         "representation": dict(representation.multiplicities),
     }

@@ -2,15 +2,16 @@
 
 They lie in the folder that EFAE_CACHE_DIR names, by default ~/.cache/efae. A copy appears whole or
 not at all, after it was verified, and is verified again on every use; one that has been damaged or
-replaced since is downloaded again.
+replaced since is downloaded again. Processes share the folder without a lock.
 """
 
+import errno
 import logging
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from efae.model.pretrained import StoredModel, parse_model
@@ -26,8 +27,10 @@ def find_cache() -> Path:
 
 def fetch_model(
     uri: str, read: Callable[[str], bytes], cache: Path, manifest_digest: str | None = None
-) -> tuple[Path, StoredModel]:
+) -> tuple[Path | None, StoredModel]:
     """Return the cache folder of a model, and the model; download it if it is missing.
+
+    Where the cache cannot be written, the folder is None, and a warning is logged.
 
     Args:
         uri: Name of the model in messages.
@@ -52,17 +55,16 @@ def fetch_model(
     if copy := _find_copy(uri, folder):
         return folder, copy
     stored = parse_model(uri, data, read)
-    cache.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=cache))
     try:
-        stored.write(draft)
-        try:
-            draft.rename(folder)
-        except OSError:  # another process stored it first
-            if not _find_copy(uri, folder):
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        _store(uri, stored, folder)
+    except OSError as error:
+        logger.warning(
+            "%s is not kept, and is downloaded again next time: %s; set EFAE_CACHE_DIR to a folder"
+            " that can be written",
+            uri,
+            error,
+        )
+        return None, stored
     return folder, stored
 
 
@@ -83,15 +85,37 @@ def read_copy(uri: str, folder: Path) -> StoredModel:
 
 
 def _find_copy(uri: str, folder: Path) -> StoredModel | None:
-    """Return the model if the cache holds it; delete a copy that was changed."""
-    if not folder.exists():
-        return None
+    """Return the model if the cache holds it, unchanged and readable."""
     try:
-        return read_copy(uri, folder)
-    except CheckpointError as error:
+        return read_copy(uri, folder) if folder.exists() else None
+    except (CheckpointError, OSError) as error:
         logger.warning("%s; downloading it again", error)
-        shutil.rmtree(folder)
         return None
+
+
+def _store(uri: str, stored: StoredModel, folder: Path) -> None:
+    """Write a model to its folder in the cache, unless another process has; replace a damaged copy.
+
+    Raises:
+        OSError: The cache cannot be written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as scratch:
+        # A folder in it, since the scratch folder itself is closed to other users.
+        draft, damaged = Path(scratch) / "draft", Path(scratch) / "damaged"
+        stored.write(draft)
+        while True:
+            try:
+                draft.rename(folder)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+                if _find_copy(uri, folder):  # another process stored it first
+                    return
+                with suppress(FileNotFoundError):  # another process took it away first
+                    folder.rename(damaged)
+            else:
+                return
 
 
 def is_sha256(text: str) -> bool:

@@ -149,6 +149,7 @@ def promote(model: str, alias: str, terms: Terms, server: Server, *, compare: bo
         versions,
     )  # MLflow takes seconds to import, and judging does not need it
 
+    versions.check_alias(alias)
     version = versions.read_version(model, server)
     integrity = _check_integrity(version, server)
     with versions.promote_alone(version.name, server):
@@ -165,8 +166,7 @@ def promote(model: str, alias: str, terms: Terms, server: Server, *, compare: bo
         )
         replaced = before.uri if before else "nothing"
         note = f"replaced: {replaced}; passed: {passed}; skipped: {skipped}"
-        versions.set_tag(version, f"promoted.{alias}", note, server)
-        versions.set_alias(version.name, alias, version.version, server)
+        versions.move_alias(version, alias, note, server)
         now = versions.read_alias(version.name, alias, server)
     return Promotion(version, alias, verdicts, before, now)
 

@@ -49,13 +49,19 @@ def pull(uri: str, destination: Path | None = None) -> Path:
         destination: Folder to copy the model to.
 
     Raises:
-        ValueError, CheckpointError, ConnectionError, StorageError: As in `read`.
+        ValueError: The cache cannot be written, and there is no `destination`; or as in `read`.
+        CheckpointError, ConnectionError, StorageError: As in `read`.
     """
     folder, stored = _find(uri)
-    if destination is None:
-        return folder
-    stored.write(destination)
-    return destination
+    if destination is not None:
+        stored.write(destination)
+        return destination
+    if folder is None:
+        raise ValueError(
+            f"{redact(uri)} has no folder, since {find_cache()} cannot be written: set"
+            " EFAE_CACHE_DIR to one that can, or name a destination"
+        )
+    return folder
 
 
 def read(uri: str, server: Server | None = None) -> StoredModel:
@@ -157,8 +163,8 @@ def verify(version: RegisteredVersion, server: Server) -> None:
             raise CheckpointError(version.uri, f"{name} is not the one that was registered")
 
 
-def _find(uri: str, server: Server | None = None) -> tuple[Path, StoredModel]:
-    """Return the local folder of the model and its content, read and verified once."""
+def _find(uri: str, server: Server | None = None) -> tuple[Path | None, StoredModel]:
+    """Return the local folder of the model, if any, and its content, read and verified once."""
     if uri.startswith(_OF_MLFLOW):
         server = server or Server(mlflow.get_tracking_uri())
         return _find_of_mlflow(model_uris.normalize(uri), server)
@@ -170,7 +176,7 @@ def _find(uri: str, server: Server | None = None) -> tuple[Path, StoredModel]:
     return folder, pretrained.read_folder(folder)
 
 
-def _find_of_mlflow(uri: str, server: Server) -> tuple[Path, StoredModel]:
+def _find_of_mlflow(uri: str, server: Server) -> tuple[Path | None, StoredModel]:
     cache = find_cache()
     if is_offline():
         folder = recall(cache, server.uri, uri)
@@ -193,11 +199,11 @@ def _find_of_mlflow(uri: str, server: Server) -> tuple[Path, StoredModel]:
             raise CheckpointError(uri, f"the weights of version {model.version} are {digest}")
         known = f"models:/{model.name}"
         names += [f"{known}/{model.version}", f"{known}@sha256:{digest}"]
-    remember(cache, server.uri, names, folder.name)
+    remember(cache, server.uri, names, stored.manifest_digest)
     return folder, stored
 
 
-def _find_remote(location: Location) -> tuple[Path, StoredModel]:
+def _find_remote(location: Location) -> tuple[Path | None, StoredModel]:
     uri, cache = location.uri, find_cache()
     server = endpoint() if location.scheme == "s3" else ""
     if is_offline():
@@ -209,7 +215,7 @@ def _find_remote(location: Location) -> tuple[Path, StoredModel]:
         raise ValueError(_explain_absence(uri)) from error
     except StorageError as error:
         raise StorageError(f"{error}{mention_copy(cache, server, uri)}") from error
-    remember(cache, server, [uri], folder.name)
+    remember(cache, server, [uri], stored.manifest_digest)
     return folder, stored
 
 

@@ -1,9 +1,10 @@
 """Versions in MLflow's registry, their tags and the aliases that point to them."""
 
+import re
 import time
 import uuid
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from mlflow.entities.model_registry import ModelVersion
@@ -77,6 +78,34 @@ def set_alias(name: str, alias: str, version: int, server: Server) -> None:
     """
     with model_uris.asking(server) as client:
         client.set_registered_model_alias(name, alias, str(version))
+
+
+def check_alias(alias: str) -> None:
+    """Raise a ValueError unless MLflow accepts the alias."""
+    if not re.fullmatch(r"[\w-]+", alias) or re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
+        raise ValueError(
+            f"--alias {alias}: use letters, digits, _ and -, but neither latest nor v and a number,"
+            " which MLflow reserves"
+        )
+
+
+def move_alias(version: RegisteredVersion, alias: str, note: str, server: Server) -> None:
+    """Point an alias to a version, whose tag "promoted.ALIAS" becomes `note`.
+
+    Raises:
+        ValueError: As in `set_alias`; the tag is as it was then.
+    """
+    key = f"promoted.{alias}"
+    set_tag(version, key, note, server)
+    try:
+        set_alias(version.name, alias, version.version, server)
+    except (ValueError, OSError):
+        with suppress(ValueError, OSError), model_uris.asking(server) as client:
+            if key in version.tags:
+                set_tag(version, key, version.tags[key], server)
+            else:
+                client.delete_model_version_tag(version.name, str(version.version), key)
+        raise
 
 
 def set_tag(version: RegisteredVersion, key: str, value: str, server: Server) -> None:

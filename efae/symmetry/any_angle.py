@@ -134,7 +134,8 @@ def disk_mask(
             pixels whose centre lies in the disk.
         device: Device of the mask.
     """
-    x, y = (2 * torch.arange(side) + 1 - side for side in (width, height))  # half pixels
+    # In half pixels, and on the CPU, so that a mask is the same on every device.
+    x, y = (2 * torch.arange(side, device="cpu") + 1 - side for side in (width, height))
     squared = y[:, None] ** 2 + x**2
     side = min(height, width)
     if edge == 0:
@@ -175,10 +176,11 @@ def _turn_channels(representation: Representation, angles: Tensor, latent: Tenso
 @torch.inference_mode(False)
 def _cosine_transforms(side: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Return the DCT-II (frequency, pixel) and its inverse (point, frequency) on the fine grid."""
-    frequency = torch.arange(side, dtype=torch.float64)
+    fine = torch.arange(_OVERSAMPLING * side, dtype=torch.float64, device="cpu")
+    frequency = fine[:side]
     pixels = (frequency + 0.5) / side
-    points = (torch.arange(_OVERSAMPLING * side, dtype=torch.float64) + 0.5) / _OVERSAMPLING / side
-    weights = torch.full((side,), 2 / side, dtype=torch.float64)
+    points = (fine + 0.5) / _OVERSAMPLING / side
+    weights = torch.full_like(frequency, 2 / side)
     weights[0] = 1 / side
     analysis = weights[:, None] * torch.cos(math.pi * frequency[:, None] * pixels)
     synthesis = torch.cos(math.pi * points[:, None] * frequency)

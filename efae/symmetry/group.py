@@ -14,6 +14,7 @@ counter-clockwise quarter turn (``torch.rot90(x, 1, (-2, -1))``). It is a left a
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int, Shaped
@@ -127,6 +128,15 @@ class Group:
     def __repr__(self) -> str:
         return self.name
 
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Name a member of `GROUPS`, which copies and pickles then are, or how to build a group.
+
+        Groups are compared, and keys of caches, by identity.
+        """
+        if GROUPS.get(self.name) is self:
+            return self.name.upper()  # of the global variable below
+        return Group, (self.name, self.elements)
+
     def index(self, element: Element) -> int:
         """Return the position of an element in the group's order.
 
@@ -236,7 +246,7 @@ def _sources(group: Group, height: int, width: int, device: torch.device | str) 
 
 
 def _find_sources(group: Group, height: int, width: int, device: torch.device | str) -> Tensor:
-    cells = torch.arange(height * width).view(height, width)
+    cells = torch.arange(height * width, device="cpu").view(height, width)
     return torch.stack([element.act_on_image(cells).flatten() for element in group]).to(device)
 
 

@@ -16,6 +16,7 @@ signed permutation, so the action is a gather and a sign.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -78,7 +79,7 @@ class Representation:
                 raise ValueError(f"{irrep}={count!r}: a multiplicity is an integer >= 0")
         if self.dim == 0:
             raise ValueError("a representation needs at least one channel")
-        with torch.inference_mode(False):  # for training, too
+        with torch.inference_mode(False), torch.device("cpu"):  # for training and all devices, too
             matrices = torch.stack([self.matrix(g) for g in group])  # (element, dim, dim)
             source = matrices.abs().argmax(-1)
             sign = matrices.gather(-1, source[..., None])[..., 0].float()
@@ -212,6 +213,11 @@ class Representation:
         # (dim, 1, 1), or (batch, dim, 1, 1)
         source, sign = (table[chosen][..., None, None] for table in self.tables(latent.device))
         return sign.to(latent.dtype) * moved.gather(1, source.expand_as(moved))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out tables on other devices, which a pickle's reader may not have."""
+        cpu = torch.device("cpu")
+        return {**self.__dict__, "_tables": {cpu: self._tables[cpu]}}
 
     def __repr__(self) -> str:
         parts = "+".join(f"{n}{irrep.upper()}" for irrep, n in self.multiplicities.items() if n)

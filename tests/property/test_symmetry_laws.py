@@ -1,11 +1,14 @@
 """The group's laws, enumerated: eight elements deserve proof, not samples."""
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
 
 from efae.symmetry import (
+    C4,
     D4,
     FLIPS,
     GROUPS,
@@ -26,6 +29,22 @@ def test_group_axioms():
         assert a @ a.inverse == a.inverse @ a == D4.identity
         assert a @ D4.identity == D4.identity @ a == a
     assert len(D4) == len({g.name for g in D4}) == 8
+
+
+@pytest.mark.parametrize(
+    "make_copy", [copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))]
+)
+def test_copies_and_pickles_have_the_same_group_and_tables_of_the_cpu(make_copy):
+    assert all(make_copy(member) is member for member in GROUPS.values())
+    own = group.Group("D4", C4.elements)
+    assert make_copy(own).elements == own.elements
+    assert make_copy(own) is not own
+    rho, cpu = Representation(D4, a1=1, e=1), torch.device("cpu")
+    rho.tables(torch.device("meta"))
+    copied = make_copy(rho)
+    assert copied.group is D4
+    assert list(copied.__dict__["_tables"]) == [cpu]
+    assert all(map(torch.equal, copied.tables(cpu), rho.tables(cpu)))
 
 
 def test_subgroups_are_closed_and_named():

@@ -175,7 +175,8 @@ def activate(x: Tensor, cosets: int, split: int, bias: Tensor | None = None) -> 
     x = x.contiguous()
     y = torch.empty_like(x)
     grid, sizes, constants = _split_work(x, cosets, split, bias)
-    wrap_triton(_run_forward)[grid](x, x if bias is None else bias, y, *sizes, **constants)
+    with torch.cuda.device_of(x):  # kernels start on the current GPU
+        wrap_triton(_run_forward)[grid](x, x if bias is None else bias, y, *sizes, **constants)
     return y
 
 
@@ -187,7 +188,8 @@ def _activate_backward(
     out = torch.empty_like(x)
     grid, sizes, constants = _split_work(x, cosets, split, bias)
     given = x if bias is None else bias
-    wrap_triton(_run_backward)[grid](x, given, gradient, out, *sizes, **constants)
+    with torch.cuda.device_of(x):
+        wrap_triton(_run_backward)[grid](x, given, gradient, out, *sizes, **constants)
     return out
 
 

@@ -7,6 +7,7 @@ decoder are built that way. Source: Octic Vision Transformers (Nordström, Edste
 """
 
 import math
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -49,21 +50,25 @@ def _join(
     return entries.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
+class _Expanded(threading.local):
+    """What `expanded_once` keeps in this thread: weights by layer and name; None outside of it."""
+
+    weights: "dict[nn.Module, dict[str, Any]] | None" = None
+
+
+_expanded = _Expanded()
+
+
 class Expanding(nn.Module):
-    """A layer whose weights are expanded from fewer coefficients.
-
-    Attributes:
-        kept: Expanded weights by name, inside `expanded_once`; else None.
-    """
-
-    kept: dict[str, Any] | None = None
+    """A layer whose weights are expanded from fewer coefficients."""
 
     def _keep(self, name: str, expand: Callable[[], _T]) -> _T:
-        if self.kept is None:
+        kept = None if _expanded.weights is None else _expanded.weights.get(self)
+        if kept is None:
             return expand()
-        if name not in self.kept:
-            self.kept[name] = expand()
-        return self.kept[name]
+        if name not in kept:
+            kept[name] = expand()
+        return kept[name]
 
 
 @contextmanager
@@ -71,16 +76,16 @@ def expanded_once(model: nn.Module) -> Generator[None]:
     """Expand the weights of all octic layers once, while no coefficient changes.
 
     For inference in several passes, as a sampler makes them: expanding takes a fixed time, which
-    small batches feel.
+    small batches feel. Each thread expands its own, so that another may train the same model, or
+    sample from it, at the same time.
     """
+    outer = _expanded.weights
     layers = [module for module in model.modules() if isinstance(module, Expanding)]
-    for layer in layers:
-        layer.kept = {}
+    _expanded.weights = {**(outer or {}), **{layer: {} for layer in layers}}
     try:
         yield
     finally:
-        for layer in layers:
-            layer.kept = None
+        _expanded.weights = outer
 
 
 class Linear(Expanding):
@@ -103,7 +108,9 @@ class Linear(Expanding):
         super().__init__()
         self.layout = layout_of(group)
         self.m_in, self.m_out = m_in, m_out
-        self.register_buffer("ties", self.layout.ties, persistent=False)
+        # In torch's default dtype, as the coefficients that they are multiplied by.
+        ties = self.layout.ties.to(torch.get_default_dtype())
+        self.register_buffer("ties", ties, persistent=False)
         self.coefficient = nn.Parameter(torch.empty(len(self.ties), m_in, m_out))
         self.bias = nn.Parameter(torch.zeros(m_out)) if bias else None
         # An output sums over `cosets` copies of m_in channels, not over the whole token.

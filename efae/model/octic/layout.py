@@ -62,12 +62,17 @@ class Layout:
 
 
 @functools.cache
-@torch.inference_mode(False)  # for training, too, wherever it is computed first
 def layout_of(group: Group) -> Layout:
     """Compute the layout of a group; averaging over the group finds the maps that commute with it.
 
     Cached, on the CPU and in float32: do not modify its tensors.
     """
+    # For training and on every device, too, whatever the mode in which it is computed first.
+    with torch.inference_mode(False), torch.device("cpu"):
+        return _find_layout(group)
+
+
+def _find_layout(group: Group) -> Layout:
     flips = [D4[name] for name in _FLIP_NAMES if any(D4[name] == g for g in group)]
     columns = [_FLIP_NAMES.index(g.name) for g in flips]
     characters = list(dict.fromkeys(tuple(row[i] for i in columns) for row in _CHARACTERS))
@@ -76,13 +81,14 @@ def layout_of(group: Group) -> Layout:
     # moves features without a sign.
     cosets = [group.identity, *sorted(turns, key=lambda g: g.name != "transpose")[:1]]
     slots, hadamard = len(flips), torch.tensor(characters)  # of norm sqrt(slots)
-    fourier = torch.zeros(slots, len(cosets), len(group))
+    fourier = torch.zeros(slots, len(cosets), len(group), dtype=torch.float32)
     for coset, representative in enumerate(cosets):
         for row, flip in enumerate(flips):
             fourier[:, coset, group.index(flip @ representative)] = hadamard[:, row]
     fourier = fourier.flatten(0, 1)
     actions = torch.stack([fourier @ _regular_matrix(group, g) @ fourier.T / slots for g in group])
-    block = torch.eye(slots).repeat_interleave(len(cosets), 0).repeat_interleave(len(cosets), 1)
+    block = torch.eye(slots, dtype=torch.bool)
+    block = block.repeat_interleave(len(cosets), 0).repeat_interleave(len(cosets), 1)
     numbers = range(len(group))
     ties = _find_commuting(actions, [(i, j) for i in numbers for j in numbers if block[i, j]])
     gains = _find_commuting(actions, [(i, i) for i in numbers])
@@ -90,7 +96,7 @@ def layout_of(group: Group) -> Layout:
     ties = ties.view(-1, slots, len(cosets), slots, len(cosets)).diagonal(dim1=1, dim2=3)
     ties, split = ties.movedim(-1, 1).clone(), 0
     if len(cosets) == 2:
-        irreps = torch.tensor([[1.0, 1.0], [1.0, -1.0]])  # sum and difference, of norm sqrt(2)
+        irreps = torch.tensor([[1, 1], [1, -1]]).to(ties)  # sum and difference, of norm sqrt(2)
         rotated = irreps @ ties @ irreps / 2
         while not rotated[:, split, [0, 1], [1, 0]].any():
             split += 1
@@ -111,7 +117,7 @@ def layout_of(group: Group) -> Layout:
 
 def _regular_matrix(group: Group, g: Element) -> Tensor:
     """Return the action of g on the regular basis: component u becomes component g u."""
-    matrix = torch.zeros(len(group), len(group))
+    matrix = torch.zeros(len(group), len(group), dtype=torch.float32)
     for column, u in enumerate(group):
         matrix[group.index(g @ u), column] = 1
     return matrix
@@ -128,7 +134,7 @@ def _find_commuting(actions: Tensor, entries: list[tuple[int, int]]) -> Tensor:
     for i, j in entries:
         if any(tie[i, j] for tie in found):
             continue
-        elementary = torch.zeros(actions.shape[1:])
+        elementary = torch.zeros_like(actions[0])
         elementary[i, j] = 1
         average = (actions @ elementary @ actions.mT).mean(0)
         if average[i, j] > 1e-6:

@@ -1,13 +1,16 @@
+import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
+from cluster import processes
 from cluster.local_stack import _assign_ports
 from cluster.ports import pick_free
 from cluster.services import SERVICES
-from cluster.state import StackState
+from cluster.state import StackState, load
 from efae.preflight.cluster_checks import reach_cluster
 
 LONGEST_IN_RAY = "/ray/session_2026-11-28_23-12-33_123456_4194304/sockets/dash_MetricsHead"
@@ -62,3 +65,27 @@ def test_no_two_servers_of_a_stack_share_a_port(monkeypatch):
         _assign_ports(state, SERVICES)
         assert state.ports == first
         state.ports["ray.gcs"] = state.ports["s3.master.port"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a start is known by the clock alone")
+def test_a_stack_is_found_again_after_the_clock_was_set(tmp_path):
+    state = StackState(tmp_path)
+    record = processes.start(["sleep", "60"], dict(os.environ), tmp_path / "log")
+    try:
+        state.processes = {
+            "stepped": record._replace(started=record.started - 3600),
+            "old": record._replace(mark=""),
+            "recycled": record._replace(mark=f"{record.mark}0"),
+            "old and recycled": record._replace(started=record.started - 3600, mark=""),
+        }
+        state.save()
+        stored = json.loads((tmp_path / "stack.json").read_text())
+        for name in ("old", "old and recycled"):  # as earlier versions wrote them
+            stored["processes"][name].pop()
+        (tmp_path / "stack.json").write_text(json.dumps(stored))
+        found = load(tmp_path).processes
+        running = [name for name, known in found.items() if processes.is_running(known)]
+        assert running == ["stepped", "old"]
+    finally:
+        processes.stop(record)
+    assert not processes.is_running(found["stepped"])

@@ -1,5 +1,6 @@
 """diffusers takes our autoencoder for one of its own: its pipelines run, save and load it."""
 
+import copy
 import json
 from itertools import pairwise
 
@@ -88,6 +89,7 @@ def test_it_says_what_pipelines_ask(vae):
     settings = vae.config
     assert (settings.in_channels, settings.out_channels, settings.latent_channels) == (3, 3, 16)
     assert (settings.scaling_factor, settings.shift_factor, settings.sample_size) == (1, 0, 16)
+    assert settings.force_upcast is False  # of SDXL, where images are given
     assert 2 ** (len(settings.block_out_channels) - 1) == 8
     assert settings.group == vae.group.name
     assert settings.representation == vae.representation.multiplicities
@@ -108,6 +110,17 @@ def test_pixels_that_are_no_power_of_two_are_refused():
     sizes = {"data.resolution": 12, "model.patch_size": 3, "model.downsampling": 6}
     with pytest.raises(ValueError, match=r"model\.downsampling=6.*power of two"):
         build(**sizes)
+
+
+def test_layers_that_are_offloaded_one_by_one_are_refused_by_name(vae, image):
+    """What enable_sequential_cpu_offload leaves of each module, until that is called itself."""
+    offloaded, latent = copy.deepcopy(vae), vae.encode(image).latent_dist.mode()
+    offloaded.autoencoder.decoder.to("meta")
+    for call in (lambda: offloaded.encode(image), lambda: offloaded.decode(latent)):
+        with pytest.raises(
+            ValueError, match=r"AutoencoderEFAE: .*enable_sequential.*: use enable_m"
+        ):
+            call()
 
 
 def test_a_point_is_its_own_sample(vae, image):

@@ -170,6 +170,22 @@ def test_scaling_shrinks_image_and_latent_together_by_whole_cells():
     assert objective.find_smallest_side(unscaled) == 32
 
 
+def test_every_batch_of_one_generator_has_a_size_of_its_own():
+    config = build(**{"loss.scaling_probability": 0.5}).config
+    plain = with_overrides(config, {"loss.scaling_probability": 0.0})
+    generator, other = (torch.Generator().manual_seed(0) for _ in range(2))
+    drawn = [objective.draw(config, IMAGE.shape, generator) for _ in range(40)]
+    assert {draws.cells for draws in drawn} == {None, (1, 1), (2, 2), (3, 3)}
+    assert drawn[0].t.equal(objective.draw(plain, IMAGE.shape, other).t)
+    # The same again from the same seed, and from a state on the way.
+    assert objective.draw(config, IMAGE.shape, other.manual_seed(0)).cells == drawn[0].cells
+    other.set_state(generator.get_state())
+    sizes = [
+        [objective.draw(config, IMAGE.shape, g).cells for _ in range(9)] for g in (generator, other)
+    ]
+    assert sizes[0] == sizes[1]
+
+
 def test_scaling_commutes_with_the_group():
     model, latent = build(), torch.randn(6, 11, 4, 4)
     for g in D4:

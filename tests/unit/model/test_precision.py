@@ -1,6 +1,8 @@
 """Precision of a model's arithmetic: what it changes, and what it leaves as it was."""
 
 import operator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -8,8 +10,11 @@ import torch
 
 import efae
 from efae.evaluation.evaluate import evaluate
+from efae.model.octic.layers import Linear
 from efae.model.octic.layout import layout_of
 from efae.model.precision import at_precision, float32_arithmetic
+from efae.symmetry.any_angle import _cosine_transforms, disk_mask
+from efae.symmetry.group import _find_sources_once, grid_sources
 
 IMAGES = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0))
 NOISE = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -29,6 +34,12 @@ def test_a_loaded_model_runs_at_its_precision_and_returns_float32(precision, err
         difference = float((got - expected).square().mean().sqrt())
         assert difference <= error
         assert (difference > 0) == (error > 0)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", torch.bfloat16, ""])
+def test_an_unknown_precision_is_refused(precision):
+    with pytest.raises(ValueError, match=r"precision=.*unknown: use fp32, tf32, bf16, fp16 or No"):
+        efae.load("builtin:openmoji-32", precision=precision)
 
 
 def test_an_evaluation_says_at_which_precision_the_model_ran():
@@ -63,6 +74,40 @@ def test_inference_mode_leaves_later_training_alone():
     loss, _ = efae.Objective(trained)(IMAGES / 127.5 - 1, torch.Generator().manual_seed(0))
     latent = torch.zeros(1, 32, 4, 4, requires_grad=True)
     (loss.sum() + trained.act(efae.D4["rot90"], latent).sum()).backward()
+
+
+def build_what_is_cached(side):
+    layout_of.cache_clear()
+    cpu, rho = torch.device("cpu"), efae.Representation(efae.D4, a1=1, e=1)
+    return [
+        layout_of(efae.D4).fourier,
+        layout_of(efae.D4).ties,
+        grid_sources(efae.D4, side, side),
+        disk_mask(side, side, edge=1.0),
+        *_cosine_transforms(side, cpu, torch.float32),
+        *rho.tables(cpu),
+    ]
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")], ids=str)
+def test_defaults_of_torch_do_not_reach_what_later_models_share(default):
+    for cached in (_find_sources_once, disk_mask, _cosine_transforms):
+        cached.cache_clear()
+    before = torch.get_default_dtype()
+    try:
+        if isinstance(default, torch.dtype):
+            torch.set_default_dtype(default)
+        with default if isinstance(default, torch.device) else nullcontext():
+            found = build_what_is_cached(5)
+            width, cosets = 4, layout_of(efae.D4).cosets
+            linear = Linear(efae.D4, width, width)
+            x = torch.ones(layout_of(efae.D4).slots, 1, cosets * width)
+    finally:
+        torch.set_default_dtype(before)
+    assert all(map(torch.equal, found, build_what_is_cached(5)))
+    assert {tensor.dtype for tensor in found} == {torch.float32, torch.int64}
+    if isinstance(default, torch.dtype):
+        assert linear(x).dtype == default
 
 
 def read_arithmetic():
@@ -102,6 +147,18 @@ def test_the_settings_of_the_process_are_put_back(products, convolutions):
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_calls_that_overlap_in_two_threads_leave_nothing_behind():
+    before = read_arithmetic()
+    first, second = (float32_arithmetic(precision) for precision in ("tf32", "fp32"))
+    with ThreadPoolExecutor(1) as other:
+        other.submit(first.__enter__).result()
+        second.__enter__()
+        other.submit(first.__exit__, None, None, None).result()
+        assert read_arithmetic() == ["ieee"] * 4
+        second.__exit__(None, None, None)
+    assert read_arithmetic() == before
 
 
 @pytest.mark.parametrize("value", ["tf32", "ieee"])

@@ -101,6 +101,7 @@ def test_the_configuration_says_what_latent_diffusion_reads(tmp_path):
     assert settings["_class_name"] == "AutoencoderEFAE"
     assert (settings["latent_channels"], settings["sample_size"]) == (16, 16)
     assert (settings["scaling_factor"], settings["shift_factor"]) == (1.0, 0.0)
+    assert settings["force_upcast"] is False
     assert settings["group"] == "D4"
     planes = settings["representation"].pop("e")
     assert sum(settings["representation"].values()) + 2 * planes == 16

@@ -1,9 +1,13 @@
 """What is done with model files that are not what they claim to be, and what is used offline."""
 
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from efae.model.autoencoder import Autoencoder
 from efae.model.pretrained import pack_model
 from efae.model.representation import build_representation
 from efae.model.stored_files import MANIFEST, MODEL_FILES, WEIGHTS, CheckpointError, sha256
+from efae.registry import pull
 from efae.registry.cache import fetch_model, read_copy
 from efae.registry.offline_names import mention_copy, recall, remember
 from tests.opened_files import watch_opens
@@ -62,6 +67,7 @@ def fetch(source: Path, cache: Path, manifest_digest: str | None = None) -> Path
     folder, _ = fetch_model(
         "models:/m/1", lambda name: (source / name).read_bytes(), cache, manifest_digest
     )
+    assert folder is not None
     return folder
 
 
@@ -94,6 +100,53 @@ def test_a_copy_that_changed_is_fetched_again_and_offline_refused(tmp_path, harm
     for name in (*MODEL_FILES, MANIFEST):
         assert (folder / name).read_bytes() == (source / name).read_bytes()
     assert read_copy("models:/m/1", recall(cache, SERVER, "models:/m/1")).files
+
+
+def test_other_users_can_read_what_one_has_downloaded(tmp_path):
+    before = os.umask(0o022)
+    try:
+        folder = fetch(write_model(tmp_path / "source"), tmp_path / "cache")
+    finally:
+        os.umask(before)
+    assert [oct(p.stat().st_mode & 0o777) for p in (folder.parent, folder)] == ["0o755"] * 2
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in folder.iterdir())
+    assert list(folder.parent.iterdir()) == [folder]  # nothing of the download is left
+
+
+def test_several_that_find_a_damaged_copy_replace_it_with_one_good_copy(tmp_path):
+    """Threads, since they start at once; what processes share is the same files."""
+    cache, source = tmp_path / "cache", write_model(tmp_path / "source")
+    folder, together = fetch(source, cache), Barrier(4)
+
+    def pull_together(_: int) -> Path:
+        together.wait()
+        return fetch(source, cache, folder.name)
+
+    for _ in range(5):
+        flip_last_bit(folder, source)
+        with ThreadPoolExecutor(4) as threads:
+            assert list(threads.map(pull_together, range(4))) == [folder] * 4
+        assert read_copy("models:/m/1", folder).files
+        assert list(cache.iterdir()) == [folder]
+
+
+def test_a_model_is_loaded_where_the_cache_cannot_be_written(tmp_path, monkeypatch, caplog):
+    """A file in the way stands for a read-only disk, which the superuser could write."""
+    source = write_loadable(tmp_path / "source")
+    monkeypatch.setenv("EFAE_CACHE_DIR", str(source / WEIGHTS))
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, ThreadPoolExecutor(1) as thread:
+        thread.submit(server.serve_forever)
+        uri = f"http://127.0.0.1:{server.server_port}/source"
+        try:
+            assert efae.load(uri).config == TINY
+            assert "is not kept" in caplog.text
+            assert "set EFAE_CACHE_DIR to a folder that can be written" in caplog.text
+            assert efae.load(pull.pull(uri, tmp_path / "mine")).config == TINY
+            with pytest.raises(ValueError, match=f"{uri} has no folder.*set EFAE_CACHE_DIR"):
+                pull.pull(uri)
+        finally:
+            server.shutdown()
 
 
 def test_a_manifest_digest_never_becomes_a_path_out_of_the_cache(tmp_path):

@@ -4,7 +4,9 @@ from decimal import Decimal
 
 import pytest
 
-from efae.registry.promotion import GATES, HIGHER_IS_BETTER, Contender, Terms, judge
+from efae.registry import versions
+from efae.registry.promotion import GATES, HIGHER_IS_BETTER, Contender, Terms, judge, promote
+from efae.tracking.server import Server
 
 TAGS = {
     "train_data": "aaaa",
@@ -220,3 +222,26 @@ def test_fids_of_samples_that_were_drawn_or_compared_otherwise_do_not_compare(ke
     assert failing(generator(2, **{key: None}), None) == ["images"]
     for value in (None, "unknown"):
         assert failing(generator(2, metric_fid=value), generator(1)) == ["metric"]
+
+
+@pytest.mark.parametrize("alias", ["latest", "Latest", "v3", "", "a/b", "best one"])
+def test_an_alias_that_mlflow_refuses_is_refused_before_anything_is_asked(alias):
+    nobody = Server("http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=f"--alias {alias}: use letters.*which MLflow reserves"):
+        promote("models:/efae/2", alias, Terms(), nobody, compare=False)
+
+
+@pytest.mark.parametrize("before", [{}, {"promoted.latest": "replaced: nothing"}])
+def test_an_alias_that_is_not_set_leaves_the_tags_as_they_were(tmp_path, monkeypatch, before):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow's own, without a server
+    server = Server(str(tmp_path))
+    client = server.client()
+    client.create_registered_model("efae")
+    client.create_model_version("efae", str(tmp_path / "model"), tags=before)
+    version = versions.as_registered(client.get_model_version("efae", "1"))
+    with pytest.raises(ValueError, match="reserved"):
+        versions.move_alias(version, "latest", "replaced: efae/2", server)
+    assert client.get_model_version("efae", "1").tags == before
+    versions.move_alias(version, "best", "replaced: efae/2", server)
+    after = client.get_model_version_by_alias("efae", "best")
+    assert after.tags == {**before, "promoted.best": "replaced: efae/2"}

@@ -196,6 +196,17 @@ def test_tokens_need_not_be_contiguous():
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_on_the_gpu_of_their_tokens():
+    x = draw(4, 6, 40)
+    other = x.detach().to("cuda:1").requires_grad_()
+    for got, wanted in zip(
+        *(apply(lambda x: activate(x, 2, 2), y) for y in (other, x)), strict=True
+    ):
+        assert got.device == other.device
+        assert torch.equal(got.cpu(), wanted.cpu())
+
+
 def test_nothing_but_a_gpu_dispatches_to_the_kernels(monkeypatch):
     monkeypatch.setattr("efae.model.octic.on_gpu.activate", lambda *_, **__: pytest.fail("called"))
     x = draw(4, 3, 40).detach()
