@@ -65,7 +65,7 @@ def load(
         StorageError: The storage refuses or does not answer.
     """
     from efae.model.precision import Precision
-    from efae.model.pretrained import find_folder
+    from efae.model.pretrained import find_folder, read_folder
 
     known = get_args(Precision)
     if precision not in (None, *known):
@@ -76,7 +76,7 @@ def load(
     if folder is not None:  # saves the seconds that importing MLflow takes
         from efae.model.autoencoder import Autoencoder
 
-        model = Autoencoder.from_pretrained(folder, device)
+        model = Autoencoder.restore(read_folder(folder), device)
     else:
         from efae.registry import pull
 

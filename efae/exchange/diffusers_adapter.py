@@ -249,10 +249,8 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         )
         found = devices.get("") if hasattr(devices, "get") else devices
         device = "cpu" if found is None else str(torch.device(found))
-        stored = pretrained.read_folder(folder)
-        saved = next(iter(stored.weights.values())).dtype
-        loaded = Autoencoder.restore(stored, device)
-        return cls(loaded.to(dtype=dtypes[1] or dtypes[0] or saved)).eval()
+        loaded = Autoencoder.from_pretrained(folder, device)
+        return cls(loaded.to(dtype=dtypes[1] or dtypes[0])).eval()
 
     def _check_offloading(self) -> None:
         # Our modules use each other's weights, which hooks on each module alone do not bring back.

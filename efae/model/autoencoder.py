@@ -135,6 +135,9 @@ class Autoencoder(Compilable):
     def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> "Autoencoder":
         """Load a model from a local folder for inference: evaluation mode, no gradients.
 
+        Weights keep the dtype that they were saved in; those in half precision need
+        `torch.autocast`.
+
         Args:
             folder: Folder that `save_pretrained` wrote, here or in the adapter for diffusers.
             device: Device, as torch names them.
@@ -142,16 +145,18 @@ class Autoencoder(Compilable):
         Raises:
             CheckpointError: The folder is not as it was saved, or holds a pickle; names the file.
         """
-        return cls.restore(pretrained.read_folder(folder), device)
+        return cls.restore(pretrained.read_folder(folder), device, widens=False)
 
     @classmethod
-    def restore(cls, stored: pretrained.StoredModel, device: str = "cpu") -> "Autoencoder":
+    def restore(
+        cls, stored: pretrained.StoredModel, device: str = "cpu", widens: bool = True
+    ) -> "Autoencoder":
         """The model that was read from a folder, for inference: evaluation mode, no gradients.
 
         Args:
-            stored: Model as its folder holds it; its weights become the model's own, those in
-                half precision in float32.
+            stored: Model as its folder holds it; its weights become the model's own.
             device: Device, as torch names them.
+            widens: Whether weights in half precision become float32.
 
         Raises:
             CheckpointError: Its weights are not its configuration's.
@@ -160,7 +165,7 @@ class Autoencoder(Compilable):
         model = cls(stored.config)
         pretrained.check_weights(stored, model.state_dict())
         model.load_state_dict(stored.weights, assign=True)
-        return model.to(device, model._dtype).eval().requires_grad_(False)
+        return model.to(device, model._dtype if widens else None).eval().requires_grad_(False)
 
     def encode(
         self, image: Float[Tensor, "b c h w"], *, tile: int | None = None
