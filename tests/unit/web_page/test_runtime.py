@@ -67,7 +67,7 @@ def test_what_the_page_needs_is_missed_before_work_starts(cache, tmp_path, monke
     remedy = "install npm, or copy"
     if missing == "onnxscript":
         monkeypatch.setitem(sys.modules, missing, None)
-        remedy = r"needs the package onnxscript: pip install 'efae\[onnx\]'"
+        remedy = r"needs the package onnxscript: in the checkout of efae, pip install '\.\[onnx\]'"
     config = with_overrides(Config(), {"tracking.page": True})
     checks = dict(list_checks(config, RunData(config.data), Server("")))
     with pytest.raises(ValueError, match=remedy):
