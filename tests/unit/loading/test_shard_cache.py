@@ -326,7 +326,7 @@ class TestRemote:
             assert cache.open(chunk) == expected(tars, chunk)
             assert cache.open(0) == expected(tars, 0)
             assert cache.holds(chunk)
-            assert cache.holds(0)  # the least recently used goes first
+            assert cache.holds(0)
             assert count_open_files(tmp_path / "cache") <= 16
 
     def test_leaves_few_lock_files(self, open_cache, tmp_path):
