@@ -312,8 +312,9 @@ def _write_missing(
     from tqdm import tqdm
 
     found = unfinished.read_records(folder, [job.name for job in jobs], there)
-    if INDEX_NAME not in there:  # what an index describes stays as it is
-        # A faulty file may have been repaired, even at equal size.
+    # What an index describes stays as it is, and so does what an interrupted run made.
+    if INDEX_NAME not in there and len(found) == len(jobs):
+        # That run was refused for its faults: a file may have been repaired, even at equal size.
         found = {name: kept for name, kept in found.items() if not kept.provenance.get(FAULTS)}
     records = {
         job.name: found[job.name]

@@ -233,6 +233,8 @@ def _interruptible() -> Generator[None]:
     try:
         yield
     except SystemExit as error:
+        if error.code:  # a signal that ends the job
+            raise
         raise KeyboardInterrupt from error
     finally:
         signal.signal(signal.SIGINT, handler)

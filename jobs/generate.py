@@ -71,6 +71,10 @@ def train(config: GeneratorConfig) -> int:
     except (ValueError, OSError, TrainingFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        again = f"--tracking.run-name {config.tracking.run_name}"
+        print(f"stopped; the same command with {again} resumes", file=sys.stderr)
+        return 130
     print_facts(facts)
     return 0
 

@@ -26,8 +26,8 @@ from data_pipelines.storage.files import FULL_DISK
 from data_pipelines.storage.retries import StorageError
 
 _JOB = "job"
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Error numbers of a machine, not of a file."""
+_DAMAGED = (errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ELOOP, errno.EISDIR)
+"""Error numbers of one file, not of its disk or server."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,8 @@ def write_shard(source: SampleSource, job: ShardJob) -> ShardIndex:
             image = source.load(entry, job.resolution)
         except PermissionError as error:
             return f"{error.filename or entry.place}: may not be read ({error.strerror or error})"
-        except (FileNotFoundError, StorageError):  # not of this file alone
-            raise
         except OSError as error:
-            if error.errno in (*FULL_DISK, *_EXHAUSTED):
+            if error.errno not in _DAMAGED:
                 raise
             return f"{error.filename or entry.place}: cannot be read ({error.strerror or error})"
         except ValueError as error:

@@ -26,6 +26,7 @@ import resource
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -114,9 +115,18 @@ class ShardCache:
             raise ShardError(location.uri, None, reason) from error
         with self._lock:
             self._maps.update(found)
-            while len(self._maps) > self._most_maps:
-                del self._maps[next(iter(self._maps))]
+            if len(self._maps) > self._most_maps:
+                self._drop_oldest()
         return [self._slice(chunk, found[self._number(chunk)]) for chunk in chunks]
+
+    def _drop_oldest(self) -> None:
+        """Drop mappings until few files are open; chunks that were fetched together share one."""
+        held = Counter(path for path, _ in self._maps.values())
+        while len(held) > self._most_maps:
+            path, _ = self._maps.pop(next(iter(self._maps)))
+            held[path] -= 1
+            if not held[path]:
+                del held[path]
 
     def refetch(self, chunk: int) -> memoryview:
         """Fetch the chunk, and others in its file, again; a local shard is only mapped again."""

@@ -24,8 +24,6 @@ _MACHINE_KEYS = (
     # They change rounding, or measurements, alone.
     *("training.micro_batch_size", "training.activation_memory", "training.compile"),
     *("training.evaluation_precision", "training.profile_steps", "flow.sampler_steps"),
-    # They change what is written, and how often.
-    *("training.checkpoint_interval", "training.log_interval", "training.held_out_images"),
 )
 
 
@@ -143,6 +141,12 @@ def from_json(text: str) -> Config:
 def decides_weights(key: str) -> bool:
     """Return whether this setting influences the weights; names, places and caches do not."""
     return not key.startswith(_RUN_KEYS) and key not in _MACHINE_KEYS
+
+
+def binds_run(key: str) -> bool:
+    """Return whether an unfinished run must keep this setting."""
+    written = ("training.checkpoint_interval", "training.log_interval", "training.held_out_images")
+    return decides_weights(key) and key not in written
 
 
 def digest(config: AnyConfig) -> str:

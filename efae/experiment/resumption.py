@@ -29,7 +29,7 @@ def find_start(config: AnyConfig) -> int:
                 " name"
             )
         changes = configuration.list_changes(found, config)
-        changed = [line for key, line in changes if configuration.decides_weights(key)]
+        changed = [line for key, line in changes if configuration.binds_run(key)]
         if changed:
             raise ValueError(
                 f"tracking.run_name={name!r}: that run has another configuration"

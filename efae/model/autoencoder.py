@@ -236,6 +236,13 @@ class Autoencoder(Compilable):
         """Dtype of latents and images: float32, or that of wider weights."""
         return torch.promote_types(next(self.parameters()).dtype, torch.float32)
 
+    def _cast(self, given: Tensor) -> Tensor:
+        """Cast images or latents, unless all is in half precision, weights included."""
+        same = given.dtype == next(self.parameters()).dtype
+        if same and not torch.is_autocast_enabled(given.device.type):
+            return given
+        return given.to(self._dtype)
+
     def _pad(self, image: Tensor) -> Tensor:
         """Check images, and pad them to whole cells; the first time with a warning."""
         _require_floats(
@@ -244,7 +251,7 @@ class Autoencoder(Compilable):
             "encode takes a tensor of floats in [-1, 1]; for bytes, image / 127.5 - 1",
         )
         _require_batch("image", image, self.config.data.channels)
-        image, f = image.to(self._dtype), self.config.model.downsampling
+        image, f = self._cast(image), self.config.model.downsampling
         padded = pad_to_cells(image, f)
         if padded is not image and not self._warned_of_padding:
             self._warned_of_padding = True
@@ -371,7 +378,7 @@ class Autoencoder(Compilable):
             raise ValueError("decode needs either noise or seed, so that it can be repeated")
         _require_floats("latent", latent, "decode takes the tensor of floats that encode returns")
         _require_batch("latent", latent, self.representation.dim)
-        latent = latent.to(self._dtype)
+        latent = self._cast(latent)
         f, (rows, columns) = self.config.model.downsampling, latent.shape[-2:]
         shape = (latent.shape[0], self.config.data.channels, rows * f, columns * f)
         if size is not None:

@@ -65,6 +65,15 @@ def test_images_latents_and_seeds_of_any_kind_are_taken():
     assert torch.equal(sample, model.decode(latent.double(), seed=3))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_needs_no_autocast(dtype):
+    model = efae.load("builtin:openmoji-32").to(dtype)
+    image = IMAGES.to(dtype) / 127.5 - 1
+    sample = model.decode(model.encode(image).to(dtype), noise=NOISE.to(dtype), steps=1)
+    assert sample.dtype == dtype
+    assert (sample.float() - image.float()).square().mean() < 0.5
+
+
 def test_inference_mode_leaves_later_training_alone():
     layout_of.cache_clear()
     with torch.inference_mode():
