@@ -196,6 +196,7 @@ def test_tokens_need_not_be_contiguous():
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_kernels_run_on_the_gpu_of_their_tokens():
     x = draw(4, 6, 40)
