@@ -166,9 +166,10 @@ class TestBuild:
         with pytest.raises(SourceFaults) as error:
             build_shards(f"folder:{folder}", f"{tmp_path}/set")
         assert error.value.faults == [f"{folder}/n03.png: cannot be read (Input/output error)"]
-        fault["number"] = errno.EMFILE  # not the file's
-        with pytest.raises(OSError, match=r"Too many open files: .*n03\.png"):
-            build_shards(f"folder:{folder}", f"{tmp_path}/set", tolerance=Tolerance(9))
+        for number in (errno.EMFILE, errno.ESTALE):  # not the file's
+            fault["number"] = number
+            with pytest.raises(OSError, match=rf"{os.strerror(number)}: .*n03\.png"):
+                build_shards(f"folder:{folder}", f"{tmp_path}/set", tolerance=Tolerance(9))
 
     def test_a_file_that_was_mended_at_equal_size_is_read_again(self, folder, tmp_path):
         source, output = tmp_path / "source", tmp_path / "set"
@@ -183,6 +184,19 @@ class TestBuild:
         assert "1 bad images left out" in text
         assert "n07.png" in (output / "faults.txt").read_text()
         assert len(ShardDataset.open(str(output))) == 22
+
+    def test_an_interrupted_build_keeps_shards_with_faults(self, folder, tmp_path):
+        source, output = tmp_path / "source", tmp_path / "set"
+        shutil.copytree(folder, source)
+        good = (source / "n03.png").read_bytes()
+        for name in ("n03.png", "n07.png"):
+            (source / name).write_bytes(bytes((source / name).stat().st_size))
+        with pytest.raises(SourceFaults, match="2 faults"):
+            build_shards(f"folder:{source}", str(output), None, 4, tolerance=Tolerance(1))
+        sorted((output / ".unfinished").glob("*.tar.json"))[-1].unlink()  # as if not reached
+        (source / "n03.png").write_bytes(good)
+        text = build_shards(f"folder:{source}", str(output), None, 4, tolerance=Tolerance(2))
+        assert "2 bad images left out" in text  # n03 belongs to a shard that was kept
 
     def test_a_restart_between_the_sets_keeps_the_report(self, folder, tmp_path, monkeypatch):
         source, output = tmp_path / "source", tmp_path / "set"
