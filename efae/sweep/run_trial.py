@@ -16,6 +16,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from efae.config import Config
 from efae.config import forms as configuration
 from efae.config.forms import with_overrides
+from efae.experiment.resumption import find_start
 from efae.model.representation import build_representation
 from efae.ray_trainer import TrainingFailed, is_final, run_training, set_up_worker
 from efae.sweep.config import VALIDATED
@@ -86,8 +87,9 @@ def run_trial(proposal: dict[str, Any], sweep: Sweep) -> None:
     """
     record = TrialRecord(**proposal["record"])
     config = configure_trial(sweep, record)
-    run = _begin_run(sweep, record, config)
     try:
+        find_start(config)  # refuses the checkpoint of another run that has this trial's name
+        run = _begin_run(sweep, record, config)
         if config.ray.most_workers > 1:
             run_training(config, run, on_validation=TuneReportCallback())
         else:

@@ -1,0 +1,43 @@
+"""One trial in its process, without Ray Tune: what it resumes, and what it reports of a failure."""
+
+from dataclasses import asdict
+
+import pytest
+
+from efae.checkpoints.checkpoint import checkpoint_name, write_checkpoint
+from efae.config import Config
+from efae.config.forms import to_json, with_overrides
+from efae.sweep import run_trial
+from efae.sweep.records import TrialRecord
+from efae.tracking.runs import Run
+from efae.tracking.server import Server
+from tests.unit.checkpoints.test_checkpoint import make_state
+
+RATE = "optimizer.learning_rate"
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """Function that runs trial 1 at a rate; returns whether it trained, and the cause it gives."""
+    seen: list[str] = []
+    monkeypatch.setattr(run_trial, "_begin_run", lambda *_: Run(Server("http://mlflow:5000"), "1"))
+    monkeypatch.setattr(run_trial, "_train_here", lambda *_: seen.append("trained"))
+    monkeypatch.setattr(run_trial.tune, "report", lambda facts: seen.append(facts["cause"]))
+
+    def start(config: Config, rate: float) -> list[str]:
+        sweep = run_trial.Sweep("demo", to_json(config), Run(Server("http://mlflow:5000"), "0"))
+        record = TrialRecord(1, "search", {RATE: rate}, seed=0, latent_size=1)
+        run_trial.run_trial({"record": asdict(record)}, sweep)
+        return seen
+
+    return start
+
+
+@pytest.mark.parametrize(("rate", "said"), [(0.001, "trained"), (0.05, "another configuration")])
+def test_a_trial_resumes_its_own_run_and_refuses_another(tmp_path, started, rate, said):
+    config = with_overrides(Config(), {"ray.storage_uri": str(tmp_path), "ray.num_workers": 1})
+    found = with_overrides(config, {"tracking.run_name": "demo-001", RATE: 0.001})
+    folder = tmp_path / "demo-001" / checkpoint_name(40)
+    write_checkpoint(folder, **make_state(40) | {"config": found})
+    (seen,) = started(config, rate)
+    assert said in seen
