@@ -82,7 +82,8 @@ def _list_values(distribution: BaseDistribution) -> list[Any] | None:
     if range_.step is None or range_.log:
         return None
     count = round((range_.high - range_.low) / range_.step) + 1
-    return [range_.low + i * range_.step for i in range(count)]
+    # Optuna rounds and clips in the same way: 3 * 0.1 exceeds 0.3.
+    return [min(range_.low + i * range_.step, range_.high) for i in range(count)]
 
 
 def _contains(distribution: BaseDistribution, value: Any) -> bool:

@@ -111,6 +111,23 @@ def test_a_later_driver_goes_on(tmp_path):
     assert len(again.trials) == 10
 
 
+@pytest.mark.parametrize("search", ["optuna", "grid"])
+def test_steps_of_a_tenth_come_once_each_and_resume(tmp_path, search):
+    """3 * 0.1 is more than 0.3."""
+    space = tmp_path / "space.toml"
+    space.write_text('"optimizer.weight_decay" = {low = 0.0, high = 0.3, step = 0.1}')
+    settings = SweepConfig(name="s", search=search, space=str(space), trials=9)
+    records, proposals = begin(tmp_path / "sweep", settings)
+    for i in range(4):
+        record = TrialRecord(**proposals.suggest(str(i))["record"])
+        proposals.on_trial_complete(str(i), error=True)
+        records.update(record.number, state="failed", cause="no memory")
+    tried = [record.combination["optimizer.weight_decay"] for record in records.trials.values()]
+    assert sorted(tried) == [0.0, 0.1, 0.2, 0.3]
+    _, resumed = begin(tmp_path / "sweep", settings)
+    assert resumed.suggest("5") == "FINISHED"
+
+
 def test_a_later_driver_knows_the_values(tmp_path):
     """Optuna goes by what earlier drivers found: its next proposals are near the best."""
     settings = SweepConfig(name="s", trials=30)
