@@ -6,13 +6,14 @@ then takes the remaining channels.
 """
 
 import difflib
+import functools
 import itertools
 import math
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_type_hints
 
 from optuna.distributions import (
     BaseDistribution,
@@ -273,7 +274,12 @@ def read_space(source: str, config: Config) -> Space:
             f"sweep.space={source}: of {_MULTIPLICITIES}.a1, a2, b1, b2 and e, one of the first"
             " four may be left out (it takes the remaining channels); give the others"
         )
-    return Space({key: _read_values(source, key, values) for key, values in table.items()})
+    return Space(
+        {
+            key: _read_values(source, key, values, _is_fraction(config, key))
+            for key, values in table.items()
+        }
+    )
 
 
 def _join_keys(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -288,14 +294,23 @@ def _join_keys(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return joined
 
 
-def _read_values(source: str, key: str, values: Any) -> BaseDistribution:
+def _is_fraction(config: Config, key: str) -> bool:
+    """Return whether the setting is a float, even if it is not set."""
+    *sections, name = key.split(".")
+    section = functools.reduce(getattr, sections, cast(Any, config))
+    kind = get_type_hints(type(section)).get(name)
+    return float in (kind, *get_args(kind))
+
+
+def _read_values(source: str, key: str, values: Any, is_fraction: bool) -> BaseDistribution:
     given = cast(dict[str, Any], values if isinstance(values, dict) else {"choices": values})
     try:
         if set(given) == {"choices"}:
             return CategoricalDistribution(_check_choices(given["choices"]))
         low, high = given["low"], given["high"]
         rest = {name: given[name] for name in given if name not in ("low", "high")}
-        if isinstance(low, int) and isinstance(high, int):
+        whole = all(isinstance(number, int) for number in (low, high, rest.get("step", 1)))
+        if whole and not is_fraction:
             return IntDistribution(low, high, **rest)
         return FloatDistribution(low, high, **rest)
     except (KeyError, TypeError, ValueError) as error:

@@ -136,6 +136,24 @@ def test_a_file_says_values(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("key", "more", "values"),
+    [
+        ("optimizer.weight_decay", "", None),
+        ("optimizer.weight_decay", ", step = 0.25", [0.0, 0.25, 0.5, 0.75, 1.0]),
+        (CHIRALITY, ", step = 1", [0.0, 1.0]),
+        (CHIRALITY, "", None),
+        ("optimizer.warmup_steps", "", [0, 1]),
+    ],
+)
+def test_whole_bounds_of_a_fraction_are_a_range_of_fractions(tmp_path, key, more, values):
+    path = tmp_path / "space.toml"
+    path.write_text(f'"{key}" = {{low = 0, high = 1{more}}}')
+    space = read_space(str(path), QUICKSTART)
+    assert space.is_finite == (values is not None)
+    assert values is None or [combination[key] for combination in space.combinations] == values
+
+
+@pytest.mark.parametrize(
     ("text", "complaint"),
     [
         ('"model.widht" = [1]', "model.widht"),
