@@ -199,7 +199,7 @@ def list_overrides(combination: Mapping[str, Any], dim: int) -> dict[str, Any]:
 
     Args:
         combination: Values by key of the space.
-        dim: Number of latent channels.
+        dim: Number of latent channels, unless the combination has it.
 
     Raises:
         ValueError: The multiplicities exceed the channels.
@@ -211,6 +211,7 @@ def list_overrides(combination: Mapping[str, Any], dim: int) -> dict[str, Any]:
         if k.startswith(f"{_MULTIPLICITIES}.")
     }
     if counts:
+        dim = combination.get("representation.dim", dim)
         missing = [irrep for irrep in IRREPS if irrep not in counts]
         taken = sum(count * (2 if irrep == "e" else 1) for irrep, count in counts.items())
         if missing:

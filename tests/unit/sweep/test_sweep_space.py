@@ -109,6 +109,12 @@ def test_multiplicities_take_what_is_left():
     assert config.representation.multiplicities == (10, 2, 4, 6, 5)
 
 
+def test_multiplicities_take_what_is_left_of_searched_channels():
+    combination = {"representation.dim": 64} | dict(zip(COPIES, (2, 4, 6, 5), strict=True))
+    representation = build_representation(apply_combination(QUICKSTART, combination))
+    assert (representation.dim, representation.multiplicities["a1"]) == (64, 42)
+
+
 def test_a_file_says_values(tmp_path):
     path = tmp_path / "space.toml"
     path.write_text(
