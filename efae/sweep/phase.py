@@ -127,8 +127,9 @@ def make_scheduler(config: Config, settings: SweepConfig) -> ASHAScheduler:
 
 def find_first_rung(config: Config, settings: SweepConfig) -> int:
     """Return the step of the first validation at which a trial can be stopped."""
-    interval = config.training.evaluation_interval
-    return max(1, round(settings.first_rung * config.training.steps / interval)) * interval
+    steps, interval = config.training.steps, config.training.evaluation_interval
+    first = max(1, round(settings.first_rung * steps / interval)) * interval
+    return first if first < steps else first - interval  # nothing is stopped at the last step
 
 
 def replay(scheduler: TrialScheduler, record: TrialRecord) -> None:

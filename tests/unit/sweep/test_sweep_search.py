@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
+from efae.config.forms import with_overrides
 from efae.presets import PRESETS
 from efae.sweep.config import VALIDATED, SweepConfig
 from efae.sweep.phase import find_first_rung, make_scheduler, replay
@@ -240,6 +241,14 @@ def test_asha_remembers_what_earlier_drivers_saw(metric):
 
     assert decide("good", 0.15, (150, 300, 450, 600)) == ["CONTINUE"] * 4
     assert decide("bad", 0.5, (75, 150)) == ["CONTINUE", "STOP"]
+
+
+@pytest.mark.parametrize(("interval", "first"), [(500, 500), (300, 600), (100, 800)])
+def test_the_first_rung_comes_before_the_last_step(interval, first):
+    changes = {"training.steps": 1000, "training.evaluation_interval": interval}
+    config, settings = with_overrides(CONFIG, changes), SweepConfig(name="s", first_rung=0.75)
+    assert find_first_rung(config, settings) == first
+    make_scheduler(config, settings)
 
 
 def test_finalists_are_the_best_and_planned_once(tmp_path):
