@@ -60,12 +60,15 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
     metric, mode = objective["metric"], objective["mode"]
     best = sweep["best"]
     chosen = _best_trials(trials, best, sweep["space"])
-    theory, closed_form = sweep["theory"], sweep.get("closed_form_split")
+    closed_form = sweep.get("closed_form_split")
+    # Splits of different numbers of channels have no common axes.
+    comparable = "representation.dim" not in sweep["space"]
+    theory = sweep["theory"] if comparable else None
     prediction = (theory["rotation_dims"], theory["chirality_split"]) if theory else None
-    linear = _place(closed_form["multiplicities"]) if closed_form else None
+    linear = _place(closed_form["multiplicities"]) if closed_form and comparable else None
 
     ends = find_ends(trials, metric)
-    surface = fit_surface(ends, sweep["dim"])
+    surface = fit_surface(ends, sweep["dim"]) if comparable else None
     if surface:
         draw_surface(
             trials,
@@ -126,7 +129,7 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
             for trial in trials
         ),
         estimated=sum(not end.trial.finished for end in ends),
-        no_surface=_why_no_surface(ends),
+        no_surface=_why_no_surface(ends) if comparable else "the trials have different dimensions",
         pairs=pairs,
         front=[t for t in _ranked(trials, metric, mode) if t.key in sweep["pareto"]],
         importances=importances,

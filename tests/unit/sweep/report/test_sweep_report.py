@@ -273,6 +273,17 @@ def test_a_sweep_of_multiplicities_is_about_channels_too(tmp_path, sweep):
     assert f"{trials[13]['multiplicities']['a1']} channels invariant" in words(page)
 
 
+def test_trials_of_different_dimensions_are_not_compared_by_their_splits(tmp_path, sweep):
+    wider = [t | {"multiplicities": t["multiplicities"] | {"a1": 64}} for t in sweep["trials"]]
+    space = sweep["space"] | {"representation.dim": {"choices": [64, 128]}}
+    text = words(write(tmp_path, sweep | {"trials": wider, "space": space}))
+    assert not (tmp_path / "surface.png").exists()
+    assert "No response surface: the trials have different dimensions." in text
+    assert "level exact, different numbers of channels of one latent cell" in text
+    assert "which theory predicts" not in text
+    assert "A model of that split" not in text
+
+
 def test_theory_may_be_the_best_or_known_by_the_surface_alone(tmp_path, sweep):
     def say(rotation_dims: int) -> str:
         theory = {"rotation_dims": rotation_dims, "chirality_split": 0.5}
