@@ -150,7 +150,8 @@ def run_training(config: AnyConfig, run: Run, on_validation: UserCallback | None
             return _fit(config, run, on_validation)
         except (RayActorError, ray.train.ControllerError) as error:
             # The workers died with it; their checkpoints remain.
-            what = f"Ray's controller was lost: {first_cause(error)}"
+            cause = first_cause(getattr(error, "controller_failure", error))
+            what = f"Ray's controller was lost: {cause}"
             record_event(locate_run(config), "failure", what)
             if losses == config.ray.max_failures:
                 raise TrainingFailed(f"{what}; ray.max_failures={losses} times before") from error

@@ -23,7 +23,7 @@ from efae.sweep.config import VALIDATED
 from efae.sweep.records import TrialRecord
 from efae.sweep.space import apply_combination
 from efae.tracking import runs
-from efae.tracking.redaction import first_cause
+from efae.tracking.redaction import first_cause, first_line
 from efae.tracking.runs import Run
 from efae.training.divergence import TrainingDiverged
 from efae.training.process import Process
@@ -98,7 +98,9 @@ def run_trial(proposal: dict[str, Any], sweep: Sweep) -> None:
         if not (isinstance(error, TrainingFailed) or is_final(error)):
             raise
         nothing = dict.fromkeys(VALIDATED, math.nan)
-        tune.report({"step": 0, **nothing, "cause": first_cause(error)})
+        # Ray's exceptions below a TrainingFailed do not name the cause; its own message does.
+        cause = first_line(error) if isinstance(error, TrainingFailed) else first_cause(error)
+        tune.report({"step": 0, **nothing, "cause": cause})
 
 
 def _begin_run(sweep: Sweep, record: TrialRecord, config: Config) -> Run:

@@ -3,10 +3,12 @@
 from dataclasses import asdict
 
 import pytest
+from ray.train import ControllerError
 
 from efae.checkpoints.checkpoint import checkpoint_name, write_checkpoint
 from efae.config import Config
 from efae.config.forms import to_json, with_overrides
+from efae.ray_trainer import TrainingFailed
 from efae.sweep import run_trial
 from efae.sweep.records import TrialRecord
 from efae.tracking.runs import Run
@@ -31,6 +33,18 @@ def started(tmp_path, monkeypatch):
         return seen
 
     return start
+
+
+def test_the_cause_of_a_trial_of_several_workers_is_the_workers_own(tmp_path, started, monkeypatch):
+    def fail(*_, **__):
+        failure = TrainingFailed("training failed on rank 1: no memory")
+        raise failure from ControllerError(failure)
+
+    monkeypatch.setattr(run_trial, "TuneReportCallback", lambda: None)  # needs a session of Tune
+    monkeypatch.setattr(run_trial, "run_training", fail)
+    changes = {"ray.storage_uri": str(tmp_path), "ray.num_workers": 2}
+    seen = started(with_overrides(Config(), changes), 0.001)
+    assert seen == ["training failed on rank 1: no memory"]
 
 
 @pytest.mark.parametrize(("rate", "said"), [(0.001, "trained"), (0.05, "another configuration")])

@@ -13,7 +13,7 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2._internal.execution.controller.state import ReschedulingState, RunningState
 
-from efae import evaluation_task
+from efae import evaluation_task, ray_trainer
 from efae.checkpoints.events import read_events, record_event
 from efae.config import Config, RayConfig
 from efae.config.forms import with_overrides
@@ -24,6 +24,8 @@ from efae.ray_trainer import (
     find_root_cause,
     is_final,
 )
+from efae.tracking.runs import Run
+from efae.tracking.server import Server
 from efae.training.micro_batches import OutOfMemory
 from efae.worker_groups import GroupStarts
 
@@ -115,6 +117,18 @@ def test_workers_that_were_lost_before_they_began_have_no_host(tmp_path):
     with pytest.raises(TrainingFailed, match="rank 0: wrong"):
         WorkerFailures(str(tmp_path)).after_exception(None, {0: ValueError("wrong")})
     assert find_failure(str(tmp_path)) == "rank 0 was lost: wrong"
+
+
+def test_a_lost_controller_names_its_cause(tmp_path, monkeypatch):
+    def fail(*_):
+        raise ControllerError(OSError("no space left"))
+
+    monkeypatch.setattr(ray_trainer, "_fit", fail)
+    changes = {"ray.storage_uri": str(tmp_path), "ray.max_failures": 0}
+    config = with_overrides(Config(), changes | {"tracking.run_name": "mine"})
+    with pytest.raises(TrainingFailed, match="controller was lost: no space left"):
+        ray_trainer.run_training(config, Run(Server("http://mlflow:5000"), "1"))
+    assert find_failure(str(tmp_path / "mine")) == "Ray's controller was lost: no space left"
 
 
 def test_workers_that_die_in_every_start_end_the_run(tmp_path):
