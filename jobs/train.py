@@ -12,6 +12,7 @@ MLFLOW_TRACKING_URI, AWS_*. The same --tracking.run-name resumes that run, unles
 import dataclasses
 import logging
 import os
+import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -41,7 +42,7 @@ def parse_arguments(
     if config.tracking.run_name:
         return config
     preset = next((a for a in arguments if a in presets), "run")
-    name = f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     return dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, run_name=name))
 
 

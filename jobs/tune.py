@@ -13,6 +13,7 @@ kept, and unfinished ones resume from their checkpoints.
 import dataclasses
 import logging
 import os
+import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -56,7 +57,7 @@ def parse_arguments(arguments: list[str]) -> tuple[str, Config, SweepConfig]:
     )
     sweep, preset = job.sweep, next(a for a in arguments if a in PRESETS)
     if not sweep.name:
-        name = f"sweep-{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"sweep-{preset}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         sweep = dataclasses.replace(sweep, name=name)
     values = _split(job)
     del values["sweep"]

@@ -164,7 +164,7 @@ class TrackingConfig:
     experiment: str = "efae"
     """MLflow experiment."""
     run_name: str = ""
-    """Name of the run; by default made from the preset and the time. The same name resumes the
+    """Name of the run; by default the preset, the time and random digits. The same name resumes the
     run."""
     registered_model: str = "efae"
     """Name of the registered model."""

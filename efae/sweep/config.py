@@ -36,8 +36,8 @@ class SweepConfig:
     """Settings of a search over the configuration; every trial is a separate run."""
 
     name: str = ""
-    """Name of the sweep; by default made from the preset and the time. The same name resumes the
-    sweep."""
+    """Name of the sweep; by default the preset, the time and random digits. The same name
+    resumes the sweep."""
     space: str = "split"
     """Space to search: split (representation.rotation_dims and .chirality_split at a fixed latent
     size), split_and_rate (with the learning rate), multiplicities (all five), or a TOML file with

@@ -1,6 +1,7 @@
 """Names that work everywhere on their way, and names that are refused when they are parsed."""
 
 import re
+import time
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from efae.names import LONGEST_BYTES, find_fault, make_ascii
 from efae.preflight.driver_checks import check_configuration
 from efae.presets import PRESETS
 from efae.sweep.config import SweepConfig
+from jobs import train, tune
 
 EVERYWHERE = [
     (".", "read as a relative path"),
@@ -111,6 +113,14 @@ def test_ray_gets_a_short_ascii_name_of_each_run(a, b):
 
 
 def test_a_plain_name_is_itself_in_ray():
-    assert make_ascii("quickstart-20261128-230000") == "quickstart-20261128-230000"
+    assert make_ascii("quickstart-20261128-230000-3f9a") == "quickstart-20261128-230000-3f9a"
+
+
+def test_jobs_of_one_second_have_different_names(monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda _: "20261128-230000")
+    runs = {train.parse_arguments(["quickstart"]).tracking.run_name for _ in range(3)}
+    sweeps = {tune.parse_arguments(["quickstart"])[2].name for _ in range(3)}
+    assert len(runs) > 1
+    assert len(sweeps) > 1
     assert re.fullmatch(r"versuch---[0-9a-f]{12}", make_ascii("versuch-\u00fc"))
     assert len(make_ascii("x" * LONGEST_BYTES)) < 100
