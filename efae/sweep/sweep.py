@@ -14,6 +14,7 @@ from typing import Any
 from data_pipelines import storage
 from data_pipelines.storage import Location
 from efae.checkpoints import run_folder
+from efae.checkpoints.checkpoint import CheckpointError
 from efae.config import Config
 from efae.config import forms as configuration
 from efae.config.forms import with_overrides
@@ -43,6 +44,7 @@ from efae.sweep.searcher import Proposals
 from efae.sweep.space import Chooser, Space, read_space
 from efae.tracking import runs
 from efae.tracking.runs import Run
+from efae.tracking.sender import deliver_late_points
 from efae.tracking.server import Server
 from efae.training.starts.source import adopt_pretrained
 
@@ -111,6 +113,7 @@ def run_sweep(
         phases.repeat(choose_finalists(records, settings, config.training.seed))
         best = find_best(records, settings)
         wait_for_mlflow(server, settings.name, say)
+        _deliver_curves(sweep, records.trials.values())
         if best is not None:
             best["model_uri"] = _register(sweep, records.trials[best["number"]], data, say)
         facts = {
@@ -293,6 +296,21 @@ def _end_runs(sweep: Sweep, config: Config, trials: Iterable[TrialRecord], statu
     for record in trials:
         end_trial(sweep, config, record)
     sweep.parent.finish(status)
+
+
+def _deliver_curves(sweep: Sweep, trials: Iterable[TrialRecord]) -> None:
+    """Send the points that MLflow lacks because it was unreachable when a trial ended."""
+    for record in trials:
+        if record.state not in ("finished", "stopped"):
+            continue
+        config = configure_trial(sweep, record)
+        try:
+            newest = run_folder.read_newest_origin(run_folder.locate_run(config))
+        except CheckpointError:  # already logged, and no reason to lose the sweep
+            continue
+        if newest and (points := newest[1][0]["unsent_metrics"]):
+            names = config.tracking
+            deliver_late_points(sweep.parent.server, names.experiment, names.run_name, points)
 
 
 def _register(sweep: Sweep, winner: TrialRecord, data: RunData, say: Callable[[str], None]) -> str:

@@ -23,7 +23,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from efae.tracking.redaction import first_cause
-from efae.tracking.runs import Run
+from efae.tracking.runs import Run, find_run
+from efae.tracking.server import Server
 from efae.tracking.spill import Point, Spill
 
 if TYPE_CHECKING:
@@ -64,6 +65,25 @@ def deliver_points(run: Run, points: Iterable[Sequence[Any]]) -> None:
     tracker.resend(points)
     if not tracker.close(timeout_seconds=60):
         raise ConnectionError(f"MLflow at {run.server} does not accept the metrics")
+
+
+def deliver_late_points(
+    server: Server, experiment: str, run_name: str, points: Iterable[Sequence[Any]]
+) -> None:
+    """Send points as `deliver_points`, to the run of this name; log a warning if that fails.
+
+    Args:
+        server: MLflow server.
+        experiment: Name of the run's experiment.
+        run_name: Name of the run.
+        points: Points from `Tracker.unsent`.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        deliver_points(find_run(server, experiment, run_name), points)
+    except (MlflowException, ValueError, OSError) as error:
+        logger.warning("run %s lacks points of its curves: %s", run_name, first_cause(error))
 
 
 class Tracker:

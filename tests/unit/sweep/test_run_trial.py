@@ -1,6 +1,7 @@
 """One trial in its process, without Ray Tune: what it resumes, and what it reports of a failure."""
 
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 from ray.train import ControllerError
@@ -9,7 +10,7 @@ from efae.checkpoints.checkpoint import checkpoint_name, write_checkpoint
 from efae.config import Config
 from efae.config.forms import to_json, with_overrides
 from efae.ray_trainer import TrainingFailed
-from efae.sweep import run_trial
+from efae.sweep import run_trial, sweep
 from efae.sweep.records import TrialRecord
 from efae.tracking.runs import Run
 from efae.tracking.server import Server
@@ -27,12 +28,30 @@ def started(tmp_path, monkeypatch):
     monkeypatch.setattr(run_trial.tune, "report", lambda facts: seen.append(facts["cause"]))
 
     def start(config: Config, rate: float) -> list[str]:
-        sweep = run_trial.Sweep("demo", to_json(config), Run(Server("http://mlflow:5000"), "0"))
+        facts = run_trial.Sweep("demo", to_json(config), Run(Server("http://mlflow:5000"), "0"))
         record = TrialRecord(1, "search", {RATE: rate}, seed=0, latent_size=1)
-        run_trial.run_trial({"record": asdict(record)}, sweep)
+        run_trial.run_trial({"record": asdict(record)}, facts)
         return seen
 
     return start
+
+
+def test_curves_that_mlflow_lacks_are_sent_before_a_sweep_registers(tmp_path, monkeypatch):
+    sent: list[Any] = []
+    monkeypatch.setattr(sweep, "deliver_late_points", lambda *facts: sent.append(facts[1:]))
+    config = with_overrides(Config(), {"ray.storage_uri": str(tmp_path)})
+    points = [["loss", 40, 1, 0.5]]
+    for name, unsent in (("demo-001", points), ("demo-002", []), ("demo-003", points)):
+        state = make_state(40) | {"config": config}
+        state["metadata"] |= {"unsent_metrics": unsent}
+        write_checkpoint(tmp_path / name / checkpoint_name(40), **state)
+    trials = [
+        TrialRecord(number, "search", {}, seed=0, latent_size=1, state=state)
+        for number, state in enumerate(("finished", "stopped", "failed", "finished"), start=1)
+    ]
+    facts = run_trial.Sweep("demo", to_json(config), Run(Server("http://mlflow:5000"), "0"))
+    sweep._deliver_curves(facts, trials)
+    assert sent == [("efae", "demo-001", points)]
 
 
 def test_the_cause_of_a_trial_of_several_workers_is_the_workers_own(tmp_path, started, monkeypatch):
