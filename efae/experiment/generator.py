@@ -45,7 +45,7 @@ def run_generator(
     with train_in_run(config, server, say) as (run, final, metadata):
         from efae.registry.registration import register_model
 
-        wait_for_mlflow(server, config.tracking.run_name, say)
+        wait_for_mlflow(server, f"--tracking.run-name {config.tracking.run_name}", say)
         deliver_points(run, metadata["unsent_metrics"])
         model = pack_generator(read_model(final).weights, config)
         losses = {

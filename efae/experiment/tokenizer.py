@@ -59,6 +59,6 @@ def run_experiment(config: Config, server: Server, say: Callable[[str], None]) -
                 **describe_data(data),
                 "wall_seconds": time.monotonic() - started,
             }
-            wait_for_mlflow(server, config.tracking.run_name, say)
+            wait_for_mlflow(server, f"--tracking.run-name {config.tracking.run_name}", say)
             deliver_points(run, metadata["unsent_metrics"])
             return publish(config, data, run, product, facts)

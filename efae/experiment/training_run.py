@@ -75,8 +75,13 @@ def import_publishing() -> None:
     import efae.report.card  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 
-def wait_for_mlflow(server: Server, run_name: str, say: Callable[[str], None]) -> None:
+def wait_for_mlflow(server: Server, again: str, say: Callable[[str], None]) -> None:
     """Wait until the server answers: it may have become unreachable while the run trained.
+
+    Args:
+        server: MLflow server.
+        again: Option of the command line that resumes the work, for the message.
+        say: Function that prints one line of progress.
 
     Raises:
         ConnectionError: It stays unreachable; the message says how to resume.
@@ -88,8 +93,8 @@ def wait_for_mlflow(server: Server, run_name: str, say: Callable[[str], None]) -
         except ValueError as error:
             if time.monotonic() > give_up_at:
                 raise ConnectionError(
-                    f"trained and evaluated, but not registered: {error}. Nothing is lost: submit"
-                    f" again with --tracking.run-name {run_name} when it is back"
+                    f"trained, but not registered: {error}. Nothing is lost: submit again with"
+                    f" {again} when it is back"
                 ) from error
             say(f"waiting for MLflow, up to {MLFLOW_PATIENCE_SECONDS} s more: {error}")
             time.sleep(5)

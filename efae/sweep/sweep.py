@@ -112,7 +112,7 @@ def run_sweep(
         phases.search(Proposals(chooser, records, settings, first))
         phases.repeat(choose_finalists(records, settings, config.training.seed))
         best = find_best(records, settings)
-        wait_for_mlflow(server, settings.name, say)
+        wait_for_mlflow(server, f"--sweep.name {settings.name}", say)
         _deliver_curves(sweep, records.trials.values())
         if best is not None:
             best["model_uri"] = _register(sweep, records.trials[best["number"]], data, say)

@@ -6,8 +6,10 @@ from efae.checkpoints.checkpoint import CheckpointError, checkpoint_name, write_
 from efae.checkpoints.events import read_events, record_event
 from efae.config import Config
 from efae.config.forms import with_overrides
+from efae.experiment import training_run
 from efae.experiment.facts import describe_run
 from efae.experiment.resumption import find_start
+from efae.tracking.server import Server
 from tests.unit.checkpoints.test_checkpoint import damage, make_state
 
 
@@ -47,6 +49,12 @@ def test_another_configuration_is_refused_by_its_settings(tmp_path, config):
     changed = with_overrides(config, {"optimizer.learning_rate": 1.0, "training.seed": 3})
     with pytest.raises(ValueError, match=r"learning_rate: 0.006 -> 1.0; training.seed: 0 -> 3"):
         find_start(changed)
+
+
+def test_what_was_trained_without_mlflow_is_submitted_again(monkeypatch):
+    monkeypatch.setattr(training_run, "MLFLOW_PATIENCE_SECONDS", -1)
+    with pytest.raises(ConnectionError, match=r"trained, but.*again with --sweep\.name demo when"):
+        training_run.wait_for_mlflow(Server(""), "--sweep.name demo", print)
 
 
 def test_damage_falls_back_and_is_an_error_where_all_is_damaged(tmp_path, config, caplog):
