@@ -64,10 +64,10 @@ def train(config: GeneratorConfig) -> int:
     from efae.experiment.generator import run_generator
     from efae.ray_trainer import TrainingFailed
 
+    server = Server.from_environment()
     try:
-        facts = run_generator(
-            config, Server.from_environment(), say=lambda line: print(line, flush=True)
-        )
+        with server.translating():
+            facts = run_generator(config, server, say=lambda line: print(line, flush=True))
     except (ValueError, OSError, TrainingFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -60,12 +60,10 @@ def run(config: Config) -> int:
     from efae.experiment.tokenizer import run_experiment
     from efae.ray_trainer import TrainingFailed
 
+    server = Server.from_environment()
     try:
-        summary = run_experiment(
-            config,
-            Server.from_environment(),
-            say=lambda line: print(line, flush=True),
-        )
+        with server.translating():
+            summary = run_experiment(config, server, say=lambda line: print(line, flush=True))
     except (ValueError, OSError, CheckpointError, TrainingFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

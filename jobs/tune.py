@@ -83,13 +83,10 @@ def main(arguments: list[str]) -> int:
     for name, level in LOG_LEVELS.items():
         logging.getLogger(name).setLevel(level)
     again = f"nothing is lost: submit again with --sweep.name {sweep.name} to resume"
+    server = Server.from_environment()
     try:
-        found = run_sweep(
-            config,
-            sweep,
-            Server.from_environment(),
-            say=lambda line: print(line, flush=True),
-        )
+        with server.translating():
+            found = run_sweep(config, sweep, server, say=lambda line: print(line, flush=True))
     except (ValueError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 
 from efae.model.stored_files import MANIFEST
 from efae.names import is_named
-from efae.tracking.redaction import first_cause, redact
+from efae.tracking.redaction import redact
 from efae.tracking.server import Server
 
 FORMS = (
@@ -138,18 +138,9 @@ def search_versions(client: MlflowClient, name: str, also: str = "") -> list[Mod
 
 @contextmanager
 def asking(server: Server) -> Generator[MlflowClient]:
-    """Provide a client, and translate its exceptions within the block.
-
-    Raises:
-        ValueError: The object does not exist in MLflow, or MLflow rejects a value.
-        ConnectionError: MLflow fails.
-    """
-    try:
+    """Provide a client, and translate its exceptions within the block; see `Server.translating`."""
+    with server.translating():
         yield server.client()
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise ValueError(first_cause(error)) from error
-        raise ConnectionError(f"MLflow at {server}: {first_cause(error)}") from error
 
 
 def read_aliases_and_tags(client: Any, name: str) -> tuple[dict[str, str], dict[str, str]]:

@@ -10,6 +10,8 @@ import json
 import os
 import re
 import urllib.request
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -56,6 +58,25 @@ class Server:
         from mlflow import MlflowClient
 
         return MlflowClient(self.uri)
+
+    @contextmanager
+    def translating(self) -> Generator[None]:
+        """Translate MLflow's exceptions within the block.
+
+        Raises:
+            ValueError: The object does not exist in MLflow, or MLflow rejects a value.
+            ConnectionError: MLflow fails.
+        """
+        try:
+            yield
+        except Exception as error:
+            from mlflow.exceptions import MlflowException
+
+            if not isinstance(error, MlflowException):
+                raise
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise ValueError(first_cause(error)) from error
+            raise ConnectionError(f"MLflow at {self}: {first_cause(error)}") from error
 
     def check(self) -> None:
         """Send the server one small request, to see whether it answers.

@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from efae.tracking.redaction import first_cause, redact
 from efae.tracking.runs import Run
 from efae.tracking.server import Server
 from efae.tracking.timeouts import notice_outages_soon
+from jobs import generate, train, tune
 
 RUN = Run(Server("http://someone:hunter2@mlflow:5000/"), "0123")
 
@@ -29,6 +31,28 @@ def test_no_part_of_a_password_is_shown():
     address = "http://someone:hunt@er2@mlflow:5000/"
     assert redact(f"no answer from {address}") == "no answer from http://***@mlflow:5000/"
     assert "hunt" not in first_cause(OSError(f"{'x' * 170} {address}"))
+
+
+@pytest.mark.parametrize(
+    ("work", "job"),
+    [
+        ("efae.experiment.tokenizer.run_experiment", lambda: train.main(["quickstart"])),
+        ("efae.sweep.sweep.run_sweep", lambda: tune.main(["quickstart_trial"])),
+        (
+            "efae.experiment.generator.run_generator",
+            lambda: generate.main(["train", "generate_quickstart", "--data.uri", "s3://latents"]),
+        ),
+    ],
+)
+def test_a_job_says_in_one_line_that_mlflow_refuses(monkeypatch, capsys, work, job):
+    def refuse(*_, **__):
+        raise MlflowException("no room for artifacts", error_code=1)
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", RUN.server.uri)
+    monkeypatch.setattr(work, refuse)
+    assert job() == 1
+    said = capsys.readouterr().err
+    assert said == "error: MLflow at http://***@mlflow:5000/: no room for artifacts\n"
 
 
 def test_a_worker_that_receives_a_run_imports_no_mlflow():
