@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from data_pipelines import storage
 from data_pipelines.storage import LocationLike
 from efae.symmetry.representation import IRREPS
-from efae.tracking.redaction import redact
+from efae.tracking.redaction import redact, redact_strings
 
 
 def render_page(folder: Path, template: Path, **context: Any) -> Path:
@@ -42,7 +42,7 @@ def render_page(folder: Path, template: Path, **context: Any) -> Path:
 
 def write_json(place: LocationLike, values: Mapping[str, Any]) -> None:
     """Write indented JSON without passwords and keys; ValueError if a number is not finite."""
-    text = redact(json.dumps(values, indent=2, allow_nan=False)) + "\n"
+    text = json.dumps(redact_strings(values), indent=2, allow_nan=False) + "\n"
     storage.write_bytes(place, text.encode())
 
 

@@ -3,10 +3,11 @@
 Importing this module does not import MLflow; see `efae.tracking.server`.
 """
 
+import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from efae.config import AnyConfig
 from efae.config import forms as configuration
 from efae.names import is_named
-from efae.tracking.redaction import first_cause, redact
+from efae.tracking.redaction import first_cause, redact, redact_strings
 from efae.tracking.server import Server
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Run:
         the newest.
         """
         self.log_params(configuration.flatten(config))
-        text = redact(configuration.to_json(config))
+        text = json.dumps(redact_strings(asdict(config)), indent=2)
         self.server.client().log_text(self.id, text, "config.json")
 
     def log_params(self, values: Mapping[str, Any]) -> None:

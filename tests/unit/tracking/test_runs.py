@@ -1,5 +1,6 @@
 """Runs and servers as values; what they ask of MLflow is in integration/test_tracking.py."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 from mlflow.exceptions import MlflowException
 
+from efae.report.html import write_json
 from efae.tracking.redaction import first_cause, redact
 from efae.tracking.runs import Run
 from efae.tracking.server import Server
@@ -31,6 +33,14 @@ def test_no_part_of_a_password_is_shown():
     address = "http://someone:hunt@er2@mlflow:5000/"
     assert redact(f"no answer from {address}") == "no answer from http://***@mlflow:5000/"
     assert "hunt" not in first_cause(OSError(f"{'x' * 170} {address}"))
+    assert redact("at http://bob:it's@mlflow:5000") == "at http://***@mlflow:5000"
+
+
+def test_a_file_without_passwords_is_still_json(tmp_path):
+    cause = 'no "https://h/x?token=abc" there'
+    write_json(tmp_path / "facts.json", {"http://a:b@h/x": [{"cause": cause}]})
+    found = json.loads((tmp_path / "facts.json").read_text())
+    assert found == {"http://***@h/x": [{"cause": cause.replace("abc", "***")}]}
 
 
 @pytest.mark.parametrize(
