@@ -118,6 +118,8 @@ def list_checks(config: AnyConfig, data: RunData, server: Server) -> Iterator[tu
     yield "storage", lambda: check_storage(config.ray.storage_uri)
     if config.output:
         yield "output", lambda: check_storage(config.output)
+    if isinstance(config, Config) and config.tracking.report_folder:
+        yield "report folder", lambda: check_storage(config.tracking.report_folder)
     if isinstance(config, Config) and config.tracking.page:
         yield "page", check_page
     if isinstance(config, GeneratorConfig):

@@ -351,6 +351,14 @@ def test_a_run_reads_the_index_of_each_of_its_sets_once(shards, tmp_path):
         assert opened.count(f"{uri}/index.json") == 1
 
 
+def test_a_report_folder_that_cannot_be_written_is_refused():
+    changes = {"tracking.run_name": "x", "tracking.report_folder": "ftp://x"}
+    config = with_overrides(Config(), changes)
+    checks = dict(list_checks(config, RunData(config.data), Server("")))
+    with pytest.raises(ValueError, match="ftp://x"):
+        checks["report folder"]()
+
+
 def test_a_linear_start_from_cells_too_large_to_fit_is_refused():
     def configure(side: int) -> Config:
         linear = {"model.start": "closed_form", "model.bottleneck": "running"}
