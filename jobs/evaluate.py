@@ -13,6 +13,7 @@ import copy
 import json
 import logging
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,8 +43,8 @@ class Arguments:
     diffusion_pytorch_model.safetensors)."""
     data: str
     """URI of a shard set that no model was trained on."""
-    output: Path = Path("report")
-    """Folder for report.html, summary.json, evaluation.json and the figures."""
+    output: str = "report"
+    """Folder or URI for report.html, summary.json, evaluation.json and the figures."""
     images: int = 512
     """Maximum number of images."""
     resolution: int | tuple[int, int] | None = None
@@ -88,27 +89,38 @@ def main(arguments: list[str]) -> int:
     """Run the job; return 0 only if the report was written."""
     chosen = tyro.cli(Arguments, description=__doc__, args=arguments, prog="jobs/evaluate.py")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    from data_pipelines import storage
+    from data_pipelines.storage import Location
     from efae.checkpoints.checkpoint import CheckpointError
 
-    try:
-        report, models = _run(chosen)
-    except (ValueError, OSError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    _print_table(json.loads((chosen.output / "summary.json").read_text()))
-    print(f"report: {report}")
-    if chosen.page:
+    with tempfile.TemporaryDirectory() as temporary:
         try:
-            _write_page(chosen.output / "page", models)
-        except Exception as error:  # of torch, ONNX Runtime or protobuf, too
-            reason = str(error) or type(error).__name__
-            print(f"error: the page was not written: {reason}", file=sys.stderr)
+            output = Location.parse(chosen.output)
+            if output.path is None:
+                storage.check_writable(output)
+            folder = output.path or Path(temporary)
+            models = _run(chosen, folder)
+            if output.path is None:
+                storage.upload_folder(folder, output)
+        except (ValueError, OSError, CheckpointError) as error:
+            print(f"error: {error}", file=sys.stderr)
             return 1
+        _print_table(json.loads((folder / "summary.json").read_text()))
+        print(f"report: {output / 'report.html'}")
+        if chosen.page:
+            try:
+                _write_page(folder / "page", models)
+                if output.path is None:
+                    storage.upload_folder(folder / "page", output / "page")
+            except Exception as error:  # of torch, ONNX Runtime or protobuf, too
+                reason = str(error) or type(error).__name__
+                print(f"error: the page was not written: {reason}", file=sys.stderr)
+                return 1
     return 0
 
 
-def _run(chosen: Arguments) -> "tuple[Path, Mapping[str, Tokenizer]]":
-    """Check the input, measure every model, write the report, and return its path and the models.
+def _run(chosen: Arguments, folder: Path) -> "Mapping[str, Tokenizer]":
+    """Check the input, measure every model, write the report into `folder`, and return the models.
 
     Raises:
         ValueError: The user's input cannot work.
@@ -189,17 +201,17 @@ def _run(chosen: Arguments) -> "tuple[Path, Mapping[str, Tokenizer]]":
             print(f"warning: {uri}: {advice}", file=sys.stderr)
     if len(cards) > 1:
         facts = {"data": found.describe(), "credits": credits}
-        report = write_comparison(chosen.output, cards, facts)
+        write_comparison(folder, cards, facts)
     else:
         (card,) = cards.values()
-        report = write_report(
-            chosen.output,
+        write_report(
+            folder,
             numbers=card.numbers,
             pictures=card.pictures,
             config=card.config,
             facts=card.facts,
         )
-    return report, {uri: model for uri, (model, _, _) in loaded.items()}
+    return {uri: model for uri, (model, _, _) in loaded.items()}
 
 
 def _write_page(folder: Path, models: "Mapping[str, Tokenizer]") -> None:
