@@ -6,7 +6,6 @@ then takes the remaining channels.
 """
 
 import difflib
-import functools
 import itertools
 import math
 import tomllib
@@ -298,7 +297,9 @@ def _join_keys(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _is_fraction(config: Config, key: str) -> bool:
     """Return whether the setting is a float, even if it is not set."""
     *sections, name = key.split(".")
-    section = functools.reduce(getattr, sections, cast(Any, config))
+    section: Any = config
+    for part in sections:
+        section = getattr(section, part)
     kind = get_type_hints(type(section)).get(name)
     return float in (kind, *get_args(kind))
 
