@@ -116,22 +116,6 @@ def test_one_model_that_was_trained_on_angles(paths, tmp_path, capsys):
     assert read_rotations(report) == [0.0, *ANGLES]
 
 
-def test_a_report_in_a_bucket_is_uploaded(paths, tmp_path, monkeypatch, capsys):
-    sent: dict[str, list[str]] = {}
-
-    def upload(folder, place):
-        sent[str(place)] = sorted(path.name for path in folder.iterdir())
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(storage, "check_writable", lambda place: None)
-    monkeypatch.setattr(storage, "upload_folder", upload)
-    rest = [f"--data={paths['colour']}", "--output=s3://bucket/report", "--images=4"]
-    assert main([f"--model={paths['ours']}", *rest]) == 0
-    assert {"report.html", "summary.json"} <= set(sent["s3://bucket/report"])
-    assert "report: s3://bucket/report/report.html" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("data", "options", "angles"),
     [("colour", ["--angles", "15", "-30"], [0.0, 15.0, -30.0]), ("grey", ["--fit-action"], [])],
@@ -302,6 +286,22 @@ def test_a_hub_name_and_a_model_named_twice_are_refused(paths, tmp_path, capsys)
     assert main(["--model", paths["ours"], paths["ours"], *rest]) == 1
     assert "each once" in capsys.readouterr().err
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.s3
+def test_a_report_goes_to_the_bucket_that_output_names(
+    paths, tmp_path, monkeypatch, capsys, local_stack
+):
+    monkeypatch.chdir(tmp_path)
+    uri = "s3://efae-data/a report"
+    rest = [f"--data={paths['colour']}", f"--output={uri}", "--images=4"]
+    assert main([f"--model={paths['ours']}", *rest]) == 0
+    assert f"report: {uri}/report.html" in capsys.readouterr().out
+    summary = json.loads(storage.read_bytes(f"{uri}/summary.json"))
+    assert summary["model_uri"] == paths["ours"]
+    assert storage.exists(f"{uri}/report.html")
+    assert not list(tmp_path.iterdir())
+    storage.delete(uri)
 
 
 @pytest.mark.s3
