@@ -22,7 +22,7 @@ from efae.exchange.hub import (
 )
 from efae.exchange.onnx_export import export_onnx
 from efae.model.autoencoder import Autoencoder
-from efae.model.pretrained import CARD, StoredModel, hash_tensors
+from efae.model.pretrained import CARD, StoredModel, as_model_folder, hash_tensors
 from efae.model.representation import build_representation
 from efae.report.html import write_split
 from efae.report.model_card import list_training_credits, render_model_card
@@ -47,7 +47,7 @@ def publish(
     in `PROGRAMS`; `options.space` receives the page. Files of an earlier upload are replaced.
 
     Args:
-        stored: Autoencoder.
+        stored: Autoencoder, from a model folder or a checkpoint.
         repo_id: Repository, USER/NAME.
         options: Options.
         credit: Credit of the training images, for card and page.
@@ -77,6 +77,7 @@ def publish(
         "credit": credit,
     }
     credits = list_training_credits(facts)
+    stored = as_model_folder(stored)
     model = ShownModel(repo_id, Autoencoder.restore(stored), stored.digest)
     with tempfile.TemporaryDirectory() as scratch:
         folder, page = Path(scratch, "model"), Path(scratch, "page")
