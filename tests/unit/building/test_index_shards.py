@@ -4,6 +4,7 @@ import json
 import os
 import tarfile
 import threading
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -319,6 +320,16 @@ class TestDescription:
             tile = pixels[32 : 32 + 96 : 16, left : left + 96 : 16]
             assert (tile == draw(number // 2)).all()
         assert index.image_shape == (3, 6, 6)
+
+    def test_a_line_break_in_the_source_is_a_space_in_the_caption(self, tars):
+        index_shards(str(tars))
+        index = load_index(str(tars))
+        broken, plain = (
+            replace(index, provenance={"fingerprint": {"source": f"/images/some{gap}cats"}})
+            for gap in ("\n", " ")
+        )
+        drawn = [np.asarray(contact_sheet.draw_sheet(str(tars), i)) for i in (broken, plain)]
+        np.testing.assert_array_equal(*drawn)
 
     def test_a_command_draws_sets_of_others(self, tars, tmp_path, capsys):
         index_shards(str(tars))
