@@ -71,6 +71,12 @@ def test_tars_become_a_set_where_they_lie(tars, capsys):
         index_shards(str(tars))
 
 
+def test_tars_in_the_root_of_the_filesystem_are_found_there(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) in ("/x-0.tar", "/x-1.tar"))
+    base, names, _ = list_tars("/x-{0..1}.tar")
+    assert (str(base), [*names]) == ("/", ["x-0.tar", "x-1.tar"])
+
+
 def test_the_index_of_a_source_that_stays_untouched_lies_elsewhere(tars, tmp_path, monkeypatch):
     before = contents(tars)
     monkeypatch.chdir(tmp_path)
