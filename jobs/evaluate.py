@@ -70,8 +70,9 @@ class Arguments:
     """Side, in pixels, of the overlapping squares of an image in which our models compute, to bound
     their memory; with attention the result is an approximation. Models of diffusers take none."""
     angles: tuple[float, ...] = ()
-    """Additional rotations to measure, in degrees counter-clockwise; by default none, or a fixed
-    list if the model was trained on rotations by any angle (loss.rotation_probability)."""
+    """Additional rotations to measure, in degrees counter-clockwise; by default none, or for square
+    images a fixed list if the model was trained on rotations by any angle
+    (loss.rotation_probability)."""
     page: bool = False
     """Also write the page that flips latents in a browser, with all models, into the folder page
     below --output. Takes a minute per model; needs npm and the extra onnx."""

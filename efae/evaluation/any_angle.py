@@ -27,7 +27,7 @@ def choose_angles(
     Args:
         model: Tokenizer to measure.
         asked: Angles in degrees; None means ANGLES if the model was trained on rotations by any
-            angle, else no angles.
+            angle and the images are square, else no angles.
         height: Height of the images.
         width: Width of the images.
 
@@ -37,7 +37,7 @@ def choose_angles(
     """
     if asked is None:
         trained = isinstance(model, Autoencoder) and model.config.loss.rotation_probability > 0
-        asked = ANGLES if trained else ()
+        asked = ANGLES if trained and height == width else ()
     if not asked:
         return ()
     if not all(map(math.isfinite, asked)):

@@ -210,7 +210,7 @@ def evaluate(
         seed: Seed of the noise; image i of the set always gets the same noise.
         batch_size: Number of images per batch; affects rounding only.
         angles_degrees: Angles of rotations to measure; None means ANGLES if the model was trained
-            on rotations by any angle, else none.
+            on rotations by any angle and the images are square, else none.
         lpips: Network to measure LPIPS with; None skips it.
         fid: Network to measure FID with; None skips it.
         progress: Function that wraps the items of a long loop, given its description.

@@ -161,7 +161,7 @@ def test_angles_are_measured_by_default_where_they_were_trained():
     plain, trained = build(), build(**{"loss.rotation_probability": 0.1})
     assert choose_angles(plain, None, 16, 16) == ()
     assert choose_angles(trained, None, 16, 16) == (0.0, *ANGLES)
-    assert choose_angles(trained, (), 16, 16) == ()
+    assert choose_angles(trained, (), 16, 16) == choose_angles(trained, None, 16, 24) == ()
     assert choose_angles(plain, (30, 0, 30, -45), 16, 16) == (0.0, 30.0, -45.0)
 
 
