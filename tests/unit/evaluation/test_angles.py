@@ -165,6 +165,20 @@ def test_angles_are_measured_by_default_where_they_were_trained():
     assert choose_angles(plain, (30, 0, 30, -45), 16, 16) == (0.0, 30.0, -45.0)
 
 
+def test_latents_whose_planes_have_two_scales_are_refused():
+    def build_pairs(b1, b2, probability=0.1):
+        split = {"representation.multiplicities": (4, 0, b1, b2, 2), "representation.group": "C4"}
+        return build(**split, **{"loss.rotation_probability": probability})
+
+    trained = build_pairs(3, 1)  # as a stored model
+    assert choose_angles(trained, None, 16, 16) == ()
+    for check in (lambda: choose_angles(trained, (15,), 16, 16), lambda: Objective(trained)):
+        with pytest.raises(ValueError, match="b1=3 and b2=1: rotations by any angle mix"):
+            check()
+    for model in (build_pairs(3, 1, probability=0.0), build_pairs(4, 0), build_pairs(2, 2)):
+        Objective(model)
+
+
 @pytest.mark.parametrize(
     ("changes", "angles", "shape", "message"),
     [
