@@ -120,6 +120,7 @@ def _run(chosen: Arguments) -> "tuple[Path, Mapping[str, Tokenizer]]":
     from efae.evaluation.evaluate import evaluate, measure_drift
     from efae.evaluation.fitted_action import fit_action
     from efae.evaluation.lpips_fid import Lpips, load_fid
+    from efae.evaluation.measures import check_size
     from efae.model.autoencoder import Autoencoder
     from efae.model.precision import check_device
     from efae.model.pretrained import hash_tensors
@@ -140,6 +141,7 @@ def _run(chosen: Arguments) -> "tuple[Path, Mapping[str, Tokenizer]]":
         from efae.web_page.page import check_page
 
         check_page()
+    check_size(*size)
     if lpips is not None:
         lpips.check_size(*size)
     colours = found.shape and found.shape[0]

@@ -22,6 +22,7 @@ from efae.evaluation.flow_measures import measure_loss, measure_steps, measure_v
 from efae.evaluation.linear_reference import LinearReference, fit_linear_reference
 from efae.evaluation.measures import (
     Totals,
+    check_size,
     draw_noise,
     gather_json,
     gather_vectors,
@@ -216,9 +217,10 @@ def evaluate(
         progress: Function that wraps the items of a long loop, given its description.
 
     Raises:
-        ValueError: There are no images, they are too small for `lpips`, or model or images cannot
-            turn by any angle.
+        ValueError: There are no images, they are too small for SSIM or for `lpips`, or model or
+            images cannot turn by any angle.
     """
+    check_size(*images.shape[-2:])
     if lpips is not None:
         lpips.check_size(*images.shape[-2:])
     angles = choose_angles(model, angles_degrees, *images.shape[-2:])
