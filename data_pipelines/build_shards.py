@@ -232,6 +232,12 @@ def split_entries(entries: Sequence[Entry], held_out: int) -> dict[str, list[Ent
     for family in sorted(families, key=lambda name: _hash(f"split {name}")):
         fits = len(selections[HELD_OUT]) + len(families[family]) <= held_out
         selections[HELD_OUT if fits else TRAIN] += families[family]
+    if held_out and not selections[HELD_OUT]:
+        family = min(families, key=lambda name: len(families[name]))
+        raise ValueError(
+            f"--held-out {held_out}: images of one family stay together, and the smallest family,"
+            f" {family!r}, has {len(families[family])}; hold out as many or more"
+        )
     return selections
 
 

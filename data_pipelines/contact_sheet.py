@@ -69,7 +69,7 @@ def _caption(uri: LocationLike, index: ShardIndex) -> tuple[str, str]:
     """Return the name of the source, which copies of a set share, and its counts and size."""
     fingerprint = index.provenance.get("fingerprint", index.provenance)
     source = drop_query(str(fingerprint.get("source", uri))).rstrip("/")
-    name = source.rsplit("/", 1)[-1] or source
+    name = " ".join((source.rsplit("/", 1)[-1] or source).split())  # on one line
     count = sum(len(shard.keys) for shard in index.shards)
     size = "of several sizes"
     if index.image_shape:

@@ -140,7 +140,8 @@ def list_tars(uri: str) -> tuple[Location, dict[str, int], LeftOut]:
     if base != location:
         from braceexpand import braceexpand
 
-        names = [name.removeprefix(f"{base}/") for name in braceexpand(location.uri)]
+        prefix = f"{base}".rstrip("/") + "/"  # of the filesystem's root, too
+        names = [name.removeprefix(prefix) for name in braceexpand(location.uri)]
         if base.is_http:
             names = [unquote(name) for name in names]  # `Location` quotes them
         if (folder := base.path) is not None:
@@ -167,7 +168,7 @@ def _find_base(uri: str) -> Location:
     if location.display != location.uri:
         raise ValueError(f"{location.display}?…: a query cannot be part of a set's URI")
     if location.uri.lower().endswith(".tar"):
-        return Location.parse(location.uri.split("{", 1)[0].rpartition("/")[0])
+        return Location.parse(location.uri.split("{", 1)[0].rpartition("/")[0] or "/")
     return location
 
 

@@ -181,6 +181,8 @@ def _find_bad_images(path: Path, uri: str, found: Shard, shape: Shape | None) ->
 
 
 def _find_bad_latents(path: Path, uri: str, found: Shard, latents: LatentFormat) -> Iterator[str]:
+    if not found.keys:
+        return
     members = found.members[EXTENSION]
     with map_file(path) as content:
         for key, offset, size in zip(found.keys, members.offset, members.size, strict=True):

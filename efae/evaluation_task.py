@@ -20,7 +20,7 @@ from efae.evaluation.evaluate import Measurement
 from efae.evaluation.fitted_action import FittedAction, fit_action
 from efae.evaluation.held_out import read_held_out, read_images
 from efae.evaluation.linear_reference import fit_linear_reference
-from efae.evaluation.results import Evaluation, Part
+from efae.evaluation.results import Evaluation, Part, join_parts
 from efae.model.autoencoder import Autoencoder
 from efae.model.execution.compilation import compile_blocks
 from efae.training.micro_batches import fit_batches
@@ -55,11 +55,7 @@ def start_evaluation(model_uri: str, config: Config, workers: int) -> Callable[[
     parts = [measure.remote(model_uri, text, (i, tasks)) for i in range(tasks)]
 
     def wait() -> Evaluation:
-        first, *others = ray.get(parts)
-        for part in others:
-            first.totals.merge(part.totals)
-        seconds = max(part.seconds for part in (first, *others))
-        return _prepare(Autoencoder(config), config).summarize(replace(first, seconds=seconds))
+        return _prepare(Autoencoder(config), config).summarize(join_parts(ray.get(parts)))
 
     return wait
 

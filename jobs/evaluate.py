@@ -71,8 +71,9 @@ class Arguments:
     """Side, in pixels, of the overlapping squares of an image in which our models compute, to bound
     their memory; with attention the result is an approximation. Models of diffusers take none."""
     angles: tuple[float, ...] = ()
-    """Additional rotations to measure, in degrees counter-clockwise; by default none, or a fixed
-    list if the model was trained on rotations by any angle (loss.rotation_probability)."""
+    """Additional rotations to measure, in degrees counter-clockwise; by default none, or for square
+    images a fixed list if the model was trained on rotations by any angle
+    (loss.rotation_probability)."""
     page: bool = False
     """Also write the page that flips latents in a browser, with all models, into the folder page
     below --output. Takes a minute per model; needs npm and the extra onnx."""
@@ -131,6 +132,7 @@ def _run(chosen: Arguments, folder: Path) -> "Mapping[str, Tokenizer]":
     from efae.evaluation.evaluate import evaluate, measure_drift
     from efae.evaluation.fitted_action import fit_action
     from efae.evaluation.lpips_fid import Lpips, load_fid
+    from efae.evaluation.measures import check_size
     from efae.model.autoencoder import Autoencoder
     from efae.model.precision import check_device
     from efae.model.pretrained import hash_tensors
@@ -151,6 +153,7 @@ def _run(chosen: Arguments, folder: Path) -> "Mapping[str, Tokenizer]":
         from efae.web_page.page import check_page
 
         check_page()
+    check_size(*size)
     if lpips is not None:
         lpips.check_size(*size)
     colours = found.shape and found.shape[0]

@@ -134,6 +134,7 @@ def _export(chosen: Arguments, folder: Path) -> dict[str, Any]:
     """
     from efae.exchange.onnx_export import export_onnx
     from efae.exchange.torch_export import export_portable
+    from efae.model.pretrained import as_model_folder
     from efae.registry import pull
     from efae.web_page.page import write_page
 
@@ -146,7 +147,7 @@ def _export(chosen: Arguments, folder: Path) -> dict[str, Any]:
         return write_page(models, folder, chosen.credit)
     stored = pull.read(chosen.model)
     if chosen.format == "diffusers":
-        stored.write(folder)
+        as_model_folder(stored).write(folder)
     elif stored.config.model.kind == "diffusers":
         raise ValueError(
             f"--format torch_export: {chosen.model} is an autoencoder of diffusers, whose decoder"

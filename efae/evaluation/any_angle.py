@@ -27,7 +27,7 @@ def choose_angles(
     Args:
         model: Tokenizer to measure.
         asked: Angles in degrees; None means ANGLES if the model was trained on rotations by any
-            angle, else no angles.
+            angle and the images are square, else no angles.
         height: Height of the images.
         width: Width of the images.
 
@@ -35,9 +35,11 @@ def choose_angles(
         ValueError: An angle is not finite, the images are not square, or the representation does
             not extend to all rotations.
     """
+    ours = model if isinstance(model, Autoencoder) else None
     if asked is None:
-        trained = isinstance(model, Autoencoder) and model.config.loss.rotation_probability > 0
-        asked = ANGLES if trained else ()
+        trained = ours is not None and ours.config.loss.rotation_probability > 0
+        split = ours is not None and ours.bottleneck.splits_planes
+        asked = ANGLES if trained and height == width and not split else ()
     if not asked:
         return ()
     if not all(map(math.isfinite, asked)):
@@ -48,6 +50,8 @@ def choose_angles(
             " measure on square images, or without angles"
         )
     check_turns_by_any_angle(model.representation)
+    if ours is not None:
+        ours.bottleneck.check_planes()
     return tuple(dict.fromkeys((0.0, *map(float, asked))))
 
 

@@ -22,6 +22,7 @@ from efae.evaluation.flow_measures import measure_loss, measure_steps, measure_v
 from efae.evaluation.linear_reference import LinearReference, fit_linear_reference
 from efae.evaluation.measures import (
     Totals,
+    check_size,
     draw_noise,
     gather_json,
     gather_vectors,
@@ -210,15 +211,16 @@ def evaluate(
         seed: Seed of the noise; image i of the set always gets the same noise.
         batch_size: Number of images per batch; affects rounding only.
         angles_degrees: Angles of rotations to measure; None means ANGLES if the model was trained
-            on rotations by any angle, else none.
+            on rotations by any angle and the images are square, else none.
         lpips: Network to measure LPIPS with; None skips it.
         fid: Network to measure FID with; None skips it.
         progress: Function that wraps the items of a long loop, given its description.
 
     Raises:
-        ValueError: There are no images, they are too small for `lpips`, or model or images cannot
-            turn by any angle.
+        ValueError: There are no images, they are too small for SSIM or for `lpips`, or model or
+            images cannot turn by any angle.
     """
+    check_size(*images.shape[-2:])
     if lpips is not None:
         lpips.check_size(*images.shape[-2:])
     angles = choose_angles(model, angles_degrees, *images.shape[-2:])

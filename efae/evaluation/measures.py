@@ -31,6 +31,15 @@ _SYMMETRIC_UNDER = {
 }
 
 
+def check_size(height: int, width: int) -> None:
+    """Raise ValueError for images that SSIM cannot take."""
+    if min(height, width) < SMALLEST_SIDE:
+        raise ValueError(
+            f"images of {height} x {width} pixels: SSIM takes {SMALLEST_SIDE} x {SMALLEST_SIDE} or"
+            " more; measure larger images"
+        )
+
+
 def to_float(image: Tensor) -> Tensor:
     """Convert uint8 pixels to float in [-1, 1]."""
     return image.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1

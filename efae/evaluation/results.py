@@ -1,7 +1,7 @@
 """The result of an evaluation: its numbers, their protocol, and a few pictures."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,19 @@ class Part:
     closed_form_split: Mapping[str, int] | None
     """Multiplicities of the best linear map, see `LinearReference`; None if not measured."""
     seconds: float
+
+
+def join_parts(parts: Sequence[Part]) -> Part:
+    """Return the parts of one set as a whole, with the pictures of the first that has images.
+
+    Args:
+        parts: Parts, some of them empty if there are fewer images; the first one's totals change.
+    """
+    first, *others = parts
+    for part in others:
+        first.totals.merge(part.totals)
+    shown = next((part for part in parts if len(part.pictures.original)), first)
+    return replace(first, pictures=shown.pictures, seconds=max(part.seconds for part in parts))
 
 
 @dataclass(frozen=True)

@@ -237,11 +237,12 @@ class Autoencoder(Compilable):
         return torch.promote_types(next(self.parameters()).dtype, torch.float32)
 
     def _cast(self, given: Tensor) -> Tensor:
-        """Cast images or latents, unless all is in half precision, weights included."""
-        same = given.dtype == next(self.parameters()).dtype
-        if same and not torch.is_autocast_enabled(given.device.type):
+        """Cast what a network takes to the dtype of its weights, or where autocast acts, wider."""
+        weights = next(self.parameters()).dtype
+        if given.dtype == weights == self._dtype:
             return given
-        return given.to(self._dtype)
+        casts = self.precision in ("bf16", "fp16") or torch.is_autocast_enabled(given.device.type)
+        return given.to(self._dtype if casts else weights)
 
     def _pad(self, image: Tensor) -> Tensor:
         """Check images, and pad them to whole cells; the first time with a warning."""
@@ -299,8 +300,9 @@ class Autoencoder(Compilable):
             return self.predict(x_t, t, latent, keep, tile)
 
         with self._at_precision(x_t.device):
-            bounded = self.denormalize(latent)
-            output = self.call_filled(predict, x_t, t, bounded, keep)
+            # The flow's state stays in the dtype of the noise; only the network rounds it.
+            given = (self._cast(part) for part in (x_t, t, self.denormalize(latent)))
+            output = self.call_filled(predict, *given, keep)
         return flow.velocity_from(output, x_t, t, self.config.flow.prediction)
 
     def predict(
@@ -418,7 +420,8 @@ class Autoencoder(Compilable):
         bounded = self.denormalize(latent)
         ignored = latent.new_zeros(shape)
         with self._at_precision(latent.device):
-            return self.predict(ignored, ignored[:, 0, 0, 0], bounded, tile=tile)
+            sample = self.predict(ignored, ignored[:, 0, 0, 0], bounded, tile=tile)
+        return sample.to(self._dtype)
 
     def bounded(
         self, image: Float[Tensor, "b c h w"], tile: int | None = None

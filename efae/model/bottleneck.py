@@ -65,6 +65,8 @@ class Bottleneck(nn.Module):
         self.blocks = _blocks_of_one_scale(representation)
         if kind == "posterior":
             self.blocks = [slice(0, representation.dim)]
+        counts = representation.multiplicities
+        self._pairs = counts["b1"], counts["b2"]
         planes = representation.blocks.get("e", slice(representation.dim, representation.dim))
         channels = torch.arange(representation.dim)
         in_plane = planes.start + (channels - planes.start) // 2
@@ -74,6 +76,25 @@ class Bottleneck(nn.Module):
         self.power = nn.Parameter(torch.ones(len(self.blocks)), requires_grad=False)
         if kind == "kl":
             self.log_variance = nn.Parameter(torch.full((int(copies.max()) + 1,), -4.0))
+
+    @property
+    def splits_planes(self) -> bool:
+        """Whether rotations by any angle mix channels of B1 and B2 that have scales of their own.
+
+        Only groups without mirrors pair unequal numbers of them. One scale for both would change
+        the latents of models that are stored.
+        """
+        b1, b2 = self._pairs
+        return len(self.blocks) > 1 and b1 != b2 and min(b1, b2) > 0
+
+    def check_planes(self) -> None:
+        """Raise ValueError if `normalize` does not commute with rotations by any angle."""
+        if self.splits_planes:
+            b1, b2 = self._pairs
+            raise ValueError(
+                f"representation.multiplicities: b1={b1} and b2={b2}: rotations by any angle mix B1"
+                f" with B2, which have scales of their own; set b1={b1 + b2} and b2=0"
+            )
 
     def bound(self, latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b dim h w"]:
         """Bound the encoder's output, in float32 or wider."""

@@ -11,7 +11,7 @@ The same reader reads a checkpoint as a model with its EMA weights, and folders 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from efae import __version__
 from efae.config import AnyConfig, Config, GeneratorConfig
 from efae.config import forms as configuration
 from efae.model.networks.diffusers_vae import CLASSES, name_in_diffusers, name_in_efae
+from efae.model.representation import build_representation
 from efae.model.stored_files import (
     CONFIG,
     EMA,
@@ -133,6 +134,18 @@ def pack_model(
     }
     files[MANIFEST] = dump_manifest(files, {})
     return StoredModel("a new model", files, WEIGHTS, weights, config)
+
+
+def as_model_folder(stored: StoredModel) -> StoredModel:
+    """Return a model as `save_pretrained` writes it, also one from a checkpoint or of version 2."""
+    if stored.weights_file == WEIGHTS:
+        return stored
+    if isinstance(stored.settings, GeneratorConfig):
+        packed = pack_generator(stored.weights, stored.settings)
+    else:
+        representation = build_representation(stored.settings)
+        packed = pack_model(stored.weights, stored.settings, representation)
+    return replace(packed, uri=stored.uri)
 
 
 def pack_generator(weights: Mapping[str, Tensor], config: GeneratorConfig) -> StoredModel:

@@ -15,6 +15,7 @@ A latent is a grid of such vectors: (g z)(p) = rho(g) z(g^-1 p). In this basis e
 signed permutation, so the action is a gather and a sign.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -245,6 +246,8 @@ def group_law_error(
 ) -> tuple[float, Element, Element]:
     """Return the largest |rho(a b) - rho(a) rho(b)| entry, and the pair (a, b) where it occurs.
 
+    It is NaN if an entry of a product is.
+
     Args:
         group: Group to check all pairs of.
         matrices: Matrix of each element, by name.
@@ -256,7 +259,10 @@ def group_law_error(
     for a in group:
         for b in group:
             difference = matrices[(a @ b).name] - matrices[a.name] @ matrices[b.name]
-            worst = max(worst, (float(difference.abs().max()), a, b), key=lambda entry: entry[0])
+            size = float(difference.abs().max())
+            if math.isnan(size):  # compares as no larger than any number
+                return size, a, b
+            worst = max(worst, (size, a, b), key=lambda entry: entry[0])
     return worst
 
 
@@ -274,8 +280,9 @@ def check_representation(
         tolerance: Largest accepted error of an entry of a product.
 
     Raises:
-        ValueError: A matrix is missing or not square, their sizes differ, or the group law fails;
-            the message names the pair with the largest violation, and its size.
+        ValueError: A matrix is missing, not square or not finite, their sizes differ, that of the
+            identity is another one, or the group law fails; the message names the pair with the
+            largest violation, and its size.
     """
     missing = [element.name for element in group if element.name not in matrices]
     if missing:
@@ -284,6 +291,16 @@ def check_representation(
     shapes = {tuple(matrix.shape) for matrix in matrices.values()}
     if len(shapes) > 1 or any(len(shape) != 2 or shape[0] != shape[1] for shape in shapes):
         raise ValueError(f"matrices of shapes {sorted(shapes)}: all must be (dim, dim)")
+    broken = [element.name for element in group if not matrices[element.name].isfinite().all()]
+    if broken:
+        raise ValueError(f"the matrix of {', '.join(broken)} has NaN or infinity")
+    identity = matrices[group.identity.name]
+    away = float((identity - torch.eye(len(identity), dtype=identity.dtype)).abs().max())
+    if away > tolerance:
+        raise ValueError(
+            f"not a representation of {group.name}: rho({group.identity}) differs from the identity"
+            f" matrix by {away:.3g}"
+        )
     size, a, b = group_law_error(group, matrices)
     if size > tolerance:
         raise ValueError(

@@ -22,8 +22,7 @@ from efae.exchange.hub import (
 )
 from efae.exchange.onnx_export import export_onnx
 from efae.model.autoencoder import Autoencoder
-from efae.model.pretrained import CARD, StoredModel, hash_tensors
-from efae.model.representation import build_representation
+from efae.model.pretrained import CARD, StoredModel, as_model_folder, hash_tensors
 from efae.report.html import write_split
 from efae.report.model_card import list_training_credits, render_model_card
 from efae.web_page.page import ShownModel, write_page
@@ -47,7 +46,7 @@ def publish(
     in `PROGRAMS`; `options.space` receives the page. Files of an earlier upload are replaced.
 
     Args:
-        stored: Autoencoder.
+        stored: Autoencoder, from a model folder or a checkpoint.
         repo_id: Repository, USER/NAME.
         options: Options.
         credit: Credit of the training images, for card and page.
@@ -67,7 +66,8 @@ def publish(
     check_options(repo_id, options)
     if compare and not options.space:
         raise ValueError("a second model is shown by the page only: name a Space for it")
-    numbers, facts = _read_report(options.report, stored)
+    restored = Autoencoder.restore(stored)
+    numbers, facts = _read_report(options.report, restored)
     facts |= {
         "repo_id": repo_id,
         "revision": options.revision if options.revision != "main" else "",
@@ -77,7 +77,8 @@ def publish(
         "credit": credit,
     }
     credits = list_training_credits(facts)
-    model = ShownModel(repo_id, Autoencoder.restore(stored), stored.digest)
+    stored = as_model_folder(stored)
+    model = ShownModel(repo_id, restored, stored.digest)
     with tempfile.TemporaryDirectory() as scratch:
         folder, page = Path(scratch, "model"), Path(scratch, "page")
         folders = [HubFolder(repo_id, "model", folder, options.revision)]
@@ -101,7 +102,7 @@ def publish(
         return [file for each in folders for file in each.list_files()]
 
 
-def _read_report(uri: str, stored: StoredModel) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+def _read_report(uri: str, model: Autoencoder) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Return the numbers and facts of a report card, without addresses; None and {} without one."""
     if not uri:
         return None, {}
@@ -115,18 +116,18 @@ def _read_report(uri: str, stored: StoredModel) -> tuple[dict[str, Any] | None, 
                 " with jobs/evaluate.py"
             ) from error
     numbers, facts = read
-    multiplicities = dict(build_representation(stored.config).multiplicities)
+    multiplicities = dict(model.representation.multiplicities)
     if numbers.get("multiplicities") != multiplicities:
         raise ValueError(
             f"{uri} is the report card of another model: its latents are"
             f" {write_split(numbers.get('multiplicities', {}))}, not {write_split(multiplicities)}"
         )
-    if facts.get("tensors_sha256") != hash_tensors(stored.weights):
+    if facts.get("tensors_sha256") != hash_tensors(model.state_dict()):  # widened, as measured
         raise ValueError(
             f"{uri} is not the report card of these weights: their tensors_sha256 is not the one in"
             " its summary.json; write a new one with jobs/evaluate.py"
         )
-    if numbers["protocol"].get("symmetrize") != stored.config.start.symmetrize:
+    if numbers["protocol"].get("symmetrize") != model.config.start.symmetrize:
         raise ValueError(
             f"{uri} was measured with another setting of symmetrize than the model that would be"
             " sent: write a new one with jobs/evaluate.py"

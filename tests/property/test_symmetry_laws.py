@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import pickle
 
 import pytest
@@ -17,7 +18,7 @@ from efae.symmetry import (
     group,
 )
 from efae.symmetry.group import act_on_grid, grid_sources
-from efae.symmetry.representation import IRREPS, split_pixels
+from efae.symmetry.representation import IRREPS, group_law_error, split_pixels
 
 REGULAR = Representation(D4, a1=1, a2=1, b1=1, b2=1, e=2)
 
@@ -373,6 +374,13 @@ def test_the_sketch_is_refused_with_the_reason():
     }
     with pytest.raises(ValueError, match=r"rho\(\w+ @ \w+\) differs.*by 2.*h r h = r\^-1"):
         check_representation(D4, matrices)
+    zeros = {name: torch.zeros_like(matrix) for name, matrix in matrices.items()}
+    with pytest.raises(ValueError, match=r"rho\(identity\) differs from the identity matrix by 1"):
+        check_representation(D4, zeros)
+    lost = {**matrices, "rot180": torch.full((3, 3), math.nan)}
+    with pytest.raises(ValueError, match="the matrix of rot180 has NaN or infinity"):
+        check_representation(D4, lost)
+    assert math.isnan(group_law_error(D4, lost)[0])
     del matrices["rot90"]
     with pytest.raises(ValueError, match="no matrix for rot90"):
         check_representation(D4, matrices)

@@ -13,7 +13,7 @@ import pytest
 from data_pipelines import ShardDataset
 from data_pipelines.build_shards import build_shards, main, split_entries
 from data_pipelines.building import unfinished
-from data_pipelines.building.sample_encoding import Encoding
+from data_pipelines.building.sample_encoding import Encoding, Entry
 from data_pipelines.building.sources import ImageFolder, open_source
 from data_pipelines.shards.index import write_index
 from data_pipelines.shards.intake import SourceFaults, Tolerance
@@ -53,6 +53,12 @@ class TestBuild:
         assert len(parts["held_out"]) == held_out
         assert len(parts["train"]) == 4495 - held_out
         assert not families["train"] & families["held_out"]
+
+    def test_a_held_out_part_smaller_than_every_family_is_refused(self):
+        entries = [Entry(f"n{n}.{kind}", f"n{n}", None) for n in range(3) for kind in "ab"]
+        with pytest.raises(ValueError, match=r"--held-out 1: .* smallest family, 'n0', has 2"):
+            split_entries(entries, 1)
+        assert len(split_entries(entries, 2)["held_out"]) == 2
 
     def test_goes_on_where_it_was_cut_off(self, folder, tmp_path, monkeypatch):
         whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -4,6 +4,7 @@ import json
 import os
 import tarfile
 import threading
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -68,6 +69,12 @@ def test_tars_become_a_set_where_they_lie(tars, capsys):
     write_tar(tars / "part-9.tar", {"new": {"png": encode_png(draw(1))}})
     with pytest.raises(ValueError, match="tars 4 instead of 5"):
         index_shards(str(tars))
+
+
+def test_tars_in_the_root_of_the_filesystem_are_found_there(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) in ("/x-0.tar", "/x-1.tar"))
+    base, names, _ = list_tars("/x-{0..1}.tar")
+    assert (str(base), [*names]) == ("/", ["x-0.tar", "x-1.tar"])
 
 
 def test_the_index_of_a_source_that_stays_untouched_lies_elsewhere(tars, tmp_path, monkeypatch):
@@ -319,6 +326,16 @@ class TestDescription:
             tile = pixels[32 : 32 + 96 : 16, left : left + 96 : 16]
             assert (tile == draw(number // 2)).all()
         assert index.image_shape == (3, 6, 6)
+
+    def test_a_line_break_in_the_source_is_a_space_in_the_caption(self, tars):
+        index_shards(str(tars))
+        index = load_index(str(tars))
+        broken, plain = (
+            replace(index, provenance={"fingerprint": {"source": f"/images/some{gap}cats"}})
+            for gap in ("\n", " ")
+        )
+        drawn = [np.asarray(contact_sheet.draw_sheet(str(tars), i)) for i in (broken, plain)]
+        np.testing.assert_array_equal(*drawn)
 
     def test_a_command_draws_sets_of_others(self, tars, tmp_path, capsys):
         index_shards(str(tars))

@@ -161,8 +161,22 @@ def test_angles_are_measured_by_default_where_they_were_trained():
     plain, trained = build(), build(**{"loss.rotation_probability": 0.1})
     assert choose_angles(plain, None, 16, 16) == ()
     assert choose_angles(trained, None, 16, 16) == (0.0, *ANGLES)
-    assert choose_angles(trained, (), 16, 16) == ()
+    assert choose_angles(trained, (), 16, 16) == choose_angles(trained, None, 16, 24) == ()
     assert choose_angles(plain, (30, 0, 30, -45), 16, 16) == (0.0, 30.0, -45.0)
+
+
+def test_latents_whose_planes_have_two_scales_are_refused():
+    def build_pairs(b1, b2, probability=0.1):
+        split = {"representation.multiplicities": (4, 0, b1, b2, 2), "representation.group": "C4"}
+        return build(**split, **{"loss.rotation_probability": probability})
+
+    trained = build_pairs(3, 1)  # as a stored model
+    assert choose_angles(trained, None, 16, 16) == ()
+    for check in (lambda: choose_angles(trained, (15,), 16, 16), lambda: Objective(trained)):
+        with pytest.raises(ValueError, match="b1=3 and b2=1: rotations by any angle mix"):
+            check()
+    for model in (build_pairs(3, 1, probability=0.0), build_pairs(4, 0), build_pairs(2, 2)):
+        Objective(model)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +184,7 @@ def test_angles_are_measured_by_default_where_they_were_trained():
     [
         ({}, (math.nan,), (16, 16), "give numbers of degrees"),
         ({}, (15,), (16, 24), "images of 16 x 24 pixels: only square"),
+        ({}, (), (16, 4), "images of 16 x 4 pixels: SSIM takes 6 x 6 or more"),
         ({"representation.group": "flips"}, (15,), (16, 16), "has no quarter turns"),
         ({"representation.multiplicities": (4, 0, 3, 1, 2)}, (15,), (16, 16), "b1=3 and b2=1"),
     ],
@@ -178,8 +193,9 @@ def test_what_cannot_be_turned_by_any_angle_is_refused(changes, angles, shape, m
     if changes.get("representation.group") == "flips":
         changes = changes | {"representation.multiplicities": (4, 4, 2, 2, 0)}
     model = build(**changes)
-    with pytest.raises(ValueError, match=message):
-        choose_angles(model, angles, *shape)
+    if angles:
+        with pytest.raises(ValueError, match=message):
+            choose_angles(model, angles, *shape)
     with pytest.raises(ValueError, match=message):
         evaluate(model, torch.zeros(2, 3, *shape, dtype=torch.uint8), angles_degrees=angles)
 

@@ -69,9 +69,14 @@ def test_images_latents_and_seeds_of_any_kind_are_taken():
 def test_a_model_in_half_precision_needs_no_autocast(dtype):
     model = efae.load("builtin:openmoji-32").to(dtype)
     image = IMAGES.to(dtype) / 127.5 - 1
-    sample = model.decode(model.encode(image).to(dtype), noise=NOISE.to(dtype), steps=1)
+    latent = model.encode(image)
+    sample = model.decode(latent.to(dtype), noise=NOISE.to(dtype), steps=1)
     assert sample.dtype == dtype
     assert (sample.float() - image.float()).square().mean() < 0.5
+    assert latent.dtype == torch.float32
+    uncast = model.decode(model.encode(image.float()), noise=NOISE, steps=1)
+    assert uncast.dtype == model.decode(latent, seed=0, steps=1).dtype == torch.float32
+    torch.testing.assert_close(uncast, sample.float(), atol=0.1, rtol=0)
 
 
 def test_inference_mode_leaves_later_training_alone():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from efae.model import pretrained
 from efae.model.stored_files import CONFIG, WEIGHTS, read_from
 from efae.registry import pull
 from efae.registry.cache import fetch_model
+from jobs import export
 from tests.opened_files import watch_opens
 
 TINY = with_overrides(
@@ -112,6 +114,25 @@ def test_a_folder_is_pulled_as_the_files_that_a_model_needs(write, model, tmp_pa
     assert stored.config == TINY
     assert set(stored.weights) == set(model.state_dict())
     assert efae.load(copy).config == TINY
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_an_export_is_what_save_pretrained_writes(write, model, tmp_path, capsys):
+    folder = write(model, tmp_path / "here")
+    there = tmp_path / "there"
+    arguments = ["--model", str(folder), "--format"]
+    assert export.main([*arguments, "diffusers", "--output", str(there)]) == 0
+    model.save_pretrained(tmp_path / "saved")
+    saved = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    assert {path.name: path.read_bytes() for path in there.iterdir()} == saved
+    capsys.readouterr()
+    dry = ["hub", "--output", "me/drawings", "--hub.dry-run", "--hub.no-onnx"]
+    assert export.main([*arguments, *dry]) == 0
+    sizes = dict(
+        re.findall(r"^  me/drawings  (\S+) +([\d,]+) bytes$", capsys.readouterr().out, re.M)
+    )
+    assert sizes.pop("README.md")
+    assert sizes == {name: f"{len(data):,}" for name, data in saved.items()}
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)

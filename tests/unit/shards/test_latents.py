@@ -1,6 +1,7 @@
 """Sets of latents without Ray: their bits, what loaders hand out, what is refused, the encoder."""
 
 import io
+import tarfile
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from data_pipelines.building import unfinished
 from data_pipelines.images.codec import encode_png
 from data_pipelines.index_shards import make_index
 from data_pipelines.loading.dataset import LatentSet
-from data_pipelines.shards.index import ShardIndex, load_index, write_index
+from data_pipelines.shards.index import ShardIndex, index_tar, load_index, write_index
 from data_pipelines.shards.latent_bits import BitAction, pack_latents
 from data_pipelines.shards.latent_format import EXTENSION, FORMAT, LatentFormat, read_bits
 from data_pipelines.storage import Location
@@ -356,6 +357,15 @@ class TestVerify:
         assert any("not a" in fault and index.shards[0].keys[1] in fault for fault in faults)
         with pytest.raises(ShardError, match=index.shards[0].keys[1]):
             list(ShardDataset.open(str(tmp_path)).loader(4))
+
+    def test_a_shard_without_samples_is_no_fault(self, latents, tmp_path):
+        storage.download_folder(latents.uri, tmp_path)
+        with tarfile.open(tmp_path / "empty.tar", "w"):
+            pass
+        index = load_index(str(tmp_path))
+        empty = index_tar(tmp_path / "empty.tar", "empty.tar")
+        write_index(str(tmp_path), replace(index, shards=(*index.shards, empty)))
+        assert list(find_faults(str(tmp_path))) == []
 
 
 class TestEncoder:

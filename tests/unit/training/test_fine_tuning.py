@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import efae
 from data_pipelines import ShardDataset
-from efae.checkpoints.checkpoint import read_checkpoint, read_model
+from efae.checkpoints.checkpoint import read_checkpoint, read_model, write_checkpoint
 from efae.config import Config
 from efae.config.forms import with_overrides
 from efae.exchange.diffusers_tokenizer import load_diffusers, read_pretrained
@@ -20,6 +20,7 @@ from efae.model.autoencoder import Autoencoder
 from efae.model.fine_tuning import FineTuning
 from efae.model.networks.diffusers_vae import CLASSES
 from efae.model.objective import draw
+from efae.model.pretrained import as_model_folder, read_folder
 from efae.symmetry import D4, GROUPS
 from efae.tracking.server import Server
 from efae.training.loop import Start, train
@@ -146,6 +147,10 @@ def test_a_saved_model_is_a_plain_folder_of_its_class_with_a_new_scale(folders, 
         latent = ours.encode(IMAGE)
         torch.testing.assert_close(ours.decode(latent), network.decode(latent / 0.5).sample)
         torch.testing.assert_close(ours.encode(IMAGE), model.encode(IMAGE), rtol=0, atol=0)
+    rest = {"model": {}, "optimizer": {}, "metadata": {"step": 1}, "config": model.config}
+    write_checkpoint(tmp_path / "step", ema=model.state_dict(), **rest)
+    exported = as_model_folder(read_model(str(tmp_path / "step")))
+    assert exported.files == read_folder(tmp_path).files
 
 
 @pytest.mark.parametrize("group", ["D4", "C4", "flips", "mirror"])
