@@ -152,10 +152,6 @@ class Objective(nn.Module):
         model: Model to train; in training mode, every batch updates its latent statistics.
         perceptual: Perceptual loss of the one-step prediction; None for none.
         teacher: Teacher to distil into one step; None learns the flow from the images.
-
-    Raises:
-        ValueError: The model trains rotations by any angle, but its latents' scales differ within
-            the planes that turn.
     """
 
     def __init__(
@@ -165,8 +161,6 @@ class Objective(nn.Module):
         teacher: Teacher | None = None,
     ):
         super().__init__()
-        if model.config.loss.rotation_probability:
-            model.bottleneck.check_planes()
         self.model = model
         self.perceptual = perceptual
         self.teacher = teacher

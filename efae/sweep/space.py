@@ -300,7 +300,7 @@ def _is_fraction(config: Config, key: str) -> bool:
     section: Any = config
     for part in sections:
         section = getattr(section, part)
-    kind = get_type_hints(type(section)).get(name)
+    kind = get_type_hints(cast(type[Any], type(section))).get(name)
     return float in (kind, *get_args(kind))
 
 

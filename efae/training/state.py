@@ -107,11 +107,14 @@ def build_model(config: AnyConfig) -> Autoencoder | Generator:
     """Build the model of a configuration, with the parts that it does not train frozen.
 
     Raises:
-        ValueError: The sizes of the model do not fit together.
+        ValueError: The sizes of the model do not fit together, or its latents cannot be trained to
+            rotate by any angle.
     """
     if isinstance(config, GeneratorConfig):
         return Generator(config)
     model = Autoencoder(config)
+    if config.loss.rotation_probability:
+        model.bottleneck.check_planes()
     trained = "decoder" if config.freezes_latent else config.start.train
     for name, parameter in model.named_parameters():
         if trained != "both" and not name.startswith(f"{trained}."):
