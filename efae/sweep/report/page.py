@@ -129,7 +129,9 @@ def write_sweep_report(folder: Path, sweep: Mapping[str, Any]) -> None:
             for trial in trials
         ),
         estimated=sum(not end.trial.finished for end in ends),
-        no_surface=_why_no_surface(ends) if comparable else "the trials have different dimensions",
+        no_surface=_why_no_surface(ends)
+        if comparable
+        else "the trials have different numbers of channels",
         pairs=pairs,
         front=[t for t in _ranked(trials, metric, mode) if t.key in sweep["pareto"]],
         importances=importances,

@@ -278,7 +278,7 @@ def test_trials_of_different_dimensions_are_not_compared_by_their_splits(tmp_pat
     space = sweep["space"] | {"representation.dim": {"choices": [64, 128]}}
     text = words(write(tmp_path, sweep | {"trials": wider, "space": space}))
     assert not (tmp_path / "surface.png").exists()
-    assert "No response surface: the trials have different dimensions." in text
+    assert "No response surface: the trials have different numbers of channels." in text
     assert "level exact, different numbers of channels of one latent cell" in text
     assert "which theory predicts" not in text
     assert "A model of that split" not in text
