@@ -2,6 +2,8 @@
 
 import hashlib
 import re
+import secrets
+import time
 
 LONGEST_BYTES = 200
 """Longest name, in bytes: folders allow 255, MLflow 250, and suffixes are appended to names."""
@@ -31,6 +33,11 @@ def find_fault(name: str, syntax: str = "", longest: int = LONGEST_BYTES) -> str
     if length > longest:
         return f"it has {length} bytes of UTF-8, and at most {longest} are allowed"
     return ""
+
+
+def invent_name(what: str) -> str:
+    """Return a name for an unnamed job: what it does, the time, and digits that tell two apart."""
+    return f"{what}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def make_ascii(name: str) -> str:

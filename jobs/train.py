@@ -12,9 +12,7 @@ MLFLOW_TRACKING_URI, AWS_*. The same --tracking.run-name resumes that run, unles
 import dataclasses
 import logging
 import os
-import secrets
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +21,7 @@ import tyro
 from data_pipelines.commands import run_command
 from efae.config import Config
 from efae.config.forms import rename_options
+from efae.names import invent_name
 from efae.presets import PRESETS
 from efae.tracking.server import Server
 
@@ -41,8 +40,7 @@ def parse_arguments(
     )
     if config.tracking.run_name:
         return config
-    preset = next((a for a in arguments if a in presets), "run")
-    name = f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    name = invent_name(next((a for a in arguments if a in presets), "run"))
     return dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, run_name=name))
 
 

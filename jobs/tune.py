@@ -13,9 +13,7 @@ kept, and unfinished ones resume from their checkpoints.
 import dataclasses
 import logging
 import os
-import secrets
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
@@ -26,6 +24,7 @@ from pydantic.dataclasses import dataclass
 from data_pipelines.commands import run_command
 from efae.config import Config
 from efae.config.forms import flatten, rename_options, write_option
+from efae.names import invent_name
 from efae.presets import PRESETS
 from efae.sweep.config import SweepConfig
 from efae.tracking.server import Server
@@ -57,8 +56,7 @@ def parse_arguments(arguments: list[str]) -> tuple[str, Config, SweepConfig]:
     )
     sweep, preset = job.sweep, next(a for a in arguments if a in PRESETS)
     if not sweep.name:
-        name = f"sweep-{preset}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-        sweep = dataclasses.replace(sweep, name=name)
+        sweep = dataclasses.replace(sweep, name=invent_name(f"sweep-{preset}"))
     values = _split(job)
     del values["sweep"]
     return preset, Config(**values), sweep

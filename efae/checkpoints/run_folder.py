@@ -26,6 +26,8 @@ from efae.config import AnyConfig
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d{8,})")
+SWEEP = "sweep.json"
+"""Name of the object that tells a sweep's folder from a run's: both lie below ray.storage_uri."""
 Content = TypeVar("Content")
 
 

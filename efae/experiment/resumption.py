@@ -1,5 +1,6 @@
 """The step at which a run starts: the newest checkpoint of its name, or the one it was given."""
 
+from data_pipelines import storage
 from efae.checkpoints import checkpoint, run_folder
 from efae.config import AnyConfig, Config, GeneratorConfig
 from efae.config import forms as configuration
@@ -9,8 +10,9 @@ def find_start(config: AnyConfig) -> int:
     """Return the step from which the run starts or resumes; 0 without a checkpoint.
 
     Raises:
-        ValueError: A run of this name exists and resume=never, or it has another configuration, or
-            the checkpoint that resume names does not fit. The message lists the settings.
+        ValueError: A run of this name exists and resume=never, or it has another configuration; a
+            sweep has the name; or the checkpoint that resume names does not fit. The message lists
+            the settings.
         CheckpointError: All checkpoints of the run, or the one that resume names, are damaged.
         StorageError: The storage refuses or does not answer.
     """
@@ -37,6 +39,8 @@ def find_start(config: AnyConfig) -> int:
                 " starts where this one is), or the settings it started with"
             )
         return metadata["step"]
+    if storage.exists(run_folder.locate_run(config) / run_folder.SWEEP):
+        raise ValueError(f"tracking.run_name={name!r}: a sweep has that name; choose another")
     if config.resume in ("auto", "never"):
         return 0
     metadata, found = checkpoint.read_origin(config.resume)

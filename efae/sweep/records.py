@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 from data_pipelines import storage
 from data_pipelines.storage import Location, LocationLike
-
-_SWEEP = "sweep.json"
+from efae.checkpoints.run_folder import SWEEP
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Records:
         self._folder = Location.parse(folder)
         self.trials: dict[int, TrialRecord] = {}
         for name in sorted(storage.list_files(self._folder)):
-            if name == _SWEEP or not name.endswith(".json") or "/" in name:
+            if name == SWEEP or not name.endswith(".json") or "/" in name:
                 continue
             where = self._folder / name
             try:
@@ -121,10 +120,10 @@ class Records:
 
     def read_sweep(self) -> dict[str, Any] | None:
         """Return the sweep's own object; None if the sweep is new."""
-        where = self._folder / _SWEEP
+        where = self._folder / SWEEP
         return json.loads(storage.read_bytes(where)) if storage.exists(where) else None
 
     def write_sweep(self, facts: dict[str, Any]) -> None:
         """Replace the sweep's own object."""
         text = json.dumps(facts, indent=2)
-        storage.write_bytes(self._folder / _SWEEP, text.encode())
+        storage.write_bytes(self._folder / SWEEP, text.encode())

@@ -12,10 +12,12 @@ import pytest
 from mlflow import MlflowClient
 
 from data_pipelines import storage
+from efae.checkpoints.checkpoint import checkpoint_name, write_checkpoint
 from efae.checkpoints.events import read_events
 from efae.sweep.records import Records
 from tests.conftest import find_workers
 from tests.integration.train_jobs import OPTIONS, read_curve, run_job, run_uri, submitted
+from tests.unit.checkpoints.test_checkpoint import make_state
 
 pytestmark = [pytest.mark.s3, pytest.mark.ray, pytest.mark.timeout(900)]
 STEPS, INTERVAL = 160, 40
@@ -231,10 +233,11 @@ def test_trials_of_several_workers_are_stopped_early(train_shards, local_stack, 
 
 @pytest.fixture(scope="module")
 def small_sweep(train_shards, local_stack, tmp_path_factory):
-    """Of two trials, one without memory; the folder of its report."""
+    """Of three trials, one without memory, one whose name another run has; its report's folder."""
     folder = tmp_path_factory.mktemp("small")
     space = folder / "space.toml"
-    space.write_text(f"model.hidden_size = [64, {NO_MEMORY}]")
+    space.write_text(f"model.hidden_size = [64, {NO_MEMORY}, 128]")
+    write_checkpoint(f"{run_uri('small-003')}/{checkpoint_name(STEPS)}", **make_state(STEPS))
     options = [*TRIALS, f"--sweep.space={space}", "--sweep.search=grid"]
     options += ["--sweep.finalists=0", "--sweep.name=small", "--ray.num-workers=1"]
     options += ["--sweep.objectives", "psnr", "velocity_irreducible_variance"]
@@ -246,7 +249,10 @@ def small_sweep(train_shards, local_stack, tmp_path_factory):
 def test_a_sweep_reports_each_trial_and_registers_the_best(small_sweep, local_stack):
     found = json.loads((small_sweep / "sweep.json").read_text())
     states = {t["config"]["model.hidden_size"]: t["state"] for t in found["trials"]}
-    assert states == {64: "finished", NO_MEMORY: "failed"}
+    assert states == {64: "finished", NO_MEMORY: "failed", 128: "failed"}
+    causes = {t["config"]["model.hidden_size"]: t["cause"] for t in found["trials"]}
+    assert "memory" in causes[NO_MEMORY]
+    assert "another configuration" in causes[128]
     assert found["best"]["config"] == {"model.hidden_size": 64}
     split, dim = found["closed_form_split"], found["dim"]
     assert sum(split["multiplicities"].values()) + split["multiplicities"]["e"] == dim
@@ -269,11 +275,12 @@ def test_a_sweep_reports_each_trial_and_registers_the_best(small_sweep, local_st
 def test_a_sweep_without_a_result_says_why(train_shards, local_stack, tmp_path):
     space = tmp_path / "space.toml"
     space.write_text(f"model.hidden_size = [{NO_MEMORY}]")
-    options = [*TRIALS, f"--sweep.space={space}", "--sweep.name=hopeless", "--ray.num-workers=1"]
+    options = [*TRIALS, f"--sweep.space={space}", "--sweep.name=hopeless", "--ray.num-workers=2"]
     result = run_job("tune", *OPTIONS, *options, f"--tracking.report-folder={tmp_path}")
     assert result.returncode == 1
     assert "no trial finished: 1 started; causes:" in result.stderr
     assert "memory" in result.stderr
+    assert "ControllerError" not in result.stderr
     assert (tmp_path / "hopeless" / "report.html").exists()
     children, parent = find_children("hopeless")
     assert [run.info.status for run in children] == [parent] == ["FAILED"]

@@ -19,14 +19,19 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from cluster import ports
+from efae.checkpoints.checkpoint import checkpoint_name, write_checkpoint
 from efae.config import Config, DataConfig
 from efae.config import forms as configuration
 from efae.registry.model_uris import find_version, search_versions
+from efae.sweep import sweep
+from efae.sweep.records import TrialRecord
+from efae.sweep.run_trial import Sweep
 from efae.tracking import runs
 from efae.tracking.runs import Run
 from efae.tracking.sender import Tracker, deliver_points
 from efae.tracking.server import Server
 from efae.tracking.timeouts import notice_outages_soon
+from tests.unit.checkpoints.test_checkpoint import make_state
 
 
 class MlflowServer:
@@ -340,6 +345,25 @@ def test_a_checkpoint_carries_what_a_killed_process_had_not_sent(client, run, tm
         after.resend(saved)
         after.close()
     assert read_history(client, run.id, "loss") == [(0, 0.0), (1, 0.1), (2, 0.2)]
+
+
+def test_a_sweep_sends_the_curves_that_ended_trials_left(mlflow, client, tmp_path):
+    """Of those that finished or were stopped: the failed ones have no result to explain."""
+    config = configuration.with_overrides(Config(), {"ray.storage_uri": str(tmp_path)})
+    trials = [
+        TrialRecord(number, "search", {}, seed=0, latent_size=1, state=state)
+        for number, state in enumerate(("finished", "stopped", "failed"), start=1)
+    ]
+    made: list[Run] = []
+    for trial in trials:
+        name = f"demo-{trial.key}"
+        made.append(runs.find_or_create_run(mlflow, config.tracking.experiment, name, {})[0])
+        state = make_state(40) | {"config": config}
+        state["metadata"] |= {"unsent_metrics": [["loss", 40, 1, trial.number / 2]]}
+        write_checkpoint(tmp_path / name / checkpoint_name(40), **state)
+    sweep._deliver_curves(Sweep("demo", configuration.to_json(config), made[0]), trials)
+    curves = [read_history(client, run.id, "loss") for run in made]
+    assert curves == [[(40, 0.5)], [(40, 1.0)], []]
 
 
 @pytest.mark.slow

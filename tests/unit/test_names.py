@@ -114,6 +114,8 @@ def test_ray_gets_a_short_ascii_name_of_each_run(a, b):
 
 def test_a_plain_name_is_itself_in_ray():
     assert make_ascii("quickstart-20261128-230000-3f9a") == "quickstart-20261128-230000-3f9a"
+    assert re.fullmatch(r"versuch---[0-9a-f]{12}", make_ascii("versuch-\u00fc"))
+    assert len(make_ascii("x" * LONGEST_BYTES)) < 100
 
 
 def test_jobs_of_one_second_have_different_names(monkeypatch):
@@ -122,5 +124,3 @@ def test_jobs_of_one_second_have_different_names(monkeypatch):
     sweeps = {tune.parse_arguments(["quickstart"])[2].name for _ in range(3)}
     assert len(runs) > 1
     assert len(sweeps) > 1
-    assert re.fullmatch(r"versuch---[0-9a-f]{12}", make_ascii("versuch-\u00fc"))
-    assert len(make_ascii("x" * LONGEST_BYTES)) < 100

@@ -9,6 +9,7 @@ from efae.config.forms import with_overrides
 from efae.experiment import training_run
 from efae.experiment.facts import describe_run
 from efae.experiment.resumption import find_start
+from efae.sweep.records import Records
 from efae.tracking.server import Server
 from tests.unit.checkpoints.test_checkpoint import damage, make_state
 
@@ -42,6 +43,12 @@ def test_the_same_name_goes_on_unless_told_never(tmp_path, config):
     assert find_start(with_overrides(config, other_cluster)) == 80
     with pytest.raises(ValueError, match=rf"'mine' exists, at step 80 \({uri}\).*--resume auto"):
         find_start(with_overrides(config, {"resume": "never"}))
+
+
+def test_the_name_of_a_sweep_is_refused(tmp_path, config):
+    Records(tmp_path / "mine").write_sweep({})
+    with pytest.raises(ValueError, match="run_name='mine': a sweep has that name"):
+        find_start(config)
 
 
 def test_another_configuration_is_refused_by_its_settings(tmp_path, config):
