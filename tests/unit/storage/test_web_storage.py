@@ -1,8 +1,7 @@
 """Storage over HTTP: retries, refusals, names."""
 
 import os
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import ClassVar
 from urllib.parse import unquote
 
@@ -70,23 +69,15 @@ class _Tagged(BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize("scheme", ["http", "s3"])
-def test_the_version_of_an_object_is_its_servers_tag(scheme, monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Tagged)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    address = f"http://127.0.0.1:{server.server_address[1]}"
+def test_the_version_of_an_object_is_its_servers_tag(serve, scheme, monkeypatch):
+    address = serve(_Tagged)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "key")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
     found = []
-    try:
-        for _Tagged.tag in ('"one"', '"two"', '"one"', None):
-            uri = f"{address}/b/x.tar" if scheme == "http" else "s3://b/x.tar"
-            found.append(storage.read_version(uri))
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    for _Tagged.tag in ('"one"', '"two"', '"one"', None):
+        uri = f"{address}/b/x.tar" if scheme == "http" else "s3://b/x.tar"
+        found.append(storage.read_version(uri))
     assert "one" in found[0]
     assert found[0] == found[2] != found[1]
     assert "one" not in found[3]
