@@ -64,14 +64,24 @@ class Server:
         """Translate MLflow's exceptions within the block.
 
         Raises:
-            ValueError: The object does not exist in MLflow, or MLflow rejects a value.
-            ConnectionError: MLflow fails.
+            ValueError: The object does not exist in MLflow, MLflow rejects a value, or boto3 is
+                missing where MLflow keeps its artifacts in S3 and lets clients write them there.
+            ConnectionError: MLflow, or S3 in that case, fails.
         """
         try:
             yield
         except Exception as error:
             from mlflow.exceptions import MlflowException
 
+            if isinstance(error, ModuleNotFoundError) and error.name == "boto3":
+                raise ValueError(
+                    f"MLflow at {self} keeps artifacts in S3, where clients write them with boto3:"
+                    " install the extra aws here, or let the server write (--serve-artifacts)"
+                ) from error
+            if type(error).__module__.partition(".")[0] in ("boto3", "botocore"):
+                raise ConnectionError(
+                    f"S3, where MLflow at {self} keeps artifacts: {first_cause(error)}"
+                ) from error
             if not isinstance(error, MlflowException):
                 raise
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):

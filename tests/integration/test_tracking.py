@@ -347,6 +347,22 @@ def test_a_checkpoint_carries_what_a_killed_process_had_not_sent(client, run, tm
     assert read_history(client, run.id, "loss") == [(0, 0.0), (1, 0.1), (2, 0.2)]
 
 
+def test_artifacts_that_clients_write_to_s3_fail_with_a_sentence(mlflow, client, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{ports.pick_free(1)[0]}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "value-of-the-variable")
+    experiment = client.create_experiment("direct", artifact_location="s3://bucket/artifacts")
+    run = client.create_run(experiment).info.run_id
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "boto3", None)  # as where it is not installed
+        with pytest.raises(ValueError, match="install the extra aws"), mlflow.translating():
+            client.log_text(run, "text", "report.txt")
+    said = pytest.raises(ConnectionError, match=f"S3, where MLflow at {mlflow} keeps artifacts:")
+    with said, mlflow.translating():
+        client.log_text(run, "text", "report.txt")
+
+
 def test_a_sweep_sends_the_curves_that_ended_trials_left(mlflow, client, tmp_path):
     """Of those that finished or were stopped: the failed ones have no result to explain."""
     config = configuration.with_overrides(Config(), {"ray.storage_uri": str(tmp_path)})
