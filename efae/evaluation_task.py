@@ -5,7 +5,6 @@ The process of a task imports this module, and therefore neither Ray Train nor M
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any, cast
 
 import ray
@@ -101,11 +100,7 @@ def _fit(text: str) -> FittedAction:
     config = configuration.from_json(text)
     torch.set_num_threads(config.ray.cpus_per_worker)
     device = "cuda" if config.ray.use_gpu else "cpu"
-    stored = read_model(locate_copy(config).uri)
-    # Training acts on what the encoder returns: fit to that, not to latents that have been shifted.
-    moves = {"start.train": "both", "start.anchor_weight": 0.0}
-    stored = replace(stored, settings=configuration.with_overrides(stored.config, moves))
-    model = Autoencoder.restore(stored, device)
+    model = Autoencoder.restore(read_model(locate_copy(config).uri), device)
     images = read_images(config.data, config.data.uri, _FITTED_IMAGES)
     # Fewer than the image has colours are refused: only they carry the colour of a flat patch.
     return fit_action(model, images, 16, device, invariant=config.data.channels)

@@ -185,7 +185,10 @@ def _run(chosen: Arguments, folder: Path) -> "Mapping[str, Tokenizer]":
         )
         numbers = evaluation.numbers()
         if chosen.fit_action:
-            fitted = fit_action(model, images[channels], chosen.batch_size, chosen.device)
+            invariant = min(channels, model.representation.dim)  # as training fits it
+            fitted = fit_action(
+                model, images[channels], chosen.batch_size, chosen.device, invariant
+            )
             numbers["fitted_action"] = fitted.numbers()
         if uri != chosen.model[0] and channels == first_channels:
             numbers["drift"] = measure_drift(model, first, images[channels], chosen.batch_size)

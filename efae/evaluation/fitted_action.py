@@ -9,7 +9,9 @@ Every image is used in all its transforms. The error of g then equals that of g^
 encoder that is equivariant, whatever the images, every moment commutes with its representation.
 
 Nothing is centred. An action is linear, it has no offset: a mean that all transforms of an image
-share must lie in invariant channels, and a fit to centred latents might change its sign.
+share must lie in invariant channels, and a fit to centred latents might change its sign. The shift
+and the scales by which pipelines of diffusers map latents are left out for the same reason, and
+because training acts on latents without them.
 """
 
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from efae.evaluation.measures import to_float
 from efae.evaluation.protocol import Tokenizer
+from efae.model.autoencoder import Autoencoder
 from efae.model.precision import float32_arithmetic
 from efae.symmetry import Representation
 from efae.symmetry.nearest_representation import (
@@ -153,7 +156,7 @@ class _Moments:
     def add(self, model: Tokenizer, image: Float[Tensor, "b c h w"]) -> None:
         """Add a batch of images."""
         group = model.group
-        latents = [model.encode(g.act_on_image(image)) for g in group]
+        latents = [_encode(model, g.act_on_image(image)) for g in group]
         products: list[Tensor] = []
         own: list[Tensor] = []
         for g in group:
@@ -189,6 +192,15 @@ class _Moments:
         mean = self._sums["latent"].flatten(1) / self._images
         centred = self._sums["squares"] - self._images * mean @ mean.T
         return centred / (self._images - 1) / mean.shape[1]
+
+
+def _encode(model: Tokenizer, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim lh lw"]:
+    """Return latents that no factors of diffusers have shifted or scaled."""
+    if isinstance(model, Autoencoder):
+        if model.config.keeps_latents:
+            return model.call_filled(model.bounded, image)
+        return model.encode(image)
+    return getattr(model, "bounded", model.encode)(image)
 
 
 def _cells(latent: Float[Tensor, "b dim h w"]) -> Float[Tensor, "cell dim"]:

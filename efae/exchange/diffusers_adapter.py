@@ -9,8 +9,9 @@ it receives; without one, from a fixed seed, the same for every image, which mak
 function of each latent alone.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import json
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -265,11 +266,26 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def _tile(self) -> int | None:
         return self.tile_sample_min_size if self.use_tiling else None
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        # The bottleneck and the sampler compute in fp32, whatever the dtype of the weights.
-        if self.dtype in _HALVES:
-            return torch.autocast(self.device.type, dtype=self.dtype)
-        return nullcontext()
+    @contextmanager
+    def _precision(self) -> Generator[None]:
+        """Compute in the dtype of the weights, but for the bottleneck and the sampler, in fp32.
+
+        In fp16, activations of some fine-tuned autoencoders overflow, SDXL's for one: their weights
+        are widened meanwhile, as pipelines widen those of an AutoencoderKL with force_upcast.
+        """
+        start = self.autoencoder.config.start
+        overflows = start.is_diffusers and json.loads(start.architecture).get("force_upcast")
+        if self.dtype is torch.float16 and overflows:
+            self.autoencoder.float()
+            try:
+                yield
+            finally:
+                self.autoencoder.half()
+        elif self.dtype in _HALVES:
+            with torch.autocast(self.device.type, dtype=self.dtype):
+                yield
+        else:
+            yield
 
     def _slices(self, batch: Tensor) -> tuple[Tensor, ...]:
         return tuple(batch[i : i + 1] for i in range(len(batch))) if self.use_slicing else (batch,)

@@ -44,7 +44,8 @@ class Autoencoder(Compilable):
         precision: Precision in which `encode`, `decode` and `velocity` run the networks; None
             leaves it to the caller (`torch.autocast`). Latents and images are float32 throughout.
         symmetrize: Whether both networks are averaged over the group, which makes any model exactly
-            equivariant and as many times slower as the group has elements.
+            equivariant and as many times slower as the group has elements; except a decoder that
+            is exact already.
         has_flow: Whether the decoder follows a velocity field from noise; else it ignores noise,
             seed and everything about the sampler.
         tile: Value of `tile` for `encode`, `decode` and `velocity` where they are given None.
@@ -330,7 +331,7 @@ class Autoencoder(Compilable):
                 return self.decoder(x_t, t, latent, keep)
             return decode_in_tiles(self.decoder, x_t, t, latent, keep, tile)
 
-        if not self.symmetrize:
+        if not self.symmetrize or (self.has_flow and self.config.model.level == "exact"):
             return once(x_t, latent)
         views = [
             g.inverse.act_on_image(once(g.act_on_image(x_t), self.act(g, latent)))

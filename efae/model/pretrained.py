@@ -339,9 +339,9 @@ def describe_latent(config: Config, representation: Representation) -> dict[str,
     """Return the settings that latent-diffusion code reads, in diffusers' names, and the action.
 
     Latents are scaled already, so the scaling factor is 1 and the shift 0. `force_upcast`, without
-    which pipelines of SDXL fail, is off, since it is about layers of AutoencoderKL. Pipelines
-    compute the pixels per latent cell as 2 ** (len(block_out_channels) - 1); block_out_channels is
-    left out if they are no power of two.
+    which pipelines of SDXL fail, is off: with it they ask for layers of AutoencoderKL, and the
+    adapter itself widens weights that need it. Pipelines compute the pixels per latent cell as
+    2 ** (len(block_out_channels) - 1); block_out_channels is left out if they are no power of two.
     """
     height, width = config.data.image_size
     halvings = config.model.downsampling.bit_length() - 1

@@ -14,7 +14,7 @@ from data_pipelines.storage import Location
 from efae.checkpoints.checkpoint import read_manifest, read_model
 from efae.checkpoints.run_folder import find_newest_checkpoint, locate_run
 from efae.config import AnyConfig, Config
-from efae.config.forms import decides_weights, flatten, list_changes, with_overrides, write_option
+from efae.config.forms import flatten, list_changes, with_overrides, write_option
 from efae.evaluation.fitted_action import FittedAction
 from efae.exchange.diffusers_tokenizer import PREFIX, read_architecture, read_pretrained
 from efae.model.autoencoder import Autoencoder
@@ -63,14 +63,15 @@ def adopt_pretrained(config: Config) -> Config:
                 f"start.model={uri!r}: name an autoencoder: --start.model diffusers:PATH"
             )
         return config
-    copied = _read_copied_config(config)
     counts, basis = config.representation.multiplicities, config.representation.learned_basis
-    begun = copied is not None and find_newest_checkpoint(locate_run(config)) is not None
-    if copied and begun:
+    # Before its first checkpoint a run starts anew: the folder may have changed since.
+    begun = find_newest_checkpoint(locate_run(config)) is not None
+    copied = _read_copied_config(config) if begun else None
+    if copied:
         architecture = json.loads(copied.start.architecture)
     else:
         architecture = read_architecture(uri.removeprefix(PREFIX))
-    if copied and needs_fit(config) and _has_same_fit(copied, config, begun):
+    if copied and needs_fit(config) and _has_fit(copied, config):
         counts, basis = copied.representation.multiplicities, True
     try:
         colours, channels, f = diffusers_vae.describe(architecture)
@@ -83,6 +84,13 @@ def adopt_pretrained(config: Config) -> Config:
         faults.append(f"data.channels={config.data.channels}: its images have {colours} colours")
     if counts is not None and sum(counts) + counts[-1] != channels:
         faults.append(f"representation.multiplicities={counts}: its latents have {channels}")
+    for name in ("rotation_dims", "chirality_split"):
+        value = getattr(config.representation, name)
+        if value is not None and config.start.action != "split":
+            faults.append(
+                f"representation.{name}={value}: start.action={config.start.action} does not use"
+                " it; set split"
+            )
     precisions = (config.training.precision, config.training.evaluation_precision)
     if "fp16" in precisions and architecture.get("force_upcast"):
         faults.append(
@@ -107,14 +115,10 @@ def adopt_pretrained(config: Config) -> Config:
     return with_overrides(config, settings)
 
 
-def _has_same_fit(copied: Config, config: Config, begun: bool) -> bool:
-    """Return whether a run's copy has its basis: if it has begun, or that of these images."""
-    if copied.start.action != "fitted" or not copied.representation.learned_basis:
-        return False
-    changed = [key for key, _ in list_changes(copied, config) if decides_weights(key)]
-    if any(key.startswith("data.") for key in changed) and not begun:
-        return False
-    return copied.representation.group == config.representation.group
+def _has_fit(copied: Config, config: Config) -> bool:
+    """Return whether a run's copy has the basis of an action that was fitted for its group."""
+    fitted = copied.start.action == "fitted" and copied.representation.learned_basis
+    return fitted and copied.representation.group == config.representation.group
 
 
 def read_source(config: Config, server: Server) -> StoredModel:
@@ -158,6 +162,11 @@ def check_start(config: Config, found: Config) -> None:
         raise ValueError(
             f"{where}: its encoder is one of diffusers; name that one: --start.model"
             f" {found.start.model}, or the model itself as diffusers:FOLDER if it was fine-tuned"
+        )
+    if found.model.has_linear_start and found.flow.distill_from:
+        raise ValueError(
+            f"{where}: it was distilled into one step, for which its decoder takes x_t otherwise"
+            f" than that of a new run; name its teacher: {found.flow.distill_from}"
         )
     fixed = ("model.", "representation.", "data.channels", "flow.prediction")
     if config.model.kind == "transformer":
@@ -217,8 +226,9 @@ def copy_source(config: Config, server: Server) -> None:
     """
     if not has_source(config) or find_newest_checkpoint(locate_run(config)):
         return
-    if config.representation.learned_basis and _read_copied_config(config) is not None:
-        return  # with the basis of a fitted action
+    fitted = config.start.action == "fitted" and not needs_fit(config)
+    if fitted and config.representation.learned_basis and _read_copied_config(config):
+        return  # `adopt_action` has written it, with the basis
     write_copy(config, read_source(config, server))
 
 

@@ -178,6 +178,27 @@ def test_an_average_over_the_group_is_exactly_equivariant(folders, name, group):
             torch.testing.assert_close(original.decode(latent), sample)
 
 
+def test_an_average_leaves_out_a_decoder_that_is_exact_already(folders):
+    small = {"model.hidden_size": 32, "model.encoder_hidden_size": 32, "model.fine_hidden_size": 8}
+    flow = {"model.kind": "unet", "model.level": "exact", "start.train": "decoder"}
+    config = configure(
+        folders / "AutoencoderKL",
+        **flow,
+        **small,
+        **{"start.symmetrize": True, "start.action": "spatial"},
+    )
+    model = Autoencoder(config).eval()
+    calls: list[int] = []
+    model.decoder.register_forward_hook(lambda *_: calls.append(1))
+    latent = model.encode(IMAGE)
+    noise = torch.randn(IMAGE.shape, generator=torch.Generator().manual_seed(0))
+    sample = model.decode(latent, 1, noise=noise)
+    assert len(calls) == 1
+    for g in D4:
+        turned = model.decode(model.act(g, latent), 1, noise=g.act_on_image(noise))
+        torch.testing.assert_close(turned, g.act_on_image(sample), atol=2e-6, rtol=0)
+
+
 def measure(config: Config, original: Autoencoder | None = None, **changes) -> torch.Tensor:
     model = Autoencoder(config)
     model.load_state_dict(restore(config).state_dict())
@@ -247,6 +268,10 @@ def test_combinations_without_sense_are_refused(folders):
     for match, overrides in (
         ("start.train=encoder with model.kind=unet", {**unet, "start.train": "encoder"}),
         ("a frozen encoder does not", {"start.train": "decoder", "start.anchor_weight": 0.1}),
+        (
+            r"rotation_dims=2: start.action=spatial does not use it",
+            {"start.action": "spatial", "representation.rotation_dims": 2},
+        ),
         ("use bf16", {"training.precision": "fp16"}),
     ):
         with pytest.raises(ValueError, match=match):

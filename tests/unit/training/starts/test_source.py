@@ -128,6 +128,10 @@ def test_a_model_that_does_not_fit_is_refused_before_the_run(checkpoint, tmp_pat
     foreign = with_overrides(own, vae | {"model.bottleneck": "posterior"})
     with pytest.raises(ValueError, match=r"name that one: --start\.model diffusers:/vae, or"):
         check_start(own, foreign)
+    student = with_overrides(own, {"start.model": "", "flow.distill_from": "some/teacher"})
+    assert student.model.has_linear_start
+    with pytest.raises(ValueError, match=r"distilled into one step.*its teacher: some/teacher"):
+        check_start(own, student)
     for settings, message in (
         ({"flow.distill_from": "a"}, "a student starts from its teacher"),
         ({"start.action": "fitted"}, "leave it at spatial"),
