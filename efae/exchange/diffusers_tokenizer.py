@@ -341,6 +341,12 @@ def _load(path: str, folder: Path, name: str, weights: str, group: Group) -> Dif
         raise ValueError(f"diffusers:{path}: cannot be loaded: {error}") from error
     if report["missing_keys"]:  # diffusers draws them at random, and warns
         raise ValueError(f"diffusers:{path}: {weights} lacks {', '.join(report['missing_keys'])}")
+    if unknown := sorted(report["unexpected_keys"]):
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise ValueError(
+            f"diffusers:{path}: {weights} has {', '.join(unknown[:3])}{more}, which {CONFIG} does"
+            " not describe: use the two files of one model"
+        )
     for tensor, values in loaded.state_dict().items():
         if not values.isfinite().all():
             raise ValueError(
