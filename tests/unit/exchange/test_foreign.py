@@ -345,6 +345,29 @@ def test_a_configuration_that_builds_no_network_is_refused(tmp_path, random_fold
     refuse(tmp_path, "cannot be loaded")
 
 
+@pytest.mark.parametrize(
+    "factors",
+    [
+        {"latents_mean": [0, 0, 0, 0], "latents_std": [1, 0, 1, 1]},
+        {"latents_mean": [0, 0, 0, 0], "latents_std": 2.0},
+        {"latents_mean": [0, 0], "latents_std": [1, 1]},
+        {"scaling_factor": "a"},
+        {"scaling_factor": -1},
+        {"scaling_factor": [1]},
+        {"shift_factor": "a"},
+    ],
+)
+def test_factors_that_are_no_numbers_are_named(tmp_path, random_folder, factors):
+    settings = json.loads((random_folder / "config.json").read_text()) | factors
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / WEIGHTS).write_bytes((random_folder / WEIGHTS).read_bytes())
+    said = [f"{name}={value!r}" for name, value in factors.items()]
+    refuse(tmp_path, f"diffusers:{tmp_path}: config.json: ", *said)
+    with pytest.raises(ValueError, match=f"^diffusers:{tmp_path}: config.json ") as caught:
+        efae.load(f"diffusers:{tmp_path}")
+    assert all(part in str(caught.value) for part in said)
+
+
 def test_without_the_package_its_name_is_said(random_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     refuse(random_folder, "pip install diffusers")
