@@ -9,7 +9,7 @@ The gates:
 - lineage: the version was not measured on its training images
 - images: both versions were measured on the same held-out images
 - metric: the version is better than the present holder of the alias; a tie fails
-- gap: its worst gap is no larger, up to rounding
+- gap: its worst gap is no larger, up to rounding, and over no fewer flips and turns
 
 A generator has the gates images (jobs/generate.py compare measured both versions on the same
 reference, in the same features, from samples drawn alike) and metric (its FID is lower).

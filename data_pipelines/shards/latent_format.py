@@ -34,7 +34,8 @@ class LatentFormat(BaseModel):
         dtype: Dtype of their numbers.
         group: Name of the group that acts on them.
         multiplicities: Multiplicities of the representation, by irrep.
-        model_digest: SHA-256 of the model's weights; ``models:/NAME@sha256:DIGEST`` pulls them.
+        model_digest: SHA-256 of the model's weights; ``models:/NAME@sha256:DIGEST`` pulls them. For
+            ``diffusers:PATH``, of weights and configuration.
         model_uri: URI from which the model was pulled.
         certificate: Measured error of the encoder's equivariance; see `ShardDataset`.
     """

@@ -212,7 +212,10 @@ def read_diffusers(uri: str) -> StoredModel:
         ValueError, CheckpointError, StorageError: As in `read_pretrained`.
     """
     architecture = read_architecture(uri.removeprefix(PREFIX))
-    colours, channels, f = describe(architecture)
+    try:
+        colours, channels, f = describe(architecture)
+    except ValueError as error:
+        raise ValueError(f"{uri}: {CONFIG} {error}") from error
     side = architecture.get("sample_size")
     settings = {
         "data.channels": colours,
@@ -341,9 +344,19 @@ def _load(path: str, folder: Path, name: str, weights: str, group: Group) -> Dif
         raise ValueError(f"diffusers:{path}: cannot be loaded: {error}") from error
     if report["missing_keys"]:  # diffusers draws them at random, and warns
         raise ValueError(f"diffusers:{path}: {weights} lacks {', '.join(report['missing_keys'])}")
+    if unknown := sorted(report["unexpected_keys"]):
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise ValueError(
+            f"diffusers:{path}: {weights} has {', '.join(unknown[:3])}{more}, which {CONFIG} does"
+            " not describe: use the two files of one model"
+        )
     for tensor, values in loaded.state_dict().items():
         if not values.isfinite().all():
             raise ValueError(
                 f"diffusers:{path}: {weights} has NaN or infinity in {tensor}: use another copy"
             )
-    return DiffusersTokenizer(loaded, group).eval().requires_grad_(False)
+    try:
+        tokenizer = DiffusersTokenizer(loaded, group)
+    except ValueError as error:
+        raise ValueError(f"diffusers:{path}: {CONFIG}: {error}") from error
+    return tokenizer.eval().requires_grad_(False)

@@ -87,8 +87,15 @@ class StoredModel:
 
     @property
     def digest(self) -> str:
-        """sha256 of the weights, which names the model in models:/NAME@sha256:HEX."""
-        return json.loads(self.files[MANIFEST])["files"][self.weights_file]["sha256"]
+        """sha256 of the weights, which names the model in models:/NAME@sha256:HEX.
+
+        That of "diffusers:PATH" covers config.json, too: it holds the factors of the latents.
+        """
+        files = json.loads(self.files[MANIFEST])["files"]
+        weights: str = files[self.weights_file]["sha256"]
+        if self.uri.startswith("diffusers:"):
+            return sha256(f"{weights} {files[CONFIG]['sha256']}".encode())
+        return weights
 
     @property
     def manifest_digest(self) -> str:

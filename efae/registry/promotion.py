@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Literal, get_args
 
+from efae.symmetry import GROUPS
 from efae.tracking.server import Server
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ HIGHER_IS_BETTER = {
 }
 GateName = Literal["lineage", "images", "metric", "gap"]
 GATES: tuple[GateName, ...] = get_args(GateName)
+_OVER_GROUP = ("worst_gap_db", "encoder_error")
+"""Metrics that are the worst over the elements of a version's own group."""
 _MEASURED = ("held_out_data", "held_out_images", "image_shape")
 _SAMPLED = ("fid_reference", "fid_features", "fid_samples")
 """Tags that are equal where the FIDs of two generators compare; see `record_fid`."""
@@ -250,7 +253,7 @@ def _apply_gates(
     """
     way = "higher" if HIGHER_IS_BETTER[metric] else "lower"
     measured = (
-        (f"metric.{metric}",),
+        ("group", f"metric.{metric}") if metric in _OVER_GROUP else (f"metric.{metric}",),
         f"{metric} {way} by more than {terms.margin:g}",
         _find_fault_of_metric(candidate, present, metric, terms.margin),
     )
@@ -271,7 +274,7 @@ def _apply_gates(
         ),
         "metric": measured,
         "gap": (
-            ("metric.worst_gap_db",),
+            ("group", "metric.worst_gap_db"),
             f"worst_gap_db larger by {terms.gap_tolerance_db:g} at most",
             _find_fault_of_gap(candidate, present, terms),
         ),
@@ -310,6 +313,8 @@ def _find_fault_of_metric(
         if candidate.is_generator:
             return f"unknown; {_measure_again(candidate, present)}"
         return f"unknown; {_name_metrics(candidate, present)}: choose with --metric"
+    if metric in _OVER_GROUP and (fault := _find_fault_of_group(candidate, present)):
+        return fault
     gain = mine - other if HIGHER_IS_BETTER[metric] else other - mine
     if present is None or gain > Decimal(str(margin)):
         return None
@@ -321,11 +326,27 @@ def _find_fault_of_gap(candidate: Contender, present: Contender | None, terms: T
     other = mine if present is None else present.number("worst_gap_db")
     if mine is None or other is None:
         return f"unknown; {_measure_again(candidate, present)}"
+    if fault := _find_fault_of_group(candidate, present):
+        return fault
     if mine - other <= Decimal(str(terms.gap_tolerance_db)):
         return None
-    pretrained = candidate.tags.get("kind") == "diffusers"
-    exact = "--start.symmetrize --model.level exact" if pretrained else "--model.level exact"
+    exact = "--model.level exact"
+    if candidate.tags.get("kind") == "diffusers":
+        exact = f"--start.symmetrize {exact} --start.action spatial"
     return f"not so; train with {exact}, or say with --gap-tolerance what you accept"
+
+
+def _find_fault_of_group(candidate: Contender, present: Contender | None) -> str | None:
+    mine = GROUPS.get(candidate.tags.get("group", ""))
+    other = mine if present is None else GROUPS.get(present.tags.get("group", ""))
+    if mine is None or other is None:
+        return f"unknown group; {_measure_again(candidate, present)}"
+    if present is None or set(other) <= set(mine):
+        return None
+    return (
+        f"measured over {mine}, {present.uri} over {other}; train with --representation.group"
+        f" {other}, or {_measure_again(candidate, present)}"
+    )
 
 
 def _show(contender: Contender | None, keys: tuple[str, ...]) -> str:

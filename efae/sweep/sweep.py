@@ -144,12 +144,16 @@ def check_settings(config: Config, settings: SweepConfig, space: Space) -> None:
     Raises:
         ValueError: They do not.
     """
-    if config.start.model and not config.start.is_diffusers:
-        fixed = [k for k in space.distributions if k.startswith(("model.", "representation."))]
+    if config.start.model:
+        given, remedy = ("model.", "representation."), "search other settings, or leave it empty"
+        if config.start.is_diffusers:
+            given = ("model.downsampling", "representation.dim")
+            remedy = "they are read from the autoencoder; search other settings"
+        fixed = [key for key in space.distributions if key.startswith(given)]
         if fixed:
             raise ValueError(
                 f"sweep.space: {', '.join(fixed)} cannot be searched, because they are those of"
-                f" start.model={config.start.model!r}; search other settings, or leave it empty"
+                f" start.model={config.start.model!r}; {remedy}"
             )
     training = config.training
     first = settings.first_rung * training.steps

@@ -58,6 +58,7 @@ LINEAGE = {
     "held_out_data": "bbbb",
     "held_out_images": "64",
     "image_shape": "3x16x16",
+    "group": "D4",
 }
 ROOT = Path(__file__).parents[2]
 

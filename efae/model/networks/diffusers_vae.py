@@ -170,24 +170,31 @@ def read_factors(architecture: Mapping[str, Any]) -> Factors:
     of the shift, `latents_mean` and `latents_std` if both are given, as in that of SDXL.
 
     Raises:
-        ValueError: A number is not finite, a scale not positive, or there is not one per channel.
+        ValueError: A value is no finite number, a scale not positive, or there is not one per
+            channel.
     """
     channels = int(architecture["latent_channels"])
-    scale = float(architecture.get("scaling_factor") or 1.0)
-    shifts: Any = [architecture.get("shift_factor") or 0.0] * channels
+    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    scaling, shift, means, stds = map(architecture.get, names)
+    shifts: Any = [shift or 0.0] * channels
     deviations: Any = [1.0] * channels
-    means, stds = architecture.get("latents_mean"), architecture.get("latents_std")
     if means is not None and stds is not None:
         shifts, deviations = means, stds
-    found = Factors(tuple(map(float, shifts)), tuple(scale / float(each) for each in deviations))
+    try:
+        scales = tuple(float(scaling or 1.0) / float(each) for each in deviations)
+        found = Factors(tuple(map(float, shifts)), scales)
+    except (TypeError, ValueError, ArithmeticError):
+        found = None
     if not (
-        len(found.shift) == len(found.scale) == channels
+        found
+        and len(found.shift) == len(found.scale) == channels
         and all(map(math.isfinite, (*found.shift, *found.scale)))
         and min(found.scale) > 0
     ):
+        given = zip(names, (scaling, shift, means, stds), strict=True)
+        shown = ", ".join(f"{name}={value!r}" for name, value in given if value is not None)
         raise ValueError(
-            f"scaling_factor={scale}, latents_mean={means}, latents_std={stds}: need finite numbers"
-            f" and positive scales, for each of {channels} channels"
+            f"{shown}: need finite numbers and positive scales, for each of {channels} channels"
         )
     return found
 

@@ -316,11 +316,56 @@ def test_weights_that_are_missing_are_named_not_drawn_at_random(tmp_path, random
     refuse(tmp_path, f"{WEIGHTS} lacks decoder.conv_in.weight")
 
 
+def test_weights_that_the_configuration_does_not_describe_are_named(tmp_path, random_folder):
+    build_network(layers_per_block=2).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((random_folder / "config.json").read_text())
+    first = "decoder.up_blocks.0.resnets.2.conv1.bias"
+    refuse(tmp_path, f"{WEIGHTS} has {first}, ", " and 29 more, which config.json does not")
+
+
+def test_weights_with_the_old_names_of_attention_are_read(tmp_path, random_folder, digits):
+    weights = load_file(random_folder / WEIGHTS)
+    old = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
+    for name in list(weights):
+        for part in old:
+            if part in name:
+                weights[name.replace(part, old[part])] = weights.pop(name)
+    assert sum("proj_attn" in name for name in weights) == 4
+    (tmp_path / "config.json").write_text((random_folder / "config.json").read_text())
+    save_file(weights, tmp_path / WEIGHTS, {"format": "pt"})
+    image = to_float(digits[:2])
+    found, whole = (load_diffusers(str(each)) for each in (tmp_path, random_folder))
+    assert torch.equal(found.encode(image), whole.encode(image))
+
+
 def test_a_configuration_that_builds_no_network_is_refused(tmp_path, random_folder):
     settings = json.loads((random_folder / "config.json").read_text()) | {"block_out_channels": []}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     (tmp_path / WEIGHTS).write_bytes((random_folder / WEIGHTS).read_bytes())
     refuse(tmp_path, "cannot be loaded")
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        {"latents_mean": [0, 0, 0, 0], "latents_std": [1, 0, 1, 1]},
+        {"latents_mean": [0, 0, 0, 0], "latents_std": 2.0},
+        {"latents_mean": [0, 0], "latents_std": [1, 1]},
+        {"scaling_factor": "a"},
+        {"scaling_factor": -1},
+        {"scaling_factor": [1]},
+        {"shift_factor": "a"},
+    ],
+)
+def test_factors_that_are_no_numbers_are_named(tmp_path, random_folder, factors):
+    settings = json.loads((random_folder / "config.json").read_text()) | factors
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / WEIGHTS).write_bytes((random_folder / WEIGHTS).read_bytes())
+    said = [f"{name}={value!r}" for name, value in factors.items()]
+    refuse(tmp_path, f"diffusers:{tmp_path}: config.json: ", *said)
+    with pytest.raises(ValueError, match=f"^diffusers:{tmp_path}: config.json ") as caught:
+        efae.load(f"diffusers:{tmp_path}")
+    assert all(part in str(caught.value) for part in said)
 
 
 def test_without_the_package_its_name_is_said(random_folder, monkeypatch):

@@ -175,6 +175,10 @@ def test_an_autoencoder_of_diffusers_decodes_its_own_latents(latents, tmp_path):
     assert (moved.digest, moved.config) == (stored.digest, stored.config)
     moved = {"count": 3, "tokenizer": f"diffusers:{tmp_path / 'moved'}"}
     assert sample_set(ask(tmp_path / "generator", tmp_path / "set", **moved), be_quiet)[1] == 3
+    network.register_to_config(shift_factor=0.2)  # the same weights
+    network.save_pretrained(tmp_path / "moved")
+    with pytest.raises(ValueError, match=f"made by a model of digest {stored.digest}"):
+        sample_set(ask(tmp_path / "generator", tmp_path / "other", **moved), be_quiet)
 
 
 def write_tar(folder: Path, *members: str) -> str:

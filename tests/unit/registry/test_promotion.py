@@ -14,6 +14,7 @@ TAGS = {
     "held_out_images": "512",
     "held_out_uri": "s3://data/held_out",
     "image_shape": "3x32x32",
+    "group": "D4",
     "metric.psnr": "24.0",
     "metric.worst_gap_db": "2e-06",
 }
@@ -86,8 +87,38 @@ def test_a_gap_may_be_larger_by_rounding_only(gap, fails):
         assert "train with --model.level exact" in remark("gap", candidate, CHAMPION)
         tuned = contender(3, metric_psnr="30", metric_worst_gap_db=gap, kind="diffusers")
         said = remark("gap", tuned, CHAMPION)
-        assert "train with --start.symmetrize --model.level exact" in said
+        assert "train with --start.symmetrize --model.level exact --start.action spatial" in said
     assert failing(candidate, CHAMPION, gap_tolerance_db=0.0) == ["gap"]
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "said"),
+    [
+        ("mirror", "D4", "measured over mirror, models:/efae/1 over D4; train with"),
+        ("trivial", "mirror", "measured over trivial, models:/efae/1 over mirror; train with"),
+        ("C4", "flips", "measured over C4, models:/efae/1 over flips; train with"),
+        ("D4", "flips", None),
+        ("mirror", "mirror", None),
+        (None, "D4", "unknown group"),
+        ("D4", None, "unknown group"),
+        (None, None, "unknown group"),
+        ("D8", "D8", "unknown group"),
+    ],
+)
+def test_the_worst_over_fewer_elements_does_not_compare(mine, other, said):
+    changes = {"metric_worst_gap_db": "1e-7", "metric_encoder_error": "1e-7"}
+    candidate = contender(2, metric_psnr="24.5", group=mine, **changes)
+    present = contender(1, group=other, metric_encoder_error="1e-6")
+    assert failing(candidate, present) == (["gap"] if said else [])
+    for metric in ("worst_gap_db", "encoder_error"):
+        assert failing(candidate, present, metric=metric) == (["metric", "gap"] if said else [])
+    if said:
+        assert said in remark("gap", candidate, present)
+    shown = judge(candidate, present, Terms())[GATES.index("gap")]
+    assert (shown.candidate, shown.present) == (
+        f"{mine or 'unknown'} / 1e-7",
+        f"{other or 'unknown'} / 2e-06",
+    )
 
 
 @pytest.mark.parametrize("value", [None, "", "nan", "NaN", "inf", "-Infinity", "sNaN", "good"])
@@ -123,8 +154,9 @@ def test_numbers_of_other_images_do_not_compare(key):
 
 def test_a_version_of_before_there_was_lineage_is_unknown():
     old = Contender("models:/efae/1", {"metric.psnr": "20", "metric.worst_gap_db": "1e-6"})
-    assert failing(old, None) == ["lineage", "images"]
-    assert failing(BETTER, old) == ["images"]  # the champion's own lineage is not judged again
+    assert failing(old, None) == ["lineage", "images", "gap"]
+    # The champion's own lineage is not judged again.
+    assert failing(BETTER, old) == ["images", "gap"]
     assert "unknown" in remark("images", BETTER, old)
 
 

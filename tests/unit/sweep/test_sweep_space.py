@@ -225,10 +225,17 @@ def test_a_validation_must_come_before_the_first_rung():
     check_settings(PRESETS["quickstart_trial"][1], SweepConfig(), SPLITS)
 
 
-def test_the_sizes_of_a_model_that_trials_start_from_are_not_searched():
+def test_the_sizes_of_a_model_that_trials_start_from_are_not_searched(tmp_path):
     config = with_overrides(PRESETS["quickstart_trial"][1], {"start.model": "builtin:openmoji-32"})
     with pytest.raises(ValueError, match=r"representation\.rotation_dims.* are those of start"):
         check_settings(config, SweepConfig(), SPLITS)
+    pretrained = {"start.model": "diffusers:/vae", "start.action": "split"}
+    config = with_overrides(PRESETS["fine_tune"][1], pretrained)
+    check_settings(config, SweepConfig(), SPLITS)
+    path = tmp_path / "space.toml"
+    path.write_text('"model.downsampling" = [4, 8]\n"representation.dim" = [4, 8]\n')
+    with pytest.raises(ValueError, match=r"downsampling, repr.*\.dim.* read from the autoencoder"):
+        check_settings(config, SweepConfig(), read_space(str(path), config))
 
 
 @pytest.mark.parametrize("objective", OF_GRIDS)
