@@ -25,7 +25,7 @@ from data_pipelines.images.logs import ignore_metadata
 from data_pipelines.loading.buckets import Size, explain_missing_sizes, split_by_bucket
 from data_pipelines.loading.dataset import LatentSet
 from data_pipelines.loading.shard_cache import ShardError
-from data_pipelines.shards.index import CLASSES, INDEX_NAME, ShardIndex, load_index, write_index
+from data_pipelines.shards.index import CLASSES, INDEX_NAME, Shard, ShardIndex, load_index, write_index
 from data_pipelines.shards.latent_format import EXTENSION, FORMAT, LatentFormat
 from data_pipelines.storage import Location
 from efae.latents.request import Request
@@ -185,6 +185,7 @@ def _plan_sets(
     else:
         _check_size(sizes[0], list_facts(dataset))
         parts = [(sizes[0], index)]
+    members = _list_common_members(index, str(data), say)
     planned: list[_Planned] = []
     for (height, width), part in parts:
         source = Source(
@@ -192,7 +193,7 @@ def _plan_sets(
             part,
             stored.weights,
             config,
-            _list_common_members(part, str(data)),
+            members,
             request.batch_size,
             "cuda" if request.use_gpu else "cpu",
             request.precision,
@@ -255,8 +256,12 @@ def _find_held_out(data: Location) -> Location:
     return held_out if storage.exists(held_out / INDEX_NAME) else data
 
 
-def _list_common_members(index: ShardIndex, uri: str) -> tuple[str, ...]:
+def _list_common_members(
+    index: ShardIndex, uri: str, say: Callable[[str], None]
+) -> tuple[str, ...]:
     """Return the members that every sample has beside its image: labels, captions.
+
+    Says which ones are left out because some samples have none.
 
     Raises:
         ValueError: A shard of latents cannot hold one of them; `uri` names the set.
@@ -268,22 +273,31 @@ def _list_common_members(index: ShardIndex, uri: str) -> tuple[str, ...]:
         for name, members in shard.members.items()
         if bool((members.offset == shard.images().offset).any())
     }
-    common = sorted(
-        name
-        for name in {name for shard in shards for name in shard.members} - images
-        if all(
-            name in shard.members and bool((shard.members[name].offset >= 0).all())
-            for shard in shards
-        )
-    )
-    for name in common:
+    common: list[str] = []
+    for name in sorted({name for shard in shards for name in shard.members} - images):
+        without = [key for shard in shards for key in _list_keys_without(shard, name)]
+        if without:
+            say(
+                f"members .{name} are left out: {len(without):,} of"
+                f" {sum(len(shard.keys) for shard in shards):,} samples, such as {without[0]!r},"
+                " have none"
+            )
+            continue
         if name == EXTENSION or name.startswith("_"):  # TarWriter would drop _
             why = "the latents get its name" if name == EXTENSION else "its name begins with _"
             raise ValueError(
                 f"{uri}: the member .{name} of its samples cannot be kept, since {why}: rename it"
                 " in the tars"
             )
+        common.append(name)
     return tuple(common)
+
+
+def _list_keys_without(shard: Shard, name: str) -> list[str]:
+    if name not in shard.members:
+        return shard.keys
+    rows = (shard.members[name].offset < 0).nonzero()[0].tolist()
+    return [shard.keys[row] for row in rows]
 
 
 def _find_missing(index: ShardIndex, output: Location, there: dict[str, int]) -> list[int]:
