@@ -184,6 +184,11 @@ def _plan_sets(
         parts = _sort_shards(index, data, sizes, say)
     else:
         _check_size(sizes[0], list_facts(dataset))
+        if index.has_sizes and (small := _count_smaller(index, sizes[0])):
+            say(
+                f"{small:,} of {len(dataset):,} images are smaller than {sizes[0][0]} x"
+                f" {sizes[0][1]} and will be enlarged"
+            )
         parts = [(sizes[0], index)]
     members = _list_common_members(index, str(data), say)
     planned: list[_Planned] = []
@@ -226,7 +231,7 @@ def _sort_shards(
         raise ValueError(f"--{explain_missing_sizes(str(data), buckets)}")
     parts: list[tuple[Size, ShardIndex]] = []
     for size, part in zip(buckets, split_by_bucket(index, buckets), strict=True):
-        small = int((part.image_sizes() < size).any(1).sum())
+        small = _count_smaller(part, size)
         say(
             f"bucket {size[0]} x {size[1]}: {len(part.image_sizes())} of"
             f" {len(index.image_sizes())} images{f', {small} of them enlarged' if small else ''}"
@@ -236,8 +241,13 @@ def _sort_shards(
     return parts
 
 
-def _check_size(size: tuple[int, int], images: SetFacts) -> None:
-    """Raise a ValueError if images would have to be enlarged to `size`, height and width."""
+def _count_smaller(index: ShardIndex, size: Size) -> int:
+    """Return the number of images that have to be enlarged to `size`."""
+    return int((index.image_sizes() < size).any(1).sum())
+
+
+def _check_size(size: Size, images: SetFacts) -> None:
+    """Raise a ValueError if images of one size would have to be enlarged to `size`."""
     found = images.shape and images.shape[1:]
     if found and (found[0] < size[0] or found[1] < size[1]):
         raise ValueError(

@@ -213,6 +213,15 @@ def test_members_that_some_samples_lack_are_left_out_of_every_set(model, tmp_pat
     assert "members .cls are left out: 1 of 2 samples, such as 'b', have none" in said
 
 
+@pytest.mark.parametrize(
+    ("sides", "expected"),
+    [((16, 16), []), ((24, 16), ["1 of 2 images are smaller than 24 x 16 and will be enlarged"])],
+)
+def test_images_of_a_mixed_set_that_will_be_enlarged_are_counted(model, tmp_path, sides, expected):
+    images = write_tar(tmp_path / "images")
+    assert plan(model, images, tmp_path / "latents", resolution=sides)[1] == expected
+
+
 @pytest.mark.parametrize("name", ["latent.npy", "_score"])
 def test_a_member_that_latents_cannot_keep_is_refused(model, tmp_path, name):
     images = write_tar(tmp_path / "images", "cls", name)
