@@ -23,9 +23,16 @@ from data_pipelines.building import unfinished
 from data_pipelines.building.fingerprint import make_absolute
 from data_pipelines.images.logs import ignore_metadata
 from data_pipelines.loading.buckets import Size, explain_missing_sizes, split_by_bucket
-from data_pipelines.loading.dataset import LatentSet
+from data_pipelines.loading.dataset import ImageSet, LatentSet
 from data_pipelines.loading.shard_cache import ShardError
-from data_pipelines.shards.index import CLASSES, INDEX_NAME, Shard, ShardIndex, load_index, write_index
+from data_pipelines.shards.index import (
+    CLASSES,
+    INDEX_NAME,
+    Shard,
+    ShardIndex,
+    load_index,
+    write_index,
+)
 from data_pipelines.shards.latent_format import EXTENSION, FORMAT, LatentFormat
 from data_pipelines.storage import Location
 from efae.latents.request import Request
@@ -35,7 +42,7 @@ from efae.model.execution.tiling import plan_windows
 from efae.model.representation import check_model
 from efae.model.stored_files import CONFIG, OWN_CONFIG, sha256
 from efae.preflight.cluster_checks import reach_cluster
-from efae.preflight.driver_checks import SetFacts, list_facts, read_facts
+from efae.preflight.driver_checks import SetFacts, list_facts
 from efae.registry import pull
 from efae.tracking.redaction import first_cause, redact
 
@@ -156,9 +163,9 @@ def _plan_sets(
     storage.check_writable(output)
     stored = pull.read(request.model)
     config = stored.config
-    storage.check_readable(data)
-    dataset = ShardDataset.open(data)
-    index, certified = dataset.index, read_facts(certificate_data)
+    dataset = _open_images("data", data)
+    index = dataset.index
+    certified = list_facts(_open_images("certificate-data", certificate_data))
     representation = check_model(config)
     if request.symmetrize and len(representation.group) == 1:
         raise ValueError(
@@ -221,6 +228,14 @@ def _plan_sets(
         folder = output / f"{height}x{width}" if request.buckets else output
         planned.append(_Planned(folder, source, facts))
     return planned
+
+
+def _open_images(option: str, uri: Location) -> ImageSet:
+    storage.check_readable(uri)
+    dataset = ShardDataset.open(uri)
+    if isinstance(dataset, ImageSet):
+        return dataset
+    raise ValueError(f"--{option} {uri}: holds latents, not images; give a set of images")
 
 
 def _sort_shards(

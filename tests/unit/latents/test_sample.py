@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import tarfile
 from pathlib import Path
 
@@ -220,6 +221,16 @@ def test_members_that_some_samples_lack_are_left_out_of_every_set(model, tmp_pat
 def test_images_of_a_mixed_set_that_will_be_enlarged_are_counted(model, tmp_path, sides, expected):
     images = write_tar(tmp_path / "images")
     assert plan(model, images, tmp_path / "latents", resolution=sides)[1] == expected
+
+
+@pytest.mark.parametrize("option", ["data", "certificate_data"])
+@pytest.mark.parametrize("sizes", [{}, {"buckets": ((16, 16),)}])
+def test_latents_instead_of_images_are_refused(model, latents, tmp_path, option, sizes):
+    given = {"data": latents.removesuffix("latents") + "images", option: latents}
+    request = Request(str(model[1]), output=str(tmp_path / "again"), **given, **sizes)
+    message = f"--{option.replace('_', '-')} {latents}: holds latents, not images"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        list(encode_sets(request, be_quiet))
 
 
 @pytest.mark.parametrize("name", ["latent.npy", "_score"])
