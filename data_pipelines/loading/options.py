@@ -55,7 +55,8 @@ class ReadOptions(CacheOptions):
     crop: Crop = "center"
     """Part of a larger training image: its centre, or a random one, drawn anew in every epoch."""
     channels: Literal[1, 3] | None = None
-    """Colour channels: 1 (grey) or 3 (RGB); None: as many as the set has."""
+    """Colour channels: 1 (grey) or 3 (RGB); None: as many as the set has, and 3 if its images
+    differ in size."""
     pixel_cache_bytes: int = 0
     """Room for decoded training images beside the shard cache, bytes: what fits is decoded in the
     first epoch only. For nodes whose CPUs, not disks, are short; 0 keeps none."""
