@@ -4,6 +4,8 @@ They import nothing else of this project, so that `efae.config.DataConfig`, and 
 line, can inherit them.
 """
 
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -53,13 +55,16 @@ class ReadOptions(CacheOptions):
     crop: Crop = "center"
     """Part of a larger training image: its centre, or a random one, drawn anew in every epoch."""
     channels: Literal[1, 3] | None = None
-    """Colour channels: 1 (grey) or 3 (RGB); None: as many as the set has."""
+    """Colour channels: 1 (grey) or 3 (RGB); None: as many as the set has, and 3 if its images
+    differ in size."""
     pixel_cache_bytes: int = 0
     """Room for decoded training images beside the shard cache, bytes: what fits is decoded in the
     first epoch only. For nodes whose CPUs, not disks, are short; 0 keeps none."""
 
     def __post_init__(self):
         super().__post_init__()
+        object.__setattr__(self, "resolution", _read_resolution(self.resolution))
+        object.__setattr__(self, "buckets", _read_buckets(self.buckets))
         size = self.image_size
         _require(size is None or min(size) > 0, f"resolution={self.resolution}: must be positive")
         for number, sides in enumerate(self.buckets):
@@ -124,6 +129,34 @@ def choose_options(options: CacheOptions, **changes: Any) -> LoaderOptions:
         kind = larger if isinstance(options, larger) else kind
     given = {field.name: getattr(options, field.name) for field in fields(kind)}
     return LoaderOptions(**given | changes)
+
+
+def _read_resolution(resolution: Any) -> int | tuple[int, int] | None:
+    """Return sides given as integers of any kind, such as numpy's, as plain ones."""
+    if resolution is None:
+        return None
+    try:
+        if isinstance(resolution, Iterable):
+            return _read_sides(resolution)
+        return operator.index(resolution)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"resolution={resolution!r}: give one side, or a height and a width, as integers"
+        ) from error
+
+
+def _read_buckets(buckets: Any) -> tuple[tuple[int, int], ...]:
+    try:
+        return tuple(map(_read_sides, buckets))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"buckets={buckets!r}: give a height and a width for each, as integers"
+        ) from error
+
+
+def _read_sides(sides: Any) -> tuple[int, int]:
+    height, width = map(operator.index, sides)
+    return height, width
 
 
 def _require(condition: bool, message: str) -> None:

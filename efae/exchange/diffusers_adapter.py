@@ -233,25 +233,24 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         Args:
             pretrained_model_name_or_path: Folder; nothing is downloaded.
             kwargs: Options of diffusers: `subfolder`; `torch_dtype` or `dtype` to convert the
-                weights to, by default as saved; `device_map`, a device or {"": device}. Options on
-                downloads and memory are ignored.
+                weights to, by default and with "auto" as saved; `device_map`, a device or {"":
+                device}. Options on downloads and memory are ignored.
 
         Raises:
             ValueError: The folder was changed since it was saved, or holds a pickle; or an option
-                is unknown.
+                is unknown, no dtype or no device.
         """
         if pretrained_model_name_or_path is None:
             raise ValueError("from_pretrained needs the folder that save_pretrained wrote")
         folder = Path(pretrained_model_name_or_path) / (kwargs.pop("subfolder", None) or "")
         dtypes = [kwargs.pop(name, None) for name in ("torch_dtype", "dtype")]
-        devices: Any = kwargs.pop("device_map", None)
+        device_map = kwargs.pop("device_map", None)
         _refuse_unknown(
             {name: value for name, value in kwargs.items() if name not in _CHANGE_NOTHING}
         )
-        found = devices.get("") if hasattr(devices, "get") else devices
-        device = "cpu" if found is None else str(torch.device(found))
-        loaded = Autoencoder.from_pretrained(folder, device)
-        return cls(loaded.to(dtype=dtypes[1] or dtypes[0])).eval()
+        dtype = _read_dtype(dtypes[1] or dtypes[0])
+        loaded = Autoencoder.from_pretrained(folder, _read_device(device_map))
+        return cls(loaded.to(dtype=dtype)).eval()
 
     def _check_offloading(self) -> None:
         # Our modules use each other's weights, which hooks on each module alone do not bring back.
@@ -289,6 +288,29 @@ class AutoencoderEFAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _slices(self, batch: Tensor) -> tuple[Tensor, ...]:
         return tuple(batch[i : i + 1] for i in range(len(batch))) if self.use_slicing else (batch,)
+
+
+def _read_dtype(wanted: Any) -> torch.dtype | None:
+    """Return the dtype to convert weights to; None: as saved."""
+    if wanted is None or wanted == "auto":
+        return None
+    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
+        raise ValueError(
+            f"torch_dtype={wanted!r}: give a floating-point dtype, such as torch.float16, or"
+            ' "auto" for the saved one'
+        )
+    return wanted
+
+
+def _read_device(device_map: Any) -> str:
+    found = device_map.get("") if hasattr(device_map, "get") else device_map
+    try:
+        return "cpu" if found is None else str(torch.device(found))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device_map={device_map!r}: names no device here; give one for the whole model, such"
+            ' as "cpu" or "cuda:0"'
+        ) from error
 
 
 def _refuse_unknown(options: dict[str, Any]) -> None:

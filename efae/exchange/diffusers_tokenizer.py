@@ -26,6 +26,7 @@ from efae.model.networks.diffusers_vae import (
     name_in_diffusers,
     name_in_efae,
     read_factors,
+    read_size,
 )
 from efae.model.pretrained import StoredModel, check_weights, pack_model
 from efae.model.representation import build_representation
@@ -214,12 +215,14 @@ def read_diffusers(uri: str) -> StoredModel:
     architecture = read_architecture(uri.removeprefix(PREFIX))
     try:
         colours, channels, f = describe(architecture)
+        height, width = read_size(architecture) or (0, 0)
     except ValueError as error:
         raise ValueError(f"{uri}: {CONFIG} {error}") from error
-    side = architecture.get("sample_size")
+    if not height or height % f or width % f:
+        height = width = 32 * f
     settings = {
         "data.channels": colours,
-        "data.resolution": side if isinstance(side, int) and side % f == 0 else 32 * f,
+        "data.resolution": height if height == width else (height, width),
         "representation.group": "trivial",
         "representation.dim": channels,
         "representation.multiplicities": (channels, 0, 0, 0, 0),

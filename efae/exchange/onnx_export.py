@@ -44,6 +44,7 @@ from efae.exchange.torch_export import (
     tabulate_elements,
 )
 from efae.model.autoencoder import Autoencoder
+from efae.model.networks.diffusers_vae import read_size
 from efae.model.sampler import time_grid
 from efae.model.stored_files import sha256
 from efae.symmetry import Element
@@ -132,9 +133,11 @@ class _Shapes:
         self.dim = model.representation.dim
         if isinstance(model, DiffusersTokenizer):
             self.channels, self.cell, self.any_size = model.channels, model.downsampling, True
-            side = int(model.network.config.get("sample_size") or 0) // self.cell * self.cell
-            side = max(side, LEAST_CELLS * self.cell)
-            self.image_size = side, side
+            height, width = (
+                max(side // self.cell, LEAST_CELLS) * self.cell
+                for side in read_size(model.network.config) or (0, 0)
+            )
+            self.image_size = height, width
         else:
             data, network = model.config.data, model.config.model
             self.channels, self.cell = data.channels, network.downsampling

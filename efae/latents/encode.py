@@ -23,9 +23,16 @@ from data_pipelines.building import unfinished
 from data_pipelines.building.fingerprint import make_absolute
 from data_pipelines.images.logs import ignore_metadata
 from data_pipelines.loading.buckets import Size, explain_missing_sizes, split_by_bucket
-from data_pipelines.loading.dataset import LatentSet
+from data_pipelines.loading.dataset import ImageSet, LatentSet
 from data_pipelines.loading.shard_cache import ShardError
-from data_pipelines.shards.index import CLASSES, INDEX_NAME, ShardIndex, load_index, write_index
+from data_pipelines.shards.index import (
+    CLASSES,
+    INDEX_NAME,
+    Shard,
+    ShardIndex,
+    load_index,
+    write_index,
+)
 from data_pipelines.shards.latent_format import EXTENSION, FORMAT, LatentFormat
 from data_pipelines.storage import Location
 from efae.latents.request import Request
@@ -35,7 +42,7 @@ from efae.model.execution.tiling import plan_windows
 from efae.model.representation import check_model
 from efae.model.stored_files import CONFIG, OWN_CONFIG, sha256
 from efae.preflight.cluster_checks import reach_cluster
-from efae.preflight.driver_checks import SetFacts, list_facts, read_facts
+from efae.preflight.driver_checks import SetFacts, list_facts
 from efae.registry import pull
 from efae.tracking.redaction import first_cause, redact
 
@@ -156,9 +163,9 @@ def _plan_sets(
     storage.check_writable(output)
     stored = pull.read(request.model)
     config = stored.config
-    storage.check_readable(data)
-    dataset = ShardDataset.open(data)
-    index, certified = dataset.index, read_facts(certificate_data)
+    dataset = _open_images("data", data)
+    index = dataset.index
+    certified = list_facts(_open_images("certificate-data", certificate_data))
     representation = check_model(config)
     if request.symmetrize and len(representation.group) == 1:
         raise ValueError(
@@ -184,7 +191,13 @@ def _plan_sets(
         parts = _sort_shards(index, data, sizes, say)
     else:
         _check_size(sizes[0], list_facts(dataset))
+        if index.has_sizes and (small := _count_smaller(index, sizes[0])):
+            say(
+                f"{small:,} of {len(dataset):,} images are smaller than {sizes[0][0]} x"
+                f" {sizes[0][1]} and will be enlarged"
+            )
         parts = [(sizes[0], index)]
+    members = _list_common_members(index, str(data), say)
     planned: list[_Planned] = []
     for (height, width), part in parts:
         source = Source(
@@ -192,7 +205,7 @@ def _plan_sets(
             part,
             stored.weights,
             config,
-            _list_common_members(part, str(data)),
+            members,
             request.batch_size,
             "cuda" if request.use_gpu else "cpu",
             request.precision,
@@ -217,6 +230,14 @@ def _plan_sets(
     return planned
 
 
+def _open_images(option: str, uri: Location) -> ImageSet:
+    storage.check_readable(uri)
+    dataset = ShardDataset.open(uri)
+    if isinstance(dataset, ImageSet):
+        return dataset
+    raise ValueError(f"--{option} {uri}: holds latents, not images; give a set of images")
+
+
 def _sort_shards(
     index: ShardIndex, data: Location, buckets: Sequence[Size], say: Callable[[str], None]
 ) -> list[tuple[Size, ShardIndex]]:
@@ -225,7 +246,7 @@ def _sort_shards(
         raise ValueError(f"--{explain_missing_sizes(str(data), buckets)}")
     parts: list[tuple[Size, ShardIndex]] = []
     for size, part in zip(buckets, split_by_bucket(index, buckets), strict=True):
-        small = int((part.image_sizes() < size).any(1).sum())
+        small = _count_smaller(part, size)
         say(
             f"bucket {size[0]} x {size[1]}: {len(part.image_sizes())} of"
             f" {len(index.image_sizes())} images{f', {small} of them enlarged' if small else ''}"
@@ -235,8 +256,13 @@ def _sort_shards(
     return parts
 
 
-def _check_size(size: tuple[int, int], images: SetFacts) -> None:
-    """Raise a ValueError if images would have to be enlarged to `size`, height and width."""
+def _count_smaller(index: ShardIndex, size: Size) -> int:
+    """Return the number of images that have to be enlarged to `size`."""
+    return int((index.image_sizes() < size).any(1).sum())
+
+
+def _check_size(size: Size, images: SetFacts) -> None:
+    """Raise a ValueError if images of one size would have to be enlarged to `size`."""
     found = images.shape and images.shape[1:]
     if found and (found[0] < size[0] or found[1] < size[1]):
         raise ValueError(
@@ -255,8 +281,12 @@ def _find_held_out(data: Location) -> Location:
     return held_out if storage.exists(held_out / INDEX_NAME) else data
 
 
-def _list_common_members(index: ShardIndex, uri: str) -> tuple[str, ...]:
+def _list_common_members(
+    index: ShardIndex, uri: str, say: Callable[[str], None]
+) -> tuple[str, ...]:
     """Return the members that every sample has beside its image: labels, captions.
+
+    Says which ones are left out because some samples have none.
 
     Raises:
         ValueError: A shard of latents cannot hold one of them; `uri` names the set.
@@ -268,22 +298,31 @@ def _list_common_members(index: ShardIndex, uri: str) -> tuple[str, ...]:
         for name, members in shard.members.items()
         if bool((members.offset == shard.images().offset).any())
     }
-    common = sorted(
-        name
-        for name in {name for shard in shards for name in shard.members} - images
-        if all(
-            name in shard.members and bool((shard.members[name].offset >= 0).all())
-            for shard in shards
-        )
-    )
-    for name in common:
+    common: list[str] = []
+    for name in sorted({name for shard in shards for name in shard.members} - images):
+        without = [key for shard in shards for key in _list_keys_without(shard, name)]
+        if without:
+            say(
+                f"members .{name} are left out: {len(without):,} of"
+                f" {sum(len(shard.keys) for shard in shards):,} samples, such as {without[0]!r},"
+                " have none"
+            )
+            continue
         if name == EXTENSION or name.startswith("_"):  # TarWriter would drop _
             why = "the latents get its name" if name == EXTENSION else "its name begins with _"
             raise ValueError(
                 f"{uri}: the member .{name} of its samples cannot be kept, since {why}: rename it"
                 " in the tars"
             )
+        common.append(name)
     return tuple(common)
+
+
+def _list_keys_without(shard: Shard, name: str) -> list[str]:
+    if name not in shard.members:
+        return shard.keys
+    rows = (shard.members[name].offset < 0).nonzero()[0].tolist()
+    return [shard.keys[row] for row in rows]
 
 
 def _find_missing(index: ShardIndex, output: Location, there: dict[str, int]) -> list[int]:

@@ -18,8 +18,9 @@ class Request:
     """Folder for the shards of latents: a path, s3://bucket/folder or gs://..."""
     resolution: int | tuple[int, int] | None = None
     """Side of square images, or height and width, in pixels: a multiple of the side of the model's
-    cells. Larger images are scaled until their shorter side fits, and cropped. By default the
-    model's data.resolution, at which it was trained."""
+    cells. Larger images are scaled until their shorter side fits, and cropped; smaller ones of a
+    set of mixed sizes are enlarged. By default the model's data.resolution, at which it was
+    trained."""
     buckets: tuple[tuple[int, int], ...] = ()
     """Heights and widths instead of one resolution, as data.buckets in training: every image goes
     to the bucket of the nearest ratio, and each bucket becomes a latent set of its own, in the

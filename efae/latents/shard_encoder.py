@@ -148,37 +148,51 @@ class ShardEncoder:
 
         Args:
             latents: Latent set that was made from the source.
-            count: Minimum number of samples to compare.
+            count: Minimum number of samples to compare; all are compared if there are fewer.
 
         Raises:
             ShardError: Latents or images cannot be read.
-            ValueError: A sample's key is not its image's, or its latent differs by more than
-                rounding to the set's dtype.
+            ValueError: A shard's keys are not those of its images, or a latent differs by more
+                than rounding to the set's dtype.
         """
-        rounding = torch.finfo(torch_dtype(latents.format)).eps
-        tolerance = _TOLERANCES[self.source.precision]
-        filled = [n for n, shard in enumerate(latents.index.shards) if shard.keys]
-        each = -(-count // max(1, len(filled)))
-        worst = 0.0
-        for number in filled:
-            fresh = next(self._read(number, each))
-            stored = next(_read_shard(latents, number, len(fresh.key), self.source.cache_dir))
-            where = Location.parse(latents.uri).uri_of(latents.index.shards[number].name)
-            if stored.key != fresh.key:
+        shards, images = latents.index.shards, self.source.index.shards
+        filled = [number for number, shard in enumerate(shards) if shard.keys]
+        filled.sort(key=lambda number: len(shards[number].keys))  # larger ones make up for these
+        worst, left = 0.0, count
+        for turn, number in enumerate(filled):
+            name = shards[number].name
+            if shards[number].keys != images[number].keys:
+                where = Location.parse(latents.uri).uri_of(name)
                 raise ValueError(
                     f"{where}: its keys differ from those of the images: encode it again"
                 )
+            least = max(1, -(-left // (len(filled) - turn)))
+            compared, difference = self._compare_shard(latents, number, least)
+            worst, left = max(worst, difference), left - compared
+        return worst
+
+    def _compare_shard(self, latents: LatentSet, number: int, least: int) -> tuple[int, float]:
+        """Compare at least so many samples; return their number and the largest difference."""
+        rounding = torch.finfo(torch_dtype(latents.format)).eps
+        tolerance = _TOLERANCES[self.source.precision]
+        size, compared, worst = min(self.source.batch_size, least), 0, 0.0
+        stored_batches = _read_shard(latents, number, size, self.source.cache_dir)
+        for fresh, stored in zip(self._read(number, size), stored_batches, strict=True):
             expected = self._encode(fresh.image).cpu()
             difference = (stored.latent.float() - expected).abs()
             off = (difference > rounding * expected.abs() + tolerance).flatten(1).any(1)
             if bool(off.any()):
+                where = Location.parse(latents.uri).uri_of(latents.index.shards[number].name)
                 key = stored.key[int(off.int().argmax())]
                 raise ValueError(
                     f"{where}, sample {key!r}: differs by {float(difference.max()):.2g} from the"
                     " model's output: encode it again"
                 )
             worst = max(worst, float(difference.max()))
-        return worst
+            compared += len(fresh.key)
+            if compared >= least:
+                break
+        return compared, worst
 
     def _encode_ahead(self, number: int) -> Iterator[tuple[Batch, Tensor]]:
         """Yield the batches of a shard with their latents on the CPU, one batch behind the encoder.

@@ -163,6 +163,15 @@ def describe(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
     return colours, channels, 2 ** (len(blocks) - 1)
 
 
+def read_size(architecture: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return height and width of an autoencoder's `sample_size`, one side or two; None: none."""
+    found: Any = architecture.get("sample_size")
+    sides = cast(list[Any], found) if isinstance(found, list | tuple) else [found, found]
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        return None
+    return sides[0], sides[1]
+
+
 def read_factors(architecture: Mapping[str, Any]) -> Factors:
     """Return the factors by which the pipelines of diffusers map latents.
 

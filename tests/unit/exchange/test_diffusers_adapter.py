@@ -373,10 +373,14 @@ def test_options_that_there_are_not_are_refused(vae, tmp_path):
     for place in ("cpu", torch.device("cpu"), {"": "cpu"}, {}, None):
         placed = AutoencoderEFAE.from_pretrained(tmp_path, device_map=place, variant=None)
         assert placed.device == torch.device("cpu")
-    if not torch.cuda.is_available():
-        for first_gpu in (0, {"": 0}):
-            with pytest.raises((RuntimeError, AssertionError), match=r"accelerator|CUDA"):
-                AutoencoderEFAE.from_pretrained(tmp_path, device_map=first_gpu)
+    places = ["auto", "balanced", {"": "disk"}]
+    for place in places if torch.cuda.is_available() else [*places, 0, {"": 0}]:
+        with pytest.raises(ValueError, match=r"device_map=.*: names no device here; give one"):
+            AutoencoderEFAE.from_pretrained(tmp_path, device_map=place)
+    assert AutoencoderEFAE.from_pretrained(tmp_path, torch_dtype="auto").dtype == vae.dtype
+    for option in ({"torch_dtype": "float16"}, {"dtype": torch.int8}):
+        with pytest.raises(ValueError, match=r"dtype=.*: give a floating-point dtype"):
+            AutoencoderEFAE.from_pretrained(tmp_path, **option)
 
 
 def train_step(vae, images: torch.Tensor) -> float:

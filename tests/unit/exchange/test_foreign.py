@@ -16,7 +16,13 @@ from efae.evaluation.evaluate import evaluate
 from efae.evaluation.measures import psnr, to_float
 from efae.evaluation.protocol import FlowTokenizer
 from efae.evaluation.results import Evaluation
-from efae.exchange.diffusers_tokenizer import WEIGHTS, DiffusersTokenizer, load_diffusers
+from efae.exchange.diffusers_tokenizer import (
+    WEIGHTS,
+    DiffusersTokenizer,
+    load_diffusers,
+    read_diffusers,
+)
+from efae.exchange.onnx_export import _Shapes
 from efae.model.autoencoder import Autoencoder
 from efae.report.card import Card, write_comparison
 from efae.symmetry import D4
@@ -87,6 +93,21 @@ def audits(digits, random_folder, trained) -> dict[str, Evaluation]:
             torch.nn.init.normal_(parameter, std=0.05)
     models = {"ours": ours, "random": load_diffusers(str(random_folder)), "trained": trained}
     return {name: evaluate(model, digits[-16:]) for name, model in models.items()}
+
+
+@pytest.mark.parametrize(
+    ("sample_size", "encoded", "exported"),
+    [
+        (16, 16, [16, 16]),
+        ([16, 24], (16, 24), [16, 24]),
+        ([15, 24], 64, [14, 24]),
+        ([16], 64, [4, 4]),  # the default, and the least
+    ],
+)
+def test_a_sample_size_is_one_side_or_two(tmp_path, sample_size, encoded, exported):
+    build_network(sample_size=sample_size).save_pretrained(tmp_path)
+    assert read_diffusers(f"diffusers:{tmp_path}").config.data.resolution == encoded
+    assert _Shapes(load_diffusers(str(tmp_path))).describe()["image_shape"] == [1, *exported]
 
 
 MEAN, STD = [0.5, -1.0, 0.0, 2.0], [2.0, 0.5, 1.0, 4.0]

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import tarfile
 from pathlib import Path
 
@@ -181,25 +182,59 @@ def test_an_autoencoder_of_diffusers_decodes_its_own_latents(latents, tmp_path):
         sample_set(ask(tmp_path / "generator", tmp_path / "other", **moved), be_quiet)
 
 
-def write_tar(folder: Path, *members: str) -> str:
-    """A set of samples that have these members beside their image, a png."""
+def write_tar(folder: Path, *members: str, without: str = "") -> str:
+    """A set of samples that have these members beside their image, a png, but for `without`."""
     folder.mkdir()
-    image = encode_png(np.zeros((16, 16, 3), np.uint8))
     with tarfile.open(folder / "a.tar", "w") as tar:
         for name in [f"{key}.{member}" for key in "ab" for member in ("png", *members)]:
+            # The images differ in size: a is high, b is wide.
+            image = encode_png(np.zeros((32, 16, 3) if name[0] == "a" else (16, 32, 3), np.uint8))
             data = image if name.endswith("png") else b"0"
             member = tarfile.TarInfo(name)
             member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+            if name != without:
+                tar.addfile(member, io.BytesIO(data))
     write_index(str(folder), make_index(str(folder)))
     return str(folder)
 
 
+def plan(model, images: str, output: Path, **changes) -> tuple[list[encode._Planned], list[str]]:
+    """The latent sets that jobs/encode.py would write, and what it says about them."""
+    request, said = Request(str(model[1]), images, str(output), **changes), []
+    return encode._plan_sets(request, Location(images), Location(images), said.append), said
+
+
 def test_latents_keep_every_member_but_the_image(model, tmp_path):
     images = write_tar(tmp_path / "images", "cls", "json", "npy", "seg.png")
-    request = Request(str(model[1]), images, str(tmp_path / "latents"))
-    (planned,) = encode._plan_sets(request, Location(images), Location(images), be_quiet)
+    (planned,), _ = plan(model, images, tmp_path / "latents")
     assert planned.source.members == ("cls", "json", "npy", "seg.png")
+
+
+@pytest.mark.parametrize("sizes", [{}, {"buckets": ((16, 8), (8, 16))}])
+def test_members_that_some_samples_lack_are_left_out_of_every_set(model, tmp_path, sizes):
+    images = write_tar(tmp_path / "images", "cls", "txt", without="b.cls")
+    planned, said = plan(model, images, tmp_path / "latents", **sizes)
+    assert {each.source.members for each in planned} == {("txt",)}
+    assert "members .cls are left out: 1 of 2 samples, such as 'b', have none" in said
+
+
+@pytest.mark.parametrize(
+    ("sides", "expected"),
+    [((16, 16), []), ((24, 16), ["1 of 2 images are smaller than 24 x 16 and will be enlarged"])],
+)
+def test_images_of_a_mixed_set_that_will_be_enlarged_are_counted(model, tmp_path, sides, expected):
+    images = write_tar(tmp_path / "images")
+    assert plan(model, images, tmp_path / "latents", resolution=sides)[1] == expected
+
+
+@pytest.mark.parametrize("option", ["data", "certificate_data"])
+@pytest.mark.parametrize("sizes", [{}, {"buckets": ((16, 16),)}])
+def test_latents_instead_of_images_are_refused(model, latents, tmp_path, option, sizes):
+    given = {"data": latents.removesuffix("latents") + "images", option: latents}
+    request = Request(str(model[1]), output=str(tmp_path / "again"), **given, **sizes)
+    message = f"--{option.replace('_', '-')} {latents}: holds latents, not images"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        list(encode_sets(request, be_quiet))
 
 
 @pytest.mark.parametrize("name", ["latent.npy", "_score"])

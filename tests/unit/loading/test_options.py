@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 
+import numpy as np
 import pytest
 
 from data_pipelines import ShardDataset
@@ -44,6 +45,13 @@ def test_a_configuration_reads_as_its_options_say(shards):
         assert one.image.equal(other.image)
 
 
+def test_sides_are_integers_of_any_kind():
+    side = np.int64(8)
+    assert repr(ReadOptions(resolution=side).resolution) == "8"
+    chosen = choose_options(LoaderOptions(), resolution=[side, 16], buckets=np.array([[8, 16]]))
+    assert repr((chosen.image_size, chosen.buckets)) == "((8, 16), ((8, 16),))"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -73,8 +81,12 @@ def test_a_loader_and_a_configuration_refuse_the_same(options, message):
         ({"bad_samples": "skip"}, "bad_samples='skip': use fail or replace"),
         ({"tail": "drop"}, "tail='drop': use ragged or carry"),
         ({"augment": "flips"}, "augment='flips': use group or None"),
+        ({"resolution": (8, 8, 3)}, r"resolution=\(8, 8, 3\): give one side, or a height and .*"),
+        ({"resolution": 8.0}, r"resolution=8\.0: give one side, or a height and .*"),
+        ({"buckets": ((8, 8, 3),)}, r"buckets=\(\(8, 8, 3\),\): give a height and a width .*"),
+        ({"buckets": (8, 16)}, r"buckets=\(8, 16\): give a height and a width .*"),
     ],
 )
-def test_a_misspelt_choice_is_refused(options, message):
+def test_a_value_of_no_meaning_is_refused(options, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         choose_options(LoaderOptions(), **options)

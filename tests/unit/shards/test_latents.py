@@ -378,6 +378,18 @@ class TestEncoder:
         with pytest.raises(ValueError, match=r"differs by .* encode it again"):
             ShardEncoder(source).compare(dataset, 8)
 
+    @pytest.mark.parametrize(("asked", "compared"), [(1, 3), (16, 16), (19, 19), (1000, 20)])
+    def test_as_many_latents_are_compared_as_asked(
+        self, tmp_path, images, model, monkeypatch, asked, compared
+    ):
+        dataset = encode_shards(images, str(tmp_path / "a"), model, make_form(model, "float32"))
+        source = Source(images, load_index(images), model.state_dict(), model.config, (), 2, "cpu")
+        encoder, seen = ShardEncoder(source), []
+        encode = encoder._encode
+        monkeypatch.setattr(encoder, "_encode", lambda x: (seen.append(len(x)), encode(x))[1])
+        encoder.compare(dataset, asked)
+        assert compared <= sum(seen) <= compared + 1  # a batch may have one more than asked
+
     def test_the_certificate_measures_what_it_says(self, images, model):
         source = Source(images, load_index(images), model.state_dict(), model.config, (), 5, "cpu")
         found = ShardEncoder(source).measure(images, 12)
