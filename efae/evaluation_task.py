@@ -5,6 +5,7 @@ The process of a task imports this module, and therefore neither Ray Train nor M
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import ray
