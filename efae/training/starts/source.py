@@ -84,13 +84,6 @@ def adopt_pretrained(config: Config) -> Config:
         faults.append(f"data.channels={config.data.channels}: its images have {colours} colours")
     if counts is not None and sum(counts) + counts[-1] != channels:
         faults.append(f"representation.multiplicities={counts}: its latents have {channels}")
-    for name in ("rotation_dims", "chirality_split"):
-        value = getattr(config.representation, name)
-        if value is not None and config.start.action != "split":
-            faults.append(
-                f"representation.{name}={value}: start.action={config.start.action} does not use"
-                " it; set split"
-            )
     precisions = (config.training.precision, config.training.evaluation_precision)
     if "fp16" in precisions and architecture.get("force_upcast"):
         faults.append(

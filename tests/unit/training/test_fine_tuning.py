@@ -268,10 +268,6 @@ def test_combinations_without_sense_are_refused(folders):
     for match, overrides in (
         ("start.train=encoder with model.kind=unet", {**unet, "start.train": "encoder"}),
         ("a frozen encoder does not", {"start.train": "decoder", "start.anchor_weight": 0.1}),
-        (
-            r"rotation_dims=2: start.action=spatial does not use it",
-            {"start.action": "spatial", "representation.rotation_dims": 2},
-        ),
         ("use bf16", {"training.precision": "fp16"}),
     ):
         with pytest.raises(ValueError, match=match):
